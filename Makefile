@@ -1,0 +1,101 @@
+# make demo   installs fastproj into .venv and runs TRAK on real data
+# make test   the same environment plus the checkers: format, lint, types, tests
+# Variables: PYTHON (used to create the environment), VENV (where it lies), PYTEST_ARGS.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3; do \
+    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then echo $$p; break; fi; done)
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.hpp \
+    csrc/cuda/*.cpp tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
+BUILD_INPUTS = setup.py build_native.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
+
+.PHONY: help demo test lint unit test-all sanitize bench gpu format clean
+
+help:
+	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
+	@echo "make test      lint, types, format and the essential tests (what CI runs)"
+	@echo "make test-all  the same plus the slow and packaging tests on every Python found"
+	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
+	@echo "make gpu       tests that need a CUDA GPU"
+	@echo "make format    rewrite sources in the project's format"
+	@echo "make clean     remove builds and caches ($(VENV) stays)"
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.10 or newer was found; install one or set PYTHON=" >&2; exit 1; fi
+	$(PYTHON) -m venv $(VENV)
+
+# Build tools first, so that the package is built in this environment: pinned, and incremental from run to run.
+$(VENV)/.tools: constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,report]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,bench]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/fastproj demo $(DEMO_ARGS)
+
+test: lint unit
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run -Werror $(CPP_FILES))
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+# The sanitized package lies in its own folder and shadows the installed one. The interpreter itself is not
+# instrumented, so its allocations at exit are no leaks of ours.
+SANITIZED := build/sanitize/lib
+SANITIZE_TESTS ?= $(wildcard tests/backends/test_cpu*.py)
+sanitize: $(VENV)/.test
+	FASTPROJ_SANITIZE=1 FASTPROJ_CPU=1 FASTPROJ_CUDA=0 $(BIN)/python setup.py -q build \
+	    --build-base build/sanitize --build-lib $(SANITIZED)
+	cxx=$${CXX:-c++}; \
+	LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so) \
+	    $$($$cxx -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1 \
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 \
+	$(BIN)/pytest -p no:cacheprovider -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python bench/project.py $(BENCH_ARGS)
+
+gpu: $(VENV)/.test
+	@if [ -z "$(wildcard csrc/cuda/*.cu)" ]; then echo "make gpu: this source tree has no csrc/cuda/*.cu yet" >&2; exit 1; fi
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP_FILES),$(BIN)/clang-format -i $(CPP_FILES))
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f fastproj/*.so fastproj/_build_info.py $(VENV)/.demo $(VENV)/.test $(VENV)/.bench
+	find fastproj kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,417 @@
+"""How the compiled modules are built: probe the compiler, write a ninja file, run it.
+
+Each module has one function that returns its build parameters (`cpu_module`, `cuda_module`): a
+`Module` when it can be built, or a `Skipped` with the reason and the fix. A missing tool skips a
+module; a compile error in a module that was started always fails the build.
+
+Environment variables:
+
+==================== ===========================================================================
+FASTPROJ_CPU         0 leaves `fastproj._cpu` out, 1 makes a missing compiler an error
+FASTPROJ_CUDA        the same for `fastproj._cuda`
+FASTPROJ_CUDA_ARCHS  such as "80;90a"; unset: TORCH_CUDA_ARCH_LIST, or all of ours
+FASTPROJ_SANITIZE    1 builds `fastproj._cpu` with the address and undefined-behaviour sanitizers
+CXX                  the C++ compiler
+CXXFLAGS, LDFLAGS    flags added to every C++ compilation, and to the link
+MAX_JOBS             how many compilations run at once; unset: ninja decides
+==================== ===========================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+
+# Instruction sets beyond the baseline: name -> flags. The source is csrc/cpu/isa_<name>.cpp, which
+# is compiled alone, so that no flag leaks into another file.
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
+X86_ISAS: dict[str, list[str]] = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512": _AVX512,
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+}
+ISA_PROBE = """
+#ifndef __x86_64__
+#error not x86-64
+#endif
+#include <immintrin.h>
+int probe() { return 0; }
+"""
+
+# The CUDA module is built without being asked for (when an nvcc is found) once this is True.
+CUDA_BY_DEFAULT = False
+
+
+class BuildError(BaseError):
+    """A native build that was required, or had started, failed."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """One translation unit; `command` is the compiler with its flags, without input and output."""
+
+    source: Path
+    command: Sequence[str]
+    label: str = "CXX"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One extension module; `link` is the link command without objects and output."""
+
+    name: str
+    units: Sequence[Compile]
+    link: Sequence[str]
+    info: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that is not built: `reason` says why and what to do about it."""
+
+    name: str
+    reason: str
+    loud: bool = True
+
+
+def switch(variable: str) -> bool | None:
+    """Value of an on/off environment variable: True, False, or None when unset or empty."""
+    value = os.environ.get(variable, "").strip()
+    if value not in ("", "0", "1"):
+        raise BuildError(
+            f"{variable}: received {value!r}; expected 0 (leave out), 1 (require) or unset"
+        )
+    return None if value == "" else value == "1"
+
+
+# ------------------------------------------------------------------------------------ the compiler
+
+
+def run(command: Sequence[str]) -> tuple[bool, str]:
+    """Whether `command` exits with 0, and all it printed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        return False, str(error)
+    return done.returncode == 0, done.stdout + done.stderr
+
+
+def compiles(command: Sequence[str], text: str) -> tuple[bool, str]:
+    """Whether compiler and flags `command` take `text`, and what the compiler said."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(text)
+        return run([*command, str(source), "-o", str(Path(folder, "probe.out"))])
+
+
+def shared_flags() -> list[str]:
+    """Link flags for an extension module on this platform."""
+    if sys.platform == "darwin":
+        return ["-bundle", "-undefined", "dynamic_lookup"]
+    return ["-shared"]
+
+
+def user_flags(variable: str) -> list[str]:
+    """The words of an environment variable that holds compiler flags."""
+    return shlex.split(os.environ.get(variable, ""))
+
+
+def find_compiler() -> list[str] | str:
+    """The C++ compiler as a list of words, or the reason why there is none that works."""
+    if sys.platform == "win32":
+        return "the C++ kernels are not built on Windows yet; use Linux, macOS or WSL for them"
+    named = user_flags("CXX")
+    candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
+    present = [command for command in candidates if shutil.which(command[0])]
+    if not present:
+        looked = f"CXX={shlex.join(named)}" if named else "c++, g++ and clang++"
+        return (
+            f"no C++ compiler was found (looked for {looked}); "
+            "install one, e.g. `apt-get install g++`, and reinstall fastproj"
+        )
+    probe = "#include <vector>\nint main() { return 0; }\n"
+    said = ""
+    for command in present:
+        works, said = compiles([*command, "-std=c++17", "-fPIC", *shared_flags()], probe)
+        if works:
+            return command
+    return (
+        f"{shlex.join(present[-1])} can't compile a trivial C++17 file; reinstall it or set CXX "
+        f"({' '.join(said.split())[-300:]})"
+    )
+
+
+def compiler_version(compiler: Sequence[str], line: int = 0) -> str:
+    """The line of `compiler --version` that names it."""
+    works, said = run([*compiler, "--version"])
+    return said.splitlines()[line].strip() if works and said.strip() else shlex.join(compiler)
+
+
+def binding_flags() -> list[str] | str:
+    """Include flags of Python and pybind11, or the reason why Python's headers are missing."""
+    include = sysconfig.get_paths()["include"]
+    if not Path(include, "Python.h").is_file():
+        package = f"python{sys.version_info[0]}.{sys.version_info[1]}-dev"
+        return (
+            f"Python's headers are missing (no Python.h in {include}); "
+            f"install them, e.g. `apt-get install {package}`, and reinstall fastproj"
+        )
+    try:
+        pybind11 = importlib.import_module("pybind11")
+    except ImportError as error:
+        raise BuildError(
+            "pybind11 is missing: `pip install pybind11 ninja`, or build with isolation"
+        ) from error
+    return [f"-I{pybind11.get_include()}", f"-I{include}"]
+
+
+# ------------------------------------------------------------------------------------- the modules
+
+
+def cpu_module(version: str) -> Module | Skipped:
+    """Build parameters of `fastproj._cpu`: a unit per instruction set, baseline flags elsewhere."""
+    name = "fastproj._cpu"
+    wanted = switch("FASTPROJ_CPU")
+    if wanted is False:
+        return Skipped(name, "left out on request (FASTPROJ_CPU=0); reinstall without that")
+    compiler = find_compiler()
+    includes = binding_flags() if isinstance(compiler, list) else []
+    if isinstance(compiler, str) or isinstance(includes, str):
+        reason = compiler if isinstance(compiler, str) else str(includes)
+        if wanted:
+            raise BuildError(f"FASTPROJ_CPU=1, but {reason}")
+        return Skipped(name, reason)
+
+    sanitize = bool(switch("FASTPROJ_SANITIZE"))
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else []
+    mode = ["-O1", "-g", "-fno-omit-frame-pointer", *checks] if sanitize else ["-O3", "-DNDEBUG"]
+    base = [*compiler, "-std=c++17", *mode, "-fPIC", "-fvisibility=hidden", "-pthread"]
+    base += ["-Wall", "-Wextra", f"-I{CSRC}", *user_flags("CXXFLAGS")]
+
+    isas = {"portable": list[str]()}
+    for isa, flags in X86_ISAS.items():
+        if compiles([*compiler, "-std=c++17", "-c", *flags], ISA_PROBE)[0]:
+            isas[isa] = flags
+    have = [f"-DFASTPROJ_HAVE_{isa.upper()}" for isa in isas if isa != "portable"]
+    bind = [*base, *have, *includes, f'-DFASTPROJ_VERSION="{version}"']
+    cpu = CSRC / "cpu"
+    units = [Compile(cpu / f"isa_{isa}.cpp", [*base, *flags]) for isa, flags in isas.items()]
+    units += [Compile(cpu / "dispatch.cpp", [*base, *have]), Compile(cpu / "bindings.cpp", bind)]
+    link = [*compiler, *shared_flags(), "-pthread", *checks, *user_flags("LDFLAGS")]
+    info = {"compiler": compiler_version(compiler), "isas": list(isas), "sanitize": sanitize}
+    return Module(name, units, link, info)
+
+
+def cuda_module(version: str) -> Module | Skipped:
+    """Build parameters of `fastproj._cuda`: csrc/cuda/*.cu by nvcc, bindings.cpp by the C++ one."""
+    name = "fastproj._cuda"
+    wanted = switch("FASTPROJ_CUDA")
+    if wanted is False or (wanted is None and not CUDA_BY_DEFAULT):
+        asked = "FASTPROJ_CUDA=1 and an nvcc on PATH"
+        return Skipped(name, f"it was not asked for; reinstall with {asked}", loud=False)
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    nvcc = find_nvcc()
+    compiler = find_compiler()
+    includes = binding_flags() if isinstance(compiler, list) else []
+    if not sources or nvcc is None or isinstance(compiler, str) or isinstance(includes, str):
+        if not sources:
+            reason = "this source tree has no csrc/cuda/*.cu; use one that has"
+        elif nvcc is None:
+            reason = "no nvcc was found (CUDA_HOME, CUDA_PATH, PATH); install the CUDA toolkit"
+        else:
+            reason = compiler if isinstance(compiler, str) else str(includes)
+        if wanted:
+            raise BuildError(f"FASTPROJ_CUDA=1, but {reason}")
+        return Skipped(name, reason, loud=False)
+
+    archs = cuda_archs(nvcc)
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    through = [nvcc, "-ccbin", compiler[0], *gencode]
+    device = [*through, "-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}"]
+    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-warn-spills"]
+    host = [*compiler, "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
+    host += ["-Wall", "-Wextra", f"-I{CSRC}", *includes, f'-DFASTPROJ_VERSION="{version}"']
+    units = [Compile(source, device, label="NVCC") for source in sources]
+    units.append(Compile(CSRC / "cuda" / "bindings.cpp", [*host, *user_flags("CXXFLAGS")]))
+    link = [*through, "-shared", "-cudart", "static"]
+    return Module(name, units, link, {"compiler": compiler_version([nvcc], -1), "archs": archs})
+
+
+def find_nvcc() -> str | None:
+    """Path of the nvcc to use: that of CUDA_HOME or CUDA_PATH, else the first on PATH."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home and Path(home, "bin", "nvcc").is_file():
+            return str(Path(home, "bin", "nvcc"))
+    return shutil.which("nvcc")
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Architectures such as ["80", "90a"]: those asked for, or those of ours that nvcc knows."""
+    asked = os.environ.get("FASTPROJ_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or ""
+    if asked.strip():
+        words = re.split(r"[;,\s]+", asked.strip())
+        names = [word.replace(".", "").replace("+PTX", "") for word in words]
+        for name in names:
+            if not re.fullmatch(r"\d{2,3}[af]?", name):
+                raise BuildError(
+                    f'CUDA architectures: received {asked!r}; expected a list such as "80;90a"'
+                )
+        return names
+    known = set(re.findall(r"compute_(\w+)", run([nvcc, "--list-gpu-arch"])[1]))
+    ours = ["80", "86", "89", "90a", "100", "120"]
+    found = [arch for arch in ours if arch.rstrip("a") in known]
+    if not found:
+        raise BuildError(f"{nvcc} lists none of {', '.join(ours)}; set FASTPROJ_CUDA_ARCHS")
+    return found
+
+
+# ------------------------------------------------------------------------------------------- ninja
+
+NINJA_RULES = """\
+ninja_required_version = 1.8
+rule compile
+  command = $tool -MD -MF $out.d -c $in -o $out
+  description = $label $in
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $tool $in -o $out
+  description = LINK $out
+"""
+
+
+def ninja_path(path: Path | str) -> str:
+    """`path` as ninja wants it in a build line."""
+    return re.sub(r"[$ :]", lambda match: "$" + match[0], str(path))
+
+
+def ninja_text(module: Module, output: Path) -> str:
+    """The ninja file of one module; objects lie beside it, named after their sources."""
+    lines, objects = [NINJA_RULES], []
+    for unit in module.units:
+        stem = unit.source.stem if unit.source.suffix == ".cpp" else unit.source.name
+        objects.append(ninja_path(f"{stem}.o"))
+        tool = shlex.join(unit.command).replace("$", "$$")
+        lines.append(f"build {objects[-1]}: compile {ninja_path(unit.source)}")
+        lines.append(f"  tool = {tool}\n  label = {unit.label}")
+    lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
+    lines.append(f"  tool = {shlex.join(module.link).replace('$', '$$')}\n")
+    return "\n".join(lines)
+
+
+def find_ninja() -> str:
+    """The ninja of the Python package (a build requirement), or the one on PATH."""
+    try:
+        return str(Path(importlib.import_module("ninja").BIN_DIR, "ninja"))
+    except ImportError:
+        found = shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja is missing: `pip install pybind11 ninja`, or build with isolation")
+    return found
+
+
+def build_module(module: Module, folder: Path, output: Path) -> None:
+    """Compile and link `module` to `output`; `folder` is kept, so the next build is incremental."""
+    missing = [str(unit.source) for unit in module.units if not unit.source.is_file()]
+    if missing:
+        raise BuildError(f"{module.name}: source files are missing: {', '.join(missing)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_text(module, output.resolve()))
+    jobs = os.environ.get("MAX_JOBS", "").strip()
+    command = [find_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+    if subprocess.run(command).returncode != 0:
+        leave_out = module.name.replace("._", "_").upper()
+        raise BuildError(
+            f"{module.name} did not compile; the compiler's message is above. If the compiler is "
+            f"too old, set CXX to g++ >= 9 or clang++ >= 10; {leave_out}=0 leaves the module out"
+        )
+
+
+# -------------------------------------------------------------------------- the setuptools command
+
+
+def native_extensions() -> list[Extension]:
+    """Names for setuptools; the build is ours, and optional because a module may be skipped."""
+    return [
+        Extension(name, sources=[], optional=True) for name in ("fastproj._cpu", "fastproj._cuda")
+    ]
+
+
+class NinjaBuild(build_ext):
+    """`build_ext` through ninja; fastproj/_build_info.py records what was built, or why not."""
+
+    def run(self) -> None:
+        """Build, then keep an in-place tree free of modules that this build left out."""
+        # The base class clears `inplace` while it builds, and copies the results afterwards.
+        self._in_source_tree = bool(self.inplace)
+        super().run()
+        if self._in_source_tree:
+            build_py = self.get_finalized_command("build_py")
+            for extension in self.extensions:
+                in_place, built = self._get_inplace_equivalent(build_py, extension)
+                if not Path(built).exists():
+                    Path(in_place).unlink(missing_ok=True)
+
+    def build_extensions(self) -> None:
+        """Build every module that can be, record all of them."""
+        version = self.distribution.get_version()
+        flavour = "-sanitize" if switch("FASTPROJ_SANITIZE") else ""
+        record: dict[str, dict[str, object]] = {}
+        for module in (cpu_module(version), cuda_module(version)):
+            key = module.name.rpartition("._")[2]
+            output = Path(self.get_ext_fullpath(module.name))
+            if isinstance(module, Module):
+                folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}{flavour}" / key
+                build_module(module, folder, output)
+                record[key] = {"built": True, "reason": "", **module.info}
+            else:
+                output.unlink(missing_ok=True)
+                record[key] = {"built": False, "reason": module.reason}
+                if module.loud:
+                    warn(module)
+        places = [Path(self.build_lib, "fastproj")]
+        if self._in_source_tree:
+            places.append(ROOT / "fastproj")
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "_build_info.py").write_text(build_info_text(record))
+
+
+def warn(module: Skipped) -> None:
+    """Say on stderr that a module is missing and what that costs."""
+    bar = "*" * 98
+    print(
+        f"\n{bar}\nWARNING: {module.name} is NOT built: {module.reason}.\n"
+        "fastproj will use its `reference` backend: correct, but hundreds of times slower.\n"
+        f"{bar}\n",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def build_info_text(record: dict[str, dict[str, object]]) -> str:
+    """The source of fastproj/_build_info.py."""
+    return (
+        '"""What this installation was built with: written by the build."""\n\n'
+        f"import json\n\nBUILT = json.loads({json.dumps(record, sort_keys=True)!r})\n"
+    )
