@@ -402,7 +402,7 @@ def warn(module: Skipped) -> None:
     bar = "*" * 98
     print(
         f"\n{bar}\nWARNING: {module.name} is NOT built: {module.reason}.\n"
-        "fastproj will use its `reference` backend: correct, but hundreds of times slower.\n"
+        "fastproj will use its `reference` backend: correct, but far slower.\n"
         f"{bar}\n",
         file=sys.stderr,
         flush=True,
