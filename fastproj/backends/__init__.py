@@ -1,0 +1,1 @@
+"""Backend adapters: one module each, the same functions; ``registry`` chooses among them."""

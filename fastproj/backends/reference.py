@@ -1,0 +1,95 @@
+"""The reference backend: blocks of R from ``spec``, multiplied in float64. Slow, short, exact.
+
+``precision`` is accepted and changes nothing: every product and sum is made in float64. Memory
+beyond input and output stays below a few blocks of at most 2^19 entries, whatever the sizes.
+Runs on any device: a block is made on the CPU and moved to where the input is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastproj.spec import MatrixKey, matrix_block
+
+NAME = "reference"
+BLOCK_ROWS = 512
+BLOCK_COLS = 1024
+
+
+def unavailable() -> str | None:
+    """None: it needs only torch and NumPy."""
+    return None
+
+
+def unsupported(device_type: str, dtype: torch.dtype, kind: str) -> str | None:
+    """None where the device can multiply in float64, else the reason."""
+    return "mps has no float64; move the tensor to cpu" if device_type == "mps" else None
+
+
+def describe() -> dict[str, str]:
+    """What it would use here."""
+    return {"arithmetic": "float64", "matrix": "NumPy", "threads": str(torch.get_num_threads())}
+
+
+def _spans(size: int, step: int, origin: int = 0) -> Iterator[tuple[int, int]]:
+    """(start, stop) covering 0..size, cut where ``origin`` + position is a multiple of step."""
+    start = 0
+    while start < size:
+        stop = min(size, start + step - (origin + start) % step)
+        yield start, stop
+        start = stop
+
+
+def _block(key: MatrixKey, row: int, rows: int, col: int, cols: int, like: Tensor) -> Tensor:
+    """R[row : row + rows, col : col + cols] in float64 on the device of ``like``."""
+    block = matrix_block(key, row, row + rows, col, col + cols)
+    return torch.from_numpy(block).to(like.device, torch.float64)
+
+
+def project(
+    pieces: list[Tensor],
+    out: Tensor,
+    *,
+    key: MatrixKey,
+    row_offset: int,
+    scale: float,
+    accumulate: bool,
+    precision: str,
+) -> None:
+    """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
+    for col, col_stop in _spans(out.shape[1], BLOCK_COLS):
+        total = out.new_zeros((out.shape[0], col_stop - col), dtype=torch.float64)
+        row = row_offset
+        for piece in pieces:
+            for p, p_stop in _spans(piece.shape[1], BLOCK_ROWS, row):
+                block = _block(key, row + p, p_stop - p, col, col_stop - col, piece)
+                total += piece[:, p:p_stop].double() @ block
+            row += piece.shape[1]
+        total *= scale
+        if accumulate:
+            total += out[:, col:col_stop]
+        out[:, col:col_stop] = total
+
+
+def project_transpose(
+    y: Tensor, out: Tensor, *, key: MatrixKey, row_offset: int, scale: float, precision: str
+) -> None:
+    """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
+    for p, p_stop in _spans(out.shape[1], BLOCK_ROWS, row_offset):
+        total = out.new_zeros((out.shape[0], p_stop - p), dtype=torch.float64)
+        for col, col_stop in _spans(y.shape[1], BLOCK_COLS):
+            block = _block(key, row_offset + p, p_stop - p, col, col_stop - col, y)
+            total += y[:, col:col_stop].double() @ block.T
+        out[:, p:p_stop] = total * scale
+
+
+def matrix(out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+    """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
+    for p, p_stop in _spans(out.shape[0], BLOCK_ROWS, row_offset):
+        for col, col_stop in _spans(out.shape[1], BLOCK_COLS):
+            out[p:p_stop, col:col_stop] = _block(
+                key, row_offset + p, p_stop - p, col_offset + col, col_stop - col, out
+            )

@@ -1,0 +1,140 @@
+"""Which backend runs a call: cuda, triton, cpu, reference, in that order, or the one asked for.
+
+Every adapter module ``fastproj.backends.<name>`` has NAME, unavailable(), unsupported(),
+project(), project_transpose(), matrix() and describe().
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from functools import lru_cache
+from types import ModuleType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fastproj.spec import MatrixKey
+
+NAMES = ("cuda", "triton", "cpu", "reference")  # in order of preference
+ENVIRONMENT = "FASTPROJ_BACKEND"
+
+logger = logging.getLogger("fastproj")
+
+
+class Backend(Protocol):
+    """What an adapter module offers; nothing in it checks user arguments."""
+
+    NAME: str
+
+    def unavailable(self) -> str | None:
+        """None where it can run on this machine, else the reason and the fix in one line."""
+
+    def unsupported(self, device_type: str, dtype: torch.dtype, kind: str) -> str | None:
+        """None where it takes such input, else the reason in one line."""
+
+    def project(
+        self,
+        pieces: list[Tensor],
+        out: Tensor,
+        *,
+        key: MatrixKey,
+        row_offset: int,
+        scale: float,
+        accumulate: bool,
+        precision: str,
+    ) -> None:
+        """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
+
+    def project_transpose(
+        self,
+        y: Tensor,
+        out: Tensor,
+        *,
+        key: MatrixKey,
+        row_offset: int,
+        scale: float,
+        precision: str,
+    ) -> None:
+        """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
+
+    def matrix(self, out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+        """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
+
+    def describe(self) -> dict[str, str]:
+        """What it would use on this machine."""
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> Backend:
+    """The adapter module called ``name``.
+
+    Raises ImportError where it is not part of this installation, ValueError for an unknown name.
+    """
+    if name not in NAMES:
+        raise ValueError(f"received backend={name!r}; expected one of {', '.join(NAMES)}")
+    module: ModuleType = importlib.import_module(f"fastproj.backends.{name}")
+    return cast(Backend, module)
+
+
+@lru_cache(maxsize=None)
+def unavailable(name: str) -> str | None:
+    """None where backend ``name`` can run on this machine, else the reason and the fix."""
+    try:
+        return load(name).unavailable()
+    except ImportError as error:
+        return f"it can't be imported here ({error}); reinstall fastproj"
+
+
+def available_backends() -> list[str]:
+    """Names of the backends that can run on this machine, the preferred one first."""
+    return [name for name in NAMES if unavailable(name) is None]
+
+
+def check_usable(backend: str | None) -> None:
+    """Raise ValueError unless ``backend`` is None or the name of one usable here."""
+    if backend is None:
+        return
+    if backend not in NAMES:
+        raise ValueError(
+            f"received backend={backend!r}; expected one of {', '.join(NAMES)}, or None"
+        )
+    reason = unavailable(backend)
+    if reason is not None:
+        raise ValueError(
+            f"received backend={backend!r}, which can't run here: {reason}. "
+            f"Usable here: {', '.join(available_backends())}"
+        )
+
+
+def choose(device_type: str, dtype: torch.dtype, kind: str, backend: str | None = None) -> Backend:
+    """The backend for such input: ``backend``, else $FASTPROJ_BACKEND, else the first that can.
+
+    Raises ValueError where the one asked for is unknown, not usable here or can't take the input.
+    """
+    return _choose(device_type, dtype, kind, backend or os.environ.get(ENVIRONMENT) or None)
+
+
+@lru_cache(maxsize=None)
+def _choose(device_type: str, dtype: torch.dtype, kind: str, asked: str | None) -> Backend:
+    wanted = f"{kind} with {str(dtype).removeprefix('torch.')} on {device_type}"
+    check_usable(asked)
+    passed_over = []
+    for name in (asked,) if asked else NAMES:
+        reason = unavailable(name) or load(name).unsupported(device_type, dtype, kind)
+        if reason is None:
+            why = "asked for" if asked else "; ".join(passed_over) or "first in order"
+            slow = name == "reference" and not asked
+            logger.log(
+                logging.WARNING if slow else logging.INFO,
+                "backend %s for %s (%s)%s",
+                name,
+                wanted,
+                why,
+                ": this one is slow, made for checking" if slow else "",
+            )
+            return load(name)
+        passed_over.append(f"{name}: {reason}")
+    raise ValueError(f"no backend takes {wanted}: {'; '.join(passed_over)}")

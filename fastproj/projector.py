@@ -1,0 +1,181 @@
+"""Projector: one configuration of ``project``, checked once and used for many batches."""
+
+from __future__ import annotations
+
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+from fastproj import ops
+from fastproj.backends import registry
+from fastproj.spec import MAX_COLS, MAX_ROWS
+
+
+class Projector:
+    """A reusable projection from ``grad_dim`` to ``proj_dim`` dimensions.
+
+    ``projector.project(grads, model_id)`` is
+    ``project(grads, proj_dim, seed, kind, stream=model_id, scale=scale, ...)``: each model_id
+    (a checkpoint of an ensemble) has a matrix of its own.
+
+    Parameters
+    ----------
+    grad_dim : P, the number of gradient entries per sample, 1 <= P <= 2^56.
+    proj_dim : K, 1 <= K <= 2^32.
+    seed, kind, scale, precision, backend : as in ``fastproj.project``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a configuration that can't work here.
+    """
+
+    def __init__(
+        self,
+        grad_dim: SupportsIndex,
+        proj_dim: SupportsIndex,
+        seed: SupportsIndex = 0,
+        kind: str = "rademacher",
+        *,
+        scale: str | float | None = "jl",
+        precision: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.grad_dim = ops.check_integer("Projector", "grad_dim", grad_dim, 1, MAX_ROWS + 1)
+        self.proj_dim = ops.check_integer("Projector", "proj_dim", proj_dim, 1, MAX_COLS + 1)
+        self.seed = ops.check_integer("Projector", "seed", seed, 0, 1 << 64)
+        ops.check_kind("Projector", kind)
+        ops.check_scale("Projector", scale, self.proj_dim)
+        ops.check_precision("Projector", precision)
+        ops.check_backend("Projector", backend)
+        registry.check_usable(backend)
+        self.kind = kind
+        self.scale = scale
+        self.precision = precision
+        self.backend = backend
+
+    def project(
+        self,
+        grads: ops.Grads,
+        model_id: SupportsIndex = 0,
+        *,
+        row_offset: SupportsIndex | None = None,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """``scale * G @ R[row_offset : row_offset + P]`` with the matrix of ``model_id``.
+
+        Parameters
+        ----------
+        grads : Tensor [B, P], or a dict or sequence of [B, ...] tensors taken in order.
+        model_id : the stream, 0 <= model_id < 2^32.
+        row_offset : None where ``grads`` are whole gradients, P == grad_dim; an int where they are
+            the piece row_offset .. row_offset + P of them.
+        out, accumulate : as in ``fastproj.project``.
+
+        Returns
+        -------
+        Tensor [B, proj_dim], float64 for float64 grads, float32 otherwise.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For anything it can't take, before ``out`` is touched.
+        """
+        return ops.checked_project(
+            "Projector.project",
+            grads,
+            self.proj_dim,
+            self.seed,
+            self.kind,
+            stream=model_id,
+            row_offset=row_offset,
+            out=out,
+            accumulate=accumulate,
+            scale=self.scale,
+            precision=self.precision,
+            backend=self.backend,
+            grad_dim=self.grad_dim,
+        )
+
+    def project_transpose(
+        self,
+        y: Tensor,
+        model_id: SupportsIndex = 0,
+        *,
+        rows: ops.Rows | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The adjoint: ``scale * Y @ R[rows].T`` with the matrix of ``model_id``.
+
+        Parameters
+        ----------
+        y : Tensor [B, proj_dim].
+        rows : None for all grad_dim rows, an int for the first n, or a slice(start, stop).
+        model_id, out : as in ``project``.
+
+        Returns
+        -------
+        Tensor [B, n], float64 for float64 y, float32 otherwise.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For anything it can't take, before ``out`` is touched.
+        """
+        function = "Projector.project_transpose"
+        if isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] != self.proj_dim:
+            raise ValueError(
+                f"{function}: received y with K={y.shape[1]}; expected K = proj_dim = {self.proj_dim}"
+            )
+        return ops.project_transpose(
+            y,
+            self._rows(function, rows),
+            self.seed,
+            self.kind,
+            stream=model_id,
+            scale=self.scale,
+            out=out,
+            precision=self.precision,
+            backend=self.backend,
+        )
+
+    def matrix(
+        self,
+        rows: ops.Rows | None = None,
+        cols: ops.Rows | None = None,
+        model_id: SupportsIndex = 0,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The block ``R[rows, cols]`` of the matrix of ``model_id``, unscaled.
+
+        ``rows`` and ``cols`` default to all grad_dim and proj_dim of them; otherwise, and for the
+        rest, as in ``fastproj.matrix``.
+        """
+        return ops.matrix(
+            self._rows("Projector.matrix", rows),
+            self.proj_dim if cols is None else cols,
+            self.seed,
+            self.kind,
+            stream=model_id,
+            dtype=dtype,
+            device=device,
+            backend=self.backend,
+        )
+
+    def _rows(self, function: str, rows: ops.Rows | None) -> ops.Rows:
+        """``rows`` or all of them; a ValueError where they go past grad_dim."""
+        if rows is None:
+            return self.grad_dim
+        ops.check_rows(function, "rows", rows, self.grad_dim)
+        return rows
+
+    def __repr__(self) -> str:
+        return (
+            f"Projector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, seed={self.seed}, "
+            f"kind={self.kind!r}, scale={self.scale!r}, precision={self.precision!r}, "
+            f"backend={self.backend!r})"
+        )
