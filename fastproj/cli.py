@@ -202,7 +202,7 @@ def print_info(options: argparse.Namespace) -> int:
 
 def print_rows(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
     """Two columns, the first as wide as it needs to be."""
-    width = max(len(name) for name, _ in rows) + 2
+    width = max((len(name) for name, _ in rows), default=0) + 2
     for name, value in rows:
         print(f"{indent}{name:<{width}}{value}")
 
