@@ -181,11 +181,10 @@ def print_info(options: argparse.Namespace) -> int:
     print_rows(rows)
     print("\nbackends, in the order in which they are tried")
     for name, backend in info["backends"].items():
-        details = ", ".join(f"{key} {value}" for key, value in backend["details"].items())
-        state = (
-            f"usable      {details}" if backend["usable"] else f"not usable  {backend['reason']}"
-        )
-        print(f"  {name:<11}{state.rstrip()}")
+        state = "usable" if backend["usable"] else f"not usable: {backend['reason']}"
+        print(f"  {name:<11}{state}")
+        details = [(key, value) for key, value in backend["details"].items() if value]
+        print_rows(details, " " * 13)
     print("\ncompiled modules of this installation")
     for name, module in info["built"].items():
         facts = [str(module.get("compiler", "")), " ".join(module.get("isas", []))]
