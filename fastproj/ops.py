@@ -1,322 +1,42 @@
-"""project, project_transpose, matrix: argument checks, the custom ops, and the choice of backend.
+"""project, project_transpose, matrix: the public functions, the custom ops, the way to a backend.
 
-Everything a caller can get wrong is refused here, before anything is written. The public functions
-turn their arguments into plain ones (2-D views, integers, a float scale) and call one custom op;
-eager calls that nothing needs to trace skip torch's dispatcher and call the same function directly.
+The public functions check their arguments (``checks``), turn them into plain ones (2-D views,
+integers, a float scale) and call one custom op; eager calls that nothing needs to trace skip
+torch's dispatcher and call the same function directly.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastproj.backends import registry
-from fastproj.spec import KINDS, MAX_COLS, MAX_ROWS, MatrixKey
-
-Grads = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
-Rows = SupportsIndex | slice
-
-PRECISIONS = ("highest", "high", "medium")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_VIEWS = 64  # a tensor that is not viewable as [B, p] is split into at most this many views
+from fastproj.checks import (
+    DTYPES,
+    MAX_SEED,
+    MAX_STREAM,
+    Grads,
+    Rows,
+    check_backend,
+    check_grads,
+    check_input,
+    check_integer,
+    check_kind,
+    check_memory,
+    check_out,
+    check_precision,
+    check_rows,
+    check_scale,
+    describe,
+    result_dtype,
+    signed_seed,
+)
+from fastproj.spec import MAX_COLS, MAX_ROWS, MatrixKey
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_MAX_SEED = 1 << 64
-_MAX_STREAM = 1 << 32
-
-
-# ---- the checks --------------------------------------------------------------------------------
-
-
-def _describe(t: object) -> str:
-    """A tensor as the error messages name it: ``[8, 1000] float16 on cpu``."""
-    if not isinstance(t, Tensor):
-        return f"{type(t).__name__} {t!r:.60}"
-    layout = "" if t.layout is torch.strided else f" {_name(t.layout)}"
-    return f"{list(t.shape)} {_name(t.dtype)} on {t.device}{layout}"
-
-
-def _name(torch_constant: object) -> str:
-    return str(torch_constant).removeprefix("torch.")
-
-
-def check_integer(function: str, name: str, value: SupportsIndex, low: int, high: int) -> int:
-    """``value`` as an int in low <= value < high. Raises TypeError or ValueError."""
-    if type(value) is not int:
-        if isinstance(value, bool):
-            raise TypeError(f"{function}: received {name}={value!r}; expected an integer")
-        try:
-            value = operator.index(value)
-        except TypeError:
-            raise TypeError(
-                f"{function}: received {name}={value!r} ({type(value).__name__}); "
-                "expected an integer"
-            ) from None
-    if value < low or value >= high:
-        top = f"2^{high.bit_length() - 1}" if high & (high - 1) == 0 else str(high)
-        raise ValueError(f"{function}: received {name}={value}; expected {low} <= {name} < {top}")
-    return value
-
-
-def check_kind(function: str, kind: str) -> None:
-    """Raise ValueError unless ``kind`` is one of KINDS."""
-    if kind not in KINDS:
-        raise ValueError(f"{function}: received kind={kind!r}; expected one of {', '.join(KINDS)}")
-
-
-def check_precision(function: str, precision: str | None) -> str:
-    """``precision`` as the ops take it ("" follows torch when the op runs). Raises ValueError."""
-    if precision is None:
-        return ""
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"{function}: received precision={precision!r}; "
-            f"expected one of {', '.join(PRECISIONS)}, or None"
-        )
-    return precision
-
-
-def check_backend(function: str, backend: str | None) -> str:
-    """``backend`` as the ops take it ("" leaves the choice to the registry). Raises ValueError."""
-    if backend is None:
-        return ""
-    if backend not in registry.NAMES:
-        raise ValueError(
-            f"{function}: received backend={backend!r}; "
-            f"expected one of {', '.join(registry.NAMES)}, or None"
-        )
-    return backend
-
-
-def check_scale(function: str, scale: str | float | None, proj_dim: int) -> float:
-    """The factor that ``scale`` stands for. Raises TypeError or ValueError."""
-    if scale is None:
-        return 1.0
-    if isinstance(scale, str):
-        if scale != "jl":
-            raise ValueError(
-                f'{function}: received scale={scale!r}; expected "jl", None or a number'
-            )
-        return 1.0 / math.sqrt(proj_dim)
-    if isinstance(scale, (bool, Tensor)) or not hasattr(scale, "__float__"):
-        raise TypeError(f'{function}: received scale={scale!r}; expected "jl", None or a number')
-    factor = float(scale)
-    if not math.isfinite(factor):
-        raise ValueError(f"{function}: received scale={scale!r}; expected a finite number")
-    return factor
-
-
-def _signed(function: str, seed: SupportsIndex) -> int:
-    """``seed`` checked, as the int64 with the same 64 bits (op schemas know only int64)."""
-    seed = check_integer(function, "seed", seed, 0, _MAX_SEED)
-    return seed - _MAX_SEED if seed >= _MAX_SEED >> 1 else seed
-
-
-def check_rows(function: str, name: str, rows: Rows, limit: int) -> tuple[int, int]:
-    """(start, count) of ``rows``, an int (0 .. rows) or a slice with a stop and no step."""
-    if not isinstance(rows, slice):
-        return 0, check_integer(function, name, rows, 0, limit + 1)
-    if rows.stop is None or rows.step not in (None, 1):
-        raise ValueError(
-            f"{function}: received {name}={rows}; expected slice(start, stop), without a step"
-        )
-    stop = check_integer(function, f"{name}.stop", rows.stop, 0, limit + 1)
-    start = (
-        0
-        if rows.start is None
-        else check_integer(function, f"{name}.start", rows.start, 0, limit + 1)
-    )
-    if start > stop:
-        raise ValueError(f"{function}: received {name}={rows}; expected start <= stop")
-    return start, stop - start
-
-
-def _check_input(function: str, name: str, t: object) -> Tensor:
-    """``t``, if it is a strided floating-point Tensor that some backend may take."""
-    if not isinstance(t, Tensor):
-        raise TypeError(
-            f"{function}: received {name} of type {type(t).__name__}; expected a torch.Tensor "
-            "(torch.from_numpy turns a NumPy array into one)"
-        )
-    if t.dtype not in DTYPES:
-        raise TypeError(
-            f"{function}: received {name} {_describe(t)}; expected float32, bfloat16, float16 or "
-            f"float64 (convert with {name}.float() if that is what you mean)"
-        )
-    if t.layout is not torch.strided:
-        raise TypeError(
-            f"{function}: received {name} {_describe(t)}; expected a strided tensor "
-            f"({name}.to_dense() makes one)"
-        )
-    return t
-
-
-def _views(t: Tensor) -> list[Tensor]:
-    """``t`` [B, ...] as [B, p_i] views whose columns, in order, are those of t.flatten(1).
-
-    Views wherever MAX_VIEWS of them suffice; a layout that would need more is copied.
-    """
-    batch = t.shape[0]
-    if t.dim() == 1:
-        return [t.unsqueeze(1)]
-    if t.dim() == 2:
-        return [t]
-    if t.is_contiguous():
-        return [t.view(batch, t[0].numel() if batch else math.prod(t.shape[1:]))]
-    # Dimension d runs on into d + 1 when its stride is that of the whole inner part.
-    shape, stride = t.shape, t.stride()
-    split, inner = t.dim() - 1, t.dim() - 1
-    for d in range(t.dim() - 2, 0, -1):
-        if shape[d] != 1 and shape[inner] != 1 and stride[d] != stride[inner] * shape[inner]:
-            break
-        if shape[d] != 1:
-            inner = d
-        split = d
-    outer = shape[1:split]
-    if math.prod(outer) > MAX_VIEWS:
-        return [t.reshape(batch, -1)]
-    parts = [t]
-    for _ in outer:
-        parts = [part.select(1, i) for part in parts for i in range(part.shape[1])]
-    return [part.flatten(1) for part in parts]
-
-
-def _pieces(function: str, grads: Grads) -> list[Tensor]:
-    """``grads`` as checked [B, p_i] views of one batch size, dtype and device; no empty ones."""
-    if isinstance(grads, Tensor):
-        grads = _check_input(function, "grads", grads)
-        if grads.dim() != 2:
-            raise ValueError(
-                f"{function}: received grads {_describe(grads)}; expected [B, P] (a list or dict "
-                "of [B, ...] tensors is flattened per sample, so [grads] works too)"
-            )
-        if grads.shape[1] == 0:
-            raise ValueError(
-                f"{function}: received grads {_describe(grads)}; expected [B, P] with P >= 1"
-            )
-        return [grads]
-    if isinstance(grads, Mapping):
-        named = [(f"grads[{name!r}]", t) for name, t in grads.items()]
-    elif isinstance(grads, Sequence) and not isinstance(grads, (str, bytes)):
-        named = [(f"grads[{i}]", t) for i, t in enumerate(grads)]
-    else:
-        raise TypeError(
-            f"{function}: received grads of type {type(grads).__name__}; expected a torch.Tensor "
-            "[B, P], or a dict or sequence of [B, ...] tensors"
-        )
-    pieces: list[Tensor] = []
-    for name, t in named:
-        t = _check_input(function, name, t)
-        if t.dim() == 0:
-            raise ValueError(f"{function}: received {name} {_describe(t)}; expected [B, ...]")
-        first_name, first = named[0]
-        if t.shape[0] != first.shape[0] or t.dtype != first.dtype or t.device != first.device:
-            raise ValueError(
-                f"{function}: received {first_name} {_describe(first)} but {name} {_describe(t)}; "
-                "expected one batch size, dtype and device throughout (or one call for each group, "
-                "with its row_offset and accumulate=True)"
-            )
-        pieces += [view for view in _views(t) if view.shape[1] != 0]
-    if not pieces:
-        raise ValueError(
-            f"{function}: received {len(named)} tensors with no elements per sample; "
-            "expected P >= 1 in all"
-        )
-    return pieces
-
-
-def _result_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _check_out(
-    function: str, out: Tensor, shape: tuple[int, int], inputs: list[Tensor], source: str
-) -> None:
-    """Refuse an ``out`` that can't take the result: nothing has been written yet."""
-    dtype, device = _result_dtype(inputs[0].dtype), inputs[0].device
-    expected = f"{list(shape)} {_name(dtype)} on {device}"
-    if not isinstance(out, Tensor):
-        raise TypeError(
-            f"{function}: received out of type {type(out).__name__}; expected a Tensor {expected}"
-        )
-    if out.dtype != dtype:
-        raise TypeError(f"{function}: received out {_describe(out)}; expected {expected}")
-    if out.layout is not torch.strided or out.shape != shape or out.device != device:
-        raise ValueError(f"{function}: received out {_describe(out)}; expected {expected}")
-    if torch.is_grad_enabled() and (out.requires_grad or any(t.requires_grad for t in inputs)):
-        which = "out" if out.requires_grad else source
-        raise ValueError(
-            f"{function}: received out= and a {which} that requires grad, which out= can't "
-            "differentiate; call without out=, or under torch.no_grad()"
-        )
-
-
-def _check_memory(function: str, out: Tensor, inputs: list[Tensor], source: str) -> None:
-    """Refuse an ``out`` [n, m] that shares memory with itself or with an input."""
-    (n, m), (s0, s1) = out.shape, out.stride()
-    if n == 0 or m == 0:
-        return
-    divisor = math.gcd(s0, s1) or 1
-    # i * s0 = j * s1 has a solution with |i| < n, |j| < m exactly when its smallest one has.
-    if (
-        (s0 == 0 and n > 1)
-        or (s1 == 0 and m > 1)
-        or (s0 and s1 and s1 // divisor < n and s0 // divisor < m)
-    ):
-        raise ValueError(
-            f"{function}: received out {_describe(out)} with strides {(s0, s1)}, whose elements "
-            "overlap in memory; expected one without overlap (out.contiguous() makes one)"
-        )
-    for t in inputs:
-        if _share_memory(out, t):
-            raise ValueError(
-                f"{function}: received out {_describe(out)} that shares memory with {source} "
-                f"{_describe(t)}; expected separate memory (torch.empty_like(out) has it)"
-            )
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two 2-D tensors may share an element. False only where they certainly don't."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    if start_a >= start_b + _extent(b) or start_b >= start_a + _extent(a):
-        return False
-    pitch = a.stride(0) * a.element_size()
-    if a.shape[0] == 1 or b.shape[0] == 1 or pitch == 0 or pitch != b.stride(0) * b.element_size():
-        return True
-    # Two column ranges of one wider matrix: rows recur at one pitch, so compare them modulo it.
-    return not (
-        (start_b - start_a) % pitch >= _extent(a[:1])
-        and (start_a - start_b) % pitch >= _extent(b[:1])
-    )
-
-
-def _extent(t: Tensor) -> int:
-    """Bytes from the first element of a non-empty tensor to the end of its last one."""
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
-    return (last + 1) * t.element_size()
-
-
-def _is_eager(tensors: list[Tensor]) -> bool:
-    """Whether nothing needs to see this call: no autograd, tracing, functorch, lazy bit, subclass."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return False
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if type(t) not in _PLAIN or (grad and t.requires_grad) or t.is_meta or t.is_neg():
-            return False
-    return True
 
 
 # ---- the operations ----------------------------------------------------------------------------
@@ -325,7 +45,7 @@ def _is_eager(tensors: list[Tensor]) -> bool:
 
 
 def _key(kind: str, seed: int, stream: int) -> MatrixKey:
-    return MatrixKey(kind, seed & (_MAX_SEED - 1), stream)
+    return MatrixKey(kind, seed & (MAX_SEED - 1), stream)
 
 
 def _precision(precision: str) -> str:
@@ -344,8 +64,8 @@ def _project(
     backend: str,
 ) -> Tensor:
     first = pieces[0]
-    out = first.new_empty((first.shape[0], proj_dim), dtype=_result_dtype(first.dtype))
-    _project_into(pieces, out, seed, kind, stream, row_offset, scale, False, precision, backend)
+    out = first.new_empty((first.shape[0], proj_dim), dtype=result_dtype(first.dtype))
+    _fill(pieces, out, seed, kind, stream, row_offset, scale, False, precision, backend)
     return out
 
 
@@ -361,19 +81,34 @@ def _project_into(
     precision: str,
     backend: str,
 ) -> None:
+    check_memory("project", out, pieces, "grads")
+    _fill(pieces, out, seed, kind, stream, row_offset, scale, accumulate, precision, backend)
+
+
+def _fill(
+    pieces: list[Tensor],
+    out: Tensor,
+    seed: int,
+    kind: str,
+    stream: int,
+    row_offset: int,
+    scale: float,
+    accumulate: bool,
+    precision: str,
+    backend: str,
+) -> None:
     first = pieces[0]
     chosen = registry.choose(first.device.type, first.dtype, kind, backend)
-    if out.shape[0] == 0:
-        return
-    chosen.project(
-        pieces,
-        out,
-        key=_key(kind, seed, stream),
-        row_offset=row_offset,
-        scale=scale,
-        accumulate=accumulate,
-        precision=_precision(precision),
-    )
+    if out.shape[0] != 0:
+        chosen.project(
+            pieces,
+            out,
+            key=_key(kind, seed, stream),
+            row_offset=row_offset,
+            scale=scale,
+            accumulate=accumulate,
+            precision=_precision(precision),
+        )
 
 
 def _project_transpose(
@@ -387,8 +122,8 @@ def _project_transpose(
     precision: str,
     backend: str,
 ) -> Tensor:
-    out = y.new_empty((y.shape[0], rows), dtype=_result_dtype(y.dtype))
-    _project_transpose_into(y, out, seed, kind, stream, row_offset, scale, precision, backend)
+    out = y.new_empty((y.shape[0], rows), dtype=result_dtype(y.dtype))
+    _fill_transpose(y, out, seed, kind, stream, row_offset, scale, precision, backend)
     return out
 
 
@@ -403,17 +138,31 @@ def _project_transpose_into(
     precision: str,
     backend: str,
 ) -> None:
+    check_memory("project_transpose", out, [y], "y")
+    _fill_transpose(y, out, seed, kind, stream, row_offset, scale, precision, backend)
+
+
+def _fill_transpose(
+    y: Tensor,
+    out: Tensor,
+    seed: int,
+    kind: str,
+    stream: int,
+    row_offset: int,
+    scale: float,
+    precision: str,
+    backend: str,
+) -> None:
     chosen = registry.choose(y.device.type, y.dtype, kind, backend)
-    if out.numel() == 0:
-        return
-    chosen.project_transpose(
-        y,
-        out,
-        key=_key(kind, seed, stream),
-        row_offset=row_offset,
-        scale=scale,
-        precision=_precision(precision),
-    )
+    if out.numel() != 0:
+        chosen.project_transpose(
+            y,
+            out,
+            key=_key(kind, seed, stream),
+            row_offset=row_offset,
+            scale=scale,
+            precision=_precision(precision),
+        )
 
 
 def _matrix(
@@ -429,6 +178,8 @@ def _matrix(
     backend: str,
 ) -> Tensor:
     out = torch.empty((rows, cols), dtype=dtype, device=device)
+    if out.is_meta:
+        return out
     chosen = registry.choose(out.device.type, dtype, kind, backend)
     if out.numel() != 0:
         chosen.matrix(
@@ -450,7 +201,8 @@ _project_into_op = torch.library.custom_op(
     "fastproj::project_into",
     _project_into,
     mutates_args=("out",),
-    schema=f"(Tensor[] pieces, Tensor(a!) out, {_KEY_SCHEMA}, bool accumulate, {_HOW_SCHEMA}) -> ()",
+    schema=f"(Tensor[] pieces, Tensor(a!) out, {_KEY_SCHEMA}, bool accumulate, "
+    f"{_HOW_SCHEMA}) -> ()",
 )
 _project_transpose_op = torch.library.custom_op(
     "fastproj::project_transpose",
@@ -468,8 +220,8 @@ _matrix_op = torch.library.custom_op(
     "fastproj::matrix",
     _matrix,
     mutates_args=(),
-    schema="(SymInt rows, SymInt cols, SymInt row_offset, SymInt col_offset, SymInt seed, str kind, "
-    "SymInt stream, ScalarType dtype, Device device, str backend) -> Tensor",
+    schema="(SymInt rows, SymInt cols, SymInt row_offset, SymInt col_offset, SymInt seed, "
+    "str kind, SymInt stream, ScalarType dtype, Device device, str backend) -> Tensor",
 )
 
 
@@ -479,12 +231,12 @@ _matrix_op = torch.library.custom_op(
 @_project_op.register_fake
 def _(pieces: list[Tensor], proj_dim: int, *rest: object) -> Tensor:
     first = pieces[0]
-    return first.new_empty((first.shape[0], proj_dim), dtype=_result_dtype(first.dtype))
+    return first.new_empty((first.shape[0], proj_dim), dtype=result_dtype(first.dtype))
 
 
 @_project_transpose_op.register_fake
 def _(y: Tensor, rows: int, *rest: object) -> Tensor:
-    return y.new_empty((y.shape[0], rows), dtype=_result_dtype(y.dtype))
+    return y.new_empty((y.shape[0], rows), dtype=result_dtype(y.dtype))
 
 
 @_project_into_op.register_fake
@@ -514,39 +266,37 @@ def _(
 
 
 def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pieces, _, ctx.seed, ctx.kind, ctx.stream, ctx.row_offset, ctx.scale, *ctx.how = inputs
+    pieces, ctx.proj_dim, *ctx.rest = inputs
     ctx.sizes = [piece.shape[1] for piece in pieces]
     ctx.dtype = pieces[0].dtype
 
 
 def _project_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (
+        _piece_gradients(_project_transpose_op, ctx, grad, ctx.needs_input_grad[0]),
+        *[None] * 8,
+    )
+
+
+def _piece_gradients(transpose: Any, ctx: Any, grad: Tensor, needed: Any) -> list[Tensor | None]:
     """dL/dG_i = scale * dL/dY @ R[rows of piece i].T, in the dtype of the pieces."""
-    wanted = ctx.needs_input_grad[0]
-    row = ctx.row_offset
-    grads: list[Tensor | None] = []
-    for size, needed in zip(ctx.sizes, wanted):
-        grads.append(
-            _project_transpose_op(
-                grad, size, ctx.seed, ctx.kind, ctx.stream, row, ctx.scale, *ctx.how
-            ).to(ctx.dtype)
-            if needed
-            else None
-        )
+    seed, kind, stream, row, *how = ctx.rest
+    gradients: list[Tensor | None] = []
+    for size, wanted in zip(ctx.sizes, needed, strict=True):
+        g = transpose(grad, size, seed, kind, stream, row, *how).to(ctx.dtype) if wanted else None
+        gradients.append(g)
         row = row + size
-    return (grads, *[None] * 8)
+    return gradients
 
 
 def _project_transpose_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, _, ctx.seed, ctx.kind, ctx.stream, ctx.row_offset, ctx.scale, *ctx.how = inputs
+    y, ctx.rows, *ctx.rest = inputs
     ctx.proj_dim, ctx.dtype = y.shape[1], y.dtype
 
 
 def _project_transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """dL/dY = scale * dL/dG @ R[rows], in the dtype of y."""
-    y = _project_op(
-        [grad], ctx.proj_dim, ctx.seed, ctx.kind, ctx.stream, ctx.row_offset, ctx.scale, *ctx.how
-    )
-    return (y.to(ctx.dtype), *[None] * 8)
+    return (_project_op([grad], ctx.proj_dim, *ctx.rest).to(ctx.dtype), *[None] * 8)
 
 
 _project_op.register_autograd(_project_backward, setup_context=_project_setup)
@@ -556,23 +306,140 @@ _project_transpose_op.register_autograd(
 
 
 def _fold(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """``t`` [B, p] mapped over ``dim`` as [size * B, p]; unmapped ones are repeated as a view."""
+    """``t`` [B, p] mapped over ``dim`` as [size * B, p]; an unmapped one is repeated."""
     t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
     return t.reshape(size * t.shape[1], t.shape[2])
+
+
+def _unfold(t: Tensor, size: int) -> Tensor:
+    """``t`` [size * B, n] as [size, B, n]."""
+    return t.view(size, t.shape[0] // size, t.shape[1])
 
 
 @_project_op.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], pieces: list[Tensor], *rest: Any) -> tuple[Tensor, int]:
     size = info.batch_size
-    folded = [_fold(t, dim, size) for t, dim in zip(pieces, in_dims[0])]
-    result = _project_op(folded, *rest)
-    return result.reshape(size, -1, result.shape[1]), 0
+    folded = [_fold(t, dim, size) for t, dim in zip(pieces, in_dims[0], strict=True)]
+    return _unfold(_project_op(folded, *rest), size), 0
 
 
 @_project_transpose_op.register_vmap
 def _(info: Any, in_dims: tuple[Any, ...], y: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    result = _project_transpose_op(_fold(y, in_dims[0], info.batch_size), *rest)
-    return result.reshape(info.batch_size, -1, result.shape[1]), 0
+    folded = _fold(y, in_dims[0], info.batch_size)
+    return _unfold(_project_transpose_op(folded, *rest), info.batch_size), 0
+
+
+class _ProjectFunction(torch.autograd.Function):
+    """project under torch.func transforms and forward mode, where a custom op's rule is not used.
+
+    Arguments: those of ``_project_op`` after its pieces, as one tuple, then the pieces.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rest: tuple[Any, ...], *pieces: Tensor) -> Tensor:
+        return _project_op(list(pieces), *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rest, *pieces = inputs
+        _project_setup(ctx, (pieces, *rest), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return (None, *_piece_gradients(_run_transpose, ctx, grad, ctx.needs_input_grad[1:]))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
+        """Linear: the sum of each tangent's projection, at its own rows."""
+        seed, kind, stream, row, *how = ctx.rest
+        total = None
+        for size, tangent in zip(ctx.sizes, tangents, strict=True):
+            if tangent is not None:
+                y = _run_project([tangent], ctx.proj_dim, seed, kind, stream, row, *how)
+                total = y if total is None else total + y
+            row = row + size
+        assert total is not None  # jvp is called only where an input has a tangent
+        return total
+
+
+class _ProjectTransposeFunction(torch.autograd.Function):
+    """project_transpose in the same places. Arguments: a tuple of all but y, then y."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rest: tuple[Any, ...], y: Tensor) -> Tensor:
+        return _project_transpose_op(y, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rest, y = inputs
+        _project_transpose_setup(ctx, (y, *rest), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, _run_project([grad], ctx.proj_dim, *ctx.rest).to(ctx.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        return _run_transpose(tangent, ctx.rows, *ctx.rest)
+
+
+# ---- the way to a kernel -----------------------------------------------------------------------
+
+
+def _is_direct(tensors: list[Tensor]) -> bool:
+    """Whether nothing needs to see this call: no derivative, trace, mode, lazy bit or subclass."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or _in_transform()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) not in _PLAIN or (grad and t.requires_grad) or t.is_meta or t.is_neg():
+            return False
+    return True
+
+
+def _in_transform() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _run_project(pieces: list[Tensor], *rest: Any) -> Tensor:
+    if _is_direct(pieces):
+        return _project(pieces, *rest)
+    if not torch.compiler.is_compiling() and _in_transform():
+        return _ProjectFunction.apply(rest, *pieces)
+    return _project_op(pieces, *rest)
+
+
+def _run_transpose(y: Tensor, *rest: Any) -> Tensor:
+    if _is_direct([y]):
+        return _project_transpose(y, *rest)
+    if not torch.compiler.is_compiling() and _in_transform():
+        return _ProjectTransposeFunction.apply(rest, y)
+    return _project_transpose_op(y, *rest)
+
+
+def _run_writing(function: str, direct: Any, op: Any, out: Tensor, inputs: Any, *rest: Any) -> None:
+    """``direct`` or its op on (inputs, out, *rest), where ``out`` is overwritten or added to."""
+    if not torch.compiler.is_compiling() and _in_transform():
+        raise ValueError(
+            f"{function}: received out= under a torch.func transform or forward-mode "
+            "differentiation, which can't follow it; call without out="
+        )
+    if _is_direct([out, *(inputs if isinstance(inputs, list) else [inputs])]):
+        direct(inputs, out, *rest)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+    else:
+        op(inputs, out, *rest)
 
 
 # ---- the public functions ----------------------------------------------------------------------
@@ -658,15 +525,15 @@ def checked_project(
     With a ``grad_dim``, the rows have to lie within it, and cover it where ``row_offset`` is None.
     """
     proj_dim = check_integer(function, "proj_dim", proj_dim, 1, MAX_COLS + 1)
-    signed_seed = _signed(function, seed)
+    seed64 = signed_seed(function, seed)
     check_kind(function, kind)
-    stream = check_integer(function, "stream", stream, 0, _MAX_STREAM)
+    stream = check_integer(function, "stream", stream, 0, MAX_STREAM)
     start = (
         0 if row_offset is None else check_integer(function, "row_offset", row_offset, 0, MAX_ROWS)
     )
     factor = check_scale(function, scale, proj_dim)
     how = check_precision(function, precision), check_backend(function, backend)
-    pieces = _pieces(function, grads)
+    pieces = check_grads(function, grads)
     total = pieces[0].shape[1] if len(pieces) == 1 else sum([piece.shape[1] for piece in pieces])
     if grad_dim is None:
         if start + total > MAX_ROWS:
@@ -687,16 +554,10 @@ def checked_project(
     if out is None:
         if accumulate:
             raise ValueError(f"{function}: received accumulate=True without out; expected out=")
-        run = _project if _is_eager(pieces) else _project_op
-        return run(pieces, proj_dim, signed_seed, kind, stream, start, factor, *how)
-    _check_out(function, out, (pieces[0].shape[0], proj_dim), pieces, "grads")
-    arguments = pieces, out, signed_seed, kind, stream, start, factor, bool(accumulate), *how
-    if _is_eager([out, *pieces]):
-        _check_memory(function, out, pieces, "grads")
-        _project_into(*arguments)
-        _mark_written(out)
-    else:
-        _project_into_op(*arguments)
+        return _run_project(pieces, proj_dim, seed64, kind, stream, start, factor, *how)
+    check_out(function, out, (pieces[0].shape[0], proj_dim), pieces, "grads")
+    rest = seed64, kind, stream, start, factor, bool(accumulate), *how
+    _run_writing(function, _project_into, _project_into_op, out, pieces, *rest)
     return out
 
 
@@ -733,30 +594,24 @@ def project_transpose(
     TypeError, ValueError
         For anything it can't take, before ``out`` is touched.
     """
-    y = _check_input("project_transpose", "y", y)
+    function = "project_transpose"
+    y = check_input(function, "y", y)
     if y.dim() != 2 or y.shape[1] == 0:
-        raise ValueError(
-            f"project_transpose: received y {_describe(y)}; expected [B, K] with K >= 1"
-        )
-    start, count = check_rows("project_transpose", "rows", rows, MAX_ROWS)
-    signed_seed = _signed("project_transpose", seed)
-    check_kind("project_transpose", kind)
-    stream = check_integer("project_transpose", "stream", stream, 0, _MAX_STREAM)
-    factor = check_scale("project_transpose", scale, y.shape[1])
+        raise ValueError(f"{function}: received y {describe(y)}; expected [B, K] with K >= 1")
+    start, count = check_rows(function, "rows", rows, MAX_ROWS)
+    seed64 = signed_seed(function, seed)
+    check_kind(function, kind)
+    stream = check_integer(function, "stream", stream, 0, MAX_STREAM)
+    factor = check_scale(function, scale, y.shape[1])
     how = (
-        check_precision("project_transpose", precision),
-        check_backend("project_transpose", backend),
+        check_precision(function, precision),
+        check_backend(function, backend),
     )
     if out is None:
-        run = _project_transpose if _is_eager([y]) else _project_transpose_op
-        return run(y, count, signed_seed, kind, stream, start, factor, *how)
-    _check_out("project_transpose", out, (y.shape[0], count), [y], "y")
-    if _is_eager([out, y]):
-        _check_memory("project_transpose", out, [y], "y")
-        _project_transpose_into(y, out, signed_seed, kind, stream, start, factor, *how)
-        _mark_written(out)
-    else:
-        _project_transpose_into_op(y, out, signed_seed, kind, stream, start, factor, *how)
+        return _run_transpose(y, count, seed64, kind, stream, start, factor, *how)
+    check_out(function, out, (y.shape[0], count), [y], "y")
+    rest = seed64, kind, stream, start, factor, *how
+    _run_writing(function, _project_transpose_into, _project_transpose_into_op, out, y, *rest)
     return out
 
 
@@ -791,21 +646,16 @@ def matrix(
     """
     row, n = check_rows("matrix", "rows", rows, MAX_ROWS)
     col, m = check_rows("matrix", "cols", cols, MAX_COLS)
-    signed_seed = _signed("matrix", seed)
+    seed64 = signed_seed("matrix", seed)
     check_kind("matrix", kind)
-    stream = check_integer("matrix", "stream", stream, 0, _MAX_STREAM)
+    stream = check_integer("matrix", "stream", stream, 0, MAX_STREAM)
     if dtype not in DTYPES and (dtype is not torch.int8 or kind != "rademacher"):
         raise TypeError(
             f"matrix: received dtype={dtype} for kind={kind!r}; expected float32, bfloat16, "
             "float16 or float64 (or int8 for rademacher)"
         )
-    place = torch.get_default_device() if device is None else torch.device(device)
+    # Asked of a tensor because torch.compile can't trace torch.get_default_device.
+    place = torch.empty(0).device if device is None else torch.device(device)
     name = check_backend("matrix", backend)
-    run = _matrix if _is_eager([]) and place.type != "meta" else _matrix_op
-    return run(n, m, row, col, signed_seed, kind, stream, dtype, place, name)
-
-
-def _mark_written(out: Tensor) -> None:
-    """Tell autograd that ``out`` changed, as a dispatched op would have."""
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)
+    run = _matrix if _is_direct([]) else _matrix_op
+    return run(n, m, row, col, seed64, kind, stream, dtype, place, name)

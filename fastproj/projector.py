@@ -7,7 +7,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from fastproj import ops
+from fastproj import checks, ops
 from fastproj.backends import registry
 from fastproj.spec import MAX_COLS, MAX_ROWS
 
@@ -42,13 +42,13 @@ class Projector:
         precision: str | None = None,
         backend: str | None = None,
     ) -> None:
-        self.grad_dim = ops.check_integer("Projector", "grad_dim", grad_dim, 1, MAX_ROWS + 1)
-        self.proj_dim = ops.check_integer("Projector", "proj_dim", proj_dim, 1, MAX_COLS + 1)
-        self.seed = ops.check_integer("Projector", "seed", seed, 0, 1 << 64)
-        ops.check_kind("Projector", kind)
-        ops.check_scale("Projector", scale, self.proj_dim)
-        ops.check_precision("Projector", precision)
-        ops.check_backend("Projector", backend)
+        self.grad_dim = checks.check_integer("Projector", "grad_dim", grad_dim, 1, MAX_ROWS + 1)
+        self.proj_dim = checks.check_integer("Projector", "proj_dim", proj_dim, 1, MAX_COLS + 1)
+        self.seed = checks.check_integer("Projector", "seed", seed, 0, 1 << 64)
+        checks.check_kind("Projector", kind)
+        checks.check_scale("Projector", scale, self.proj_dim)
+        checks.check_precision("Projector", precision)
+        checks.check_backend("Projector", backend)
         registry.check_usable(backend)
         self.kind = kind
         self.scale = scale
@@ -57,7 +57,7 @@ class Projector:
 
     def project(
         self,
-        grads: ops.Grads,
+        grads: checks.Grads,
         model_id: SupportsIndex = 0,
         *,
         row_offset: SupportsIndex | None = None,
@@ -104,7 +104,7 @@ class Projector:
         y: Tensor,
         model_id: SupportsIndex = 0,
         *,
-        rows: ops.Rows | None = None,
+        rows: checks.Rows | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """The adjoint: ``scale * Y @ R[rows].T`` with the matrix of ``model_id``.
@@ -127,7 +127,8 @@ class Projector:
         function = "Projector.project_transpose"
         if isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] != self.proj_dim:
             raise ValueError(
-                f"{function}: received y with K={y.shape[1]}; expected K = proj_dim = {self.proj_dim}"
+                f"{function}: received y with K={y.shape[1]}; "
+                f"expected K = proj_dim = {self.proj_dim}"
             )
         return ops.project_transpose(
             y,
@@ -143,8 +144,8 @@ class Projector:
 
     def matrix(
         self,
-        rows: ops.Rows | None = None,
-        cols: ops.Rows | None = None,
+        rows: checks.Rows | None = None,
+        cols: checks.Rows | None = None,
         model_id: SupportsIndex = 0,
         *,
         dtype: torch.dtype = torch.float32,
@@ -166,11 +167,11 @@ class Projector:
             backend=self.backend,
         )
 
-    def _rows(self, function: str, rows: ops.Rows | None) -> ops.Rows:
+    def _rows(self, function: str, rows: checks.Rows | None) -> checks.Rows:
         """``rows`` or all of them; a ValueError where they go past grad_dim."""
         if rows is None:
             return self.grad_dim
-        ops.check_rows(function, "rows", rows, self.grad_dim)
+        checks.check_rows(function, "rows", rows, self.grad_dim)
         return rows
 
     def __repr__(self) -> str:

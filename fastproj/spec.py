@@ -73,7 +73,7 @@ def philox4x32_10(
 
 @lru_cache(maxsize=1)
 def gauss_table() -> npt.NDArray[np.float32]:
-    """The magnitudes T, float32 ``[512]``: root mean square of |z| in equiprobable bins, as bf16."""
+    """The magnitudes T, float32 ``[512]``: RMS of |z| in 512 equiprobable bins, rounded to bf16."""
     bits = np.frombuffer(bytes.fromhex(GAUSS_TABLE_V1), dtype=">u2").astype(np.uint32)
     table = (bits << np.uint32(16)).view(np.float32)
     table.flags.writeable = False
@@ -95,7 +95,7 @@ def matrix_block(
 ) -> npt.NDArray[np.int8] | npt.NDArray[np.float32]:
     """The block ``R[row_start:row_stop, col_start:col_stop]``, unscaled, C-ordered.
 
-    Returns int8 (Rademacher) or float32 (Gaussian) ``[row_stop - row_start, col_stop - col_start]``.
+    Returns int8 (Rademacher) or float32 (Gaussian) ``[rows, cols]``.
     Rows are below MAX_ROWS, columns below MAX_COLS; memory is a small multiple of the result.
     """
     bits = ROW_BLOCK_BITS[key.kind]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -67,7 +67,7 @@ class Backend(Protocol):
         """What it would use on this machine."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Backend:
     """The adapter module called ``name``.
 
@@ -79,7 +79,7 @@ def load(name: str) -> Backend:
     return cast(Backend, module)
 
 
-@lru_cache(maxsize=None)
+@cache
 def unavailable(name: str) -> str | None:
     """None where backend ``name`` can run on this machine, else the reason and the fix."""
     try:
@@ -117,11 +117,11 @@ def choose(device_type: str, dtype: torch.dtype, kind: str, backend: str | None 
     return _choose(device_type, dtype, kind, backend or os.environ.get(ENVIRONMENT) or None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(device_type: str, dtype: torch.dtype, kind: str, asked: str | None) -> Backend:
     wanted = f"{kind} with {str(dtype).removeprefix('torch.')} on {device_type}"
     check_usable(asked)
-    passed_over = []
+    passed_over: list[str] = []
     for name in (asked,) if asked else NAMES:
         reason = unavailable(name) or load(name).unsupported(device_type, dtype, kind)
         if reason is None:

@@ -1,0 +1,301 @@
+"""The argument checks: what a caller can get wrong is refused here, before anything is written.
+
+Every function names the public ``function`` it checks for, what was received and what would work.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+from fastproj.backends import registry
+from fastproj.spec import KINDS
+
+Grads = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+Rows = SupportsIndex | slice
+
+PRECISIONS = ("highest", "high", "medium")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_SEED = 1 << 64
+MAX_STREAM = 1 << 32
+MAX_VIEWS = 64  # a tensor that is not viewable as [B, p] is split into at most this many views
+
+
+def describe(t: object) -> str:
+    """A tensor as the error messages name it: ``[8, 1000] float16 on cpu``."""
+    if not isinstance(t, Tensor):
+        return f"{type(t).__name__} {t!r:.60}"
+    layout = "" if t.layout is torch.strided else f" {_name(t.layout)}"
+    return f"{list(t.shape)} {_name(t.dtype)} on {t.device}{layout}"
+
+
+def _name(torch_constant: object) -> str:
+    return str(torch_constant).removeprefix("torch.")
+
+
+def check_integer(function: str, name: str, value: SupportsIndex, low: int, high: int) -> int:
+    """``value`` as an int in low <= value < high. Raises TypeError or ValueError."""
+    if type(value) is not int:
+        if isinstance(value, bool):
+            raise TypeError(f"{function}: received {name}={value!r}; expected an integer")
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(
+                f"{function}: received {name}={value!r} ({type(value).__name__}); "
+                "expected an integer"
+            ) from None
+    if value < low or value >= high:
+        top = f"2^{high.bit_length() - 1}" if high & (high - 1) == 0 else str(high)
+        raise ValueError(f"{function}: received {name}={value}; expected {low} <= {name} < {top}")
+    return value
+
+
+def check_kind(function: str, kind: str) -> None:
+    """Raise ValueError unless ``kind`` is one of KINDS."""
+    if kind not in KINDS:
+        raise ValueError(f"{function}: received kind={kind!r}; expected one of {', '.join(KINDS)}")
+
+
+def check_precision(function: str, precision: str | None) -> str:
+    """``precision`` as the ops take it ("" follows torch when the op runs). Raises ValueError."""
+    if precision is None:
+        return ""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"{function}: received precision={precision!r}; "
+            f"expected one of {', '.join(PRECISIONS)}, or None"
+        )
+    return precision
+
+
+def check_backend(function: str, backend: str | None) -> str:
+    """``backend`` as the ops take it ("" leaves the choice to the registry). Raises ValueError."""
+    if backend is None:
+        return ""
+    if backend not in registry.NAMES:
+        raise ValueError(
+            f"{function}: received backend={backend!r}; "
+            f"expected one of {', '.join(registry.NAMES)}, or None"
+        )
+    return backend
+
+
+def check_scale(function: str, scale: str | float | None, proj_dim: int) -> float:
+    """The factor that ``scale`` stands for. Raises TypeError or ValueError."""
+    if scale is None:
+        return 1.0
+    if isinstance(scale, str):
+        if scale != "jl":
+            raise ValueError(
+                f'{function}: received scale={scale!r}; expected "jl", None or a number'
+            )
+        return 1.0 / math.sqrt(proj_dim)
+    if isinstance(scale, (bool, Tensor)) or not hasattr(scale, "__float__"):
+        raise TypeError(f'{function}: received scale={scale!r}; expected "jl", None or a number')
+    factor = float(scale)
+    if not math.isfinite(factor):
+        raise ValueError(f"{function}: received scale={scale!r}; expected a finite number")
+    return factor
+
+
+def signed_seed(function: str, seed: SupportsIndex) -> int:
+    """``seed`` checked, as the int64 with the same 64 bits (op schemas know only int64)."""
+    seed = check_integer(function, "seed", seed, 0, MAX_SEED)
+    return seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
+
+
+def check_rows(function: str, name: str, rows: Rows, limit: int) -> tuple[int, int]:
+    """(start, count) of ``rows``, an int (0 .. rows) or a slice with a stop and no step."""
+    if not isinstance(rows, slice):
+        return 0, check_integer(function, name, rows, 0, limit + 1)
+    if rows.stop is None or rows.step not in (None, 1):
+        raise ValueError(
+            f"{function}: received {name}={rows}; expected slice(start, stop), without a step"
+        )
+    stop = check_integer(function, f"{name}.stop", rows.stop, 0, limit + 1)
+    start = (
+        0
+        if rows.start is None
+        else check_integer(function, f"{name}.start", rows.start, 0, limit + 1)
+    )
+    if start > stop:
+        raise ValueError(f"{function}: received {name}={rows}; expected start <= stop")
+    return start, stop - start
+
+
+def check_input(function: str, name: str, t: object) -> Tensor:
+    """``t``, if it is a strided floating-point Tensor that some backend may take."""
+    if not isinstance(t, Tensor):
+        raise TypeError(
+            f"{function}: received {name} of type {type(t).__name__}; expected a torch.Tensor "
+            "(torch.from_numpy turns a NumPy array into one)"
+        )
+    if t.dtype not in DTYPES:
+        raise TypeError(
+            f"{function}: received {name} {describe(t)}; expected float32, bfloat16, float16 or "
+            f"float64 (convert with {name}.float() if that is what you mean)"
+        )
+    if t.layout is not torch.strided:
+        raise TypeError(
+            f"{function}: received {name} {describe(t)}; expected a strided tensor "
+            f"({name}.to_dense() makes one)"
+        )
+    return t
+
+
+def _views(t: Tensor) -> list[Tensor]:
+    """``t`` [B, ...] as [B, p_i] views whose columns, in order, are those of t.flatten(1).
+
+    Views wherever MAX_VIEWS of them suffice; a layout that would need more is copied.
+    """
+    batch = t.shape[0]
+    if t.dim() == 1:
+        return [t.unsqueeze(1)]
+    if t.dim() == 2:
+        return [t]
+    if t.is_contiguous():
+        return [t.view(batch, t[0].numel() if batch else math.prod(t.shape[1:]))]
+    # Dimension d runs on into d + 1 when its stride is that of the whole inner part.
+    shape, stride = t.shape, t.stride()
+    split, inner = t.dim() - 1, t.dim() - 1
+    for d in range(t.dim() - 2, 0, -1):
+        if shape[d] != 1 and shape[inner] != 1 and stride[d] != stride[inner] * shape[inner]:
+            break
+        if shape[d] != 1:
+            inner = d
+        split = d
+    outer = shape[1:split]
+    if math.prod(outer) > MAX_VIEWS:
+        return [t.reshape(batch, -1)]
+    parts = [t]
+    for _ in outer:
+        parts = [part.select(1, i) for part in parts for i in range(part.shape[1])]
+    return [part.flatten(1) for part in parts]
+
+
+def check_grads(function: str, grads: Grads) -> list[Tensor]:
+    """``grads`` as checked [B, p_i] views of one batch size, dtype and device; no empty ones."""
+    if isinstance(grads, Tensor):
+        grads = check_input(function, "grads", grads)
+        if grads.dim() != 2:
+            raise ValueError(
+                f"{function}: received grads {describe(grads)}; expected [B, P] (a list or dict "
+                "of [B, ...] tensors is flattened per sample, so [grads] works too)"
+            )
+        if grads.shape[1] == 0:
+            raise ValueError(
+                f"{function}: received grads {describe(grads)}; expected [B, P] with P >= 1"
+            )
+        return [grads]
+    if isinstance(grads, Mapping):
+        named = [(f"grads[{name!r}]", t) for name, t in grads.items()]
+    elif isinstance(grads, Sequence):
+        named = [(f"grads[{i}]", t) for i, t in enumerate(grads)]
+    else:
+        raise TypeError(
+            f"{function}: received grads of type {type(grads).__name__}; expected a torch.Tensor "
+            "[B, P], or a dict or sequence of [B, ...] tensors"
+        )
+    pieces: list[Tensor] = []
+    for name, t in named:
+        t = check_input(function, name, t)
+        if t.dim() == 0:
+            raise ValueError(f"{function}: received {name} {describe(t)}; expected [B, ...]")
+        first_name, first = named[0]
+        if t.shape[0] != first.shape[0] or t.dtype != first.dtype or t.device != first.device:
+            raise ValueError(
+                f"{function}: received {first_name} {describe(first)} but {name} {describe(t)}; "
+                "expected one batch size, dtype and device throughout (or one call for each group, "
+                "with its row_offset and accumulate=True)"
+            )
+        pieces += [view for view in _views(t) if view.shape[1] != 0]
+    if not pieces:
+        raise ValueError(
+            f"{function}: received {len(named)} tensors with no elements per sample; "
+            "expected P >= 1 in all"
+        )
+    return pieces
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def check_out(
+    function: str, out: Tensor, shape: tuple[int, int], inputs: list[Tensor], source: str
+) -> None:
+    """Refuse an ``out`` that can't take the result: nothing has been written yet."""
+    dtype, device = result_dtype(inputs[0].dtype), inputs[0].device
+    expected = f"{list(shape)} {_name(dtype)} on {device}"
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"{function}: received out of type {type(out).__name__}; expected a Tensor {expected}"
+        )
+    if out.dtype != dtype:
+        raise TypeError(f"{function}: received out {describe(out)}; expected {expected}")
+    if out.layout is not torch.strided or out.shape != shape or out.device != device:
+        raise ValueError(f"{function}: received out {describe(out)}; expected {expected}")
+    if not torch.compiler.is_compiling() and out.is_neg():
+        raise ValueError(
+            f"{function}: received out {describe(out)} with its negative bit set (as in x.conj()"
+            ".imag); expected a tensor that can be written directly (out.resolve_neg() is one)"
+        )
+    if torch.is_grad_enabled() and (out.requires_grad or any(t.requires_grad for t in inputs)):
+        which = "out" if out.requires_grad else source
+        raise ValueError(
+            f"{function}: received out= and a {which} that requires grad, which out= can't "
+            "differentiate; call without out=, or under torch.no_grad()"
+        )
+
+
+def check_memory(function: str, out: Tensor, inputs: list[Tensor], source: str) -> None:
+    """Refuse an ``out`` [n, m] that shares memory with itself or with an input."""
+    (n, m), (s0, s1) = out.shape, out.stride()
+    if n == 0 or m == 0:
+        return
+    divisor = math.gcd(s0, s1) or 1
+    # i * s0 = j * s1 has a solution with |i| < n, |j| < m exactly when its smallest one has.
+    if (
+        (s0 == 0 and n > 1)
+        or (s1 == 0 and m > 1)
+        or (s0 and s1 and s1 // divisor < n and s0 // divisor < m)
+    ):
+        raise ValueError(
+            f"{function}: received out {describe(out)} with strides {(s0, s1)}, whose elements "
+            "overlap in memory; expected one without overlap (out.contiguous() makes one)"
+        )
+    for t in inputs:
+        if _share_memory(out, t):
+            raise ValueError(
+                f"{function}: received out {describe(out)} that shares memory with {source} "
+                f"{describe(t)}; expected separate memory (torch.empty_like(out) has it)"
+            )
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two 2-D tensors may share an element. False only where they certainly don't."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    if start_a >= start_b + _extent(b) or start_b >= start_a + _extent(a):
+        return False
+    pitch = a.stride(0) * a.element_size()
+    if a.shape[0] == 1 or b.shape[0] == 1 or pitch == 0 or pitch != b.stride(0) * b.element_size():
+        return True
+    # Two column ranges of one wider matrix: rows recur at one pitch, so compare them modulo it.
+    return not (
+        (start_b - start_a) % pitch >= _extent(a[:1])
+        and (start_a - start_b) % pitch >= _extent(b[:1])
+    )
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first element of a non-empty tensor to the end of its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
