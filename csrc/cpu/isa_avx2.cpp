@@ -1,0 +1,62 @@
+// AVX2 + FMA + F16C.
+#include "simd_avx2.hpp"
+// clang-format off
+#include "dense.hpp"
+#include "lookup.hpp"
+// clang-format on
+
+namespace fastproj::cpu {
+namespace {
+
+// vpermps looks up 8 floats: the signed sums of four rows whose first sign is +. With u = w ^ (w >>
+// 1) bits 4s..4s+2 of u say where the signs of the four rows change, and bit 4s of w is the first
+// sign.
+struct SignSums {
+    static constexpr int kEntries = 8;
+    static constexpr int kMaxBatch = 8;
+
+    static void build(float g0, float g1, float g2, float g3, float* table) {
+        for (int n = 0; n < kEntries; ++n) {
+            const int b1 = n & 1, b2 = b1 ^ (n >> 1 & 1), b3 = b2 ^ (n >> 2);
+            table[n] = (g0 + (b1 ? -g1 : g1)) + ((b2 ? -g2 : g2) + (b3 ? -g3 : g3));
+        }
+    }
+
+    template <int kBatch, int kVectors>
+    static void accumulate(const Simd::U* words, const float* tables,
+                           Simd::F acc[kBatch][kVectors]) {
+        const __m256 sign_bit = _mm256_set1_ps(-0.0f);
+        __m256i sign[kVectors], change[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+            sign[v] = (__m256i)words[v];
+            change[v] = _mm256_xor_si256(sign[v], _mm256_srli_epi32(sign[v], 1));
+        }
+        for (int step = 0; step < 8; ++step) {
+            for (int v = 0; v < kVectors; ++v) {
+                const __m256 first =
+                    _mm256_and_ps((__m256)_mm256_slli_epi32(sign[v], 31 - 4 * step), sign_bit);
+                const __m256i index = _mm256_srli_epi32(change[v], 4 * step);
+                for (int b = 0; b < kBatch; ++b) {
+                    const __m256 table = _mm256_load_ps(tables + b * kEntries);
+                    acc[b][v] +=
+                        (Simd::F)_mm256_xor_ps(_mm256_permutevar8x32_ps(table, index), first);
+                }
+            }
+            tables += kBatch * kEntries;
+        }
+    }
+
+    // How many vectors of columns a step takes for this many batch rows: 16 registers in all.
+    static constexpr int vectors_for(int batch) { return batch <= 2 ? 4 : batch <= 4 ? 2 : 1; }
+};
+
+}  // namespace
+
+KernelTable kernels_avx2() {
+    KernelTable table = dense_kernels();
+    table.project_scratch_bytes = project_scratch_bytes<SignSums>;
+    table.rademacher_f32 = project_lookup<SignSums>;
+    return table;
+}
+
+}  // namespace fastproj::cpu

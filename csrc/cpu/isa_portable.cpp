@@ -1,0 +1,11 @@
+// Any machine: SSE2, NEON or scalar code.
+#include "simd_portable.hpp"
+// clang-format off
+#include "dense.hpp"
+// clang-format on
+
+namespace fastproj::cpu {
+
+KernelTable kernels_portable() { return dense_kernels(); }
+
+}  // namespace fastproj::cpu

@@ -1,0 +1,103 @@
+// What the CPU kernels are asked to do, and the table of functions that each instruction set
+// offers. Plain data only: this header is shared by translation units with different compiler
+// flags, so it must not define any function that could be merged across them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../spec.hpp"
+
+namespace fastproj::cpu {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt8 = 4 };
+enum class Precision : int { kHighest = 0, kHigh = 1, kMedium = 2 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
+constexpr int kNumIsas = 5;
+
+// All kernels walk P in groups of 512 rows aligned to multiples of 512: one Rademacher block or
+// sixteen Gaussian ones. Rows of a group outside the input count as zeros.
+constexpr int kGroupRows = 512;
+// Column slabs and workspaces are padded to this many columns, so no kernel needs a column mask.
+constexpr int kColumnPad = 64;
+
+// A tensor [batch, rows]; strides are in elements, not bytes.
+struct Piece {
+    const void* data;
+    std::int64_t rows;
+    std::int64_t stride_batch;
+    std::int64_t stride_row;
+};
+
+// The concatenation of pieces along their rows; row 0 of the first piece is matrix row row_offset.
+struct Source {
+    const Piece* pieces;
+    const std::int64_t* piece_begin;  // num_pieces + 1 running totals of rows
+    int num_pieces;
+    DType dtype;
+    std::int64_t batch;
+    std::int64_t rows;
+    std::int64_t row_offset;
+};
+
+// acc[b, c] += sum over the rows of groups [group_begin, group_end) of G[batch_begin + b, p] *
+// R[p, col_begin + c], for batch x cols; columns up to the next multiple of kColumnPad may be
+// written too. acc is [batch, acc_ld] double.
+struct ProjectTile {
+    const Source* source;
+    MatrixKey key;
+    Precision precision;
+    std::int64_t batch_begin;
+    int batch;
+    std::int64_t group_begin;
+    std::int64_t group_end;
+    std::uint32_t col_begin;
+    int cols;
+    double* acc;
+    std::int64_t acc_ld;
+    void* scratch;  // scratch_bytes(batch, cols), aligned to 64
+};
+
+// out[b, r] = sum over c < cols of Y[b, c] * R[row_begin + r, c], for rows of one group. Y is
+// [batch, y_ld] of float or double, zero beyond cols up to a multiple of kColumnPad.
+struct TransposeTile {
+    MatrixKey key;
+    const void* y;
+    std::int64_t y_ld;
+    int batch;
+    std::int64_t cols;
+    std::int64_t group;
+    double* out;  // [batch, kGroupRows]
+    void* scratch;
+};
+
+// tile[r, c] = R[group * 512 + r, col_begin + c] as float, for kGroupRows x kColumnPad.
+struct MatrixTile {
+    MatrixKey key;
+    std::int64_t group;
+    std::uint32_t col_begin;
+    float* tile;
+    void* scratch;
+};
+
+// The functions of one instruction set. A null pointer never occurs: sets that add nothing of their
+// own to a row point at the next lesser set's function.
+struct KernelTable {
+    std::size_t (*project_scratch_bytes)(int batch, int cols);
+    void (*rademacher_f32)(const ProjectTile&);
+    void (*gaussian_f32)(const ProjectTile&);
+    void (*project_f64)(const ProjectTile&);
+    std::size_t (*transpose_scratch_bytes)();
+    void (*transpose_f32)(const TransposeTile&);
+    void (*transpose_f64)(const TransposeTile&);
+    std::size_t (*matrix_scratch_bytes)();
+    void (*matrix)(const MatrixTile&);
+};
+
+KernelTable kernels_portable();
+KernelTable kernels_avx2();
+KernelTable kernels_avx512();
+KernelTable kernels_avx512_bf16();
+KernelTable kernels_amx();
+
+}  // namespace fastproj::cpu

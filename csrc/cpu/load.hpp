@@ -1,0 +1,113 @@
+// Reading gradients: any dtype, stride and split into pieces, into a contiguous group of 512 rows.
+// Included by each instruction set's translation unit; everything here is local to it.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.hpp"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fastproj::cpu {
+namespace {
+
+inline float float_from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline float to_float(float x) { return x; }
+
+struct BFloat16 {
+    std::uint16_t bits;
+};
+inline float to_float(BFloat16 x) {
+    return float_from_bits(static_cast<std::uint32_t>(x.bits) << 16);
+}
+
+struct Float16 {
+    std::uint16_t bits;
+};
+inline float to_float(Float16 x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
+    const std::uint32_t sign = (x.bits & 0x8000u) << 16;
+    const std::uint32_t magnitude = x.bits & 0x7fffu;
+    if (magnitude >= 0x7c00u) {  // inf and NaN, the payload kept
+        return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    }
+    // Shifted into place the exponent is 112 too small; multiplying by 2^112 also makes
+    // subnormals right.
+    const float scaled = float_from_bits(magnitude << 13) * 0x1p112f;
+    std::uint32_t bits;
+    std::memcpy(&bits, &scaled, sizeof bits);
+    return float_from_bits(sign | bits);
+#endif
+}
+
+template <class T, class From>
+void copy_rows(const From* from, std::int64_t stride, int n, T* to) {
+    if (stride == 1) {
+        for (int i = 0; i < n; ++i) to[i] = static_cast<T>(to_float(from[i]));
+    } else {
+        for (int i = 0; i < n; ++i) to[i] = static_cast<T>(to_float(from[i * stride]));
+    }
+}
+
+inline void copy_rows(const double* from, std::int64_t stride, int n, double* to) {
+    for (int i = 0; i < n; ++i) to[i] = from[i * stride];
+}
+
+inline void load_rows(DType dtype, const Piece& piece, std::int64_t b, std::int64_t row, int n,
+                      double* to) {
+    // The double kernel is only ever given float64 input: see dispatch.cpp.
+    (void)dtype;
+    const auto* base = static_cast<const double*>(piece.data);
+    copy_rows(base + b * piece.stride_batch + row * piece.stride_row, piece.stride_row, n, to);
+}
+
+inline void load_rows(DType dtype, const Piece& piece, std::int64_t b, std::int64_t row, int n,
+                      float* to) {
+    const std::int64_t at = b * piece.stride_batch + row * piece.stride_row;
+    switch (dtype) {
+        case DType::kBFloat16:
+            copy_rows(static_cast<const BFloat16*>(piece.data) + at, piece.stride_row, n, to);
+            return;
+        case DType::kFloat16:
+            copy_rows(static_cast<const Float16*>(piece.data) + at, piece.stride_row, n, to);
+            return;
+        default:
+            copy_rows(static_cast<const float*>(piece.data) + at, piece.stride_row, n, to);
+            return;
+    }
+}
+
+// to[0..512) = rows of batch element b in this group; zeros where the input has no such row.
+template <class T>
+void load_group(const Source& source, std::int64_t b, std::int64_t group, T* to) {
+    const std::int64_t first = group * kGroupRows - source.row_offset;  // input row of to[0]
+    std::int64_t row = first < 0 ? 0 : first;
+    const std::int64_t last = first + kGroupRows < source.rows ? first + kGroupRows : source.rows;
+    if (last - row < kGroupRows) std::memset(to, 0, kGroupRows * sizeof(T));
+    if (row >= last) return;
+    int lo = 0;  // the last piece that begins at or before row, by bisection
+    for (int hi = source.num_pieces; hi - lo > 1;) {
+        const int mid = (lo + hi) / 2;
+        (source.piece_begin[mid] <= row ? lo : hi) = mid;
+    }
+    for (; row < last; ++lo) {
+        const std::int64_t end =
+            source.piece_begin[lo + 1] < last ? source.piece_begin[lo + 1] : last;
+        if (end <= row) continue;  // an empty piece
+        load_rows(source.dtype, source.pieces[lo], b, row - source.piece_begin[lo],
+                  static_cast<int>(end - row), to + (row - first));
+        row = end;
+    }
+}
+
+}  // namespace
+}  // namespace fastproj::cpu

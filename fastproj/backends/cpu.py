@@ -1,0 +1,192 @@
+"""The CPU backend: hands tensors to ``fastproj._cpu`` as pointers, shapes and strides.
+
+The instruction set is the best one that the machine has; ``FASTPROJ_CPU_ISA`` or ``force_isa`` names
+another. R is the same under all of them; sums differ by rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastproj.spec import MatrixKey
+
+NAME = "cpu"
+ISA_VARIABLE = "FASTPROJ_CPU_ISA"
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int8: 4,
+}
+_KINDS = {"rademacher": 0, "gaussian": 1}
+_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
+_forced_isa: ContextVar[str | None] = ContextVar("fastproj_forced_isa", default=None)
+
+
+@lru_cache(maxsize=1)
+def _extension() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    try:
+        from fastproj import _cpu
+    except ImportError as error:
+        return (
+            f"fastproj._cpu is not built ({error}); install a C++17 compiler (e.g. `apt-get install "
+            "g++`) and reinstall fastproj"
+        )
+    return _cpu
+
+
+def unavailable() -> str | None:
+    """None when the compiled module is there, else the reason and the fix."""
+    extension = _extension()
+    return extension if isinstance(extension, str) else None
+
+
+def unsupported(device_type: str, dtype: torch.dtype, kind: str) -> str | None:
+    """None for CPU tensors, else the reason."""
+    return None if device_type == "cpu" else f"it takes CPU tensors, not {device_type} ones"
+
+
+@lru_cache(maxsize=1)
+def isas() -> dict[str, str]:
+    """Instruction sets from the least to the best: "" when usable here, else the reason."""
+    extension = _extension()
+    return {} if isinstance(extension, str) else extension.isas()
+
+
+@lru_cache(maxsize=8)
+def _isa_index(name: str | None) -> int:
+    """Position of a named set (None: the best usable one) in ``isas()``.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown, or this machine lacks the set.
+    """
+    known = isas()
+    usable = [isa for isa, reason in known.items() if not reason]
+    if name is None:
+        return list(known).index(usable[-1])
+    if name not in usable:
+        reason = known.get(name, "there is no instruction set of that name")
+        raise ValueError(
+            f"{ISA_VARIABLE}: received {name!r}: {reason}; "
+            f"usable on this machine: {', '.join(usable)}"
+        )
+    return list(known).index(name)
+
+
+def _isa() -> int:
+    return _isa_index(_forced_isa.get() or os.environ.get(ISA_VARIABLE) or None)
+
+
+@contextmanager
+def force_isa(name: str) -> Iterator[None]:
+    """Within the block, calls from this context use the named instruction set.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown, or this machine lacks the set.
+    """
+    _isa_index(name)
+    token = _forced_isa.set(name)
+    try:
+        yield
+    finally:
+        _forced_isa.reset(token)
+
+
+def describe() -> dict[str, str]:
+    """The instruction set in use, those usable and not, and the number of threads."""
+    known = isas()
+    return {
+        "isa": list(known)[_isa()],
+        "usable": ", ".join(name for name, reason in known.items() if not reason),
+        "not usable": "; ".join(f"{name}: {reason}" for name, reason in known.items() if reason),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _key(key: MatrixKey) -> tuple[int, int, int]:
+    return _KINDS[key.kind], key.seed, key.stream
+
+
+def _strided(tensor: Tensor) -> tuple[int, int, int, int]:
+    return (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1))
+
+
+def project(
+    pieces: list[Tensor],
+    out: Tensor,
+    *,
+    key: MatrixKey,
+    row_offset: int,
+    scale: float,
+    accumulate: bool,
+    precision: str,
+) -> None:
+    """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
+    extension = _extension()
+    assert not isinstance(extension, str)
+    extension.project(
+        [(g.data_ptr(), g.shape[1], g.stride(0), g.stride(1)) for g in pieces],
+        _DTYPES[pieces[0].dtype],
+        out.shape[0],
+        row_offset,
+        _key(key),
+        out.shape[1],
+        scale,
+        accumulate,
+        _PRECISIONS[precision],
+        _strided(out),
+        _isa(),
+        torch.get_num_threads(),
+    )
+
+
+def project_transpose(
+    y: Tensor, out: Tensor, *, key: MatrixKey, row_offset: int, scale: float, precision: str
+) -> None:
+    """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
+    extension = _extension()
+    assert not isinstance(extension, str)
+    y = y.to(out.dtype)  # exact: to float32 from half precision, [B, K] only
+    extension.project_transpose(
+        (y.data_ptr(), y.shape[1], y.stride(0), y.stride(1)),
+        _DTYPES[y.dtype],
+        y.shape[0],
+        row_offset,
+        out.shape[1],
+        _key(key),
+        scale,
+        _strided(out),
+        _isa(),
+        torch.get_num_threads(),
+    )
+
+
+def matrix(out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+    """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
+    extension = _extension()
+    assert not isinstance(extension, str)
+    extension.matrix(
+        _key(key),
+        row_offset,
+        out.shape[0],
+        col_offset,
+        out.shape[1],
+        _strided(out),
+        _isa(),
+        torch.get_num_threads(),
+    )
