@@ -1,0 +1,165 @@
+"""Timing providers side by side, and what a result file says about where it was made."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastproj.cli import built, cpu_name, usable_cores
+from providers import Case, Inputs, Prepared, Provider
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+
+
+@dataclass
+class Row:
+    """One provider on one case; ``seconds`` is empty when there is nothing to report."""
+
+    provider: str
+    kind: str
+    batch: int
+    rows: int
+    cols: int
+    flops: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    error: float = float("nan")
+    note: str = ""
+    wrong: bool = False
+
+    @property
+    def rate(self) -> float:
+        """GF/s at the median time; 0 when there is none."""
+        return 1e-9 * self.flops / median(self.seconds) if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for the result file."""
+        middle = median(self.seconds) if self.seconds else None
+        return {**asdict(self), "median_seconds": middle, "gflops": self.rate}
+
+
+def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[Row]:
+    """Rows of one case: all providers prepared, checked and warmed up, then timed in turns.
+
+    Turns, so that a machine which slows down or speeds up does so for all of them alike.
+    """
+    inputs = Inputs(case)
+    rows: list[Row] = []
+    ready: list[tuple[Prepared, Row]] = []
+    label = f"{case.kind} B={case.batch}"
+    for provider in tqdm(providers, desc=f"{label} check", leave=False, disable=None):
+        row = Row(provider.name, case.kind, case.batch, case.rows, case.cols)
+        rows.append(row)
+        prepared = provider.prepare(case, inputs)
+        if isinstance(prepared, str):
+            row.note = prepared
+            continue
+        row.rows, row.flops, row.note = prepared.rows, prepared.flops, prepared.note
+        with prepared.around():
+            row.error = prepared.error(prepared.call())
+        if not row.error <= prepared.bound:
+            row.wrong = True
+            row.note = f"WRONG: error {row.error:.1e}, allowed {prepared.bound:.1e}; not timed"
+            continue
+        ready.append((prepared, row))
+    gc.collect()
+    for _ in tqdm(range(repeats), desc=f"{label} time", leave=False, disable=None):
+        for prepared, row in ready:
+            with ExitStack() as stack:
+                stack.enter_context(prepared.around())
+                start = time.perf_counter()
+                prepared.call()
+                row.seconds.append(time.perf_counter() - start)
+    return rows
+
+
+def print_table(rows: Sequence[Row], peaks: Sequence[str]) -> None:
+    """The rows of one case, with ratios to the peaks measured in the same turns."""
+    first = rows[0]
+    rates = [next((row.rate for row in rows if row.provider == name), 0.0) for name in peaks]
+    heads = "".join(f"{'x ' + name.removeprefix('torch '):>13}" for name in peaks)
+    print(f"\n{first.kind}, B = {first.batch}, K = {first.cols}")
+    print(f"{'':<30}{'P':>10}{'ms':>11}{'GF/s':>9}{heads}{'rel. error':>12}")
+    for row in rows:
+        if not row.seconds:
+            print(f"{row.provider:<30}{row.note}")
+            continue
+        ratios = "".join(f"{row.rate / rate:>13.2f}" if rate else f"{'-':>13}" for rate in rates)
+        print(
+            f"{row.provider:<30}{row.rows:>10}{1e3 * median(row.seconds):>11.2f}{row.rate:>9.1f}"
+            f"{ratios}{row.error:>12.1e}  {row.note}".rstrip(),
+            flush=True,
+        )
+
+
+def surroundings() -> dict[str, Any]:
+    """Machine, versions and commit."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("fastproj", "numpy", "traker"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = ""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions,
+        "built": built(),
+        "machine": {
+            "cpu": cpu_name(),
+            "flags": cpu_flags(),
+            "cores": usable_cores(),
+            "threads": torch.get_num_threads(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+    }
+
+
+def commit() -> str:
+    """The commit that is measured, with `+changes` when tracked files differ from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    name = git("rev-parse", "HEAD")
+    return f"{name}+changes" if name and git("status", "--porcelain", "-uno") else name
+
+
+def cpu_flags() -> list[str]:
+    """Those of CPU_FLAGS that the processor has, where the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    words = set(found[1].split()) if found else set()
+    return [flag for flag in CPU_FLAGS if flag in words]
+
+
+def write_result(name: str, content: dict[str, Any]) -> Path:
+    """Write ``content`` and the surroundings to bench/results/<day>-<commit>-<name>.json."""
+    around = surroundings()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    mark = around["commit"][:10] or "no-commit"
+    path = RESULTS / f"{around['time'][:10]}-{mark}-{name}.json"
+    path.write_text(json.dumps({**around, **content}, indent=1) + "\n")
+    return path

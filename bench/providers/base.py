@@ -1,0 +1,116 @@
+"""What a provider gets and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import fastproj
+
+CHECK_COLUMNS = 16  # columns per checked slice: first, middle and last
+CHECK_ROWS = 1 << 18  # rows of R held at once while checking
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: grads [batch, rows] @ R [rows, cols]."""
+
+    batch: int
+    rows: int
+    cols: int
+    kind: str
+    dtype: torch.dtype
+    stored_bytes: int  # a stored R may take this much
+    trak_rows: int  # P for TRAK's BasicProjector, which is two orders slower
+    max_seconds: float  # a call that would take longer gets fewer rows
+
+    def flops(self, rows: int) -> float:
+        """Multiplications and additions in a projection of ``rows`` rows."""
+        return 2.0 * self.batch * rows * self.cols
+
+
+@dataclass
+class Prepared:
+    """A call ready to be timed.
+
+    ``rows`` says how much of the case it does; ``error`` maps a result to its relative error
+    against float64, which must not exceed ``bound`` or no time is reported.
+    """
+
+    call: Callable[[], Tensor]
+    rows: int
+    flops: float
+    error: Callable[[Tensor], float]
+    bound: float
+    note: str = ""
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A name for the table, and how to prepare a case (or the reason why it can't take it)."""
+
+    name: str
+    prepare: Callable[[Case, Inputs], Prepared | str]
+
+
+@dataclass
+class Inputs:
+    """The gradients of a case and their float64 projections, made once and shared by providers."""
+
+    case: Case
+    _grads: Tensor | None = None
+    _exact: dict[int, Tensor] = field(default_factory=dict)
+
+    def grads(self, rows: int) -> Tensor:
+        """Standard normal gradients [batch, rows], contiguous: the first rows of the case's."""
+        if self._grads is None:
+            generator = torch.Generator().manual_seed(0)
+            shape = (self.case.batch, self.case.rows)
+            self._grads = torch.randn(shape, generator=generator).to(self.case.dtype)  # [B, P]
+        return self._grads[:, :rows].contiguous()
+
+    def check_columns(self) -> list[slice]:
+        """The columns on which results are checked."""
+        cols = self.case.cols
+        width = min(CHECK_COLUMNS, cols)
+        starts = sorted({0, (cols - width) // 2, cols - width})
+        return [slice(start, start + width) for start in starts]
+
+    def exact(self, rows: int) -> Tensor:
+        """The checked columns of grads[:, :rows] @ R in float64, [B, checked]."""
+        if rows not in self._exact:
+            grads = self.grads(rows)
+            parts = [
+                float64_product(grads, columns, self.case.kind) for columns in self.check_columns()
+            ]
+            self._exact[rows] = torch.cat(parts, dim=1)
+        return self._exact[rows]
+
+    def error(self, rows: int) -> Callable[[Tensor], float]:
+        """Relative error of a result [B, K] against float64 on the checked columns."""
+
+        def measure(result: Tensor) -> float:
+            checked = torch.cat([result[:, columns] for columns in self.check_columns()], dim=1)
+            return relative_error(checked, self.exact(rows))
+
+        return measure
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """|result - exact| / |exact| in the Frobenius norm."""
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+def float64_product(grads: Tensor, columns: slice, kind: str) -> Tensor:
+    """grads [B, P] @ R[:P, columns] in float64, by pieces of R. [B, columns]"""
+    total = torch.zeros(grads.shape[0], columns.stop - columns.start, dtype=torch.float64)
+    for start in range(0, grads.shape[1], CHECK_ROWS):
+        stop = min(start + CHECK_ROWS, grads.shape[1])
+        block = fastproj.matrix(slice(start, stop), columns, kind=kind)  # [p, columns]
+        total += grads[:, start:stop].double() @ block.double()
+    return total
