@@ -1,0 +1,52 @@
+"""What the operations must give, from the stored matrix: the other side of the comparisons."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastproj.spec import MatrixKey, matrix_block
+
+KINDS = ["rademacher", "gaussian"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def stored(
+    rows: int,
+    cols: int,
+    seed: int = 0,
+    kind: str = "rademacher",
+    stream: int = 0,
+    row_offset: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> Tensor:
+    """R[row_offset : row_offset + rows, :cols], from the spec page."""
+    block = matrix_block(MatrixKey(kind, seed, stream), row_offset, row_offset + rows, 0, cols)
+    return torch.from_numpy(block).to(device, dtype)
+
+
+def integers(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Small integers, exact in every dtype, whose sums of up to 2^20 are exact in float32."""
+    values = np.random.default_rng(seed).integers(-8, 9, size=shape)
+    return torch.from_numpy(values).to(dtype)
+
+
+def normals(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Frobenius norm of the difference over that of the float64 truth."""
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+def matmul_bound(a: Tensor, b: Tensor, unit: float = 2.0**-24) -> Tensor:
+    """An entrywise bound on |fl(a @ b) - a @ b| for any order of sums in arithmetic of ``unit``.
+
+    gamma_n |a| |b|, Higham, Accuracy and Stability of Numerical Algorithms, section 3.5; two more
+    roundings for a scale and for storing.
+    """
+    n = a.shape[1] + 2
+    return n * unit / (1 - n * unit) * (a.double().abs() @ b.double().abs())
