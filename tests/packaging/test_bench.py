@@ -1,0 +1,98 @@
+"""The benchmark: it runs, checks before it times, and writes where its numbers come from."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--rows", "2000", "--cols", "96", "--batch", "3", "--repeats", "1", "--trak-rows", "500"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import measure
+
+    return measure
+
+
+def test_every_provider_runs_and_is_right() -> None:
+    command = [sys.executable, ROOT / "bench" / "project.py", *SMALL, "--no-write"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WRONG" not in done.stdout
+    for name in ("torch peak bf16", "stored R fp32", "fastproj highest portable"):
+        assert name in done.stdout
+    assert done.stdout.count("TRAK BasicProjector") == 2  # one for each kind
+
+
+def test_an_unknown_provider_is_named() -> None:
+    command = [sys.executable, ROOT / "bench" / "project.py", "--provider", "nobody"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nobody" in done.stderr
+
+
+def test_a_wrong_result_has_no_time(bench: ModuleType) -> None:
+    from providers import Case, Provider, ours
+
+    case = Case(3, 1500, 64, "gaussian", torch.float32, 2**20, 500, 5.0)
+    prepare = partial(ours.prepare, precision="highest", isa="portable")
+
+    def spoiled(case: Case, inputs: object) -> object:
+        prepared = prepare(case, inputs)
+        return replace(prepared, call=lambda: prepared.call() + 0.01)
+
+    good, bad = bench.time_case(case, [Provider("good", prepare), Provider("bad", spoiled)], 2)
+    assert len(good.seconds) == 2
+    assert good.rate > 0
+    assert not good.wrong
+    assert bad.wrong
+    assert bad.seconds == []
+    assert bad.rate == 0
+
+
+def test_a_result_of_nan_has_no_time(bench: ModuleType) -> None:
+    from providers import Case, Provider, ours
+
+    case = Case(1, 600, 8, "rademacher", torch.float32, 2**20, 500, 5.0)
+    prepare = partial(ours.prepare, precision="highest", isa="portable")
+
+    def spoiled(case: Case, inputs: object) -> object:
+        prepared = prepare(case, inputs)
+        return replace(prepared, call=lambda: prepared.call() * math.nan)
+
+    (row,) = bench.time_case(case, [Provider("nan", spoiled)], 1)
+    assert row.wrong
+
+
+def test_result_files_say_where_they_were_made(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    path = bench.write_result("check", {"rows": []})
+    content = json.loads(path.read_text())
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["machine"]["cores"] >= 1
+    assert set(content) >= {"commit", "time", "built", "rows"}
+
+
+def test_targets_judge_in_the_right_direction(bench: ModuleType) -> None:
+    from acceptance import Target
+
+    assert Target("rate", 3.0, 3.0, at_least=True).verdict == "PASS"
+    assert Target("rate", 2.9, 3.0, at_least=True).verdict == "FAIL"
+    assert Target("error", 1e-6, 1e-6, at_least=False).verdict == "FAIL"
+    assert Target("error", 9e-7, 1e-6, at_least=False).verdict == "PASS"
+    assert Target("rate", 9.0, 3.0, at_least=True, judged=False).verdict == "N-A"
+    assert Target("rate", None, 3.0, at_least=True).verdict == "N-A"

@@ -1,0 +1,125 @@
+"""The fastproj command: what it prints, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+
+import fastproj
+from fastproj import cli
+from fastproj.backends import registry
+
+
+def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert fastproj.__version__ in out
+    for name in registry.NAMES:
+        assert name in out
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["spec_version"] == fastproj.SPEC_VERSION
+    usable = [name for name, backend in info["backends"].items() if backend["usable"]]
+    assert usable == fastproj.available_backends()
+    for backend in info["backends"].values():
+        assert backend["usable"] == (backend["reason"] == "")
+
+
+def test_bench_checks_and_times(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rows", "3000", "--cols", "33", "--batch", "3", "--repeats", "1"]
+    assert cli.main(["bench", *sizes]) == 0
+    out = capsys.readouterr().out
+    assert "fastproj medium" in out
+    assert "WRONG" not in out
+
+
+def test_bench_gives_no_speed_for_a_wrong_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = fastproj.project
+
+    def wrong(*args: object, **kwargs: object) -> object:
+        return right(*args, **kwargs) * 1.1  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fastproj, "project", wrong)
+    sizes = ["--rows", "3000", "--cols", "33", "--batch", "3", "--repeats", "1"]
+    assert cli.main(["bench", *sizes]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fastproj")]
+    assert len(lines) == 3
+    assert all("WRONG" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "--rows", "0"], "received '0'; expected an integer of at least 1"),
+        (["bench", "--rows", "many"], "received 'many'"),
+        (["bench", "--kind", "cauchy"], "invalid choice: 'cauchy'"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "demo" in capsys.readouterr().err
+
+
+def test_interrupt_ends_with_130_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "print_info", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "\nfastproj: interrupted\n"
+
+
+def test_demo_arguments_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    module = types.ModuleType("fastproj.trak.demo")
+    module.main = lambda arguments: seen.append(arguments)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastproj.trak.demo", module)
+    assert cli.main(["demo", "--help", "--seed", "3"]) == 0
+    assert seen == [["--help", "--seed", "3"]]
+
+
+def test_demo_names_the_package_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> object:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert cli.main(["demo"]) == 1
+    assert "needs sklearn; pip install scikit-learn" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """`fastproj info | head -1`: no traceback, whatever the buffers hold."""
+    command = [sys.executable, "-u", "-m", "fastproj", "info"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writer)
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (1, -signal.SIGPIPE)
