@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3; do \
-    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then echo $$p; break; fi; done)
+    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -31,25 +31,30 @@ help:
 	@echo "make format    rewrite sources in the project's format"
 	@echo "make clean     remove builds and caches ($(VENV) stays)"
 
+# pip is quiet, so each step says what it is about to do.
 $(BIN)/python:
-	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.10 or newer was found; install one or set PYTHON=" >&2; exit 1; fi
+	@if [ -z "$(PYTHON)" ]; then echo "make: no Python 3.11 or newer was found; install one or set PYTHON=" >&2; exit 1; fi
 	$(PYTHON) -m venv $(VENV)
 
 # Build tools first, so that the package is built in this environment: pinned, and incremental from run to run.
 $(VENV)/.tools: constraints.txt | $(BIN)/python
-	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
+	@echo "== installing the build tools into $(VENV)"
+	@$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,report]"
+	@echo "== installing fastproj[trak,report] into $(VENV) and compiling its kernels: a minute or two"
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,report]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
+	@echo "== installing fastproj[test] into $(VENV) and compiling its kernels: a minute or two"
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.demo
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,bench]"
+	@echo "== installing fastproj[trak,bench] into $(VENV) and compiling its kernels: a minute or two"
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,bench]"
 	@touch $@
 
 demo: $(VENV)/.demo
