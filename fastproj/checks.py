@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import SupportsIndex
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -38,13 +38,13 @@ def _name(torch_constant: object) -> str:
     return str(torch_constant).removeprefix("torch.")
 
 
-def check_integer(function: str, name: str, value: SupportsIndex, low: int, high: int) -> int:
+def check_integer(function: str, name: str, value: object, low: int, high: int) -> int:
     """``value`` as an int in low <= value < high. Raises TypeError or ValueError."""
     if type(value) is not int:
         if isinstance(value, bool):
             raise TypeError(f"{function}: received {name}={value!r}; expected an integer")
         try:
-            value = operator.index(value)
+            value = operator.index(cast(SupportsIndex, value))
         except TypeError:
             raise TypeError(
                 f"{function}: received {name}={value!r} ({type(value).__name__}); "
@@ -160,7 +160,7 @@ def _views(t: Tensor) -> list[Tensor]:
     if t.dim() == 2:
         return [t]
     if t.is_contiguous():
-        return [t.view(batch, t[0].numel() if batch else math.prod(t.shape[1:]))]
+        return [t.flatten(1)]
     # Dimension d runs on into d + 1 when its stride is that of the whole inner part.
     shape, stride = t.shape, t.stride()
     split, inner = t.dim() - 1, t.dim() - 1
@@ -200,7 +200,8 @@ def check_grads(function: str, grads: Grads) -> list[Tensor]:
     else:
         raise TypeError(
             f"{function}: received grads of type {type(grads).__name__}; expected a torch.Tensor "
-            "[B, P], or a dict or sequence of [B, ...] tensors"
+            "[B, P], or a dict or sequence of [B, ...] tensors (torch.from_numpy turns a NumPy "
+            "array into a tensor)"
         )
     pieces: list[Tensor] = []
     for name, t in named:

@@ -190,6 +190,7 @@ def _matrix(
 
 _KEY_SCHEMA = "SymInt seed, str kind, SymInt stream, SymInt row_offset, float scale"
 _HOW_SCHEMA = "str precision, str backend"
+_REST = 8  # arguments of project and project_transpose after the tensors
 
 _project_op = torch.library.custom_op(
     "fastproj::project",
@@ -296,7 +297,7 @@ def _project_transpose_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 def _project_transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """dL/dY = scale * dL/dG @ R[rows], in the dtype of y."""
-    return (_project_op([grad], ctx.proj_dim, *ctx.rest).to(ctx.dtype), *[None] * 8)
+    return (_project_op([grad], ctx.proj_dim, *ctx.rest).to(ctx.dtype), *[None] * _REST)
 
 
 _project_op.register_autograd(_project_backward, setup_context=_project_setup)
@@ -332,30 +333,30 @@ def _(info: Any, in_dims: tuple[Any, ...], y: Tensor, *rest: Any) -> tuple[Tenso
 class _ProjectFunction(torch.autograd.Function):
     """project under torch.func transforms and forward mode, where a custom op's rule is not used.
 
-    Arguments: those of ``_project_op`` after its pieces, as one tuple, then the pieces.
+    Arguments: those of ``_project_op`` after its pieces, then the pieces.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rest: tuple[Any, ...], *pieces: Tensor) -> Tensor:
-        return _project_op(list(pieces), *rest)
+    def forward(*args: Any) -> Tensor:
+        return _project_op(list(args[_REST:]), *args[:_REST])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rest, *pieces = inputs
-        _project_setup(ctx, (pieces, *rest), output)
+        _project_setup(ctx, (inputs[_REST:], *inputs[:_REST]), output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (None, *_piece_gradients(_run_transpose, ctx, grad, ctx.needs_input_grad[1:]))
+        needed = ctx.needs_input_grad[_REST:]
+        return (*[None] * _REST, *_piece_gradients(_run_transpose, ctx, grad, needed))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         """Linear: the sum of each tangent's projection, at its own rows."""
         seed, kind, stream, row, *how = ctx.rest
         total = None
-        for size, tangent in zip(ctx.sizes, tangents, strict=True):
+        for size, tangent in zip(ctx.sizes, tangents[_REST:], strict=True):
             if tangent is not None:
                 y = _run_project([tangent], ctx.proj_dim, seed, kind, stream, row, *how)
                 total = y if total is None else total + y
@@ -365,26 +366,26 @@ class _ProjectFunction(torch.autograd.Function):
 
 
 class _ProjectTransposeFunction(torch.autograd.Function):
-    """project_transpose in the same places. Arguments: a tuple of all but y, then y."""
+    """project_transpose in the same places. Arguments: all of its op's but y, then y."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rest: tuple[Any, ...], y: Tensor) -> Tensor:
-        return _project_transpose_op(y, *rest)
+    def forward(*args: Any) -> Tensor:
+        return _project_transpose_op(args[_REST], *args[:_REST])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rest, y = inputs
-        _project_transpose_setup(ctx, (y, *rest), output)
+        _project_transpose_setup(ctx, (inputs[_REST], *inputs[:_REST]), output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, _run_project([grad], ctx.proj_dim, *ctx.rest).to(ctx.dtype)
+        y = _run_project([grad], ctx.proj_dim, *ctx.rest)
+        return (*[None] * _REST, y.to(ctx.dtype))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
-        return _run_transpose(tangent, ctx.rows, *ctx.rest)
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _run_transpose(tangents[_REST], ctx.rows, *ctx.rest)
 
 
 # ---- the way to a kernel -----------------------------------------------------------------------
@@ -415,7 +416,7 @@ def _run_project(pieces: list[Tensor], *rest: Any) -> Tensor:
     if _is_direct(pieces):
         return _project(pieces, *rest)
     if not torch.compiler.is_compiling() and _in_transform():
-        return _ProjectFunction.apply(rest, *pieces)
+        return _ProjectFunction.apply(*rest, *pieces)
     return _project_op(pieces, *rest)
 
 
@@ -423,7 +424,7 @@ def _run_transpose(y: Tensor, *rest: Any) -> Tensor:
     if _is_direct([y]):
         return _project_transpose(y, *rest)
     if not torch.compiler.is_compiling() and _in_transform():
-        return _ProjectTransposeFunction.apply(rest, y)
+        return _ProjectTransposeFunction.apply(*rest, y)
     return _project_transpose_op(y, *rest)
 
 
@@ -528,9 +529,9 @@ def checked_project(
     seed64 = signed_seed(function, seed)
     check_kind(function, kind)
     stream = check_integer(function, "stream", stream, 0, MAX_STREAM)
-    start = (
-        0 if row_offset is None else check_integer(function, "row_offset", row_offset, 0, MAX_ROWS)
-    )
+    start = 0
+    if row_offset is not None or grad_dim is None:
+        start = check_integer(function, "row_offset", row_offset, 0, MAX_ROWS)
     factor = check_scale(function, scale, proj_dim)
     how = check_precision(function, precision), check_backend(function, backend)
     pieces = check_grads(function, grads)

@@ -1,0 +1,420 @@
+"""Everything a caller can get wrong: the error names what came and what would work.
+
+Each case is refused before anything is written: ``out`` is full of NaN and stays so.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastproj
+from fastproj.backends import registry
+
+B, P, K = 3, 20, 5
+G = torch.ones(B, P)
+Y = torch.ones(B, K)
+
+
+def nan_out(*shape: int, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+    return torch.full(shape, math.nan, dtype=dtype, **kwargs)
+
+
+def case(name: str, error: type[Exception], *words: str, **kwargs: Any) -> Any:
+    """A parametrize entry: the call's changes, the error and words that its message has."""
+    return pytest.param(kwargs, error, words, id=name)
+
+
+def refused(call: Callable[[], object], error: type[Exception], words: tuple[str, ...]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+# Arguments that project, project_transpose and matrix share.
+SHARED = [
+    case("seed_negative", ValueError, "seed=-1", "0 <= seed < 2^64", seed=-1),
+    case("seed_too_large", ValueError, "seed=18446744073709551616", "2^64", seed=2**64),
+    case("seed_float", TypeError, "seed=1.0", "float", "integer", seed=1.0),
+    case("seed_bool", TypeError, "seed=True", "integer", seed=True),
+    case("seed_none", TypeError, "seed=None", "integer", seed=None),
+    case("stream_negative", ValueError, "stream=-1", "2^32", stream=-1),
+    case("stream_too_large", ValueError, "stream=4294967296", "2^32", stream=2**32),
+    case("stream_str", TypeError, "stream='0'", "integer", stream="0"),
+    case("kind_unknown", ValueError, "'normal'", "rademacher, gaussian", kind="normal"),
+    case("kind_none", ValueError, "kind=None", "rademacher, gaussian", kind=None),
+    case(
+        "backend_unknown", ValueError, "'abacus'", "cuda, triton, cpu, reference", backend="abacus"
+    ),
+]
+HOW = [
+    case("precision", ValueError, "'exact'", "highest, high, medium", precision="exact"),
+    case("precision_tf32", ValueError, "'tf32'", "highest, high, medium", precision="tf32"),
+    case("scale_word", ValueError, "'JL'", '"jl"', scale="JL"),
+    case("scale_nan", ValueError, "nan", "finite", scale=math.nan),
+    case("scale_inf", ValueError, "inf", "finite", scale=-math.inf),
+    case("scale_bool", TypeError, "True", '"jl"', scale=True),
+    case("scale_list", TypeError, "[1.0]", '"jl"', scale=[1.0]),
+    case("scale_tensor", TypeError, '"jl"', scale=torch.tensor(0.5)),
+]
+
+
+def floats(*dtypes: torch.dtype) -> list[Any]:
+    return [
+        case(f"dtype_{dtype}", TypeError, str(dtype).removeprefix("torch."), "float32", dtype=dtype)
+        for dtype in dtypes
+    ]
+
+
+WRONG_DTYPES = [
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+]
+
+PROJECT = [
+    *SHARED,
+    *HOW,
+    *[
+        case(
+            f"grads_{dtype}",
+            TypeError,
+            f"[3, 20] {str(dtype).removeprefix('torch.')} on cpu",
+            "float32, bfloat16, float16 or float64",
+            grads=G.to(dtype),
+        )
+        for dtype in WRONG_DTYPES
+    ],
+    case("grads_numpy", TypeError, "ndarray", "torch.from_numpy", grads=np.ones((B, P))),
+    case("grads_none", TypeError, "NoneType", "torch.Tensor", grads=None),
+    case("grads_number", TypeError, "float", "dict", grads=1.0),
+    case("grads_iterator", TypeError, "list_iterator", "sequence", grads=iter([G])),
+    case("grads_1d", ValueError, "[20]", "[B, P]", grads=G[0]),
+    case("grads_3d", ValueError, "[3, 20, 1]", "[B, P]", "[grads]", grads=G[:, :, None]),
+    case("grads_0d", ValueError, "[]", "[B, P]", grads=torch.tensor(1.0)),
+    case("grads_no_columns", ValueError, "[3, 0]", "P >= 1", grads=G[:, :0]),
+    case("grads_sparse", TypeError, "sparse_coo", "to_dense", grads=G.to_sparse()),
+    case("dict_empty", ValueError, "0 tensors", "P >= 1", grads={}),
+    case("list_empty", ValueError, "0 tensors", "P >= 1", grads=[]),
+    case("list_of_empties", ValueError, "2 tensors", "P >= 1", grads=[G[:, :0], G[:, :0]]),
+    case(
+        "dict_batches_disagree",
+        ValueError,
+        "grads['w'] [3, 20]",
+        "grads['b'] [2, 20]",
+        "one batch size",
+        grads={"w": G, "b": G[:2]},
+    ),
+    case(
+        "dict_batches_disagree_on_an_empty_piece",
+        ValueError,
+        "grads['w'] [3, 20]",
+        "grads['b'] [2, 0]",
+        grads={"w": G, "b": G[:2, :0]},
+    ),
+    case(
+        "list_dtypes_disagree",
+        ValueError,
+        "grads[0] [3, 20] float32",
+        "grads[1] [3, 20] float64",
+        "accumulate=True",
+        grads=[G, G.double()],
+    ),
+    case(
+        "devices_disagree",
+        ValueError,
+        "grads[0] [3, 20] float32 on cpu",
+        "grads[1] [3, 20] float32 on meta",
+        grads=[G, G.to("meta")],
+    ),
+    case("list_item", TypeError, "grads[1] of type list", grads=[G, [1.0]]),
+    case("dict_integer", TypeError, "grads['b']", "int64", grads={"w": G, "b": G.long()}),
+    case("list_0d", ValueError, "grads[0] []", "[B, ...]", grads=[torch.tensor(1.0)]),
+    case("string", TypeError, "grads[0] of type str", grads="grads"),
+    case("proj_dim_zero", ValueError, "proj_dim=0", "1 <= proj_dim", proj_dim=0),
+    case("proj_dim_negative", ValueError, "proj_dim=-4", "1 <= proj_dim", proj_dim=-4),
+    case("proj_dim_too_large", ValueError, "proj_dim=4294967297", "4294967297", proj_dim=2**32 + 1),
+    case("proj_dim_float", TypeError, "proj_dim=5.0", "integer", proj_dim=5.0),
+    case("row_offset_negative", ValueError, "row_offset=-1", "0 <= row_offset", row_offset=-1),
+    case("row_offset_too_large", ValueError, "row_offset", "2^56", row_offset=2**56),
+    case("rows_too_far", ValueError, "P=20", "2^56", row_offset=2**56 - 19),
+    case("row_offset_none", TypeError, "row_offset=None", "integer", row_offset=None),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), PROJECT)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_project(
+    changes: dict[str, Any], error: type[Exception], words: tuple[str, ...], accumulate: bool
+) -> None:
+    out = nan_out(B, K)
+    call = {"grads": G, "proj_dim": K, "out": out, "accumulate": accumulate, **changes}
+    refused(lambda: fastproj.project(**call), error, ("project: received", *words))
+    assert out.isnan().all()
+    del call["out"], call["accumulate"]
+    refused(lambda: fastproj.project(**call), error, words)
+
+
+TRANSPOSE = [
+    *SHARED,
+    *HOW,
+    case("y_integer", TypeError, "[3, 5] int64", "float32", y=Y.long()),
+    case("y_complex", TypeError, "complex64", "float32", y=Y.to(torch.complex64)),
+    case("y_list", TypeError, "list", "torch.Tensor", y=[Y]),
+    case("y_1d", ValueError, "[5]", "[B, K]", y=Y[0]),
+    case("y_no_columns", ValueError, "[3, 0]", "K >= 1", y=Y[:, :0]),
+    case("y_sparse", TypeError, "sparse_coo", "to_dense", y=Y.to_sparse()),
+    case("rows_negative", ValueError, "rows=-1", rows=-1),
+    case("rows_too_many", ValueError, f"rows={2**56 + 1}", rows=2**56 + 1),
+    case("rows_float", TypeError, "rows=2.5", rows=2.5),
+    case(
+        "rows_open", ValueError, "slice(3, None, None)", "slice(start, stop)", rows=slice(3, None)
+    ),
+    case("rows_step", ValueError, "slice(0, 20, 2)", "without a step", rows=slice(0, 20, 2)),
+    case("rows_backwards", ValueError, "slice(9, 3, None)", "start <= stop", rows=slice(9, 3)),
+    case("rows_negative_start", ValueError, "rows.start=-2", rows=slice(-2, 18)),
+    case("rows_negative_stop", ValueError, "rows.stop=-2", rows=slice(0, -2)),
+    case("rows_none", TypeError, "rows=None", rows=None),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), TRANSPOSE)
+def test_project_transpose(
+    changes: dict[str, Any], error: type[Exception], words: tuple[str, ...]
+) -> None:
+    out = nan_out(B, P)
+    call = {"y": Y, "rows": P, "out": out, **changes}
+    refused(lambda: fastproj.project_transpose(**call), error, ("project_transpose: ", *words))
+    assert out.isnan().all()
+
+
+MATRIX = [
+    *SHARED,
+    *[
+        case(f"dtype_{dtype}", TypeError, str(dtype), "float32", dtype=dtype)
+        for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2)
+    ],
+    case("dtype_int8_gaussian", TypeError, "int8", "'gaussian'", dtype=torch.int8, kind="gaussian"),
+    case("dtype_name", TypeError, "float32", dtype="float32"),
+    case("cols_too_many", ValueError, f"cols={2**32 + 1}", cols=2**32 + 1),
+    case("cols_negative", ValueError, "cols=-1", cols=-1),
+    case("rows_open", ValueError, "slice(0, None, None)", rows=slice(0, None)),
+    case("cols_step", ValueError, "slice(0, 4, 2)", cols=slice(0, 4, 2)),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), MATRIX)
+def test_matrix(changes: dict[str, Any], error: type[Exception], words: tuple[str, ...]) -> None:
+    call = {"rows": P, "cols": K, **changes}
+    refused(lambda: fastproj.matrix(**call), error, ("matrix: received", *words))
+
+
+# ---- out ---------------------------------------------------------------------------------------
+
+
+def with_base(base: Tensor, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    return base, view(base)
+
+
+OUTS = [
+    ("shape", ValueError, ("[3, 6]", "[3, 5] float32 on cpu"), nan_out(3, 6)),
+    ("batch", ValueError, ("[4, 5]", "[3, 5]"), nan_out(4, 5)),
+    ("flat", ValueError, ("[15]", "[3, 5]"), nan_out(15)),
+    ("float64", TypeError, ("float64", "[3, 5] float32"), nan_out(3, 5, dtype=torch.float64)),
+    ("bfloat16", TypeError, ("bfloat16", "[3, 5] float32"), nan_out(3, 5, dtype=torch.bfloat16)),
+    ("integer", TypeError, ("int64", "float32"), torch.zeros(3, 5, dtype=torch.int64)),
+    ("other_device", ValueError, ("meta", "cpu"), nan_out(3, 5, device="meta")),
+    ("expanded", ValueError, ("overlap", "(0, 1)"), nan_out(1, 5).expand(3, 5)),
+    ("expanded_columns", ValueError, ("overlap", "(1, 0)"), nan_out(3, 1).expand(3, 5)),
+    ("one_element", ValueError, ("overlap", "(0, 0)"), nan_out(1, 1).expand(3, 5)),
+    ("windows", ValueError, ("overlap", "(2, 1)"), nan_out(20).as_strided((3, 5), (2, 1))),
+    ("diagonals", ValueError, ("overlap", "(3, 2)"), nan_out(20).as_strided((3, 5), (3, 2))),
+    ("sparse", ValueError, ("sparse_coo", "[3, 5]"), torch.zeros(3, 5).to_sparse()),
+    ("numpy", TypeError, ("ndarray", "[3, 5] float32"), np.full((3, 5), math.nan, np.float32)),
+    ("requires_grad", ValueError, ("out that requires grad",), nan_out(3, 5).requires_grad_()),
+    (
+        "negative_bit",
+        ValueError,
+        ("negative bit",),
+        torch.complex(nan_out(3, 5), nan_out(3, 5)).conj().imag,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "out"), [pytest.param(*rest, id=name) for name, *rest in OUTS]
+)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_out(error: type[Exception], words: tuple[str, ...], out: Any, accumulate: bool) -> None:
+    before = out.clone() if isinstance(out, Tensor) else out.copy()
+    call = {"proj_dim": K, "out": out, "accumulate": accumulate}
+    refused(lambda: fastproj.project(G, **call), error, ("project: received out", *words))
+    if isinstance(out, Tensor) and not out.is_meta and out.layout is torch.strided:
+        assert torch.equal(out.isnan(), before.isnan())
+
+
+@pytest.mark.parametrize(
+    "out",
+    [nan_out(4, 20), nan_out(3, 20, dtype=torch.float16), nan_out(1, 20).expand(3, 20)],
+    ids=["shape", "dtype", "expanded"],
+)
+def test_out_of_project_transpose(out: Tensor) -> None:
+    with pytest.raises((TypeError, ValueError), match="project_transpose: received out"):
+        fastproj.project_transpose(Y, P, out=out)
+    assert out.isnan().all()
+
+
+def test_strides_without_overlap_are_taken(backend: str, device: str) -> None:
+    """(3, 2) overlaps in [3, 5], but not in [2, 3] or [3, 3]."""
+    grads = G.to(device)
+    for shape, strides in (
+        ((2, 3), (3, 2)),
+        ((3, 1), (0 + 7, 5)),
+        ((3, 5), (1, 3)),
+        ((3, 3), (3, 2)),
+    ):
+        out = nan_out(40, device=device).as_strided(shape, strides)
+        got = fastproj.project(grads[: shape[0]], shape[1], out=out, backend=backend)
+        assert torch.equal(got, fastproj.project(grads[: shape[0]], shape[1], backend=backend))
+
+
+ALIASES = {
+    "same": lambda buffer: (buffer[:60].view(3, 20), buffer[:15].view(3, 5)),
+    "tail": lambda buffer: (buffer[:60].view(3, 20), buffer[59:74].view(3, 5)),
+    "columns": lambda buffer: (buffer.view(4, 25)[:3, :20], buffer.view(4, 25)[:3, 19:24]),
+    "columns_shifted": lambda buffer: (buffer.view(4, 25)[:3, 5:], buffer.view(4, 25)[1:, 1:6]),
+    "transposed": lambda buffer: (buffer[:60].view(3, 20), buffer[30:45].view(5, 3).T),
+    "one_row": lambda buffer: (buffer[:20].expand(3, 20), buffer[10:25].view(3, 5)),
+}
+
+
+@pytest.mark.parametrize("layout", ALIASES)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_out_that_shares_memory_with_grads(layout: str, accumulate: bool) -> None:
+    buffer = nan_out(100)
+    grads, out = ALIASES[layout](buffer)
+    with pytest.raises(ValueError, match=r"project: received out .* shares memory with grads"):
+        fastproj.project(grads, K, out=out, accumulate=accumulate)
+    with pytest.raises(ValueError, match="shares memory with grads"):
+        fastproj.project({"a": torch.ones(3, 2), "b": grads}, K, out=out, accumulate=accumulate)
+    assert buffer.isnan().all()
+
+
+def test_out_that_shares_memory_with_y() -> None:
+    buffer = nan_out(100)
+    with pytest.raises(
+        ValueError, match=r"project_transpose: received out .* shares memory with y"
+    ):
+        fastproj.project_transpose(buffer[:15].view(3, 5), 20, out=buffer[14:74].view(3, 20))
+    assert buffer.isnan().all()
+
+
+def test_out_with_grads_that_require_grad() -> None:
+    out = nan_out(B, K)
+    with pytest.raises(ValueError, match="out= and a grads that requires grad"):
+        fastproj.project({"a": G, "b": G.clone().requires_grad_()}, K, out=out)
+    with pytest.raises(ValueError, match="out= and a y that requires grad"):
+        fastproj.project_transpose(Y.clone().requires_grad_(), P, out=nan_out(B, P))
+    assert out.isnan().all()
+
+
+def test_accumulate_without_out() -> None:
+    with pytest.raises(ValueError, match="accumulate=True without out"):
+        fastproj.project(G, K, accumulate=True)
+
+
+# ---- backends ----------------------------------------------------------------------------------
+
+
+def test_a_backend_that_is_missing_names_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        registry, "unavailable", lambda name: "no abacus; buy one" if name == "cpu" else None
+    )
+    registry._choose.cache_clear()
+    out = nan_out(B, K)
+    with pytest.raises(
+        ValueError, match=r"'cpu', which can't run here: no abacus; buy one\. Usable"
+    ):
+        fastproj.project(G, K, out=out, backend="cpu")
+    with pytest.raises(ValueError, match="no abacus"):
+        fastproj.Projector(P, K, backend="cpu")
+    assert out.isnan().all()
+    registry._choose.cache_clear()
+
+
+def test_a_backend_that_cannot_take_the_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = registry.load("reference")
+    monkeypatch.setattr(reference, "unsupported", lambda *what: f"not {what[0]} today")
+    registry._choose.cache_clear()
+    out = nan_out(B, K)
+    with pytest.raises(ValueError, match="reference: not cpu today"):
+        fastproj.project(G, K, out=out, backend="reference")
+    assert out.isnan().all()
+    registry._choose.cache_clear()
+
+
+# ---- Projector ---------------------------------------------------------------------------------
+
+PROJECTOR = [
+    *SHARED[:5],
+    *SHARED[8:],
+    *HOW,
+    case("grad_dim_zero", ValueError, "grad_dim=0", "1 <= grad_dim", grad_dim=0),
+    case("grad_dim_float", TypeError, "grad_dim=1e3", "integer", grad_dim=1e3),
+    case("proj_dim_zero", ValueError, "proj_dim=0", "1 <= proj_dim", proj_dim=0),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), PROJECTOR)
+def test_projector(changes: dict[str, Any], error: type[Exception], words: tuple[str, ...]) -> None:
+    words = tuple(re.sub("1e3", "1000.0", word) for word in words)
+    call = {"grad_dim": P, "proj_dim": K, **changes}
+    refused(lambda: fastproj.Projector(**call), error, ("Projector: received", *words))
+
+
+def test_projector_checks_grad_dim() -> None:
+    projector = fastproj.Projector(P + 1, K)
+    out = nan_out(B, K)
+    refused(
+        lambda: projector.project(G, out=out),
+        ValueError,
+        ("Projector.project", "P=20", "grad_dim = 21", "row_offset="),
+    )
+    refused(
+        lambda: projector.project({"a": G, "b": G}, out=out),
+        ValueError,
+        ("P=40", "grad_dim = 21"),
+    )
+    refused(
+        lambda: projector.project(G, row_offset=2, out=out),
+        ValueError,
+        ("row_offset=2", "P=20", "grad_dim = 21"),
+    )
+    refused(lambda: projector.project(G, -1, row_offset=0, out=out), ValueError, ("stream=-1",))
+    assert out.isnan().all()
+    assert projector.project(G, row_offset=1, out=out) is out
+    assert not out.isnan().any()
+
+
+def test_projector_transpose_checks_its_sizes() -> None:
+    projector = fastproj.Projector(P, K)
+    refused(
+        lambda: projector.project_transpose(torch.ones(2, K + 1)),
+        ValueError,
+        ("K=6", "proj_dim = 5"),
+    )
+    refused(lambda: projector.project_transpose(Y, rows=P + 1), ValueError, ("rows=21",))
+    refused(lambda: projector.matrix(slice(0, P + 1)), ValueError, ("rows.stop=21",))

@@ -1,0 +1,132 @@
+"""Which backend runs, what is said about it, and what the package imports."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastproj
+from fastproj.backends import registry
+
+FLOAT = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
+    registry._choose.cache_clear()
+    yield
+    registry._choose.cache_clear()
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As on a machine where just these backends can run."""
+    monkeypatch.setattr(
+        registry, "unavailable", lambda name: None if name in names else f"no {name}; get one"
+    )
+
+
+def test_every_adapter_has_its_name_and_functions() -> None:
+    for name in registry.available_backends():
+        module = registry.load(name)
+        assert module.NAME == name
+        assert module.unavailable() is None
+        described = module.describe()
+        assert described
+        assert all(isinstance(x, str) for pair in described.items() for x in pair)
+
+
+def test_a_reason_says_what_is_missing() -> None:
+    for name in registry.NAMES:
+        reason = registry.unavailable(name)
+        assert (reason is None) == (name in registry.available_backends())
+        if reason is not None:
+            assert len(reason) > 20
+            assert "\n" not in reason
+
+
+def test_reference_can_always_run_and_comes_last() -> None:
+    assert registry.available_backends()[-1] == "reference"
+    assert fastproj.available_backends() == registry.available_backends()
+
+
+def test_the_first_that_can_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = registry.available_backends()
+    on_cpu = [n for n in first if not registry.load(n).unsupported("cpu", FLOAT, "rademacher")]
+    assert registry.choose("cpu", FLOAT, "rademacher").NAME == on_cpu[0]
+    only(monkeypatch, "reference")
+    registry._choose.cache_clear()
+    assert registry.choose("cpu", FLOAT, "rademacher").NAME == "reference"
+
+
+def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(registry.ENVIRONMENT, "abacus")
+    assert registry.choose("cpu", FLOAT, "gaussian", "reference").NAME == "reference"
+    with pytest.raises(ValueError, match="'abacus'; expected one of cuda, triton, cpu, reference"):
+        registry.choose("cpu", FLOAT, "gaussian")
+    monkeypatch.setenv(registry.ENVIRONMENT, "")
+    assert registry.choose("cpu", FLOAT, "gaussian").NAME in registry.NAMES
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fastproj"):
+        for _ in range(3):
+            registry.choose("cpu", FLOAT, "gaussian", "reference")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["backend reference for gaussian with float32 on cpu (asked for)"]
+
+
+def test_falling_back_to_the_slow_one_is_a_warning_that_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    only(monkeypatch, "reference")
+    with caplog.at_level(logging.WARNING, logger="fastproj"):
+        registry.choose("cpu", FLOAT, "rademacher")
+    (record,) = caplog.records
+    assert "no cpu; get one" in record.getMessage()
+    assert "slow" in record.getMessage()
+
+
+def test_an_adapter_that_cannot_be_imported_is_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry.load.cache_clear()
+    registry.unavailable.cache_clear()
+    monkeypatch.setitem(sys.modules, "fastproj.backends.cpu", None)
+    try:
+        assert "can't be imported" in (registry.unavailable("cpu") or "")
+        assert "cpu" not in registry.available_backends()
+    finally:
+        registry.load.cache_clear()
+        registry.unavailable.cache_clear()
+
+
+def test_importing_fastproj_loads_neither_trak_nor_what_it_needs() -> None:
+    code = (
+        "import sys, fastproj\n"
+        "assert fastproj.Projector(10, 4).grad_dim == 10\n"
+        "heavy = {'fastproj.trak', 'sklearn', 'scipy', 'safetensors', 'triton'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert 'TRAKer' in dir(fastproj)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_names() -> None:
+    assert set(fastproj.__all__) == {
+        "SPEC_VERSION",
+        "Projector",
+        "TRAKer",
+        "__version__",
+        "available_backends",
+        "matrix",
+        "project",
+        "project_transpose",
+    }
+    with pytest.raises(AttributeError, match="no attribute 'projekt'"):
+        _ = fastproj.projekt
