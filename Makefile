@@ -77,16 +77,18 @@ test-all: lint
 # The sanitized package lies in its own folder and shadows the installed one. The interpreter itself is not
 # instrumented, so its allocations at exit are no leaks of ours.
 SANITIZED := build/sanitize/lib
-SANITIZE_TESTS ?= $(wildcard tests/backends/test_cpu*.py)
+SANITIZE_TESTS ?= $(wildcard tests/backends/test_cpu*.py) tests/test_ops.py
 sanitize: $(VENV)/.test
 	FASTPROJ_SANITIZE=1 FASTPROJ_CPU=1 FASTPROJ_CUDA=0 $(BIN)/python setup.py -q build \
 	    --build-base build/sanitize --build-lib $(SANITIZED)
 	cxx=$${CXX:-c++}; \
 	LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so) \
-	    $$($$cxx -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1 \
-	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONSAFEPATH=1 \
-	$(BIN)/pytest -p no:cacheprovider -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
+	    $$($$cxx -print-file-name=libstdc++.so)"; \
+	ASAN_OPTIONS=detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1; \
+	UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$PWD/$(SANITIZED)" PYTHONSAFEPATH=1; \
+	export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS PYTHONPATH PYTHONSAFEPATH; \
+	$(BIN)/python -c 'import sys, fastproj._cpu as m; sys.exit("sanitize" not in m.__file__)'; \
+	$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/project.py $(BENCH_ARGS)

@@ -206,16 +206,18 @@ def cpu_module(version: str) -> Module | Skipped:
     mode = ["-O1", "-g", "-fno-omit-frame-pointer", *checks] if sanitize else ["-O3", "-DNDEBUG"]
     base = [*compiler, "-std=c++17", *mode, "-fPIC", "-fvisibility=hidden", "-pthread"]
     base += ["-Wall", "-Wextra", f"-I{CSRC}", *user_flags("CXXFLAGS")]
-    # gcc before 13 warns about its own AVX-512 headers (GCC bug 105593); clang has no such flag.
-    quiet = "-Wno-maybe-uninitialized"
-    if compiles([*compiler, "-Werror", quiet, "-c"], "int probe();\n")[0]:
-        base.append(quiet)
+    # gcc before 13 warns about its own AVX-512 headers (GCC bug 105593).
+    quiet = [
+        flag
+        for flag in ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
+        if compiles([*compiler, "-Werror", flag, "-c"], "int probe();\n")[0]
+    ]
 
     isas = {"portable": list[str]()}
     for isa, flags in X86_ISAS.items():
         source = CSRC / "cpu" / f"isa_{isa}.cpp"
         if source.is_file() and compiles([*compiler, "-std=c++17", "-c", *flags], ISA_PROBE)[0]:
-            isas[isa] = flags
+            isas[isa] = [*flags, *(quiet if "-mavx512f" in flags else [])]
     have = [f"-DFASTPROJ_HAVE_{isa.upper()}" for isa in isas if isa != "portable"]
     bind = [*base, *have, *includes, f'-DFASTPROJ_VERSION="{version}"']
     cpu = CSRC / "cpu"
