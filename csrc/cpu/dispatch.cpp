@@ -212,8 +212,7 @@ std::string isa_unavailable(Isa isa) {
 #endif
         case Isa::kAmx:
 #if defined(FASTPROJ_X86) && defined(FASTPROJ_HAVE_AMX)
-            if (!isa_unavailable(Isa::kAvx512Bf16).empty())
-                return isa_unavailable(Isa::kAvx512Bf16);
+            if (!isa_unavailable(Isa::kAvx512).empty()) return isa_unavailable(Isa::kAvx512);
             return amx_unavailable();
 #else
             return not_built;

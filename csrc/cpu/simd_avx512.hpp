@@ -44,10 +44,10 @@ struct Simd {
                                             _mm512_set1_epi32(0x3f800000), 0xEA);  // (a & b) | c
     }
 
-    // The two Gaussian entries in each word (low half: even row). 512 magnitudes are eight tables
-    // of 64 for vpermi2w, chosen by three mask bits; the index has bits 8..1 from code bits 14..7
-    // and bit 0 from code bit 1.
-    static void gauss(U word, F& low, F& high) {
+    // The two Gaussian entries in each word as bf16 bits (low half: even row). 512 magnitudes are
+    // eight tables of 64 for vpermi2w, chosen by three mask bits; the index has bits 8..1 from code
+    // bits 14..7 and bit 0 from code bit 1.
+    static U gauss_bf16(U word) {
         const __m512i w = (__m512i)word;
         const __m512i index =
             _mm512_ternarylogic_epi32(_mm512_set1_epi16(1), _mm512_srli_epi16(w, 1),
@@ -64,10 +64,14 @@ struct Simd {
         for (int i = 0; i < 4; ++i) m[i] = _mm512_mask_mov_epi16(m[2 * i], bit6, m[2 * i + 1]);
         for (int i = 0; i < 2; ++i) m[i] = _mm512_mask_mov_epi16(m[2 * i], bit7, m[2 * i + 1]);
         const __m512i magnitude = _mm512_mask_mov_epi16(m[0], bit8, m[1]);
-        const __m512i entry = _mm512_ternarylogic_epi32(w, _mm512_set1_epi16(INT16_MIN), magnitude,
-                                                        0xEA);  // (a & b) | c
-        low = (F)_mm512_slli_epi32(entry, 16);
-        high = (F)_mm512_and_epi32(entry, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+        return (U)_mm512_ternarylogic_epi32(w, _mm512_set1_epi16(INT16_MIN), magnitude,
+                                            0xEA);  // (a & b) | c
+    }
+
+    static void gauss(U word, F& low, F& high) {
+        const U entries = gauss_bf16(word);
+        low = (F)(entries << 16);
+        high = (F)(entries & 0xffff0000u);
     }
 };
 

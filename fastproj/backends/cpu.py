@@ -1,7 +1,7 @@
 """The CPU backend: hands tensors to ``fastproj._cpu`` as pointers, shapes and strides.
 
-The instruction set is the best one that the machine has; ``FASTPROJ_CPU_ISA`` or ``force_isa`` names
-another. R is the same under all of them; sums differ by rounding.
+The instruction set is the best one that the machine has; ``FASTPROJ_CPU_ISA`` or ``force_isa``
+names another. R is the same under all of them; sums differ by rounding.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _extension() -> ModuleType | str:
         from fastproj import _cpu
     except ImportError as error:
         return (
-            f"fastproj._cpu is not built ({error}); install a C++17 compiler (e.g. `apt-get install "
-            "g++`) and reinstall fastproj"
+            f"fastproj._cpu is not built ({error}); install a C++17 compiler "
+            "(e.g. `apt-get install g++`) and reinstall fastproj"
         )
     return _cpu
 
