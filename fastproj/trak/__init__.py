@@ -1,0 +1,39 @@
+"""TRAK on top of the projection: attribution of model outputs to training samples."""
+
+from __future__ import annotations
+
+from fastproj.trak.estimator import TRAKer
+from fastproj.trak.gradients import (
+    AbstractGradientComputer,
+    FunctionalGradientComputer,
+    IterativeGradientComputer,
+)
+from fastproj.trak.metrics import LDS, lds, noise_ceiling
+from fastproj.trak.solve import ScoreComputer, SingularXtXWarning
+from fastproj.trak.store import (
+    NotReadyError,
+    Store,
+    StoreCorruptError,
+    StoreError,
+    StoreMismatchError,
+)
+from fastproj.trak.tasks import AbstractModelOutput, ImageClassificationModelOutput
+
+__all__ = [
+    "LDS",
+    "AbstractGradientComputer",
+    "AbstractModelOutput",
+    "FunctionalGradientComputer",
+    "ImageClassificationModelOutput",
+    "IterativeGradientComputer",
+    "NotReadyError",
+    "ScoreComputer",
+    "SingularXtXWarning",
+    "Store",
+    "StoreCorruptError",
+    "StoreError",
+    "StoreMismatchError",
+    "TRAKer",
+    "lds",
+    "noise_ceiling",
+]

@@ -1,0 +1,91 @@
+"""Batches as TRAK sees them: tuples of tensors, or nests of them, of one first dimension."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastproj.checks import describe
+
+
+def leaves(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a nest of tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from leaves(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from leaves(value)
+    else:
+        raise TypeError(
+            f"received {type(tree).__name__} {tree!r:.60} inside the batch; expected tensors "
+            "(torch.as_tensor turns arrays and lists of numbers into one)"
+        )
+
+
+def map_leaves(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """``tree`` with ``function`` applied to each of its tensors."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_leaves(function, value) for key, value in tree.items()}
+    return tuple(map_leaves(function, value) for value in tree)
+
+
+def prepare(function: str, batch: Any, device: torch.device) -> tuple[tuple[Any, ...], int]:
+    """``batch`` as a tuple on ``device``, and its size B.
+
+    Raises TypeError or ValueError, naming ``function``, for anything but a sequence of tensors (or
+    nests of tensors) whose first dimensions agree.
+    """
+    if not isinstance(batch, Sequence) or isinstance(batch, str):
+        received = describe(batch) if isinstance(batch, Tensor) else type(batch).__name__
+        raise TypeError(
+            f"{function}: received a batch of type {received}; expected a tuple or list such as "
+            "(images, labels); a single input goes in as (input,)"
+        )
+    try:
+        tensors = list(leaves(batch))
+    except TypeError as error:
+        raise TypeError(f"{function}: {error}") from None
+    if not tensors:
+        raise ValueError(f"{function}: received an empty batch; expected at least one tensor")
+    for t in tensors:
+        if t.dim() == 0 or t.shape[0] != (tensors[0].shape[0] if tensors[0].dim() else -1):
+            raise ValueError(
+                f"{function}: received a batch of {', '.join(describe(t) for t in tensors)}; "
+                "expected tensors that share their first dimension, the batch size"
+            )
+    return tuple(map_leaves(lambda t: t.to(device), part) for part in batch), tensors[0].shape[0]
+
+
+def select(batch: Any, rows: Any) -> Any:
+    """The samples ``rows`` (a slice, mask or index) of a prepared batch."""
+    return map_leaves(lambda t: t[rows], batch)
+
+
+def content_ids(batch: tuple[Any, ...], batch_size: int) -> npt.NDArray[np.int64]:
+    """64 bits of a hash of each sample's bytes, int64 [B]: equal inputs have equal ids."""
+    digests = [hashlib.blake2b(digest_size=8) for _ in range(batch_size)]
+    for t in leaves(batch):
+        kind = f"{t.dtype}{list(t.shape[1:])}".encode()
+        for digest, row in zip(digests, byte_rows(t), strict=True):
+            digest.update(kind)
+            digest.update(row)
+    return np.frombuffer(b"".join(d.digest() for d in digests), dtype=np.int64)
+
+
+def byte_rows(t: Tensor) -> npt.NDArray[np.uint8]:
+    """The bytes of ``t`` [B, ...], uint8 [B, bytes per sample]."""
+    flat = t.detach().cpu().contiguous().reshape(t.shape[0], -1)  # [B, p]
+    if flat.shape[1] == 0:
+        return np.zeros((t.shape[0], 0), dtype=np.uint8)
+    return flat.view(torch.uint8).numpy()

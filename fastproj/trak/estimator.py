@@ -1,0 +1,711 @@
+"""TRAKer: attribution of model outputs to training samples (TRAK, arXiv 2303.14186).
+
+For checkpoints c = 1..M with projection matrices P_c and features phi_c(z) = P_c^T grad f(z):
+
+    tau(z) = (1/M sum_c phi_c(z) (Phi_c^T Phi_c + lambda I)^-1 Phi_c^T) * (1/M sum_c Q_c)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastproj.checks import check_integer
+from fastproj.projector import Projector
+from fastproj.spec import SPEC_VERSION
+from fastproj.trak import batches
+from fastproj.trak.gradients import (
+    FunctionalGradientComputer,
+    count_params,
+    parameter_names,
+)
+from fastproj.trak.solve import Gram, Lambda, ScoreComputer, Solution, parse_lambda
+from fastproj.trak.store import (
+    Indices,
+    NotReadyError,
+    Store,
+    layout_fingerprint,
+    model_digest,
+)
+from fastproj.trak.tasks import resolve_task
+from fastproj.trak.writer import ScoresWriter
+
+MAX_SAMPLES = 1 << 48
+BLOCK_ROWS = 2048  # training samples held at once while finalising and scoring
+TARGET_ROWS = 8192  # targets held at once while scoring
+
+logger = logging.getLogger("fastproj.trak")
+
+
+class TRAKer:
+    """TRAK scores of a set of targets, for an ensemble of checkpoints of one model.
+
+    The calls are those of ``trak.TRAKer`` 0.3.2, in the same order: for each checkpoint
+    ``load_checkpoint`` and ``featurize`` over the training set; ``finalize_features``; for each
+    checkpoint ``start_scoring_checkpoint`` and ``score`` over the targets; ``finalize_scores``.
+    Everything is kept in ``save_dir``: a run that was stopped is repeated from the start, and
+    skips what is there.
+
+    Parameters
+    ----------
+    model : the module whose checkpoints are loaded. It is put into eval mode, on ``device``.
+    task : "image_classification", or an instance of an ``AbstractModelOutput`` subclass.
+    train_set_size : n, the number of training samples.
+    save_dir : where features and scores are kept. One that holds another model, seed, kind,
+        proj_dim or n is refused.
+    load_from_save_dir : True goes on with what is there; any number of processes may. False
+        starts each model_id afresh: what an earlier run left for it is renamed, not used.
+    device : where to compute; None is where the model is.
+    gradient_computer : a class with ``load_model_params``, ``compute_per_sample_grad`` and
+        ``compute_loss_grad``, built with model, task, grad_dim, dtype, device, grad_wrt.
+    projector : an object with ``proj_dim`` (0: the gradients as they are) and
+        ``project(grads, model_id=)``; None is ``fastproj.Projector``. Give it unscaled: features
+        are divided by ``normalize_factor``, the square root of the number of parameters.
+    saver : a subclass of ``fastproj.trak.store.Store``, or None.
+    score_computer : a subclass of ``fastproj.trak.solve.ScoreComputer``, or None.
+    proj_dim : k, the dimension of the features, where ``projector`` is None.
+    logging_level : of the logger "fastproj.trak".
+    use_half_precision : store features as float16 with a scale per row (half the disk space; no
+        overflow or underflow). Gradients, projection and solution keep their precision.
+    proj_max_batch_size : accepted for TRAK's sake; any batch size works.
+    projector_seed : 0 <= seed < 2^64, where ``projector`` is None.
+    grad_wrt : names of the parameters to take gradients by; None is all.
+    lambda_reg : ridge added to the diagonal of XtX: a number, meaning what it means in TRAK, or a
+        string such as "0.1*mean" for 0.1 times the mean eigenvalue.
+    kind : "rademacher" | "gaussian", where ``projector`` is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that can't work; StoreMismatchError (a ValueError) for a save_dir of another
+        run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        train_set_size: SupportsIndex,
+        save_dir: str | os.PathLike[str] = "./trak_results",
+        load_from_save_dir: bool = True,
+        device: str | torch.device | None = None,
+        gradient_computer: Any = FunctionalGradientComputer,
+        projector: Any = None,
+        saver: type[Store] | None = None,
+        score_computer: type[ScoreComputer] | None = None,
+        proj_dim: SupportsIndex = 2048,
+        logging_level: int | str = logging.INFO,
+        use_half_precision: bool = True,
+        proj_max_batch_size: int = 32,
+        projector_seed: SupportsIndex = 0,
+        grad_wrt: Iterable[str] | None = None,
+        lambda_reg: Lambda = 0.0,
+        *,
+        kind: str = "rademacher",
+    ) -> None:
+        logger.setLevel(logging_level)
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"TRAKer: received model of type {type(model).__name__}; expected a torch.nn.Module"
+            )
+        self.task = resolve_task(task)
+        self.train_set_size = check_integer(
+            "TRAKer", "train_set_size", train_set_size, 1, MAX_SAMPLES
+        )
+        parse_lambda(lambda_reg)
+        self.lambda_reg = lambda_reg
+        names = parameter_names(model, grad_wrt)
+        self.grad_wrt = None if grad_wrt is None else names
+        self.num_params_for_grad = count_params(model, names)
+        self.device = resolve_device(device, model)
+        self.model = model.to(self.device)
+        self.dtype = torch.float16 if use_half_precision else torch.float32
+        self.normalize_factor = math.sqrt(self.num_params_for_grad)
+
+        if projector is None:
+            projector = Projector(
+                self.num_params_for_grad, proj_dim, projector_seed, kind, scale=None
+            )
+        self.projector = projector
+        self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
+        self.gradient_computer = gradient_computer(
+            model=self.model,
+            task=self.task,
+            grad_dim=self.num_params_for_grad,
+            dtype=self.dtype,
+            device=self.device,
+            grad_wrt=self.grad_wrt,
+        )
+        self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
+            self.device
+        )
+        self.saver: Store = subclass_of("saver", saver, Store)(
+            save_dir,
+            {
+                "spec_version": SPEC_VERSION,
+                "projector": f"{type(projector).__module__}.{type(projector).__qualname__}",
+                "seed": int(getattr(projector, "seed", 0)),
+                "kind": projector_kind(projector),
+                "proj_dim": self.proj_dim,
+                "num_params": self.num_params_for_grad,
+                "parameter_layout": layout_fingerprint(model, names),
+                "train_set_size": self.train_set_size,
+            },
+            self.train_set_size,
+            self.proj_dim,
+            load_from_save_dir,
+            use_half_precision,
+        )
+        self.saver._features_of = self._finalized_features
+        self.save_dir = self.saver.save_dir
+        self.scores: npt.NDArray[np.float32] | None = None
+        self._exp_name: str | None = None
+        self._loaded_for: str | None = None  # "featurize" | "score"
+        self._last_ind = 0
+        self._warned: set[int] = set()
+
+    # ---- featurizing ----------------------------------------------------------------------------
+
+    def load_checkpoint(self, checkpoint: Mapping[str, Any], model_id: SupportsIndex) -> None:
+        """Load a state_dict into the model, and make ``model_id`` the one that is featurized.
+
+        ``num_samples`` counts from 0 again.
+
+        Parameters
+        ----------
+        checkpoint : state_dict of the model.
+        model_id : 0 <= model_id < 2^32, the number of this checkpoint in the ensemble; it selects
+            the projection matrix.
+
+        Raises
+        ------
+        ValueError
+            Where the checkpoint's keys or shapes don't fit the model; StoreMismatchError where
+            ``model_id`` was featurized from another checkpoint.
+        """
+        model_id = self._load("load_checkpoint", checkpoint, model_id)
+        self.saver.register(model_id, model_digest(self.model))
+        done = self.saver.index(model_id).done
+        if done.any():
+            logger.info(
+                "model_id %d: %d of %d samples are featurized already and will be skipped",
+                model_id,
+                int(done.sum()),
+                len(done),
+            )
+        self._loaded_for = "featurize"
+
+    def _load(self, function: str, checkpoint: Mapping[str, Any], model_id: SupportsIndex) -> int:
+        """Check and load a checkpoint; returns the model_id."""
+        model_id = check_integer(function, "model_id", model_id, 0, 1 << 32)
+        self._loaded_for = None
+        load_state(function, self.model, checkpoint)
+        self.model.eval()
+        self.gradient_computer.load_model_params(self.model)
+        self._last_ind = 0
+        return model_id
+
+    def featurize(
+        self,
+        batch: Any,
+        inds: Any = None,
+        num_samples: SupportsIndex | None = None,
+    ) -> None:
+        """Compute and keep the features and Q of a batch of training samples.
+
+        ``phi(z) = P^T grad f(z; theta) / normalize_factor``; samples that are there are skipped.
+        When it returns, the batch is on disk.
+
+        Parameters
+        ----------
+        batch : tuple or list of tensors [B, ...], as the task takes it.
+        inds : integers [B], the samples' places in the training set; or
+        num_samples : B, for samples that follow those of the last call.
+
+        Raises
+        ------
+        NotReadyError
+            Before ``load_checkpoint``.
+        TypeError, ValueError
+            For a batch or indices that can't be right, or features that are not finite; nothing of
+            the batch is kept then.
+        """
+        model_id = self.saver.current_model_id
+        if self._loaded_for != "featurize" or model_id is None:
+            raise NotReadyError(
+                "featurize: no checkpoint is loaded for featurizing; call "
+                "load_checkpoint(checkpoint, model_id) first"
+            )
+        batch, inds = self._check_batch("featurize", batch, inds, num_samples, self.train_set_size)
+        index = self.saver.index(model_id)
+        content = batches.content_ids(batch, len(inds))
+        done = index.done[inds]
+        self._check_content(model_id, inds[done], index.content[inds[done]], content[done])
+        new = ~done
+        if new.any():
+            q = self._out_to_loss(batch)  # of the whole batch: a task may compare its samples
+            if done.any():
+                rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
+                batch, q = batches.select(batch, rows), q[rows]
+            features = self._features(batch, model_id, inds[new])
+            check_finite("featurize", "Q", q, inds[new])
+            self.saver.write_shard(model_id, inds[new], content[new], features, q)
+        self._advance(num_samples, inds)
+
+    def _check_batch(
+        self, function: str, batch: Any, inds: Any, num_samples: SupportsIndex | None, total: int
+    ) -> tuple[tuple[Any, ...], Indices]:
+        """The batch on the device, and its samples' indices."""
+        if (inds is None) == (num_samples is None):
+            raise ValueError(
+                f"{function}: received {'neither' if inds is None else 'both'} inds and "
+                "num_samples; expected exactly one of them"
+            )
+        prepared, size = batches.prepare(function, batch, self.device)
+        if hasattr(self.task, "check_batch"):
+            self.task.check_batch(prepared)
+        if inds is None:
+            count = check_integer(function, "num_samples", num_samples or 0, 1, MAX_SAMPLES)
+            if count != size:
+                raise ValueError(
+                    f"{function}: received num_samples={count} with a batch of {size} samples; "
+                    "expected the two to agree (the last batch of a loader is often smaller)"
+                )
+            places = np.arange(self._last_ind, self._last_ind + count)
+        else:
+            places = as_indices(function, inds)
+        check_indices(function, places, size, total)
+        return prepared, places
+
+    def _check_content(
+        self, model_id: int, inds: Indices, stored: Indices, received: Indices
+    ) -> None:
+        """Warn, once for a checkpoint, where a sample to be skipped is not what was featurized."""
+        other = stored != received
+        if other.any() and model_id not in self._warned:
+            self._warned.add(model_id)
+            warnings.warn(
+                f"featurize: sample {inds[other][0]} of model_id {model_id} was featurized from "
+                "other data than this batch holds. What is in save_dir is kept: fine if the loader "
+                "augments; otherwise the order or the data set has changed, and a new save_dir or "
+                "load_from_save_dir=False is what you want",
+                stacklevel=3,
+            )
+
+    def _advance(self, num_samples: SupportsIndex | None, inds: Indices) -> None:
+        """Count on, for calls with num_samples."""
+        if num_samples is not None:
+            self._last_ind += len(inds)
+
+    def _out_to_loss(self, batch: tuple[Any, ...]) -> Tensor:
+        """Q of a batch, float32 [B]."""
+        q: Tensor = self.gradient_computer.compute_loss_grad(batch).detach()
+        size = next(batches.leaves(batch)).shape[0]
+        if q.numel() != size:
+            raise ValueError(
+                f"featurize: the task's get_out_to_loss_grad returned {list(q.shape)} for a batch "
+                f"of {size}; expected [{size}] or [{size}, 1]"
+            )
+        return q.reshape(-1).float()
+
+    def _features(self, batch: tuple[Any, ...], model_id: int, inds: Indices) -> Tensor:
+        """Scaled features of a batch, [B, k]; the gradients are projected chunk by chunk."""
+        computer = self.gradient_computer
+        if hasattr(computer, "iter_per_sample_grads"):
+            chunks = computer.iter_per_sample_grads(batch)
+        else:
+            chunks = iter([computer.compute_per_sample_grad(batch)])
+        parts = [self.projector.project(grads, model_id=model_id).detach() for grads in chunks]
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if features.shape != (len(inds), self.proj_dim):
+            raise ValueError(
+                f"TRAKer: the projector returned {list(features.shape)} for {len(inds)} samples; "
+                f"expected [{len(inds)}, {self.proj_dim}]"
+            )
+        features = (features if features.dtype == torch.float64 else features.float()).div(
+            self.normalize_factor
+        )
+        check_finite("TRAKer", "features", features, inds)
+        return features
+
+    def finalize_features(
+        self,
+        model_ids: Iterable[int] | None = None,
+        del_grads: bool = False,
+        lambda_reg: Lambda | None = None,
+    ) -> None:
+        """Sum up XtX of each checkpoint, and check that it can be solved.
+
+        What is stored is XtX itself (k x k); the inverse is applied to the targets when scoring.
+        So another ``lambda_reg`` needs no features again: call this again with it.
+
+        Parameters
+        ----------
+        model_ids : which checkpoints; None is all in ``save_dir``.
+        del_grads : accepted for TRAK's sake. There is no second n x k array to save: the features
+            are what scores are made of.
+        lambda_reg : None is the constructor's.
+
+        Raises
+        ------
+        NotReadyError
+            For a checkpoint that is not fully featurized.
+        """
+        self.saver.forget()
+        ids = self._model_ids("finalize_features", model_ids)
+        for model_id in ids:
+            self._require_features("finalize_features", model_id)
+        if del_grads:
+            logger.info("finalize_features: del_grads has nothing to delete")
+        if lambda_reg is None:
+            lambda_reg = self.lambda_reg
+        parse_lambda(lambda_reg)
+        todo = [model_id for model_id in ids if not self.saver.has_xtx(model_id)]
+        with progress("finalising features", len(todo) * self.train_set_size, "sample") as bar:
+            for model_id in todo:
+                gram = self.score_computer.gram(
+                    self._feature_blocks(model_id, bar), self.proj_dim, self.train_set_size
+                )
+                self.saver.write_xtx(model_id, gram.xtx, gram.n, gram.eps)
+        for model_id in ids:
+            solution = self.score_computer.solve(Gram(*self.saver.read_xtx(model_id)), lambda_reg)
+            self.saver.write_solve(model_id, {"lambda": lambda_reg, **solution.summary()})
+            logger.info(
+                "model_id %d: lambda %.3g, condition estimate %.1e",
+                model_id,
+                solution.lambda_reg,
+                solution.condition,
+            )
+        self._last_ind = 0
+
+    def _feature_blocks(self, model_id: int, bar: Any) -> Iterable[Tensor]:
+        """Feature blocks [b, k] of a checkpoint, counted on the progress bar."""
+        for inds, features, _ in self.saver.blocks(model_id, rows=BLOCK_ROWS):
+            yield features
+            bar.update(len(inds))
+
+    # ---- scoring --------------------------------------------------------------------------------
+
+    def start_scoring_checkpoint(
+        self,
+        exp_name: str,
+        checkpoint: Mapping[str, Any],
+        model_id: SupportsIndex,
+        num_targets: SupportsIndex,
+    ) -> None:
+        """Load a checkpoint to compute features of targets with; ``num_samples`` counts from 0.
+
+        Parameters
+        ----------
+        exp_name : names this set of targets.
+        checkpoint : state_dict, the one that ``model_id`` was featurized with.
+        model_id : the number of the checkpoint.
+        num_targets : m, the number of targets.
+
+        Raises
+        ------
+        NotReadyError
+            Before ``finalize_features`` of this checkpoint.
+        ValueError
+            For another checkpoint than the one that was featurized, another number of targets than
+            the experiment has, or a name that can't name files.
+        """
+        function = "start_scoring_checkpoint"
+        num_targets = check_integer(function, "num_targets", num_targets, 1, MAX_SAMPLES)
+        self.saver.experiment_path(exp_name)
+        model_id = check_integer(function, "model_id", model_id, 0, 1 << 32)
+        self.saver.forget()
+        self._require_finalized(function, model_id)
+        self._load(function, checkpoint, model_id)
+        self.saver.check_checkpoint(model_id, model_digest(self.model))
+        self.saver.check_experiment(exp_name, num_targets)
+        self.saver.current_model_id = model_id
+        self._exp_name = exp_name
+        self._loaded_for = "score"
+
+    def score(
+        self,
+        batch: Any,
+        inds: Any = None,
+        num_samples: SupportsIndex | None = None,
+    ) -> None:
+        """Compute and keep the features of a batch of targets.
+
+        Targets that are there are skipped, unless the batch holds other data for them than before:
+        then the new ones count.
+
+        Parameters
+        ----------
+        batch, inds, num_samples : as in ``featurize``, with the targets' numbers.
+
+        Raises
+        ------
+        NotReadyError
+            Before ``start_scoring_checkpoint``.
+        TypeError, ValueError
+            As ``featurize``.
+        """
+        model_id, exp_name = self.saver.current_model_id, self._exp_name
+        if self._loaded_for != "score" or model_id is None or exp_name is None:
+            raise NotReadyError(
+                "score: no checkpoint is loaded for scoring; call start_scoring_checkpoint("
+                "exp_name, checkpoint, model_id, num_targets) first, after finalize_features"
+            )
+        index = self.saver.index(model_id, exp_name)
+        batch, inds = self._check_batch("score", batch, inds, num_samples, len(index.shard))
+        content = batches.content_ids(batch, len(inds))
+        new = ~(index.done[inds] & (index.content[inds] == content))
+        if new.any():
+            if not new.all():
+                rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
+                batch = batches.select(batch, rows)
+            self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
+            features = self._features(batch, model_id, inds[new])
+            self.saver.write_shard(model_id, inds[new], content[new], features, exp_name=exp_name)
+        self._advance(num_samples, inds)
+
+    def finalize_scores(
+        self,
+        exp_name: str,
+        model_ids: Iterable[int] | None = None,
+        allow_skip: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """The TRAK scores of an experiment, averaged over checkpoints.
+
+        Parameters
+        ----------
+        exp_name : as given to ``start_scoring_checkpoint``.
+        model_ids : which checkpoints; None is all in ``save_dir``.
+        allow_skip : warn about checkpoints that are not finalised or not fully scored, and average
+            over the others, instead of raising.
+
+        Returns
+        -------
+        float32 [n_train, n_targets], memory-mapped from ``save_dir/scores/<exp_name>.mmap`` (which
+        ``numpy.load`` reads). Entry [i, j] > 0: training sample i raises the output of target j.
+
+        Raises
+        ------
+        NotReadyError
+            Where something is missing and ``allow_skip`` is False, or nothing is left.
+        """
+        self.saver.forget()
+        n_targets = self.saver.num_targets(exp_name)
+        ids = []
+        for model_id in self._model_ids("finalize_scores", model_ids):
+            try:
+                self._require_finalized("finalize_scores", model_id)
+                self._require_targets(exp_name, model_id)
+                ids.append(model_id)
+            except NotReadyError as error:
+                if not allow_skip:
+                    raise
+                warnings.warn(f"{error}; skipped", stacklevel=2)
+        if not ids:
+            raise NotReadyError(
+                f"finalize_scores: no checkpoint in {self.save_dir} is ready for {exp_name!r}"
+            )
+        q = torch.stack([self.saver.out_to_loss(model_id) for model_id in ids]).mean(0)  # [n]
+        share = q.numpy() / len(ids)  # [n]
+        passes = len(ids) * -(-n_targets // TARGET_ROWS)
+        path = self.saver.scores_path(exp_name)
+        with (
+            ScoresWriter(path, (self.train_set_size, n_targets)) as writer,
+            progress("scoring", passes * self.train_set_size, "sample") as bar,
+        ):
+            for model_id in ids:
+                solution = self._solution(model_id)
+                for columns, targets, _ in self.saver.blocks(model_id, exp_name, TARGET_ROWS):
+                    weights = solution.apply(targets)  # [m, k]
+                    for rows, features, _ in self.saver.blocks(model_id, rows=BLOCK_ROWS):
+                        block = self.score_computer.scores(features, weights).numpy()  # [b, m]
+                        writer.add(rows, columns, block * share[rows, None])
+                        bar.update(len(rows))
+        self.scores = np.load(path, mmap_mode="c")
+        self._last_ind = 0
+        logger.info("scores of %r are in %s", exp_name, path)
+        return self.scores
+
+    def _solution(self, model_id: int) -> Solution:
+        """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
+        gram = Gram(*self.saver.read_xtx(model_id))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # finalize_features has said it
+            return self.score_computer.solve(gram, self.saver.read_solve(model_id)["lambda"])
+
+    def _finalized_features(self, model_id: int) -> Tensor:
+        """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""
+        self._require_finalized("current_store", model_id)
+        features = self.saver.matrix(model_id)
+        return self._solution(model_id).apply(features).to(features.dtype)
+
+    # ---- what must be there ---------------------------------------------------------------------
+
+    def _model_ids(self, function: str, model_ids: Iterable[int] | None) -> list[int]:
+        """The given model_ids, or all; each must be in the store."""
+        known = self.saver.ids()
+        ids = known if model_ids is None else [int(model_id) for model_id in model_ids]
+        missing = [model_id for model_id in ids if model_id not in known]
+        if missing or not ids:
+            raise NotReadyError(
+                f"{function}: received model_ids {missing or ids}; {self.save_dir} has "
+                f"{known or 'none'}. Call load_checkpoint and featurize first"
+            )
+        return ids
+
+    def _require_features(self, function: str, model_id: int) -> None:
+        """Raise NotReadyError unless all training samples are featurized."""
+        done = self.saver.index(model_id).done
+        if not done.all():
+            missing = np.flatnonzero(~done)
+            raise NotReadyError(
+                f"{function}: model_id {model_id} lacks {len(missing)} of {len(done)} training "
+                f"samples (the first: {missing[0]}); call featurize for them"
+            )
+
+    def _require_finalized(self, function: str, model_id: int) -> None:
+        """Raise NotReadyError unless a checkpoint is featurized and finalised."""
+        self._model_ids(function, [model_id])
+        self._require_features(function, model_id)
+        if not self.saver.is_finalized(model_id):
+            raise NotReadyError(
+                f"{function}: model_id {model_id} is not finalised; call finalize_features first"
+            )
+
+    def _require_targets(self, exp_name: str, model_id: int) -> None:
+        """Raise NotReadyError unless all targets are scored under a checkpoint."""
+        done = self.saver.index(model_id, exp_name).done
+        if not done.all():
+            missing = np.flatnonzero(~done)
+            raise NotReadyError(
+                f"finalize_scores: model_id {model_id} lacks {len(missing)} of {len(done)} targets "
+                f"of {exp_name!r} (the first: {missing[0]}); call start_scoring_checkpoint and "
+                "score for them, or pass allow_skip=True"
+            )
+
+
+def progress(what: str, total: int, unit: str) -> Any:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, disable=None)
+
+
+def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    """The device that was asked for, checked to be there; None is the model's."""
+    if device is None:
+        return next(model.parameters()).device
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"TRAKer: received device={str(device)!r}, but this torch sees no CUDA GPU; expected "
+            'device="cpu", or device=None for where the model is'
+        )
+    return resolved
+
+
+def subclass_of(name: str, received: Any, base: type) -> Any:
+    """``received``, or ``base`` for None; raises TypeError for anything but a subclass of it."""
+    if received is None:
+        return base
+    if not (isinstance(received, type) and issubclass(received, base)):
+        raise TypeError(
+            f"TRAKer: received {name}={received!r:.80}; expected None or a subclass of "
+            f"{base.__module__}.{base.__qualname__}"
+        )
+    return received
+
+
+def projector_kind(projector: Any) -> str:
+    """The name of a projector's kind of matrix."""
+    kind = getattr(projector, "kind", getattr(projector, "proj_type", "unknown"))
+    return str(getattr(kind, "value", kind))
+
+
+def load_state(function: str, model: nn.Module, checkpoint: Any) -> None:
+    """``model.load_state_dict``, refused before the model is touched if it can't fit."""
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(
+            f"{function}: received a checkpoint of type {type(checkpoint).__name__}; expected a "
+            "state_dict (model.state_dict(), or torch.load of one)"
+        )
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in checkpoint]
+    unknown = [key for key in checkpoint if key not in wanted]
+    shapes = [
+        f"{key} {list(checkpoint[key].shape)} for {list(t.shape)}"
+        for key, t in wanted.items()
+        if key in checkpoint
+        and hasattr(t, "shape")
+        and getattr(checkpoint[key], "shape", t.shape) != t.shape
+    ]
+    # Modules may rename keys as they load; only they can say whether it fits then.
+    hooked = any(module._load_state_dict_pre_hooks for module in model.modules())
+    if (missing or unknown or shapes) and not hooked:
+        found = [
+            f"{what}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+            for what, keys in (
+                ("missing", missing),
+                ("not in the model", unknown),
+                ("other shapes", shapes),
+            )
+            if keys
+        ]
+        raise ValueError(
+            f"{function}: received a checkpoint that doesn't fit the model ({'; '.join(found)}); "
+            "expected the keys and shapes of model.state_dict()"
+        )
+    model.load_state_dict(checkpoint)
+
+
+def as_indices(function: str, inds: Any) -> Indices:
+    """Integers [B] from an array, tensor, list or range."""
+    array = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(
+            f"{function}: received inds of dtype {array.dtype}; expected integers (a mask becomes "
+            "integers by numpy.flatnonzero)"
+        )
+    return array.reshape(-1).astype(np.int64)
+
+
+def check_indices(function: str, inds: Indices, size: int, total: int) -> None:
+    """Raise ValueError unless ``inds`` are ``size`` distinct numbers below ``total``."""
+    declared = "train_set_size" if function == "featurize" else "num_targets"
+    if len(inds) != size:
+        raise ValueError(
+            f"{function}: received {len(inds)} inds with a batch of {size} samples; expected one "
+            "for each"
+        )
+    if len(inds) and (inds.min() < 0 or inds.max() >= total):
+        bad = inds[(inds < 0) | (inds >= total)]
+        raise ValueError(
+            f"{function}: received sample {bad[0]}; expected 0 <= index < {declared} = {total}"
+        )
+    values, counts = np.unique(inds, return_counts=True)
+    if len(values) != len(inds):
+        raise ValueError(
+            f"{function}: received index {values[counts > 1][0]} more than once in a batch; "
+            "expected distinct inds"
+        )
+
+
+def check_finite(function: str, what: str, values: Tensor, inds: Indices) -> None:
+    """Raise ValueError, naming samples, unless all of ``values`` [B, ...] are finite."""
+    finite = torch.isfinite(values.reshape(len(inds), -1)).all(1).cpu().numpy()
+    if not finite.all():
+        bad = inds[~finite]
+        raise ValueError(
+            f"{function}: {what} of sample{'s' if len(bad) > 1 else ''} "
+            f"{', '.join(map(str, bad[:10]))}{' ...' if len(bad) > 10 else ''} are not finite; "
+            "expected finite gradients (is the input NaN or inf, or does the model overflow on "
+            "it?). Nothing of the batch was kept"
+        )

@@ -1,0 +1,148 @@
+"""Per-sample gradients of a task's output, d f(z_i; theta) / d theta, as dicts of tensors."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from fastproj.trak import batches
+
+GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
+
+Grads = dict[str, Tensor]
+
+
+class AbstractGradientComputer(ABC):
+    """Per-sample gradients of one model under one task.
+
+    Parameters
+    ----------
+    model : the module; its parameters at the time of ``load_model_params`` are differentiated at.
+    task : an ``AbstractModelOutput``.
+    grad_dim : P, the number of gradient entries per sample (sum over the chosen parameters).
+    dtype : accepted for TRAK's sake; gradients come in the dtype of the parameters.
+    device : where batches and gradients are.
+    grad_wrt : names of the parameters to differentiate by, or None for all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Any,
+        grad_dim: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        grad_wrt: Iterable[str] | None = None,
+    ) -> None:
+        self.task = task
+        self.device = device
+        self.names = parameter_names(model, grad_wrt)
+        self.grad_dim = grad_dim
+        self.load_model_params(model)
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Use the parameters and buffers that ``model`` has now."""
+        self.model = model
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        self.chosen = {name: params[name] for name in self.names}
+        self.fixed = {name: p for name, p in params.items() if name not in self.chosen}
+        self.buffers = dict(model.named_buffers())
+
+    @abstractmethod
+    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
+        """The gradients of all samples: name -> [B, *shape of the parameter]."""
+
+    def iter_per_sample_grads(self, batch: tuple[Any, ...]) -> Iterator[Grads]:
+        """The same in chunks of samples, in order, each of at most GRAD_BYTES where possible."""
+        size = next(batches.leaves(batch)).shape[0]
+        step = self.samples_at_once()
+        for start in range(0, size, step):
+            yield self.compute_per_sample_grad(batches.select(batch, slice(start, start + step)))
+
+    def samples_at_once(self) -> int:
+        """How many samples' gradients fit into GRAD_BYTES; at least one."""
+        per_sample = sum(p.numel() * p.element_size() for p in self.chosen.values())
+        return max(1, GRAD_BYTES // max(1, per_sample))
+
+    def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
+        """Q of each sample: the task's ``get_out_to_loss_grad``."""
+        weights = {**self.fixed, **self.chosen}
+        out: Tensor = self.task.get_out_to_loss_grad(self.model, weights, self.buffers, batch)
+        return out
+
+    def output(self, chosen: Grads, *sample: Any) -> Tensor:
+        """f of one sample as a function of the chosen parameters, a scalar."""
+        out: Tensor = self.task.get_output(
+            self.model, {**self.fixed, **chosen}, self.buffers, *sample
+        )
+        return out
+
+
+class FunctionalGradientComputer(AbstractGradientComputer):
+    """``torch.func``: one vectorised backward for many samples (fast; needs memory for each)."""
+
+    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
+        """The gradients of all samples: name -> [B, *shape of the parameter]."""
+        gradient = grad(self.output)
+        in_dims = (None, *(0 for _ in batch))
+        grads: Grads = vmap(gradient, in_dims=in_dims, randomness="different")(self.chosen, *batch)
+        return {name: grads[name] for name in self.names}
+
+
+class IterativeGradientComputer(AbstractGradientComputer):
+    """A loop of ordinary backwards: slow, for models that ``torch.func.vmap`` can't take."""
+
+    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
+        """The gradients of all samples: name -> [B, *shape of the parameter]."""
+        size = next(batches.leaves(batch)).shape[0]
+        chosen = {name: p.clone().requires_grad_() for name, p in self.chosen.items()}
+        grads = {name: p.new_empty(size, *p.shape) for name, p in self.chosen.items()}
+        for row in range(size):
+            with torch.enable_grad():
+                out = self.output(chosen, *batches.select(batch, row))
+            row_grads = torch.autograd.grad(
+                out, list(chosen.values()), allow_unused=True, materialize_grads=True
+            )
+            for name, g in zip(self.names, row_grads, strict=True):
+                grads[name][row] = g
+        return grads
+
+
+def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[str]:
+    """The names of ``grad_wrt`` (None: all) in the order of ``model.named_parameters()``.
+
+    Raises ValueError for a name that the model lacks, or when nothing is left.
+    """
+    known = [name for name, _ in model.named_parameters()]
+    if isinstance(grad_wrt, str):
+        raise TypeError(
+            f"TRAKer: received grad_wrt={grad_wrt!r}, a string; expected a list of parameter names"
+        )
+    wanted = set(known) if grad_wrt is None else set(grad_wrt)
+    unknown = sorted(wanted - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.3) or known[:3]
+        raise ValueError(
+            f"TRAKer: received grad_wrt with {', '.join(map(repr, unknown[:5]))}; expected names "
+            f"from model.named_parameters(), such as {', '.join(map(repr, near))}"
+        )
+    names = [name for name in known if name in wanted]
+    if not names:
+        raise ValueError(
+            f"TRAKer: received {'a model' if grad_wrt is None else 'grad_wrt'} without parameters; "
+            "expected at least one to take gradients by"
+        )
+    return names
+
+
+def count_params(model: nn.Module, names: Iterable[str]) -> int:
+    """The number of entries of the named parameters."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return sum(math.prod(shapes[name]) for name in names)

@@ -1,0 +1,207 @@
+"""The k x k system of TRAK: XtX = Phi^T Phi + lambda I, factored once and applied to targets."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
+BLOCK_ROWS = 2048  # rows per float32 product before it is folded into the float64 sum
+POWER_STEPS = 40
+
+Lambda = float | str
+
+
+class SingularXtXWarning(UserWarning):
+    """XtX has no inverse at this lambda; what was done instead is in the message."""
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Phi^T Phi of ``n`` samples, float64 [k, k], exact to about ``eps`` of its largest entry."""
+
+    xtx: Tensor
+    n: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """(XtX + lambda I)^-1, as a Cholesky factor or, where that is singular, a pseudo-inverse."""
+
+    factor: Tensor  # float64 [k, k]: lower triangle of Cholesky, or the pseudo-inverse itself
+    method: str  # "cholesky" | "pseudo-inverse"
+    lambda_reg: float
+    n: int
+    rank: int
+    condition: float
+
+    def apply(self, targets: Tensor) -> Tensor:
+        """``targets [m, k] @ (XtX + lambda I)^-1``, float64 [m, k]."""
+        rows = targets.to(self.factor)
+        if self.method == "cholesky":
+            return torch.cholesky_solve(rows.mT, self.factor).mT
+        return rows @ self.factor
+
+    def summary(self) -> dict[str, Any]:
+        """What is worth storing beside the result."""
+        return {
+            "method": self.method,
+            "lambda_reg": self.lambda_reg,
+            "n": self.n,
+            "rank": self.rank,
+            "condition": self.condition,
+        }
+
+
+class ScoreComputer:
+    """The arithmetic between stored features and scores; subclass it to change a step.
+
+    Parameters
+    ----------
+    device : where the products are done.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def gram(self, blocks: Iterable[Tensor], proj_dim: int, n: int) -> Gram:
+        """``sum of block.T @ block``; blocks [b, k] of any dtype, n rows in all.
+
+        float64 throughout where that is cheap; otherwise float32 products of at most BLOCK_ROWS
+        rows, added up in float64.
+        """
+        exact = float(n) * proj_dim * proj_dim <= EXACT_FLOPS
+        dtype = torch.float64 if exact else torch.float32
+        total = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=self.device)  # [k, k]
+        seen = 0
+        with full_precision():
+            for block in blocks:
+                seen += len(block)
+                for part in block.to(self.device, dtype).split(BLOCK_ROWS):  # [<= BLOCK_ROWS, k]
+                    total += part.mT @ part
+        total = (total + total.mT) / 2
+        eps = torch.finfo(torch.float64 if exact else torch.float32).eps
+        return Gram(total.cpu(), seen, eps)
+
+    def solve(self, gram: Gram, lambda_reg: Lambda) -> Solution:
+        """Factor ``gram.xtx + lambda I``; see ``solve``."""
+        return solve(gram, lambda_reg)
+
+    def scores(self, features: Tensor, weights: Tensor) -> Tensor:
+        """``features [b, k] @ weights [m, k].T``, float32 [b, m]; weights from Solution.apply."""
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        with full_precision():
+            product = features.to(self.device, dtype) @ weights.to(self.device, dtype).mT
+        return product.float().cpu()
+
+
+def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
+    """Factor ``XtX + lambda I`` by Cholesky; where it is singular, warn and use a pseudo-inverse.
+
+    The pseudo-inverse is the limit of lambda -> 0 for targets in the span of the features, so the
+    scores are well defined (and the same everywhere) where plain inversion gives arbitrary ones.
+
+    Parameters
+    ----------
+    gram : XtX and how exact it is.
+    lambda_reg : see ``parse_lambda``.
+
+    Raises
+    ------
+    ValueError
+        For features that are zero or not finite, or a lambda that makes no sense.
+    """
+    xtx, k = gram.xtx, gram.xtx.shape[0]
+    if not bool(torch.isfinite(xtx).all()):
+        raise ValueError(
+            f"solve: XtX of {gram.n} features has entries that are not finite; expected finite "
+            "features (a feature that is inf or NaN, or near the largest float32)"
+        )
+    mean = float(xtx.diagonal().mean())
+    if mean == 0:
+        raise ValueError(
+            f"solve: all {gram.n} features are zero; expected gradients that are not all zero "
+            "(are the parameters of grad_wrt used by the model?)"
+        )
+    lam = parse_lambda(lambda_reg, mean)
+    shifted = xtx + lam * torch.eye(k, dtype=xtx.dtype)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    condition = math.inf
+    if int(info) == 0:
+        condition = condition_estimate(shifted, factor)
+    certain = gram.n >= k or lam > 0
+    if certain and condition * gram.eps * math.sqrt(k) < 1:
+        return Solution(factor, "cholesky", lam, gram.n, k, condition)
+
+    values, vectors = torch.linalg.eigh(shifted)  # ascending
+    kept = values > values[-1] * gram.eps * k
+    if gram.n < k and lam == 0:
+        kept[: k - gram.n] = False  # at most n eigenvalues of n features differ from zero
+    rank = int(kept.sum())
+    scaled = vectors[:, kept] / values[kept].sqrt()
+    condition = float(values[-1] / values[kept][0]) if rank == k else math.inf
+    warnings.warn(
+        f"TRAK's XtX is singular: n={gram.n} samples, k={k} dimensions, "
+        f"lambda_reg={lam:.3g}, rank {rank}, condition estimate {condition:.1e}. "
+        f"Scores use the pseudo-inverse, and are likely poor while n is near or below k. "
+        f"Fix: lambda_reg='1*mean' (here {mean:.3g}), or proj_dim well below n",
+        SingularXtXWarning,
+        stacklevel=3,
+    )
+    return Solution(scaled @ scaled.mT, "pseudo-inverse", lam, gram.n, rank, condition)
+
+
+def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:
+    """The ridge as a number >= 0.
+
+    A number is what is added to the diagonal of XtX. ``"0.1*mean"`` is 0.1 times the mean
+    eigenvalue of XtX, trace(XtX) / k: the same strength at any n, k and scale of gradients.
+    """
+    factor, unit = lambda_reg, 1.0
+    if isinstance(lambda_reg, str):
+        match = re.fullmatch(r"\s*([^*\s]+)\s*\*\s*mean\s*", lambda_reg)
+        factor, unit = (match[1] if match else "nan"), mean_eigenvalue
+    try:
+        value = float(factor)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(lambda_reg, bool) or not 0 <= value < math.inf:
+        raise ValueError(
+            f"TRAKer: received lambda_reg={lambda_reg!r}; expected a number >= 0, or a string such "
+            "as '0.1*mean' for 0.1 times the mean eigenvalue of XtX"
+        )
+    return value * unit
+
+
+def condition_estimate(matrix: Tensor, factor: Tensor) -> float:
+    """lambda_max / lambda_min of a positive definite matrix, from below, by power iteration.
+
+    matrix : float64 [k, k]; factor : its Cholesky factor. Costs 4 POWER_STEPS k^2.
+    """
+    k = matrix.shape[0]
+    start = torch.randn(k, 1, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+    high, low = start, start
+    for _ in range(POWER_STEPS):
+        high = matrix @ (high / high.norm())
+        low = torch.cholesky_solve(low / low.norm(), factor)
+    return float(high.norm() * low.norm())
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products without TF32 or bf16 inside, whatever the caller has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

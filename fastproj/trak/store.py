@@ -1,0 +1,685 @@
+"""The feature store: what TRAK has computed so far, on disk, whatever moment it is killed at.
+
+    save_dir/
+        metadata.json                 what all features share: spec, seed, kind, proj_dim, model
+        models/<model_id>/
+            checkpoint.json           hash of the checkpoint's parameters and buffers
+            train-*.safetensors       features, Q and indices of one featurized batch each
+            xtx.safetensors           Phi^T Phi, once finalised
+            solve.json                lambda, rank, condition estimate
+            targets/<exp_name>/*.safetensors
+        experiments/<exp_name>.json
+        scores/<exp_name>.mmap        [n_train, n_targets] float32; np.load reads it
+
+Every file is written under a temporary name, flushed to disk and renamed, so that it is there in
+full or not at all; nothing is ever written to again. Each carries a checksum.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+FORMAT = 1
+HALF_EXPONENT = 15  # half-precision rows are scaled so that their largest entry is in [2^14, 2^15)
+
+Indices = npt.NDArray[np.int64]
+Tensors = dict[str, Tensor]
+
+
+class StoreError(RuntimeError):
+    """The store can't be written, or a file of it is missing."""
+
+
+class StoreMismatchError(ValueError):
+    """What the store holds and what this run would add don't belong together."""
+
+
+class StoreCorruptError(StoreError):
+    """A file is damaged."""
+
+
+class NotReadyError(RuntimeError):
+    """A step was called before the one that it builds on."""
+
+
+@dataclass
+class ShardIndex:
+    """Which shard each of n samples is in: its place in ``shards``, or -1."""
+
+    shard: npt.NDArray[np.int32]  # [n]
+    content: Indices  # [n], content ids (batches.content_ids)
+    shards: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, n: int) -> ShardIndex:
+        """An index of n samples, none of them there."""
+        return cls(np.full(n, -1, np.int32), np.zeros(n, np.int64))
+
+    @property
+    def done(self) -> npt.NDArray[np.bool_]:
+        """Which samples are there, [n]."""
+        return self.shard >= 0
+
+    def next_place(self) -> int:
+        """A number for the next shard's name that sorts behind those that are there."""
+        return 1 + max((int(path.name.split("-")[1]) for path in self.shards), default=-1)
+
+    def content_digest(self) -> str:
+        """Hash of what all samples contain: features of other data have another."""
+        return tensor_digest(torch.from_numpy(self.content))
+
+    def add(self, path: Path, inds: Indices, content: Indices, replace: bool) -> None:
+        """Enter the rows of a shard; ``replace`` says whether it wins over what is there."""
+        if not replace:
+            new = self.shard[inds] < 0
+            inds, content = inds[new], content[new]
+        self.shard[inds] = len(self.shards)
+        self.content[inds] = content
+        self.shards.append(path)
+
+
+class Store:
+    """The files of one ``save_dir``.
+
+    Parameters
+    ----------
+    save_dir : the directory; made if missing.
+    identity : what every feature in it shares. A directory with other values is refused.
+    train_set_size : n, the number of training samples.
+    proj_dim : k.
+    load_from_save_dir : False sets aside what an earlier run left for a model_id, when that
+        model_id is first loaded (renamed, not deleted), and featurizes afresh.
+    half : store features as float16 with a power-of-two scale per row, so that no magnitude is
+        lost, instead of in the projector's dtype.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        train_set_size: int,
+        proj_dim: int,
+        load_from_save_dir: bool = True,
+        half: bool = True,
+    ) -> None:
+        self.save_dir = Path(save_dir).resolve()
+        self.identity = dict(identity)
+        self.train_set_size = train_set_size
+        self.proj_dim = proj_dim
+        self.load_from_save_dir = load_from_save_dir
+        self.half = half
+        self.current_model_id: int | None = None
+        self._indices: dict[tuple[int, str | None], ShardIndex] = {}
+        self._checkpoints: dict[int, str] = {}
+        self._fresh: set[int] = set()
+        self._features_of: Callable[[int], Tensor] | None = None
+        for folder in ("models", "experiments", "scores"):
+            make_dir(self.save_dir / folder)
+        self._open_metadata()
+
+    # ---- what is there --------------------------------------------------------------------------
+
+    def _open_metadata(self) -> None:
+        """Write metadata.json, or compare it with this run's identity."""
+        path = self.save_dir / "metadata.json"
+        if not path.exists():
+            write_json(path, {"format": FORMAT, **self.identity})
+            return
+        stored = read_json(path)
+        wanted = {"format": FORMAT, **self.identity}
+        wrong = [
+            f"{key.replace('_', ' ')} {stored.get(key)!r} in the directory, {value!r} in this run"
+            for key, value in wanted.items()
+            if stored.get(key) != value
+        ]
+        if wrong:
+            raise StoreMismatchError(
+                f"TRAKer: {self.save_dir} holds features of another run: {'; '.join(wrong)}. "
+                "Nothing was changed; use the same settings, or another save_dir"
+            )
+
+    def ids(self) -> list[int]:
+        """The model_ids on disk, ascending."""
+        folders = (self.save_dir / "models").iterdir()
+        return sorted(int(path.name) for path in folders if path.name.isdigit())
+
+    @property
+    def model_ids(self) -> dict[int, dict[str, int]]:
+        """Each model_id on disk with ``is_featurized`` and ``is_finalized`` (0 or 1)."""
+        return {
+            model_id: {
+                "is_featurized": int(self.index(model_id).done.all()),
+                "is_finalized": int(self.is_finalized(model_id)),
+            }
+            for model_id in self.ids()
+        }
+
+    @property
+    def experiments(self) -> dict[str, dict[str, Any]]:
+        """What is known of each experiment, by name."""
+        return {
+            path.stem: read_json(path)
+            for path in sorted((self.save_dir / "experiments").glob("*.json"))
+        }
+
+    @property
+    def current_store(self) -> CurrentStore:
+        """The arrays of the current model_id under TRAK's names."""
+        if self.current_model_id is None:
+            raise NotReadyError("TRAKer: no checkpoint is loaded; call load_checkpoint first")
+        return CurrentStore(self, self.current_model_id)
+
+    def model_dir(self, model_id: int) -> Path:
+        """Where the files of ``model_id`` are."""
+        return self.save_dir / "models" / str(model_id)
+
+    def shard_dir(self, model_id: int, exp_name: str | None) -> Path:
+        """Where the shards of the training set (exp_name None) or of an experiment are."""
+        model = self.model_dir(model_id)
+        return model if exp_name is None else model / "targets" / exp_name
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def register(self, model_id: int, checkpoint: str) -> None:
+        """Make ``model_id`` current; ``checkpoint`` is the hash of its parameters and buffers."""
+        folder = self.model_dir(model_id)
+        if not self.load_from_save_dir and model_id not in self._fresh and folder.exists():
+            aside = folder.with_name(f"{model_id}.replaced-{uuid.uuid4().hex[:8]}")
+            folder.rename(aside)
+            warnings.warn(
+                f"TRAKer: load_from_save_dir=False: what {self.save_dir} held for model_id "
+                f"{model_id} was moved to {aside.name}; delete it if you don't need it",
+                stacklevel=3,
+            )
+        self._fresh.add(model_id)
+        make_dir(folder)
+        path = folder / "checkpoint.json"
+        if not path.exists():
+            write_json(path, {"model_id": model_id, "checkpoint": checkpoint})
+        self._checkpoints[model_id] = self.check_checkpoint(model_id, checkpoint)
+        remove_stale(folder)
+        self._indices.pop((model_id, None), None)
+        self.current_model_id = model_id
+
+    def check_checkpoint(self, model_id: int, checkpoint: str) -> str:
+        """Raise unless ``model_id`` was featurized from this checkpoint; returns its hash."""
+        path = self.model_dir(model_id) / "checkpoint.json"
+        if not path.exists():
+            raise NotReadyError(
+                f"TRAKer: model_id {model_id} has no features in {self.save_dir}; call "
+                "load_checkpoint and featurize for it first"
+            )
+        stored = read_json(path)["checkpoint"]
+        if stored != checkpoint:
+            raise StoreMismatchError(
+                f"TRAKer: model_id {model_id} in {self.save_dir} belongs to a checkpoint with hash "
+                f"{stored}, received one with hash {checkpoint}. Nothing was changed; use another "
+                "model_id or save_dir (load_from_save_dir=False starts this model_id afresh)"
+            )
+        return str(stored)
+
+    def check_experiment(self, exp_name: str, num_targets: int) -> None:
+        """Make the experiment, or raise if it has another number of targets."""
+        path = self.experiment_path(exp_name)
+        if not path.exists():
+            write_json(path, {"num_targets": num_targets})
+        stored = read_json(path)["num_targets"]
+        if stored != num_targets:
+            raise StoreMismatchError(
+                f"TRAKer: experiment {exp_name!r} in {self.save_dir} has {stored} targets, "
+                f"received num_targets={num_targets}. Nothing was changed; use another exp_name"
+            )
+
+    def num_targets(self, exp_name: str) -> int:
+        """Number of targets of an experiment."""
+        path = self.experiment_path(exp_name)
+        if not path.exists():
+            known = ", ".join(map(repr, self.experiments)) or "none"
+            raise NotReadyError(
+                f"TRAKer: experiment {exp_name!r} does not exist in {self.save_dir} (there: "
+                f"{known}); call start_scoring_checkpoint and score first"
+            )
+        return int(read_json(path)["num_targets"])
+
+    def experiment_path(self, exp_name: str) -> Path:
+        """The experiment's JSON file; raises ValueError for a name that can't be one's."""
+        if not isinstance(exp_name, str) or not re.fullmatch(r"[\w+=,@-][\w .+=,@-]*", exp_name):
+            raise ValueError(
+                f"TRAKer: received exp_name={exp_name!r}; expected letters, digits, spaces and "
+                "_ . + = , @ - (it names files), not starting with a dot"
+            )
+        return self.save_dir / "experiments" / f"{exp_name}.json"
+
+    # ---- shards ---------------------------------------------------------------------------------
+
+    def index(self, model_id: int, exp_name: str | None = None) -> ShardIndex:
+        """Which samples (or, with exp_name, targets) of ``model_id`` are there, and where."""
+        key = (model_id, exp_name)
+        if key not in self._indices:
+            n = self.train_set_size if exp_name is None else self.num_targets(exp_name)
+            index = ShardIndex.empty(n)
+            folder = self.shard_dir(model_id, exp_name)
+            for path in sorted(folder.glob("*-*.safetensors")) if folder.exists() else []:
+                tensors = self.read_shard(path, model_id, exp_name, ("inds", "content"))
+                inds = tensors["inds"].numpy()
+                if len(inds) and (inds.min() < 0 or inds.max() >= n):
+                    raise StoreMismatchError(
+                        f"TRAKer: {path} holds sample {inds.max()}; expected samples below {n}"
+                    )
+                index.add(path, inds, tensors["content"].numpy(), replace=exp_name is not None)
+            self._indices[key] = index
+        return self._indices[key]
+
+    def forget(self) -> None:
+        """Read the directory again at the next call: another process may have written to it."""
+        self._indices.clear()
+
+    def write_shard(
+        self,
+        model_id: int,
+        inds: Indices,
+        content: Indices,
+        features: Tensor,
+        out_to_loss: Tensor | None = None,
+        exp_name: str | None = None,
+    ) -> None:
+        """Add the features [b, k] of the samples (or targets) ``inds`` [b], and their Q [b]."""
+        tensors: Tensors = {
+            "inds": torch.from_numpy(inds.astype(np.int64)),
+            "content": torch.from_numpy(content.astype(np.int64)),
+            **(pack_half(features.cpu()) if self.half else {"grads": features.cpu()}),
+        }
+        if out_to_loss is not None:
+            tensors["out_to_loss"] = out_to_loss.cpu()
+        index = self.index(model_id, exp_name)
+        folder = self.shard_dir(model_id, exp_name)
+        make_dir(folder)
+        # Names sort in the order that decides between two shards with the same sample: among
+        # training shards (equal by construction) the first wins, among target shards the last.
+        place = int(inds.min()) if exp_name is None else index.next_place()
+        role = "train" if exp_name is None else "target"
+        path = folder / f"{role}-{place:012d}-{uuid.uuid4().hex[:12]}.safetensors"
+        write_safetensors(path, tensors, self._shard_identity(model_id, exp_name))
+        index.add(path, inds, content, replace=exp_name is not None)
+
+    def _shard_identity(self, model_id: int, exp_name: str | None) -> dict[str, str]:
+        """What a shard of this run must say of itself."""
+        identity = {key: str(value) for key, value in self.identity.items()}
+        return {
+            **identity,
+            "format": str(FORMAT),
+            "stream": str(model_id),
+            "checkpoint": self._checkpoint(model_id),
+            "experiment": exp_name or "",
+        }
+
+    def _checkpoint(self, model_id: int) -> str:
+        if model_id not in self._checkpoints:
+            path = self.model_dir(model_id) / "checkpoint.json"
+            self._checkpoints[model_id] = str(read_json(path)["checkpoint"])
+        return self._checkpoints[model_id]
+
+    def read_shard(
+        self, path: Path, model_id: int, exp_name: str | None, names: Iterable[str] | None = None
+    ) -> Tensors:
+        """The tensors ``names`` (None: all) of a shard, checked against their checksums."""
+        return self._read(path, model_id, exp_name, names)[0]
+
+    def _read(
+        self, path: Path, model_id: int, exp_name: str | None, names: Iterable[str] | None
+    ) -> tuple[Tensors, dict[str, str]]:
+        """Tensors and metadata; raises StoreMismatchError if the file is of another run."""
+        tensors, metadata = read_safetensors(path, names)
+        for key, value in self._shard_identity(model_id, exp_name).items():
+            if metadata.get(key) != value:
+                raise StoreMismatchError(
+                    f"TRAKer: {path} was made with {key} {metadata.get(key)!r}; this run has "
+                    f"{value!r}. Nothing was changed; use another save_dir"
+                )
+        return tensors, metadata
+
+    def blocks(
+        self, model_id: int, exp_name: str | None = None, rows: int = 2048
+    ) -> Iterator[tuple[Indices, Tensor, Tensor | None]]:
+        """(inds [b], features [b, k], Q [b] or None) of all samples, about ``rows`` at a time."""
+        index = self.index(model_id, exp_name)
+        held: list[tuple[Indices, Tensor, Tensor | None]] = []
+        for number, path in enumerate(index.shards):
+            tensors = self.read_shard(path, model_id, exp_name)
+            inds = tensors["inds"].numpy()
+            mine = index.shard[inds] == number
+            if mine.any():
+                keep = torch.from_numpy(mine)
+                q = tensors.get("out_to_loss")
+                held.append((inds[mine], unpack(tensors)[keep], None if q is None else q[keep]))
+            if sum(len(part[0]) for part in held) >= rows:
+                yield join(held)
+                held = []
+        if held:
+            yield join(held)
+
+    def out_to_loss(self, model_id: int) -> Tensor:
+        """Q of all training samples, float32 [n]; NaN where a sample is not featurized."""
+        index = self.index(model_id)
+        out = torch.full((self.train_set_size,), torch.nan)
+        for number, path in enumerate(index.shards):
+            tensors = self.read_shard(path, model_id, None, ("inds", "out_to_loss"))
+            mine = torch.from_numpy(index.shard[tensors["inds"].numpy()] == number)
+            out[tensors["inds"][mine]] = tensors["out_to_loss"][mine].float()
+        return out
+
+    def matrix(self, model_id: int, exp_name: str | None = None) -> Tensor:
+        """All features of ``model_id`` in order, [n, k] in memory; NaN where one is missing."""
+        n = len(self.index(model_id, exp_name).shard)
+        out: Tensor | None = None
+        for inds, features, _ in self.blocks(model_id, exp_name):
+            if out is None:
+                out = torch.full((n, self.proj_dim), torch.nan, dtype=features.dtype)
+            out[torch.from_numpy(inds)] = features
+        return torch.full((n, self.proj_dim), torch.nan) if out is None else out
+
+    # ---- finalised ------------------------------------------------------------------------------
+
+    def is_finalized(self, model_id: int) -> bool:
+        """Whether a lambda and the XtX of the features that are there now were stored."""
+        return (self.model_dir(model_id) / "solve.json").exists() and self.has_xtx(model_id)
+
+    def has_xtx(self, model_id: int) -> bool:
+        """Whether XtX of the features that are there now was stored."""
+        path = self.model_dir(model_id) / "xtx.safetensors"
+        if not path.exists():
+            return False
+        _, metadata = self._read(path, model_id, None, ())
+        return metadata.get("content") == self.index(model_id).content_digest()
+
+    def write_xtx(self, model_id: int, xtx: Tensor, n: int, eps: float) -> None:
+        """Keep Phi^T Phi, float64 [k, k]."""
+        facts = {"n": str(n), "eps": repr(eps), "content": self.index(model_id).content_digest()}
+        path = self.model_dir(model_id) / "xtx.safetensors"
+        write_safetensors(path, {"xtx": xtx}, self._shard_identity(model_id, None) | facts)
+
+    def read_xtx(self, model_id: int) -> tuple[Tensor, int, float]:
+        """(XtX, n, eps) as written."""
+        path = self.model_dir(model_id) / "xtx.safetensors"
+        tensors, metadata = self._read(path, model_id, None, None)
+        return tensors["xtx"], int(metadata["n"]), float(metadata["eps"])
+
+    def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:
+        """Keep what was solved: lambda and what it gave."""
+        write_json(self.model_dir(model_id) / "solve.json", summary)
+
+    def read_solve(self, model_id: int) -> dict[str, Any]:
+        """As written by ``write_solve``."""
+        return read_json(self.model_dir(model_id) / "solve.json")
+
+    def scores_path(self, exp_name: str) -> Path:
+        """The file of the final scores."""
+        self.experiment_path(exp_name)
+        return self.save_dir / "scores" / f"{exp_name}.mmap"
+
+
+class CurrentStore(Mapping[str, Any]):
+    """TRAK's ``saver.current_store``: arrays of one model_id, read from disk when asked for.
+
+    ``grads`` [n, k], ``features`` [n, k] (grads times the inverse of XtX), ``out_to_loss`` [n, 1],
+    ``is_featurized`` [n, 1], and ``<exp_name>_grads`` [m, k] and ``<exp_name>_scores`` [n, m].
+    """
+
+    NAMES = ("grads", "features", "out_to_loss", "is_featurized")
+
+    def __init__(self, store: Store, model_id: int) -> None:
+        self.store = store
+        self.model_id = model_id
+
+    def __getitem__(self, name: str) -> Any:
+        store, model_id = self.store, self.model_id
+        if name == "grads":
+            return store.matrix(model_id).numpy()
+        if name == "features" and store._features_of is not None:
+            return store._features_of(model_id).numpy()
+        if name == "out_to_loss":
+            return store.out_to_loss(model_id).numpy()[:, None]
+        if name == "is_featurized":
+            return store.index(model_id).done.astype(np.int32)[:, None]
+        exp_name, _, what = name.rpartition("_")
+        if what == "grads" and exp_name in store.experiments:
+            return store.matrix(model_id, exp_name).numpy()
+        if what == "scores" and store.scores_path(exp_name).exists():
+            return np.load(store.scores_path(exp_name), mmap_mode="c")
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.NAMES
+        yield from (f"{name}_grads" for name in self.store.experiments)
+
+    def __len__(self) -> int:
+        return len(self.NAMES) + len(self.store.experiments)
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
+    """Make ``path`` with what ``write(file)`` writes, ``size`` bytes, in full or not at all."""
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_dir(path.parent)
+    except OSError as error:
+        raise write_error(path, size, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that says which process is writing it."""
+    unique = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name}.{unique}.tmp")
+
+
+def write_error(path: Path, size: int, error: OSError) -> StoreError:
+    """What to tell someone whose disk refuses ``path``."""
+    fix = "nothing that was there is lost; put it right and run again to go on"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return StoreError(
+            f"TRAKer: no room for {path} ({size} bytes; {free} bytes free on that disk); {fix}"
+        )
+    return StoreError(f"TRAKer: can't write {path} ({error.strerror or error}); {fix}")
+
+
+def make_dir(path: Path) -> None:
+    """Make the directory and its parents."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"TRAKer: can't make the directory {path} ({error.strerror}); expected a save_dir that "
+            "this user may write to"
+        ) from error
+
+
+def sync_dir(path: Path) -> None:
+    """Flush a directory, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse; the rename itself is still atomic
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove temporary files that processes of this machine left when they were killed."""
+    for path in folder.glob(".*.tmp"):
+        name, pid, _, _ = path.name.rsplit(".", 3)
+        if pid.isdigit() and name.endswith(f".{socket.gethostname()}") and not alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process with this id exists here."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object with its own checksum."""
+    body = json.dumps(dict(content), sort_keys=True)
+    text = json.dumps({**content, "checksum": digest(body.encode())}, indent=1, sort_keys=True)
+    write_atomic(path, lambda file: file.write(text.encode()), len(text))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote; raises StoreCorruptError if it is not that."""
+    try:
+        content = json.loads(path.read_bytes())
+        stored = content.pop("checksum")
+        made = digest(json.dumps(content, sort_keys=True).encode())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise corrupt(path, f"it is not JSON with a checksum ({error})") from error
+    except OSError as error:
+        raise StoreError(f"TRAKer: can't read {path} ({error.strerror or error})") from error
+    if made != stored:
+        raise corrupt(path, f"its checksum is {made}, the file says {stored}")
+    return dict(content)
+
+
+def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Tensors with string metadata, a checksum for each tensor and one for the metadata."""
+    whole = {name: t.contiguous() for name, t in tensors.items()}
+    sums = {f"checksum.{name}": tensor_digest(t) for name, t in whole.items()}
+    described = dict(sorted({**metadata, **sums}.items()))
+    described["checksum"] = digest(json.dumps(described, sort_keys=True).encode())
+    data = to_safetensors(whole, described)
+    write_atomic(path, lambda file: file.write(data), len(data))
+
+
+def read_safetensors(path: Path, names: Iterable[str] | None) -> tuple[Tensors, dict[str, str]]:
+    """Tensors ``names`` (None: all) and the metadata; raises StoreCorruptError, naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            wanted = list(file.keys()) if names is None else list(names)
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"TRAKer: {path} is gone; expected nobody to delete it during the run"
+        ) from error
+    except (SafetensorError, ValueError, UnicodeDecodeError, OSError) as error:
+        raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
+    stored = metadata.pop("checksum", "")
+    made = digest(json.dumps(dict(sorted(metadata.items())), sort_keys=True).encode())
+    if made != stored:
+        raise corrupt(path, f"the checksum of its header is {made}, the file says {stored!r}")
+    for name, t in tensors.items():
+        made, said = tensor_digest(t), metadata.get(f"checksum.{name}")
+        if made != said:
+            raise corrupt(path, f"the checksum of {name!r} is {made}, the file says {said!r}")
+    return tensors, metadata
+
+
+def corrupt(path: Path, reason: str) -> StoreCorruptError:
+    """The error for a damaged file, with what to do about it."""
+    redo = {
+        "train": "featurize the same data again: only what the file held is computed again",
+        "target": "score the same targets again: only what the file held is computed again",
+        "xtx": "call finalize_features again",
+        "solve": "call finalize_features again",
+    }.get(re.split(r"[-.]", path.name)[0], "run the same calls again")
+    return StoreCorruptError(f"TRAKer: {path} is damaged: {reason}. Delete the file and {redo}")
+
+
+def digest(data: bytes) -> str:
+    """128 bits of BLAKE2b, in hex."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def tensor_digest(t: Tensor) -> str:
+    """Hash of a tensor's dtype, shape and bytes."""
+    h = hashlib.blake2b(f"{t.dtype}{list(t.shape)}".encode(), digest_size=16)
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        h.update(flat.view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """Hash of all parameters and buffers of a model, with their names."""
+    h = hashlib.blake2b(digest_size=16)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        h.update(f"{name}:{tensor_digest(t)};".encode())
+    return h.hexdigest()
+
+
+def layout_fingerprint(model: nn.Module, names: Iterable[str]) -> str:
+    """Hash of the names and shapes of the parameters in order: what decides a gradient's layout."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    return digest(json.dumps([[name, shapes[name]] for name in names]).encode())
+
+
+# ---- half precision -----------------------------------------------------------------------------
+
+
+def pack_half(features: Tensor) -> Tensors:
+    """float16 with an exponent per row: ``features[i] = grads[i] * 2^exponent[i]``.
+
+    A row keeps 11 significant bits for entries down to 2^-29 of its largest, at any magnitude:
+    unlike plain float16, nothing of the size of a gradient overflows or vanishes.
+    """
+    rows = features.double()
+    _, exponent = torch.frexp(rows.abs().amax(1))  # largest entry = m * 2^e, 1/2 <= m < 1
+    exponent = exponent - HALF_EXPONENT
+    scale = torch.exp2(-exponent.double()).unsqueeze(1)  # [b, 1]
+    return {"grads": (rows * scale).half(), "exponent": exponent.to(torch.int32)}
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Features [b, k] as stored: float32 for half-precision shards, otherwise as they are."""
+    grads = tensors["grads"]
+    if "exponent" not in tensors:
+        return grads
+    return (grads.double() * torch.exp2(tensors["exponent"].double()).unsqueeze(1)).float()
+
+
+def join(
+    parts: list[tuple[Indices, Tensor, Tensor | None]],
+) -> tuple[Indices, Tensor, Tensor | None]:
+    """Several blocks as one."""
+    if len(parts) == 1:
+        return parts[0]
+    qs = [q for _, _, q in parts if q is not None]
+    return (
+        np.concatenate([inds for inds, _, _ in parts]),
+        torch.cat([features for _, features, _ in parts]),
+        torch.cat(qs) if qs else None,
+    )
