@@ -260,7 +260,7 @@ def cuda_module(version: str) -> Module | Skipped:
     units = [Compile(source, device, label="NVCC") for source in sources]
     units.append(Compile(CSRC / "cuda" / "bindings.cpp", [*host, *user_flags("CXXFLAGS")]))
     link = [*through, "-shared", "-cudart", "static"]
-    return Module(name, units, link, {"compiler": compiler_version([nvcc], -1), "archs": archs})
+    return Module(name, units, link, {"compiler": compiler_version([nvcc], -2), "archs": archs})
 
 
 def find_nvcc() -> str | None:

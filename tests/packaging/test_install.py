@@ -116,8 +116,11 @@ def other_pythons() -> Iterator[tuple[str, str | None]]:
         yield f"3.{minor}", works
 
 
+PYTHONS = list(other_pythons())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("version", "python"), list(other_pythons()))
+@pytest.mark.parametrize(("version", "python"), PYTHONS, ids=[version for version, _ in PYTHONS])
 def test_builds_and_runs_on_every_supported_python(
     version: str, python: str | None, tmp_path: Path
 ) -> None:
