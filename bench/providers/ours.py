@@ -57,8 +57,8 @@ def prepare(case: Case, inputs: Inputs, *, precision: str, isa: str) -> Prepared
     rows = affordable_rows(case, inputs, project, force)
     note = "" if rows == case.rows else f"fewer rows: a call may take {case.max_seconds:g} s"
     call = partial(project, inputs.grads(rows))
-    error = inputs.error(rows)
-    return Prepared(call, rows, case.flops(rows), error, BOUNDS[precision], note, force)
+    bound = 1e-13 if case.dtype == torch.float64 else BOUNDS[precision]
+    return Prepared(call, rows, case.flops(rows), inputs.error(rows), bound, note, force)
 
 
 def affordable_rows(
