@@ -32,7 +32,7 @@ import fastproj
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
 from fastproj.trak.report import Page, write_report
-from fastproj.trak.store import StoreError, read_json, write_json
+from fastproj.trak.store import StoreError, make_dir, read_json, write_json
 from fastproj.trak.tasks import margins
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -97,7 +97,7 @@ class DigitsCNN(nn.Module):
         self.fc = nn.Linear(32 * 2 * 2, classes)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, 10] of images [B, 1, 8, 8]."""
@@ -221,15 +221,12 @@ def retrain(settings: Settings, data: Data, path: Path) -> tuple[Tensor, Tensor]
     """
     generator = torch.Generator().manual_seed(settings.seed + 2)
     half = settings.train // 2
-    members = torch.stack(
-        [
-            torch.randperm(settings.train, generator=generator)[:half]
-            for _ in range(settings.subsets)
-        ]
-    )
+    noise = torch.rand(settings.subsets, settings.train, generator=generator)
+    members = noise.argsort(1)[:, :half].contiguous()  # [S, n / 2]
     masks = torch.zeros(settings.subsets, settings.train, dtype=torch.bool)
     masks.scatter_(1, members, True)
     outputs: list[Tensor] = []
+    make_dir(path.parent)
     if path.exists():
         outputs = [torch.tensor(run) for run in read_json(path)["outputs"]]
     for run in range(len(outputs), settings.retrainings):
@@ -263,7 +260,7 @@ def build_page(
 ) -> Page:
     """The page of a finished run."""
     measured = outputs.double().mean(0).numpy()  # [S, m]
-    predicted = masks.double().numpy() @ scores  # [S, m]
+    predicted = masks.double().numpy() @ scores.astype(np.float64)  # [S, m]
     right = (outputs > 0).float().mean((0, 1))  # [m]
     per_target = spearman(predicted, measured)
     middle = [int(np.argsort(per_target)[int(q * (len(per_target) - 1))]) for q in (0.9, 0.5, 0.1)]

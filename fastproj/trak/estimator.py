@@ -515,6 +515,7 @@ class TRAKer:
             raise NotReadyError(
                 f"finalize_scores: no checkpoint in {self.save_dir} is ready for {exp_name!r}"
             )
+        self._check_same_targets(exp_name, ids)
         q = torch.stack([self.saver.out_to_loss(model_id) for model_id in ids]).mean(0)  # [n]
         share = q.numpy() / len(ids)  # [n]
         passes = len(ids) * -(-n_targets // TARGET_ROWS)
@@ -592,6 +593,19 @@ class TRAKer:
                 f"of {exp_name!r} (the first: {missing[0]}); call start_scoring_checkpoint and "
                 "score for them, or pass allow_skip=True"
             )
+
+    def _check_same_targets(self, exp_name: str, ids: list[int]) -> None:
+        """Warn where two checkpoints were scored on different data."""
+        first = self.saver.index(ids[0], exp_name).content
+        for model_id in ids[1:]:
+            other = np.flatnonzero(self.saver.index(model_id, exp_name).content != first)
+            if len(other):
+                warnings.warn(
+                    f"finalize_scores: target {other[0]} of {exp_name!r} held other data under "
+                    f"model_id {model_id} than under {ids[0]}; their scores are averaged as if it "
+                    "were the same target. Score it again under both if that was not meant",
+                    stacklevel=3,
+                )
 
 
 def progress(what: str, total: int, unit: str) -> Any:

@@ -93,7 +93,7 @@ def lds(
     for b in range(n_boot):
         counts = np.bincount(rng.integers(n_subsets, size=n_subsets), minlength=n_subsets)
         chosen = rng.integers(n_targets, size=n_targets)
-        means[b] = mean_or_nan(pearson(x.ranks(counts), y.ranks(counts), counts)[chosen])
+        means[b] = mean_or_nan(rank_correlation(x.ranks(counts), y.ranks(counts), counts)[chosen])
     tail = 100 * (1 - confidence) / 2
     low, high = (
         (float(v) for v in np.nanpercentile(means, [tail, 100 - tail]))
@@ -129,7 +129,7 @@ def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> Floats:
     """Spearman's rank correlation of each column of x and y [S, m], ties averaged; float64 [m]."""
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
     ones = np.ones(len(a), np.int64)
-    return pearson(WeightedRanks(a).ranks(ones), WeightedRanks(b).ranks(ones), ones)
+    return rank_correlation(WeightedRanks(a).ranks(ones), WeightedRanks(b).ranks(ones), ones)
 
 
 class WeightedRanks:
@@ -163,10 +163,11 @@ class WeightedRanks:
         return out
 
 
-def pearson(x: Floats, y: Floats, counts: npt.NDArray[np.int64]) -> Floats:
-    """Correlation of columns of x and y [S, m], rows weighted by ``counts``; NaN if constant."""
+def rank_correlation(x: Floats, y: Floats, counts: npt.NDArray[np.int64]) -> Floats:
+    """Correlation of ranks x and y [S, m] of rows that stand ``counts`` times; NaN if constant."""
     weights = counts[:, None] / counts.sum()
-    dx, dy = x - (weights * x).sum(0), y - (weights * y).sum(0)
+    middle = (counts.sum() + 1) / 2  # the mean rank, exactly, so that a constant column gives 0
+    dx, dy = x - middle, y - middle
     variance = (weights * dx * dx).sum(0) * (weights * dy * dy).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(variance > 0, (weights * dx * dy).sum(0) / np.sqrt(variance), np.nan)

@@ -229,7 +229,7 @@ def to_uint8(images: npt.NDArray[np.generic], index: int) -> npt.NDArray[np.uint
         )
     if picture.dtype == np.uint8:
         return picture
-    low, high = float(np.min(images)), float(np.max(images))  # type: ignore[arg-type, operator]
+    low, high = float(np.min(images)), float(np.max(images))
     scaled = (picture.astype(np.float64) - low) / max(high - low, 1e-12)
     return np.rint(255 * scaled).astype(np.uint8)
 
@@ -242,9 +242,8 @@ def png(picture: npt.NDArray[np.uint8]) -> bytes:
     raw = b"".join(b"\0" + line.tobytes() for line in lines)  # filter 0 before each line
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
     return (

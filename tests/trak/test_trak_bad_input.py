@@ -1,0 +1,267 @@
+"""What a user of TRAKer can get wrong: each says what was received and what would work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import trak_cases as cases
+from torch import nn
+
+from fastproj import TRAKer
+from fastproj.trak import NotReadyError, StoreMismatchError
+
+N = 20
+
+
+@pytest.fixture
+def model():
+    return cases.net()
+
+
+@pytest.fixture
+def train():
+    return cases.data(N)
+
+
+@pytest.fixture
+def traker(tmp_path, model):
+    made = cases.make(model, tmp_path, N)
+    made.load_checkpoint(model.state_dict(), 0)
+    return made
+
+
+def shards(folder):
+    return sorted(path.name for path in folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"train_set_size": 0}, ValueError, "train_set_size=0"),
+        ({"train_set_size": 2.5}, TypeError, "train_set_size=2.5"),
+        ({"proj_dim": 0}, ValueError, "proj_dim=0"),
+        ({"projector_seed": -1}, ValueError, "seed=-1"),
+        ({"kind": "sparse"}, ValueError, "kind='sparse'"),
+        ({"lambda_reg": -0.1}, ValueError, r"lambda_reg=-0.1.*'0.1\*mean'"),
+        ({"grad_wrt": ["fc.waight"]}, ValueError, "'fc.waight'.*'fc.weight'"),
+        ({"task": "segmentation"}, ValueError, "'segmentation'"),
+        ({"model": "resnet"}, TypeError, "expected a torch.nn.Module"),
+        ({"saver": dict}, TypeError, "saver=.*fastproj.trak.store.Store"),
+        ({"score_computer": object()}, TypeError, "score_computer=.*ScoreComputer"),
+        ({"model": nn.Identity()}, ValueError, "without parameters"),
+    ],
+)
+def test_constructor(tmp_path, model, options, kind, message):
+    settings = {
+        "model": model,
+        "task": "image_classification",
+        "train_set_size": N,
+        "save_dir": tmp_path / "new",
+        "proj_dim": 8,
+        **options,
+    }
+    with pytest.raises(kind, match=message):
+        TRAKer(**settings)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named(tmp_path, model):
+    with pytest.raises(ValueError, match='no CUDA GPU; expected device="cpu"'):
+        cases.make(model, tmp_path, N, device="cuda:0")
+
+
+def test_checkpoints_that_do_not_fit_leave_the_model_alone(traker, model):
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = {name: t + 1 for name, t in model.state_dict().items()}
+    missing = {name: t for name, t in state.items() if name != "fc.bias"}
+    with pytest.raises(ValueError, match=r"missing: fc.bias"):
+        traker.load_checkpoint(missing, 1)
+    with pytest.raises(ValueError, match=r"not in the model: head"):
+        traker.load_checkpoint({**state, "head": torch.zeros(1)}, 1)
+    with pytest.raises(ValueError, match=r"other shapes: fc.bias \[9\] for \[4\]"):
+        traker.load_checkpoint({**state, "fc.bias": torch.zeros(9)}, 1)
+    with pytest.raises(TypeError, match="of type Net; expected a state_dict"):
+        traker.load_checkpoint(model, 1)
+    with pytest.raises(ValueError, match="model_id=-1"):
+        traker.load_checkpoint(state, -1)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not (traker.save_dir / "models" / "1").exists()
+
+
+def test_another_checkpoint_under_the_same_model_id(traker, train, model):
+    cases.featurize(traker, model, 0, train)
+    other = {name: t + 1 for name, t in model.state_dict().items()}
+    kept = shards(traker.save_dir)
+    with pytest.raises(StoreMismatchError, match=r"model_id 0 .*hash \w+, received .*hash \w+"):
+        traker.load_checkpoint(other, 0)
+    traker.finalize_features()
+    with pytest.raises(StoreMismatchError, match="another model_id"):
+        traker.start_scoring_checkpoint("test", other, 0, 3)
+    assert set(kept) <= set(shards(traker.save_dir))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"proj_dim": 9}, "proj dim 8 in the directory, 9 in this run"),
+        ({"projector_seed": 5}, "seed 0 in the directory, 5 in this run"),
+        ({"kind": "gaussian"}, "kind 'rademacher' in the directory, 'gaussian' in this run"),
+        ({"grad_wrt": ["fc.weight"]}, "num params 341 in the directory, 300 in this run"),
+        ({"n": 21}, "train set size 20 in the directory, 21 in this run"),
+    ],
+)
+def test_a_directory_of_another_run(traker, model, train, other, message):
+    cases.featurize(traker, model, 0, train)
+    kept = shards(traker.save_dir)
+    options = dict(other)
+    n = options.pop("n", N)
+    with pytest.raises(StoreMismatchError, match=message) as error:
+        cases.make(model, traker.save_dir, n, **options)
+    assert "another save_dir" in str(error.value)
+    assert shards(traker.save_dir) == kept
+    cases.make(model, traker.save_dir, N)
+
+
+def test_a_directory_of_another_model_or_spec(traker, monkeypatch):
+    class Renamed(cases.Net):
+        def __init__(self):
+            super().__init__()
+            self.head = self.fc
+            del self.fc
+
+    with pytest.raises(
+        StoreMismatchError, match=r"parameter layout '.*' in the directory, '.*' in"
+    ):
+        cases.make(Renamed(), traker.save_dir, N)
+    monkeypatch.setattr("fastproj.trak.estimator.SPEC_VERSION", 2)
+    with pytest.raises(StoreMismatchError, match="spec version 1 in the directory, 2 in this run"):
+        cases.make(cases.net(), traker.save_dir, N)
+
+
+def test_order_of_calls(tmp_path, model, train):
+    traker = cases.make(model, tmp_path, N)
+    with pytest.raises(NotReadyError, match="call load_checkpoint"):
+        traker.featurize(train, num_samples=N)
+    with pytest.raises(NotReadyError, match="has none"):
+        traker.finalize_features()
+    with pytest.raises(NotReadyError, match="start_scoring_checkpoint"):
+        traker.score(train, num_samples=N)
+    with pytest.raises(NotReadyError, match="experiment 'test' does not exist"):
+        traker.finalize_scores("test")
+    traker.load_checkpoint(model.state_dict(), 4)
+    with pytest.raises(NotReadyError, match="start_scoring_checkpoint"):
+        traker.score(train, num_samples=N)
+    traker.featurize((train[0][:15], train[1][:15]), num_samples=15)
+    with pytest.raises(NotReadyError, match=r"model_id 4 lacks 5 of 20 .*first: 15"):
+        traker.finalize_features()
+    traker.featurize((train[0][15:], train[1][15:]), num_samples=5)
+    with pytest.raises(NotReadyError, match="model_id 4 is not finalised"):
+        traker.start_scoring_checkpoint("test", model.state_dict(), 4, 3)
+    traker.finalize_features()
+    with pytest.raises(NotReadyError, match=r"\[7\].*has \[4\]"):
+        traker.finalize_features(model_ids=[7])
+    traker.start_scoring_checkpoint("test", model.state_dict(), 4, 3)
+    with pytest.raises(NotReadyError, match="load_checkpoint"):
+        traker.featurize(train, num_samples=N)
+    with pytest.raises(NotReadyError, match="lacks 3 of 3 targets"):
+        traker.finalize_scores("test")
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind", "message"),
+    [
+        (torch.zeros(4, 1, 5, 5), TypeError, r"batch of type \[4, 1, 5, 5\] float32"),
+        ({"x": torch.zeros(4, 1, 5, 5)}, TypeError, "type dict; expected a tuple"),
+        ((torch.zeros(4, 1, 5, 5), [0, 1, 2, 3]), TypeError, "int 0 inside the batch"),
+        ((torch.zeros(4, 1, 5, 5), torch.zeros(3).long()), ValueError, "share their first"),
+        ((torch.zeros(4, 1, 5, 5), torch.tensor(3)), ValueError, "share their first"),
+        ((), ValueError, "empty batch"),
+        ((torch.zeros(4, 1, 5, 5),), ValueError, "1 parts"),
+        ((torch.zeros(4, 1, 5, 5), torch.full((4,), 9)), ValueError, "label 9 at row 0"),
+    ],
+)
+def test_batches(traker, batch, kind, message):
+    with pytest.raises(kind, match=message):
+        traker.featurize(batch, num_samples=4)
+    assert not shards(traker.save_dir)
+
+
+@pytest.mark.parametrize(
+    ("inds", "kind", "message"),
+    [
+        ([0, 1, 2, 20], ValueError, "sample 20; expected 0 <= index < train_set_size = 20"),
+        ([0, 1, 2, -1], ValueError, "sample -1"),
+        ([0, 1, 2, 1], ValueError, "index 1 more than once"),
+        ([0, 1, 2], ValueError, "3 inds with a batch of 4"),
+        ([0.0, 1.0, 2.0, 3.0], TypeError, "dtype float64"),
+        (np.array([True] * 4), TypeError, "numpy.flatnonzero"),
+    ],
+)
+def test_indices(traker, train, inds, kind, message):
+    batch = (train[0][:4], train[1][:4])
+    with pytest.raises(kind, match=message):
+        traker.featurize(batch, inds=inds)
+    assert not shards(traker.save_dir)
+    traker.featurize(batch, inds=torch.tensor([[3], [0], [9], [5]]))
+    assert traker.saver.index(0).done.nonzero()[0].tolist() == [0, 3, 5, 9]
+
+
+def test_num_samples(traker, train):
+    batch = (train[0][:4], train[1][:4])
+    with pytest.raises(ValueError, match="neither inds and num_samples"):
+        traker.featurize(batch)
+    with pytest.raises(ValueError, match="both inds and num_samples"):
+        traker.featurize(batch, inds=[0, 1, 2, 3], num_samples=4)
+    with pytest.raises(ValueError, match="num_samples=5 with a batch of 4"):
+        traker.featurize(batch, num_samples=5)
+    traker.featurize((train[0][:18], train[1][:18]), num_samples=18)
+    with pytest.raises(ValueError, match="sample 20; expected 0 <= index < train_set_size = 20"):
+        traker.featurize(batch, num_samples=4)
+    traker.featurize((train[0][18:], train[1][18:]), num_samples=np.int64(2))
+    assert traker.saver.index(0).done.all()
+
+
+def test_features_that_are_not_finite_name_their_samples(traker, train):
+    images = train[0].clone()
+    images[3, 0, 0, 0] = torch.nan
+    images[11] = torch.inf
+    with pytest.raises(ValueError, match=r"samples 3, 11 are not finite"):
+        traker.featurize((images, train[1]), num_samples=N)
+    assert not shards(traker.save_dir)
+    traker.featurize(train, num_samples=N)  # put right, at the same place
+    assert traker.saver.index(0).done.all()
+
+
+def test_other_data_for_a_featurized_sample_is_noticed_once(traker, train):
+    traker.featurize(train, num_samples=N)
+    before = traker.saver.matrix(0)
+    traker.load_checkpoint(traker.model.state_dict(), 0)
+    other = (train[0].flip(0), train[1])
+    with pytest.warns(UserWarning, match="sample 0 of model_id 0 was featurized from other data"):
+        traker.featurize((other[0][:10], other[1][:10]), num_samples=10)
+    traker.featurize((other[0][10:], other[1][10:]), num_samples=10)
+    assert torch.equal(traker.saver.matrix(0), before)
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a\0b", None, 3])
+def test_experiment_names_that_name_no_file(traker, train, model, name):
+    cases.featurize(traker, model, 0, train)
+    traker.finalize_features()
+    with pytest.raises(ValueError, match="exp_name"):
+        traker.start_scoring_checkpoint(name, model.state_dict(), 0, 3)
+
+
+def test_number_of_targets(traker, train, model):
+    cases.featurize(traker, model, 0, train)
+    traker.finalize_features()
+    with pytest.raises(ValueError, match="num_targets=0"):
+        traker.start_scoring_checkpoint("test", model.state_dict(), 0, 0)
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, 3)
+    with pytest.raises(ValueError, match="sample 3; expected 0 <= index < num_targets = 3"):
+        traker.score(train, num_samples=N)
+    with pytest.raises(
+        StoreMismatchError, match=r"'test' .* has 3 targets, received num_targets=4"
+    ):
+        traker.start_scoring_checkpoint("test", model.state_dict(), 0, 4)
