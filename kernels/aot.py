@@ -1,0 +1,369 @@
+"""Compile kernels without a GPU and read the machine code: ``python -m fastproj.kernels.aot``.
+
+Makes the table in ``kernels/RESOURCES.md``. For each kernel, shape and architecture: registers,
+spills, matrix instructions, whether R's operand stays in registers, and instructions per entry of
+R. Those are counts in the compiled code, not timings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import config
+from .entries import matrix_kernel
+from .project import project_gaussian_kernel, project_rademacher_kernel, reduce_kernel
+from .transpose import project_transpose_kernel
+
+POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64"}
+WIDE = {"stride_b", "stride_p", "origin", "n_rows", "col_offset", "scale", "stride_k", "stride_yb"}
+WIDE |= {"stride_yk", "stride_ob", "stride_op"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as ``launch`` would compile it, for gradients that are contiguous and aligned."""
+
+    operation: str  # "project", "transpose", "matrix" or "reduce"
+    kind: str = "rademacher"
+    dtype: str = "bfloat16"
+    terms: int = 1
+    B: int = 64
+    K: int = 4096
+    masked: bool = False
+    aligned: int = 16
+
+    def __str__(self) -> str:
+        notes = [self.operation, self.kind, self.dtype]
+        if self.dtype == "float32" and self.operation in ("project", "transpose"):
+            notes[-1] += f" x{self.terms}"
+        notes += ["masked"] * self.masked
+        if self.aligned != 16:
+            notes.append(f"aligned to {self.aligned}")
+        return " ".join(notes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiled code holds."""
+
+    case: Case
+    arch: str
+    tiles: str
+    registers: int
+    spills: int  # local-memory instructions
+    spills_in_loop: int
+    shared: int  # bytes
+    matrix_instruction: str  # "wgmma", "mma", "mfma" or ""
+    register_operand: bool | None  # R's tile reaches the matrix instruction without shared memory
+    per_entry: float | None  # instructions a thread issues for each entry of R that it makes
+    loop: dict[str, int]  # opcodes of the main loop
+    waits: int  # waits for wgmma in the loop
+    groups: int  # wgmma groups committed in the loop
+
+
+def target(arch: str) -> GPUTarget:
+    """Triton's target for "sm_90" or "gfx942"."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+def _specialise(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[str, str], int, int]:
+    """Kernel, constants, pointer types, warps and stages."""
+    gaussian = case.kind == "gaussian"
+    platform = "cuda" if arch.startswith("sm_") else "hip"
+    pointers = {"table_ptr": "*i16"}
+    if case.operation == "project":
+        chosen = config.choose(
+            arch,
+            case.dtype,
+            case.kind,
+            case.terms,
+            case.B,
+            case.K,
+            direct=case.aligned > 1 and not case.masked,
+        )
+        kernel = project_gaussian_kernel if gaussian else project_rademacher_kernel
+        constants = {
+            "BLOCK_B": chosen.BLOCK_B,
+            "BLOCK_K": chosen.BLOCK_K,
+            "STEP_ROWS": chosen.STEP_ROWS,
+            "TERMS": case.terms,
+            "CONTIGUOUS": True,
+            "ALIGNED": 1 if case.masked else case.aligned,
+            "MASKED": case.masked,
+            "PLATFORM": platform,
+            "NUM_WARPS": chosen.num_warps,
+        }
+        pointers |= {
+            "g_ptr": POINTER[case.dtype],
+            "workspace_ptr": "*fp64" if case.dtype == "float64" else "*fp32",
+        }
+        return kernel, constants, pointers, chosen.num_warps, chosen.num_stages
+    if case.operation == "transpose":
+        block_b, block_k, warps = config.choose_transpose(case.dtype, case.kind, case.B)
+        constants = {
+            "GAUSSIAN": gaussian,
+            "BLOCK_B": block_b,
+            "BLOCK_K": block_k,
+            "TERMS": case.terms,
+            "PLATFORM": platform,
+            "NUM_WARPS": warps,
+        }
+        out = "*fp64" if case.dtype == "float64" else "*fp32"
+        pointers |= {"y_ptr": POINTER[case.dtype], "out_ptr": out}
+        return project_transpose_kernel, constants, pointers, warps, 2
+    if case.operation == "matrix":
+        constants = {"GAUSSIAN": gaussian, "BLOCK_K": 64, "NUM_WARPS": 4}
+        return matrix_kernel, constants, pointers | {"out_ptr": POINTER[case.dtype]}, 4, 2
+    if case.operation == "reduce":
+        constants = {"ACCUMULATE": True, "BLOCK": 512}
+        pointers = {"workspace_ptr": "*fp32", "out_ptr": "*fp32"}
+        return reduce_kernel, constants, pointers, 4, 2
+    raise ValueError(f"received operation {case.operation!r}; expected one of Case's")
+
+
+def compile_case(case: Case, arch: str) -> tuple[Any, dict[str, Any], int]:
+    """Triton's compiled kernel, its constants and its warps."""
+    kernel, constants, pointers, warps, stages = _specialise(case, arch)
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else pointers.get(name, "i64" if name in WIDE else "i32")
+        for name in kernel.arg_names
+    }
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name in pointers
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=target(arch), options=options), constants, warps
+
+
+def _tool(name: str, *arguments: str) -> str:
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    command = [str(folder / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions in order, each with its text, and where labels point."""
+
+    lines: list[str]
+    labels: dict[str, int]
+
+    @classmethod
+    def parse(cls, text: str) -> Code:
+        lines: list[str] = []
+        labels: dict[str, int] = {}
+        for line in text.splitlines():
+            if label := re.match(r"\s*(\.L_\S+):", line):
+                labels[label[1]] = len(lines)
+            elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+                lines.append(instruction[1].strip())
+        return cls(lines, labels)
+
+    def branch_target(self, i: int) -> int | None:
+        match = re.search(r"BRA\S*\s.*?`\((\.L_\S+)\)", self.lines[i])
+        return self.labels.get(match[1]) if match else None
+
+    def loops(self) -> list[tuple[int, int]]:
+        """(first, last) of every backward branch."""
+        targets = [(self.branch_target(i), i) for i in range(len(self.lines))]
+        return [(first, i) for first, i in targets if first is not None and first <= i]
+
+
+def opcode(line: str) -> str:
+    """``@P0 IMAD.WIDE.U32 R1, ...`` to ``IMAD.WIDE``; other suffixes are dropped."""
+    name = re.sub(r"^@!?U?PT?\d*\s+", "", line).split()[0]
+    base, *suffixes = name.split(".")
+    return f"{base}.WIDE" if base == "IMAD" and "WIDE" in suffixes else base
+
+
+def _weights(code: Code, first: int, last: int) -> list[float]:
+    """How often an instruction of the loop is issued in an iteration: 1/2 behind a branch.
+
+    The one branch of a loop decides whether a half panel needs new words: every second time.
+    """
+    weights = [1.0] * (last - first + 1)
+    for i in range(first, last + 1):
+        stop = code.branch_target(i)
+        if stop is not None and i < stop <= last and code.lines[i].startswith("@"):
+            for j in range(i + 1, stop):
+                weights[j - first] = 0.5
+    return weights
+
+
+def inspect_nvidia(case: Case, arch: str) -> Report:
+    """Compile for an NVIDIA architecture and read the SASS."""
+    compiled, constants, warps = compile_case(case, arch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code = Code.parse(_tool("nvdisasm", "-c", file.name))
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None
+    spill = re.compile(r"\b(LDL|STL)\b")
+    name = {"HGMMA": "wgmma", "HMMA": "mma", "UTCHMMA": "tcgen05"}
+    used = Counter(map(opcode, code.lines))
+    matrix = next((op for op in name if used[op]), None)
+    body: list[str] = []
+    per_entry = register_operand = None
+    loop: dict[str, int] = {}
+    if matrix is not None:
+        first, last = max(
+            code.loops(),
+            key=lambda span: sum(opcode(x) == matrix for x in code.lines[span[0] : span[1] + 1]),
+        )
+        body = code.lines[first : last + 1]
+        loop = dict(Counter(map(opcode, body)).most_common())
+        if case.operation == "project":
+            entries = constants["BLOCK_K"] * constants["STEP_ROWS"] / (32 * warps)
+            per_entry = sum(_weights(code, first, last)) / entries
+            if matrix == "HGMMA":
+                operands = [re.search(r"HGMMA\S* R\d+, R\d+", x) for x in body if "HGMMA" in x]
+                register_operand = all(operands)
+            elif matrix == "HMMA" and case.dtype != "float32":
+                register_operand = not any(opcode(x) in ("STS", "STSM") for x in body)
+    return Report(
+        case,
+        arch,
+        " ".join(f"{key}={value}" for key, value in constants.items() if key in _TILES)
+        + f" warps={warps}",
+        int(registers[1]),
+        sum(bool(spill.search(line)) for line in code.lines),
+        sum(bool(spill.search(line)) for line in body),
+        compiled.metadata.shared,
+        name.get(matrix or "", ""),
+        register_operand,
+        per_entry,
+        loop,
+        sum("WARPGROUP.DEPBAR" in line for line in body),
+        sum("WARPGROUP.ARRIVE" in line for line in body),
+    )
+
+
+_TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS")
+
+
+def inspect_amd(case: Case, arch: str) -> Report:
+    """Compile for an AMD architecture and read the assembly."""
+    compiled, constants, warps = compile_case(case, arch)
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert match is not None
+        return int(match[1])
+
+    return Report(
+        case,
+        arch,
+        " ".join(f"{key}={value}" for key, value in constants.items() if key in _TILES)
+        + f" warps={warps}",
+        number("vgpr_count"),
+        number("vgpr_spill_count"),
+        number("vgpr_spill_count"),
+        compiled.metadata.shared,
+        "mfma" if "v_mfma" in text else "",
+        None,
+        None,
+        {},
+        0,
+        0,
+    )
+
+
+def inspect(case: Case, arch: str) -> Report:
+    """Compile ``case`` for ``arch`` ("sm_80", "sm_90", "gfx942", ...) and read the code."""
+    return inspect_nvidia(case, arch) if arch.startswith("sm_") else inspect_amd(case, arch)
+
+
+def cases() -> list[Case]:
+    """What the table shows: every operation, kind and dtype, and the batch buckets."""
+    table = [Case("project", B=B) for B in (16, 32, 64)]
+    table += [Case("project", K=512), Case("project", B=16, K=64), Case("project", dtype="float16")]
+    table += [Case("project", dtype="float32", terms=t, B=B) for t in (1, 2, 3) for B in (16, 64)]
+    table += [
+        Case("project", masked=True),
+        Case("project", aligned=1),
+        Case("project", dtype="float64"),
+    ]
+    table += [Case("project", "gaussian", B=B) for B in (16, 64, 128)]
+    table += [Case("project", "gaussian", "float16")]
+    table += [Case("project", "gaussian", "float32", t, B=B) for t in (1, 3) for B in (16, 64)]
+    table += [Case("project", "gaussian", "float64")]
+    for kind in ("rademacher", "gaussian"):
+        table += [Case("transpose", kind, "float32", 3), Case("transpose", kind)]
+        table += [Case("matrix", kind, "float32")]
+    return [*table, Case("reduce", dtype="float32")]
+
+
+def markdown(reports: list[Report]) -> str:
+    """The table, a row for each report."""
+    yes = {True: "yes", False: "no", None: ""}
+    rows = [
+        "| kernel | B, K | tiles | arch | registers | spills (in loop) | shared, bytes "
+        "| matrix unit | R in registers | instructions per entry |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in reports:
+        size = "" if r.case.operation in ("matrix", "reduce") else f"{r.case.B}, {r.case.K}"
+        count = "" if r.per_entry is None else f"{r.per_entry:.2f}"
+        rows.append(
+            f"| {r.case} | {size} | {r.tiles} | {r.arch} | {r.registers} "
+            f"| {r.spills} ({r.spills_in_loop}) | {r.shared} | {r.matrix_instruction} "
+            f"| {yes[r.register_operand]} | {count} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastproj.kernels.aot", description=__doc__)
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "gfx942"])
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--loop", action="store_true", help="print the opcodes of each main loop")
+    parser.add_argument("--output", type=Path, help="write a Markdown file instead of printing")
+    options = parser.parse_args()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    reports = []
+    for case in cases():
+        if options.only in str(case):
+            for arch in options.arch:
+                reports.append(inspect(case, arch))
+                if options.loop:
+                    print(case, arch, reports[-1].tiles, reports[-1].loop)
+    text = markdown(reports)
+    if options.output is None:
+        print(text)
+    else:
+        options.output.write_text(_PREFACE.format(version=triton.__version__) + text + "\n")
+
+
+_PREFACE = """# What the compiled kernels use
+
+Made by `python -m fastproj.kernels.aot --output kernels/RESOURCES.md` with Triton {version}, without
+a GPU. Counts from compiled code, not timings. *Instructions per entry*: what a thread issues in the
+main loop for each entry of R that it makes (an entry then serves B products). *Spills*:
+local-memory instructions (NVIDIA) or spilled registers (AMD). What can't be read off is left empty.
+
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Tile sizes for an architecture, dtype and shape: one deterministic function, no autotuner.
+
+``choose`` has a rule and a reason for each case; ``pin`` or ``$FASTPROJ_TRITON_CONFIG`` overrides
+it, for measurements. Results do not depend on the configuration beyond rounding, and R not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
+
+ENVIRONMENT = "FASTPROJ_TRITON_CONFIG"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kernel is compiled."""
+
+    BLOCK_B: int  # rows of G in a tile
+    BLOCK_K: int  # columns of R in a tile
+    STEP_ROWS: int  # rows of R in one loop iteration
+    num_warps: int
+    num_stages: int  # loop iterations for which tiles of G are on their way
+
+    def __str__(self) -> str:
+        return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+_pinned: ContextVar[dict[str, int] | None] = ContextVar("fastproj_triton_config", default=None)
+
+
+def parse(text: str) -> dict[str, int]:
+    """``"BLOCK_K=128,num_warps=4"`` to a dict; any of Config's fields.
+
+    Raises ValueError for an unknown field or a value that is not an integer.
+    """
+    values: dict[str, int] = {}
+    known = [field.name for field in fields(Config)]
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name.strip() not in known or not value.strip().isdigit():
+            raise ValueError(
+                f"{ENVIRONMENT}: received {part!r}; expected name=integer with a name of "
+                f"{', '.join(known)}"
+            )
+        values[name.strip()] = int(value)
+    return values
+
+
+@contextmanager
+def pin(**values: int) -> Iterator[None]:
+    """Within the block, kernels launched from this context take these values of Config."""
+    token = _pinned.set(parse(",".join(f"{name}={value}" for name, value in values.items())))
+    try:
+        yield
+    finally:
+        _pinned.reset(token)
+
+
+def family(arch: str) -> str:
+    """sm_90 (wgmma), sm_80 (mma.sync) or gfx9 (mfma): what the rules tell apart."""
+    if arch.startswith("gfx"):
+        return "gfx9"
+    return "sm_90" if arch == "sm_90" else "sm_80"
+
+
+def batch_bucket(B: int) -> int:
+    """B rounded up to 16, 32, 64 or 128."""
+    return next((bucket for bucket in (16, 32, 64) if bucket >= B), 128)
+
+
+def choose(
+    arch: str, dtype: str, kind: str, terms: int, B: int, K: int, direct: bool = True
+) -> Config:
+    """The configuration of ``project`` for gradients of ``dtype`` as ``terms`` 16-bit terms.
+
+    arch : "sm_90", "gfx942"; dtype : "float32", "bfloat16", "float16" or "float64".
+    direct : G can be copied to shared memory as it is, in units of 4 bytes or more. Else it passes
+    through registers, of which fewer are left. BLOCK_B is the same for both.
+    """
+    config = _choose(family(arch), dtype, kind, terms, batch_bucket(B), K, direct)
+    pinned = _pinned.get()
+    if pinned is None:
+        pinned = parse(os.environ.get(ENVIRONMENT, ""))
+    return replace(config, **pinned)
+
+
+def _choose(
+    family: str, dtype: str, kind: str, terms: int, bucket: int, K: int, direct: bool
+) -> Config:
+    if dtype == "float64":  # sums of products in registers: few entries at a time
+        return Config(2, 64, 128, 4, 2) if kind == "gaussian" else Config(2, 64, 256, 8, 2)
+    narrow = 64 if K <= 64 else 128
+    if kind == "gaussian":
+        # Making entries is the limit: the widest batch that two accumulators leave room for.
+        # A loop iteration takes 128 rows, or the code grows beyond the instruction cache.
+        if bucket <= 32 or narrow == 64:
+            return Config(min(bucket, 64), narrow, 128, 4, 2)
+        return Config(bucket if family == "sm_90" else 64, 128, 128, 8, 2)
+    if bucket == 16:
+        return Config(16, narrow, 512, 4, 2)
+    if terms > 1 and family != "sm_90":
+        # Each warp reads all terms of G to registers: fewer rows of G leave room for them.
+        return Config(32, narrow, 256, 4, 2)
+    rows = 512 if bucket == 32 else 256  # 512 rows of 64 in flight are 128 KiB of shared memory
+    if narrow == 64:
+        return Config(min(bucket, 64), 64, rows, 4, 2)
+    if not direct and bucket > 32:
+        return Config(64, 128, rows, 8, 2)
+    if family == "sm_90" and K > 128:
+        # 256 columns read G half as often as 128; two accumulators of 64 rows fill the registers.
+        return Config(min(bucket, 64), 256, rows, 8, 2)
+    return Config(min(bucket, 64), 128, rows, 4, 2)
+
+
+def choose_transpose(dtype: str, kind: str, B: int) -> tuple[int, int, int]:
+    """BLOCK_B, BLOCK_K and warps of ``project_transpose``: tiles of 512 (Gaussian: 64) rows of R."""
+    if dtype == "float64":
+        return (1, 64, 4) if kind == "gaussian" else (1, 16, 8)
+    if kind == "gaussian":
+        return min(batch_bucket(B), 32), 64, 4
+    return 16, 32, 8
