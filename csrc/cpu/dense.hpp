@@ -24,60 +24,56 @@ inline void store_entries(Simd::F entries, double* to) {
 }
 
 // Expands tile[r, c] = R[group * 512 + part * 128 + r, strip column c] for a strip of kStripVectors
-// vectors of columns, part by part in order.
-template <int kStripVectors>
+// vectors of columns. One unit of work is one word: rows 8i + 2 lane and the next, of one vector.
+template <Kind kKind, int kStripVectors>
 class Expander {
   public:
     static constexpr int kCols = kStripVectors * Simd::kLanes;
+    static constexpr int kUnits = kStripVectors * 16 * 4;
 
-    Expander(Kind kind, ColumnWords& words) : kind_(kind), words_(words) {}
+    explicit Expander(ColumnWords& words) : words_(words) {}
 
-    template <class T>
-    void expand(std::int64_t group, int part, int first_vector, T* tile) {
-        if (kind_ == Kind::kRademacher) {
-            if (part == 0) {
-                words_.set_block(group);
-                for (std::uint32_t lane = 0; lane < 4; ++lane) {
-                    for (int v = 0; v < kStripVectors; ++v) {
-                        words_.get(lane, first_vector + v, held_[v][lane]);
-                    }
-                }
-            }
-            for (int v = 0; v < kStripVectors; ++v) {
-                for (int lane = 0; lane < 4; ++lane) {
-                    const Simd::U word = held_[v][lane][part];
-                    T* to = tile + v * Simd::kLanes + 2 * lane * kCols;
-                    for (int i = 0; i < 16; ++i) {
-                        store_entries(Simd::sign(word, i), to + 8 * i * kCols);
-                        store_entries(Simd::sign(word, i + 16), to + (8 * i + 1) * kCols);
-                    }
-                }
-            }
-            return;
-        }
-        for (int sub = 0; sub < 4; ++sub) {
-            words_.set_block(group * 16 + part * 4 + sub);
-            for (int v = 0; v < kStripVectors; ++v) {
-                for (std::uint32_t lane = 0; lane < 4; ++lane) {
-                    Simd::U w[4];
-                    words_.get(lane, first_vector + v, w);
-                    T* to =
-                        tile + v * Simd::kLanes + (sub * 32 + 2 * static_cast<int>(lane)) * kCols;
-                    for (int j = 0; j < 4; ++j) {
-                        Simd::F even, odd;
-                        Simd::gauss(w[j], even, odd);
-                        store_entries(even, to + 8 * j * kCols);
-                        store_entries(odd, to + (8 * j + 1) * kCols);
-                    }
+    // Makes the random words of a part; parts 0 to 3 of a group and strip come in order.
+    void prepare(std::int64_t group, int part, int first_vector) {
+        part_ = part;
+        if constexpr (kKind == Kind::kRademacher) {
+            if (part != 0) return;  // one call holds the words of all four
+            words_.set_block(group);
+            for (int v = 0; v < kStripVectors; ++v) words_.get_all(first_vector + v, held_[v][0]);
+        } else {
+            for (int sub = 0; sub < 4; ++sub) {
+                words_.set_block(group * 16 + part * 4 + sub);
+                for (int v = 0; v < kStripVectors; ++v) {
+                    words_.get_all(first_vector + v, held_[v][sub]);
                 }
             }
         }
     }
 
+    template <class T>
+    void expand_unit(int unit, T* tile) const {
+        const int v = unit / 64, i = unit % 64 / 4, lane = unit % 4;
+        T* to = tile + v * Simd::kLanes + (8 * i + 2 * lane) * kCols;
+        Simd::F even, odd;
+        if constexpr (kKind == Kind::kRademacher) {
+            even = Simd::sign(held_[v][0][lane][part_], i);
+            odd = Simd::sign(held_[v][0][lane][part_], i + 16);
+        } else {
+            Simd::gauss(held_[v][i / 4][lane][i % 4], even, odd);
+        }
+        store_entries(even, to);
+        store_entries(odd, to + kCols);
+    }
+
+    template <class T>
+    void expand(T* tile) const {
+        for (int unit = 0; unit < kUnits; ++unit) expand_unit(unit, tile);
+    }
+
   private:
-    Kind kind_;
     ColumnWords& words_;
-    Simd::U held_[kStripVectors][4][4];
+    int part_ = 0;
+    Simd::U held_[kStripVectors][kKind == Kind::kRademacher ? 1 : 4][4][4];
 };
 
 // Hands out aligned pieces of one scratch allocation.
@@ -101,48 +97,59 @@ constexpr int kStripVectors = 2;
 constexpr int kStripCols = kStripVectors * Simd::kLanes;
 static_assert(kColumnPad % kStripCols == 0);
 
-// partial[b, :] += sum over r of g[b, r] * tile[r, :], for kBatch rows and one strip.
-template <class T, int kBatch>
-void multiply_part(const T* tile, const T* g, T* partial) {
+// partial[b, :] += sum over r of g[b, r] * tile[r, :], for kBatch rows and one strip. After every
+// `every` rows (a power of two) fill() does a piece of other work that the processor can overlap.
+template <class T, int kBatch, class Fill>
+void multiply_part(const T* tile, const T* g, T* partial, int every, Fill&& fill) {
     constexpr int kVectors = kStripCols / kVectorLanes<T>;
     using V = Vector<T>;
+    auto* sums = reinterpret_cast<V*>(partial);
     V acc[kBatch][kVectors];
     for (int b = 0; b < kBatch; ++b) {
-        for (int v = 0; v < kVectors; ++v)
-            acc[b][v] = reinterpret_cast<V*>(partial)[b * kVectors + v];
+        for (int v = 0; v < kVectors; ++v) acc[b][v] = sums[b * kVectors + v];
     }
     for (int r = 0; r < kPartRows; ++r) {
         V row[kVectors];
-        for (int v = 0; v < kVectors; ++v)
+        for (int v = 0; v < kVectors; ++v) {
             row[v] = reinterpret_cast<const V*>(tile)[r * kVectors + v];
+        }
         for (int b = 0; b < kBatch; ++b) {
             const T x = g[b * kGroupRows + r];
             for (int v = 0; v < kVectors; ++v) acc[b][v] += row[v] * x;
         }
+        if ((r & (every - 1)) == 0) fill();
     }
     for (int b = 0; b < kBatch; ++b) {
-        for (int v = 0; v < kVectors; ++v)
-            reinterpret_cast<V*>(partial)[b * kVectors + v] = acc[b][v];
+        for (int v = 0; v < kVectors; ++v) sums[b * kVectors + v] = acc[b][v];
     }
 }
 
 inline std::size_t dense_scratch_bytes(int batch, int cols) {
     const std::size_t per_row = (kGroupRows + kStripCols) * sizeof(double);
     return ColumnWords::bytes(pad_columns(cols)) + static_cast<std::size_t>(batch) * per_row +
-           static_cast<std::size_t>(kPartRows) * kStripCols * sizeof(double) + 4 * 64;
+           2 * static_cast<std::size_t>(kPartRows) * kStripCols * sizeof(double) + 5 * 64;
 }
 
-// Sums 512 rows in T before they are added to the double accumulator.
-template <class T>
+// Sums 512 rows in T before they are added to the double accumulator. While one part of 128 rows is
+// multiplied the next is expanded between the multiplications, on ports that these leave idle.
+template <class T, Kind kKind>
 void project_dense(const ProjectTile& tile) {
+    constexpr int kBatch = Simd::kDenseBatch / static_cast<int>(sizeof(T) / sizeof(float));
+    using StripExpander = Expander<kKind, kStripVectors>;
     Arena arena(tile.scratch);
     const int cols = pad_columns(tile.cols);
     ColumnWords words(tile.key, tile.col_begin, cols, arena.take<char>(ColumnWords::bytes(cols)));
     T* g = arena.take<T>(static_cast<std::size_t>(tile.batch) * kGroupRows);
     T* partial = arena.take<T>(static_cast<std::size_t>(tile.batch) * kStripCols);
-    T* entries = arena.take<T>(static_cast<std::size_t>(kPartRows) * kStripCols);
-    Expander<kStripVectors> expander(tile.key.kind, words);
+    T* now = arena.take<T>(static_cast<std::size_t>(kPartRows) * kStripCols);
+    T* next = arena.take<T>(static_cast<std::size_t>(kPartRows) * kStripCols);
+    StripExpander expander(words);
+    // Units of expansion, kPartRows / every of them to a block of the batch.
+    const int blocks = tile.batch / kBatch;
+    const int every = blocks >= 4 ? 4 : blocks >= 2 ? 2 : 1;
 
+    expander.prepare(tile.group_begin, 0, 0);
+    expander.expand(now);
     for (std::int64_t group = tile.group_begin; group < tile.group_end; ++group) {
         for (int b = 0; b < tile.batch; ++b) {
             load_group(*tile.source, tile.batch_begin + b, group, g + b * kGroupRows);
@@ -150,19 +157,36 @@ void project_dense(const ProjectTile& tile) {
         for (int c = 0; c < cols; c += kStripCols) {
             std::memset(partial, 0, static_cast<std::size_t>(tile.batch) * kStripCols * sizeof(T));
             for (int part = 0; part < kParts; ++part) {
-                expander.expand(group, part, c / Simd::kLanes, entries);
+                if (part + 1 < kParts) {
+                    expander.prepare(group, part + 1, c / Simd::kLanes);
+                } else if (c + kStripCols < cols) {
+                    expander.prepare(group, 0, c / Simd::kLanes + kStripVectors);
+                } else {
+                    expander.prepare(group + 1, 0, 0);
+                }
+                int unit = 0;
+                const auto fill = [&] {
+                    if (unit < StripExpander::kUnits) expander.expand_unit(unit++, next);
+                };
+                const auto idle = [] {};
                 const T* x = g + part * kPartRows;
-                constexpr int kFull = Simd::kDenseBatch / static_cast<int>(sizeof(T) / 4);
                 int b = 0;
-                for (; b + kFull <= tile.batch; b += kFull) {
-                    multiply_part<T, kFull>(entries, x + b * kGroupRows, partial + b * kStripCols);
+                for (; b + kBatch <= tile.batch; b += kBatch) {
+                    multiply_part<T, kBatch>(now, x + b * kGroupRows, partial + b * kStripCols,
+                                             every, fill);
                 }
                 for (; b + 2 <= tile.batch; b += 2) {
-                    multiply_part<T, 2>(entries, x + b * kGroupRows, partial + b * kStripCols);
+                    multiply_part<T, 2>(now, x + b * kGroupRows, partial + b * kStripCols, every,
+                                        idle);
                 }
                 for (; b < tile.batch; ++b) {
-                    multiply_part<T, 1>(entries, x + b * kGroupRows, partial + b * kStripCols);
+                    multiply_part<T, 1>(now, x + b * kGroupRows, partial + b * kStripCols, every,
+                                        idle);
                 }
+                while (unit < StripExpander::kUnits) fill();
+                T* const done = now;
+                now = next;
+                next = done;
             }
             for (int b = 0; b < tile.batch; ++b) {
                 double* acc = tile.acc + b * tile.acc_ld + c;
@@ -179,8 +203,15 @@ void project_dense(const ProjectTile& tile) {
     }
 }
 
-// The adjoint. Dot products run along columns: kDotVectors vectors at a time in T, then in double.
-constexpr int kDotCols = 4 * kColumnPad;
+inline void project_dense_f64(const ProjectTile& tile) {
+    if (tile.key.kind == Kind::kRademacher) {
+        project_dense<double, Kind::kRademacher>(tile);
+    } else {
+        project_dense<double, Kind::kGaussian>(tile);
+    }
+}
+
+// The adjoint. Dot products run along columns: kColumnPad at a time in T, then in double.
 constexpr int kDotStripVectors = kColumnPad / Simd::kLanes;
 
 inline std::size_t transpose_scratch_bytes() {
@@ -195,8 +226,8 @@ double sum_lanes(Vector<T> v) {
     return sum;
 }
 
-template <class T>
-void transpose_dense(const TransposeTile& tile) {
+template <class T, Kind kKind>
+void transpose_tile(const TransposeTile& tile) {
     using V = Vector<T>;
     constexpr int kVectors = kColumnPad / kVectorLanes<T>;
     constexpr int kRows = 4;
@@ -206,9 +237,10 @@ void transpose_dense(const TransposeTile& tile) {
         ColumnWords words(tile.key, static_cast<std::uint32_t>(c), kColumnPad,
                           arena.take<char>(ColumnWords::bytes(kColumnPad)));
         T* entries = arena.take<T>(static_cast<std::size_t>(kPartRows) * kColumnPad);
-        Expander<kDotStripVectors> expander(tile.key.kind, words);
+        Expander<kKind, kDotStripVectors> expander(words);
         for (int part = 0; part < kParts; ++part) {
-            expander.expand(tile.group, part, 0, entries);
+            expander.prepare(tile.group, part, 0);
+            expander.expand(entries);
             for (int b = 0; b < tile.batch; ++b) {
                 V y[kVectors];
                 std::memcpy(y, static_cast<const T*>(tile.y) + b * tile.y_ld + c, sizeof y);
@@ -226,13 +258,32 @@ void transpose_dense(const TransposeTile& tile) {
     }
 }
 
+template <class T>
+void transpose_dense(const TransposeTile& tile) {
+    if (tile.key.kind == Kind::kRademacher) {
+        transpose_tile<T, Kind::kRademacher>(tile);
+    } else {
+        transpose_tile<T, Kind::kGaussian>(tile);
+    }
+}
+
 inline std::size_t matrix_scratch_bytes() { return ColumnWords::bytes(kColumnPad) + 64; }
 
-inline void matrix_dense(const MatrixTile& tile) {
+template <Kind kKind>
+void matrix_tile(const MatrixTile& tile) {
     ColumnWords words(tile.key, tile.col_begin, kColumnPad, tile.scratch);
-    Expander<kDotStripVectors> expander(tile.key.kind, words);
+    Expander<kKind, kDotStripVectors> expander(words);
     for (int part = 0; part < kParts; ++part) {
-        expander.expand(tile.group, part, 0, tile.tile + part * kPartRows * kColumnPad);
+        expander.prepare(tile.group, part, 0);
+        expander.expand(tile.tile + part * kPartRows * kColumnPad);
+    }
+}
+
+inline void matrix_dense(const MatrixTile& tile) {
+    if (tile.key.kind == Kind::kRademacher) {
+        matrix_tile<Kind::kRademacher>(tile);
+    } else {
+        matrix_tile<Kind::kGaussian>(tile);
     }
 }
 
@@ -240,9 +291,9 @@ inline void matrix_dense(const MatrixTile& tile) {
 inline KernelTable dense_kernels() {
     KernelTable table{};
     table.project_scratch_bytes = dense_scratch_bytes;
-    table.rademacher_f32 = project_dense<float>;
-    table.gaussian_f32 = project_dense<float>;
-    table.project_f64 = project_dense<double>;
+    table.rademacher_f32 = project_dense<float, Kind::kRademacher>;
+    table.gaussian_f32 = project_dense<float, Kind::kGaussian>;
+    table.project_f64 = project_dense_f64;
     table.transpose_scratch_bytes = transpose_scratch_bytes;
     table.transpose_f32 = transpose_dense<float>;
     table.transpose_f64 = transpose_dense<double>;

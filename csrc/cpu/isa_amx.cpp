@@ -181,13 +181,10 @@ class TileMaker {
     void make_gaussian(int step, char* tiles) {
         words_.set_block(group_ * kGroupSteps + step);
         for (int strip = 0; strip < kStrips; ++strip) {
-            for (std::uint32_t lane = 0; lane < 4; ++lane) {
-                Simd::U w[4];
-                words_.get(lane, first_vector_ + strip, w);
-                for (int j = 0; j < 4; ++j) {
-                    store_cells(Simd::gauss_bf16(w[j]), tiles, strip,
-                                4 * j + static_cast<int>(lane));
-                }
+            Simd::U w[4][4];
+            words_.get_all(first_vector_ + strip, w);
+            for (int i = 0; i < kTileRows; ++i) {
+                store_cells(Simd::gauss_bf16(w[i % 4][i / 4]), tiles, strip, i);
             }
         }
     }
@@ -196,8 +193,8 @@ class TileMaker {
         _mm512_store_si512(tiles + strip * kTileBytes + row * 64, (__m512i)cells);
     }
     void fetch(int call) {
-        words_.get(static_cast<std::uint32_t>(call % 4), first_vector_ + call / 4,
-                   next_[call / 4][call % 4]);
+        words_.get<1>(static_cast<std::uint32_t>(call % 4), first_vector_ + call / 4,
+                      &next_[call / 4][call % 4]);
     }
 
     ColumnWords& words_;

@@ -106,10 +106,10 @@ void project_lookup(const ProjectTile& tile) {
         for (int c = 0; c < cols; c += kColumnPad) {
             Simd::U words[kWordsPerGroup][kLookupVectors];
             for (int v = 0; v < kLookupVectors; ++v) {
-                for (std::uint32_t lane = 0; lane < 4; ++lane) {
-                    Simd::U w[4];
-                    columns.get(lane, c / Simd::kLanes + v, w);
-                    for (std::uint32_t j = 0; j < 4; ++j) words[j * 4 + lane][v] = w[j];
+                Simd::U w[4][4];
+                columns.get_all(c / Simd::kLanes + v, w);
+                for (int lane = 0; lane < 4; ++lane) {
+                    for (int j = 0; j < 4; ++j) words[j * 4 + lane][v] = w[lane][j];
                 }
             }
             for (int b = 0; b < tile.batch; b += Policy::kMaxBatch) {

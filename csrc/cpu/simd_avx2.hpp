@@ -20,7 +20,8 @@ constexpr GaussFloatTable kGaussFloatTable;
 struct Simd {
     static constexpr int kBytes = 32;
     static constexpr int kLanes = 8;
-    static constexpr int kDenseBatch = 4;  // 4 x 2 accumulators of the 16 registers
+    static constexpr int kDenseBatch = 4;   // 4 x 2 accumulators of the 16 registers
+    static constexpr int kPhiloxLanes = 2;  // Philox lanes computed side by side
     using U = std::uint32_t __attribute__((vector_size(kBytes)));
     using F = float __attribute__((vector_size(kBytes)));
     using D = double __attribute__((vector_size(kBytes)));

@@ -11,7 +11,8 @@ namespace {
 struct Simd {
     static constexpr int kBytes = 64;
     static constexpr int kLanes = 16;
-    static constexpr int kDenseBatch = 8;  // 8 x 2 accumulators of the 32 registers
+    static constexpr int kDenseBatch = 8;   // 8 x 2 accumulators of the 32 registers
+    static constexpr int kPhiloxLanes = 4;  // Philox lanes computed side by side
     using U = std::uint32_t __attribute__((vector_size(kBytes)));
     using F = float __attribute__((vector_size(kBytes)));
     using D = double __attribute__((vector_size(kBytes)));

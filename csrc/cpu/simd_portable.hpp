@@ -11,6 +11,7 @@ struct Simd {
     static constexpr int kBytes = 16;
     static constexpr int kLanes = 4;
     static constexpr int kDenseBatch = 4;
+    static constexpr int kPhiloxLanes = 1;  // Philox lanes computed side by side
     using U = std::uint32_t __attribute__((vector_size(kBytes)));
     using F = float __attribute__((vector_size(kBytes)));
     using D = double __attribute__((vector_size(kBytes)));

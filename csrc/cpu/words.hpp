@@ -48,27 +48,49 @@ class ColumnWords {
         }
     }
 
-    // words[0..4) of (block, lane) for the vector of columns col_begin + v * kLanes.
-    void get(std::uint32_t lane, int v, U words[4]) const {
+    // words[lane][0..4) of the block for the vector of columns col_begin + v * kLanes, lanes lane
+    // to lane + kCount. A round is a chain of some six cycles, so several lanes go side by side.
+    template <int kCount>
+    void get(std::uint32_t lane, int v, U (*words)[4]) const {
         const U* kept = kept_ + (static_cast<std::ptrdiff_t>(v) * 4 + lane) * 2;
         std::uint32_t k0 = low(key_.seed) + kPhiloxW0, k1 = high(key_.seed) + kPhiloxW1;
-        const U r2c2 = kept[0] ^ (r1c3_ ^ k1);
-        const U r2c3 = kept[1];
-        U hi0, lo0, hi1, lo1;
+        U c0[kCount], c1[kCount], c2[kCount], c3[kCount];
+        const std::uint32_t r2k1 = k1;
         k0 += kPhiloxW0, k1 += kPhiloxW1;
-        Simd::mul_hi_lo(r2c2, kPhiloxM1, hi1, lo1);
-        U c0 = hi1 ^ (r2c1_ ^ k0), c1 = lo1;
-        U c2 = r2c3 ^ (r3_hi_[lane] ^ k1), c3 = U{} + r3_lo_[lane];
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) {
+            U hi1, lo1;
+            Simd::mul_hi_lo(kept[2 * i] ^ (r1c3_ ^ r2k1), kPhiloxM1, hi1, lo1);
+            c0[i] = hi1 ^ (r2c1_ ^ k0);
+            c1[i] = lo1;
+            c2[i] = kept[2 * i + 1] ^ (r3_hi_[lane + i] ^ k1);
+            c3[i] = U{} + r3_lo_[lane + i];
+        }
+#pragma GCC unroll 7
         for (int round = 4; round <= 10; ++round) {
             k0 += kPhiloxW0, k1 += kPhiloxW1;
-            Simd::mul_hi_lo(c0, kPhiloxM0, hi0, lo0);
-            Simd::mul_hi_lo(c2, kPhiloxM1, hi1, lo1);
-            c0 = Simd::xor3(hi1, c1, U{} + k0);
-            c1 = lo1;
-            c2 = Simd::xor3(hi0, c3, U{} + k1);
-            c3 = lo0;
+#pragma GCC unroll 4
+            for (int i = 0; i < kCount; ++i) {
+                U hi0, lo0, hi1, lo1;
+                Simd::mul_hi_lo(c0[i], kPhiloxM0, hi0, lo0);
+                Simd::mul_hi_lo(c2[i], kPhiloxM1, hi1, lo1);
+                c0[i] = Simd::xor3(hi1, c1[i], U{} + k0);
+                c1[i] = lo1;
+                c2[i] = Simd::xor3(hi0, c3[i], U{} + k1);
+                c3[i] = lo0;
+            }
         }
-        words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) {
+            words[i][0] = c0[i], words[i][1] = c1[i], words[i][2] = c2[i], words[i][3] = c3[i];
+        }
+    }
+
+    // All four lanes.
+    void get_all(int v, U words[4][4]) const {
+        for (std::uint32_t lane = 0; lane < 4; lane += Simd::kPhiloxLanes) {
+            get<Simd::kPhiloxLanes>(lane, v, words + lane);
+        }
     }
 
   private:
