@@ -317,17 +317,25 @@ def _unfold(t: Tensor, size: int) -> Tensor:
     return t.view(size, t.shape[0] // size, t.shape[1])
 
 
-@_project_op.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], pieces: list[Tensor], *rest: Any) -> tuple[Tensor, int]:
-    size = info.batch_size
-    folded = [_fold(t, dim, size) for t, dim in zip(pieces, in_dims[0], strict=True)]
-    return _unfold(_project_op(folded, *rest), size), 0
+def _project_vmap(run: Any, size: int, dims: Any, pieces: Any, *rest: Any) -> tuple[Tensor, int]:
+    """``run`` once for all ``size`` members: they become rows of one batch."""
+    folded = [_fold(t, dim, size) for t, dim in zip(pieces, dims, strict=True)]
+    return _unfold(run(folded, *rest), size), 0
 
 
-@_project_transpose_op.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], y: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    folded = _fold(y, in_dims[0], info.batch_size)
-    return _unfold(_project_transpose_op(folded, *rest), info.batch_size), 0
+def _transpose_vmap(run: Any, size: int, dim: Any, y: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    return _unfold(run(_fold(y, dim, size), *rest), size), 0
+
+
+if hasattr(_project_op, "register_vmap"):  # torch >= 2.5; for torch.vmap inside torch.compile
+    _project_op.register_vmap(
+        lambda info, dims, *args: _project_vmap(_project_op, info.batch_size, dims[0], *args)
+    )
+    _project_transpose_op.register_vmap(
+        lambda info, dims, *args: _transpose_vmap(
+            _project_transpose_op, info.batch_size, dims[0], *args
+        )
+    )
 
 
 class _ProjectFunction(torch.autograd.Function):
@@ -335,8 +343,6 @@ class _ProjectFunction(torch.autograd.Function):
 
     Arguments: those of ``_project_op`` after its pieces, then the pieces.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -364,11 +370,14 @@ class _ProjectFunction(torch.autograd.Function):
         assert total is not None  # jvp is called only where an input has a tangent
         return total
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        rest, pieces = args[:_REST], args[_REST:]
+        return _project_vmap(_run_project, info.batch_size, in_dims[_REST:], pieces, *rest)
+
 
 class _ProjectTransposeFunction(torch.autograd.Function):
     """project_transpose in the same places. Arguments: all of its op's but y, then y."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -386,6 +395,12 @@ class _ProjectTransposeFunction(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return _run_transpose(tangents[_REST], ctx.rows, *ctx.rest)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _transpose_vmap(
+            _run_transpose, info.batch_size, in_dims[_REST], args[_REST], *args[:_REST]
+        )
 
 
 # ---- the way to a kernel -----------------------------------------------------------------------
@@ -408,14 +423,26 @@ def _is_direct(tensors: list[Tensor]) -> bool:
 
 
 def _in_transform() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether a torch.func transform or forward-mode differentiation is under way.
+
+    Raises NotImplementedError for forward mode inside torch.compile, where the op would silently
+    lose the tangent; without fullgraph=True, torch.compile answers by running this eagerly.
+    """
+    forward = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():
+        if forward:
+            raise NotImplementedError(
+                "fastproj: received a call in forward-mode differentiation inside torch.compile; "
+                "expected one outside it (torch.compiler.disable on the caller does that)"
+            )
+        return False  # torch.vmap is served by the ops' own rule there
+    return forward or torch._C._are_functorch_transforms_active()
 
 
 def _run_project(pieces: list[Tensor], *rest: Any) -> Tensor:
     if _is_direct(pieces):
         return _project(pieces, *rest)
-    if not torch.compiler.is_compiling() and _in_transform():
+    if _in_transform():
         return _ProjectFunction.apply(*rest, *pieces)
     return _project_op(pieces, *rest)
 
@@ -423,14 +450,14 @@ def _run_project(pieces: list[Tensor], *rest: Any) -> Tensor:
 def _run_transpose(y: Tensor, *rest: Any) -> Tensor:
     if _is_direct([y]):
         return _project_transpose(y, *rest)
-    if not torch.compiler.is_compiling() and _in_transform():
+    if _in_transform():
         return _ProjectTransposeFunction.apply(*rest, y)
     return _project_transpose_op(y, *rest)
 
 
 def _run_writing(function: str, direct: Any, op: Any, out: Tensor, inputs: Any, *rest: Any) -> None:
     """``direct`` or its op on (inputs, out, *rest), where ``out`` is overwritten or added to."""
-    if not torch.compiler.is_compiling() and _in_transform():
+    if _in_transform():
         raise ValueError(
             f"{function}: received out= under a torch.func transform or forward-mode "
             "differentiation, which can't follow it; call without out="

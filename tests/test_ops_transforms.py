@@ -408,6 +408,34 @@ def test_a_compiled_graph_follows_torchs_precision(backend: str, device: str) ->
         torch.set_float32_matmul_precision(before)
 
 
+def test_compile_of_vmap(backend: str, device: str) -> None:
+    if not hasattr(torch.library, "register_vmap"):
+        return  # torch 2.4 has no vmap rule for custom ops, and says so
+    x = integers((4, 5, 6)).to(device)
+    run = torch.vmap(lambda g: fastproj.project(g, 8, scale=None, backend=backend))
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))
+
+
+def test_compile_of_forward_mode_never_loses_the_tangent(backend: str, device: str) -> None:
+    x, tangent = integers((3, 6)).to(device), integers((3, 6), seed=1).to(device)
+
+    def run(g: Tensor) -> Tensor:
+        return fastproj.project(g, 8, scale=None, backend=backend)
+
+    def derivative(g: Tensor, t: Tensor) -> Tensor:
+        return torch.func.jvp(run, (g,), (t,))[1]
+
+    compiled = torch.compile(derivative, backend="aot_eager")
+    assert torch.equal(compiled(x, tangent), run(tangent))
+    torch._dynamo.reset()
+    whole = torch.compile(derivative, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"forward-mode differentiation inside torch.compile"):
+        whole(x, tangent)
+    with forward_ad.dual_level():
+        y = torch.compile(run, backend="aot_eager")(forward_ad.make_dual(x, tangent))
+        assert torch.equal(forward_ad.unpack_dual(y).tangent, run(tangent))
+
+
 def test_export(backend: str, device: str) -> None:
     class Model(torch.nn.Module):
         def forward(self, g: Tensor) -> Tensor:

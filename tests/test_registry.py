@@ -34,7 +34,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_every_adapter_has_its_name_and_functions() -> None:
     for name in registry.available_backends():
         module = registry.load(name)
-        assert module.NAME == name
+        assert name == module.NAME
         assert module.unavailable() is None
         described = module.describe()
         assert described
@@ -58,7 +58,7 @@ def test_reference_can_always_run_and_comes_last() -> None:
 def test_the_first_that_can_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     first = registry.available_backends()
     on_cpu = [n for n in first if not registry.load(n).unsupported("cpu", FLOAT, "rademacher")]
-    assert registry.choose("cpu", FLOAT, "rademacher").NAME == on_cpu[0]
+    assert on_cpu[0] == registry.choose("cpu", FLOAT, "rademacher").NAME
     only(monkeypatch, "reference")
     registry._choose.cache_clear()
     assert registry.choose("cpu", FLOAT, "rademacher").NAME == "reference"
