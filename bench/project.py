@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-seconds", type=float, default=6.0, help="of one fastproj call")
     parser.add_argument("--stored-gib", type=float, default=2.0, help="memory of one stored R")
     parser.add_argument("--trak-rows", type=positive, help="P for TRAK's BasicProjector: 1e5")
+    parser.add_argument("--square", type=positive, default=4096, help="size for torch's peak")
     parser.add_argument("--no-write", action="store_true", help="don't write bench/results/")
     return parser
 
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stored_bytes=int(options.stored_gib * 2**30),
             trak_rows=trak_rows,
             max_seconds=options.max_seconds,
+            square=options.square,
         )
 
     print(f"P = {rows}, {options.dtype} in, {torch.get_num_threads()} threads, {repeats} repeats")

@@ -27,6 +27,7 @@ class Case:
     stored_bytes: int  # a stored R may take this much
     trak_rows: int  # P for TRAK's BasicProjector, which is two orders slower
     max_seconds: float  # a call that would take longer gets fewer rows
+    square: int = 4096  # size of the matrices that show torch's peak
 
     def flops(self, rows: int) -> float:
         """Multiplications and additions in a projection of ``rows`` rows."""

@@ -10,7 +10,6 @@ from torch import Tensor
 import fastproj
 from providers.base import Case, Inputs, Prepared, Provider, relative_error
 
-SQUARE = 4096
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -31,24 +30,23 @@ def providers() -> list[Provider]:
 
 
 @lru_cache(maxsize=2)
-def square(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def squares(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two square matrices of standard normal numbers."""
     generator = torch.Generator().manual_seed(1)
-    a, b = torch.randn(2, SQUARE, SQUARE, generator=generator).to(dtype)
+    a, b = torch.randn(2, size, size, generator=generator).to(dtype)
     return a, b
 
 
 def prepare_peak(case: Case, inputs: Inputs, *, dtype: torch.dtype) -> Prepared | str:
     """A square product: the most that this torch gets out of this machine."""
-    a, b = square(dtype)
+    size = case.square
+    a, b = squares(size, dtype)
 
     def error(result: Tensor) -> float:
         return relative_error(result[:, :8], a.double() @ b[:, :8].double())
 
-    out = torch.empty(SQUARE, SQUARE, dtype=dtype)
-    call = partial(torch.matmul, a, b, out=out)
-    note = f"{SQUARE} x {SQUARE} x {SQUARE}"
-    return Prepared(call, SQUARE, 2.0 * SQUARE**3, error, BOUNDS[dtype], note)
+    call = partial(torch.matmul, a, b, out=torch.empty(size, size, dtype=dtype))
+    return Prepared(call, size, 2.0 * size**3, error, BOUNDS[dtype], f"{size} x {size} x {size}")
 
 
 def prepare_stored(case: Case, inputs: Inputs, *, dtype: torch.dtype) -> Prepared | str:

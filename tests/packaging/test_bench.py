@@ -15,7 +15,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--rows", "2000", "--cols", "96", "--batch", "3", "--repeats", "1", "--trak-rows", "500"]
+SMALL = (
+    "--rows 2000 --cols 96 --batch 3 --repeats 1 --trak-rows 500 --square 256 --no-write".split()
+)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_provider_runs_and_is_right() -> None:
-    command = [sys.executable, ROOT / "bench" / "project.py", *SMALL, "--no-write"]
+    command = [sys.executable, ROOT / "bench" / "project.py", *SMALL]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WRONG" not in done.stdout
