@@ -144,10 +144,6 @@ KernelTable kernels_for(Isa isa) {
         case Isa::kAvx512:
             return kernels_avx512();
 #endif
-#if defined(FASTPROJ_HAVE_AVX512_BF16)
-        case Isa::kAvx512Bf16:
-            return kernels_avx512_bf16();
-#endif
 #if defined(FASTPROJ_HAVE_AMX)
         case Isa::kAmx:
             return kernels_amx();
@@ -169,8 +165,6 @@ const char* isa_name(Isa isa) {
             return "avx2";
         case Isa::kAvx512:
             return "avx512";
-        case Isa::kAvx512Bf16:
-            return "avx512_bf16";
         case Isa::kAmx:
             return "amx";
     }
@@ -198,14 +192,6 @@ std::string isa_unavailable(Isa isa) {
                 !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
                 return "this processor lacks AVX-512 F, BW, DQ and VL";
             }
-            return "";
-#else
-            return not_built;
-#endif
-        case Isa::kAvx512Bf16:
-#if defined(FASTPROJ_X86) && defined(FASTPROJ_HAVE_AVX512_BF16)
-            if (!isa_unavailable(Isa::kAvx512).empty()) return isa_unavailable(Isa::kAvx512);
-            if (!__builtin_cpu_supports("avx512bf16")) return "this processor lacks AVX-512 BF16";
             return "";
 #else
             return not_built;

@@ -12,8 +12,8 @@ namespace fastproj::cpu {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt8 = 4 };
 enum class Precision : int { kHighest = 0, kHigh = 1, kMedium = 2 };
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
-constexpr int kNumIsas = 5;
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+constexpr int kNumIsas = 4;
 
 // All kernels walk P in groups of 512 rows aligned to multiples of 512: one Rademacher block or
 // sixteen Gaussian ones. Rows of a group outside the input count as zeros.
@@ -97,7 +97,6 @@ struct KernelTable {
 KernelTable kernels_portable();
 KernelTable kernels_avx2();
 KernelTable kernels_avx512();
-KernelTable kernels_avx512_bf16();
 KernelTable kernels_amx();
 
 }  // namespace fastproj::cpu
