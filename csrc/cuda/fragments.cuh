@@ -1,0 +1,293 @@
+// R built directly in the register fragments of mma.sync and wgmma.
+//
+// With R transposed as operand A, the thread with g = lane / 4 and t = lane % 4 holds, of each 16
+// (columns) x 16 (rows of P) piece, the row pairs 2t, 2t + 1 of columns g and g + 8, and the same 8
+// rows further on: four registers of two 16-bit values. Spec v1 puts all the bits of one (column,
+// t) into one Philox call.
+#pragma once
+
+#include "../spec.hpp"
+#include "device.cuh"
+
+namespace fastproj::cuda {
+
+// What the generators of one thread have in common.
+struct GeneratorKey {
+    std::uint32_t key0, key1;
+    std::uint32_t counter2;  // with the thread's lane
+    std::uint32_t stream, sign_mask;
+    std::uint32_t table;  // Gaussian: shared-memory address of the table | lane * 4
+};
+
+FASTPROJ_DEVICE Words column_words(const GeneratorKey& key, std::uint32_t block,
+                                   std::uint32_t column) {
+    return philox4x32_10(Words{{block, column, key.counter2, key.stream}}, key.key0, key.key1);
+}
+
+// Bits `bit` and `bit + 16` of a word as the pair (low, high) of +-1: two rows of one column.
+template <class Op>
+FASTPROJ_DEVICE std::uint32_t rademacher_pair(std::uint32_t word, int bit,
+                                              std::uint32_t sign_mask) {
+    return and_xor(word << (15 - bit), sign_mask, Op::kOne | Op::kOne << 16);
+}
+
+// ------------------------------------------------------------------------------- the Gaussian
+// table
+
+// The table in shared memory: 256 rows of 128 bytes; row i holds 32 copies, one a lane, of entries
+// 2i and 2i + 1. At a multiple of 32 KiB a lookup is one logic operation and one load from the
+// lane's own bank.
+constexpr int kTableBytes = 256 * 128;
+// Dynamic shared memory starts 1 KiB (or a multiple) into the window, so this much reaches the end
+// of a table at the next multiple of 32 KiB.
+constexpr int kTableSpace = 2 * kTableBytes - 1024;
+
+FASTPROJ_DEVICE std::uint32_t table_address(std::uint32_t base) {
+    return (base + kTableBytes - 1) & ~static_cast<std::uint32_t>(kTableBytes - 1);
+}
+
+#if !defined(FASTPROJ_EMULATE)
+__device__ const std::uint16_t kTableDevice[512] = {FASTPROJ_GAUSS_TABLE_V1};
+#else
+const std::uint16_t kTableDevice[512] = {FASTPROJ_GAUSS_TABLE_V1};
+#endif
+
+// Written by all threads of the block; a barrier must follow.
+template <class Op>
+FASTPROJ_DEVICE void fill_table(std::uint32_t address, int thread, int threads) {
+    for (int cell = thread; cell < 256 * 32; cell += threads) {
+        std::uint32_t pair[2];
+        for (int i = 0; i < 2; ++i) {
+            const std::uint32_t bf16 = kTableDevice[(cell >> 5) * 2 + i];
+            pair[i] = Op::kIsBf16 ? bf16 : float_to_half(bits_float(bf16 << 16));
+        }
+        store_shared(address + cell * 4, pair[0] | pair[1] << 16);
+    }
+}
+
+// Both 16-bit codes of a word as a pair of entries. `table`: address of the table | lane * 4.
+FASTPROJ_DEVICE std::uint32_t gaussian_pair(std::uint32_t word, std::uint32_t table,
+                                            std::uint32_t sign_mask) {
+    const std::uint32_t low = load_shared_u16(and_or(word, 0x7f82u, table));
+    const std::uint32_t high = load_shared_u16(and_or(word >> 16, 0x7f82u, table));
+    return and_or(word, sign_mask, pack_low(low, high));
+}
+
+// ------------------------------------------------------------------------------- generators
+
+// Fragments of kTiles pieces of 16 columns, `stride` columns apart, for one 512-row unit after
+// another:
+//   start(m, unit); then per 64 rows fragments(m, ...) for each m; advance() after every 128 rows.
+template <Kind kKind, class Op, int kTiles>
+struct Generator;
+
+template <class Op, int kTiles>
+struct Generator<Kind::kRademacher, Op, kTiles> {
+    std::uint32_t w[kTiles][2][4];  // the words of this unit, the current one first
+
+    FASTPROJ_DEVICE void start(const GeneratorKey& key, int m, std::uint32_t unit,
+                               std::uint32_t column) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const Words words = column_words(key, unit, column + 8 * h);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) w[m][h][j] = words.w[j];
+        }
+    }
+    // a[s]: rows 16 s .. 16 s + 15 of the 64 rows; `half` says which half of the word they take.
+    FASTPROJ_DEVICE void fragments(const GeneratorKey& key, int m, int half, int, std::uint32_t,
+                                   std::uint32_t, std::uint32_t (&a)[4][4]) {
+        // Opaque: the compiler can't move what follows before a wait for the tensor cores.
+        w[m][0][0] = opaque(w[m][0][0]);
+        w[m][1][0] = opaque(w[m][1][0]);
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {  // r & 1: column g or g + 8; r >> 1: rows 0-7 or 8-15
+                const int bit = 8 * half + 2 * s + (r >> 1);
+                a[s][r] = rademacher_pair<Op>(w[m][r & 1][0], bit, key.sign_mask);
+            }
+        }
+    }
+    FASTPROJ_DEVICE void advance() {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                w[m][h][0] = w[m][h][1];
+                w[m][h][1] = w[m][h][2];
+                w[m][h][2] = w[m][h][3];
+            }
+        }
+    }
+};
+
+template <class Op, int kTiles>
+struct Generator<Kind::kGaussian, Op, kTiles> {
+    FASTPROJ_DEVICE void start(const GeneratorKey&, int, std::uint32_t, std::uint32_t) {}
+    FASTPROJ_DEVICE void fragments(const GeneratorKey& key, int, int, int group, std::uint32_t unit,
+                                   std::uint32_t column, std::uint32_t (&a)[4][4]) {
+        column = opaque(column);
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {  // 32-row blocks
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const Words words = column_words(key, unit * 16 + group * 2 + q, column + 8 * h);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    a[2 * q + (j >> 1)][h + 2 * (j & 1)] =
+                        gaussian_pair(words.w[j], key.table, key.sign_mask);
+                }
+            }
+        }
+    }
+    FASTPROJ_DEVICE void advance() {}
+};
+
+// ------------------------------------------------------------------------------- fp32 -> bf16
+// terms
+
+// One element that is not finite, or so large that rounding could overflow: exact and slow.
+template <int kTerms>
+FASTPROJ_DEVICE void split_extreme(std::uint32_t bits, std::uint32_t (&term)[kTerms]) {
+    const std::uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) {  // inf - inf would be NaN; a NaN cut to 16 bits could be inf
+        term[0] = (bits >> 16) | (magnitude > 0x7f800000u ? 0x40u : 0u);
+#pragma unroll
+        for (int t = 1; t < kTerms; ++t) term[t] = 0;
+        return;
+    }
+    float rest = bits_float(bits);
+#pragma unroll
+    for (int t = 0; t < kTerms; ++t) {
+        std::uint32_t value = float_bits(rest) >> 16;
+        if (t == kTerms - 1) {
+            const std::uint32_t rounded = round_bf16x2(rest, 0.0f) & 0xffffu;
+            if ((rounded & 0x7fffu) < 0x7f80u) value = rounded;
+        }
+        term[t] = value;
+        rest -= bits_float(value << 16);
+    }
+}
+
+// 8 floats -> kTerms x 8 bf16 whose sum is the float: exactly for three terms (cut to 8 + 8 + 8
+// bits), else rounded in the last term.
+template <int kTerms>
+FASTPROJ_DEVICE void split_floats(const std::uint32_t (&x)[8], std::uint32_t (&out)[kTerms][4]) {
+    float size = 0.0f;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) size = fmaf(fabsf(bits_float(x[e])), 2.0f, size);
+    if (!(size < 3.0e38f)) {
+#pragma unroll
+        for (int pair = 0; pair < 4; ++pair) {
+            std::uint32_t low[kTerms], high[kTerms];
+            split_extreme<kTerms>(x[2 * pair], low);
+            split_extreme<kTerms>(x[2 * pair + 1], high);
+#pragma unroll
+            for (int t = 0; t < kTerms; ++t) out[t][pair] = pack_low(low[t], high[t]);
+        }
+        return;
+    }
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        float low = bits_float(x[2 * pair]), high = bits_float(x[2 * pair + 1]);
+#pragma unroll
+        for (int t = 0; t < kTerms; ++t) {
+            const std::uint32_t a = float_bits(low), b = float_bits(high);
+            if (t == kTerms - 1 && kTerms < 3) {
+                out[t][pair] = round_bf16x2(low, high);
+            } else {
+                out[t][pair] = pack_high(a, b);
+                low -= bits_float(a & 0xffff0000u);
+                high -= bits_float(b & 0xffff0000u);
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------- G through
+// registers
+
+// 8 consecutive rows i .. i + 7 of sample b, as raw bits: 8 words of fp32 or 4 of 16-bit pairs.
+// Rows outside the piece and samples outside the batch are zero.
+FASTPROJ_DEVICE void load_chunk(const ProjectParams& p, int b, int i, std::uint32_t (&raw)[8]) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) raw[e] = 0;
+    if (b >= p.batch || i >= p.rows || i + 8 <= 0) return;
+    const bool wide = p.input == static_cast<std::int32_t>(Dtype::kF32);
+    if (p.loader != static_cast<std::int32_t>(Loader::kScalar) && i >= 0 && i + 8 <= p.rows) {
+        const char* from =
+            static_cast<const char*>(p.grads) + (b * p.grads_stride_b + i) * (wide ? 4 : 2);
+        std::uint32_t word[4];
+        load_global_16(from, word);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) raw[e] = word[e];
+        if (wide) {
+            load_global_16(from + 16, word);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) raw[4 + e] = word[e];
+        }
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+        if (i + e < 0 || i + e >= p.rows) continue;
+        const std::int64_t at = b * p.grads_stride_b + (i + e) * p.grads_stride_p;
+        if (wide) {
+            raw[e] = load_global(static_cast<const std::uint32_t*>(p.grads) + at);
+        } else {
+            const std::uint32_t bits = load_global(static_cast<const std::uint16_t*>(p.grads) + at);
+            raw[e >> 1] |= bits << (16 * (e & 1));
+        }
+    }
+}
+
+// Writes a chunk to row n, 16-byte piece c of a tile in 128-byte rows with 128-byte swizzle; terms
+// lie `term_bytes` apart.
+template <class Op, int kTerms>
+FASTPROJ_DEVICE void store_chunk(const ProjectParams& p, std::uint32_t tile,
+                                 std::uint32_t term_bytes, int n, int c,
+                                 const std::uint32_t (&raw)[8]) {
+    const std::uint32_t to = tile + n * 128 + ((c ^ (n & 7)) << 4);
+    if constexpr (Op::kIsBf16) {
+        if (kTerms > 1 || p.input == static_cast<std::int32_t>(Dtype::kF32)) {
+            std::uint32_t out[kTerms][4];
+            split_floats<kTerms>(raw, out);
+#pragma unroll
+            for (int t = 0; t < kTerms; ++t) {
+                store_shared(to + t * term_bytes, out[t][0], out[t][1], out[t][2], out[t][3]);
+            }
+            return;
+        }
+    }
+    store_shared(to, raw[0], raw[1], raw[2], raw[3]);
+}
+
+// ------------------------------------------------------------------------------- work and results
+
+// One unit of work: a tile of samples, a tile of columns and a range of 512-row units.
+struct WorkItem {
+    int batch_tile, col_tile, split;
+    int first, last;  // 512-row units
+
+    FASTPROJ_DEVICE static WorkItem at(const ProjectParams& p, int index) {
+        WorkItem item;
+        item.col_tile = index % p.col_tiles;  // fastest: blocks that run together share G in L2
+        const int rest = index / p.col_tiles;
+        item.split = rest % p.splits;
+        item.batch_tile = rest / p.splits;
+        item.first = static_cast<int>(static_cast<std::int64_t>(p.blocks) * item.split / p.splits);
+        item.last =
+            static_cast<int>(static_cast<std::int64_t>(p.blocks) * (item.split + 1) / p.splits);
+        return item;
+    }
+};
+
+FASTPROJ_DEVICE void store_result(const ProjectParams& p, int split, int b, int k, float sum) {
+    if (b >= p.batch || k >= p.cols) return;
+    float* to = p.dst + split * p.dst_stride_split + b * p.dst_stride_b + k * p.dst_stride_k;
+    const float value = p.scale * sum;
+    write_global(to, p.accumulate ? read_global(to) + value : value);
+}
+
+}  // namespace fastproj::cuda

@@ -1,0 +1,103 @@
+// Every compiled instantiation, listed once: the translation units, the dispatch and the host
+// emulation all read these lists. A kernel is named by (kind, operand type, terms, BLOCK_B); the
+// fifth number of the sm_90a ones is the 64-column tiles of a consumer.
+#pragma once
+
+#include "../spec.hpp"
+
+// clang-format off
+#define FASTPROJ_SM90_RADEMACHER(X) \
+    X(Bf16, 1, 16, 2) \
+    X(Bf16, 1, 32, 2) \
+    X(Bf16, 1, 64, 2) \
+    X(F16, 1, 16, 2) \
+    X(F16, 1, 32, 2) \
+    X(F16, 1, 64, 2)
+
+#define FASTPROJ_SM90_RADEMACHER_SPLIT(X) \
+    X(Bf16, 2, 16, 2) \
+    X(Bf16, 2, 32, 2) \
+    X(Bf16, 3, 16, 2) \
+    X(Bf16, 3, 32, 2)
+
+#define FASTPROJ_SM90_GAUSSIAN(X) \
+    X(Bf16, 1, 32, 2) \
+    X(Bf16, 1, 128, 1) \
+    X(F16, 1, 32, 2) \
+    X(F16, 1, 128, 1)
+
+#define FASTPROJ_SM90_GAUSSIAN_SPLIT(X) \
+    X(Bf16, 2, 64, 2) \
+    X(Bf16, 3, 64, 2)
+
+#define FASTPROJ_SM80_RADEMACHER(X) \
+    X(Bf16, 1, 16) \
+    X(Bf16, 1, 32) \
+    X(Bf16, 1, 64) \
+    X(F16, 1, 16) \
+    X(F16, 1, 32) \
+    X(F16, 1, 64)
+
+#define FASTPROJ_SM80_RADEMACHER_SPLIT(X) \
+    X(Bf16, 2, 32) \
+    X(Bf16, 3, 16) \
+    X(Bf16, 3, 32)
+
+#define FASTPROJ_SM80_GAUSSIAN(X) \
+    X(Bf16, 1, 32) \
+    X(Bf16, 1, 64) \
+    X(F16, 1, 32) \
+    X(F16, 1, 64)
+
+#define FASTPROJ_SM80_GAUSSIAN_SPLIT(X) \
+    X(Bf16, 2, 32) \
+    X(Bf16, 3, 32)
+
+// clang-format on
+
+namespace fastproj::cuda {
+
+struct KernelKey {
+    Kind kind;
+    bool bf16;  // operand type, else fp16
+    int terms, block_b;
+};
+
+// A compiled kernel and what its launch needs.
+struct Kernel {
+    const void* entry = nullptr;
+    int threads = 0;
+    int shared_bytes = 0;
+    int columns = 0;  // of R in one block
+    int stages = 0;
+    int fold_rows = 0;  // rows that one accumulator adds up
+};
+
+// One for each list, in the unit that compiles it; an empty Kernel when the key is not in the list.
+Kernel find_sm90_rademacher(const KernelKey& key);
+Kernel find_sm90_rademacher_split(const KernelKey& key);
+Kernel find_sm90_gaussian(const KernelKey& key);
+Kernel find_sm90_gaussian_split(const KernelKey& key);
+Kernel find_sm80_rademacher(const KernelKey& key);
+Kernel find_sm80_rademacher_split(const KernelKey& key);
+Kernel find_sm80_gaussian(const KernelKey& key);
+Kernel find_sm80_gaussian_split(const KernelKey& key);
+
+inline bool operator==(const KernelKey& a, const KernelKey& b) {
+    return a.kind == b.kind && a.bf16 == b.bf16 && a.terms == b.terms && a.block_b == b.block_b;
+}
+
+// Config90 or Config80 -> Kernel.
+template <class C>
+Kernel make_kernel(const void* entry, int threads) {
+    Kernel kernel;
+    kernel.entry = entry;
+    kernel.threads = threads;
+    kernel.shared_bytes = C::kSharedBytes;
+    kernel.columns = C::kColumns;
+    kernel.stages = C::kStages;
+    kernel.fold_rows = C::kFoldRows;
+    return kernel;
+}
+
+}  // namespace fastproj::cuda

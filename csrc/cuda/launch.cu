@@ -1,0 +1,302 @@
+// Launches: device and capture guards, tensor maps, checks. See launch.hpp.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <memory>
+#include <mutex>
+
+#include "device.cuh"
+#include "launch.hpp"
+#include "simple.hpp"
+
+namespace fastproj::cuda {
+
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the driver's tensor map is 128 bytes");
+
+namespace {
+
+void check(cudaError_t code, const std::string& what) {
+    if (code != cudaSuccess) {
+        throw std::runtime_error("fastproj._cuda: " + what + " failed: " + cudaGetErrorName(code) +
+                                 ", " + cudaGetErrorString(code));
+    }
+}
+
+// The device that the calling thread had is current again at the end.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (before_ != device) {
+            check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+            changed_ = true;
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+// Asking for a kernel's attributes may load it, which a stream capture would refuse.
+class RelaxedCapture {
+  public:
+    RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    RelaxedCapture(const RelaxedCapture&) = delete;
+    RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+  private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver is found at run time: the module loads where there is none.
+EncodeTiled encode_tiled() {
+    static const EncodeTiled found = []() {
+        void* entry = nullptr;
+        cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                               cudaEnableDefault, &result),
+              "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)");
+#else
+        check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result),
+              "cudaGetDriverEntryPoint(cuTensorMapEncodeTiled)");
+#endif
+        if (entry == nullptr || result != cudaDriverEntryPointSuccess) {
+            throw std::runtime_error(
+                "fastproj._cuda: this driver has no cuTensorMapEncodeTiled; update it to one for "
+                "CUDA 12 or newer");
+        }
+        return reinterpret_cast<EncodeTiled>(entry);
+    }();
+    return found;
+}
+
+TensorMap encode(const BoxSource& source) {
+    TensorMap map{};
+    if (source.base == nullptr) return map;
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(source.rows),
+                                 static_cast<cuuint64_t>(source.batch)};
+    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(source.stride_bytes)};
+    const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(source.box_samples)};
+    const cuuint32_t steps[2] = {1, 1};
+    // Zero fill and no arithmetic: the bits may be bf16 or fp16.
+    const CUresult code =
+        encode_tiled()(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
+                       const_cast<void*>(source.base), sizes, strides, box, steps,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (code != CUDA_SUCCESS) {
+        throw std::runtime_error("fastproj._cuda: cuTensorMapEncodeTiled failed with code " +
+                                 std::to_string(static_cast<int>(code)) + " for grads [" +
+                                 std::to_string(source.batch) + ", " + std::to_string(source.rows) +
+                                 "] with a row stride of " + std::to_string(source.stride_bytes) +
+                                 " bytes");
+    }
+    return map;
+}
+
+class CudaLauncher {
+  public:
+    CudaLauncher(void* stream, int multiprocessors)
+        : stream_(static_cast<cudaStream_t>(stream)), multiprocessors_(multiprocessors) {}
+
+    Kernel find(Variant variant, const KernelKey& key) { return find_kernel(variant, key); }
+
+    void project90(const Kernel& kernel, int grid, int cluster, const BoxSource& source,
+                   const ProjectParams& params) {
+        TensorMap map = encode(source);
+        ProjectParams p = params;
+        void* arguments[] = {&map, &p};
+        launch("project sm90", kernel, grid, cluster, arguments);
+    }
+    void project80(const Kernel& kernel, int grid, const ProjectParams& params) {
+        one("project sm80", kernel, grid, params);
+    }
+    void project_simple(Kind kind, const SimpleParams& p) {
+        const std::int64_t items =
+            static_cast<std::int64_t>(p.col_tiles) * p.splits * p.batch_tiles;
+        one("project simple", simple_kernel(SimpleKernel::kProject, kind), grid(items), p);
+    }
+    void reduce(bool simple, const ReduceParams& p) {
+        const auto which = simple ? SimpleKernel::kReduceDouble : SimpleKernel::kReduceFloat;
+        const std::int64_t count = static_cast<std::int64_t>(p.batch) * p.cols;
+        one("reduce", simple_kernel(which, Kind::kRademacher), grid(ceil_div(count, 256)), p);
+    }
+    void matrix(Kind kind, const MatrixParams& p) {
+        one("matrix", simple_kernel(SimpleKernel::kMatrix, kind),
+            grid(ceil_div(p.cols, 64) * p.blocks), p);
+    }
+    void transpose80(Kind kind, int terms, const TransposeParams& p) {
+        one("project_transpose sm80", transpose_kernel(kind, terms), grid(p.units * p.batch_tiles),
+            p);
+    }
+    void transpose_simple(Kind kind, const TransposeParams& p) {
+        one("project_transpose simple", simple_kernel(SimpleKernel::kTranspose, kind),
+            grid(p.units * p.batch_tiles), p);
+    }
+
+  private:
+    // Blocks take several items when there are more than fill the device a few times over.
+    int grid(std::int64_t items) const {
+        return static_cast<int>(std::min<std::int64_t>(items, std::int64_t{16} * multiprocessors_));
+    }
+    template <class Params>
+    void one(const char* what, const Kernel& kernel, int blocks, const Params& params) {
+        Params p = params;
+        void* arguments[] = {&p};
+        launch(what, kernel, blocks, 1, arguments);
+    }
+    void launch(const char* what, const Kernel& kernel, int blocks, int cluster, void** arguments) {
+        const std::string where = std::string(what) + " (" + std::to_string(blocks) +
+                                  " blocks of " + std::to_string(kernel.threads) + " threads, " +
+                                  std::to_string(kernel.shared_bytes) + " bytes of shared memory)";
+        if (kernel.entry == nullptr)
+            throw std::logic_error(where + ": no such kernel was compiled");
+        if (kernel.shared_bytes > 48 * 1024) {
+            RelaxedCapture relaxed;
+            check(cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       kernel.shared_bytes),
+                  "setting the shared memory of " + where);
+        }
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(static_cast<unsigned>(kernel.threads));
+        config.dynamicSmemBytes = static_cast<std::size_t>(kernel.shared_bytes);
+        config.stream = stream_;
+        cudaLaunchAttribute attribute{};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+        attribute.val.clusterDim.y = 1;
+        attribute.val.clusterDim.z = 1;
+        config.attrs = &attribute;
+        config.numAttrs = cluster > 1 ? 1 : 0;
+        check(cudaLaunchKernelExC(&config, kernel.entry, arguments), "launch of " + where);
+    }
+
+    cudaStream_t stream_;
+    int multiprocessors_;
+};
+
+Gpu inspect(int device) {
+    Gpu gpu;
+    cudaDeviceProp properties{};
+    check(cudaGetDeviceProperties(&properties, device),
+          "cudaGetDeviceProperties(" + std::to_string(device) + ")");
+    gpu.name = properties.name;
+    gpu.info.major = properties.major;
+    gpu.info.minor = properties.minor;
+    gpu.info.multiprocessors = properties.multiProcessorCount;
+    DeviceGuard guard(device);
+    RelaxedCapture relaxed;
+    cudaFuncAttributes attributes{};
+    const Kernel any = simple_kernel(SimpleKernel::kReduceFloat, Kind::kRademacher);
+    if (cudaFuncGetAttributes(&attributes, any.entry) != cudaSuccess) {
+        cudaGetLastError();
+        gpu.problem = "fastproj._cuda was built for " + compiled_architectures() + ", " + gpu.name +
+                      " is " + std::to_string(gpu.info.major) + std::to_string(gpu.info.minor) +
+                      "; reinstall with FASTPROJ_CUDA_ARCHS=" + std::to_string(gpu.info.major) +
+                      std::to_string(gpu.info.minor);
+        return gpu;
+    }
+    // Without code for sm_90a the kernel is empty and compiled for one thread (device.cuh).
+    const Kernel ninety = find_sm90_rademacher(KernelKey{Kind::kRademacher, true, 1, 16});
+    if (gpu.info.major == 9 && cudaFuncGetAttributes(&attributes, ninety.entry) == cudaSuccess) {
+        gpu.info.sm90a = attributes.maxThreadsPerBlock >= ninety.threads;
+    }
+    cudaGetLastError();
+    return gpu;
+}
+
+// Looked at once: properties and attributes cost more than a launch.
+const Gpu& gpu_at(int device) {
+    static std::mutex mutex;
+    static std::vector<std::unique_ptr<Gpu>> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (device >= static_cast<int>(known.size())) known.resize(device + 1);
+    if (!known[device]) known[device] = std::make_unique<Gpu>(inspect(device));
+    return *known[device];
+}
+
+}  // namespace
+
+std::vector<Gpu> list_gpus(std::string& problem) {
+    int count = 0;
+    const cudaError_t code = cudaGetDeviceCount(&count);
+    std::vector<Gpu> gpus;
+    problem.clear();
+    if (code != cudaSuccess || count == 0) {
+        cudaGetLastError();
+        problem = code == cudaSuccess ? "no GPU" : cudaGetErrorString(code);
+        return gpus;
+    }
+    for (int device = 0; device < count; ++device) gpus.push_back(gpu_at(device));
+    return gpus;
+}
+
+int toolkit_version() { return CUDART_VERSION; }
+
+std::string compiled_architectures() {
+#if defined(__CUDA_ARCH_LIST__)
+    const int list[] = {__CUDA_ARCH_LIST__};
+    std::string text;
+    for (const int arch : list) text += (text.empty() ? "" : ", ") + std::to_string(arch / 10);
+    return text;
+#else
+    return "unknown";
+#endif
+}
+
+DeviceInfo device_info(int device) {
+    const Gpu& gpu = gpu_at(device);
+    if (!gpu.problem.empty()) throw std::runtime_error(gpu.problem);
+    return gpu.info;
+}
+
+Kernel find_kernel(Variant variant, const KernelKey& key) {
+    using Find = Kernel (*)(const KernelKey&);
+    const Find sm90[] = {find_sm90_rademacher, find_sm90_rademacher_split, find_sm90_gaussian,
+                         find_sm90_gaussian_split};
+    const Find sm80[] = {find_sm80_rademacher, find_sm80_rademacher_split, find_sm80_gaussian,
+                         find_sm80_gaussian_split};
+    for (const Find find : variant == Variant::kSm90 ? sm90 : sm80) {
+        const Kernel kernel = find(key);
+        if (kernel.entry != nullptr) return kernel;
+    }
+    throw std::logic_error("fastproj._cuda: the plan names a kernel that is not compiled");
+}
+
+void project(int device, void* stream, const ProjectCall& call, void* workspace,
+             std::int64_t workspace_bytes) {
+    const DeviceInfo info = device_info(device);
+    DeviceGuard guard(device);
+    CudaLauncher launcher(stream, info.multiprocessors);
+    run_project(launcher, info, call, workspace, workspace_bytes);
+}
+
+void project_transpose(int device, void* stream, const TransposeCall& call) {
+    const DeviceInfo info = device_info(device);
+    DeviceGuard guard(device);
+    CudaLauncher launcher(stream, info.multiprocessors);
+    run_transpose(launcher, call);
+}
+
+void matrix(int device, void* stream, const MatrixCall& call) {
+    const DeviceInfo info = device_info(device);
+    DeviceGuard guard(device);
+    CudaLauncher launcher(stream, info.multiprocessors);
+    run_matrix(launcher, call);
+}
+
+}  // namespace fastproj::cuda

@@ -1,0 +1,36 @@
+// What the bindings see of the CUDA side: no CUDA headers, no torch, raw pointers and a stream
+// handle. Every function throws std::runtime_error with the failing call and its place; none
+// synchronises or allocates.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "run.hpp"
+
+namespace fastproj::cuda {
+
+struct Gpu {
+    std::string name;
+    DeviceInfo info;
+    std::string problem;  // why our code can't run there, or empty
+};
+
+// All GPUs; none, with the reason in `problem`, on a machine without one or without a driver.
+std::vector<Gpu> list_gpus(std::string& problem);
+
+// Toolkit that compiled this, e.g. 13000.
+int toolkit_version();
+// Architectures compiled in, e.g. "80, 90".
+std::string compiled_architectures();
+
+DeviceInfo device_info(int device);
+Kernel find_kernel(Variant variant, const KernelKey& key);
+
+// `stream` is a cudaStream_t of `device`.
+void project(int device, void* stream, const ProjectCall& call, void* workspace,
+             std::int64_t workspace_bytes);
+void project_transpose(int device, void* stream, const TransposeCall& call);
+void matrix(int device, void* stream, const MatrixCall& call);
+
+}  // namespace fastproj::cuda

@@ -1,0 +1,231 @@
+// Which kernel, which tiles and how many splits a call gets: a pure, printable function of the
+// device and of the call's shape. No autotuner.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.hpp"
+#include "params.hpp"
+
+namespace fastproj::cuda {
+
+enum class Variant : int { kAuto = 0, kSimple = 1, kSm80 = 2, kSm90 = 3 };
+
+inline const char* variant_name(Variant variant) {
+    switch (variant) {
+        case Variant::kSimple:
+            return "simple";
+        case Variant::kSm80:
+            return "sm80";
+        case Variant::kSm90:
+            return "sm90";
+        default:
+            return "auto";
+    }
+}
+
+inline const char* loader_name(Loader loader) {
+    switch (loader) {
+        case Loader::kTma:
+            return "tma";
+        case Loader::kCpAsync:
+            return "cp.async";
+        case Loader::kVector:
+            return "registers, 16-byte loads";
+        default:
+            return "registers, one element at a time";
+    }
+}
+
+struct DeviceInfo {
+    int major = 0, minor = 0;
+    int multiprocessors = 0;
+    bool sm90a = false;  // code for sm_90a was compiled in and runs here
+};
+
+// G [batch, rows] of one piece, and the result [batch, cols].
+struct ProjectCall {
+    const void* grads = nullptr;
+    Dtype dtype = Dtype::kF32;
+    std::int64_t batch = 0, rows = 0;
+    std::int64_t stride_b = 0, stride_p = 1;
+    void* out = nullptr;  // float, or double when grads is
+    std::int64_t cols = 0;
+    std::int64_t out_stride_b = 0, out_stride_k = 1;
+    Kind kind = Kind::kRademacher;
+    std::uint64_t seed = 0;
+    std::uint32_t stream = 0;
+    std::int64_t row_offset = 0;
+    double scale = 1.0;
+    bool accumulate = false;
+    int terms = 1;  // of fp32 input: 3, 2, 1 for highest, high, medium
+    Variant variant = Variant::kAuto;
+};
+
+struct Plan {
+    Variant variant = Variant::kAuto;
+    KernelKey key{};
+    Loader loader = Loader::kScalar;
+    int cluster = 1;
+    std::int64_t row_chunk = 0;        // rows of P in one launch
+    std::int64_t batch_chunk = 0;      // samples in one launch
+    int splits = 1;                    // of the rows of a launch
+    std::int64_t workspace_row = 0;    // elements of one row of the workspace
+    std::int64_t workspace_bytes = 0;  // 0: the kernel writes the result itself
+};
+
+// Absolute rows are cut here, so that offsets within a launch fit in 32 bits and the high word of
+// the block number is constant.
+constexpr std::int64_t kLaunchRows = std::int64_t{1} << 30;
+constexpr std::int64_t kWorkspaceLimit = std::int64_t{48} << 20;
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Splits of `units` 512-row units: the fewest that minimise the time of the busiest multiprocessor.
+// Depends on P and K, never on B: a row's result must not depend on the batch that it is in.
+inline int choose_splits(std::int64_t units, std::int64_t cols, int multiprocessors) {
+    constexpr std::int64_t kOverhead = 3;       // units: pipeline fill, epilogue, share of the sum
+    constexpr std::int64_t kLeastSamples = 64;  // that must fit in the workspace
+    const std::int64_t tiles = ceil_div(cols, kSplitColumns);
+    const std::int64_t row_bytes = ceil_div(cols, 64) * 64 * 4;
+    const std::int64_t most = std::min<std::int64_t>(
+        {units, 4 * static_cast<std::int64_t>(multiprocessors),
+         std::max<std::int64_t>(1, kWorkspaceLimit / (row_bytes * kLeastSamples))});
+    std::int64_t best = 1, best_cost = -1;
+    for (std::int64_t splits = 1; splits <= most; ++splits) {
+        const std::int64_t waves = ceil_div(tiles * splits, multiprocessors);
+        const std::int64_t cost = waves * (ceil_div(units, splits) + kOverhead);
+        if (best_cost < 0 || cost < best_cost) {
+            best = splits;
+            best_cost = cost;
+        }
+        if (splits > 1 && tiles * splits > 8 * static_cast<std::int64_t>(multiprocessors)) break;
+    }
+    return static_cast<int>(best);
+}
+
+// The BLOCK_B whose tiles take the least time. Costs are clocks per k16 step and 64 columns of one
+// multiprocessor's quarter: the larger of tensor-core time and issue slots (csrc/cuda/README.md).
+inline int choose_block_b(Variant variant, Kind kind, int terms, std::int64_t batch) {
+    struct Choice {
+        int block_b, cost;
+    };
+    Choice choices[3] = {{0, 0}, {0, 0}, {0, 0}};
+    if (variant == Variant::kSm90) {
+        if (kind == Kind::kRademacher) {
+            if (terms == 1) {
+                choices[0] = {16, 14}, choices[1] = {32, 17}, choices[2] = {64, 33};
+            } else {
+                choices[0] = {16, 8 * terms + 1}, choices[1] = {32, 16 * terms + 1};
+            }
+        } else if (terms == 1) {
+            choices[0] = {32, 67}, choices[1] = {128, 80};
+        } else {
+            choices[0] = {64, terms == 2 ? 75 : 97};
+        }
+    } else {
+        if (kind == Kind::kRademacher) {
+            if (terms == 1) {
+                choices[0] = {16, 33}, choices[1] = {32, 65}, choices[2] = {64, 129};
+                if (batch <= 16) choices[1] = choices[2] = {0, 0};
+            } else if (terms == 2) {
+                choices[0] = {32, 129};
+            } else {
+                choices[0] = {16, 97}, choices[1] = {32, 193};
+            }
+        } else if (terms == 1) {
+            choices[0] = {32, 150}, choices[1] = {64, 160};
+        } else {
+            choices[0] = {32, 190};
+        }
+    }
+    int best = 0;
+    std::int64_t best_cost = 0;
+    for (const Choice& choice : choices) {
+        if (choice.block_b == 0) continue;
+        const std::int64_t cost = ceil_div(batch, choice.block_b) * choice.cost;
+        // Equal time: the larger tile reads less of G.
+        if (best == 0 || cost <= best_cost) {
+            best = choice.block_b;
+            best_cost = cost;
+        }
+    }
+    return best;
+}
+
+// 512-row units that rows [offset, offset + rows) touch.
+inline std::int64_t units_of(std::int64_t offset, std::int64_t rows) {
+    return ceil_div(offset + rows, kBlockRows) - offset / kBlockRows;
+}
+
+// The fewest launches whose partial sums fit in the workspace, of equal size to a tile.
+inline void cut_batch(Plan& plan, std::int64_t batch, std::int64_t tile, int bytes) {
+    const std::int64_t row_bytes = plan.workspace_row * bytes * plan.splits;
+    const std::int64_t tiles = ceil_div(batch, tile);
+    const std::int64_t fits = std::max<std::int64_t>(1, kWorkspaceLimit / (row_bytes * tile));
+    plan.batch_chunk = std::min(batch, ceil_div(tiles, ceil_div(tiles, fits)) * tile);
+    plan.workspace_bytes = plan.batch_chunk * row_bytes;
+}
+
+inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
+    Plan plan;
+    const bool sixteen = call.dtype == Dtype::kBf16 || call.dtype == Dtype::kF16;
+    const Variant best = device.sm90a ? Variant::kSm90 : Variant::kSm80;
+    plan.variant = call.variant == Variant::kAuto ? best : call.variant;
+    if (call.dtype == Dtype::kF64) plan.variant = Variant::kSimple;
+    if (plan.variant == Variant::kSm90 && !device.sm90a) {
+        throw std::runtime_error(
+            "project: variant sm90 was asked for, but this device or build has no sm_90a code");
+    }
+    plan.row_chunk = std::min(call.rows, kLaunchRows);
+    const std::int64_t shift = call.row_offset % kBlockRows;
+    const std::int64_t units =
+        units_of(shift, std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows));
+    plan.splits = choose_splits(units, call.cols, device.multiprocessors);
+
+    if (plan.variant == Variant::kSimple) {
+        plan.key = {call.kind, false, 0, 8};
+        plan.workspace_row = call.cols;
+        cut_batch(plan, call.batch, 8, 8);
+        return plan;
+    }
+
+    const int terms = sixteen ? 1 : call.terms;
+    plan.key = {call.kind, call.dtype != Dtype::kF16, terms,
+                choose_block_b(plan.variant, call.kind, terms, call.batch)};
+
+    // Alignment. The copy engine needs an aligned tensor; the other 16-byte loads also need pieces
+    // that start at multiples of 8 rows of R to be aligned.
+    const int bytes = element_bytes(call.dtype);
+    const auto base = reinterpret_cast<std::uintptr_t>(call.grads);
+    const bool row_stride =
+        call.batch == 1 || (call.stride_b > 0 && call.stride_b * bytes % 16 == 0 &&
+                            call.stride_b < (std::int64_t{1} << 38));
+    const bool dense = call.stride_p == 1 || call.rows == 1;
+    const bool pieces = dense && row_stride && (base - shift * bytes) % 16 == 0;
+    if (sixteen && plan.variant == Variant::kSm90 && dense && row_stride && base % 16 == 0) {
+        plan.loader = Loader::kTma;
+    } else if (sixteen && plan.variant == Variant::kSm80 && pieces) {
+        plan.loader = Loader::kCpAsync;
+    } else if (!sixteen && pieces) {
+        plan.loader = Loader::kVector;
+    } else {
+        plan.loader = Loader::kScalar;
+    }
+
+    const std::int64_t columns =
+        plan.variant == Variant::kSm90 && plan.key.block_b == 128 ? 128 : kSplitColumns;
+    if (plan.loader == Loader::kTma && ceil_div(call.cols, columns) % 2 == 0) plan.cluster = 2;
+
+    plan.batch_chunk = std::min<std::int64_t>(call.batch, std::int64_t{1} << 16);
+    if (plan.splits > 1) {
+        plan.workspace_row = ceil_div(call.cols, 64) * 64;
+        cut_batch(plan, plan.batch_chunk, plan.key.block_b, 4);
+    }
+    return plan;
+}
+
+}  // namespace fastproj::cuda

@@ -1,0 +1,265 @@
+// Projection with mma.sync: sm_80 and everything later.
+//
+// A block of 8 warps owns 256 columns, 32 a warp, and streams tiles of G through a ring in shared
+// memory: by asynchronous copies (16-bit G, aligned), or through registers (fp32 split into bf16
+// terms, and anything unaligned). Each warp generates its fragments of R transposed (operand A) in
+// registers and reads G transposed (operand B) with ldmatrix.
+#pragma once
+
+#include "fragments.cuh"
+
+namespace fastproj::cuda {
+
+constexpr int kThreads80 = 256;
+
+template <Kind kKind, class OpType, int kTermCount, int BLOCK_B>
+struct Config80 {
+    using Op = OpType;
+    static constexpr Kind kind = kKind;
+    static constexpr int kTerms = kTermCount;
+    static constexpr int kBlockB = BLOCK_B;
+    static constexpr int kTiles = 2;  // 16-column tiles of a warp
+    static constexpr int kColumns = 8 * 16 * kTiles;
+    static constexpr int kSubtiles = BLOCK_B < 64 && kTerms == 1 ? 64 / BLOCK_B : 1;
+    static constexpr int kStageRows = 64 * kSubtiles;
+    static constexpr int kUnitStages = kBlockRows / kStageRows;
+    static constexpr int kTileBytes = BLOCK_B * 128;
+    static constexpr int kTermBytes = kTileBytes * kSubtiles;
+    static constexpr int kStageBytes = kTermBytes * kTerms;
+    static constexpr int kStages = kTerms == 1 ? 4 : 2;
+    static constexpr int kTable = kKind == Kind::kGaussian ? kTableSpace : 0;
+    static constexpr int kSharedBytes = kTable + kStages * kStageBytes;
+    static constexpr int kPieces =
+        BLOCK_B * kStageRows / 8;  // 16-byte pieces of one term of a stage
+    static constexpr int kChunks = (kPieces + kThreads80 - 1) / kThreads80;  // of one thread
+    static constexpr int kFoldRows = kTerms == 1 ? 2048 : kTerms == 2 ? 1024 : 64;
+    // Stages that share a word of the generator, unrolled so that shifts are constant.
+    static constexpr int kSpan = kStageRows < 128 ? 2 : 1;
+    static_assert(kSharedBytes <= 99 * 1024, "more shared memory than a block of sm_86 can have");
+};
+
+// Moves the tiles of G: piece j of a thread is row n, 16-byte piece c of subtile s.
+template <class C>
+struct Feeder80 {
+    const ProjectParams& p;
+    std::uint32_t tiles;
+    int b, row, thread;  // first sample and first row of the item
+    bool async;
+    std::uint32_t raw[C::kChunks][8];
+
+    FASTPROJ_DEVICE Feeder80(const ProjectParams& params, std::uint32_t at, const WorkItem& item)
+        : p(params),
+          tiles(at),
+          b(item.batch_tile * C::kBlockB),
+          row(item.first * kBlockRows - params.row_shift),
+          thread(threadIdx.x),
+          async(params.loader == static_cast<std::int32_t>(Loader::kCpAsync)) {}
+
+    FASTPROJ_DEVICE int sample(int j) const { return (j * 32 + (thread >> 3)) % C::kBlockB; }
+    FASTPROJ_DEVICE int subtile(int j) const { return (j * 32 + (thread >> 3)) / C::kBlockB; }
+    FASTPROJ_DEVICE bool mine(int j) const { return j * kThreads80 + thread < C::kPieces; }
+
+    FASTPROJ_DEVICE void copy(int stage, int slot) const {
+        const int c = thread & 7;
+#pragma unroll
+        for (int j = 0; j < C::kChunks; ++j) {
+            if (!mine(j)) continue;
+            const int n = sample(j);
+            const int i = row + stage * C::kStageRows + subtile(j) * 64 + c * 8;
+            const std::uint32_t to = tiles + slot * C::kStageBytes + subtile(j) * C::kTileBytes +
+                                     n * 128 + ((c ^ (n & 7)) << 4);
+            const bool inside = b + n < p.batch && i >= 0 && i + 8 <= p.rows;
+            if (inside || b + n >= p.batch || i >= p.rows || i + 8 <= 0) {
+                const char* from = static_cast<const char*>(p.grads);
+                if (inside) from += ((b + n) * p.grads_stride_b + i) * 2;
+                copy_async_16(to, from, inside);
+            } else {  // the piece straddles an end of the row
+                std::uint32_t edge[8];
+                load_chunk(p, b + n, i, edge);
+                store_shared(to, edge[0], edge[1], edge[2], edge[3]);
+            }
+        }
+    }
+    FASTPROJ_DEVICE void load(int stage) {
+#pragma unroll
+        for (int j = 0; j < C::kChunks; ++j) {
+            if (!mine(j)) continue;
+            const int i = row + stage * C::kStageRows + subtile(j) * 64 + (thread & 7) * 8;
+            load_chunk(p, b + sample(j), i, raw[j]);
+        }
+    }
+    FASTPROJ_DEVICE void store(int slot) const {
+#pragma unroll
+        for (int j = 0; j < C::kChunks; ++j) {
+            if (!mine(j)) continue;
+            store_chunk<typename C::Op, C::kTerms>(
+                p, tiles + slot * C::kStageBytes + subtile(j) * C::kTileBytes, C::kTermBytes,
+                sample(j), thread & 7, raw[j]);
+        }
+    }
+    // Before the loop over `stages`.
+    FASTPROJ_DEVICE void start(int stages) {
+        if (async) {
+#pragma unroll
+            for (int s = 0; s < C::kStages - 1; ++s) {
+                if (s < stages) copy(s, s);
+                copy_async_commit();
+            }
+        } else {
+            load(0);
+            store(0);
+            if (stages > 1) load(1);
+        }
+    }
+    // Makes stage i readable and sets others on their way; the block is in step afterwards.
+    FASTPROJ_DEVICE void step(int i, int stages) {
+        if (async) copy_async_wait<C::kStages - 2>();
+        __syncthreads();
+        if (async) {
+            const int next = i + C::kStages - 1;
+            if (next < stages) copy(next, next % C::kStages);
+            copy_async_commit();
+        } else {
+            if (i + 1 < stages) store((i + 1) % C::kStages);
+            if (i + 2 < stages) load(i + 2);
+        }
+    }
+};
+
+template <class C>
+FASTPROJ_DEVICE void project80(const ProjectParams& p) {
+    constexpr int kPairs = C::kBlockB / 16;  // ldmatrix.x4 of one k16 step, 16 samples each
+    const int lane = threadIdx.x & 31;
+    const int warp = threadIdx.x >> 5;
+    const std::uint32_t base = shared_base();
+    const std::uint32_t table = table_address(base);
+    const std::uint32_t tiles = base + C::kTable;
+    if constexpr (C::kind == Kind::kGaussian) {
+        fill_table<typename C::Op>(table, threadIdx.x, kThreads80);
+    }
+    GeneratorKey key;
+    key.key0 = p.key0;
+    key.key1 = p.key1;
+    key.counter2 = p.counter2 | (lane & 3);
+    key.stream = p.stream;
+    key.sign_mask = p.sign_mask;
+    key.table = table | lane * 4;
+
+    // Row of G in shared memory that this lane names to ldmatrix: matrices 0 and 1 are samples 0-7,
+    // rows 0-7 and 8-15 of P; 2 and 3 are samples 8-15. The 16-byte piece is swizzled by the
+    // sample.
+    const std::uint32_t lane_row = ((lane >> 4) * 8 + (lane & 7)) * 128;
+    const std::uint32_t lane_piece = (((lane >> 3) & 1) ^ (lane & 7)) << 4;
+
+    const int items = p.col_tiles * p.splits * p.batch_tiles;
+    for (int index = blockIdx.x; index < items; index += gridDim.x) {
+        const WorkItem item = WorkItem::at(p, index);
+        const int column = item.col_tile * C::kColumns + warp * 16 * C::kTiles + (lane >> 2);
+        const int stages = (item.last - item.first) * C::kUnitStages;
+        float acc[C::kTiles][2 * kPairs][4], sum[C::kTiles][2 * kPairs][4];
+#pragma unroll
+        for (int m = 0; m < C::kTiles; ++m) {
+#pragma unroll
+            for (int n = 0; n < 2 * kPairs; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) acc[m][n][i] = sum[m][n][i] = 0.0f;
+            }
+        }
+        auto fold = [&]() {
+#pragma unroll
+            for (int m = 0; m < C::kTiles; ++m) {
+#pragma unroll
+                for (int n = 0; n < 2 * kPairs; ++n) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        sum[m][n][i] += acc[m][n][i];
+                        acc[m][n][i] = 0.0f;
+                    }
+                }
+            }
+        };
+
+        Feeder80<C> feeder(p, tiles, item);
+        __syncthreads();  // the last item's readers are done; the table is written
+        feeder.start(stages);
+
+        Generator<C::kind, typename C::Op, C::kTiles> generator;
+        for (int i = 0; i < stages; i += C::kSpan) {
+            const int in_unit = i % C::kUnitStages;
+            const std::uint32_t block = p.first_block + item.first + i / C::kUnitStages;
+            if (in_unit == 0) {
+#pragma unroll
+                for (int m = 0; m < C::kTiles; ++m) generator.start(key, m, block, column + m * 16);
+                if (C::kFoldRows > 64 && i / C::kUnitStages % (C::kFoldRows / kBlockRows) == 0)
+                    fold();
+            }
+#pragma unroll
+            for (int s = 0; s < C::kSpan; ++s) {
+                feeder.step(i + s, stages);
+                const std::uint32_t stage =
+                    tiles + (i + s) % C::kStages * C::kStageBytes + lane_row;
+#pragma unroll
+                for (int sub = 0; sub < C::kSubtiles; ++sub) {
+                    const int half = (s * C::kSubtiles + sub) & 1;
+                    const int group = (in_unit + s) * C::kSubtiles + sub;
+                    std::uint32_t a[C::kTiles][4][4];
+#pragma unroll
+                    for (int m = 0; m < C::kTiles; ++m) {
+                        generator.fragments(key, m, half, group, block, column + m * 16, a[m]);
+                    }
+#pragma unroll
+                    for (int t = C::kTerms - 1; t >= 0; --t) {  // small terms first
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) {
+                            const std::uint32_t from = stage + t * C::kTermBytes +
+                                                       sub * C::kTileBytes +
+                                                       (lane_piece ^ (k << 5));
+#pragma unroll
+                            for (int n = 0; n < kPairs; ++n) {
+                                std::uint32_t g[4];
+                                load_matrix_x4(g, from + n * 16 * 128);
+#pragma unroll
+                                for (int m = 0; m < C::kTiles; ++m) {
+                                    mma_m16n8k16<typename C::Op>(acc[m][2 * n], a[m][k], g[0],
+                                                                 g[1]);
+                                    mma_m16n8k16<typename C::Op>(acc[m][2 * n + 1], a[m][k], g[2],
+                                                                 g[3]);
+                                }
+                            }
+                        }
+                    }
+                    if (half == 1) generator.advance();
+                    if (C::kFoldRows == 64) fold();
+                }
+            }
+        }
+        if (feeder.async) copy_async_wait<0>();
+        fold();
+#pragma unroll
+        for (int m = 0; m < C::kTiles; ++m) {
+#pragma unroll
+            for (int n = 0; n < 2 * kPairs; ++n) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {  // D: columns of R down, samples across
+                    const int k = column + m * 16 + 8 * (i >> 1);
+                    const int b = item.batch_tile * C::kBlockB + n * 8 + 2 * (lane & 3) + (i & 1);
+                    store_result(p, item.split, b, k, sum[m][n][i]);
+                }
+            }
+        }
+    }
+}
+
+template <class Op, int kTerms, int BLOCK_B>
+FASTPROJ_KERNEL(kThreads80)
+project_rademacher_sm80_kernel(FASTPROJ_GRID_CONSTANT ProjectParams params) {
+    project80<Config80<Kind::kRademacher, Op, kTerms, BLOCK_B>>(params);
+}
+
+template <class Op, int kTerms, int BLOCK_B>
+FASTPROJ_KERNEL(kThreads80)
+project_gaussian_sm80_kernel(FASTPROJ_GRID_CONSTANT ProjectParams params) {
+    project80<Config80<Kind::kGaussian, Op, kTerms, BLOCK_B>>(params);
+}
+
+}  // namespace fastproj::cuda

@@ -1,0 +1,243 @@
+// From a call to launches: cuts the rows and the batch, fills in the parameter structs, sums the
+// splits. The launcher is CUDA (launch.cu) or the host emulation (tests/cuda/emulate.cpp).
+#pragma once
+
+#include "plan.hpp"
+
+namespace fastproj::cuda {
+
+// What the copy engine must know about a tile's source, a 16-bit matrix [batch, rows].
+struct BoxSource {
+    const void* base;
+    std::int64_t rows, batch, stride_bytes;
+    int box_samples;  // a box is 64 rows x this
+};
+
+constexpr std::uint32_t kSignMask = 0x80008000u;
+
+inline void* at_byte(void* base, std::int64_t bytes) { return static_cast<char*>(base) + bytes; }
+
+// One range of rows and samples.
+template <class Launcher>
+void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
+               const ProjectCall& call, void* workspace) {
+    const bool simple = plan.variant == Variant::kSimple;
+    const std::int64_t shift = call.row_offset % kBlockRows;
+    const std::int64_t units = units_of(shift, call.rows);
+    const int splits = std::min<std::int64_t>(plan.splits, units);
+    const bool reduce = simple || splits > 1;
+
+    if (simple) {
+        SimpleParams p{};
+        p.grads = call.grads;
+        p.grads_stride_b = call.stride_b;
+        p.grads_stride_p = call.stride_p;
+        p.dst = static_cast<double*>(workspace);
+        p.dst_stride_b = plan.workspace_row;
+        p.dst_stride_split = plan.workspace_row * call.batch;
+        p.rows = call.rows;
+        p.row_offset = call.row_offset;
+        p.first_unit = call.row_offset / kBlockRows;
+        p.units = units;
+        p.seed = call.seed;
+        p.stream = call.stream;
+        p.batch = static_cast<std::int32_t>(call.batch);
+        p.cols = static_cast<std::int32_t>(call.cols);
+        p.splits = splits;
+        p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, 64));
+        p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, 8));
+        p.input = static_cast<std::int32_t>(call.dtype);
+        launcher.project_simple(call.kind, p);
+    } else {
+        const Kernel kernel = launcher.find(plan.variant, plan.key);
+        ProjectParams p{};
+        p.grads = call.grads;
+        p.grads_stride_b = call.stride_b;
+        p.grads_stride_p = call.stride_p;
+        if (reduce) {
+            p.dst = static_cast<float*>(workspace);
+            p.dst_stride_k = 1;
+            p.dst_stride_b = plan.workspace_row;
+            p.dst_stride_split = plan.workspace_row * call.batch;
+            p.scale = 1.0f;
+        } else {
+            p.dst = static_cast<float*>(call.out);
+            p.dst_stride_k = call.out_stride_k;
+            p.dst_stride_b = call.out_stride_b;
+            p.scale = static_cast<float>(call.scale);
+            p.accumulate = call.accumulate;
+        }
+        const std::int64_t unit = call.row_offset / kBlockRows;
+        const std::int64_t block = call.kind == Kind::kRademacher ? unit : unit * 16;
+        p.key0 = static_cast<std::uint32_t>(call.seed);
+        p.key1 = static_cast<std::uint32_t>(call.seed >> 32);
+        p.counter2 = counter2(call.kind, block, 0);
+        p.stream = call.stream;
+        p.first_block = static_cast<std::uint32_t>(unit);
+        p.row_shift = static_cast<std::int32_t>(shift);
+        p.rows = static_cast<std::int32_t>(call.rows);
+        p.batch = static_cast<std::int32_t>(call.batch);
+        p.cols = static_cast<std::int32_t>(call.cols);
+        p.blocks = static_cast<std::int32_t>(units);
+        p.splits = splits;
+        p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, kernel.columns));
+        p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, plan.key.block_b));
+        p.loader = static_cast<std::int32_t>(plan.loader);
+        p.input = static_cast<std::int32_t>(call.dtype);
+        p.cluster = plan.cluster;
+        p.sign_mask = kSignMask;
+        const std::int64_t items =
+            static_cast<std::int64_t>(p.col_tiles) * p.splits * p.batch_tiles;
+        const int resident = device.multiprocessors / plan.cluster * plan.cluster;
+        if (plan.variant == Variant::kSm90) {
+            BoxSource source{};
+            if (plan.loader == Loader::kTma) {
+                source = {call.grads, call.rows, call.batch, call.stride_b * 2,
+                          plan.key.block_b / plan.cluster};
+                if (call.batch == 1) source.stride_bytes = ceil_div(call.rows * 2, 16) * 16;
+            }
+            launcher.project90(kernel, static_cast<int>(std::min<std::int64_t>(items, resident)),
+                               plan.cluster, source, p);
+        } else {
+            // Two blocks of the smaller kernels fit on a multiprocessor.
+            launcher.project80(kernel,
+                               static_cast<int>(std::min<std::int64_t>(items, 2 * resident)), p);
+        }
+    }
+    if (reduce) {
+        ReduceParams r{};
+        r.partial = workspace;
+        r.stride_b = plan.workspace_row;
+        r.stride_split = plan.workspace_row * call.batch;
+        r.out = call.out;
+        r.out_stride_b = call.out_stride_b;
+        r.out_stride_k = call.out_stride_k;
+        r.scale = call.scale;
+        r.splits = splits;
+        r.batch = static_cast<std::int32_t>(call.batch);
+        r.cols = static_cast<std::int32_t>(call.cols);
+        r.accumulate = call.accumulate;
+        r.out_dtype =
+            static_cast<std::int32_t>(call.dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32);
+        launcher.reduce(simple, r);
+    }
+}
+
+// out (+)= scale * G @ R[row_offset : row_offset + rows]. The workspace has plan.workspace_bytes.
+template <class Launcher>
+void run_project(Launcher& launcher, const DeviceInfo& device, const ProjectCall& whole,
+                 void* workspace, std::int64_t workspace_bytes) {
+    const Plan plan = plan_project(device, whole);
+    if (workspace_bytes < plan.workspace_bytes) {
+        throw std::invalid_argument("project: received a workspace of " +
+                                    std::to_string(workspace_bytes) + " bytes; expected at least " +
+                                    std::to_string(plan.workspace_bytes));
+    }
+    const int in = element_bytes(whole.dtype);
+    const int out = whole.dtype == Dtype::kF64 ? 8 : 4;
+    for (std::int64_t b = 0; b < whole.batch; b += plan.batch_chunk) {
+        std::int64_t row = 0;
+        while (row < whole.rows) {
+            ProjectCall call = whole;
+            const std::int64_t offset = whole.row_offset + row;
+            call.rows = std::min(whole.rows - row, kLaunchRows - offset % kLaunchRows);
+            call.batch = std::min(plan.batch_chunk, whole.batch - b);
+            call.row_offset = offset;
+            call.grads = static_cast<const char*>(whole.grads) +
+                         (b * whole.stride_b + row * whole.stride_p) * in;
+            call.out = at_byte(whole.out, b * whole.out_stride_b * out);
+            call.accumulate = whole.accumulate || row > 0;
+            // A cut can only keep or improve the alignment of the tile starts, but not that of the
+            // base.
+            Plan range = plan;
+            if (row > 0 && plan.loader != Loader::kScalar) {
+                ProjectCall probe = call;
+                probe.batch = whole.batch;
+                range.loader = plan_project(device, probe).loader;
+                if (range.loader != Loader::kTma) range.cluster = 1;
+            }
+            run_range(launcher, device, range, call, workspace);
+            row += call.rows;
+        }
+    }
+}
+
+struct MatrixCall {
+    void* out = nullptr;
+    Dtype dtype = Dtype::kF32;
+    std::int64_t rows = 0, cols = 0, stride_n = 0, stride_m = 1;
+    Kind kind = Kind::kRademacher;
+    std::uint64_t seed = 0;
+    std::uint32_t stream = 0;
+    std::int64_t row_offset = 0, col_offset = 0;
+};
+
+template <class Launcher>
+void run_matrix(Launcher& launcher, const MatrixCall& call) {
+    const std::int64_t height = block_rows(call.kind);
+    MatrixParams p{};
+    p.out = call.out;
+    p.stride_n = call.stride_n;
+    p.stride_m = call.stride_m;
+    p.rows = call.rows;
+    p.cols = call.cols;
+    p.row_offset = call.row_offset;
+    p.first_block = call.row_offset / height;
+    p.blocks = ceil_div(call.row_offset + call.rows, height) - p.first_block;
+    p.seed = call.seed;
+    p.stream = call.stream;
+    p.col_offset = static_cast<std::uint32_t>(call.col_offset);
+    p.out_dtype = static_cast<std::int32_t>(call.dtype);
+    launcher.matrix(call.kind, p);
+}
+
+// out [batch, rows] = scale * y [batch, cols] @ R[row_offset : row_offset + rows, :cols].T
+struct TransposeCall {
+    const void* y = nullptr;
+    Dtype dtype = Dtype::kF32;
+    std::int64_t batch = 0, cols = 0, y_stride_b = 0, y_stride_k = 1;
+    void* out = nullptr;  // float, or double when y is
+    std::int64_t rows = 0, out_stride_b = 0, out_stride_p = 1;
+    Kind kind = Kind::kRademacher;
+    std::uint64_t seed = 0;
+    std::uint32_t stream = 0;
+    std::int64_t row_offset = 0;
+    double scale = 1.0;
+    int terms = 3;
+    Variant variant = Variant::kAuto;
+};
+
+template <class Launcher>
+void run_transpose(Launcher& launcher, const TransposeCall& call) {
+    const bool simple = call.dtype == Dtype::kF64 || call.variant == Variant::kSimple;
+    TransposeParams p{};
+    p.y = call.y;
+    p.y_stride_b = call.y_stride_b;
+    p.y_stride_k = call.y_stride_k;
+    p.out = call.out;
+    p.out_stride_b = call.out_stride_b;
+    p.out_stride_p = call.out_stride_p;
+    p.rows = call.rows;
+    p.row_offset = call.row_offset;
+    p.first_unit = call.row_offset / kBlockRows;
+    p.units = units_of(call.row_offset % kBlockRows, call.rows);
+    p.scale = call.scale;
+    p.seed = call.seed;
+    p.stream = call.stream;
+    p.sign_mask = kSignMask;
+    p.batch = static_cast<std::int32_t>(call.batch);
+    p.cols = static_cast<std::int32_t>(call.cols);
+    p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, simple ? 8 : 32));
+    p.input = static_cast<std::int32_t>(call.dtype);
+    p.out_dtype = static_cast<std::int32_t>(call.dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32);
+    if (simple) {
+        launcher.transpose_simple(call.kind, p);
+    } else {
+        // One term is exact for bf16; fp16 needs two, and gets the three of fp32.
+        const int terms =
+            call.dtype == Dtype::kBf16 || (call.dtype == Dtype::kF32 && call.terms == 1) ? 1 : 3;
+        launcher.transpose80(call.kind, terms, p);
+    }
+}
+
+}  // namespace fastproj::cuda

@@ -1,0 +1,220 @@
+"""The CUDA backend: hands tensors to ``fastproj._cuda`` as pointers, shapes, strides and a stream.
+
+R is generated in registers inside the kernels; see csrc/cuda/README.md. Calls are queued on the
+current stream of the tensors' device, allocate only through torch, never synchronise, and can be
+captured in a CUDA graph. ``FASTPROJ_CUDA_VARIANT`` (simple, sm80, sm90) or ``force_variant`` picks
+a kernel family; R is the same under all of them, sums differ by rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastproj.spec import MatrixKey
+
+NAME = "cuda"
+VARIANT_VARIABLE = "FASTPROJ_CUDA_VARIANT"
+VARIANTS = ("auto", "simple", "sm80", "sm90")
+
+_DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int8: 4,
+}
+_KINDS = {"rademacher": 0, "gaussian": 1}
+_TERMS = {"highest": 3, "high": 2, "medium": 1}
+_forced_variant: ContextVar[str | None] = ContextVar("fastproj_forced_variant", default=None)
+
+
+@lru_cache(maxsize=1)
+def _extension() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    try:
+        from fastproj import _cuda
+    except ImportError as error:
+        return (
+            f"fastproj._cuda is not built ({error}); install the CUDA toolkit (nvcc 12.4 or newer) "
+            "and reinstall fastproj with FASTPROJ_CUDA=1"
+        )
+    return _cuda
+
+
+def _module() -> ModuleType:
+    extension = _extension()
+    assert not isinstance(extension, str)
+    return extension
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """None when the compiled module is there and finds a GPU for it, else the reason and fix."""
+    extension = _extension()
+    if isinstance(extension, str):
+        return extension
+    gpus, problem = extension.gpus()
+    if problem:
+        return f"fastproj._cuda finds no GPU ({problem}); install an NVIDIA GPU and its driver"
+    if not torch.cuda.is_available():
+        return "this torch has no CUDA; install a CUDA build of torch"
+    problems = [gpu["problem"] for gpu in gpus]
+    return problems[0] if all(problems) else None
+
+
+def unsupported(device_type: str, dtype: torch.dtype, kind: str) -> str | None:
+    """None for CUDA tensors, else the reason."""
+    return None if device_type == "cuda" else f"it takes CUDA tensors, not {device_type} ones"
+
+
+def _variant() -> str:
+    """The kernel family asked for.
+
+    Raises
+    ------
+    ValueError
+        FASTPROJ_CUDA_VARIANT names none of VARIANTS.
+    """
+    name = _forced_variant.get() or os.environ.get(VARIANT_VARIABLE) or "auto"
+    if name not in VARIANTS:
+        raise ValueError(
+            f"{VARIANT_VARIABLE}: received {name!r}; expected one of {', '.join(VARIANTS)}"
+        )
+    return name
+
+
+@contextmanager
+def force_variant(name: str) -> Iterator[None]:
+    """Within the block, calls from this context use the named kernel family."""
+    token = _forced_variant.set(name)
+    try:
+        _variant()
+        yield
+    finally:
+        _forced_variant.reset(token)
+
+
+def describe() -> dict[str, str]:
+    """The GPUs, what the module was built with, and the kernel family in use."""
+    extension = _module()
+    gpus, problem = extension.gpus()
+    build = extension.build()
+    facts = {
+        f"gpu {index}": f"{gpu['name']}, sm_{gpu['arch']}, {gpu['multiprocessors']} multiprocessors"
+        + (f"; {gpu['problem']}" if gpu["problem"] else "")
+        + ("; wgmma kernels" if gpu["sm90a"] else "; mma.sync kernels")
+        for index, gpu in enumerate(gpus)
+    }
+    if problem:
+        facts["gpus"] = f"none ({problem})"
+    return {
+        **facts,
+        "built with": f"CUDA {build['toolkit']} for {build['architectures']}",
+        "variant": _variant(),
+    }
+
+
+def plan(
+    batch: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    kind: str = "rademacher",
+    precision: str = "highest",
+    *,
+    arch: int = 90,
+    multiprocessors: int = 132,
+    aligned: bool = True,
+) -> dict[str, str]:
+    """What a projection of grads ``[batch, rows]`` to ``cols`` columns would use; needs no GPU.
+
+    arch : compute capability, e.g. 80 or 90.
+    aligned : rows that start at multiples of 16 bytes, as in a dense tensor whose row is one.
+    """
+    facts = _module().plan(
+        batch, rows, cols, _DTYPES[dtype], _KINDS[kind], _TERMS[precision], arch, multiprocessors,
+        aligned, _variant(),
+    )  # fmt: skip
+    return {name: str(value) for name, value in facts.items()}
+
+
+def _key(key: MatrixKey) -> tuple[int, int, int]:
+    return _KINDS[key.kind], key.seed, key.stream
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def project(
+    pieces: list[Tensor],
+    out: Tensor,
+    *,
+    key: MatrixKey,
+    row_offset: int,
+    scale: float,
+    accumulate: bool,
+    precision: str,
+) -> None:
+    """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P].
+
+    Pieces are projected one after another at their row offsets, each added to ``out``.
+    """
+    extension, device = _module(), out.device
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    described = [(g.data_ptr(), g.shape[1], g.stride(0), g.stride(1)) for g in pieces if g.shape[1]]
+    dtype, terms, variant = _DTYPES[pieces[0].dtype], _TERMS[precision], _variant()
+    batch, proj_dim = out.shape
+    with torch.cuda.device(device):
+        bytes_needed = extension.project_workspace(
+            index, described, dtype, batch, proj_dim, _KINDS[key.kind], row_offset, terms, variant
+        )
+        workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device)
+        extension.project(
+            index, _stream(device), described, dtype, batch, out.data_ptr(), proj_dim,
+            out.stride(0), out.stride(1), _key(key), row_offset, scale, accumulate, terms, variant,
+            workspace.data_ptr(), bytes_needed,
+        )  # fmt: skip
+
+
+def project_transpose(
+    y: Tensor,
+    out: Tensor,
+    *,
+    key: MatrixKey,
+    row_offset: int,
+    scale: float,
+    precision: str,
+) -> None:
+    """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
+    if out.numel() == 0:
+        return
+    device = out.device
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with torch.cuda.device(device):
+        _module().project_transpose(
+            index, _stream(device), y.data_ptr(), _DTYPES[y.dtype], y.shape[0], y.shape[1],
+            y.stride(0), y.stride(1), out.data_ptr(), out.shape[1], out.stride(0), out.stride(1),
+            _key(key), row_offset, scale, _TERMS[precision], _variant(),
+        )  # fmt: skip
+
+
+def matrix(out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+    """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
+    if out.numel() == 0:
+        return
+    device = out.device
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with torch.cuda.device(device):
+        _module().matrix(
+            index, _stream(device), out.data_ptr(), _DTYPES[out.dtype], out.shape[0], out.shape[1],
+            out.stride(0), out.stride(1), _key(key), row_offset, col_offset,
+        )  # fmt: skip
