@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import SupportsIndex, cast
+from typing import SupportsFloat, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def check_backend(function: str, backend: str | None) -> str:
     return backend
 
 
-def check_scale(function: str, scale: str | float | None, proj_dim: int) -> float:
+def check_scale(function: str, scale: object, proj_dim: int) -> float:
     """The factor that ``scale`` stands for. Raises TypeError or ValueError."""
     if scale is None:
         return 1.0
@@ -96,10 +96,13 @@ def check_scale(function: str, scale: str | float | None, proj_dim: int) -> floa
                 f'{function}: received scale={scale!r}; expected "jl", None or a number'
             )
         return 1.0 / math.sqrt(proj_dim)
-    if isinstance(scale, (bool, Tensor)) or not hasattr(scale, "__float__"):
+    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
+        factor = scale * 1.0
+    elif isinstance(scale, SupportsFloat) and not isinstance(scale, (bool, Tensor)):
+        factor = float(scale)
+    else:
         raise TypeError(f'{function}: received scale={scale!r}; expected "jl", None or a number')
-    factor = float(scale)
-    if not math.isfinite(factor):
+    if not abs(factor) < math.inf:
         raise ValueError(f"{function}: received scale={scale!r}; expected a finite number")
     return factor
 

@@ -48,8 +48,21 @@ def _key(kind: str, seed: int, stream: int) -> MatrixKey:
     return MatrixKey(kind, seed & (MAX_SEED - 1), stream)
 
 
-def _precision(precision: str) -> str:
-    return precision or torch.get_float32_matmul_precision()
+_TORCH_FP32_PRECISION = {"bf16": "medium", "tf32": "high"}  # torch >= 2.9; the rest are exact
+
+
+def _precision(precision: str, device_type: str) -> str:
+    """``precision``, or what torch is set to for float32 matmuls on this kind of device.
+
+    Where torch's newer per-device settings are in use, its older word for all of them is refused.
+    """
+    if precision:
+        return precision
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        place = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+        return _TORCH_FP32_PRECISION.get(place.matmul.fp32_precision, "highest")
 
 
 def _project(
@@ -107,7 +120,7 @@ def _fill(
             row_offset=row_offset,
             scale=scale,
             accumulate=accumulate,
-            precision=_precision(precision),
+            precision=_precision(precision, first.device.type),
         )
 
 
@@ -161,7 +174,7 @@ def _fill_transpose(
             key=_key(kind, seed, stream),
             row_offset=row_offset,
             scale=scale,
-            precision=_precision(precision),
+            precision=_precision(precision, y.device.type),
         )
 
 
@@ -275,7 +288,7 @@ def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _project_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (
         _piece_gradients(_project_transpose_op, ctx, grad, ctx.needs_input_grad[0]),
-        *[None] * 8,
+        *[None] * _REST,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -14,7 +16,10 @@ from torch import Tensor
 
 import fastproj
 from fastproj import checks
+from fastproj.backends import reference
+from fastproj.spec import matrix_block
 
+ONLY_TO_ROUNDING = {"reference"}
 FLOAT32_LIKE = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -263,6 +268,24 @@ def test_precision_follows_torch(backend: str, device: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+NEWER_PRECISIONS = """
+import torch, fastproj
+grads = torch.linspace(-1, 1, 4000).reshape(2, 2000)
+named = {p: fastproj.project(grads, 32, precision=p) for p in ("highest", "high", "medium")}
+for setting, precision in (("ieee", "highest"), ("tf32", "high"), ("bf16", "medium")):
+    torch.backends.mkldnn.matmul.fp32_precision = setting
+    assert torch.equal(fastproj.project(grads, 32), named[precision]), setting
+"""
+
+
+def test_precision_follows_torchs_newer_settings() -> None:
+    """In a process of its own: once used, they make the older functions raise."""
+    code = NEWER_PRECISIONS
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        code = "import torch; torch.set_float32_matmul_precision('high')"  # before torch 2.9
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = integers((2, 10))
     monkeypatch.setenv("FASTPROJ_BACKEND", "reference")
@@ -452,14 +475,21 @@ def test_a_run_is_reproducible_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_does_not_depend_on_its_batch(backend: str, device: str, kind: str) -> None:
-    """To rounding here; a backend that promises the bits tests them among its own."""
-    grads = normals((33, 3000)).to(device)
-    how = {"kind": kind, "scale": None, "precision": "highest", "backend": backend}
-    whole = fastproj.project(grads, 50, **how)
-    bound = 2 * matmul_bound(grads.cpu(), stored(3000, 50, kind=kind)).to(device)
-    for rows in (slice(0, 1), slice(1, 9), slice(16, 33)):
-        assert ((fastproj.project(grads[rows], 50, **how) - whole[rows]).abs() <= bound[rows]).all()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_batch(
+    backend: str, device: str, kind: str, dtype: torch.dtype
+) -> None:
+    """Bit for bit, but for backends whose matmul is torch's: there to rounding."""
+    grads = normals((67, 3000), dtype=dtype).to(device)
+    for precision in ("highest", "high", "medium"):
+        how = {"kind": kind, "scale": None, "precision": precision, "backend": backend}
+        whole = fastproj.project(grads, 50, **how)
+        for rows in (slice(0, 1), slice(1, 9), slice(16, 33), slice(3, 67)):
+            part = fastproj.project(grads[rows], 50, **how)
+            if backend in ONLY_TO_ROUNDING:
+                torch.testing.assert_close(part, whole[rows])
+            else:
+                assert torch.equal(part, whole[rows]), (precision, rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -523,3 +553,20 @@ def test_drift_over_many_rows(backend: str, device: str) -> None:
     y = fastproj.project(grads, 4, scale=None, precision="highest", backend=backend).cpu()
     truth = grads[:, 0].item() * stored(rows, 4).sum(0)
     assert relative_error(y[0], truth) < 1e-5
+
+
+def test_the_reference_makes_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def block(key: Any, row: int, row_stop: int, col: int, col_stop: int) -> Any:
+        sizes.append((row_stop - row) * (col_stop - col))
+        return matrix_block(key, row, row_stop, col, col_stop)
+
+    monkeypatch.setattr(reference, "matrix_block", block)
+    grads = torch.ones(1, 3001)
+    y = fastproj.project(grads, 2100, backend="reference")
+    fastproj.project_transpose(y, 3001, backend="reference")
+    fastproj.matrix(3001, 2100, backend="reference")
+    assert len(sizes) == 3 * 6 * 3
+    assert max(sizes) <= 2**19
+    assert sum(sizes) == 3 * 3001 * 2100

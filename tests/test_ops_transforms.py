@@ -360,6 +360,18 @@ def test_compile_with_changing_integers(backend: str, device: str) -> None:
         assert torch.equal(compiled(x, *args), run(x, *args)), args
 
 
+def test_compile_with_changing_scales(backend: str, device: str) -> None:
+    def run(g: Tensor, proj_dim: int, scale: Any) -> Tensor:
+        return fastproj.project(g, proj_dim, scale=scale, backend=backend)
+
+    x = integers((3, 40)).to(device)
+    for scales in (("jl", "jl", "jl", "jl"), (0.5, 1.5, 3.0, -7.25), (1, 2, 3, 4), (None,) * 4):
+        torch._dynamo.reset()
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for proj_dim, scale in zip((7, 8, 9, 30), scales, strict=True):
+            assert torch.equal(compiled(x, proj_dim, scale), run(x, proj_dim, scale)), scale
+
+
 def test_compile_with_out(backend: str, device: str) -> None:
     def run(g: Tensor, out: Tensor) -> Tensor:
         fastproj.project(g, 7, scale=None, out=out, accumulate=True, backend=backend)
