@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastproj
 from fastproj import checks
-from fastproj.backends import reference
+from fastproj.backends import reference, registry
 from fastproj.spec import matrix_block
 
 ONLY_TO_ROUNDING = {"reference"}
@@ -241,18 +241,19 @@ def test_row_offsets(backend: str, device: str, offset: int, kind: str) -> None:
     torch.testing.assert_close(g, y @ matrix.T, rtol=0, atol=1e-10)
 
 
-def test_no_samples(backend: str, device: str) -> None:
+def test_no_samples(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is asked: each takes sizes of at least one."""
+    for name in ("project", "project_transpose", "matrix"):
+        monkeypatch.delattr(registry.load(backend), name)
     grads = torch.empty(0, 5, device=device)
     assert fastproj.project(grads, 7, backend=backend).shape == (0, 7)
     assert fastproj.project([grads, grads], 7, backend=backend).shape == (0, 7)
     out = torch.empty(0, 7, device=device)
     assert fastproj.project(grads, 7, out=out, accumulate=True, backend=backend) is out
     assert fastproj.project_transpose(out, 5, backend=backend).shape == (0, 5)
-
-
-def test_project_transpose_of_no_rows(backend: str, device: str) -> None:
     y = torch.ones(3, 7, device=device)
     assert fastproj.project_transpose(y, slice(4, 4), backend=backend).shape == (3, 0)
+    assert fastproj.matrix(3, slice(2, 2), device=device, backend=backend).shape == (3, 0)
 
 
 def test_precision_follows_torch(backend: str, device: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import fastproj
 from fastproj import ops
@@ -241,6 +242,38 @@ def test_modes_see_the_ops(backend: str, device: str) -> None:
 
 class _Wrapped(torch.Tensor):
     """A subclass with torch's own behaviour."""
+
+
+class _Boxed(torch.Tensor):
+    """A tensor that holds its values elsewhere and handles every op itself."""
+
+    names: ClassVar[list[str]] = []
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> _Boxed:
+        shape, strides = inner.shape, inner.stride()
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides, dtype=inner.dtype, device=inner.device
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastproj":
+            cls.names.append(func._opname)
+        args, kwargs = tree_map_only(_Boxed, lambda t: t.inner, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def test_a_subclass_handles_the_op(backend: str, device: str) -> None:
+    plain = integers((2, 10)).to(device)
+    _Boxed.names.clear()
+    y = fastproj.project([plain, _Boxed(plain)], 3, scale=None, backend=backend)
+    assert _Boxed.names == ["project"]
+    assert torch.equal(y, fastproj.project([plain, plain], 3, scale=None, backend=backend))
 
 
 def test_subclasses_and_lazy_bits_give_the_same_values(backend: str, device: str) -> None:
