@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 import signal
 import sys
 import time
@@ -32,6 +31,7 @@ import fastproj
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
 from fastproj.trak.report import Page, write_report
+from fastproj.trak.solve import Lambda, parse_lambda
 from fastproj.trak.store import StoreError, make_dir, read_json, write_json
 from fastproj.trak.tasks import margins
 
@@ -47,7 +47,7 @@ class Settings:
     targets: int = 100
     checkpoints: int = 10
     proj_dim: int = 1024
-    lambda_reg: str = "1*mean"
+    lambda_reg: Lambda = "1*mean"
     subsets: int = 200
     retrainings: int = 3  # models per subset; their mean output is what the LDS is measured on
     epochs: int = 60
@@ -350,7 +350,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         default = getattr(defaults, name.replace("-", "_"))
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; {default}")
-    parser.add_argument("--lambda-reg", default=defaults.lambda_reg, help=defaults.lambda_reg)
+    parser.add_argument(
+        "--lambda-reg",
+        type=number_or_text,
+        default=defaults.lambda_reg,
+        help=f"ridge, a number or a share of the mean eigenvalue; {defaults.lambda_reg}",
+    )
     options = vars(parser.parse_args(argv))
     out: Path = options.pop("out")
     settings = Settings(**options)
@@ -373,6 +378,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def number_or_text(text: str) -> Lambda:
+    """A lambda from the command line: a number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def check(parser: argparse.ArgumentParser, settings: Settings) -> None:
     """End with a usage message for settings that can't work."""
     lowest = {"seed": 0, "train": 20, "targets": 1, "subsets": 3}
@@ -385,7 +398,11 @@ def check(parser: argparse.ArgumentParser, settings: Settings) -> None:
             f"--train, --targets: received {settings.train} and {settings.targets}; expected at "
             "most 1797 together, as many digits as there are"
         )
-    if math.log2(settings.seed + 1) > 62:
+    try:
+        parse_lambda(settings.lambda_reg)
+    except ValueError as error:
+        parser.error(str(error))
+    if settings.seed >= 1 << 62:
         parser.error(f"--seed: received {settings.seed}; expected less than 2^62")
 
 

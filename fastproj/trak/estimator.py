@@ -428,8 +428,7 @@ class TRAKer:
         self._require_finalized(function, model_id)
         self._load(function, checkpoint, model_id)
         self.saver.check_checkpoint(model_id, model_digest(self.model))
-        self.saver.check_experiment(exp_name, num_targets)
-        self.saver.current_model_id = model_id
+        self.saver.start_experiment(exp_name, model_id, num_targets)
         self._exp_name = exp_name
         self._loaded_for = "score"
 

@@ -132,8 +132,9 @@ class Store:
         self._checkpoints: dict[int, str] = {}
         self._fresh: set[int] = set()
         self._features_of: Callable[[int], Tensor] | None = None
-        for folder in ("models", "experiments", "scores"):
+        for folder in ("models", "experiments", "scores", "."):
             make_dir(self.save_dir / folder)
+            remove_stale(self.save_dir / folder)
         self._open_metadata()
 
     # ---- what is there --------------------------------------------------------------------------
@@ -237,8 +238,8 @@ class Store:
             )
         return str(stored)
 
-    def check_experiment(self, exp_name: str, num_targets: int) -> None:
-        """Make the experiment, or raise if it has another number of targets."""
+    def start_experiment(self, exp_name: str, model_id: int, num_targets: int) -> None:
+        """Make ``model_id`` current for an experiment; raises if that has other num_targets."""
         path = self.experiment_path(exp_name)
         if not path.exists():
             write_json(path, {"num_targets": num_targets})
@@ -248,6 +249,8 @@ class Store:
                 f"TRAKer: experiment {exp_name!r} in {self.save_dir} has {stored} targets, "
                 f"received num_targets={num_targets}. Nothing was changed; use another exp_name"
             )
+        remove_stale(self.shard_dir(model_id, exp_name))
+        self.current_model_id = model_id
 
     def num_targets(self, exp_name: str) -> int:
         """Number of targets of an experiment."""
@@ -658,7 +661,7 @@ def pack_half(features: Tensor) -> Tensors:
     """
     rows = features.double()
     _, exponent = torch.frexp(rows.abs().amax(1))  # largest entry = m * 2^e, 1/2 <= m < 1
-    exponent = exponent - HALF_EXPONENT
+    exponent = (exponent - HALF_EXPONENT).clamp(-1000, 1000)  # 2^exponent must be a float64
     scale = torch.exp2(-exponent.double()).unsqueeze(1)  # [b, 1]
     return {"grads": (rows * scale).half(), "exponent": exponent.to(torch.int32)}
 

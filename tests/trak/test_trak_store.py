@@ -1,0 +1,241 @@
+"""The store: damage is found and named, a refusing disk loses nothing, writers don't collide."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import trak_cases as cases
+
+from fastproj.trak import StoreCorruptError, StoreError
+from fastproj.trak import store as module
+from fastproj.trak.store import pack_half, read_json, unpack, write_json
+
+N, M = 12, 3
+
+
+@pytest.fixture
+def model():
+    return cases.net()
+
+
+@pytest.fixture
+def train():
+    return cases.data(N)
+
+
+@pytest.fixture
+def finished(tmp_path, model, train):
+    """A directory with everything in it, and its scores."""
+    scores = cases.whole_run(tmp_path, [model], train, cases.data(M, seed=5))
+    return tmp_path, np.array(scores)
+
+
+def read_all(folder, model):
+    """Everything that reads a store."""
+    return np.array(cases.make(model, folder, N).finalize_scores("test"))
+
+
+FILES = [
+    "metadata.json",
+    "models/0/checkpoint.json",
+    "models/0/solve.json",
+    "models/0/xtx.safetensors",
+    "models/0/train-*.safetensors",
+    "models/0/targets/test/target-*.safetensors",
+    "experiments/test.json",
+]
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_flipped_bits_are_found_and_named(finished, model, pattern):
+    folder, scores = finished
+    path = sorted(folder.glob(pattern))[0]
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    header = range(min(len(whole), 40))
+    places = {*header, len(whole) - 1, *rng.integers(len(whole), size=60).tolist()}
+    for place in sorted(places):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(StoreCorruptError) as error:
+            read_all(folder, model)
+        assert str(path) in str(error.value)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(read_all(folder, model), scores)
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_truncated_files_are_found_and_named(finished, model, pattern):
+    folder, _ = finished
+    path = sorted(folder.glob(pattern))[-1]
+    whole = path.read_bytes()
+    for length in (0, 1, 7, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(StoreCorruptError, match=r"is damaged.*Delete the file and") as error:
+            read_all(folder, model)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_deleting_a_file_and_repeating_the_run_restores_it(finished, model, train, pattern):
+    folder, scores = finished
+    for path in folder.glob(pattern):
+        path.unlink()
+    again = cases.whole_run(folder, [model], train, cases.data(M, seed=5))
+    np.testing.assert_allclose(again, scores, rtol=1e-5, atol=1e-6 * np.abs(scores).max())
+
+
+def test_every_shard_says_what_it_is(finished):
+    folder, _ = finished
+    path = next(folder.glob("models/0/train-*"))
+    tensors, metadata = module.read_safetensors(path, None)
+    assert set(tensors) == {"grads", "inds", "content", "out_to_loss"}
+    wanted = {"spec_version": "1", "seed": "0", "kind": "rademacher", "proj_dim": "8"}
+    wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "1"}
+    assert wanted.items() <= metadata.items()
+    assert {"parameter_layout", "checkpoint", "checksum.grads", "checksum.inds"} <= set(metadata)
+
+
+def test_a_shard_of_another_run_is_refused(finished, model, train, tmp_path_factory):
+    folder, _ = finished
+    other = tmp_path_factory.mktemp("other")
+    cases.whole_run(other, [model], train, train, projector_seed=4)
+    shutil.copy(next(other.glob("models/0/train-*")), folder / "models" / "0")
+    with pytest.raises(module.StoreMismatchError, match="seed '4'; this run has '0'"):
+        read_all(folder, model)
+
+
+# ---- a disk that refuses ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_failed_write_loses_the_batch_and_nothing_else(
+    tmp_path, model, train, monkeypatch, call, code
+):
+    traker = cases.make(model, tmp_path, N)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((train[0][:5], train[1][:5]), num_samples=5)
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    rest = (train[0][5:], train[1][5:])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        wanted = "no room for .* bytes free" if code == errno.ENOSPC else os.strerror(code)
+        with pytest.raises(StoreError, match=wanted):
+            traker.featurize(rest, num_samples=N - 5)
+    assert not list(tmp_path.rglob(".*"))
+    assert len(list(tmp_path.glob("models/0/train-*"))) == 1
+    traker.featurize(rest, num_samples=N - 5)  # the same traker goes on where it was
+    traker.finalize_features()
+    assert traker.saver.index(0).done.all()
+
+
+def test_no_room_for_scores_is_said_before_they_are_computed(finished, model, monkeypatch):
+    folder, scores = finished
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    traker = cases.make(model, folder, N)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(StoreError, match=r"no room for .*test.mmap \(144 bytes"):
+            traker.finalize_scores("test")
+    assert [path.name for path in (folder / "scores").iterdir()] == ["test.mmap"]
+    np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
+
+
+def test_a_save_dir_that_cannot_be(tmp_path, model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"can't make the directory .*file.*may write to"):
+        cases.make(model, tmp_path / "file" / "results", N)
+
+
+def test_an_interrupted_scoring_leaves_the_old_scores(finished, model, monkeypatch):
+    folder, scores = finished
+    traker = cases.make(model, folder, N)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(traker.score_computer, "scores", stop)
+    with pytest.raises(KeyboardInterrupt):
+        traker.finalize_scores("test")
+    assert [path.name for path in (folder / "scores").iterdir()] == ["test.mmap"]
+    np.testing.assert_array_equal(np.load(folder / "scores" / "test.mmap"), scores)
+
+
+# ---- several writers ----------------------------------------------------------------------------
+
+
+def test_two_writers_of_one_checkpoint(finished, model, train, tmp_path_factory):
+    """Both compute everything, in other batches, and neither knows of the other."""
+    _, scores = finished
+    folder = tmp_path_factory.mktemp("two")
+    trakers = [cases.make(model, folder, N) for _ in range(2)]
+    for traker in trakers:
+        traker.load_checkpoint(model.state_dict(), 0)
+    for step in range(3):
+        for traker, size in zip(trakers, (4, 3), strict=True):
+            rows = slice(step * size, (step + 1) * size)
+            traker.featurize((train[0][rows], train[1][rows]), inds=range(N)[rows])
+    trakers[0].finalize_features()
+    cases.score(trakers[1], model, 0, cases.data(M, seed=5))
+    assert sum(1 for _ in folder.glob("models/0/train-*")) == 6
+    found = trakers[0].finalize_scores("test")
+    np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-6 * np.abs(scores).max())
+
+
+def test_left_over_temporary_files_go_when_their_process_is_gone(tmp_path, model):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    traker = cases.make(model, tmp_path, N)
+    traker.load_checkpoint(model.state_dict(), 0)
+    folder = tmp_path / "models" / "0"
+    dead, live = module.temporary_path(folder / "a"), module.temporary_path(folder / "b")
+    dead = dead.with_name(dead.name.replace(f".{os.getpid()}.", f".{int(gone.stdout)}."))
+    foreign = folder / f".c.elsewhere.{int(gone.stdout)}.0.tmp"
+    for path in (dead, live, foreign):
+        path.write_bytes(b"")
+    traker.load_checkpoint(model.state_dict(), 0)
+    assert (dead.exists(), live.exists(), foreign.exists()) == (False, True, True)
+
+
+# ---- formats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-40, 1e-20, 1e-4, 1.0, 1e6, 1e37])
+def test_half_precision_keeps_eleven_bits(dtype, scale):
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(5, 64, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    rows[2] = 0
+    packed = pack_half(rows)
+    assert packed["grads"].dtype == torch.float16
+    back = unpack(packed)
+    assert back.dtype == torch.float32
+    largest = rows.double().abs().amax(1, keepdim=True)
+    # Half a unit in the last of 11 bits, or of what is left 2^-29 below the row's largest entry;
+    # the last term is float32's own smallest step.
+    bound = rows.double().abs() * 2.0**-11 + largest * 2.0**-39 + 2.0**-149
+    assert bool(((back.double() - rows.double()).abs() <= bound).all())
+
+
+def test_json_round_trip(tmp_path):
+    path = tmp_path / "a.json"
+    content = {"a": 1, "seed": 2**64 - 1, "list": [0.1, 1e-300], "name": "ü"}
+    write_json(path, content)
+    assert read_json(path) == content
+    path.write_text("[]")
+    with pytest.raises(StoreCorruptError, match=r"a\.json"):
+        read_json(path)
