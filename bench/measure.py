@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import platform
 import re
@@ -52,7 +53,9 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the result file."""
         middle = median(self.seconds) if self.seconds else None
-        return {**asdict(self), "median_seconds": middle, "gflops": self.rate}
+        error = None if math.isnan(self.error) else self.error
+        plain = {**asdict(self), "error": error}
+        return {**plain, "median_seconds": middle, "gflops": self.rate}
 
 
 def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[Row]:
@@ -161,5 +164,5 @@ def write_result(name: str, content: dict[str, Any]) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     mark = around["commit"][:10] or "no-commit"
     path = RESULTS / f"{around['time'][:10]}-{mark}-{name}.json"
-    path.write_text(json.dumps({**around, **content}, indent=1) + "\n")
+    path.write_text(json.dumps({**around, **content}, indent=1, allow_nan=False) + "\n")
     return path

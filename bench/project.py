@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 measured += found
     if not options.no_write:
         name = "project-acceptance" if options.acceptance else f"project-{options.dtype}"
+        name += "-quick" if quick else ""
         content = {
             "options": {**vars(options), "batch": batches, "rows": rows, "cols": cols},
             "rows": [row.as_dict() for row in measured],
