@@ -161,14 +161,18 @@ class TileMaker {
             words_.set_block(group_ + 1);
         }
         const int j = step / 4, first_bit = step % 4 * 4;
-        for (int strip = 0; strip < kStrips; ++strip) {
-            for (int i = 0; i < kTileRows; ++i) {
-                const __m512i moved = _mm512_sll_epi32((__m512i)now_[strip][i % 4][j],
-                                                       _mm_cvtsi32_si128(15 - first_bit - i / 4));
-                store_cells((Simd::U)_mm512_ternarylogic_epi32(
-                                moved, _mm512_set1_epi32(static_cast<int>(0x80008000u)),
-                                _mm512_set1_epi32(0x3f803f80), 0x6A),  // (a & b) ^ c
-                            tiles, strip, i);
+        const __m512i sign_bits = _mm512_set1_epi32(static_cast<int>(0x80008000u));
+        const __m512i ones = _mm512_set1_epi32(0x3f803f80);
+        for (int bit = 0; bit < 4; ++bit) {
+            // A shift by a vector is one micro-operation on Intel, by a register's low word two.
+            const __m512i count = _mm512_set1_epi32(15 - first_bit - bit);
+            for (int strip = 0; strip < kStrips; ++strip) {
+                for (int lane = 0; lane < 4; ++lane) {
+                    const __m512i moved = _mm512_sllv_epi32((__m512i)now_[strip][lane][j], count);
+                    store_cells((Simd::U)_mm512_ternarylogic_epi32(moved, sign_bits, ones,
+                                                                   0x6A),  // (a & b) ^ c
+                                tiles, strip, 4 * bit + lane);
+                }
             }
         }
         // The next group's words, a few calls a step.
