@@ -241,6 +241,8 @@ OUTS = [
     ("expanded_columns", ValueError, ("overlap", "(1, 0)"), nan_out(3, 1).expand(3, 5)),
     ("one_element", ValueError, ("overlap", "(0, 0)"), nan_out(1, 1).expand(3, 5)),
     ("windows", ValueError, ("overlap", "(2, 1)"), nan_out(20).as_strided((3, 5), (2, 1))),
+    ("last_column", ValueError, ("overlap", "(4, 1)"), nan_out(20).as_strided((3, 5), (4, 1))),
+    ("last_row", ValueError, ("overlap", "(1, 2)"), nan_out(20).as_strided((3, 5), (1, 2))),
     ("diagonals", ValueError, ("overlap", "(3, 2)"), nan_out(20).as_strided((3, 5), (3, 2))),
     ("sparse", ValueError, ("sparse_coo", "[3, 5]"), torch.zeros(3, 5).to_sparse()),
     ("numpy", TypeError, ("ndarray", "[3, 5] float32"), np.full((3, 5), math.nan, np.float32)),

@@ -437,11 +437,20 @@ def test_layouts_are_viewed_and_not_copied() -> None:
         assert len(views) <= checks.MAX_VIEWS
 
 
+def test_dimensions_of_one_do_not_split_a_layout() -> None:
+    t = integers((6, 48)).as_strided((3, 8, 1, 6), (96, 6, 1234, 1))
+    (view,) = checks.check_grads("project", [t])
+    assert view.data_ptr() == t.data_ptr()
+    assert torch.equal(view, t.flatten(1))
+
+
 def test_a_layout_of_too_many_views_is_copied() -> None:
-    t = integers((2, 100, 6)).transpose(1, 2).reshape(2, 6, 10, 10).permute(0, 2, 3, 1)
-    views = checks.check_grads("project", [t])
-    assert len(views) == 1
-    assert torch.equal(views[0], t.flatten(1))
+    columns = integers((2, 5, checks.MAX_VIEWS + 1))
+    for count in (checks.MAX_VIEWS, checks.MAX_VIEWS + 1):
+        t = columns[:, :, :count].transpose(1, 2)
+        views = checks.check_grads("project", [t])
+        assert len(views) == (count if count <= checks.MAX_VIEWS else 1)
+        assert torch.equal(torch.cat(views, 1), t.flatten(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -557,17 +566,19 @@ def test_drift_over_many_rows(backend: str, device: str) -> None:
 
 
 def test_the_reference_makes_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
+    made = []
 
     def block(key: Any, row: int, row_stop: int, col: int, col_stop: int) -> Any:
-        sizes.append((row_stop - row) * (col_stop - col))
+        made.append((row, row_stop, col, col_stop))
         return matrix_block(key, row, row_stop, col, col_stop)
 
     monkeypatch.setattr(reference, "matrix_block", block)
-    grads = torch.ones(1, 3001)
-    y = fastproj.project(grads, 2100, backend="reference")
-    fastproj.project_transpose(y, 3001, backend="reference")
-    fastproj.matrix(3001, 2100, backend="reference")
-    assert len(sizes) == 3 * 6 * 3
+    rows, cols = slice(100, 3101), 2100
+    y = fastproj.project(torch.ones(1, 3001), cols, row_offset=rows.start, backend="reference")
+    fastproj.project_transpose(y, rows, backend="reference")
+    fastproj.matrix(rows, cols, backend="reference")
+    sizes = [(stop - row) * (col_stop - col) for row, stop, col, col_stop in made]
     assert max(sizes) <= 2**19
-    assert sum(sizes) == 3 * 3001 * 2100
+    assert sum(sizes) == 3 * 3001 * cols
+    # Cut where the spec's blocks begin, none is made twice.
+    assert {row for row, *_ in made} == {100, 512, 1024, 1536, 2048, 2560, 3072}
