@@ -1,0 +1,46 @@
+"""Replacing a package's functions and classes in place, and putting them back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+
+class Patch:
+    """Objects to be replaced by others wherever loaded modules hold them.
+
+    "Hold" is: as a global, or as a value of a global dict (a registry of classes). Objects that
+    hide in closures, default arguments or instances stay what they are.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def active(self) -> bool:
+        return bool(self._undo)
+
+    def apply(self, replacements: list[tuple[Any, Any]]) -> None:
+        """Put the second of each pair in place of the first, in all modules but fastproj's."""
+        new_by_id = {id(old): new for old, new in replacements}
+        for name, module in list(sys.modules.items()):
+            values = getattr(module, "__dict__", None)
+            if not isinstance(values, dict) or name.split(".")[0] == "fastproj":
+                continue
+            self._replace(values, new_by_id)
+            for value in list(values.values()):
+                if type(value) is dict and value is not values:
+                    self._replace(value, new_by_id)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _replace(self, values: dict[Any, Any], new_by_id: dict[int, Any]) -> None:
+        for key, old in list(values.items()):
+            if id(old) in new_by_id:
+                values[key] = new_by_id[id(old)]
+                self._undo.append(partial(values.__setitem__, key, old))

@@ -1,0 +1,101 @@
+"""Gradients as other packages hand them over: moved, in pieces, of several dtypes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+from fastproj import ops
+
+KINDS = {"rademacher": "rademacher", "normal": "gaussian"}
+
+
+def kind_of(function: str, proj_type: object) -> str:
+    """fastproj's word for a ``ProjectionType`` or its value.
+
+    Raises
+    ------
+    ValueError
+        For anything but "normal" and "rademacher".
+    """
+    name = getattr(proj_type, "value", proj_type)
+    if not isinstance(name, str) or name not in KINDS:
+        raise ValueError(
+            f"{function}: received proj_type={proj_type!r}; expected 'normal' or 'rademacher'"
+        )
+    return KINDS[name]
+
+
+def as_pieces(
+    grads: Tensor | Mapping[str, Tensor] | Sequence[Tensor], device: torch.device | str
+) -> list[Tensor]:
+    """``grads`` as a list of detached tensors on ``device``."""
+    if isinstance(grads, Mapping):
+        grads = list(grads.values())
+    pieces = [grads] if isinstance(grads, Tensor) else list(grads)
+    return [piece.detach().to(device) for piece in pieces]
+
+
+def project_pieces(
+    function: str,
+    pieces: list[Tensor],
+    proj_dim: SupportsIndex,
+    seed: SupportsIndex,
+    kind: str,
+    *,
+    stream: SupportsIndex,
+    scale: str | float | None,
+    row_offset: int = 0,
+    grad_dim: int | None = None,
+) -> Tensor:
+    """``fastproj.project`` of tensors that may differ in dtype, as ``function`` in its messages.
+
+    Neighbours of one dtype are projected in one call; the calls' results are added up.
+
+    Returns
+    -------
+    Tensor [B, proj_dim], float64 where a piece is float64, float32 otherwise.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what ``fastproj.project`` refuses, and for a total width other than ``grad_dim``.
+    """
+    total = sum(width(piece) for piece in pieces)
+    if grad_dim is not None and total != grad_dim:
+        raise ValueError(
+            f"{function}: received gradients of {total} entries per sample; "
+            f"expected {grad_dim}, what the projector was made for"
+        )
+    y: Tensor | None = None
+    for _, group in groupby(pieces, key=lambda piece: piece.dtype):
+        run = list(group)
+        part = ops.checked_project(
+            function,
+            run[0] if len(run) == 1 and run[0].dim() == 2 else run,
+            proj_dim,
+            seed,
+            kind,
+            stream=stream,
+            row_offset=row_offset,
+            out=None,
+            accumulate=False,
+            scale=scale,
+            precision=None,
+            backend=None,
+        )
+        y = part if y is None else y + part
+        row_offset += sum(width(piece) for piece in run)
+    if y is None:
+        raise ValueError(f"{function}: received no gradients; expected a tensor or a dict of them")
+    return y
+
+
+def width(piece: Tensor) -> int:
+    """Entries per sample of a [B, ...] tensor."""
+    return math.prod(piece.shape[1:])

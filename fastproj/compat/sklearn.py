@@ -1,0 +1,141 @@
+"""A scikit-learn transformer on fastproj: random projection without a stored matrix.
+
+It has the place of ``sklearn.random_projection.GaussianRandomProjection``: fit, transform,
+inverse_transform, get_feature_names_out, pipelines and grid searches.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.random_projection import johnson_lindenstrauss_min_dim
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+import fastproj
+from fastproj.compat.sketch import gram
+
+__all__ = ["FastRandomProjection"]
+
+
+class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """``X @ R / sqrt(n_components)``, R made on the fly.
+
+    Parameters
+    ----------
+    n_components : K >= 1, or "auto" for what the Johnson-Lindenstrauss lemma asks for ``eps``.
+    eps : the distortion of squared distances that "auto" allows, 0 < eps < 1.
+    kind : "rademacher" (+1 / -1) or "gaussian".
+    random_state : an int is the matrix's seed itself, the same matrix everywhere; a RandomState or
+        None draws one.
+    precision, backend : as in ``fastproj.project``.
+
+    Attributes
+    ----------
+    n_components_ : K.
+    seed_ : the seed, with which ``fastproj.matrix(n_features_in_, n_components_, seed_, kind)``
+        is the matrix.
+    n_features_in_ : P.
+
+    Raises
+    ------
+    ValueError
+        On fit, for parameters that can't work.
+    """
+
+    def __init__(
+        self,
+        n_components: int | str = "auto",
+        *,
+        eps: float = 0.1,
+        kind: str = "rademacher",
+        random_state: Any = None,
+        precision: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.eps = eps
+        self.kind = kind
+        self.random_state = random_state
+        self.precision = precision
+        self.backend = backend
+
+    def fit(self, X: Any, y: Any = None) -> FastRandomProjection:
+        """Take the shape of ``X`` [n, P] and settle K and the seed."""
+        X = validate_data(self, X, dtype=[np.float64, np.float32])
+        samples, features = X.shape
+        self.n_components_ = self._components(samples, features)
+        state = self.random_state
+        if isinstance(state, numbers.Integral):
+            self.seed_ = int(state)
+        else:
+            self.seed_ = int(check_random_state(state).randint(np.iinfo(np.int32).max))
+        self._projector = fastproj.Projector(
+            features,
+            self.n_components_,
+            self.seed_,
+            self.kind,
+            precision=self.precision,
+            backend=self.backend,
+        )
+        self._pinv: torch.Tensor | None = None
+        self._n_features_out = self.n_components_  # for get_feature_names_out
+        return self
+
+    def _components(self, samples: int, features: int) -> int:
+        """K: n_components, or the lemma's bound for ``samples`` points."""
+        if not isinstance(self.n_components, str):
+            return int(self.n_components)
+        if self.n_components != "auto":
+            raise ValueError(
+                f"FastRandomProjection: received n_components={self.n_components!r}; "
+                "expected an int >= 1 or 'auto'"
+            )
+        wanted = int(johnson_lindenstrauss_min_dim(n_samples=samples, eps=self.eps))
+        if not 1 <= wanted <= features:
+            raise ValueError(
+                f"FastRandomProjection: received eps={self.eps} and X [{samples}, {features}], for "
+                f"which the Johnson-Lindenstrauss lemma gives n_components={wanted}; expected "
+                f"1 to {features}. Give n_components, or a larger eps"
+            )
+        return wanted
+
+    def transform(self, X: Any) -> NDArray[Any]:
+        """[n, P] to [n, K]: float32 for float32, float64 otherwise."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return self._projector.project(_tensor(X)).numpy()
+
+    def inverse_transform(self, X: Any) -> NDArray[Any]:
+        """The shortest [n, P] whose transform is (or comes nearest to) ``X`` [n, K].
+
+        ``X @ pinv(R / sqrt(K))``, from ``R.T @ R`` (or ``R @ R.T``, where P < K) in float64: the
+        memory is that of this square matrix, made at the first call, not that of R.
+        """
+        check_is_fitted(self)
+        X = check_array(X, dtype=[np.float64, np.float32])
+        rows, cols = self.n_features_in_, self.n_components_
+        if X.shape[1] != cols:
+            raise ValueError(
+                f"FastRandomProjection.inverse_transform: received X {list(X.shape)}; "
+                f"expected [n, {cols}]"
+            )
+        if self._pinv is None:
+            small = gram(rows, cols, self.seed_, self.kind) / cols
+            self._pinv = torch.linalg.pinv(small, hermitian=True)
+        y = _tensor(X).double()  # [n, K]
+        if cols <= rows:
+            back = self._projector.project_transpose(y @ self._pinv)
+        else:
+            back = self._projector.project_transpose(y) @ self._pinv
+        return back.numpy().astype(X.dtype, copy=False)
+
+
+def _tensor(X: NDArray[Any]) -> torch.Tensor:
+    """``X`` as a tensor; a copy where torch can't share its memory."""
+    return torch.from_numpy(np.require(X, requirements=["C", "W"]))
