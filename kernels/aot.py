@@ -83,7 +83,6 @@ def target(arch: str) -> GPUTarget:
 def _specialise(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[str, str], int, int]:
     """Kernel, constants, pointer types, warps and stages."""
     gaussian = case.kind == "gaussian"
-    platform = "cuda" if arch.startswith("sm_") else "hip"
     pointers = {"table_ptr": "*i16"}
     if case.operation == "project":
         chosen = config.choose(
@@ -104,7 +103,7 @@ def _specialise(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[str, s
             "CONTIGUOUS": True,
             "ALIGNED": 1 if case.masked else case.aligned,
             "MASKED": case.masked,
-            "PLATFORM": platform,
+            "UNIT": config.unit(arch),
             "NUM_WARPS": chosen.num_warps,
         }
         pointers |= {
@@ -119,7 +118,7 @@ def _specialise(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[str, s
             "BLOCK_B": block_b,
             "BLOCK_K": block_k,
             "TERMS": case.terms,
-            "PLATFORM": platform,
+            "UNIT": config.unit(arch),
             "NUM_WARPS": warps,
         }
         out = "*fp64" if case.dtype == "float64" else "*fp32"
@@ -358,10 +357,11 @@ def main() -> None:
 
 _PREFACE = """# What the compiled kernels use
 
-Made by `python -m fastproj.kernels.aot --output kernels/RESOURCES.md` with Triton {version}, without
-a GPU. Counts from compiled code, not timings. *Instructions per entry*: what a thread issues in the
-main loop for each entry of R that it makes (an entry then serves B products). *Spills*:
-local-memory instructions (NVIDIA) or spilled registers (AMD). What can't be read off is left empty.
+Made by `python -m fastproj.kernels.aot --output kernels/RESOURCES.md` with Triton
+{version}, without a GPU. Counts from compiled code, not timings. *Instructions per entry*: what a
+thread issues in the main loop for each entry of R that it makes (an entry then serves B products).
+*Spills*: local-memory instructions (NVIDIA) or spilled registers (AMD). What can't be read off is
+left empty.
 
 """
 

@@ -60,11 +60,11 @@ def pin(**values: int) -> Iterator[None]:
         _pinned.reset(token)
 
 
-def family(arch: str) -> str:
-    """sm_90 (wgmma), sm_80 (mma.sync) or gfx9 (mfma): what the rules tell apart."""
+def unit(arch: str) -> str:
+    """The matrix instruction of an architecture: wgmma, tcgen05, mma (mma.sync) or mfma."""
     if arch.startswith("gfx"):
-        return "gfx9"
-    return "sm_90" if arch == "sm_90" else "sm_80"
+        return "mfma"
+    return {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_103": "tcgen05"}.get(arch, "mma")
 
 
 def batch_bucket(B: int) -> int:
@@ -81,7 +81,7 @@ def choose(
     direct : G can be copied to shared memory as it is, in units of 4 bytes or more. Else it passes
     through registers, of which fewer are left. BLOCK_B is the same for both.
     """
-    config = _choose(family(arch), dtype, kind, terms, batch_bucket(B), K, direct)
+    config = _choose(unit(arch), dtype, kind, terms, batch_bucket(B), K, direct)
     pinned = _pinned.get()
     if pinned is None:
         pinned = parse(os.environ.get(ENVIRONMENT, ""))
@@ -89,7 +89,7 @@ def choose(
 
 
 def _choose(
-    family: str, dtype: str, kind: str, terms: int, bucket: int, K: int, direct: bool
+    unit: str, dtype: str, kind: str, terms: int, bucket: int, K: int, direct: bool
 ) -> Config:
     if dtype == "float64":  # sums of products in registers: few entries at a time
         return Config(2, 64, 128, 4, 2) if kind == "gaussian" else Config(2, 64, 256, 8, 2)
@@ -99,10 +99,10 @@ def _choose(
         # A loop iteration takes 128 rows, or the code grows beyond the instruction cache.
         if bucket <= 32 or narrow == 64:
             return Config(min(bucket, 64), narrow, 128, 4, 2)
-        return Config(bucket if family == "sm_90" else 64, 128, 128, 8, 2)
+        return Config(bucket if unit == "wgmma" else 64, 128, 128, 8, 2)
     if bucket == 16:
         return Config(16, narrow, 512, 4, 2)
-    if terms > 1 and family != "sm_90":
+    if terms > 1 and unit != "wgmma":
         # Each warp reads all terms of G to registers: fewer rows of G leave room for them.
         return Config(32, narrow, 256, 4, 2)
     rows = 512 if bucket == 32 else 256  # 512 rows of 64 in flight are 128 KiB of shared memory
@@ -110,14 +110,14 @@ def _choose(
         return Config(min(bucket, 64), 64, rows, 4, 2)
     if not direct and bucket > 32:
         return Config(64, 128, rows, 8, 2)
-    if family == "sm_90" and K > 128:
+    if unit == "wgmma" and K > 128:
         # 256 columns read G half as often as 128; two accumulators of 64 rows fill the registers.
         return Config(min(bucket, 64), 256, rows, 8, 2)
     return Config(min(bucket, 64), 128, rows, 4, 2)
 
 
 def choose_transpose(dtype: str, kind: str, B: int) -> tuple[int, int, int]:
-    """BLOCK_B, BLOCK_K and warps of ``project_transpose``: tiles of 512 (Gaussian: 64) rows of R."""
+    """BLOCK_B, BLOCK_K and warps of ``project_transpose``: tiles of 512 (Gaussian 64) rows of R."""
     if dtype == "float64":
         return (1, 64, 4) if kind == "gaussian" else (1, 16, 8)
     if kind == "gaussian":

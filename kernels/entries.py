@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from .generate import gaussian_tile, operand_column, rademacher_tile, sign_mask, words
+from .generate import gaussian_tile, load_table, operand_column, rademacher_tile, sign_mask, words
 
 _VARYING = [
     "n_rows",
@@ -62,7 +62,7 @@ def matrix_kernel(
     column = (tl.program_id(0) * BLOCK_K + order + col_offset).to(tl.uint32)[:, None]
     p = origin.to(tl.int64) + panel.to(tl.int64) * 512
     if GAUSSIAN:
-        table = tl.load(table_ptr + tl.arange(0, 512))
+        table = load_table(table_ptr)
         for tile in range(8):
             r = gaussian_tile(
                 block + (panel * 16 + tile * 2),
@@ -72,6 +72,7 @@ def matrix_kernel(
                 seed_low,
                 seed_high,
                 table,
+                table_ptr,
                 tl.bfloat16,
                 BLOCK_K,
                 NUM_WARPS,

@@ -11,7 +11,8 @@ column is the one that computed the words, so a tile never leaves the registers.
 import triton
 import triton.language as tl
 
-TILE_ROWS = 64  # rows of R in a tile
+# Triton 3.3 fails on a gather that crosses warps: look-ups go to global memory there, slower.
+GATHER = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4))
 
 
 @triton.jit
@@ -67,24 +68,14 @@ def sign_mask(signs, opaque_zero):
 
 
 @triton.jit
-def pair_up(x, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """uint32 ``[BLOCK_K, 8, 4]``, two 16-bit floats in each (low half first), to a tile."""
+def unpack(x, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """uint32 ``[BLOCK_K, n, 4]``, two 16-bit floats in each, low half first: ``[BLOCK_K, 8 n]``.
+
+    In registers that is nothing at all.
+    """
     low = (x & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
     high = (x >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
-    return tl.reshape(tl.join(low, high), (BLOCK_K, 64))
-
-
-@triton.jit
-def rademacher_tile(
-    word, FIRST_BIT: tl.constexpr, mask, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """The rows of bits FIRST_BIT .. FIRST_BIT + 7 of ``word``: one shift and one logic operation
-    make two entries.
-    """
-    ONES: tl.constexpr = 0x3F803F80 if tl.bfloat16 == DTYPE else 0x3C003C00
-    shift = (15 - FIRST_BIT - tl.arange(0, 8)).to(tl.uint32)
-    x = ((word[:, None, :] << shift[None, :, None]) & mask[:, None, :]) ^ ONES  # [BLOCK_K, 8, 4]
-    return pair_up(x, DTYPE, BLOCK_K)
+    return tl.reshape(tl.join(low, high), (BLOCK_K, x.shape[1] * 8))
 
 
 @triton.jit
@@ -109,6 +100,25 @@ def operand_order(x, BLOCK_K: tl.constexpr, NUM_WARPS: tl.constexpr):
 
 
 @triton.jit
+def rademacher_tile(
+    word, FIRST_BIT: tl.constexpr, mask, DTYPE: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The rows of bits FIRST_BIT .. FIRST_BIT + 7 of ``word``: one shift and one logic operation
+    make two entries.
+    """
+    ONES: tl.constexpr = 0x3F803F80 if tl.bfloat16 == DTYPE else 0x3C003C00
+    shift = (15 - FIRST_BIT - tl.arange(0, 8)).to(tl.uint32)
+    x = (word[:, None, :] << shift[None, :, None]) & mask[:, None, :]  # [BLOCK_K, 8, 4]
+    return unpack(x ^ ONES, DTYPE, BLOCK_K)
+
+
+@triton.jit
+def load_table(table_ptr):
+    """The 512 magnitudes, from which look-ups gather through shared memory."""
+    return tl.load(table_ptr + tl.arange(0, 512))
+
+
+@triton.jit
 def gaussian_tile(
     block,
     column,
@@ -117,13 +127,14 @@ def gaussian_tile(
     seed_low,
     seed_high,
     table,
+    table_ptr,
     DTYPE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """The 64 rows of ``block`` and ``block + 1``; ``column`` stands in operand_column's order.
 
-    table : the 512 magnitudes, as the bits of DTYPE, uint16 ``[512]``.
+    table, table_ptr : the 512 magnitudes, as the bits of DTYPE; table from load_table.
     """
     a0, a1, a2, a3 = words(block, column, tag, stream, seed_low, seed_high)
     b0, b1, b2, b3 = words(block + 1, column, tag, stream, seed_low, seed_high)
@@ -141,9 +152,13 @@ def gaussian_tile(
     x = tl.reshape(tl.permute(x, (0, 4, 3, 2, 1)), (BLOCK_K, 8, 4))  # rows 8 apart, lanes
     index = ((x >> 6) & 0x01FE01FE) | ((x >> 1) & 0x00010001)  # both halves at once
     index = tl.join(index & 0xFFFF, index >> 16).to(tl.int32)
-    magnitude = tl.gather(table, tl.reshape(index, (BLOCK_K * 64,)), 0)
+    index = tl.reshape(index, (BLOCK_K * 64,))
+    if GATHER:
+        magnitude = tl.gather(table, index, 0)
+    else:
+        magnitude = tl.load(table_ptr + index)
     low, high = tl.split(tl.reshape(magnitude, (BLOCK_K, 8, 4, 2)).to(tl.uint32))
-    return pair_up(low | (high << 16) | (x & 0x80008000), DTYPE, BLOCK_K)
+    return unpack(low | (high << 16) | (x & 0x80008000), DTYPE, BLOCK_K)
 
 
 @triton.jit
@@ -154,7 +169,4 @@ def rademacher_panel(w0, w1, w2, w3, mask, DTYPE: tl.constexpr, BLOCK_K: tl.cons
     w = tl.reshape(tl.permute(w, (0, 3, 2, 1)), (BLOCK_K, 4, 4))  # [BLOCK_K, word, lane]
     shift = (15 - tl.arange(0, 16)).to(tl.uint32)
     x = (w[:, :, None, :] << shift[None, None, :, None]) & mask[:, None, None, :]
-    x = tl.reshape(x ^ ONES, (BLOCK_K, 64, 4))
-    low = (x & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
-    high = (x >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
-    return tl.reshape(tl.join(low, high), (BLOCK_K, 512))
+    return unpack(tl.reshape(x ^ ONES, (BLOCK_K, 64, 4)), DTYPE, BLOCK_K)

@@ -26,7 +26,6 @@ from .transpose import project_transpose_kernel
 
 # Decided when Triton is imported: TRITON_INTERPRET=1 runs kernels in NumPy, on CPU tensors.
 INTERPRETED = not isinstance(reduce_kernel, triton.runtime.jit.JITFunction)
-PLATFORM = "interpreter" if INTERPRETED else "hip" if torch.version.hip else "cuda"
 
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 REDUCE_BLOCK = 512
@@ -38,19 +37,20 @@ class Device:
 
     arch: str
     multiprocessors: int
+    unit: str  # the kernels' UNIT
 
 
 @lru_cache(maxsize=64)
 def device_facts(device: torch.device) -> Device:
     """Architecture and multiprocessors of a device; stand-ins under the interpreter."""
     if device.type == "cpu":
-        return Device("sm_90", 2)
+        return Device("sm_90", 2, "interpreter")
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
     else:
         arch = f"sm_{properties.major}{properties.minor}"
-    return Device(arch, properties.multi_processor_count)
+    return Device(arch, properties.multi_processor_count, config.unit(arch))
 
 
 @lru_cache(maxsize=64)
@@ -91,7 +91,7 @@ def _alignment(piece: Tensor, origin: int) -> int:
     return next((n for n in (16, 8, 4) if address % n == 0 and stride % n == 0), 1)
 
 
-_plan = lru_cache(maxsize=256)(
+cached_plan = lru_cache(maxsize=256)(
     lambda sizes, *rest: plan.plan(list(sizes), *rest)  # the same layers come again and again
 )
 
@@ -137,7 +137,7 @@ def _project_part(
     row_tiles = -(-B // configs[True].BLOCK_B)
     width = -(-K // 256) * 256
     sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    groups = _plan(
+    groups = cached_plan(
         tuple(piece.shape[1] for piece in pieces),
         row_offset,
         K,
@@ -183,7 +183,7 @@ def _project_part(
                 CONTIGUOUS=contiguous,
                 ALIGNED=aligned,
                 MASKED=launch.masked,
-                PLATFORM=PLATFORM,
+                UNIT=facts.unit,
                 NUM_WARPS=chosen.num_warps,
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
@@ -238,7 +238,7 @@ def project_transpose(
                 BLOCK_B=block_b,
                 BLOCK_K=block_k,
                 TERMS=terms_of(y.dtype, precision),
-                PLATFORM=PLATFORM,
+                UNIT=device_facts(out.device).unit,
                 NUM_WARPS=num_warps,
                 num_warps=num_warps,
                 num_stages=2,

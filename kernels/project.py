@@ -11,7 +11,14 @@ result does not depend on the rows beside it.
 import triton
 import triton.language as tl
 
-from .generate import gaussian_tile, operand_column, rademacher_tile, sign_mask, words
+from .generate import (
+    gaussian_tile,
+    load_table,
+    operand_column,
+    rademacher_tile,
+    sign_mask,
+    words,
+)
 
 # Values that vary from call to call: specialising on them would compile a kernel for each.
 _VARYING = [
@@ -41,65 +48,92 @@ def truncated(x):
 
 
 @triton.jit
-def to_bf16(x):
-    """x rounded to nearest, except that no finite x becomes infinite."""
-    size = tl.abs(x)
-    huge = (size > 3.3895313892515355e38) & (size != float("inf"))
-    return tl.where(huge, truncated(x), x).to(tl.bfloat16)
+def as_bf16(x):
+    """A float32 whose lower 16 bits are 0, as bf16."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def product(r, g, total, PLATFORM: tl.constexpr):
+def rounded(x, UNIT: tl.constexpr):
+    """x to the nearest bf16. The interpreter's own conversion cuts off."""
+    if UNIT == "interpreter":
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        return as_bf16(truncated(tl.where(x == x, nearest, x)))
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def unless_near_largest(x, LIMIT: tl.constexpr, size):
+    """x, but cut off where LIMIT < size < infinity: there, rounding it would give infinity."""
+    return tl.where((size > LIMIT) & (size != float("inf")), truncated(x), x)
+
+
+@triton.jit
+def widened(x):
+    """bf16 or fp16 to float32. The interpreter's own conversion is wrong below 2^-126."""
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32)
+        return (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def product(r, g, total, UNIT: tl.constexpr):
     """total [BLOCK_K, BLOCK_B] + r [BLOCK_K, n] @ g [BLOCK_B, n].T on tensor cores."""
-    if PLATFORM == "interpreter":  # it would multiply the bits of bf16
-        r = r.to(tl.float32)
-        g = g.to(tl.float32)
+    if UNIT == "interpreter":  # it would multiply the bits of bf16
+        r = widened(r)
+        g = widened(g)
     return tl.dot(r, tl.trans(g), total)
 
 
 @triton.jit
-def once(x, PLATFORM: tl.constexpr):
-    """x, 16-bit, computed once and shared: a move that the compiler takes for a side effect.
+def once(x, UNIT: tl.constexpr):
+    """x, 16-bit, made once and shared: a move that the compiler takes for a side effect.
 
-    Without it the work that made x is repeated by each warp that multiplies x: where operands are
-    read from shared memory to registers, that is every warp of the program.
+    For mma.sync it would else move the work that made x behind the exchange of x between threads,
+    where each warp of the program repeats it.
     """
-    if PLATFORM == "cuda":
+    if UNIT == "mma":
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-        )
-    elif PLATFORM == "hip":
-        return tl.inline_asm_elementwise(
-            "v_mov_b32 $0, $1", "=v,v", [x], dtype=x.dtype, is_pure=False, pack=2
         )
     else:
         return x
 
 
 @triton.jit
-def split_product(r, g, total, TERMS: tl.constexpr, PLATFORM: tl.constexpr):
+def split_product(r, g, total, TERMS: tl.constexpr, UNIT: tl.constexpr):
     """The same for a g of float32 (as 1, 2 or 3 bf16 terms), bf16, fp16 or float64.
 
-    Terms are cut off, not rounded: hi + mid + lo is g exactly, and nothing overflows. The
-    remainder of an infinity is 0, not inf - inf.
+    Three terms are cut off, not rounded: their sum is g exactly (but for bits below 2^-133, which
+    bf16 has not). The last of one or two is rounded: to 2^-8 or 2^-16 of g. Infinity is all in the
+    first.
     """
     if g.dtype == tl.float64:
         entries = r.to(tl.float32).to(tl.float64)
         total += tl.sum(entries[:, None, :] * g[None, :, :], axis=2)
     elif g.dtype == tl.float32:
+        size = tl.abs(g)
         if TERMS == 1:
-            total = product(r, once(to_bf16(g), PLATFORM), total, PLATFORM)
+            g = unless_near_largest(g, 3.3895313892515355e38, size)
+            total = product(r, once(rounded(g, UNIT), UNIT), total, UNIT)
         else:
             high = truncated(g)
-            rest = tl.where(tl.abs(g) == float("inf"), 0.0, g - high)
-            total = product(r, once(high.to(tl.bfloat16), PLATFORM), total, PLATFORM)
-            if TERMS == 3:
+            rest = tl.where(size == float("inf"), 0.0, g - high)
+            total = product(r, once(as_bf16(high), UNIT), total, UNIT)
+            if TERMS == 2:
+                last = rounded(unless_near_largest(rest, 3.4028e38, size), UNIT)
+            else:
                 middle = truncated(rest)
-                total = product(r, once(middle.to(tl.bfloat16), PLATFORM), total, PLATFORM)
-                rest = rest - middle
-            total = product(r, once(rest.to(tl.bfloat16), PLATFORM), total, PLATFORM)
+                total = product(r, once(as_bf16(middle), UNIT), total, UNIT)
+                last = as_bf16(truncated(rest - middle))
+            total = product(r, once(last, UNIT), total, UNIT)
     else:
-        total = product(r, g, total, PLATFORM)
+        total = product(r, g, total, UNIT)
     return total
 
 
@@ -185,7 +219,7 @@ def project_rademacher_kernel(
     CONTIGUOUS: tl.constexpr,  # stride_p is 1
     ALIGNED: tl.constexpr,  # bytes; every row of G at every panel's start is so aligned
     MASKED: tl.constexpr,  # panels reach outside of G
-    PLATFORM: tl.constexpr,  # "cuda", "hip" or "interpreter"
+    UNIT: tl.constexpr,  # "wgmma", "mma", "mfma" or "interpreter"
     NUM_WARPS: tl.constexpr,
 ):
     """Partial sums of G @ R, R of +1 and -1. Grid: column tiles, row tiles, splits."""
@@ -230,7 +264,7 @@ def project_rademacher_kernel(
                 word = w3
             g = load_tile(pointers, row + tile * 64, stride_p, origin, n_rows, CONTIGUOUS, MASKED)
             r = rademacher_tile(word, tile % 2 * 8, mask, DTYPE, BLOCK_K)
-            part = split_product(r, g, part, TERMS, PLATFORM)
+            part = split_product(r, g, part, TERMS, UNIT)
             if tile % 4 == 3:
                 total += part
     store_partial(workspace_ptr, total, slot, width, BLOCK_B, BLOCK_K)
@@ -265,7 +299,7 @@ def project_gaussian_kernel(
     CONTIGUOUS: tl.constexpr,
     ALIGNED: tl.constexpr,
     MASKED: tl.constexpr,
-    PLATFORM: tl.constexpr,
+    UNIT: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """Partial sums of G @ R, R Gaussian. Arguments and grid as for project_rademacher_kernel."""
@@ -280,7 +314,7 @@ def project_gaussian_kernel(
         tl.uint32
     )
     column = column[:, None]
-    table = tl.load(table_ptr + tl.arange(0, 512))
+    table = load_table(table_ptr)
     pointers = row_pointers(g_ptr, B, stride_b, stride_p, origin, BLOCK_B, CONTIGUOUS, ALIGNED)
     first = tl.program_id(2) * panels_per_split
     last = tl.minimum(first + panels_per_split, n_panels)
@@ -300,11 +334,12 @@ def project_gaussian_kernel(
                 seed_low,
                 seed_high,
                 table,
+                table_ptr,
                 DTYPE,
                 BLOCK_K,
                 NUM_WARPS,
             )
-            part = split_product(r, g, part, TERMS, PLATFORM)
+            part = split_product(r, g, part, TERMS, UNIT)
             if tile % 2 == 1:
                 total += part
     store_partial(workspace_ptr, total, slot, width, BLOCK_B, BLOCK_K)

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from .generate import gaussian_tile, operand_column, rademacher_panel, sign_mask, words
+from .generate import gaussian_tile, load_table, operand_column, rademacher_panel, sign_mask, words
 from .project import split_product
 
 _VARYING = [
@@ -51,7 +51,7 @@ def project_transpose_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TERMS: tl.constexpr,
-    PLATFORM: tl.constexpr,
+    UNIT: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
     """Grid: blocks of rows (512 Rademacher, 64 Gaussian), row tiles of y."""
@@ -65,7 +65,7 @@ def project_transpose_kernel(
     i = tl.program_id(0)
     total = tl.zeros((ROWS, BLOCK_B), SUM)
     if GAUSSIAN:
-        table = tl.load(table_ptr + tl.arange(0, 512))
+        table = load_table(table_ptr)
         order = operand_column(BLOCK_K, NUM_WARPS)
     else:
         order = tl.arange(0, BLOCK_K)
@@ -80,6 +80,7 @@ def project_transpose_kernel(
                 seed_low,
                 seed_high,
                 table,
+                table_ptr,
                 DTYPE,
                 BLOCK_K,
                 NUM_WARPS,
@@ -95,7 +96,7 @@ def project_transpose_kernel(
         )
         # Summed by themselves and then added: the error of long sums stays bounded.
         part = tl.zeros((ROWS, BLOCK_B), SUM)
-        total += split_product(tl.trans(r), y, part, TERMS, PLATFORM)
+        total += split_product(tl.trans(r), y, part, TERMS, UNIT)
     total *= scale.to(tl.int64).to(tl.float64, bitcast=True).to(SUM)
     p = origin.to(tl.int64) + i.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pointers = out_ptr + (
