@@ -352,11 +352,13 @@ template <Kind kKind>
 void project_amx(const ProjectTile& tile) {
     const DType dtype = tile.source->dtype;
     if (dtype == DType::kBFloat16) {
-        project_tiles<kKind, 1>(tile);  // one term is exact
+        project_tiles<kKind, 1>(tile);  // exact
+    } else if (dtype == DType::kFloat16) {
+        project_tiles<kKind, 2>(tile);  // exact: 16 bits hold the 11 of float16
     } else if (tile.precision == Precision::kMedium) {
         project_tiles<kKind, 1>(tile);
-    } else if (tile.precision == Precision::kHigh || dtype == DType::kFloat16) {
-        project_tiles<kKind, 2>(tile);  // 16 bits: exact for the 11 of float16
+    } else if (tile.precision == Precision::kHigh) {
+        project_tiles<kKind, 2>(tile);
     } else {
         project_tiles<kKind, 3>(tile);
     }
