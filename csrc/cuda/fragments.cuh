@@ -161,10 +161,8 @@ FASTPROJ_DEVICE void split_extreme(std::uint32_t bits, std::uint32_t (&term)[kTe
 #pragma unroll
     for (int t = 0; t < kTerms; ++t) {
         std::uint32_t value = float_bits(rest) >> 16;
-        if (t == kTerms - 1) {
-            const std::uint32_t rounded = round_bf16x2(rest, 0.0f) & 0xffffu;
-            if ((rounded & 0x7fffu) < 0x7f80u) value = rounded;
-        }
+        // Within a bf16 step of the largest float, rounding up would make the sum infinite.
+        if (t == kTerms - 1 && magnitude < 0x7f7f0000u) value = round_bf16x2(rest, 0.0f) & 0xffffu;
         term[t] = value;
         rest -= bits_float(value << 16);
     }

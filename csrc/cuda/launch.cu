@@ -156,8 +156,9 @@ class CudaLauncher {
     void one(const char* what, const Kernel& kernel, int blocks, const Params& params) {
         Params p = params;
         void* arguments[] = {&p};
-        launch(what, kernel, blocks, 1, arguments);
+        launch(what, kernel, blocks, 0, arguments);
     }
+    // cluster 0: a kernel that knows no clusters.
     void launch(const char* what, const Kernel& kernel, int blocks, int cluster, void** arguments) {
         const std::string where = std::string(what) + " (" + std::to_string(blocks) +
                                   " blocks of " + std::to_string(kernel.threads) + " threads, " +
@@ -181,7 +182,7 @@ class CudaLauncher {
         attribute.val.clusterDim.y = 1;
         attribute.val.clusterDim.z = 1;
         config.attrs = &attribute;
-        config.numAttrs = cluster > 1 ? 1 : 0;
+        config.numAttrs = cluster > 0 ? 1 : 0;
         check(cudaLaunchKernelExC(&config, kernel.entry, arguments), "launch of " + where);
     }
 

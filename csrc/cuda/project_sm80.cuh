@@ -123,6 +123,7 @@ struct Feeder80 {
             if (i + 1 < stages) store((i + 1) % C::kStages);
             if (i + 2 < stages) load(i + 2);
         }
+        __syncwarp();
     }
 };
 

@@ -24,7 +24,8 @@ struct Config90 {
     static constexpr int kBlockB = BLOCK_B;
     static constexpr int kTiles = kTileCount;         // 64-column tiles of one consumer
     static constexpr int kColumns = 2 * 64 * kTiles;  // of the block
-    static constexpr int kSubtiles = BLOCK_B < 64 ? 64 / BLOCK_B : 1;  // 64-row tiles in a stage
+    // 64-row tiles in a stage.
+    static constexpr int kSubtiles = BLOCK_B >= 64 ? 1 : kTerms > 1 ? 2 : 64 / BLOCK_B;
     static constexpr int kStageRows = 64 * kSubtiles;
     static constexpr int kUnitStages = kBlockRows / kStageRows;
     static constexpr int kTileBytes = BLOCK_B * 128;
@@ -35,8 +36,8 @@ struct Config90 {
     // counts stages.
     static constexpr bool kUnroll = kKind == Kind::kRademacher;
     static constexpr int kUnitBytes = kStageBytes * kUnitStages;
-    static constexpr int kUnits =
-        kUnitBytes < 96 * 1024 ? 96 * 1024 / kUnitBytes : 1;  // in the ring
+    static constexpr int kUnits =  // in the ring
+        kTerms > 1 || kUnitBytes > 48 * 1024 ? 1 : 96 * 1024 / kUnitBytes;
     static constexpr int kStages = kUnroll ? kUnits * kUnitStages : kTerms == 3 ? 5 : 6;
     static constexpr int kUnrollStages = kUnroll ? kUnitStages : kTerms == 3 ? 2 : 1;
     static constexpr int kTable = kKind == Kind::kGaussian ? kTableSpace : 0;
@@ -51,9 +52,12 @@ struct Config90 {
     // A rolled loop over stages that folds must drain in each: the compiler follows products in
     // flight through straight code only.
     static constexpr bool kFoldStages = kFoldGroups && !kUnroll;
-    // 65536 registers: 128 threads of producers and 256 of consumers.
-    static constexpr int kProducerRegisters = kTerms == 1 ? 80 : 96;
-    static constexpr int kConsumerRegisters = kTerms == 1 ? 216 : 208;
+    // The block starts with 168 registers a thread; what the producers give up the consumers can
+    // have.
+    static constexpr int kProducerRegisters = 88;
+    static constexpr int kConsumerRegisters = 208;
+    static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= kThreads90 * 168,
+                  "the consumers would wait for registers forever");
     static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a block can have");
     static_assert(BLOCK_B % 16 == 0 && kStages >= 2, "tile shape");
 };
@@ -79,7 +83,7 @@ FASTPROJ_DEVICE void produce90(const TensorMap& map, const ProjectParams& p, std
     const int thread = threadIdx.x;  // the producer is warpgroup 0
     Ring<C::kStages> ring;
     if (p.loader == static_cast<std::int32_t>(Loader::kTma)) {
-        if (thread != 0) return;
+        if (thread != 0) return;  // project90 brings the warp together again
         prefetch_tensor_map(&map);
         const int rank = p.cluster == 2 ? static_cast<int>(cluster_rank()) : 0;
         const int share =
@@ -112,7 +116,7 @@ FASTPROJ_DEVICE void produce90(const TensorMap& map, const ProjectParams& p, std
 
     // Through registers. Each piece is loaded again for the next stage as soon as it is stored, so
     // kChunks pieces are always in flight.
-    constexpr int kBatch = C::kTiles == 1 ? 2 : 4;
+    constexpr int kBatch = C::kTiles == 1 || C::kChunks == 2 ? 2 : 4;
     std::uint32_t raw[kBatch][8];
     const int c =
         thread & 7;  // 16-byte piece of the row; piece j is in sample row j * 16 + thread / 8
@@ -180,11 +184,14 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
 #pragma unroll
         for (int m = 0; m < C::kTiles; ++m) {
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) sum[m][i] = 0.0f;
+            for (int i = 0; i < kSums; ++i) acc[m][i] = sum[m][i] = 0.0f;
         }
         auto fold = [&](int m) {
 #pragma unroll
-            for (int i = 0; i < kSums; ++i) sum[m][i] += acc[m][i];
+            for (int i = 0; i < kSums; ++i) {
+                sum[m][i] += acc[m][i];
+                if (!C::kFoldGroups) acc[m][i] = 0.0f;
+            }
         };
         // Waits for both tiles, folds each as soon as it is done.
         auto drain = [&]() {
@@ -248,7 +255,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
 #pragma unroll
                                 for (int k = 0; k < 4; ++k) {
                                     const bool fresh =
-                                        (first || C::kFoldGroups) && t == C::kTerms - 1 && k == 0;
+                                        C::kFoldGroups && t == C::kTerms - 1 && k == 0;
                                     const int offset = t * C::kTermBytes + sub * C::kTileBytes;
                                     wgmma_m64k16<typename C::Op, C::kBlockB>(
                                         acc[m], a[buffer][k],
@@ -289,6 +296,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
                 store_result(p, item.split, b, k, sum[m][i]);
             }
         }
+        __syncwarp();
     }
 }
 
@@ -322,6 +330,7 @@ FASTPROJ_DEVICE void project90(const TensorMap& map, const ProjectParams& p) {
         registers_increase<C::kConsumerRegisters>();
         consume90<C>(p, tiles, full, empty, table, items, gridDim.x, blockIdx.x);
     }
+    __syncwarp();
     // No block may leave while the other still writes to its shared memory.
     if (p.cluster == 2) cluster_sync();
 }

@@ -137,8 +137,9 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
                     } else {
 #pragma unroll
                         for (int q = 0; q < 2; ++q) {
+                            // Opaque: a lookup must not move before the barrier.
                             const Words words = column_words(key, counter0(block) + warp * 2 + q,
-                                                             step * 64 + local);
+                                                             opaque(step * 64 + local));
 #pragma unroll
                             for (int j = 0; j < 4; ++j) {
                                 a[2 * q + (j >> 1)][2 * h + (j & 1)] = transpose_8x8(

@@ -34,6 +34,8 @@ Emulated find_emulated(Variant variant, const KernelKey& key) {
         kernel.threads = threads;
         kernel.shared_bytes = C::kSharedBytes;
         kernel.columns = C::kColumns;
+        kernel.stages = C::kStages;
+        kernel.fold_rows = C::kFoldRows;
     };
 #define CASE90(kind, Name, Op, terms, block_b, tiles)                                  \
     if (variant == Variant::kSm90 && same(key, {kind, Op::kIsBf16, terms, block_b})) { \
@@ -152,8 +154,10 @@ struct EmulatedProject {
     std::int32_t dtype, kind, stream, accumulate, terms, variant, multiprocessors, order, truncate;
 };
 
-// Fills `plan` with: variant, block_b, loader, cluster, splits, batch_chunk.
-int emulated_project(const EmulatedProject* c, std::int64_t* plan_out, char* message, int length) {
+// Fills `plan_out` with: variant, block_b, loader, cluster, splits, batch_chunk, workspace_bytes.
+// Runs the kernels unless `plan_only`.
+int emulated_project(const EmulatedProject* c, std::int64_t* plan_out, int plan_only, char* message,
+                     int length) {
     return guarded(message, length, [&]() {
         ProjectCall call;
         call.grads = c->grads;
@@ -178,18 +182,35 @@ int emulated_project(const EmulatedProject* c, std::int64_t* plan_out, char* mes
         emulator::machine().random.seed(static_cast<unsigned>(c->order));
         emulator::machine().truncate = c->truncate != 0;
         const Plan plan = plan_project(device, call);
-        const std::int64_t facts[6] = {static_cast<std::int64_t>(plan.variant),
+        const std::int64_t facts[7] = {static_cast<std::int64_t>(plan.variant),
                                        plan.key.block_b,
                                        static_cast<std::int64_t>(plan.loader),
                                        plan.cluster,
                                        plan.splits,
-                                       plan.batch_chunk};
+                                       plan.batch_chunk,
+                                       plan.workspace_bytes};
         std::memcpy(plan_out, facts, sizeof facts);
+        if (plan_only != 0) return;
         std::vector<unsigned char> workspace(plan.workspace_bytes, 0xff);
         EmulatedLauncher launcher;
         run_project(launcher, device, call, workspace.data(),
                     static_cast<std::int64_t>(workspace.size()));
     });
+}
+
+// Dynamic shared memory, columns of a block and stages of one instantiation; zeros when there is
+// none.
+void emulated_kernel(int variant, int kind, int bf16, int terms, int block_b, std::int64_t* facts) {
+    Kernel kernel;
+    try {
+        kernel = find_emulated(static_cast<Variant>(variant),
+                               {static_cast<Kind>(kind), bf16 != 0, terms, block_b});
+    } catch (const std::logic_error&) {
+    }
+    facts[0] = kernel.shared_bytes;
+    facts[1] = kernel.columns;
+    facts[2] = kernel.stages;
+    facts[3] = kernel.fold_rows;
 }
 
 struct EmulatedTranspose {

@@ -8,6 +8,9 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,15 +83,19 @@ class Plan:
     cluster: int
     splits: int
     batch_chunk: int
+    workspace_bytes: int
 
 
-def compile_library(source: Path, output: Path, *flags: str) -> None:
-    """Compile `source` for the emulation into the shared library `output`."""
+_library: ContextVar[ctypes.CDLL | None] = ContextVar("library", default=None)
+
+
+def compile_library(root: Path, output: Path) -> None:
+    """Compile the emulation of the source tree `root` into the shared library `output`."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [
         shutil.which("c++") or shutil.which("g++") or "c++"
     ]
-    command = [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-DFASTPROJ_EMULATE"]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{ROOT / 'tests' / 'cuda'}"]
+    command = [*compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-DFASTPROJ_EMULATE"]
+    command += [f"-I{root / 'csrc'}", f"-I{root / 'csrc' / 'cuda'}", f"-I{root / 'tests' / 'cuda'}"]
     command += [
         "-Wall",
         "-Wextra",
@@ -97,9 +104,8 @@ def compile_library(source: Path, output: Path, *flags: str) -> None:
         "-Wno-clobbered",
         "-Wno-psabi",
     ]
-    done = subprocess.run(
-        [*command, *flags, str(source), "-o", str(output)], capture_output=True, text=True
-    )
+    command += [str(root / "tests" / "cuda" / "emulate.cpp"), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise AssertionError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
 
@@ -116,14 +122,33 @@ def library() -> ctypes.CDLL:
     output = folder / f"emulate-{digest}.so"
     if not output.exists():
         partial = folder / f"emulate-{digest}.{os.getpid()}.so"
-        compile_library(here / "emulate.cpp", partial)
+        compile_library(ROOT, partial)
         partial.replace(output)
     return ctypes.CDLL(str(output))
 
 
+@contextmanager
+def changed_source(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
+    """Within the block, calls run a build in which `old` reads `new` in csrc/cuda/`file`."""
+    for part in ("csrc", "tests/cuda"):
+        shutil.copytree(ROOT / part, folder / part)
+    source = folder / "csrc" / "cuda" / file
+    text = source.read_text()
+    assert old in text, f"{file} no longer reads {old!r}"
+    source.write_text(text.replace(old, new))
+    compile_library(folder, folder / "changed.so")
+    token = _library.set(ctypes.CDLL(str(folder / "changed.so")))
+    try:
+        yield
+    finally:
+        _library.reset(token)
+
+
 def _call(function: str, argument: ctypes.Structure, *more: object) -> None:
     message = ctypes.create_string_buffer(4096)
-    code = getattr(library(), function)(ctypes.byref(argument), *more, message, len(message))
+    code = getattr(_library.get() or library(), function)(
+        ctypes.byref(argument), *more, message, len(message)
+    )
     if code != 0:
         raise EmulationError(message.value.decode())
 
@@ -153,16 +178,52 @@ def project(
     dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
     if out is None:
         out = torch.full((grads.shape[0], proj_dim), float("nan"), dtype=dtype)
-    facts = (_int64 * 6)()
     argument = _Project(
         grads.data_ptr(), *grads.shape, *grads.stride(), out.data_ptr(), proj_dim, *out.stride(),
         seed, row_offset, scale, DTYPES[grads.dtype], KINDS[kind], stream, int(accumulate), terms,
         VARIANTS[variant], multiprocessors, order, int(truncate),
     )  # fmt: skip
-    _call("emulated_project", argument, facts)
+    return out, _plan(argument, plan_only=False)
+
+
+def _plan(argument: _Project, *, plan_only: bool) -> Plan:
+    facts = (_int64 * 7)()
+    _call("emulated_project", argument, facts, int(plan_only))
     names = {number: name for name, number in VARIANTS.items()}
-    plan = Plan(names[facts[0]], facts[1], LOADERS[facts[2]], facts[3], facts[4], facts[5])
-    return out, plan
+    return Plan(names[facts[0]], facts[1], LOADERS[facts[2]], *facts[3:])
+
+
+def plan(
+    batch: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    *,
+    kind: str = "rademacher",
+    terms: int = 3,
+    variant: str = "auto",
+    stride_b: int | None = None,
+    stride_p: int = 1,
+    address: int = 256,
+    row_offset: int = 0,
+    multiprocessors: int = 132,
+) -> Plan:
+    """What a call on a device with sm_90a code would use; nothing runs, no memory is needed."""
+    argument = _Project(
+        address, batch, rows, rows if stride_b is None else stride_b, stride_p, 0, cols, cols, 1,
+        0, row_offset, 1.0, DTYPES[dtype], KINDS[kind], 0, 0, terms, VARIANTS[variant],
+        multiprocessors, 0, 1,
+    )  # fmt: skip
+    return _plan(argument, plan_only=True)
+
+
+def kernel_facts(variant: str, kind: str, operand: str, terms: int, block_b: int) -> dict[str, int]:
+    """Dynamic shared memory, columns, stages and rows per fold of one instantiation."""
+    facts = (_int64 * 4)()
+    library().emulated_kernel(
+        VARIANTS[variant], KINDS[kind], int(operand == "bf16"), terms, block_b, facts
+    )
+    return dict(zip(("shared", "columns", "stages", "fold"), facts, strict=True))
 
 
 def project_transpose(

@@ -8,7 +8,9 @@
 // deadlock.
 #pragma once
 
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -33,6 +35,58 @@
 #define gridDim (::emulator::grid_size())
 
 namespace emulator {
+
+// Switching between fibers. On x86-64 by hand: ucontext costs two system calls a switch.
+#if defined(__x86_64__)
+struct Context {
+    void* stack_pointer = nullptr;
+};
+extern "C" void fastproj_emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.globl fastproj_emulator_switch
+.hidden fastproj_emulator_switch
+.type fastproj_emulator_switch, @function
+fastproj_emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size fastproj_emulator_switch, . - fastproj_emulator_switch
+)");
+inline void switch_context(Context& from, Context& to) {
+    fastproj_emulator_switch(&from.stack_pointer, to.stack_pointer);
+}
+inline void make_context(Context& context, std::vector<char>& stack, void (*entry)()) {
+    auto top = reinterpret_cast<std::uintptr_t>(stack.data() + stack.size()) & ~std::uintptr_t{15};
+    void** slot = reinterpret_cast<void**>(top);
+    *--slot = nullptr;  // where `entry` would return to
+    *--slot = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--slot = nullptr;  // the saved registers
+    context.stack_pointer = slot;
+}
+#else
+using Context = ucontext_t;
+inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+inline void make_context(Context& context, std::vector<char>& stack, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack.data();
+    context.uc_stack.ss_size = stack.size();
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+}
+#endif
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
 
@@ -63,7 +117,7 @@ struct Copy {  // one cp.async of one thread
 };
 
 struct Fiber {
-    ucontext_t context;
+    Context context;
     std::vector<char> stack;
     int block = 0;   // within the cluster
     int thread = 0;  // within the block
@@ -101,7 +155,7 @@ struct Machine {
     std::vector<Transfer> transfers;
     int at_cluster_sync = 0;
     int current = -1;
-    ucontext_t scheduler;
+    Context scheduler;
     Index grid;
     std::function<void()> body;
     bool truncate = true;  // tensor cores cut their sums
@@ -120,7 +174,7 @@ inline Index grid_size() { return machine().grid; }
 inline void switch_out() {
     Machine& m = machine();
     Fiber& f = fiber();
-    swapcontext(&f.context, &m.scheduler);
+    switch_context(f.context, m.scheduler);
 }
 inline void block_here(const char* where) {
     fiber().state = Fiber::kBlocked;
@@ -183,11 +237,7 @@ inline void launch(int grid, int cluster, int threads, int shared_bytes,
                 f->stack.resize(128 * 1024);
                 f->block = b;
                 f->thread = t;
-                getcontext(&f->context);
-                f->context.uc_stack.ss_sp = f->stack.data();
-                f->context.uc_stack.ss_size = f->stack.size();
-                f->context.uc_link = nullptr;
-                makecontext(&f->context, fiber_main, 0);
+                make_context(f->context, f->stack, fiber_main);
                 m.ready.push_back(static_cast<int>(m.fibers.size()));
                 m.fibers.push_back(std::move(f));
             }
@@ -217,7 +267,7 @@ inline void launch(int grid, int cluster, int threads, int shared_bytes,
             std::swap(m.ready[pick], m.ready.back());
             m.current = m.ready.back();
             m.ready.pop_back();
-            swapcontext(&m.scheduler, &fiber().context);
+            switch_context(m.scheduler, fiber().context);
             Fiber& f = fiber();
             if (f.state == Fiber::kDone) {
                 if (!f.error.empty()) {
@@ -297,20 +347,25 @@ inline void arrive(int in_block, std::uint32_t address) {
 
 // ---------------------------------------------------------------------------------- numbers
 
-inline float value_of(std::uint32_t bits, bool bf16) {
-    bits &= 0xffff;
-    float r;
-    if (bf16) {
-        const std::uint32_t wide = bits << 16;
-        std::memcpy(&r, &wide, 4);
-        return r;
-    }
-    const std::uint32_t sign = bits >> 15, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-    double x = exponent == 0    ? std::ldexp(static_cast<double>(fraction), -24)
-               : exponent == 31 ? (fraction ? std::nan("") : INFINITY)
-                                : std::ldexp(1024.0 + fraction, static_cast<int>(exponent) - 25);
-    return static_cast<float>(sign ? -x : x);
+// All values of a 16-bit type.
+inline const float* values(bool bf16) {
+    static const auto tables = []() {
+        std::vector<float> table(2 << 16);
+        for (std::uint32_t bits = 0; bits < 1u << 16; ++bits) {
+            const std::uint32_t wide = bits << 16;
+            std::memcpy(&table[bits], &wide, 4);
+            const std::uint32_t exponent = (bits >> 10) & 31, fraction = bits & 1023;
+            const double size =
+                exponent == 0    ? std::ldexp(fraction, -24)
+                : exponent == 31 ? (fraction ? std::nan("") : INFINITY)
+                                 : std::ldexp(1024.0 + fraction, static_cast<int>(exponent) - 25);
+            table[(1 << 16) + bits] = static_cast<float>(bits >> 15 ? -size : size);
+        }
+        return table;
+    }();
+    return tables.data() + (bf16 ? 0 : 1 << 16);
 }
+inline float value_of(std::uint32_t bits, bool bf16) { return values(bf16)[bits & 0xffff]; }
 // Tensor cores add exactly aligned products and cut the sum to fp32.
 inline float tensor_add(double sum) {
     float r = static_cast<float>(sum);
@@ -476,6 +531,10 @@ inline void __syncthreads() {
             emulator::wake(static_cast<int>(i));
         }
     }
+}
+
+inline void __syncwarp() {
+    emulator::warp_wide("__syncwarp", nullptr, [](void**) {});
 }
 
 // Section 9.7.14.5.15 (ldmatrix): lane l names row l % 8 of matrix l / 8, and gets elements 2 (l %
