@@ -144,8 +144,6 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
 
     values, vectors = torch.linalg.eigh(shifted)  # ascending
     kept = values > values[-1] * gram.eps * k
-    if gram.n < k and lam == 0:
-        kept[: k - gram.n] = False  # at most n eigenvalues of n features differ from zero
     rank = int(kept.sum())
     scaled = vectors[:, kept] / values[kept].sqrt()
     condition = float(values[-1] / values[kept][0]) if rank == k else math.inf

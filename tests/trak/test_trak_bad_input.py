@@ -234,6 +234,26 @@ def test_features_that_are_not_finite_name_their_samples(traker, train):
     assert traker.saver.index(0).done.all()
 
 
+def test_gradients_that_are_not_finite_though_the_output_is(tmp_path, train):
+    class Root(nn.Module):
+        """The output of the square root is 0 at 0; its slope is infinite."""
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(25, 4)
+
+        def forward(self, x):
+            return (self.fc(x.flatten(1)) - self.fc.bias).abs().sqrt()
+
+    images = train[0].clone()
+    images[7] = 0
+    traker = cases.make(model := Root(), tmp_path, N)
+    traker.load_checkpoint(model.state_dict(), 0)
+    with pytest.raises(ValueError, match="features of sample 7 are not finite"):
+        traker.featurize((images, train[1]), num_samples=N)
+    assert not shards(traker.save_dir)
+
+
 def test_other_data_for_a_featurized_sample_is_noticed_once(traker, train):
     traker.featurize(train, num_samples=N)
     before = traker.saver.matrix(0)

@@ -17,7 +17,8 @@ import pytest
 def run():
     """Runs ``killed_run.main`` in a process of its own; returns its exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastproj.trak"])  # imports torch once for all lives
+    # Imports torch, and what torch.func imports at its first use, once for all lives.
+    context.set_forkserver_preload(["fastproj.trak", "torch._dynamo"])
 
     def start(*arguments):
         process = context.Process(target=killed_run.main, args=arguments)

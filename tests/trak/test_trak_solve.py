@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastproj.trak import ScoreComputer, SingularXtXWarning
 from fastproj.trak import solve as module
@@ -124,12 +125,28 @@ def test_gram_of_blocks(monkeypatch, exact):
     assert result.eps == (2.0**-52 if exact else 2.0**-23)
 
 
+class PrecisionOfProducts(TorchFunctionMode):
+    """Notes the matmul precision in force at each matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul):
+            self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
 def test_products_ignore_a_lowered_matmul_precision():
     phi, weights = features(64, 32).float(), features(16, 32, seed=1).float()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        out = ScoreComputer().scores(phi, weights)
+        with PrecisionOfProducts() as noted:
+            out = ScoreComputer().scores(phi, weights)
+            ScoreComputer().gram([phi], 32, 64)
+        assert noted.seen == ["highest", "highest"]
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
