@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from bounds import assert_keeps_inner_products, correlation, score_tail
+from bounds import assert_keeps_inner_products, correlation, exact_scores
 from dense import integers, normals, stored
 from packages import load
 from torch import Tensor, nn
@@ -321,16 +321,9 @@ def test_trak_scores_agree_with_the_originals(theirs: ModuleType, tmp_path: Path
     size = parameters(model)
     train = gradients(model, tmp_path / "train", samples(N, 1))
     targets = gradients(model, tmp_path / "targets", samples(M, 2))
-    h = train.T @ train
-    lam = 4 * torch.linalg.matrix_norm(h, 2)
-    inverse = torch.linalg.inv(h + lam * torch.eye(size, dtype=torch.float64))
-    x, z = targets @ inverse, train @ inverse
-    s = train @ inverse @ targets.T  # [N, M]
-    centred = (s - s.mean()).square().sum()
-    c2 = float(lam**2 * x.square().sum() * z.square().sum() / centred)
-    # Both within an angle of 0.158 of the exact scores: 0.316 between them, its cosine 0.95.
-    assert 2 * score_tail(c2, k, sine=0.157) < 1e-5
-    lambda_reg = float(lam * k / size)  # TRAK's features are unscaled, its gradients over sqrt(P)
+    s, lam, failure = exact_scores(train, targets, 4, k)
+    assert failure < 1e-5
+    lambda_reg = lam * k / size  # TRAK's features are unscaled, its gradients over sqrt(P)
     options = {"proj_dim": k, "lambda_reg": lambda_reg}
     original, a = run_trak(tmp_path / "a", model, **options)
     assert type(original.projector) is theirs.BasicProjector
