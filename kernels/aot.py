@@ -8,7 +8,6 @@ R. Those are counts in the compiled code, not timings.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import tempfile
@@ -149,7 +148,7 @@ def compile_case(case: Case, arch: str) -> tuple[Any, dict[str, Any], int]:
         if name in pointers
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, **config.OPTIONS}
     return triton.compile(source, target=target(arch), options=options), constants, warps
 
 
@@ -235,11 +234,10 @@ def inspect_nvidia(case: Case, arch: str) -> Report:
         if case.operation == "project":
             entries = constants["BLOCK_K"] * constants["STEP_ROWS"] / (32 * warps)
             per_entry = sum(_weights(code, first, last)) / entries
+            register_operand = _in_registers(compiled.asm["ttgir"], constants)
             if matrix == "HGMMA":
                 operands = [re.search(r"HGMMA\S* R\d+, R\d+", x) for x in body if "HGMMA" in x]
-                register_operand = all(operands)
-            elif matrix == "HMMA" and case.dtype != "float32":
-                register_operand = not any(opcode(x) in ("STS", "STSM") for x in body)
+                register_operand = register_operand and all(operands)
     return Report(
         case,
         arch,
@@ -256,6 +254,16 @@ def inspect_nvidia(case: Case, arch: str) -> Report:
         sum("WARPGROUP.DEPBAR" in line for line in body),
         sum("WARPGROUP.ARRIVE" in line for line in body),
     )
+
+
+def _in_registers(ttgir: str, constants: dict[str, Any]) -> bool:
+    """Whether no tile of R, and no words for one, change layout or go to shared memory in a loop.
+
+    That a tile is R's shows in its first dimension, so this needs BLOCK_B != BLOCK_K.
+    """
+    loop = ttgir[ttgir.index("scf.for") : ttgir.rindex("scf.yield")]
+    moves = re.findall(r"ttg\.(?:convert_layout|local_alloc|local_store) .*", loop)
+    return not any(f"tensor<{constants['BLOCK_K']}x" in move for move in moves)
 
 
 _TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS")
@@ -340,7 +348,6 @@ def main() -> None:
     parser.add_argument("--loop", action="store_true", help="print the opcodes of each main loop")
     parser.add_argument("--output", type=Path, help="write a Markdown file instead of printing")
     options = parser.parse_args()
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     reports = []
     for case in cases():
         if options.only in str(case):

@@ -14,6 +14,9 @@ from dataclasses import dataclass, fields, replace
 
 ENVIRONMENT = "FASTPROJ_TRITON_CONFIG"
 
+# Triton's default is about to change; nothing here depends on it beyond the last bit of a scale.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -24,6 +27,11 @@ class Config:
     STEP_ROWS: int  # rows of R in one loop iteration
     num_warps: int
     num_stages: int  # loop iterations for which tiles of G are on their way
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1 or (name != "num_stages" and value & (value - 1)):
+                raise ValueError(f"Config: received {name}={value}; expected a power of two")
 
     def __str__(self) -> str:
         return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
@@ -92,7 +100,9 @@ def _choose(
     unit: str, dtype: str, kind: str, terms: int, bucket: int, K: int, direct: bool
 ) -> Config:
     if dtype == "float64":  # sums of products in registers: few entries at a time
-        return Config(2, 64, 128, 4, 2) if kind == "gaussian" else Config(2, 64, 256, 8, 2)
+        if kind == "gaussian":
+            return Config(2, 64, 128, 4, 2)
+        return Config(2, 64, 256, 8 if unit == "wgmma" else 4, 2)
     narrow = 64 if K <= 64 else 128
     if kind == "gaussian":
         # Making entries is the limit: the widest batch that two accumulators leave room for.

@@ -187,6 +187,7 @@ def _project_part(
                 NUM_WARPS=chosen.num_warps,
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
+                **config.OPTIONS,
             )
         reduce_kernel[(-(-K // REDUCE_BLOCK), B)](
             workspace,
@@ -201,6 +202,7 @@ def _project_part(
             ACCUMULATE=accumulate,
             BLOCK=REDUCE_BLOCK,
             num_warps=4,
+            **config.OPTIONS,
         )
         accumulate = True
 
@@ -242,6 +244,7 @@ def project_transpose(
                 NUM_WARPS=num_warps,
                 num_warps=num_warps,
                 num_stages=2,
+                **config.OPTIONS,
             )
 
 
@@ -273,4 +276,5 @@ def matrix(out: Tensor, key: MatrixKey, row_offset: int, col_offset: int) -> Non
                     BLOCK_K=block_k,
                     NUM_WARPS=num_warps,
                     num_warps=num_warps,
+                    **config.OPTIONS,
                 )

@@ -75,6 +75,8 @@ def split_panels(count: int, columns: int, multiprocessors: int, slots: int) -> 
     """Panels to a split, and how many splits."""
     column_tiles = -(-columns // 256)
     wanted = max(1, TILES_PER_MULTIPROCESSOR * multiprocessors // column_tiles)
+    if slots >= 16:  # leave room for the partial panels at both ends, or they take a group
+        slots -= 2
     splits = min(wanted, slots, -(-count // MIN_PANELS_PER_SPLIT))
     per_split = -(-count // splits)
     return per_split, -(-count // per_split)

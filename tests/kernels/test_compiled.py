@@ -1,0 +1,64 @@
+"""Compiled without a GPU: registers, spills, matrix instructions, and where R lives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import triton
+
+from fastproj.kernels import aot
+from fastproj.kernels.aot import Case, Report
+
+RESOURCES = Path(aot.__file__).parent / "RESOURCES.md"
+UNITS = {"sm_80": "mma", "sm_90": "wgmma", "gfx942": "mfma"}
+
+# case, architecture, most instructions for an entry of R
+ESSENTIAL = [
+    (Case("project", B=16), "sm_90", 1.95),
+    (Case("project", B=64), "sm_90", 2.35),
+    (Case("project", dtype="float32", terms=3), "sm_90", 5.0),
+    (Case("project", "gaussian"), "sm_90", 13.5),
+    (Case("project", B=16), "sm_80", 1.85),
+    (Case("project", dtype="float32", terms=3), "sm_80", 6.0),
+    (Case("transpose"), "sm_80", None),
+    (Case("project"), "gfx942", None),
+]
+
+
+def check(report: Report) -> None:
+    case = report.case
+    assert report.registers <= (512 if report.arch.startswith("gfx") else 255)
+    assert report.spills_in_loop == 0
+    if case.operation in ("project", "transpose") and case.dtype != "float64":
+        assert report.matrix_instruction == UNITS[report.arch]
+    if case.operation != "project" or case.dtype == "float64":
+        return
+    if report.arch != "gfx942":
+        assert report.register_operand
+    if report.arch == "sm_90":
+        # As many waits as products: were wgmma serialised, each instruction would have its own.
+        assert report.waits == report.groups
+        assert report.loop["HGMMA"] >= 4 * report.waits
+        assert report.loop.get("STS", 0) == 0 or case.kind == "gaussian" or case.dtype == "float32"
+    if case.aligned == 16 and not case.masked and report.arch.startswith("sm_"):
+        assert report.loop["LDGSTS"] > 0  # G goes to shared memory by itself
+
+
+@pytest.mark.parametrize(("case", "arch", "most"), ESSENTIAL, ids=str)
+def test_compiled(case: Case, arch: str, most: float | None) -> None:
+    report = aot.inspect(case, arch)
+    check(report)
+    if most is not None:
+        assert report.per_entry is not None
+        assert report.per_entry <= most
+    table = RESOURCES.read_text()
+    if f"Triton\n{triton.__version__}," in table:  # a row is of the version that made it
+        assert aot.markdown([report]).splitlines()[-1] in table.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", UNITS)
+@pytest.mark.parametrize("case", aot.cases(), ids=str)
+def test_all_compiled(case: Case, arch: str) -> None:
+    check(aot.inspect(case, arch))

@@ -1,0 +1,122 @@
+"""Plans and configurations: no Triton, no GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastproj.kernels import config, plan
+from fastproj.kernels.config import Config
+
+KINDS = ["rademacher", "gaussian"]
+
+
+def covered(launch: plan.Launch, size: int, row: int) -> list[tuple[int, int]]:
+    """Rows of R (start, stop) that each panel of a launch takes from its piece."""
+    panels = [launch.panel + i * launch.step for i in range(launch.count)]
+    spans = [(panel * plan.PANEL, (panel + 1) * plan.PANEL) for panel in panels]
+    if not launch.masked:
+        assert all(row <= start and stop <= row + size for start, stop in spans)
+    return [(max(start, row), min(stop, row + size)) for start, stop in spans]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 30_000), min_size=1, max_size=5),
+    row_offset=st.one_of(st.integers(0, 2000), st.integers(-3000, 0).map(lambda d: (32 << 32) + d)),
+    columns=st.integers(1, 32768),
+    kind=st.sampled_from(KINDS),
+    multiprocessors=st.integers(1, 200),
+)
+def test_every_row_once(
+    sizes: list[int], row_offset: int, columns: int, kind: str, multiprocessors: int
+) -> None:
+    groups = plan.plan(sizes, row_offset, columns, kind, multiprocessors, 4)
+    starts = [row_offset + before for before in itertools.accumulate(sizes, initial=0)]
+    spans: list[tuple[int, int]] = []
+    for group in groups:
+        slots: list[int] = []
+        for launch in group:
+            row = starts[launch.piece]
+            assert launch.origin == launch.panel * plan.PANEL - row
+            spans += covered(launch, sizes[launch.piece], row)
+            assert (launch.splits - 1) * launch.per_split < launch.count
+            assert launch.count <= launch.splits * launch.per_split
+            slots += range(launch.slot, launch.slot + launch.splits)
+            last = (launch.panel + (launch.count - 1) * launch.step) * plan.PANEL
+            first_counter = plan.Counter.at(kind, launch.panel * plan.PANEL)
+            assert plan.Counter.at(kind, last + plan.PANEL - 1).tag == first_counter.tag
+        assert slots == list(range(len(slots)))
+        padded = -(-columns // 256) * 256
+        assert max(len(slots), 1) * plan.MAX_BATCH * padded * 4 <= plan.WORKSPACE_BYTES
+    spans = sorted(span for span in spans if span[0] < span[1])
+    whole = [(a, b) for a, b in itertools.pairwise(starts) if a < b]
+    # What the pieces' spans join up to is the pieces themselves, with nothing twice.
+    assert sum(stop - start for start, stop in spans) == sum(sizes)
+    for (_, stop), (start, _) in itertools.pairwise(spans):
+        assert stop <= start
+    if whole:
+        assert (spans[0][0], spans[-1][1]) == (whole[0][0], whole[-1][1])
+
+
+def test_large_problems_fill_the_chip() -> None:
+    for columns in (512, 4096, 32768):
+        groups = plan.plan([10**8 + 1], 5, columns, "rademacher", 132, 4)
+        assert len(groups) == 1 or columns > 8192
+        tiles = groups[0][0].splits * -(-columns // 256)
+        assert tiles >= 2.5 * 132
+
+
+def test_counter() -> None:
+    row = 8589934595 * 512 + 17
+    counter = plan.Counter.at("rademacher", row)
+    assert counter.block & 0xFFFFFFFF == 8589934595 & 0xFFFFFFFF
+    assert counter.tag == (8589934595 >> 32) << 8
+    assert plan.Counter.at("gaussian", row).tag == (row // 32 >> 32) << 8 | 1 << 2
+    assert plan.signed32(0x80008000) == 0x80008000 - (1 << 32)
+
+
+DTYPES = [
+    ("float32", 1),
+    ("float32", 2),
+    ("float32", 3),
+    ("bfloat16", 1),
+    ("float16", 1),
+    ("float64", 1),
+]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_configurations(arch: str, kind: str) -> None:
+    """What the kernels rely on, for every shape; rows of a batch meet in one workspace."""
+    for (dtype, terms), B, K in itertools.product(
+        DTYPES, (1, 16, 17, 33, 64, 65, 500), (1, 64, 65, 128, 129, 4096)
+    ):
+        direct, indirect = (
+            config.choose(arch, dtype, kind, terms, B, K, direct) for direct in (True, False)
+        )
+        for chosen in (direct, indirect):
+            assert chosen.STEP_ROWS in ((128,) if kind == "gaussian" else (256, 512))
+            assert chosen.BLOCK_K % (16 * chosen.num_warps) == 0 or kind == "rademacher"
+            assert 256 % chosen.BLOCK_K == 0
+            assert chosen.BLOCK_B >= 2
+            assert chosen.BLOCK_B <= plan.MAX_BATCH
+        assert direct.BLOCK_B == indirect.BLOCK_B
+
+
+def test_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = config.choose("sm_90", "bfloat16", "rademacher", 1, 64, 4096)
+    assert free == Config(64, 256, 256, 8, 2)
+    assert str(free) == "BLOCK_B=64,BLOCK_K=256,STEP_ROWS=256,num_warps=8,num_stages=2"
+    monkeypatch.setenv(config.ENVIRONMENT, "BLOCK_K=128, num_warps=4")
+    pinned = config.choose("sm_90", "bfloat16", "rademacher", 1, 64, 4096)
+    assert pinned == Config(64, 128, 256, 4, 2)
+    with config.pin(num_stages=3):
+        assert config.choose("sm_90", "bfloat16", "rademacher", 1, 64, 4096).num_stages == 3
+    with pytest.raises(ValueError, match="'BLOCK_Q=1'; expected name=integer with a name of BLOCK"):
+        config.parse("BLOCK_Q=1")
+    with pytest.raises(ValueError, match=r"BLOCK_K=100.*expected"), config.pin(BLOCK_K=100):
+        config.choose("sm_90", "bfloat16", "rademacher", 1, 64, 4096)
