@@ -239,7 +239,19 @@ std::vector<Gpu> list_gpus(std::string& problem) {
     problem.clear();
     if (code != cudaSuccess || count == 0) {
         cudaGetLastError();
-        problem = code == cudaSuccess ? "no GPU" : cudaGetErrorString(code);
+        int driver = 0;
+        if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+        auto release = [](int version) {
+            return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+        };
+        if (code == cudaErrorInsufficientDriver && driver != 0) {
+            problem = "the driver is for CUDA " + release(driver) + ", this module for " +
+                      release(CUDART_VERSION);
+        } else if (driver == 0) {
+            problem = "no NVIDIA driver";
+        } else {
+            problem = code == cudaSuccess ? "no GPU" : cudaGetErrorString(code);
+        }
         return gpus;
     }
     for (int device = 0; device < count; ++device) gpus.push_back(gpu_at(device));

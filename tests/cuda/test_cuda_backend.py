@@ -1,0 +1,65 @@
+"""The CUDA adapter on any machine: what it says without a GPU, and its plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastproj.backends import cuda
+
+BUILT = not isinstance(cuda._extension(), str)
+needs_module = pytest.mark.skipif(not BUILT, reason=f"fastproj._cuda: {cuda._extension()}")
+
+
+def test_reason_is_one_line_with_a_fix():
+    reason = cuda.unavailable()
+    if reason is None:
+        assert torch.cuda.is_available()
+    else:
+        assert "\n" not in reason
+        assert "install" in reason
+
+
+def test_takes_cuda_tensors_only():
+    assert cuda.unsupported("cuda", torch.bfloat16, "gaussian") is None
+    assert "cpu" in str(cuda.unsupported("cpu", torch.float32, "rademacher"))
+
+
+def test_variant_is_checked(monkeypatch):
+    monkeypatch.setenv(cuda.VARIANT_VARIABLE, "sm75")
+    with pytest.raises(ValueError, match="received 'sm75'; expected one of auto, simple"):
+        cuda._variant()
+    with cuda.force_variant("sm80"):
+        assert cuda._variant() == "sm80"
+    with pytest.raises(ValueError, match="received 'fast'"), cuda.force_variant("fast"):
+        pass
+
+
+@needs_module
+def test_module_reports_no_gpu_where_there_is_none():
+    gpus, problem = cuda._module().gpus()
+    assert bool(gpus) != bool(problem)
+    assert "CUDA" in cuda.describe()["built with"]
+
+
+@needs_module
+def test_calls_without_a_gpu_name_the_failing_one():
+    if cuda._module().gpus()[0]:
+        return
+    with pytest.raises(RuntimeError, match="cudaGetDeviceProperties"):
+        cuda._module().matrix(0, 0, 0, 0, 1, 1, 1, 1, (0, 0, 0), 0, 0)
+
+
+@needs_module
+def test_plan_is_printable_and_depends_on_arch():
+    hopper = cuda.plan(64, 10**7, 4096, torch.bfloat16)
+    ampere = cuda.plan(64, 10**7, 4096, torch.bfloat16, arch=80, multiprocessors=108)
+    odd = cuda.plan(64, 10**7 + 1, 4096, torch.bfloat16, aligned=False)
+    assert (hopper["variant"], hopper["loader"], hopper["cluster"]) == ("sm90", "tma", "2")
+    assert (ampere["variant"], ampere["loader"]) == ("sm80", "cp.async")
+    assert odd["loader"].startswith("registers")
+    assert hopper == cuda.plan(64, 10**7, 4096, torch.bfloat16)
+    assert int(hopper["workspace bytes"]) <= 48 << 20
+    assert cuda.plan(4, 100, 10, torch.float64)["variant"] == "simple"
+    for precision, terms in (("highest", "3"), ("high", "2"), ("medium", "1")):
+        assert cuda.plan(8, 10**6, 512, torch.float32, precision=precision)["terms"] == terms
