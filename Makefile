@@ -19,12 +19,13 @@ CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu c
     csrc/cuda/*.cpp tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all sanitize bench gpu format clean
+.PHONY: help demo test lint unit test-all compat sanitize bench gpu format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
 	@echo "make test      lint, types, format and the essential tests (what CI runs)"
 	@echo "make test-all  the same plus the slow and packaging tests on every Python found"
+	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
 	@echo "make gpu       tests that need a CUDA GPU"
@@ -73,6 +74,18 @@ unit: $(VENV)/.test
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+# Many packages that nothing else here needs: they stay out of $(VENV). Two go without their dependencies, see pyproject.toml.
+COMPAT_VENV ?= .venv-compat
+compat:
+	$(MAKE) VENV=$(COMPAT_VENV) $(COMPAT_VENV)/.compat
+	$(COMPAT_VENV)/bin/python -m pytest -m "not gpu" tests/compat $(PYTEST_ARGS)
+
+$(VENV)/.compat: $(VENV)/.test
+	@echo "== installing the packages that fastproj.compat stands in for into $(VENV)"
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,compat-test]"
+	@$(PIP) install -q -c constraints.txt --no-deps quanda captum bergson bitsandbytes
+	@touch $@
 
 # The sanitized package lies in its own folder and shadows the installed one. The interpreter itself is not
 # instrumented, so its allocations at exit are no leaks of ours.

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from dense import integers
+from packages import load
 
 from fastproj import compat
 from fastproj.compat import __main__ as command
@@ -151,6 +152,28 @@ def test_enable_lets_the_variable_work_alone(
     capsys.readouterr()
     assert command.main(["--path"]) == 0
     assert capsys.readouterr().out == compat.FAST_JL_PATH + "\n"
+
+
+def test_the_command_runs_a_module_with_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    projectors = load("trak.projectors")
+    (tmp_path / "a_module.py").write_text(
+        "import sys, fast_jl\n"
+        "from trak.projectors import BasicProjector\n"
+        "print(__name__, sys.argv[1:], fast_jl.__file__, BasicProjector.__module__)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setenv(compat.ENVIRONMENT, "0")
+    before = projectors.BasicProjector
+    arguments = ["--shadow", "--patch", "trak", "--", "-m", "a_module", "--x"]
+    assert command.main(arguments) == 0
+    file = Path(compat.FAST_JL_PATH) / "fast_jl.py"
+    assert capsys.readouterr().out == f"__main__ ['--x'] {file} fastproj.compat.trak\n"
+    assert os.environ[compat.ENVIRONMENT] == "1"  # for the processes that it starts
+    assert projectors.BasicProjector is not before
 
 
 def test_the_command_without_a_program_says_how(capsys: pytest.CaptureFixture[str]) -> None:
