@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from fastproj.trak.estimator import TRAKer
-from fastproj.trak.gradients import (
-    AbstractGradientComputer,
-    FunctionalGradientComputer,
-    IterativeGradientComputer,
-)
-from fastproj.trak.metrics import LDS, lds, noise_ceiling
-from fastproj.trak.solve import ScoreComputer, SingularXtXWarning
-from fastproj.trak.store import (
-    NotReadyError,
-    Store,
-    StoreCorruptError,
-    StoreError,
-    StoreMismatchError,
-)
-from fastproj.trak.tasks import AbstractModelOutput, ImageClassificationModelOutput
+try:
+    from fastproj.trak.estimator import TRAKer
+    from fastproj.trak.gradients import (
+        AbstractGradientComputer,
+        FunctionalGradientComputer,
+        IterativeGradientComputer,
+    )
+    from fastproj.trak.metrics import LDS, lds, noise_ceiling
+    from fastproj.trak.solve import ScoreComputer, SingularXtXWarning
+    from fastproj.trak.store import (
+        NotReadyError,
+        Store,
+        StoreCorruptError,
+        StoreError,
+        StoreMismatchError,
+    )
+    from fastproj.trak.tasks import AbstractModelOutput, ImageClassificationModelOutput
+except ModuleNotFoundError as error:
+    missing = (error.name or "").partition(".")[0]
+    if missing not in ("safetensors", "tqdm"):
+        raise
+    raise ModuleNotFoundError(
+        f"fastproj.trak needs {missing}: pip install 'fastproj[trak]'", name=missing
+    ) from error
 
 __all__ = [
     "LDS",

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import logging
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -360,8 +359,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = options.pop("out")
     settings = Settings(**options)
     check(parser, settings)
-    # A terminal's Ctrl-C and a scheduler's TERM end the run the same way.
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         run(settings, out)
     except KeyboardInterrupt:
@@ -373,8 +370,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (StoreError, OSError) as error:
         print(f"fastproj demo: {error}", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 

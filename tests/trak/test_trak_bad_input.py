@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -66,8 +69,17 @@ def test_constructor(tmp_path, model, options, kind, message):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_named(tmp_path, model):
+@pytest.mark.parametrize("package", ["safetensors", "tqdm"])
+def test_a_missing_package_is_named(package):
+    code = f"import sys; sys.modules[{package!r}] = None; import fastproj; fastproj.TRAKer"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.strip().endswith(
+        f"fastproj.trak needs {package}: pip install 'fastproj[trak]'"
+    )
+
+
+def test_a_missing_gpu_is_named(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match='no CUDA GPU; expected device="cpu"'):
         cases.make(model, tmp_path, N, device="cuda:0")
 
