@@ -97,7 +97,10 @@ def check_scale(function: str, scale: object, proj_dim: int) -> float:
             )
         return 1.0 / math.sqrt(proj_dim)
     if isinstance(scale, (int, float)) and not isinstance(scale, bool):
-        factor = scale * 1.0
+        try:
+            factor = scale * 1.0
+        except OverflowError:
+            factor = math.inf
     elif isinstance(scale, SupportsFloat) and not isinstance(scale, (bool, Tensor)):
         factor = float(scale)
     else:
@@ -111,6 +114,24 @@ def signed_seed(function: str, seed: SupportsIndex) -> int:
     """``seed`` checked, as the int64 with the same 64 bits (op schemas know only int64)."""
     seed = check_integer(function, "seed", seed, 0, MAX_SEED)
     return seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
+
+
+def check_device(function: str, device: torch.device | str) -> torch.device:
+    """``device`` as a torch.device that exists here. Raises TypeError or ValueError."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(
+            f"{function}: received device={device!r}; expected a torch.device or its name"
+        )
+    try:
+        place = torch.device(device)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch finds no GPU")
+    except RuntimeError as error:
+        raise ValueError(
+            f"{function}: received device={str(device)!r} ({str(error).splitlines()[0]}); expected "
+            'a device of this machine, such as "cpu"'
+        ) from error
+    return place
 
 
 def check_rows(function: str, name: str, rows: Rows, limit: int) -> tuple[int, int]:
@@ -144,6 +165,11 @@ def check_input(function: str, name: str, t: object) -> Tensor:
             f"{function}: received {name} {describe(t)}; expected float32, bfloat16, float16 or "
             f"float64 (convert with {name}.float() if that is what you mean)"
         )
+    if t.is_nested:
+        raise TypeError(
+            f"{function}: received {name}, a nested {_name(t.dtype)} tensor; expected a strided "
+            f"tensor (torch.nested.to_padded_tensor({name}, 0.0) makes one)"
+        )
     if t.layout is not torch.strided:
         raise TypeError(
             f"{function}: received {name} {describe(t)}; expected a strided tensor "
@@ -152,18 +178,10 @@ def check_input(function: str, name: str, t: object) -> Tensor:
     return t
 
 
-def _views(t: Tensor) -> list[Tensor]:
-    """``t`` [B, ...] as [B, p_i] views whose columns, in order, are those of t.flatten(1).
-
-    Views wherever MAX_VIEWS of them suffice; a layout that would need more is copied.
-    """
-    batch = t.shape[0]
-    if t.dim() == 1:
-        return [t.unsqueeze(1)]
-    if t.dim() == 2:
-        return [t]
-    if t.is_contiguous():
-        return [t.flatten(1)]
+def _outer(t: Tensor) -> tuple[int, ...]:
+    """The dimensions of ``t`` [B, ...] after the first that can't be flattened into one view."""
+    if t.dim() <= 2 or t.is_contiguous():
+        return ()
     # Dimension d runs on into d + 1 when its stride is that of the whole inner part.
     shape, stride = t.shape, t.stride()
     split, inner = t.dim() - 1, t.dim() - 1
@@ -173,9 +191,21 @@ def _views(t: Tensor) -> list[Tensor]:
         if shape[d] != 1:
             inner = d
         split = d
-    outer = shape[1:split]
+    return tuple(shape[1:split])
+
+
+def _views(t: Tensor) -> list[Tensor]:
+    """``t`` [B, ...] as [B, p_i] views whose columns, in order, are those of t.flatten(1).
+
+    Views wherever MAX_VIEWS of them suffice; a layout that would need more is copied.
+    """
+    if t.dim() == 1:
+        return [t.unsqueeze(1)]
+    if t.dim() == 2:
+        return [t]
+    outer = _outer(t)
     if math.prod(outer) > MAX_VIEWS:
-        return [t.reshape(batch, -1)]
+        return [t.reshape(t.shape[0], -1)]
     parts = [t]
     for _ in outer:
         parts = [part.select(1, i) for part in parts for i in range(part.shape[1])]
@@ -245,7 +275,14 @@ def check_out(
         raise TypeError(f"{function}: received out {describe(out)}; expected {expected}")
     if out.layout is not torch.strided or out.shape != shape or out.device != device:
         raise ValueError(f"{function}: received out {describe(out)}; expected {expected}")
-    if not torch.compiler.is_compiling() and out.is_neg():
+    tracing = torch.compiler.is_compiling()
+    if not tracing and out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{function}: received out {describe(out)} made in inference mode, which torch allows "
+            "no one to write outside it; expected one made outside (out.clone() is one), or a call "
+            "under torch.inference_mode()"
+        )
+    if not tracing and out.is_neg():
         raise ValueError(
             f"{function}: received out {describe(out)} with its negative bit set (as in x.conj()"
             ".imag); expected a tensor that can be written directly (out.resolve_neg() is one)"
@@ -278,6 +315,20 @@ def check_memory(function: str, out: Tensor, inputs: list[Tensor], source: str) 
         if _share_memory(out, t):
             raise ValueError(
                 f"{function}: received out {describe(out)} that shares memory with {source} "
+                f"{describe(t)}; expected separate memory (torch.empty_like(out) has it)"
+            )
+
+
+def check_copied(function: str, out: Tensor, grads: Grads) -> None:
+    """Refuse an ``out`` on memory of a piece that is copied: check_memory sees only the copy."""
+    pieces = grads.values() if isinstance(grads, Mapping) else grads
+    for t in pieces:
+        if out.numel() == 0 or t.numel() == 0 or math.prod(_outer(t)) <= MAX_VIEWS:
+            continue
+        start, start_t = out.data_ptr(), t.data_ptr()
+        if start < start_t + _extent(t) and start_t < start + _extent(out):
+            raise ValueError(
+                f"{function}: received out {describe(out)} that shares memory with grads "
                 f"{describe(t)}; expected separate memory (torch.empty_like(out) has it)"
             )
 

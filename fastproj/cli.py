@@ -245,8 +245,12 @@ def run_bench(options: argparse.Namespace) -> int:
     from fastproj.backends import registry
 
     rows, cols, kind = options.rows, options.cols, options.kind
-    stored = fastproj.matrix(rows, cols, kind=kind)  # [P, K]
-    used = registry.choose("cpu", torch.float32, kind).NAME
+    try:
+        used = registry.choose("cpu", torch.float32, kind).NAME
+        stored = fastproj.matrix(rows, cols, kind=kind)  # [P, K]
+    except ValueError as refusal:  # FASTPROJ_BACKEND or FASTPROJ_CPU_ISA names what can't run here
+        print(f"fastproj bench: {refusal}", file=sys.stderr)
+        return 2
     print(
         f"P = {rows}, K = {cols}, {kind}, float32 in, backend {used}, "
         f"{torch.get_num_threads()} threads, median of {options.repeats}\n"

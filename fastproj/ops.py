@@ -21,6 +21,8 @@ from fastproj.checks import (
     Grads,
     Rows,
     check_backend,
+    check_copied,
+    check_device,
     check_grads,
     check_input,
     check_integer,
@@ -560,6 +562,7 @@ def checked_project(
     precision: str | None,
     backend: str | None,
     grad_dim: int | None = None,
+    stream_name: str = "stream",
 ) -> Tensor:
     """``project`` on behalf of ``function``, which the messages name.
 
@@ -568,7 +571,7 @@ def checked_project(
     proj_dim = check_integer(function, "proj_dim", proj_dim, 1, MAX_COLS + 1)
     seed64 = signed_seed(function, seed)
     check_kind(function, kind)
-    stream = check_integer(function, "stream", stream, 0, MAX_STREAM)
+    stream = check_integer(function, stream_name, stream, 0, MAX_STREAM)
     start = 0
     if row_offset is not None or grad_dim is None:
         start = check_integer(function, "row_offset", row_offset, 0, MAX_ROWS)
@@ -597,6 +600,8 @@ def checked_project(
             raise ValueError(f"{function}: received accumulate=True without out; expected out=")
         return _run_project(pieces, proj_dim, seed64, kind, stream, start, factor, *how)
     check_out(function, out, (pieces[0].shape[0], proj_dim), pieces, "grads")
+    if not isinstance(grads, Tensor) and _is_direct([out, *pieces]):
+        check_copied(function, out, grads)
     rest = seed64, kind, stream, start, factor, bool(accumulate), *how
     _run_writing(function, _project_into, _project_into_op, out, pieces, *rest)
     return out
@@ -696,7 +701,12 @@ def matrix(
             "float16 or float64 (or int8 for rademacher)"
         )
     # Asked of a tensor because torch.compile can't trace torch.get_default_device.
-    place = torch.empty(0).device if device is None else torch.device(device)
+    place = torch.empty(0).device if device is None else check_device("matrix", device)
+    if n * m * dtype.itemsize >= 1 << 63:
+        raise ValueError(
+            f"matrix: received rows={rows} and cols={cols}: {n} x {m} entries; expected a block "
+            "that fits in memory"
+        )
     name = check_backend("matrix", backend)
     run = _matrix if _is_direct([]) else _matrix_op
     return run(n, m, row, col, seed64, kind, stream, dtype, place, name)

@@ -97,6 +97,7 @@ class Projector:
             precision=self.precision,
             backend=self.backend,
             grad_dim=self.grad_dim,
+            stream_name="model_id",
         )
 
     def project_transpose(
@@ -125,6 +126,7 @@ class Projector:
             For anything it can't take, before ``out`` is touched.
         """
         function = "Projector.project_transpose"
+        model_id = checks.check_integer(function, "model_id", model_id, 0, checks.MAX_STREAM)
         if isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] != self.proj_dim:
             raise ValueError(
                 f"{function}: received y with K={y.shape[1]}; "
@@ -156,8 +158,10 @@ class Projector:
         ``rows`` and ``cols`` default to all grad_dim and proj_dim of them; otherwise, and for the
         rest, as in ``fastproj.matrix``.
         """
+        function = "Projector.matrix"
+        model_id = checks.check_integer(function, "model_id", model_id, 0, checks.MAX_STREAM)
         return ops.matrix(
-            self._rows("Projector.matrix", rows),
+            self._rows(function, rows),
             self.proj_dim if cols is None else cols,
             self.seed,
             self.kind,

@@ -62,6 +62,7 @@ HOW = [
     case("scale_word", ValueError, "'JL'", '"jl"', scale="JL"),
     case("scale_nan", ValueError, "nan", "finite", scale=math.nan),
     case("scale_inf", ValueError, "inf", "finite", scale=-math.inf),
+    case("scale_huge", ValueError, "finite", scale=10**400),
     case("scale_bool", TypeError, "True", '"jl"', scale=True),
     case("scale_list", TypeError, "[1.0]", '"jl"', scale=[1.0]),
     case("scale_tensor", TypeError, '"jl"', scale=torch.tensor(0.5)),
@@ -315,6 +316,47 @@ def test_out_that_shares_memory_with_grads(layout: str, accumulate: bool) -> Non
     assert buffer.isnan().all()
 
 
+def test_out_that_shares_memory_with_grads_that_are_copied() -> None:
+    base = torch.randn(4, 100, 70)
+    before = base.clone()
+    out = base.view(4, -1)[:, :8]
+    pieces = [base.permute(0, 2, 1)]  # more views than are made: this piece is copied
+    refused(lambda: fastproj.project(pieces, 8, out=out), ValueError, ("shares memory", "grads"))
+    assert torch.equal(base, before)
+    elsewhere = nan_out(4, 8)
+    fastproj.project(pieces, 8, out=elsewhere)
+    assert elsewhere.isfinite().all()
+
+
+def test_out_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        out = torch.zeros(3, K)
+    refused(lambda: fastproj.project(G, K, out=out), ValueError, ("inference mode", "out.clone()"))
+    assert not out.any()
+    with torch.inference_mode():
+        fastproj.project(G, K, out=out)
+    assert out.any()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_grads() -> None:
+    nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(4)])
+    refused(lambda: fastproj.project(nested, K), TypeError, ("nested", "to_padded_tensor"))
+
+
+@pytest.mark.parametrize(
+    ("device", "error"), [("abacus", ValueError), (7, TypeError), ("cuda", ValueError)]
+)
+def test_matrix_on_a_device_that_is_not_there(device: Any, error: type[Exception]) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    refused(lambda: fastproj.matrix(4, 4, device=device), error, (repr(device), "expected a"))
+
+
+def test_matrix_beyond_any_memory() -> None:
+    refused(lambda: fastproj.matrix(2**40, 2**30), ValueError, ("fits in memory",))
+
+
 def test_out_that_shares_memory_with_y() -> None:
     buffer = nan_out(100)
     with pytest.raises(
@@ -405,7 +447,7 @@ def test_projector_checks_grad_dim() -> None:
         ValueError,
         ("row_offset=2", "P=20", "grad_dim = 21"),
     )
-    refused(lambda: projector.project(G, -1, row_offset=0, out=out), ValueError, ("stream=-1",))
+    refused(lambda: projector.project(G, -1, row_offset=0, out=out), ValueError, ("model_id=-1",))
     assert out.isnan().all()
     assert projector.project(G, row_offset=1, out=out) is out
     assert not out.isnan().any()

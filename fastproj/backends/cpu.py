@@ -110,8 +110,12 @@ def force_isa(name: str) -> Iterator[None]:
 def describe() -> dict[str, str]:
     """The instruction set in use, those usable and not, and the number of threads."""
     known = isas()
+    try:
+        isa = list(known)[_isa()]
+    except ValueError as error:  # a bad FASTPROJ_CPU_ISA: say so where people look for the cause
+        isa = f"none: {error}"
     return {
-        "isa": list(known)[_isa()],
+        "isa": isa,
         "usable": ", ".join(name for name, reason in known.items() if not reason),
         "not usable": "; ".join(f"{name}: {reason}" for name, reason in known.items() if reason),
         "threads": str(torch.get_num_threads()),

@@ -31,7 +31,12 @@ def unsupported(device_type: str, dtype: torch.dtype, kind: str) -> str | None:
 
 def describe() -> dict[str, str]:
     """What it would use here."""
-    return {"arithmetic": "float64", "matrix": "NumPy", "threads": str(torch.get_num_threads())}
+    return {
+        "speed": "some 50 times slower than cpu",
+        "arithmetic": "float64",
+        "matrix": "NumPy",
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def _spans(size: int, step: int, origin: int = 0) -> Iterator[tuple[int, int]]:

@@ -93,18 +93,21 @@ def available_backends() -> list[str]:
     return [name for name in NAMES if unavailable(name) is None]
 
 
-def check_usable(backend: str | None) -> None:
-    """Raise ValueError unless ``backend`` is None or the name of one usable here."""
+def check_usable(backend: str | None, said_by: str = "backend") -> None:
+    """Raise ValueError unless ``backend`` is None or the name of one usable here.
+
+    ``said_by`` is the argument or environment variable that named it.
+    """
     if backend is None:
         return
     if backend not in NAMES:
         raise ValueError(
-            f"received backend={backend!r}; expected one of {', '.join(NAMES)}, or None"
+            f"received {said_by}={backend!r}; expected one of {', '.join(NAMES)}, or none"
         )
     reason = unavailable(backend)
     if reason is not None:
         raise ValueError(
-            f"received backend={backend!r}, which can't run here: {reason}. "
+            f"received {said_by}={backend!r}, which can't run here: {reason}. "
             f"Usable here: {', '.join(available_backends())}"
         )
 
@@ -114,13 +117,17 @@ def choose(device_type: str, dtype: torch.dtype, kind: str, backend: str | None 
 
     Raises ValueError where the one asked for is unknown, not usable here or can't take the input.
     """
-    return _choose(device_type, dtype, kind, backend or os.environ.get(ENVIRONMENT) or None)
+    if backend:
+        return _choose(device_type, dtype, kind, backend, "backend")
+    return _choose(device_type, dtype, kind, os.environ.get(ENVIRONMENT) or None, ENVIRONMENT)
 
 
 @cache
-def _choose(device_type: str, dtype: torch.dtype, kind: str, asked: str | None) -> Backend:
+def _choose(
+    device_type: str, dtype: torch.dtype, kind: str, asked: str | None, asked_by: str
+) -> Backend:
     wanted = f"{kind} with {str(dtype).removeprefix('torch.')} on {device_type}"
-    check_usable(asked)
+    check_usable(asked, asked_by)
     passed_over: list[str] = []
     for name in (asked,) if asked else NAMES:
         reason = unavailable(name) or load(name).unsupported(device_type, dtype, kind)

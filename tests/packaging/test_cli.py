@@ -76,6 +76,21 @@ def test_wrong_arguments_are_named(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("variable", ["FASTPROJ_BACKEND", "FASTPROJ_CPU_ISA"])
+def test_a_variable_that_names_nothing_is_named(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if variable == "FASTPROJ_CPU_ISA" and "cpu" not in registry.available_backends():
+        pytest.skip("the cpu backend is not built here")
+    monkeypatch.setenv(variable, "abacus")
+    assert cli.main(["info"]) == 0
+    capsys.readouterr()
+    assert cli.main(["bench", "--rows", "10"]) == 2
+    said = capsys.readouterr().err
+    assert variable in said
+    assert "'abacus'" in said
+
+
 def test_no_command_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "demo" in capsys.readouterr().err
