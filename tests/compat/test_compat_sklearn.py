@@ -50,7 +50,7 @@ def test_transform_is_the_documented_matrix(kind: str, dtype: type) -> None:
 def test_inverse_transform_is_the_pseudo_inverse(
     features: int, components: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastproj.compat.sketch.BLOCK", 1000)  # several blocks
+    monkeypatch.setattr("fastproj.compat.sketch.BLOCK", 40)  # several blocks
     X = data(6, features)
     t = FastRandomProjection(components, kind="gaussian", random_state=1).fit(X)
     A = fastproj.matrix(features, components, 1, "gaussian", dtype=torch.float64).numpy()
