@@ -26,8 +26,6 @@ from .project import project_gaussian_kernel, project_rademacher_kernel, reduce_
 from .transpose import project_transpose_kernel
 
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64"}
-WIDE = {"stride_b", "stride_p", "origin", "n_rows", "col_offset", "scale", "stride_k", "stride_yb"}
-WIDE |= {"stride_yk", "stride_ob", "stride_op"}
 
 
 @dataclass(frozen=True)
@@ -136,10 +134,11 @@ def _specialise(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[str, s
 def compile_case(case: Case, arch: str) -> tuple[Any, dict[str, Any], int]:
     """Triton's compiled kernel, its constants and its warps."""
     kernel, constants, pointers, warps, stages = _specialise(case, arch)
+    annotations = kernel.fn.__annotations__
     signature = {
         name: "constexpr"
         if name in constants
-        else pointers.get(name, "i64" if name in WIDE else "i32")
+        else pointers.get(name, "i64" if "int64" in str(annotations.get(name)) else "i32")
         for name in kernel.arg_names
     }
     attributes = {

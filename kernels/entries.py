@@ -17,7 +17,7 @@ _VARYING = [
     "block",
     "tag",
     "signs",
-    "stream",
+    "stream_id",
     "seed_low",
     "seed_high",
 ]
@@ -37,16 +37,16 @@ def store_tile(out_ptr, r, p, n_rows, n_cols, stride_p, stride_k, BLOCK_K: tl.co
 def matrix_kernel(
     out_ptr,  # [n_rows, n_cols]
     table_ptr,  # [512] magnitudes, as uint16 bits of bf16
-    n_rows,
-    n_cols,
-    stride_p,
-    stride_k,
-    origin,  # out's row at the first row of panel 0; negative when out starts inside it
-    col_offset,
+    n_rows: tl.int64,
+    n_cols: tl.int64,
+    stride_p: tl.int64,
+    stride_k: tl.int64,
+    origin: tl.int64,  # out's row at the first row of panel 0; negative when out starts inside it
+    col_offset: tl.int64,
     block,
     tag,
     signs,  # 0x80008000: see generate.sign_mask
-    stream,
+    stream_id,
     seed_low,
     seed_high,
     GAUSSIAN: tl.constexpr,
@@ -68,7 +68,7 @@ def matrix_kernel(
                 block + (panel * 16 + tile * 2),
                 column,
                 tag,
-                stream,
+                stream_id,
                 seed_low,
                 seed_high,
                 table,
@@ -80,7 +80,7 @@ def matrix_kernel(
             store_tile(out_ptr, r, p + tile * 64, n_rows, n_cols, stride_p, stride_k, BLOCK_K)
     else:
         mask = sign_mask(signs, n_cols >> 31)
-        w0, w1, w2, w3 = words(block + panel, column, tag, stream, seed_low, seed_high)
+        w0, w1, w2, w3 = words(block + panel, column, tag, stream_id, seed_low, seed_high)
         for tile in tl.static_range(8):
             if tile // 2 == 0:
                 word = w0

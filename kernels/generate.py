@@ -38,7 +38,7 @@ def philox4x32_10(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def words(block, column, tag, stream, seed_low, seed_high):
+def words(block, column, tag, stream_id, seed_low, seed_high):
     """The four words of ``block`` (uint32) for ``column [BLOCK_K, 1]``, each ``[BLOCK_K, 4]``.
 
     tag : (block >> 32) << 8 | kind << 2, the third counter without its lane.
@@ -49,7 +49,7 @@ def words(block, column, tag, stream, seed_low, seed_high):
         block.to(tl.uint32) + zero,
         column + zero,
         (tag.to(tl.uint32) | lane) + zero,
-        stream.to(tl.uint32) + zero,
+        stream_id.to(tl.uint32) + zero,
         seed_low.to(tl.uint32),
         seed_high.to(tl.uint32),
     )
@@ -123,7 +123,7 @@ def gaussian_tile(
     block,
     column,
     tag,
-    stream,
+    stream_id,
     seed_low,
     seed_high,
     table,
@@ -136,8 +136,8 @@ def gaussian_tile(
 
     table, table_ptr : the 512 magnitudes, as the bits of DTYPE; table from load_table.
     """
-    a0, a1, a2, a3 = words(block, column, tag, stream, seed_low, seed_high)
-    b0, b1, b2, b3 = words(block + 1, column, tag, stream, seed_low, seed_high)
+    a0, a1, a2, a3 = words(block, column, tag, stream_id, seed_low, seed_high)
+    b0, b1, b2, b3 = words(block + 1, column, tag, stream_id, seed_low, seed_high)
     a0 = operand_order(a0, BLOCK_K, NUM_WARPS)
     a1 = operand_order(a1, BLOCK_K, NUM_WARPS)
     a2 = operand_order(a2, BLOCK_K, NUM_WARPS)

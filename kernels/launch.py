@@ -72,7 +72,7 @@ def _double_bits(value: float) -> int:
 def _seed(key: MatrixKey) -> dict[str, int]:
     return {
         "signs": plan.signed32(0x80008000),
-        "stream": plan.signed32(key.stream),
+        "stream_id": plan.signed32(key.stream),
         "seed_low": plan.signed32(key.seed),
         "seed_high": plan.signed32(key.seed >> 32),
     }

@@ -31,7 +31,7 @@ _VARYING = [
     "block",
     "tag",
     "signs",
-    "stream",
+    "stream_id",
     "seed_low",
     "seed_high",
     "slot",
@@ -196,15 +196,15 @@ def project_rademacher_kernel(
     workspace_ptr,  # [slots, row tiles * BLOCK_B, width]
     table_ptr,  # unused; every kind's kernel takes the same arguments
     B,
-    stride_b,
-    stride_p,
-    origin,  # G's column at the first row of panel 0; negative when P starts inside the panel
-    n_rows,  # P
-    col_offset,
+    stride_b: tl.int64,
+    stride_p: tl.int64,
+    origin: tl.int64,  # G's column at the first row of panel 0; negative when P starts inside it
+    n_rows: tl.int64,  # P
+    col_offset: tl.int64,
     block,  # block number of panel 0, low 32 bits
     tag,  # its high bits and the kind: see generate.words
     signs,  # 0x80008000: see generate.sign_mask
-    stream,
+    stream_id,
     seed_low,
     seed_high,
     slot,  # of the first split
@@ -244,7 +244,7 @@ def project_rademacher_kernel(
     for step in range(first * STEPS, last * STEPS):
         panel = step // STEPS * panel_step
         if step % STEPS == 0:
-            w0, w1, w2, w3 = words(block + panel, column, tag, stream, seed_low, seed_high)
+            w0, w1, w2, w3 = words(block + panel, column, tag, stream_id, seed_low, seed_high)
         else:  # the second half of the panel
             w0 = w2
             w1 = w3
@@ -276,15 +276,15 @@ def project_gaussian_kernel(
     workspace_ptr,
     table_ptr,  # [512] magnitudes, as uint16 bits of R's dtype
     B,
-    stride_b,
-    stride_p,
-    origin,
-    n_rows,
-    col_offset,
+    stride_b: tl.int64,
+    stride_p: tl.int64,
+    origin: tl.int64,
+    n_rows: tl.int64,
+    col_offset: tl.int64,
     block,
     tag,
     signs,  # 0x80008000: see generate.sign_mask
-    stream,
+    stream_id,
     seed_low,
     seed_high,
     slot,
@@ -330,7 +330,7 @@ def project_gaussian_kernel(
                 block + panel * 16 + (step % STEPS * (STEP_ROWS // 32) + tile * 2),
                 column,
                 tag,
-                stream,
+                stream_id,
                 seed_low,
                 seed_high,
                 table,
@@ -352,10 +352,10 @@ def reduce_kernel(
     K,
     width,
     slot_size,  # rows * width
-    stride_b,
-    stride_k,
+    stride_b: tl.int64,
+    stride_k: tl.int64,
     n_slots,
-    scale,  # the bits of a float64
+    scale: tl.int64,  # the bits of a float64
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

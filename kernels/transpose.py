@@ -21,7 +21,7 @@ _VARYING = [
     "block",
     "tag",
     "signs",
-    "stream",
+    "stream_id",
     "seed_low",
     "seed_high",
 ]
@@ -34,17 +34,17 @@ def project_transpose_kernel(
     table_ptr,  # [512] magnitudes, as uint16 bits of R's dtype
     B,
     K,
-    n_rows,
-    stride_yb,
-    stride_yk,
-    stride_ob,
-    stride_op,
-    origin,  # out's column at the first row of block 0; negative when out starts inside it
-    scale,  # the bits of a float64
+    n_rows: tl.int64,
+    stride_yb: tl.int64,
+    stride_yk: tl.int64,
+    stride_ob: tl.int64,
+    stride_op: tl.int64,
+    origin: tl.int64,  # out's column at the first row of block 0; negative inside the block
+    scale: tl.int64,  # the bits of a float64
     block,  # spec block number of the first row, low 32 bits
     tag,
     signs,  # 0x80008000: see generate.sign_mask
-    stream,
+    stream_id,
     seed_low,
     seed_high,
     GAUSSIAN: tl.constexpr,
@@ -76,7 +76,7 @@ def project_transpose_kernel(
                 block + i * 2,
                 column,
                 tag,
-                stream,
+                stream_id,
                 seed_low,
                 seed_high,
                 table,
@@ -86,7 +86,7 @@ def project_transpose_kernel(
                 NUM_WARPS,
             )
         else:
-            w0, w1, w2, w3 = words(block + i, column, tag, stream, seed_low, seed_high)
+            w0, w1, w2, w3 = words(block + i, column, tag, stream_id, seed_low, seed_high)
             r = rademacher_panel(w0, w1, w2, w3, mask, DTYPE, BLOCK_K)
         k = tl.arange(0, BLOCK_K) + start
         y = tl.load(

@@ -1,0 +1,131 @@
+"""Launches as Triton's runtime takes them, up to the point where a GPU would run them.
+
+A stand-in for the driver says that there is an H100. So the arguments, their types and what is
+compiled for which of them are checked without one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastproj.kernels import config, launch, plan
+from fastproj.spec import MatrixKey
+
+KERNELS = [
+    launch.project_rademacher_kernel,
+    launch.project_gaussian_kernel,
+    launch.reduce_kernel,
+    launch.project_transpose_kernel,
+    launch.matrix_kernel,
+]
+
+
+class StandIn:
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+Launched = list[tuple[str, tuple[int, ...], dict[str, Any]]]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """The launches of a test: kernel, grid, arguments. Kernels are compiled, not run."""
+    calls: Launched = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        calls.append((self.__name__, grid, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(launch, "device_facts", lambda _: launch.Device("sm_90", 132, "wgmma"))
+    for kernel in KERNELS:  # what is compiled here is not for a GPU of this machine
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    monkeypatch.setattr(driver, "_active", StandIn())
+    return calls
+
+
+def variants(kernel: JITFunction) -> int:
+    return sum(len(cache[0]) for cache in kernel.device_caches.values())
+
+
+def test_project_compiles_once_for_a_bucket(launched: Launched) -> None:
+    """Seeds, offsets, sizes, batches and strides compile nothing new: 1, 16 and 2^40 included."""
+    for B, P, offset, seed, stream in (
+        (16, 70_000, 0, 1, 0),
+        (5, 60_000, 48, 16, 1),
+        (1, 65_536, 2**40, 2**63 + 7, 2**31),
+    ):
+        grads = torch.empty((B, P), dtype=torch.bfloat16)
+        key = MatrixKey("rademacher", seed, stream)
+        launch.project([grads], torch.empty((B, 256)), key, offset, 1.0, False, "highest")
+    names = [name for name, _, _ in launched]
+    assert names.count("reduce_kernel") == 3
+    assert variants(launch.reduce_kernel) == 1
+    # whole panels, and those that the piece fills in part
+    assert variants(launch.project_rademacher_kernel) == 2
+    name, grid, arguments = launched[0]
+    assert name == "project_rademacher_kernel"
+    assert arguments["ALIGNED"] == 16
+    assert arguments["n_panels"] == 70_000 // plan.PANEL
+    assert grid == (2, 1, -(-arguments["n_panels"] // arguments["panels_per_split"]))
+
+
+def test_other_kernels(launched: Launched) -> None:
+    for kind in ("rademacher", "gaussian"):
+        for key in (MatrixKey(kind, 1, 2), MatrixKey(kind, 2**64 - 1, 2**32 - 1)):
+            for B, n, row in ((3, 1000, 100), (1, 1, 0), (16, 2000, 2**50)):
+                y = torch.empty((B, 70))
+                launch.project_transpose(y, torch.empty((B, n)), key, row, 0.5, "high")
+            for n, m, column in ((100, 1, 2**32 - 1), (1, 300, 0)):
+                launch.matrix(torch.empty((n, m)), key, 5, column)
+    assert variants(launch.project_transpose_kernel) == 2
+    assert variants(launch.matrix_kernel) == 2
+
+
+def test_unaligned(launched: Launched) -> None:
+    """Slices of a flat gradient at their own offsets are aligned again; odd strides are not."""
+    flat = torch.empty((4, 40_000), dtype=torch.bfloat16)
+    out = torch.empty((4, 64))
+    key = MatrixKey("rademacher", 0, 0)
+    launch.project([flat[:, 77:]], out, key, 77, 1.0, False, "highest")
+    launch.project([flat[:, 77:]], out, key, 78, 1.0, False, "highest")
+    launch.project(
+        [torch.empty((4, 30_001), dtype=torch.bfloat16)], out, key, 0, 1.0, False, "high"
+    )
+    launch.project([flat.T.contiguous().T], out, key, 0, 1.0, False, "highest")
+    main = [call[2] for call in launched if call[0] != "reduce_kernel" and not call[2]["MASKED"]]
+    assert [(call["ALIGNED"], call["CONTIGUOUS"]) for call in main] == [
+        (16, True),
+        (1, True),
+        (1, True),
+        (1, False),
+    ]
+
+
+def test_pin_reaches_the_kernel(launched: Launched) -> None:
+    grads = torch.empty((64, 4096), dtype=torch.bfloat16)
+    with config.pin(BLOCK_K=128, num_warps=4):
+        launch.project(
+            [grads], torch.empty((64, 512)), MatrixKey("rademacher", 0, 0), 0, 1.0, False, "high"
+        )
+    _, grid, arguments = launched[0]
+    assert (arguments["BLOCK_K"], arguments["num_warps"], arguments["NUM_WARPS"]) == (128, 4, 4)
+    assert grid[0] == 4
