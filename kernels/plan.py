@@ -14,7 +14,7 @@ PANEL = 512  # rows of R
 BLOCK_ROWS = {"rademacher": 512, "gaussian": 32}  # rows that share a spec block number
 KIND_NUMBER = {"rademacher": 0, "gaussian": 1}
 
-WORKSPACE_BYTES = 48 << 20  # for partial sums, at any shape
+WORKSPACE_BYTES = 56 << 20  # for partial sums, at any shape
 MAX_BATCH = 128  # rows of G in one launch; larger batches take several
 MAX_COLUMNS = 32768  # columns of R in one launch
 TILES_PER_MULTIPROCESSOR = 3  # programs wanted in flight or queued for each multiprocessor
@@ -73,11 +73,18 @@ def max_slots(columns: int, item_size: int) -> int:
 
 def split_panels(count: int, columns: int, multiprocessors: int, slots: int) -> tuple[int, int]:
     """Panels to a split, and how many splits."""
-    column_tiles = -(-columns // 256)
-    wanted = max(1, TILES_PER_MULTIPROCESSOR * multiprocessors // column_tiles)
+    tiles = -(-columns // 256)
     if slots >= 16:  # leave room for the partial panels at both ends, or they take a group
         slots -= 2
-    splits = min(wanted, slots, -(-count // MIN_PANELS_PER_SPLIT))
+    most = max(1, TILES_PER_MULTIPROCESSOR * multiprocessors // tiles)
+    most = min(most, slots, -(-count // MIN_PANELS_PER_SPLIT))
+
+    def busy(splits: int) -> float:
+        """Share of the multiprocessors that have work, over the rounds that the programs take."""
+        rounds = -(-splits * tiles // multiprocessors)
+        return splits * tiles / (rounds * multiprocessors)
+
+    splits = max(range(most, most // 2, -1), key=busy)
     per_split = -(-count // splits)
     return per_split, -(-count // per_split)
 
