@@ -91,6 +91,7 @@ struct SimpleParams {
     std::int64_t first_unit, units;
     std::uint64_t seed;
     std::uint32_t stream;
+    std::int32_t first_col;  // of R: the column of dst[..., 0]
     std::int32_t batch, cols, splits, col_tiles, batch_tiles, input;
 };
 

@@ -72,6 +72,7 @@ struct Plan {
     int cluster = 1;
     std::int64_t row_chunk = 0;        // rows of P in one launch
     std::int64_t batch_chunk = 0;      // samples in one launch
+    std::int64_t col_chunk = 0;        // columns in one launch
     int splits = 1;                    // of the rows of a launch
     std::int64_t workspace_row = 0;    // elements of one row of the workspace
     std::int64_t workspace_bytes = 0;  // 0: the kernel writes the result itself
@@ -86,14 +87,15 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1
 
 // Splits of `units` 512-row units: the fewest that minimise the time of the busiest multiprocessor.
 // Depends on P and K, never on B: a row's result must not depend on the batch that it is in.
-inline int choose_splits(std::int64_t units, std::int64_t cols, int multiprocessors) {
-    constexpr std::int64_t kOverhead = 3;       // units: pipeline fill, epilogue, share of the sum
-    constexpr std::int64_t kLeastSamples = 64;  // that must fit in the workspace
+inline int choose_splits(Kind kind, std::int64_t units, std::int64_t cols, int multiprocessors) {
+    constexpr std::int64_t kOverhead = 3;  // units: pipeline fill, epilogue, share of the sum
+    // Samples of the largest tile: their partial sums must fit in the workspace.
+    const std::int64_t least_samples = kind == Kind::kRademacher ? 64 : 128;
     const std::int64_t tiles = ceil_div(cols, kSplitColumns);
     const std::int64_t row_bytes = ceil_div(cols, 64) * 64 * 4;
     const std::int64_t most = std::min<std::int64_t>(
         {units, 4 * static_cast<std::int64_t>(multiprocessors),
-         std::max<std::int64_t>(1, kWorkspaceLimit / (row_bytes * kLeastSamples))});
+         std::max<std::int64_t>(1, kWorkspaceLimit / (row_bytes * least_samples))});
     std::int64_t best = 1, best_cost = -1;
     for (std::int64_t splits = 1; splits <= most; ++splits) {
         const std::int64_t waves = ceil_div(tiles * splits, multiprocessors);
@@ -184,11 +186,14 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     const std::int64_t shift = call.row_offset % kBlockRows;
     const std::int64_t units =
         units_of(shift, std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows));
-    plan.splits = choose_splits(units, call.cols, device.multiprocessors);
+    plan.splits = choose_splits(call.kind, units, call.cols, device.multiprocessors);
 
     if (plan.variant == Variant::kSimple) {
         plan.key = {call.kind, false, 0, 8};
-        plan.workspace_row = call.cols;
+        plan.col_chunk = std::min<std::int64_t>(call.cols, 1 << 16);
+        plan.workspace_row = plan.col_chunk;
+        plan.splits = std::min<std::int64_t>(
+            plan.splits, std::max<std::int64_t>(1, kWorkspaceLimit / (plan.col_chunk * 8 * 8)));
         cut_batch(plan, call.batch, 8, 8);
         return plan;
     }
@@ -221,6 +226,7 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     if (plan.loader == Loader::kTma && ceil_div(call.cols, columns) % 2 == 0) plan.cluster = 2;
 
     plan.batch_chunk = std::min<std::int64_t>(call.batch, std::int64_t{1} << 16);
+    plan.col_chunk = call.cols;
     if (plan.splits > 1) {
         plan.workspace_row = ceil_div(call.cols, 64) * 64;
         cut_batch(plan, plan.batch_chunk, plan.key.block_b, 4);

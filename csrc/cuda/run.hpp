@@ -17,10 +17,10 @@ constexpr std::uint32_t kSignMask = 0x80008000u;
 
 inline void* at_byte(void* base, std::int64_t bytes) { return static_cast<char*>(base) + bytes; }
 
-// One range of rows and samples.
+// One range of rows and samples, and of columns from `first_col` on.
 template <class Launcher>
 void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
-               const ProjectCall& call, void* workspace) {
+               const ProjectCall& call, std::int64_t first_col, void* workspace) {
     const bool simple = plan.variant == Variant::kSimple;
     const std::int64_t shift = call.row_offset % kBlockRows;
     const std::int64_t units = units_of(shift, call.rows);
@@ -43,6 +43,7 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         p.stream = call.stream;
         p.batch = static_cast<std::int32_t>(call.batch);
         p.cols = static_cast<std::int32_t>(call.cols);
+        p.first_col = static_cast<std::int32_t>(first_col);
         p.splits = splits;
         p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, 64));
         p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, 8));
@@ -156,7 +157,12 @@ void run_project(Launcher& launcher, const DeviceInfo& device, const ProjectCall
                 range.loader = plan_project(device, probe).loader;
                 if (range.loader != Loader::kTma) range.cluster = 1;
             }
-            run_range(launcher, device, range, call, workspace);
+            for (std::int64_t col = 0; col < whole.cols; col += plan.col_chunk) {
+                ProjectCall part = call;
+                part.cols = std::min(plan.col_chunk, whole.cols - col);
+                part.out = at_byte(call.out, col * whole.out_stride_k * out);
+                run_range(launcher, device, range, part, col, workspace);
+            }
             row += call.rows;
         }
     }

@@ -173,7 +173,8 @@ FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
             __syncthreads();
 #pragma unroll 1
             for (int start = 0; start < kBlockRows; start += W::kBlock) {
-                const Words words = block_words(key, (row + start) / W::kBlock, lane, column);
+                const Words words =
+                    block_words(key, (row + start) / W::kBlock, lane, p.first_col + column);
 #pragma unroll
                 for (int w = 0; w < 4; ++w) {
 #pragma unroll 2

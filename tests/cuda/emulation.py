@@ -111,8 +111,8 @@ def compile_library(root: Path, output: Path) -> None:
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The emulation, built once for each state of the sources; kept in build/emulation."""
+def _build() -> Path | AssertionError:
+    """Build once for each state of the sources, in build/emulation; or why that failed."""
     here = Path(__file__).resolve().parent
     sources = sorted([*(ROOT / "csrc").glob("*.hpp"), *(ROOT / "csrc" / "cuda").glob("*.[hc]*")])
     sources += [here / "emulator.hpp", here / "emulate.cpp"]
@@ -121,10 +121,22 @@ def library() -> ctypes.CDLL:
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / f"emulate-{digest}.so"
     if not output.exists():
-        partial = folder / f"emulate-{digest}.{os.getpid()}.so"
-        compile_library(ROOT, partial)
+        partial = folder / f"emulate-{digest}.{os.getpid()}.partial"
+        try:
+            compile_library(ROOT, partial)
+        except AssertionError as error:
+            return error
         partial.replace(output)
-    return ctypes.CDLL(str(output))
+    return output
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The emulation."""
+    built = _build()
+    if isinstance(built, AssertionError):
+        raise built
+    return ctypes.CDLL(str(built))
 
 
 @contextmanager

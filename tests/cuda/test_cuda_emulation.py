@@ -288,6 +288,13 @@ def test_float64(kind):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
 
 
+def test_float64_beyond_one_range_of_columns():
+    grads = integers(2, 9, dtype=torch.float64)
+    got, _ = emulation.project(grads, 2**16 + 70, kind="rademacher", seed=SEED, stream=STREAM)
+    block = entries("rademacher", slice(0, 9), 2**16 + 70)
+    assert torch.equal(got, grads @ block)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("dtype", "terms"), [*INPUTS, (torch.float64, 3)], ids=lambda value: str(value)
@@ -402,12 +409,9 @@ def test_splits_depend_on_rows_and_columns_only():
 @pytest.mark.parametrize("cols", [1, 64, 4096, 10**6, 10**8])
 def test_workspace_is_bounded(rows, cols):
     for batch in (1, 64, 10**5):
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            plan = emulation.plan(batch, rows, cols, dtype)
-            row = plan.workspace_bytes // max(plan.batch_chunk, 1)
-            # One tile of samples is the least that a launch can take.
-            assert plan.workspace_bytes <= max(48 << 20, 128 * row)
-            if dtype != torch.float64:
+        for kind in KINDS:
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                plan = emulation.plan(batch, rows, cols, dtype, kind=kind)
                 assert plan.workspace_bytes <= 48 << 20
 
 
