@@ -13,7 +13,7 @@ if torch.cuda.is_available():
     from torch import Tensor
 
     import fastproj
-    from fastproj.kernels import config, plan
+    from fastproj.kernels import config
 
 KINDS = ["rademacher", "gaussian"]
 
@@ -94,7 +94,7 @@ def test_memory(shape: tuple[int, int]) -> None:
     before = torch.cuda.memory_allocated()
     triton_project(grads, K, out=out)
     extra = torch.cuda.max_memory_allocated() - before
-    assert extra <= plan.WORKSPACE_BYTES < 64 << 20
+    assert extra < 64 << 20
 
 
 @pytest.mark.slow
@@ -133,4 +133,4 @@ def test_long_sums_do_not_drift(precision: str) -> None:
         ),
         truth,
     )
-    assert error <= (2 * torch_error if precision == "highest" else 2.0**-14)
+    assert error <= (2 * torch_error if precision == "highest" else 2.0**-15)
