@@ -111,6 +111,9 @@ def _choose(
             return Config(min(bucket, 64), narrow, 128, 4, 2)
         return Config(bucket if unit == "wgmma" else 64, 128, 128, 8, 2)
     if bucket == 16:
+        if unit == "wgmma" and dtype != "float32" and narrow == 128:
+            # Making entries is the limit; 256 rows leave registers for four programs at once.
+            return Config(16, 128, 256, 4, 3)
         return Config(16, narrow, 512, 4, 2)
     if terms > 1 and unit != "wgmma":
         # Each warp reads all terms of G to registers: fewer rows of G leave room for them.
