@@ -206,36 +206,50 @@ FASTPROJ_DEVICE void split_floats(const std::uint32_t (&x)[8], std::uint32_t (&o
 // ------------------------------------------------------------------------------- G through
 // registers
 
-// 8 consecutive rows i .. i + 7 of sample b, as raw bits: 8 words of fp32 or 4 of 16-bit pairs.
-// Rows outside the piece and samples outside the batch are zero.
+// 8 consecutive rows i .. i + 7 of sample b as raw bits: 8 words of fp32; of 16-bit values 4 words
+// of two, or, with Loader::kScalar, 8 words of one (nothing is done to a value here, so that all
+// loads stay in flight). Rows outside the piece and samples outside the batch are zero.
 FASTPROJ_DEVICE void load_chunk(const ProjectParams& p, int b, int i, std::uint32_t (&raw)[8]) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) raw[e] = 0;
-    if (b >= p.batch || i >= p.rows || i + 8 <= 0) return;
     const bool wide = p.input == static_cast<std::int32_t>(Dtype::kF32);
-    if (p.loader != static_cast<std::int32_t>(Loader::kScalar) && i >= 0 && i + 8 <= p.rows) {
-        const char* from =
-            static_cast<const char*>(p.grads) + (b * p.grads_stride_b + i) * (wide ? 4 : 2);
-        std::uint32_t word[4];
-        load_global_16(from, word);
+    const bool scalar = p.loader == static_cast<std::int32_t>(Loader::kScalar);
+    const std::int64_t first = b * p.grads_stride_b + i * p.grads_stride_p;
+    const auto* narrow_from = static_cast<const std::uint16_t*>(p.grads) + first;
+    const auto* wide_from = static_cast<const std::uint32_t*>(p.grads) + first;
+    if (b < p.batch && i >= 0 && i + 8 <= p.rows) {
+        if (!scalar) {
+            const void* from =
+                wide ? static_cast<const void*>(wide_from) : static_cast<const void*>(narrow_from);
+            std::uint32_t word[4];
+            load_global_16(from, word);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) raw[e] = word[e];
-        if (wide) {
-            load_global_16(from + 16, word);
+            for (int e = 0; e < 4; ++e) raw[e] = word[e];
+            if (wide) load_global_16(wide_from + 4, word);
 #pragma unroll
             for (int e = 0; e < 4; ++e) raw[4 + e] = word[e];
+        } else if (wide) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) raw[e] = load_global(wide_from + e * p.grads_stride_p);
+        } else {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) raw[e] = load_global(narrow_from + e * p.grads_stride_p);
         }
         return;
     }
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
+    for (int e = 0; e < 8; ++e) raw[e] = 0;
+    if (b >= p.batch || i >= p.rows || i + 8 <= 0) return;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {  // an end of the row
         if (i + e < 0 || i + e >= p.rows) continue;
-        const std::int64_t at = b * p.grads_stride_b + (i + e) * p.grads_stride_p;
         if (wide) {
-            raw[e] = load_global(static_cast<const std::uint32_t*>(p.grads) + at);
+            raw[e] = load_global(wide_from + e * p.grads_stride_p);
         } else {
-            const std::uint32_t bits = load_global(static_cast<const std::uint16_t*>(p.grads) + at);
-            raw[e >> 1] |= bits << (16 * (e & 1));
+            const std::uint32_t bits = load_global(narrow_from + e * p.grads_stride_p);
+            if (scalar) {
+                raw[e] = bits;
+            } else {
+                raw[e >> 1] |= bits << (16 * (e & 1));
+            }
         }
     }
 }
@@ -258,7 +272,12 @@ FASTPROJ_DEVICE void store_chunk(const ProjectParams& p, std::uint32_t tile,
             return;
         }
     }
-    store_shared(to, raw[0], raw[1], raw[2], raw[3]);
+    if (p.loader == static_cast<std::int32_t>(Loader::kScalar)) {
+        store_shared(to, pack_low(raw[0], raw[1]), pack_low(raw[2], raw[3]),
+                     pack_low(raw[4], raw[5]), pack_low(raw[6], raw[7]));
+    } else {
+        store_shared(to, raw[0], raw[1], raw[2], raw[3]);
+    }
 }
 
 // ------------------------------------------------------------------------------- work and results

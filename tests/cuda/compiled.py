@@ -122,13 +122,11 @@ def compile_unit(unit: str, arch: str) -> tuple[str, Path]:
     return report.read_text(), cubin
 
 
-def compile_units(units: tuple[str, ...], archs: tuple[str, ...]) -> dict[tuple[str, str], str]:
-    """Reports by (unit, arch); MAX_JOBS compilations at once, one a processor if unset."""
+def compile_pairs(pairs: list[tuple[str, str]]) -> None:
+    """Compile (unit, arch) pairs; MAX_JOBS at once, one a processor if unset."""
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    pairs = [(unit, arch) for arch in archs for unit in units]
     with ThreadPoolExecutor(jobs) as pool:
-        reports = pool.map(lambda pair: compile_unit(*pair)[0], pairs)
-    return dict(zip(pairs, reports, strict=True))
+        list(pool.map(lambda pair: compile_unit(*pair), pairs))
 
 
 def kernel_name(mangled: str) -> str | None:
@@ -257,11 +255,10 @@ def read_table() -> tuple[str, set[str]]:
 
 def write_table() -> None:
     """Compile everything and rewrite the committed table."""
-    everything = (*SM80_UNITS, *OTHER_UNITS)
-    compile_units(everything, ARCHS)
-    compile_units(SM90_UNITS, ("90a",))
-    functions = [f for arch in ARCHS for unit in everything for f in inspect(unit, arch)]
-    functions += [f for unit in SM90_UNITS for f in inspect(unit, "90a")]
+    pairs = [(unit, arch) for arch in ARCHS for unit in (*SM80_UNITS, *OTHER_UNITS)]
+    pairs += [(unit, "90a") for unit in SM90_UNITS]
+    compile_pairs(pairs)
+    functions = [function for pair in pairs for function in inspect(*pair)]
     head = [
         f"# Made by `python tests/cuda/compiled.py` with nvcc {toolkit()}. slots: instructions in",
         "# the main loop per warp, k16 step and 64 columns (issue slots); fold: those of them that",
