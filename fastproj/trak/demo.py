@@ -13,8 +13,11 @@ import hashlib
 import json
 import logging
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from fastproj.trak.solve import Lambda, parse_lambda
 from fastproj.trak.store import StoreError, make_dir, read_json, write_json
 from fastproj.trak.tasks import margins
 
+GROUP = 50  # models trained at once: few enough for a core's cache
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -133,25 +137,69 @@ def ensemble_logits(params: Ensemble, x: Tensor) -> Tensor:
 def train_ensemble(
     settings: Settings, data: Data, members: Tensor, seed: int, what: str
 ) -> Ensemble:
-    """Train M models at once, model j on the training samples ``members[j]`` [M, s].
+    """Train M models, model j on the training samples ``members[j]`` [M, s].
+
+    The models are trained in groups of GROUP, each group in a Python thread of its own with torch
+    on one core: small products gain nothing from threads inside, and on a busy machine lose much.
+    The result doesn't depend on how many cores there are.
+    """
+    torch.manual_seed(seed)
+    models = [dict(DigitsCNN().named_parameters()) for _ in members]
+    start = {name: torch.stack([m[name].detach() for m in models]) for name in models[0]}
+    groups = torch.arange(len(members)).split(GROUP)
+    threads = torch.get_num_threads()
+    stopped = threading.Event()
+    bar = tqdm(desc=what, total=len(groups) * settings.epochs, unit="epoch", leave=False)
+    with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            jobs = [
+                pool.submit(
+                    train_group,
+                    settings,
+                    data,
+                    {name: p[rows] for name, p in start.items()},
+                    members[rows],
+                    torch.Generator().manual_seed(seed * 1009 + number),
+                    lambda: None if stopped.is_set() else bar.update(),
+                    stopped,
+                )
+                for number, rows in enumerate(groups)
+            ]
+            finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in finished:
+                job.result()  # raises what it raised
+            trained = [job.result() for job in jobs]
+        finally:
+            stopped.set()  # where an error or Ctrl-C ended the wait, threads end at their next step
+            torch.set_num_threads(threads)
+    return {name: torch.cat([params[name] for params in trained]) for name in start}
+
+
+def train_group(
+    settings: Settings,
+    data: Data,
+    params: Ensemble,
+    members: Tensor,
+    generator: torch.Generator,
+    count_epoch: Callable[[], object],
+    stopped: threading.Event,
+) -> Ensemble:
+    """Train models at once from ``params``, model j on the samples ``members[j]`` [M, s].
 
     SGD with momentum 0.9, weight decay, and a learning rate that rises over the first fifth and
     then falls to zero.
     """
     count, size = members.shape
-    torch.manual_seed(seed)
-    models = [dict(DigitsCNN().named_parameters()) for _ in range(count)]
-    params = {
-        name: torch.stack([model[name].detach() for model in models]).requires_grad_()
-        for name in models[0]
-    }
+    params = {name: p.clone().requires_grad_() for name, p in params.items()}
     velocity = {name: torch.zeros_like(p) for name, p in params.items()}
     x, y = patches(data.train_images), data.train_labels
     steps = max(1, size // settings.batch)
     total, step = steps * settings.epochs, 0
-    for _ in tqdm(range(settings.epochs), desc=what, unit="epoch", leave=False):
-        shuffled = members.gather(1, torch.rand(count, size).argsort(1))
+    for _ in range(settings.epochs):
+        shuffled = members.gather(1, torch.rand(count, size, generator=generator).argsort(1))
         for rows in shuffled.split(settings.batch, 1)[:steps]:  # [M, batch]
+            if stopped.is_set():
+                return params
             done = (step + 1) / total
             rate = settings.learning_rate * min(done / 0.2, (1 - done) / 0.8)
             logits = ensemble_logits(params, x[rows])
@@ -162,6 +210,7 @@ def train_ensemble(
                     velocity[name].mul_(0.9).add_(g).add_(p, alpha=settings.weight_decay)
                     p.sub_(velocity[name], alpha=rate)
             step += 1
+        count_epoch()
     return {name: p.detach() for name, p in params.items()}
 
 
@@ -284,6 +333,17 @@ def build_page(
     )
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one core: for tensors as small as these, waiting for others takes longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run(settings: Settings, out: Path) -> LDS:
     """The whole demo; prints what it finds."""
     started = time.perf_counter()
@@ -301,7 +361,8 @@ def run(settings: Settings, out: Path) -> LDS:
     )
 
     begun = time.perf_counter()
-    scores = attribute(settings, data, checkpoints, work / "trak")
+    with one_thread():
+        scores = attribute(settings, data, checkpoints, work / "trak")
     print(f"TRAK scores {list(scores.shape)} in {time.perf_counter() - begun:.1f} s")
 
     begun = time.perf_counter()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # rows per float32 product before it is folded into the float64 sum
-POWER_STEPS = 40
+POWER_STEPS = 12
 
 Lambda = float | str
 

@@ -50,6 +50,41 @@ def test_an_ensemble_trains_each_model_on_its_own_samples():
     assert not torch.allclose(both["fc.weight"][1], same["fc.weight"][1])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_training_does_not_depend_on_the_number_of_cores(monkeypatch, threads):
+    settings = demo.Settings(train=60, targets=5, epochs=2, batch=10)
+    data = demo.load_data(settings)
+    members = torch.rand(7, 60).argsort(1)[:, :30].contiguous()
+    monkeypatch.setattr(demo, "GROUP", 2)
+    torch.set_num_threads(2)
+    expected = demo.train_ensemble(settings, data, members, 3, "")
+    torch.set_num_threads(threads)
+    found = demo.train_ensemble(settings, data, members, 3, "")
+    assert torch.get_num_threads() == threads
+    assert [len(p) for p in found.values()] == [7] * len(found)
+    assert all(torch.equal(p, expected[name]) for name, p in found.items())
+
+
+def test_an_error_in_one_group_ends_the_others(monkeypatch):
+    settings = demo.Settings(train=60, targets=5, epochs=10_000, batch=10)
+    data = demo.load_data(settings)
+    train, started = demo.train_group, []
+
+    def failing(*arguments):
+        started.append(arguments)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments)
+
+    monkeypatch.setattr(demo, "GROUP", 1)
+    monkeypatch.setattr(demo, "train_group", failing)
+    torch.set_num_threads(2)
+    members = torch.arange(60).expand(6, -1).contiguous()
+    with pytest.raises(KeyboardInterrupt):
+        demo.train_ensemble(settings, data, members, 3, "")
+    assert all(arguments[-1].is_set() for arguments in started)
+
+
 def test_split_holds_targets_out():
     data = demo.load_data(demo.Settings(train=1000, targets=100))
     train = {image.numpy().tobytes() for image in data.train_images}
