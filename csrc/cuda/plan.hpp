@@ -211,7 +211,10 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
                             call.stride_b < (std::int64_t{1} << 38));
     const bool dense = call.stride_p == 1 || call.rows == 1;
     const bool pieces = dense && row_stride && (base - shift * bytes) % 16 == 0;
-    if (sixteen && plan.variant == Variant::kSm90 && dense && row_stride && base % 16 == 0) {
+    // The driver defines tensors whose rows don't overlap.
+    const bool apart = call.batch == 1 || call.stride_b >= call.rows;
+    const bool tensor = dense && row_stride && apart && base % 16 == 0;
+    if (sixteen && plan.variant == Variant::kSm90 && tensor) {
         plan.loader = Loader::kTma;
     } else if (sixteen && plan.variant == Variant::kSm80 && pieces) {
         plan.loader = Loader::kCpAsync;

@@ -191,6 +191,10 @@ def test_layouts(variant, dtype):
         "every third": (wide[:, ::3], "scalar"),
         "every second sample": (integers(2 * batch, 704, dtype=dtype)[::2], fast),
         "one sample for all": (dense[:1].expand(batch, -1), "scalar"),
+        "rows that overlap": (
+            integers(1, 2000, dtype=dtype)[0].as_strided((batch, rows), (64, 1)),
+            "scalar" if fast == "tma" else fast,
+        ),
         "one sample": (integers(1, 701, dtype=dtype), fast),
     }
     for name, (grads, loader) in layouts.items():
