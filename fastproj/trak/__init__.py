@@ -4,6 +4,7 @@ from __future__ import annotations
 
 try:
     from fastproj.trak.estimator import TRAKer
+    from fastproj.trak.files import StoreCorruptError, StoreError
     from fastproj.trak.gradients import (
         AbstractGradientComputer,
         FunctionalGradientComputer,
@@ -11,13 +12,7 @@ try:
     )
     from fastproj.trak.metrics import LDS, lds, noise_ceiling
     from fastproj.trak.solve import ScoreComputer, SingularXtXWarning
-    from fastproj.trak.store import (
-        NotReadyError,
-        Store,
-        StoreCorruptError,
-        StoreError,
-        StoreMismatchError,
-    )
+    from fastproj.trak.store import NotReadyError, Store, StoreMismatchError
     from fastproj.trak.tasks import AbstractModelOutput, ImageClassificationModelOutput
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]

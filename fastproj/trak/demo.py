@@ -31,10 +31,10 @@ from tqdm.auto import tqdm
 
 import fastproj
 from fastproj.trak.estimator import TRAKer
+from fastproj.trak.files import StoreError, make_dir, read_json, write_json
 from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
 from fastproj.trak.report import Page, write_report
 from fastproj.trak.solve import Lambda, parse_lambda
-from fastproj.trak.store import StoreError, make_dir, read_json, write_json
 from fastproj.trak.tasks import margins
 
 GROUP = 50  # models trained at once: few enough for a core's cache

@@ -24,14 +24,23 @@ from fastproj.checks import check_integer
 from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
+from fastproj.trak.files import Indices
 from fastproj.trak.gradients import (
     FunctionalGradientComputer,
     count_params,
     parameter_names,
 )
+from fastproj.trak.inputs import (
+    as_indices,
+    check_finite,
+    check_indices,
+    load_state,
+    projector_kind,
+    resolve_device,
+    subclass_of,
+)
 from fastproj.trak.solve import Gram, Lambda, ScoreComputer, Solution, parse_lambda
 from fastproj.trak.store import (
-    Indices,
     NotReadyError,
     Store,
     layout_fingerprint,
@@ -610,115 +619,3 @@ class TRAKer:
 def progress(what: str, total: int, unit: str) -> Any:
     """A progress bar on a terminal, nothing elsewhere."""
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, disable=None)
-
-
-def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
-    """The device that was asked for, checked to be there; None is the model's."""
-    if device is None:
-        return next(model.parameters()).device
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"TRAKer: received device={str(device)!r}, but this torch sees no CUDA GPU; expected "
-            'device="cpu", or device=None for where the model is'
-        )
-    return resolved
-
-
-def subclass_of(name: str, received: Any, base: type) -> Any:
-    """``received``, or ``base`` for None; raises TypeError for anything but a subclass of it."""
-    if received is None:
-        return base
-    if not (isinstance(received, type) and issubclass(received, base)):
-        raise TypeError(
-            f"TRAKer: received {name}={received!r:.80}; expected None or a subclass of "
-            f"{base.__module__}.{base.__qualname__}"
-        )
-    return received
-
-
-def projector_kind(projector: Any) -> str:
-    """The name of a projector's kind of matrix."""
-    kind = getattr(projector, "kind", getattr(projector, "proj_type", "unknown"))
-    return str(getattr(kind, "value", kind))
-
-
-def load_state(function: str, model: nn.Module, checkpoint: Any) -> None:
-    """``model.load_state_dict``, refused before the model is touched if it can't fit."""
-    if not isinstance(checkpoint, Mapping):
-        raise TypeError(
-            f"{function}: received a checkpoint of type {type(checkpoint).__name__}; expected a "
-            "state_dict (model.state_dict(), or torch.load of one)"
-        )
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in checkpoint]
-    unknown = [key for key in checkpoint if key not in wanted]
-    shapes = [
-        f"{key} {list(checkpoint[key].shape)} for {list(t.shape)}"
-        for key, t in wanted.items()
-        if key in checkpoint
-        and hasattr(t, "shape")
-        and getattr(checkpoint[key], "shape", t.shape) != t.shape
-    ]
-    # Modules may rename keys as they load; only they can say whether it fits then.
-    hooked = any(module._load_state_dict_pre_hooks for module in model.modules())
-    if (missing or unknown or shapes) and not hooked:
-        found = [
-            f"{what}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
-            for what, keys in (
-                ("missing", missing),
-                ("not in the model", unknown),
-                ("other shapes", shapes),
-            )
-            if keys
-        ]
-        raise ValueError(
-            f"{function}: received a checkpoint that doesn't fit the model ({'; '.join(found)}); "
-            "expected the keys and shapes of model.state_dict()"
-        )
-    model.load_state_dict(checkpoint)
-
-
-def as_indices(function: str, inds: Any) -> Indices:
-    """Integers [B] from an array, tensor, list or range."""
-    array = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(
-            f"{function}: received inds of dtype {array.dtype}; expected integers (a mask becomes "
-            "integers by numpy.flatnonzero)"
-        )
-    return array.reshape(-1).astype(np.int64)
-
-
-def check_indices(function: str, inds: Indices, size: int, total: int) -> None:
-    """Raise ValueError unless ``inds`` are ``size`` distinct numbers below ``total``."""
-    declared = "train_set_size" if function == "featurize" else "num_targets"
-    if len(inds) != size:
-        raise ValueError(
-            f"{function}: received {len(inds)} inds with a batch of {size} samples; expected one "
-            "for each"
-        )
-    if len(inds) and (inds.min() < 0 or inds.max() >= total):
-        bad = inds[(inds < 0) | (inds >= total)]
-        raise ValueError(
-            f"{function}: received sample {bad[0]}; expected 0 <= index < {declared} = {total}"
-        )
-    values, counts = np.unique(inds, return_counts=True)
-    if len(values) != len(inds):
-        raise ValueError(
-            f"{function}: received index {values[counts > 1][0]} more than once in a batch; "
-            "expected distinct inds"
-        )
-
-
-def check_finite(function: str, what: str, values: Tensor, inds: Indices) -> None:
-    """Raise ValueError, naming samples, unless all of ``values`` [B, ...] are finite."""
-    finite = torch.isfinite(values.reshape(len(inds), -1)).all(1).cpu().numpy()
-    if not finite.all():
-        bad = inds[~finite]
-        raise ValueError(
-            f"{function}: {what} of sample{'s' if len(bad) > 1 else ''} "
-            f"{', '.join(map(str, bad[:10]))}{' ...' if len(bad) > 10 else ''} are not finite; "
-            "expected finite gradients (is the input NaN or inf, or does the model overflow on "
-            "it?). Nothing of the batch was kept"
-        )

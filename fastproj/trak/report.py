@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fastproj.trak.files import write_atomic
 from fastproj.trak.metrics import LDS
-from fastproj.trak.store import write_atomic
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --back: #ffffff; --soft: #667080;

@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from fastproj.trak.store import Indices, remove_stale, sync_dir, temporary_path, write_error
+from fastproj.trak.files import Indices, remove_stale, sync_dir, temporary_path, write_error
 
 
 class ScoresWriter:

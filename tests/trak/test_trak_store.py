@@ -13,9 +13,10 @@ import pytest
 import torch
 import trak_cases as cases
 
-from fastproj.trak import StoreCorruptError, StoreError
-from fastproj.trak import store as module
-from fastproj.trak.store import pack_half, read_json, unpack, write_json
+from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
+from fastproj.trak import files as module
+from fastproj.trak.files import read_json, write_json
+from fastproj.trak.store import pack_half, unpack
 
 N, M = 12, 3
 
@@ -109,7 +110,7 @@ def test_a_shard_of_another_run_is_refused(finished, model, train, tmp_path_fact
     other = tmp_path_factory.mktemp("other")
     cases.whole_run(other, [model], train, train, projector_seed=4)
     shutil.copy(next(other.glob("models/0/train-*")), folder / "models" / "0")
-    with pytest.raises(module.StoreMismatchError, match="seed '4'; this run has '0'"):
+    with pytest.raises(StoreMismatchError, match="seed '4'; this run has '0'"):
         read_all(folder, model)
 
 

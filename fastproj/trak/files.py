@@ -1,0 +1,188 @@
+"""Files that are there in full or not at all, and say when they are damaged."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+Indices = npt.NDArray[np.int64]
+Tensors = dict[str, Tensor]
+
+
+class StoreError(RuntimeError):
+    """The store can't be written, or a file of it is missing."""
+
+
+class StoreCorruptError(StoreError):
+    """A file is damaged."""
+
+
+def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
+    """Make ``path`` with what ``write(file)`` writes, ``size`` bytes, in full or not at all."""
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_dir(path.parent)
+    except OSError as error:
+        raise write_error(path, size, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside ``path`` that says which process is writing it."""
+    unique = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name}.{unique}.tmp")
+
+
+def write_error(path: Path, size: int, error: OSError) -> StoreError:
+    """What to tell someone whose disk refuses ``path``."""
+    fix = "nothing that was there is lost; put it right and run again to go on"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return StoreError(
+            f"TRAKer: no room for {path} ({size} bytes; {free} bytes free on that disk); {fix}"
+        )
+    return StoreError(f"TRAKer: can't write {path} ({error.strerror or error}); {fix}")
+
+
+def make_dir(path: Path) -> None:
+    """Make the directory and its parents."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"TRAKer: can't make the directory {path} ({error.strerror}); expected a save_dir that "
+            "this user may write to"
+        ) from error
+
+
+def sync_dir(path: Path) -> None:
+    """Flush a directory, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse; the rename itself is still atomic
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove temporary files that processes of this machine left when they were killed."""
+    for path in folder.glob(".*.tmp"):
+        name, pid, _, _ = path.name.rsplit(".", 3)
+        if pid.isdigit() and name.endswith(f".{socket.gethostname()}") and not alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process with this id exists here."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object with its own checksum."""
+    body = json.dumps(dict(content), sort_keys=True)
+    text = json.dumps({**content, "checksum": digest(body.encode())}, indent=1, sort_keys=True)
+    write_atomic(path, lambda file: file.write(text.encode()), len(text))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote; raises StoreCorruptError if it is not that."""
+    try:
+        content = json.loads(path.read_bytes())
+        stored = content.pop("checksum")
+        made = digest(json.dumps(content, sort_keys=True).encode())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise corrupt(path, f"it is not JSON with a checksum ({error})") from error
+    except OSError as error:
+        raise StoreError(f"TRAKer: can't read {path} ({error.strerror or error})") from error
+    if made != stored:
+        raise corrupt(path, f"its checksum is {made}, the file says {stored}")
+    return dict(content)
+
+
+def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Tensors with string metadata, a checksum for each tensor and one for the metadata."""
+    whole = {name: t.contiguous() for name, t in tensors.items()}
+    sums = {f"checksum.{name}": tensor_digest(t) for name, t in whole.items()}
+    described = dict(sorted({**metadata, **sums}.items()))
+    described["checksum"] = digest(json.dumps(described, sort_keys=True).encode())
+    data = to_safetensors(whole, described)
+    write_atomic(path, lambda file: file.write(data), len(data))
+
+
+def read_safetensors(path: Path, names: Iterable[str] | None) -> tuple[Tensors, dict[str, str]]:
+    """Tensors ``names`` (None: all) and the metadata; raises StoreCorruptError, naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            wanted = list(file.keys()) if names is None else list(names)
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"TRAKer: {path} is gone; expected nobody to delete it during the run"
+        ) from error
+    except (SafetensorError, ValueError, UnicodeDecodeError, OSError) as error:
+        raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
+    stored = metadata.pop("checksum", "")
+    made = digest(json.dumps(dict(sorted(metadata.items())), sort_keys=True).encode())
+    if made != stored:
+        raise corrupt(path, f"the checksum of its header is {made}, the file says {stored!r}")
+    for name, t in tensors.items():
+        made, said = tensor_digest(t), metadata.get(f"checksum.{name}")
+        if made != said:
+            raise corrupt(path, f"the checksum of {name!r} is {made}, the file says {said!r}")
+    return tensors, metadata
+
+
+def corrupt(path: Path, reason: str) -> StoreCorruptError:
+    """The error for a damaged file, with what to do about it."""
+    redo = {
+        "train": "featurize the same data again: only what the file held is computed again",
+        "target": "score the same targets again: only what the file held is computed again",
+        "xtx": "call finalize_features again",
+        "solve": "call finalize_features again",
+    }.get(re.split(r"[-.]", path.name)[0], "run the same calls again")
+    return StoreCorruptError(f"TRAKer: {path} is damaged: {reason}. Delete the file and {redo}")
+
+
+def digest(data: bytes) -> str:
+    """128 bits of BLAKE2b, in hex."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def tensor_digest(t: Tensor) -> str:
+    """Hash of a tensor's dtype, shape and bytes."""
+    h = hashlib.blake2b(f"{t.dtype}{list(t.shape)}".encode(), digest_size=16)
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    if flat.numel():
+        h.update(flat.view(torch.uint8).numpy().data)
+    return h.hexdigest()
