@@ -1,6 +1,6 @@
 # make demo   installs fastproj into .venv and runs TRAK on real data
 # make test   the same environment plus the checkers: format, lint, types, tests
-# Variables: PYTHON (used to create the environment), VENV (where it lies), PYTEST_ARGS.
+# Variables: PYTHON (used to create the environment), VENV (where it lies), JOBS (test processes), PYTEST_ARGS.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,6 +10,8 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3; do \
     if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 PYTEST_ARGS ?=
+# Test processes: auto is one a core, 0 is this one only (for --pdb). A file's tests stay together: some share a build.
+JOBS ?= auto
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -70,10 +72,11 @@ lint: $(VENV)/.test
 	$(if $(CPP_FILES),$(BIN)/clang-format --dry-run -Werror $(CPP_FILES))
 
 unit: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
-test-all: lint
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+# The slow ones come one at a time: some need many gigabytes.
+test-all: test
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 # Many packages that nothing else here needs: they stay out of $(VENV). Two go without their dependencies, see pyproject.toml.
 COMPAT_VENV ?= .venv-compat
