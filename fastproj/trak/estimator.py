@@ -24,6 +24,7 @@ from fastproj.checks import check_integer
 from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
+from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import (
     FunctionalGradientComputer,
@@ -39,6 +40,7 @@ from fastproj.trak.inputs import (
     resolve_device,
     subclass_of,
 )
+from fastproj.trak.scoring import sum_xtx, target_chunks, write_scores
 from fastproj.trak.solve import Gram, Lambda, ScoreComputer, Solution, parse_lambda
 from fastproj.trak.store import (
     NotReadyError,
@@ -47,11 +49,13 @@ from fastproj.trak.store import (
     model_digest,
 )
 from fastproj.trak.tasks import resolve_task
-from fastproj.trak.writer import ScoresWriter
+from fastproj.trak.writer import (
+    ScoresWriter,
+    TopWriter,
+    read_top_scores,
+)
 
 MAX_SAMPLES = 1 << 48
-BLOCK_ROWS = 2048  # training samples held at once while finalising and scoring
-TARGET_ROWS = 8192  # targets held at once while scoring
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -92,6 +96,8 @@ class TRAKer:
     lambda_reg : ridge added to the diagonal of XtX: a number, meaning what it means in TRAK, or a
         string such as "0.1*mean" for 0.1 times the mean eigenvalue.
     kind : "rademacher" | "gaussian", where ``projector`` is None.
+    distributed : whether the processes of torch.distributed or torchrun share the work; None is
+        yes where there are several. False: this process works by itself.
 
     Raises
     ------
@@ -121,6 +127,7 @@ class TRAKer:
         lambda_reg: Lambda = 0.0,
         *,
         kind: str = "rademacher",
+        distributed: bool | None = None,
     ) -> None:
         logger.setLevel(logging_level)
         if not isinstance(model, nn.Module):
@@ -136,7 +143,9 @@ class TRAKer:
         names = parameter_names(model, grad_wrt)
         self.grad_wrt = None if grad_wrt is None else names
         self.num_params_for_grad = count_params(model, names)
-        self.device = resolve_device(device, model)
+        device = resolve_device(device, model)
+        self.ranks = ranks_of_this_run(distributed)
+        self.device = local_device(device, self.ranks)
         self.model = model.to(self.device)
         self.dtype = torch.float16 if use_half_precision else torch.float32
         self.normalize_factor = math.sqrt(self.num_params_for_grad)
@@ -203,7 +212,7 @@ class TRAKer:
             ``model_id`` was featurized from another checkpoint.
         """
         model_id = self._load("load_checkpoint", checkpoint, model_id)
-        self.saver.register(model_id, model_digest(self.model))
+        self._register(model_id)
         done = self.saver.index(model_id).done
         if done.any():
             logger.info(
@@ -212,7 +221,22 @@ class TRAKer:
                 int(done.sum()),
                 len(done),
             )
+        self._turns = Turns(self.ranks, done, ("featurize", model_id, None))
         self._loaded_for = "featurize"
+
+    def _register(self, model_id: int) -> None:
+        """Enter a checkpoint into the store; what is set aside first is so once, by rank 0."""
+        checkpoint = model_digest(self.model)
+        every = [("load_checkpoint", model_id)]
+        if not self.saver.load_from_save_dir:
+            every = self.ranks.meet("load_checkpoint", model_id)
+        alike = all(one == ("load_checkpoint", model_id) for one in every)
+        if len(every) > 1 and alike:
+            with self.ranks.together("load_checkpoint"):
+                if self.ranks.first:
+                    self.saver.register(model_id, checkpoint)
+            self.saver._fresh.add(model_id)
+        self.saver.register(model_id, checkpoint)
 
     def _load(self, function: str, checkpoint: Mapping[str, Any], model_id: SupportsIndex) -> int:
         """Check and load a checkpoint; returns the model_id."""
@@ -233,7 +257,8 @@ class TRAKer:
         """Compute and keep the features and Q of a batch of training samples.
 
         ``phi(z) = P^T grad f(z; theta) / normalize_factor``; samples that are there are skipped.
-        When it returns, the batch is on disk.
+        When it returns, the batch is on disk. Where several processes see the same batches, each
+        computes its share and skips the rest.
 
         Parameters
         ----------
@@ -256,6 +281,9 @@ class TRAKer:
                 "load_checkpoint(checkpoint, model_id) first"
             )
         batch, inds = self._check_batch("featurize", batch, inds, num_samples, self.train_set_size)
+        if not self._is_mine("featurize", batch, inds, num_samples):
+            self._advance(num_samples, inds)
+            return
         index = self.saver.index(model_id)
         content = batches.content_ids(batch, len(inds))
         done = index.done[inds]
@@ -271,6 +299,44 @@ class TRAKer:
             self.saver.write_shard(model_id, inds[new], content[new], features, q)
         self._advance(num_samples, inds)
 
+    def _is_mine(
+        self, function: str, batch: tuple[Any, ...], inds: Indices, num_samples: Any
+    ) -> bool:
+        """Whether this process has anything to do with a batch."""
+        if not len(inds):
+            return False
+        if self._turns.taking is None:
+            content = batches.content_ids(batch, len(inds))
+            self._turns.compare(function, inds, content, num_samples is not None)
+        return self._turns.mine(inds)
+
+    def remaining_batches(self, batch_size: SupportsIndex) -> list[list[int]]:
+        """This process's share of the samples that are not there yet, in batches of numbers.
+
+        For loaders that needn't read what is skipped, after a restart or in several processes:
+
+            todo = traker.remaining_batches(64)
+            for inds, batch in zip(todo, DataLoader(train_set, batch_sampler=todo)):
+                traker.featurize(batch, inds=inds)
+
+        After ``load_checkpoint`` they are training samples, after ``start_scoring_checkpoint``
+        targets. Batches are cut from 0, 1, 2 ... in order.
+
+        Raises NotReadyError before either; ValueError for a batch_size below 1.
+        """
+        batch_size = check_integer("remaining_batches", "batch_size", batch_size, 1, MAX_SAMPLES)
+        model_id = self.saver.current_model_id
+        if self._loaded_for is None or model_id is None:
+            raise NotReadyError(
+                "remaining_batches: no checkpoint is loaded; call load_checkpoint or "
+                "start_scoring_checkpoint first"
+            )
+        exp_name = self._exp_name if self._loaded_for == "score" else None
+        done = self.saver.index(model_id, exp_name).done
+        every = np.split(np.arange(len(done)), range(batch_size, len(done), batch_size))
+        todo = [inds[~done[inds]] for inds in every if not done[inds].all()]
+        return [inds.tolist() for inds in self._turns.deal("remaining_batches", todo)]
+
     def _check_batch(
         self, function: str, batch: Any, inds: Any, num_samples: SupportsIndex | None, total: int
     ) -> tuple[tuple[Any, ...], Indices]:
@@ -284,7 +350,7 @@ class TRAKer:
         if hasattr(self.task, "check_batch"):
             self.task.check_batch(prepared)
         if inds is None:
-            count = check_integer(function, "num_samples", num_samples or 0, 1, MAX_SAMPLES)
+            count = check_integer(function, "num_samples", num_samples or 0, 0, MAX_SAMPLES)
             if count != size:
                 raise ValueError(
                     f"{function}: received num_samples={count} with a batch of {size} samples; "
@@ -312,7 +378,8 @@ class TRAKer:
             )
 
     def _advance(self, num_samples: SupportsIndex | None, inds: Indices) -> None:
-        """Count on, for calls with num_samples."""
+        """Count on: samples for calls with num_samples, batches for taking turns."""
+        self._turns.passed(inds)
         if num_samples is not None:
             self._last_ind += len(inds)
 
@@ -370,38 +437,38 @@ class TRAKer:
         NotReadyError
             For a checkpoint that is not fully featurized.
         """
+        function = "finalize_features"
+        model_ids = None if model_ids is None else [int(model_id) for model_id in model_ids]
+        ranks = self.ranks if self.ranks.agree(function, model_ids) else Ranks()
         self.saver.forget()
-        ids = self._model_ids("finalize_features", model_ids)
+        ids = self._model_ids(function, model_ids)
         for model_id in ids:
-            self._require_features("finalize_features", model_id)
+            self._require_features(function, model_id)
         if del_grads:
             logger.info("finalize_features: del_grads has nothing to delete")
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
         parse_lambda(lambda_reg)
         todo = [model_id for model_id in ids if not self.saver.has_xtx(model_id)]
-        with progress("finalising features", len(todo) * self.train_set_size, "sample") as bar:
+        mine = len(todo) * self.train_set_size // ranks.size
+        with progress("finalising features", mine, "sample") as bar:
             for model_id in todo:
-                gram = self.score_computer.gram(
-                    self._feature_blocks(model_id, bar), self.proj_dim, self.train_set_size
-                )
-                self.saver.write_xtx(model_id, gram.xtx, gram.n, gram.eps)
-        for model_id in ids:
-            solution = self.score_computer.solve(Gram(*self.saver.read_xtx(model_id)), lambda_reg)
-            self.saver.write_solve(model_id, {"lambda": lambda_reg, **solution.summary()})
-            logger.info(
-                "model_id %d: lambda %.3g, condition estimate %.1e",
-                model_id,
-                solution.lambda_reg,
-                solution.condition,
-            )
+                sum_xtx(self.saver, self.score_computer, model_id, ranks, bar.update)
+        with ranks.together(function):
+            for model_id in ids if ranks.first else ():
+                self._solve(model_id, lambda_reg)
         self._last_ind = 0
 
-    def _feature_blocks(self, model_id: int, bar: Any) -> Iterable[Tensor]:
-        """Feature blocks [b, k] of a checkpoint, counted on the progress bar."""
-        for inds, features, _ in self.saver.blocks(model_id, rows=BLOCK_ROWS):
-            yield features
-            bar.update(len(inds))
+    def _solve(self, model_id: int, lambda_reg: Lambda) -> None:
+        """Check that a checkpoint's system can be solved, and keep the lambda."""
+        solution = self.score_computer.solve(Gram(*self.saver.read_xtx(model_id)), lambda_reg)
+        self.saver.write_solve(model_id, {"lambda": lambda_reg, **solution.summary()})
+        logger.info(
+            "model_id %d: lambda %.3g, condition estimate %.1e",
+            model_id,
+            solution.lambda_reg,
+            solution.condition,
+        )
 
     # ---- scoring --------------------------------------------------------------------------------
 
@@ -438,6 +505,8 @@ class TRAKer:
         self._load(function, checkpoint, model_id)
         self.saver.check_checkpoint(model_id, model_digest(self.model))
         self.saver.start_experiment(exp_name, model_id, num_targets)
+        done = self.saver.index(model_id, exp_name).done
+        self._turns = Turns(self.ranks, done, ("score", model_id, exp_name))
         self._exp_name = exp_name
         self._loaded_for = "score"
 
@@ -471,6 +540,9 @@ class TRAKer:
             )
         index = self.saver.index(model_id, exp_name)
         batch, inds = self._check_batch("score", batch, inds, num_samples, len(index.shard))
+        if not self._is_mine("score", batch, inds, num_samples):
+            self._advance(num_samples, inds)
+            return
         content = batches.content_ids(batch, len(inds))
         new = ~(index.done[inds] & (index.content[inds] == content))
         if new.any():
@@ -487,7 +559,8 @@ class TRAKer:
         exp_name: str,
         model_ids: Iterable[int] | None = None,
         allow_skip: bool = False,
-    ) -> npt.NDArray[np.float32]:
+        top_k: SupportsIndex | None = None,
+    ) -> Any:
         """The TRAK scores of an experiment, averaged over checkpoints.
 
         Parameters
@@ -496,17 +569,26 @@ class TRAKer:
         model_ids : which checkpoints; None is all in ``save_dir``.
         allow_skip : warn about checkpoints that are not finalised or not fully scored, and average
             over the others, instead of raising.
+        top_k : None, or how many of the highest and of the lowest scores of each target to return
+            instead of all; then the n_train x n_targets scores are never made.
 
         Returns
         -------
         float32 [n_train, n_targets], memory-mapped from ``save_dir/scores/<exp_name>.mmap`` (which
         ``numpy.load`` reads). Entry [i, j] > 0: training sample i raises the output of target j.
+        With ``top_k``: ``TopScores``, kept in ``save_dir/scores/<exp_name>.top.safetensors``.
 
         Raises
         ------
         NotReadyError
             Where something is missing and ``allow_skip`` is False, or nothing is left.
         """
+        function = "finalize_scores"
+        if top_k is not None:
+            top_k = check_integer(function, "top_k", top_k, 1, MAX_SAMPLES)
+        model_ids = None if model_ids is None else [int(model_id) for model_id in model_ids]
+        facts_given = (exp_name, model_ids, allow_skip, top_k)
+        ranks = self.ranks if self.ranks.agree(function, facts_given) else Ranks()
         self.saver.forget()
         n_targets = self.saver.num_targets(exp_name)
         ids = []
@@ -524,25 +606,30 @@ class TRAKer:
                 f"finalize_scores: no checkpoint in {self.save_dir} is ready for {exp_name!r}"
             )
         self._check_same_targets(exp_name, ids)
-        q = torch.stack([self.saver.out_to_loss(model_id) for model_id in ids]).mean(0)  # [n]
-        share = q.numpy() / len(ids)  # [n]
-        passes = len(ids) * -(-n_targets // TARGET_ROWS)
+        shape = (self.train_set_size, n_targets)
+        facts = {"exp_name": exp_name, "model_ids": ids}
         path = self.saver.scores_path(exp_name)
-        with (
-            ScoresWriter(path, (self.train_set_size, n_targets)) as writer,
-            progress("scoring", passes * self.train_set_size, "sample") as bar,
-        ):
-            for model_id in ids:
-                solution = self._solution(model_id)
-                for columns, targets, _ in self.saver.blocks(model_id, exp_name, TARGET_ROWS):
-                    weights = solution.apply(targets)  # [m, k]
-                    for rows, features, _ in self.saver.blocks(model_id, rows=BLOCK_ROWS):
-                        block = self.score_computer.scores(features, weights).numpy()  # [b, m]
-                        writer.add(rows, columns, block * share[rows, None])
-                        bar.update(len(rows))
-        self.scores = np.load(path, mmap_mode="c")
+        sink: ScoresWriter | TopWriter = ScoresWriter(path, shape, ranks, facts)
+        if top_k is not None:
+            path = self.saver.top_path(exp_name)
+            sink = TopWriter(path, shape, top_k, ranks, facts)
+        passes = len(target_chunks(self.saver, exp_name, len(ids)))
+        with sink, progress("scoring", passes * shape[0] // ranks.size, "sample") as bar:
+            write_scores(
+                self.saver,
+                self.score_computer,
+                exp_name,
+                ids,
+                self._solution,
+                sink,
+                ranks,
+                bar.update,
+            )
         self._last_ind = 0
         logger.info("scores of %r are in %s", exp_name, path)
+        if top_k is not None:
+            return read_top_scores(path)
+        self.scores = np.load(path, mmap_mode="c")
         return self.scores
 
     def _solution(self, model_id: int) -> Solution:

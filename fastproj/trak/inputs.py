@@ -16,7 +16,13 @@ def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch
     """The device that was asked for, checked to be there; None is the model's."""
     if device is None:
         return next(model.parameters()).device
-    resolved = torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"TRAKer: received device={device!r}, which torch doesn't know ({error}); expected "
+            'one such as "cpu" or "cuda:0", or None for where the model is'
+        ) from None
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"TRAKer: received device={str(device)!r}, but this torch sees no CUDA GPU; expected "

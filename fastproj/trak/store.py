@@ -6,10 +6,12 @@
             checkpoint.json           hash of the checkpoint's parameters and buffers
             train-*.safetensors       features, Q and indices of one featurized batch each
             xtx.safetensors           Phi^T Phi, once finalised
+            part-*.safetensors        Phi^T Phi of some of the samples, while finalising
             solve.json                lambda, rank, condition estimate
             targets/<exp_name>/*.safetensors
         experiments/<exp_name>.json
         scores/<exp_name>.mmap        [n_train, n_targets] float32; np.load reads it
+        scores/<exp_name>.top.safetensors   the best and worst training samples of each target
 
 Every file is written under a temporary name, flushed to disk and renamed, so that it is there in
 full or not at all; nothing is ever written to again. Each carries a checksum.
@@ -33,6 +35,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fastproj.trak.features import FeatureReader, pack_half, sample_blocks
 from fastproj.trak.files import (
     Indices,
     Tensors,
@@ -45,9 +48,9 @@ from fastproj.trak.files import (
     write_json,
     write_safetensors,
 )
+from fastproj.trak.writer import read_scores
 
-FORMAT = 1
-HALF_EXPONENT = 15  # half-precision rows are scaled so that their largest entry is in [2^14, 2^15)
+FORMAT = 2
 
 
 class StoreMismatchError(ValueError):
@@ -63,13 +66,14 @@ class ShardIndex:
     """Which shard each of n samples is in: its place in ``shards``, or -1."""
 
     shard: npt.NDArray[np.int32]  # [n]
+    row: npt.NDArray[np.int32]  # [n], which of the shard's rows
     content: Indices  # [n], content ids (batches.content_ids)
     shards: list[Path] = field(default_factory=list)
 
     @classmethod
     def empty(cls, n: int) -> ShardIndex:
         """An index of n samples, none of them there."""
-        return cls(np.full(n, -1, np.int32), np.zeros(n, np.int64))
+        return cls(np.full(n, -1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int64))
 
     @property
     def done(self) -> npt.NDArray[np.bool_]:
@@ -84,13 +88,16 @@ class ShardIndex:
         """Hash of what all samples contain: features of other data have another."""
         return tensor_digest(torch.from_numpy(self.content))
 
+    def layout_digest(self) -> str:
+        """Hash of the shards' names: what decides the order in which features are read."""
+        return digest("/".join(path.name for path in self.shards).encode())
+
     def add(self, path: Path, inds: Indices, content: Indices, replace: bool) -> None:
         """Enter the rows of a shard; ``replace`` says whether it wins over what is there."""
-        if not replace:
-            new = self.shard[inds] < 0
-            inds, content = inds[new], content[new]
-        self.shard[inds] = len(self.shards)
-        self.content[inds] = content
+        new = np.arange(len(inds)) if replace else np.flatnonzero(self.shard[inds] < 0)
+        self.shard[inds[new]] = len(self.shards)
+        self.row[inds[new]] = new
+        self.content[inds[new]] = content[new]
         self.shards.append(path)
 
 
@@ -278,7 +285,8 @@ class Store:
             n = self.train_set_size if exp_name is None else self.num_targets(exp_name)
             index = ShardIndex.empty(n)
             folder = self.shard_dir(model_id, exp_name)
-            for path in sorted(folder.glob("*-*.safetensors")) if folder.exists() else []:
+            role = "train" if exp_name is None else "target"
+            for path in sorted(folder.glob(f"{role}-*.safetensors")) if folder.exists() else []:
                 tensors = self.read_shard(path, model_id, exp_name, ("inds", "content"))
                 inds = tensors["inds"].numpy()
                 if len(inds) and (inds.min() < 0 or inds.max() >= n):
@@ -339,16 +347,26 @@ class Store:
         return self._checkpoints[model_id]
 
     def read_shard(
-        self, path: Path, model_id: int, exp_name: str | None, names: Iterable[str] | None = None
+        self,
+        path: Path,
+        model_id: int,
+        exp_name: str | None,
+        names: Iterable[str] | None = None,
+        check: bool = True,
     ) -> Tensors:
         """The tensors ``names`` (None: all) of a shard, checked against their checksums."""
-        return self._read(path, model_id, exp_name, names)[0]
+        return self._read(path, model_id, exp_name, names, check)[0]
 
     def _read(
-        self, path: Path, model_id: int, exp_name: str | None, names: Iterable[str] | None
+        self,
+        path: Path,
+        model_id: int,
+        exp_name: str | None,
+        names: Iterable[str] | None,
+        check: bool = True,
     ) -> tuple[Tensors, dict[str, str]]:
         """Tensors and metadata; raises StoreMismatchError if the file is of another run."""
-        tensors, metadata = read_safetensors(path, names)
+        tensors, metadata = read_safetensors(path, names, check)
         for key, value in self._shard_identity(model_id, exp_name).items():
             if metadata.get(key) != value:
                 raise StoreMismatchError(
@@ -361,21 +379,9 @@ class Store:
         self, model_id: int, exp_name: str | None = None, rows: int = 2048
     ) -> Iterator[tuple[Indices, Tensor, Tensor | None]]:
         """(inds [b], features [b, k], Q [b] or None) of all samples, about ``rows`` at a time."""
-        index = self.index(model_id, exp_name)
-        held: list[tuple[Indices, Tensor, Tensor | None]] = []
-        for number, path in enumerate(index.shards):
-            tensors = self.read_shard(path, model_id, exp_name)
-            inds = tensors["inds"].numpy()
-            mine = index.shard[inds] == number
-            if mine.any():
-                keep = torch.from_numpy(mine)
-                q = tensors.get("out_to_loss")
-                held.append((inds[mine], unpack(tensors)[keep], None if q is None else q[keep]))
-            if sum(len(part[0]) for part in held) >= rows:
-                yield join(held)
-                held = []
-        if held:
-            yield join(held)
+        reader = FeatureReader(self, model_id, exp_name)
+        for inds in sample_blocks(reader.index.shard, rows):
+            yield inds, *reader.read(inds)
 
     def out_to_loss(self, model_id: int) -> Tensor:
         """Q of all training samples, float32 [n]; NaN where a sample is not featurized."""
@@ -423,6 +429,39 @@ class Store:
         tensors, metadata = self._read(path, model_id, None, None)
         return tensors["xtx"], int(metadata["n"]), float(metadata["eps"])
 
+    def part_path(self, model_id: int, number: int) -> Path:
+        """The file of a part of XtX."""
+        return self.model_dir(model_id) / f"part-{number:04d}.safetensors"
+
+    def has_part(self, model_id: int, number: int) -> bool:
+        """Whether a part of XtX of the shards that are there now was stored."""
+        path = self.part_path(model_id, number)
+        if not path.exists():
+            return False
+        _, metadata = self._read(path, model_id, None, ())
+        facts = self._part_facts(model_id)
+        return facts.items() <= metadata.items()
+
+    def write_part(self, model_id: int, number: int, xtx: Tensor, eps: float) -> None:
+        """Keep the sum over some blocks, float64 [k, k], until XtX is whole."""
+        facts = self._part_facts(model_id) | {"eps": repr(eps)}
+        path = self.part_path(model_id, number)
+        write_safetensors(path, {"xtx": xtx}, self._shard_identity(model_id, None) | facts)
+
+    def read_part(self, model_id: int, number: int) -> tuple[Tensor, float]:
+        """(sum, eps) as written."""
+        tensors, metadata = self._read(self.part_path(model_id, number), model_id, None, None)
+        return tensors["xtx"], float(metadata["eps"])
+
+    def remove_parts(self, model_id: int) -> None:
+        """Remove the parts of XtX, which is whole now."""
+        for path in self.model_dir(model_id).glob("part-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _part_facts(self, model_id: int) -> dict[str, str]:
+        index = self.index(model_id)
+        return {"content": index.content_digest(), "layout": index.layout_digest()}
+
     def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:
         """Keep what was solved: lambda and what it gave."""
         write_json(self.model_dir(model_id) / "solve.json", summary)
@@ -435,6 +474,11 @@ class Store:
         """The file of the final scores."""
         self.experiment_path(exp_name)
         return self.save_dir / "scores" / f"{exp_name}.mmap"
+
+    def top_path(self, exp_name: str) -> Path:
+        """The file of the extreme scores."""
+        self.experiment_path(exp_name)
+        return self.save_dir / "scores" / f"{exp_name}.top.safetensors"
 
 
 class CurrentStore(Mapping[str, Any]):
@@ -464,7 +508,7 @@ class CurrentStore(Mapping[str, Any]):
         if what == "grads" and exp_name in store.experiments:
             return store.matrix(model_id, exp_name).numpy()
         if what == "scores" and store.scores_path(exp_name).exists():
-            return np.load(store.scores_path(exp_name), mmap_mode="c")
+            return read_scores(store.scores_path(exp_name))
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -487,41 +531,3 @@ def layout_fingerprint(model: nn.Module, names: Iterable[str]) -> str:
     """Hash of the names and shapes of the parameters in order: what decides a gradient's layout."""
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     return digest(json.dumps([[name, shapes[name]] for name in names]).encode())
-
-
-# ---- half precision -----------------------------------------------------------------------------
-
-
-def pack_half(features: Tensor) -> Tensors:
-    """float16 with an exponent per row: ``features[i] = grads[i] * 2^exponent[i]``.
-
-    A row keeps 11 significant bits for entries down to 2^-29 of its largest, at any magnitude:
-    unlike plain float16, nothing of the size of a gradient overflows or vanishes.
-    """
-    rows = features.double()
-    _, exponent = torch.frexp(rows.abs().amax(1))  # largest entry = m * 2^e, 1/2 <= m < 1
-    exponent = (exponent - HALF_EXPONENT).clamp(-1000, 1000)  # 2^exponent must be a float64
-    scale = torch.exp2(-exponent.double()).unsqueeze(1)  # [b, 1]
-    return {"grads": (rows * scale).half(), "exponent": exponent.to(torch.int32)}
-
-
-def unpack(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Features [b, k] as stored: float32 for half-precision shards, otherwise as they are."""
-    grads = tensors["grads"]
-    if "exponent" not in tensors:
-        return grads
-    return (grads.double() * torch.exp2(tensors["exponent"].double()).unsqueeze(1)).float()
-
-
-def join(
-    parts: list[tuple[Indices, Tensor, Tensor | None]],
-) -> tuple[Indices, Tensor, Tensor | None]:
-    """Several blocks as one."""
-    if len(parts) == 1:
-        return parts[0]
-    qs = [q for _, _, q in parts if q is not None]
-    return (
-        np.concatenate([inds for inds, _, _ in parts]),
-        torch.cat([features for _, features, _ in parts]),
-        torch.cat(qs) if qs else None,
-    )

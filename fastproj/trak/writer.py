@@ -1,49 +1,153 @@
-"""The score file: an n x m array on disk, made block by block, there only when it is whole."""
+"""Where scores go: an n x m array on disk, or the extremes of each target; whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from fastproj.trak.files import Indices, remove_stale, sync_dir, temporary_path, write_error
+from fastproj.trak.distributed import Ranks
+from fastproj.trak.files import (
+    Indices,
+    StoreError,
+    corrupt,
+    digest,
+    read_safetensors,
+    remove_stale,
+    sync_dir,
+    temporary_path,
+    write_error,
+    write_safetensors,
+)
+
+STRIPE_BYTES = 1 << 24  # of the array under one checksum
+FOOTER = struct.Struct("<Q8s")  # length of the JSON before it, FOOTER_MARK
+FOOTER_MARK = b"FPSCORES"
+TOP_COLUMNS = 1024  # targets sorted at once
+MAX_NUMBER = (1 << 32) - 1  # of a training sample among extremes: key = value and number in 64 bits
+
+Scores = npt.NDArray[np.float32]
+
+
+class Sink(Protocol):
+    """Takes blocks of scores from several ranks; ``finish`` is called by all, after the last."""
+
+    def add(self, rows: Indices, columns: range, block: Scores) -> None:
+        """Scores [b, m'] of training samples ``rows`` [b] and targets ``columns``."""
+
+    def finish(self) -> None:
+        """Make the result appear."""
 
 
 class ScoresWriter:
-    """Adds blocks to a float32 [n, m] array in a temporary file; leaving the block renames it.
+    """A float32 [n, m] array in a temporary file; ``finish`` adds checksums and renames it.
 
+    The file is NumPy's format, with checksums behind the array, where ``numpy.load`` doesn't look.
     Raises StoreError where the disk has no room, before anything is computed.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int],
+        ranks: Ranks,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = path
         self.shape = shape
+        self.ranks = ranks
+        self.facts = dict(facts or {})
+        self.temporary: Path | None = None
 
     def __enter__(self) -> ScoresWriter:
-        remove_stale(self.path.parent)
-        self.temporary = temporary_path(self.path)
-        size = 4 * self.shape[0] * self.shape[1]
-        try:
-            self.array: npt.NDArray[np.float32] | None = np.lib.format.open_memmap(
-                self.temporary, mode="w+", dtype=np.float32, shape=self.shape
-            )
-            # A sparse file on a full disk would end the process by a signal at the first write.
-            with open(self.temporary, "r+b") as file:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            self.array = None
-            self.temporary.unlink(missing_ok=True)
-            raise write_error(self.path, size, error) from error
+        with self.ranks.together("finalize_scores"):
+            if self.ranks.first:
+                remove_stale(self.path.parent)
+                self.temporary = temporary_path(self.path)
+                self._create(self.temporary)
+        self.temporary = self.ranks.share(self.temporary)
+        assert self.temporary is not None
+        self.file = os.open(self.temporary, os.O_RDWR)
         return self
 
-    def add(self, rows: Indices, columns: Indices, block: npt.NDArray[np.float32]) -> None:
-        """``array[rows, columns] += block``; rows [b] and columns [m'] are distinct."""
-        assert self.array is not None
-        self.array[np.ix_(rows, columns)] += block
+    def _create(self, path: Path) -> None:
+        size = 4 * self.shape[0] * self.shape[1]
+        try:
+            with open(path, "wb") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                # A sparse file would fill the disk only after hours of work.
+                if hasattr(os, "posix_fallocate"):
+                    file.flush()
+                    os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+                else:
+                    file.truncate(file.tell() + size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise write_error(self.path, size, error) from error
+
+    @property
+    def _start(self) -> int:
+        return array_start(self.file, self.shape)
+
+    def add(self, rows: Indices, columns: range, block: Scores) -> None:
+        """``array[rows, columns] = block``; rows [b] are distinct."""
+        start, width = self._start, self.shape[1]
+        whole = len(columns) == width
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1 if whole else np.arange(1, len(rows))
+        edges = [0, *breaks.tolist(), len(rows)]
+        block = np.ascontiguousarray(block, np.float32)
+        for begin, end in pairwise(edges):
+            place = start + 4 * (int(rows[begin]) * width + columns.start)
+            self._write(block[begin:end].data.cast("B"), place)
+
+    def _write(self, data: memoryview, place: int) -> None:
+        try:
+            while data:
+                done = os.pwrite(self.file, data, place)
+                data, place = data[done:], place + done
+        except OSError as error:
+            raise write_error(self.path, 4 * self.shape[0] * self.shape[1], error) from error
+
+    def finish(self) -> None:
+        """Flush, add the checksums and rename; by all ranks."""
+        assert self.temporary is not None
+        with self.ranks.together("finalize_scores"):
+            os.fsync(self.file)
+        step, count = stripes(self.shape)
+        mine = range(self.ranks.rank, count, self.ranks.size)
+        sums = {i: stripe_checksum(self.file, self.shape, i, step) for i in mine}
+        every = {
+            i: s for part in self.ranks.gather("finalize_scores", sums) for i, s in part.items()
+        }
+        with self.ranks.together("finalize_scores"):
+            if self.ranks.first:
+                footer = {
+                    **self.facts,
+                    "shape": self.shape,
+                    "stripe_rows": step,
+                    "crc32": [every[i] for i in range(count)],
+                }
+                body = json.dumps(footer, sort_keys=True)
+                footer["checksum"] = digest(body.encode())
+                data = json.dumps(footer, sort_keys=True).encode()
+                data += FOOTER.pack(len(data), FOOTER_MARK)
+                self._write(memoryview(data), self._start + 4 * self.shape[0] * self.shape[1])
+                os.fsync(self.file)
+                os.replace(self.temporary, self.path)
+                sync_dir(self.path.parent)
 
     def __exit__(
         self,
@@ -51,13 +155,182 @@ class ScoresWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None and isinstance(self.array, np.memmap):
-                self.array.flush()
-                with open(self.temporary, "r+b") as file:
-                    os.fsync(file.fileno())
-                os.replace(self.temporary, self.path)
-                sync_dir(self.path.parent)
-        finally:
-            self.array = None
+        os.close(self.file)
+        if self.temporary is not None and self.ranks.first:
             self.temporary.unlink(missing_ok=True)
+
+
+def array_start(file: int, shape: tuple[int, int]) -> int:
+    """Where the numbers begin in a NumPy file of this shape (format 1.0)."""
+    (length,) = struct.unpack("<H", os.pread(file, 2, 8))
+    return 10 + int(length)
+
+
+def stripes(shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows of the array under one checksum, and how many such stripes it has."""
+    step = max(1, STRIPE_BYTES // max(1, 4 * shape[1]))
+    return step, -(-shape[0] // step)
+
+
+def stripe_checksum(file: int, shape: tuple[int, int], number: int, step: int) -> int:
+    """CRC-32 of a stripe as it is in the file."""
+    begin = number * step
+    size = 4 * shape[1] * (min(begin + step, shape[0]) - begin)
+    place = array_start(file, shape) + 4 * shape[1] * begin
+    crc = 0
+    while size:
+        data = os.pread(file, min(size, STRIPE_BYTES), place)
+        if not data:
+            raise EOFError("the file ends inside the array")
+        crc = zlib.crc32(data, crc)
+        size, place = size - len(data), place + len(data)
+    return crc
+
+
+def read_scores(path: Path | str) -> Scores:
+    """Scores as ``finalize_scores`` wrote them, [n, m], mapped; checked against their checksums.
+
+    Writing to the array doesn't change the file. Raises StoreCorruptError, naming the file.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            end = file.tell() - FOOTER.size
+            file.seek(max(end, 0))
+            length, mark = FOOTER.unpack(file.read(FOOTER.size))
+            if mark != FOOTER_MARK or length > end:
+                raise ValueError("it doesn't end in checksums")
+            file.seek(end - length)
+            footer = json.loads(file.read(length))
+            stored = footer.pop("checksum")
+            if digest(json.dumps(footer, sort_keys=True).encode()) != stored:
+                raise ValueError("the checksum of its end is another")
+            shape = (int(footer["shape"][0]), int(footer["shape"][1]))
+            array: Scores = np.load(path, mmap_mode="c")
+            if array.shape != shape or array.dtype != np.float32 or not array.flags.c_contiguous:
+                raise ValueError(f"it says {array.shape} {array.dtype}, its end says {shape}")
+            if array_start(file.fileno(), shape) + array.nbytes != end - length:
+                raise ValueError("its size isn't that of its array")
+            for number, crc in enumerate(footer["crc32"]):
+                if stripe_checksum(file.fileno(), shape, number, footer["stripe_rows"]) != crc:
+                    first = number * footer["stripe_rows"]
+                    raise ValueError(f"the checksum of the rows from {first} on is another")
+    except FileNotFoundError as error:
+        raise StoreError(f"TRAKer: there are no scores at {path}") from error
+    except (ValueError, KeyError, TypeError, struct.error, EOFError, SyntaxError) as error:
+        raise corrupt(path, f"{error}") from error
+    return array
+
+
+# ---- extremes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TopScores:
+    """The extremes of each of m targets, best first; what n x m scores are mostly read for.
+
+    helpful_indices, helpful_scores : int64 and float32 [m, t], the training samples with the
+        highest scores and those scores, descending.
+    harmful_indices, harmful_scores : [m, t], the lowest, ascending.
+
+    Among equal scores the sample with the lower number comes first.
+    """
+
+    helpful_indices: Indices
+    helpful_scores: Scores
+    harmful_indices: Indices
+    harmful_scores: Scores
+    train_set_size: int
+
+
+class TopWriter:
+    """Keeps the ``top_k`` highest and lowest scores of each target; ``finish`` writes them."""
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int],
+        top_k: int,
+        ranks: Ranks,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        if shape[0] > MAX_NUMBER + 1:
+            raise ValueError(
+                f"finalize_scores: received top_k with {shape[0]} training samples; expected at "
+                "most 2^32"
+            )
+        self.path = path
+        self.shape = shape
+        self.top_k = min(top_k, shape[0])
+        self.ranks = ranks
+        self.facts = dict(facts or {})
+        lowest = torch.iinfo(torch.int64).min
+        self.keys = torch.full((2, shape[1], self.top_k), lowest)  # helpful, harmful
+
+    def __enter__(self) -> TopWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def add(self, rows: Indices, columns: range, block: Scores) -> None:
+        """Let a block [b, m'] of scores compete with what is kept."""
+        numbers = torch.from_numpy(rows)
+        for begin in range(0, len(columns), TOP_COLUMNS):
+            part = torch.from_numpy(block[:, begin : begin + TOP_COLUMNS])
+            start = columns.start + begin
+            kept = self.keys[:, start : start + part.shape[1]]
+            for side, values in zip(kept, (part, -part), strict=True):
+                worst = scores_of(side[:, -1])
+                hopeful = (values >= worst).any(1) | (side[:, -1] == lowest_key()).any()
+                keys = sort_keys(values[hopeful].mT, numbers[hopeful])
+                side.copy_(torch.cat([side, keys], 1).topk(self.top_k, sorted=True).values)
+
+    def finish(self) -> None:
+        """Merge what the ranks have and write it; by all ranks."""
+        parts = self.ranks.gather("finalize_scores", self.keys.numpy())
+        with self.ranks.together("finalize_scores"):
+            if self.ranks.first:
+                every = torch.cat([torch.from_numpy(part) for part in parts], 2)
+                helpful, harmful = every.topk(self.top_k, sorted=True).values
+                tensors = {
+                    "helpful_indices": numbers_of(helpful),
+                    "helpful_scores": scores_of(helpful),
+                    "harmful_indices": numbers_of(harmful),
+                    "harmful_scores": -scores_of(harmful),
+                }
+                facts = {**self.facts, "train_set_size": self.shape[0]}
+                write_safetensors(self.path, tensors, {k: str(v) for k, v in facts.items()})
+
+
+def lowest_key() -> int:
+    """Stands where nothing is kept yet."""
+    return torch.iinfo(torch.int64).min
+
+
+def sort_keys(values: Tensor, numbers: Tensor) -> Tensor:
+    """int64 keys that sort by float32 value [m, b]; among equal ones, lower numbers [b] win."""
+    bits = (values.contiguous() + 0.0).view(torch.int32)  # + 0.0: there is one zero
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (MAX_NUMBER - numbers)
+
+
+def scores_of(keys: Tensor) -> Tensor:
+    """The values that ``sort_keys`` was given."""
+    ordered = (keys >> 32).to(torch.int32)
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def numbers_of(keys: Tensor) -> Tensor:
+    """The numbers that ``sort_keys`` was given."""
+    return MAX_NUMBER - (keys & MAX_NUMBER)
+
+
+def read_top_scores(path: Path | str) -> TopScores:
+    """What ``finalize_scores(..., top_k=)`` wrote; raises StoreCorruptError, naming the file."""
+    tensors, metadata = read_safetensors(Path(path), None)
+    return TopScores(
+        **{name: t.numpy().copy() for name, t in tensors.items()},
+        train_set_size=int(metadata["train_set_size"]),
+    )

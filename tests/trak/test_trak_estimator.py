@@ -20,7 +20,6 @@ from fastproj.trak import (
     SingularXtXWarning,
     StoreMismatchError,
 )
-from fastproj.trak import estimator as module
 
 N, M = 30, 6
 
@@ -63,8 +62,7 @@ def test_scores_are_the_papers_formula(tmp_path, models, train, targets, lambda_
 
 def test_blocks_and_chunks_do_not_matter(tmp_path, models, train, targets, monkeypatch):
     whole = cases.whole_run(tmp_path / "a", models, train, targets)
-    monkeypatch.setattr(module, "BLOCK_ROWS", 5)
-    monkeypatch.setattr(module, "TARGET_ROWS", 2)
+    cases.small_blocks(monkeypatch.setattr)
     monkeypatch.setattr("fastproj.trak.gradients.GRAD_BYTES", 1)
     blocks = cases.whole_run(tmp_path / "b", models, train, targets)
     np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())

@@ -15,8 +15,8 @@ import trak_cases as cases
 
 from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
 from fastproj.trak import files as module
+from fastproj.trak.features import pack_half, unpack
 from fastproj.trak.files import read_json, write_json
-from fastproj.trak.store import pack_half, unpack
 
 N, M = 12, 3
 
@@ -100,7 +100,7 @@ def test_every_shard_says_what_it_is(finished):
     tensors, metadata = module.read_safetensors(path, None)
     assert set(tensors) == {"grads", "inds", "content", "out_to_loss"}
     wanted = {"spec_version": "1", "seed": "0", "kind": "rademacher", "proj_dim": "8"}
-    wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "1"}
+    wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "2"}
     assert wanted.items() <= metadata.items()
     assert {"parameter_layout", "checkpoint", "checksum.grads", "checksum.inds"} <= set(metadata)
 

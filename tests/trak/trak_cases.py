@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastproj
 from fastproj import TRAKer
+from fastproj.trak import scoring
 
 
 class Net(nn.Module):
@@ -89,6 +90,14 @@ def explicit_trak(
         weight = weight + q(model, train)
     count = len(models)
     return (total / count) * (weight / count)[:, None]
+
+
+def small_blocks(setattr: Any = setattr) -> None:
+    """Blocks, parts of XtX and chunks of targets so small that tests have several of each."""
+    setattr(scoring, "BLOCK_ROWS", 5)
+    setattr(scoring, "TARGET_ROWS", 2)
+    setattr(scoring, "PART_ROWS", 5)
+    setattr(scoring, "PART_ROWS_PER_DIM", 0)
 
 
 def make(model: nn.Module, save_dir: Path, n: int, **options: Any) -> TRAKer:

@@ -1,0 +1,184 @@
+"""Features on disk and in memory: packed as float16, read back in blocks, ahead of use."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastproj.trak.files import Indices, Tensors
+
+HALF_EXPONENT = 15  # half-precision rows are scaled so that their largest entry is in [2^14, 2^15)
+EXACT_EXPONENT = 126  # up to here, 2^exponent is a normal float32
+
+Item = TypeVar("Item")
+
+
+def pack_half(features: Tensor) -> Tensors:
+    """float16 with an exponent per row: ``features[i] = grads[i] * 2^exponent[i]``.
+
+    A row keeps 11 significant bits for entries down to 2^-29 of its largest, at any magnitude:
+    unlike plain float16, nothing of the size of a gradient overflows or vanishes.
+    """
+    rows = features.double()
+    _, exponent = torch.frexp(rows.abs().amax(1))  # largest entry = m * 2^e, 1/2 <= m < 1
+    exponent = (exponent - HALF_EXPONENT).clamp(-1000, 1000)  # 2^exponent must be a float64
+    scale = torch.exp2(-exponent.double()).unsqueeze(1)  # [b, 1]
+    return {"grads": (rows * scale).half(), "exponent": exponent.to(torch.int32)}
+
+
+def unpack(tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+    """Features [b, k] as stored: float32 for half-precision shards, otherwise as they are.
+
+    ``out`` [b, k] is written to where it is given; float32, or float64 for float64 shards.
+    """
+    grads = tensors["grads"]
+    if out is None:
+        out = torch.empty(grads.shape, dtype=unpacked_dtype(grads))
+    out.copy_(grads)
+    if "exponent" in tensors:
+        exponent = tensors["exponent"]
+        if bool((exponent.abs() <= EXACT_EXPONENT).all()):
+            return out.mul_(torch.exp2(exponent.to(out.dtype)).unsqueeze(1))
+        out.copy_(grads.double() * torch.exp2(exponent.double()).unsqueeze(1))
+    return out
+
+
+def unpacked_dtype(grads: Tensor) -> torch.dtype:
+    """The dtype in which stored features are computed with."""
+    return torch.float64 if grads.dtype == torch.float64 else torch.float32
+
+
+def sample_blocks(shard: np.ndarray[Any, Any], rows: int) -> list[Indices]:
+    """The samples that are there in blocks of whole shards, each of ``rows`` samples or just more.
+
+    shard : [n], which shard each sample is in, or -1. The blocks depend on nothing else.
+    """
+    order = np.argsort(shard, kind="stable").astype(np.int64)
+    order = order[np.searchsorted(shard[order], 0) :]
+    sizes = np.unique(shard[order], return_counts=True)[1]
+    ends, size, end = [], 0, 0
+    for count in sizes.tolist():
+        size, end = size + count, end + count
+        if size >= rows:
+            ends.append(end)
+            size = 0
+    if size:
+        ends.append(end)
+    return np.split(order, ends[:-1]) if ends else []
+
+
+class FeatureReader:
+    """Rows of one checkpoint's features by sample number; each shard is checked once, when met.
+
+    Parameters
+    ----------
+    store : a ``Store``.
+    model_id, exp_name : whose features, as for ``Store.index``.
+    """
+
+    def __init__(self, store: Any, model_id: int, exp_name: str | None = None) -> None:
+        self.store = store
+        self.model_id = model_id
+        self.exp_name = exp_name
+        self.index = store.index(model_id, exp_name)
+        self._checked: set[Path] = set()
+
+    def read(self, inds: Indices, buffer: Buffer | None = None) -> tuple[Tensor, Tensor | None]:
+        """Features [b, k] and Q [b] (None for targets) of the samples ``inds`` [b], in order.
+
+        The features are in ``buffer`` where one is given, until its next use.
+        """
+        shards = self.index.shard[inds]
+        order = np.argsort(shards, kind="stable")
+        ends = np.flatnonzero(np.diff(shards[order])) + 1
+        features: Tensor | None = None
+        q: Tensor | None = None
+        for places in np.split(order, ends) if len(inds) else []:
+            tensors = self._rows(int(shards[places[0]]), self.index.row[inds[places]])
+            dtype = unpacked_dtype(tensors["grads"])
+            if features is None:
+                shape = (len(inds), tensors["grads"].shape[1])
+                features = buffer.take(shape, dtype) if buffer else torch.empty(shape, dtype=dtype)
+            elif dtype == torch.float64 and features.dtype != dtype:
+                features = features.double()
+            if places[-1] - places[0] == len(places) - 1:  # one run of rows, as nearly always
+                unpack(tensors, features[int(places[0]) : int(places[-1]) + 1])
+            else:
+                features[torch.from_numpy(places)] = unpack(tensors).to(features.dtype)
+            if "out_to_loss" in tensors:
+                q = torch.full((len(inds),), torch.nan) if q is None else q
+                q[torch.from_numpy(places)] = tensors["out_to_loss"].float()
+        if features is None:
+            features = torch.empty(0, self.store.proj_dim)
+        return features, q
+
+    def _rows(self, number: int, rows: np.ndarray[Any, Any]) -> Tensors:
+        """The given rows of a shard; only their pages are read once the shard is checked."""
+        path = self.index.shards[number]
+        check = path not in self._checked
+        tensors: Tensors = self.store.read_shard(path, self.model_id, self.exp_name, check=check)
+        self._checked.add(path)
+        if len(rows) == len(tensors["inds"]) and (np.diff(rows) == 1).all():
+            return tensors
+        chosen = torch.from_numpy(rows.astype(np.int64))
+        return {name: t[chosen] for name, t in tensors.items()}
+
+
+class Buffer:
+    """Memory that is used again: fresh memory costs more than what is done with it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """A tensor of unspecified content on the same memory as the last one."""
+        size = shape[0] * shape[1]
+        if self._memory.numel() < size or self._memory.dtype != dtype:
+            self._memory = torch.empty(size, dtype=dtype)
+        return self._memory[:size].view(shape)
+
+
+def read_ahead(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
+    """The same items, made by a thread that is up to ``depth`` + 1 items ahead of the caller."""
+    made: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: Item | None, error: BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                made.put((item, error), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def make() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if stop.is_set():
+                    return
+        except BaseException as error:  # goes to the caller, whatever it is
+            put(None, error)
+        else:
+            put(None, StopIteration())
+
+    thread = threading.Thread(target=make, name="fastproj-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()
