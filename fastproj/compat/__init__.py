@@ -36,7 +36,8 @@ def install(*, shadow: bool = False) -> bool:
     """Let ``import fast_jl`` find ``fastproj.compat.fast_jl``, here and in spawned processes.
 
     ``importlib.util.find_spec("fast_jl")`` finds it too: a folder with a ``fast_jl.py`` goes to the
-    end of ``sys.path``, so that a real fast_jl goes before it.
+    end of ``sys.path``, so that a real fast_jl goes before it. Where the folder is there already,
+    say because of an earlier ``shadow``, it keeps its place.
 
     Parameters
     ----------
@@ -47,9 +48,11 @@ def install(*, shadow: bool = False) -> bool:
     -------
     bool, whether ``import fast_jl`` now gives ours.
     """
-    while FAST_JL_PATH in sys.path:
-        sys.path.remove(FAST_JL_PATH)
-    sys.path.insert(0 if shadow else len(sys.path), FAST_JL_PATH)
+    if shadow:
+        _remove_path()
+        sys.path.insert(0, FAST_JL_PATH)
+    elif FAST_JL_PATH not in sys.path:
+        sys.path.append(FAST_JL_PATH)
     importlib.invalidate_caches()
     present = sys.modules.get("fast_jl")
     if present is not None and shadow and not _is_ours(present):
@@ -70,8 +73,7 @@ def install(*, shadow: bool = False) -> bool:
 
 def uninstall() -> None:
     """Undo ``install``: ``import fast_jl`` finds what it would without fastproj."""
-    while FAST_JL_PATH in sys.path:
-        sys.path.remove(FAST_JL_PATH)
+    _remove_path()
     present = sys.modules.get("fast_jl")
     if present is not None and _is_ours(present):
         del sys.modules["fast_jl"]
@@ -79,6 +81,11 @@ def uninstall() -> None:
         sys.modules.setdefault("fast_jl", _displaced[0])
         _displaced.clear()
     importlib.invalidate_caches()
+
+
+def _remove_path() -> None:
+    while FAST_JL_PATH in sys.path:
+        sys.path.remove(FAST_JL_PATH)
 
 
 def _is_ours(module: ModuleType) -> bool:

@@ -22,12 +22,13 @@ START_UP_FILE = "fastproj_as_fast_jl.pth"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what ``argv`` (default: sys.argv) says and return the exit status."""
+    parser = build_parser()
     arguments = list(sys.argv[1:] if argv is None else argv)
     program: list[str] = []
     if "--" in arguments:
         at = arguments.index("--")
         arguments, program = arguments[:at], arguments[at + 1 :]
-    options = build_parser().parse_args(arguments)
+    options = parser.parse_args(arguments)
     program = options.program + program
     if options.path:
         print(compat.FAST_JL_PATH)
@@ -35,10 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.enable or options.disable:
         return change_start_up(options.enable)
     if not program:
-        build_parser().print_usage(sys.stderr)
+        parser.print_usage(sys.stderr)
         return 2
+    check_program(parser, program)
     run(program, shadow=options.shadow, patches=options.patch)
     return 0
+
+
+def check_program(parser: argparse.ArgumentParser, program: list[str]) -> None:
+    """Exit with the status of ``python`` and a message where ``program`` can't be run."""
+    if program[0] == "-m":
+        if len(program) < 2:
+            parser.error("received -m alone; expected -m module")
+    elif not os.path.exists(program[0]):
+        parser.error(f"received {program[0]!r}, which is no file; expected script.py or -m module")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run a Python program that imports fast_jl on fastproj instead.",
         usage="python -m fastproj.compat [options] -- (script.py | -m module) [args...]",
     )
-    parser.add_argument("program", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("--shadow", action="store_true", help="go before a real fast_jl")
     parser.add_argument(
         "--patch",
@@ -72,20 +83,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(program: list[str], *, shadow: bool = False, patches: Sequence[str] = ()) -> None:
-    """Run ``[script, *args]`` or ``["-m", module, *args]`` as ``python`` would."""
-    compat.install(shadow=shadow)
+    """Run ``[script, *args]`` or ``["-m", module, *args]`` as ``python`` would.
+
+    Programs that it starts find fast_jl through PYTHONPATH, unless a real one is there to be found.
+    """
+    module = program[0] == "-m"
+    sys.argv = program[1:] if module else program
+    if not getattr(sys.flags, "safe_path", False):  # of Python 3.11: sys.path has no such entry
+        sys.path[0] = os.getcwd() if module else str(Path(program[0]).resolve().parent)
+    if compat.install(shadow=shadow):
+        inherited = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+        paths = [compat.FAST_JL_PATH, *inherited] if shadow else [*inherited, compat.FAST_JL_PATH]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ[compat.ENVIRONMENT] = "1"
     for name in patches:
         importlib.import_module(f"fastproj.compat.{name}").install()
-    if program[0] == "-m":
-        if len(program) < 2:
-            raise SystemExit("python -m fastproj.compat: received -m alone; expected -m module")
-        sys.argv = program[1:]
-        sys.path[0] = os.getcwd()
+    if module:
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = program
-        sys.path[0] = str(Path(program[0]).resolve().parent)
         runpy.run_path(program[0], run_name="__main__")
 
 

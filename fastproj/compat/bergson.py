@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fastproj
-from fastproj.compat.patching import Patch
+from fastproj.compat.patching import Patch, needed
 from fastproj.compat.pieces import kind_of
 from fastproj.compat.sketch import column_squares
 
@@ -102,14 +102,26 @@ def project_global(
         y = fastproj.project(P.detach(), m, seed, kind, scale=scale)
     else:
         parts = [
-            fastproj.project(rows.materialize().detach().flatten(1), m, seed, kind, scale=scale)
+            fastproj.project(_materialized(rows), m, seed, kind, scale=scale)
             for rows in _row_blocks(P)
         ]
-        y = torch.cat(parts) if parts else P.g.new_zeros((0, m), dtype=torch.float32)
+        dtype = torch.float64 if P.g.dtype is torch.float64 else torch.float32
+        y = torch.cat(parts) if parts else P.g.new_zeros((0, m), dtype=dtype)
     if projection_scale == "row_norm":
         n = P.shape[1] if isinstance(P, Tensor) else P.g.shape[-1] * P.a.shape[-1]
         y /= _column_norms(identifier, n, m, kind, y.device)
     return y
+
+
+def _materialized(P: Any) -> Tensor:
+    """The gradients of ``P``, [N, n].
+
+    A divisor can take half-precision gradients out of their range, so they take its dtype first.
+    """
+    if P.divisor is not None:
+        P = P.to(P.g.device, P.divisor.dtype)
+    p: Tensor = P.materialize().detach()
+    return p.flatten(1)
 
 
 def _row_blocks(P: Any) -> list[Any]:
@@ -156,8 +168,7 @@ def install() -> None:
     ImportError
         Where bergson isn't installed.
     """
-    import bergson.collector.collector as theirs
-
+    theirs = needed("bergson.install", "bergson.collector.collector", "bergson")
     if not _patch.active:
         pairs: list[tuple[Any, Any]] = [(theirs.create_projection_matrix, create_projection_matrix)]
         if hasattr(theirs, "project_global"):  # older versions multiply with the matrix above

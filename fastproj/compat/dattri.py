@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastproj import projector as ours
-from fastproj.compat.patching import Patch
+from fastproj.compat.patching import Patch, needed
 from fastproj.compat.pieces import KINDS, as_pieces, kind_of, project_pieces
 
 __all__ = ["Projector", "install", "make_random_projector", "random_project", "uninstall"]
@@ -115,13 +115,14 @@ def make_random_projector(
     proj_max_batch_size: int,
     device: torch.device | str,
     proj_seed: int = 0,
-    proj_type: Any = "normal",
+    proj_type: Any = "sjlt",
     *,
     dtype: torch.dtype = torch.float32,
     **others: Any,
 ) -> Any:
     """dattri's factory: a ``Projector`` for the dense kinds, dattri's own for the others.
 
+    The default is dattri's, "sjlt", which is one of the others.
     ``feature_batch_size`` and ``proj_max_batch_size`` have no effect on a ``Projector``.
 
     Raises
@@ -168,6 +169,11 @@ def random_project(
         arguments that follow as attributes (``RandomProjectionParams``).
     proj_max_batch_size : without effect.
     proj_type : "normal" or "rademacher".
+
+    Raises
+    ------
+    TypeError, ValueError
+        For no features, and for what ``make_random_projector`` refuses.
     """
     if hasattr(feature_batch_size, "proj_dim"):
         params = feature_batch_size
@@ -183,6 +189,11 @@ def random_project(
     if proj_dim is None:
         raise TypeError("random_project: received no proj_dim; expected an int")
     tensors = list(feature.values()) if isinstance(feature, Mapping) else [feature]
+    if not tensors or feature_batch_size < 1:
+        raise ValueError(
+            f"random_project: received {len(tensors)} tensors, feature_batch_size="
+            f"{feature_batch_size}; expected an example of at least one sample"
+        )
     projector = make_random_projector(
         [tensor.numel() // feature_batch_size for tensor in tensors],
         feature_batch_size,
@@ -213,8 +224,7 @@ def install() -> None:
     ImportError
         Where dattri isn't installed.
     """
-    import dattri.func.projection as theirs
-
+    theirs = needed("dattri.install", "dattri.func.projection", "dattri")
     if not _patch.active:
         _theirs.append(theirs.make_random_projector)
         _patch.apply([(theirs.make_random_projector, make_random_projector)])

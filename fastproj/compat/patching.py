@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
+
+
+def needed(function: str, module: str, package: str) -> ModuleType:
+    """``module``, which ``function`` works on.
+
+    Raises
+    ------
+    ImportError
+        Where it isn't installed, with the name of its package.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{function}: received {error!r} from `import {module}`; expected the package "
+            f"{package} (pip install {package})"
+        ) from error
 
 
 class Patch:
     """Objects to be replaced by others wherever loaded modules hold them.
 
     "Hold" is: as a global, or as a value of a global dict (a registry of classes). Objects that
-    hide in closures, default arguments or instances stay what they are.
+    hide in closures, default arguments or instances stay what they are. ``undo`` restores those
+    places; modules imported in between keep what they took.
     """
 
     def __init__(self) -> None:

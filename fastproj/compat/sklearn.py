@@ -7,20 +7,37 @@ inverse_transform, get_feature_names_out, pipelines and grid searches.
 from __future__ import annotations
 
 import numbers
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.random_projection import johnson_lindenstrauss_min_dim
-from sklearn.utils import check_array, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
 
 import fastproj
 from fastproj.compat.sketch import gram
 
+try:
+    from scipy.sparse import issparse
+    from sklearn.base import (
+        BaseEstimator,
+        ClassNamePrefixFeaturesOutMixin,
+        TransformerMixin,
+    )
+    from sklearn.exceptions import DataDimensionalityWarning
+    from sklearn.random_projection import johnson_lindenstrauss_min_dim
+    from sklearn.utils import check_array, check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        f"fastproj.compat.sklearn: received {error!r}; expected scikit-learn 1.6 or newer "
+        "(pip install 'scikit-learn>=1.6')"
+    ) from error
+
 __all__ = ["FastRandomProjection"]
+
+DENSE = 1 << 24  # entries of sparse input made dense at a time: 128 MB in float64
+DTYPES = (np.float64, np.float32)
 
 
 class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -33,6 +50,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     kind : "rademacher" (+1 / -1) or "gaussian".
     random_state : an int is the matrix's seed itself, the same matrix everywhere; a RandomState or
         None draws one.
+    compute_inverse_components : make at fit what the first ``inverse_transform`` would.
     precision, backend : as in ``fastproj.project``.
 
     Attributes
@@ -46,6 +64,11 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     ------
     ValueError
         On fit, for parameters that can't work.
+
+    Warns
+    -----
+    DataDimensionalityWarning
+        On fit, where K > P.
     """
 
     def __init__(
@@ -54,6 +77,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         *,
         eps: float = 0.1,
         kind: str = "rademacher",
+        compute_inverse_components: bool = False,
         random_state: Any = None,
         precision: str | None = None,
         backend: str | None = None,
@@ -61,15 +85,16 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.n_components = n_components
         self.eps = eps
         self.kind = kind
+        self.compute_inverse_components = compute_inverse_components
         self.random_state = random_state
         self.precision = precision
         self.backend = backend
 
     def fit(self, X: Any, y: Any = None) -> FastRandomProjection:
         """Take the shape of ``X`` [n, P] and settle K and the seed."""
-        X = validate_data(self, X, dtype=[np.float64, np.float32])
+        X = validate_data(self, X, accept_sparse=("csr", "csc"), dtype=DTYPES)
         samples, features = X.shape
-        self.n_components_ = self._components(samples, features)
+        wanted = self._components(samples, features)
         state = self.random_state
         if isinstance(state, numbers.Integral):
             self.seed_ = int(state)
@@ -77,20 +102,28 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             self.seed_ = int(check_random_state(state).randint(np.iinfo(np.int32).max))
         self._projector = fastproj.Projector(
             features,
-            self.n_components_,
+            wanted,
             self.seed_,
             self.kind,
             precision=self.precision,
             backend=self.backend,
         )
-        self._pinv: torch.Tensor | None = None
+        self.n_components_ = self._projector.proj_dim
+        if self.n_components_ > features:
+            warnings.warn(
+                f"FastRandomProjection: received n_components={self.n_components_} and X "
+                f"[{samples}, {features}]; the result has more entries than X",
+                DataDimensionalityWarning,
+                stacklevel=2,
+            )
         self._n_features_out = self.n_components_  # for get_feature_names_out
+        self._pinv = self._inverse_gram() if self.compute_inverse_components else None
         return self
 
     def _components(self, samples: int, features: int) -> int:
-        """K: n_components, or the lemma's bound for ``samples`` points."""
+        """K: n_components as it is, or the lemma's bound for ``samples`` points."""
         if not isinstance(self.n_components, str):
-            return int(self.n_components)
+            return self.n_components
         if self.n_components != "auto":
             raise ValueError(
                 f"FastRandomProjection: received n_components={self.n_components!r}; "
@@ -106,10 +139,17 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         return wanted
 
     def transform(self, X: Any) -> NDArray[Any]:
-        """[n, P] to [n, K]: float32 for float32, float64 otherwise."""
+        """[n, P] to [n, K], dense: float32 for float32, float64 otherwise.
+
+        Sparse rows are made dense DENSE entries at a time.
+        """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return self._projector.project(_tensor(X)).numpy()
+        X = validate_data(self, X, accept_sparse=("csr", "csc"), dtype=DTYPES, reset=False)
+        if not issparse(X):
+            return self._projector.project(_tensor(X)).numpy()
+        X, step = X.tocsr(), max(1, DENSE // X.shape[1])
+        blocks = (X[start : start + step].toarray() for start in range(0, X.shape[0], step))
+        return np.concatenate([self._projector.project(_tensor(x)).numpy() for x in blocks])
 
     def inverse_transform(self, X: Any) -> NDArray[Any]:
         """The shortest [n, P] whose transform is (or comes nearest to) ``X`` [n, K].
@@ -118,22 +158,31 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         memory is that of this square matrix, made at the first call, not that of R.
         """
         check_is_fitted(self)
-        X = check_array(X, dtype=[np.float64, np.float32])
-        rows, cols = self.n_features_in_, self.n_components_
-        if X.shape[1] != cols:
+        X = check_array(X, accept_sparse=("csr", "csc"), dtype=DTYPES)
+        if X.shape[1] != self.n_components_:
             raise ValueError(
                 f"FastRandomProjection.inverse_transform: received X {list(X.shape)}; "
-                f"expected [n, {cols}]"
+                f"expected [n, {self.n_components_}]"
             )
         if self._pinv is None:
-            small = gram(rows, cols, self.seed_, self.kind) / cols
-            self._pinv = torch.linalg.pinv(small, hermitian=True)
-        y = _tensor(X).double()  # [n, K]
-        if cols <= rows:
+            self._pinv = self._inverse_gram()
+        y = _tensor(X.toarray() if issparse(X) else X).double()  # [n, K]
+        if self.n_components_ <= self.n_features_in_:
             back = self._projector.project_transpose(y @ self._pinv)
         else:
             back = self._projector.project_transpose(y) @ self._pinv
         return back.numpy().astype(X.dtype, copy=False)
+
+    def _inverse_gram(self) -> torch.Tensor:
+        """The pseudo-inverse of the Gram matrix of R / sqrt(K), float64, of size min(P, K)."""
+        rows, cols = self.n_features_in_, self.n_components_
+        return torch.linalg.pinv(gram(rows, cols, self.seed_, self.kind) / cols, hermitian=True)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
 
 
 def _tensor(X: NDArray[Any]) -> torch.Tensor:

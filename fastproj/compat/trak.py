@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastproj
 from fastproj import compat
-from fastproj.compat.patching import Patch
+from fastproj.compat.patching import Patch, needed
 from fastproj.compat.pieces import as_pieces, kind_of, project_pieces, width
 from fastproj.projector import Projector
 
@@ -111,10 +111,18 @@ class NoOpProjector(AbstractProjector):
         """There is nothing to free."""
 
 
+def _pieces(projector: str, grads: Grads, device: torch.device | str) -> list[Tensor]:
+    """``as_pieces``. A width isn't always checked, so the dimensions of a lone tensor are."""
+    if isinstance(grads, Tensor) and grads.dim() != 2:
+        raise ValueError(
+            f"{projector}.project: received grads {list(grads.shape)}; expected a Tensor [B, P] or "
+            "a dict of [B, ...]"
+        )
+    return as_pieces(grads, device)
+
+
 class _Projector(AbstractProjector):
     """What the projecting classes share: ``grads @ R``, unscaled, R a stream per model_id."""
-
-    _row_offset = 0  # where this projector's rows start: 0, or a chunk's place
 
     def __init__(
         self,
@@ -126,12 +134,22 @@ class _Projector(AbstractProjector):
     ) -> None:
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
         self._kind = kind_of(type(self).__name__, proj_type)
-        Projector(grad_dim, proj_dim, seed, self._kind)  # its checks, now and not at first use
+        self._check_configuration()
+
+    def _check_configuration(self) -> None:
+        """``fastproj.Projector``'s checks, now and not at first use."""
+        Projector(self.grad_dim, self.proj_dim, self.seed, self._kind)
 
     def _projected(
-        self, grads: Grads, model_id: int, grad_dim: int | None, wide: bool = False
+        self,
+        grads: Grads,
+        model_id: int,
+        grad_dim: int | None,
+        *,
+        row_offset: int = 0,
+        wide: bool = False,
     ) -> Tensor:
-        pieces = as_pieces(grads, self.device)
+        pieces = _pieces(type(self).__name__, grads, self.device)
         if wide:
             pieces = [piece.double() for piece in pieces]
         return project_pieces(
@@ -142,7 +160,7 @@ class _Projector(AbstractProjector):
             self._kind,
             stream=model_id,
             scale=None,
-            row_offset=self._row_offset,
+            row_offset=row_offset,
             grad_dim=grad_dim,
         )
 
@@ -222,7 +240,8 @@ class CudaProjector(_Projector):
     """``grads @ R`` in float32 (float64 for float64 gradients), on any device.
 
     ``max_batch_size`` has no effect. As in TRAK, ``grad_dim`` is not compared with the gradients:
-    a narrower gradient meets the first rows of the same matrix.
+    a narrower gradient meets the first rows of the same matrix. It may be 0: TRAK's chunks start
+    with an empty one where the first parameter is larger than a chunk.
     """
 
     def __init__(
@@ -239,6 +258,9 @@ class CudaProjector(_Projector):
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
         self.max_batch_size = max_batch_size
 
+    def _check_configuration(self) -> None:
+        Projector(self.grad_dim or 1, self.proj_dim, self.seed, self._kind)
+
     def project(self, grads: Grads, model_id: int) -> Tensor:
         """``grads @ R``: [B, P] or a dict of [B, ...] to [B, K]."""
         return self._projected(grads, model_id, None)
@@ -252,8 +274,9 @@ class ChunkedCudaProjector:
 
     Parameters
     ----------
-    projector_per_chunk : one projector of this module for each chunk; they are told their rows.
-    params_per_chunk : entries per sample of each chunk.
+    projector_per_chunk : one projector of this module for each chunk, of one proj_dim.
+    params_per_chunk : entries per sample of each chunk, zero or more. Gradients may end before the
+        last chunk does: TRAKer cuts chunks for all parameters, whatever ``grad_wrt`` names.
     dtype : of the results.
     max_chunk_size, feat_bs : without effect: any batch size is projected whole.
     """
@@ -278,6 +301,12 @@ class ChunkedCudaProjector:
                     f"ChunkedCudaProjector: received a {type(projector).__module__}."
                     f"{type(projector).__name__}; expected projectors of fastproj.compat.trak"
                 )
+        dimensions = [projector.proj_dim for projector in projector_per_chunk]
+        if len(set(dimensions)) > 1:
+            raise ValueError(
+                f"ChunkedCudaProjector: received projectors of proj_dim {dimensions}; "
+                "expected one proj_dim for all"
+            )
         self.projector_per_chunk = projector_per_chunk
         self.proj_dim = projector_per_chunk[0].proj_dim
         self.proj_type = projector_per_chunk[0].proj_type
@@ -286,10 +315,6 @@ class ChunkedCudaProjector:
         self.feat_bs = feat_bs
         self.device = device
         self.dtype = dtype
-        row = 0
-        for projector, size in zip(projector_per_chunk, params_per_chunk, strict=True):
-            projector._row_offset = row
-            row += int(size)
 
     def allocate_input(self) -> None:
         """There is nothing to allocate."""
@@ -299,34 +324,43 @@ class ChunkedCudaProjector:
 
     def project(self, grads: Grads, model_id: int) -> Tensor:
         """``grads``, a dict of [B, ...] or a Tensor [B, P], to [B, K] of ``dtype``."""
-        chunks = self._chunks(as_pieces(grads, self.device))
         y: Tensor | None = None
+        row = 0
+        chunks = self._chunks(_pieces("ChunkedCudaProjector", grads, self.device))
         for projector, chunk in zip(self.projector_per_chunk, chunks, strict=True):
-            part = projector._projected(chunk, model_id, None)
-            y = part if y is None else y + part
-        assert y is not None  # there is at least one chunk
+            if chunk:
+                part = projector._projected(chunk, model_id, None, row_offset=row)
+                y = part if y is None else y + part
+            row += sum(piece.shape[1] for piece in chunk)
+        if y is None:
+            raise ValueError(
+                "ChunkedCudaProjector.project: received gradients of 0 entries per sample; "
+                "expected at least one"
+            )
         return y.to(self.dtype)
 
     def _chunks(self, pieces: list[Tensor]) -> list[list[Tensor]]:
-        """Views of ``pieces``, cut where chunks end."""
-        pieces = [piece.reshape(len(piece), width(piece)) for piece in pieces]
+        """Views of ``pieces``, cut where chunks end; the last ones may be short or missing."""
+        pieces = [piece.reshape(len(piece), width(piece)) for piece in pieces if width(piece)]
         total = sum(piece.shape[1] for piece in pieces)
-        if total != sum(self.params_per_chunk):
+        limit = sum(int(size) for size in self.params_per_chunk)
+        if total > limit:
             raise ValueError(
                 f"ChunkedCudaProjector.project: received gradients of {total} entries per sample; "
-                f"expected {sum(self.params_per_chunk)}, the sum of params_per_chunk"
+                f"expected at most {limit}, the sum of params_per_chunk"
             )
         pieces.reverse()
         chunks: list[list[Tensor]] = []
         for size in self.params_per_chunk:
             chunk: list[Tensor] = []
-            while size > 0:
+            left = int(size)
+            while left > 0 and pieces:
                 piece = pieces.pop()
-                if piece.shape[1] > size:
-                    pieces.append(piece[:, size:])
-                    piece = piece[:, :size]
+                if piece.shape[1] > left:
+                    pieces.append(piece[:, left:])
+                    piece = piece[:, :left]
                 chunk.append(piece)
-                size -= piece.shape[1]
+                left -= piece.shape[1]
             chunks.append(chunk)
         return chunks
 
@@ -345,8 +379,7 @@ def install() -> None:
     ImportError
         Where ``trak`` isn't installed.
     """
-    import trak.projectors as theirs
-
+    theirs = needed("trak.install", "trak.projectors", "traker")
     if not _patch.active:
         ours = sys.modules[__name__].__dict__
         _patch.apply([(getattr(theirs, name), ours[name]) for name in _REPLACED])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -28,8 +28,16 @@ class Outer:
     bias_col: Tensor | None = None
     divisor: Tensor | None = None
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Outer:
+        """The divisor keeps its dtype, as bergson's does."""
+        moved = {name: getattr(self, name) for name in ("g", "a", "bias", "bias_col")}
+        moved = {k: v if v is None else v.to(device, dtype) for k, v in moved.items()}
+        return replace(self, **moved)
+
     def materialize(self) -> Tensor:
         p = self.g.unsqueeze(-1) * self.a.unsqueeze(-2) if self.g.ndim == 2 else self.g.mT @ self.a
+        if self.divisor is not None:
+            p.div_(self.divisor)
         return p if self.bias is None else p + self.bias.unsqueeze(-1) * self.bias_col
 
 
@@ -79,6 +87,26 @@ def test_outer_products_are_formed_a_few_rows_at_a_time(
     y = ours.project_global("a", P, 6, "rademacher")
     exact = ours.project_global("a", P.materialize().flatten(1), 6, "rademacher")
     assert torch.equal(y, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_divisor_takes_half_precision_nowhere(dtype: torch.dtype) -> None:
+    """Adam's smallest divisors: the quotients are beyond float16, and far from a bfloat16."""
+    g, a = (integers((7, n), seed, dtype) for n, seed in ((4, 0), (5, 1)))
+    divisor = (1 + normals((4, 5)).abs()) * 1e-6
+    y = ours.project_global("a", Outer(g, a, divisor=divisor), 6, "rademacher")
+    exact = (g.double().unsqueeze(-1) * a.double().unsqueeze(-2) / divisor.double()).flatten(1)
+    assert exact.abs().max() > 65504
+    assert relative_error(y, exact @ stored(20, 6, ours.seed_of("a")) / 6**0.5) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_no_rows_are_no_rows(dtype: torch.dtype) -> None:
+    wanted = torch.float64 if dtype is torch.float64 else torch.float32
+    g, a = torch.zeros(0, 4, dtype=dtype), torch.zeros(0, 5, dtype=dtype)
+    for P in (Outer(g, a), torch.zeros(0, 20, dtype=dtype)):
+        y = ours.project_global("a", P, 6)
+        assert (y.shape, y.dtype) == ((0, 6), wanted)
 
 
 def test_wrong_use_is_named() -> None:
@@ -179,6 +207,30 @@ def test_two_sided_projection_on_ours(model: nn.Module, tmp_path: Path) -> None:
         )
         p = left @ grads.double().reshape(6, module.out_features, module.in_features) @ right.T
         assert relative_error(got[name].reshape(6, 4, 4), p) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("projection_scale", ["jl", "row_norm"])
+def test_bergsons_outer_products_on_ours(tokens: bool, projection_scale: str) -> None:
+    """Its own class, with a bias and a divisor, against its own arithmetic in float64."""
+    outer = load("bergson.gradients").OuterProductGradients
+    shape = (7,) if tokens else (7, 3)
+    grads = outer(
+        normals((*shape, 4)),
+        normals((*shape, 5), 1),
+        normals((7, 4), 2),
+        torch.tensor([0.0, 0, 0, 0, 1]),
+        normals((4, 5), 3).abs() + 0.1,
+    )
+    A = ours.create_projection_matrix(
+        "a", 6, 20, torch.float64, "cpu", "normal", projection_scale
+    )  # fmt: skip
+    exact = grads.to("cpu", torch.float64).materialize().flatten(1) @ A.T
+    y = ours.project_global("a", grads, 6, "normal", projection_scale)
+    assert relative_error(y, exact) < 1e-6
+    half = ours.project_global("a", grads.to("cpu", torch.bfloat16), 6, "normal", projection_scale)
+    assert relative_error(half, exact) < 2.0**-6  # as far off as its inputs
 
 
 @pytest.mark.slow

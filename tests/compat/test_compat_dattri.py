@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,16 @@ def test_wrong_use_is_named() -> None:
         ours.random_project(torch.ones(1, 3), 1, 2, 8)(torch.ones(1, 4))
     with pytest.raises(TypeError, match="received no proj_dim"):
         ours.random_project(torch.ones(1, 3), 1)
+    with pytest.raises(ValueError, match="received 0 tensors, feature_batch_size=2; expected"):
+        ours.random_project({}, 2, 3, 8)
+    with pytest.raises(ValueError, match="received 1 tensors, feature_batch_size=0; expected"):
+        ours.random_project(torch.ones(0, 3), 0, 3, 8)
+    with pytest.raises(ValueError, match="received proj_type='sjlt'"):  # dattri's default
+        ours.make_random_projector([3], 1, 2, 8, "cpu")
+    with pytest.raises(TypeError, match="int64"):
+        ours.random_project(torch.ones(1, 3, dtype=torch.int64), 1, 2, 8)(
+            torch.ones(1, 3, dtype=torch.int64)
+        )
 
 
 @pytest.mark.parametrize("proj_type", ["rademacher", "normal"])
@@ -151,6 +162,14 @@ def test_install_serves_dattris_own_functions() -> None:
     ours.install()
     ours.install()
     assert theirs.make_random_projector is ours.make_random_projector
+    for function in (original, theirs.random_project):
+        mine = inspect.signature(getattr(ours, function.__name__)).parameters
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name != "grass_multiplier":  # handed on
+                assert mine[name].kind == parameter.kind
+                expected = {"proj_dim": None, "proj_max_batch_size": None}  # they may come as one
+                if function is original or name not in expected:
+                    assert mine[name].default == parameter.default
     project = trak.random_project(x, 4, 9, 8, proj_seed=2, proj_type="rademacher")
     assert torch.equal(
         project(x, ensemble_id=3), ours.Projector(33, 9, 2, "rademacher", "cpu").project(x, 3)
@@ -183,3 +202,54 @@ def test_trak_attributor_on_ours_agrees_with_its_own() -> None:
     a, b, c = (attribute(lam, 2, proj_dim=64, proj_type="normal", proj_seed=i) for i in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+class Whole(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.slow
+def test_factorised_projections_on_ours() -> None:
+    """DVEmb's and LoGra's: both factors of a layer's gradient, and their Kronecker product."""
+    load("dattri.func.projection")
+    ours.install()
+    a, b = integers((6, FEATURES)), integers((6, 5), 1)
+    r = stored(FEATURES, 9, 4, "gaussian") / 3
+    exact = torch.einsum("bi,bj->bij", b.double() @ r[:5], a.double() @ r).flatten(1)
+    layer = nn.Linear(FEATURES, 5, bias=False)
+    dvemb = load("dattri.algorithm.dvemb").DVEmbAttributor.__new__(
+        load("dattri.algorithm.dvemb").DVEmbAttributor
+    )
+    dvemb._linear_layers, dvemb.projection_dim = [layer], 9
+    dvemb.projector_kwargs = {
+        "proj_max_batch_size": 8,
+        "proj_seed": 4,
+        "proj_type": "normal",
+        "device": "cpu",
+    }
+    dvemb._setup_projectors(batch_size=6)
+    got = dvemb._project_gradients_factors_kronecker([{"A": a, "B": b}])
+    assert relative_error(got, exact) < 1e-5
+
+    # LoGra seeds a layer by its place among the modules, and compiles the call.
+    compressor = load("dattri.algorithm.block_projected_if.core.compressor")
+    dense = {"proj_dim": 9, "proj_max_batch_size": 8, "proj_type": "normal", "device": "cpu"}
+    (stage,) = compressor.setup_model_compressors(
+        Whole(layer),
+        ["layer"],
+        sparsifier_kwargs=dense | {"proj_seed": 4},
+        projector_kwargs=dense | {"proj_dim": -1, "proj_type": "identity"},
+        sample_inputs={"x": a},
+    )
+    factors = [stored(n, 9, 10_004 + i, "gaussian") / 3 for i, n in enumerate((5, FEATURES))]
+    v = [x.double() @ r for x, r in zip((b, a), factors, strict=True)]
+    exact = 6 * torch.einsum("bi,bj->bij", *v).flatten(1)  # dattri's scale: the batch size
+    for _ in range(2):
+        assert relative_error(stage.forward(b, a), exact) < 1e-5

@@ -84,39 +84,42 @@ def test_small_float32_is_not_flushed_to_zero(device: str, magnitude: float) -> 
     assert relative_error(y.cpu(), exact) < 1e-5
 
 
-def test_one_huge_entry_spoils_no_other_row() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_huge_entry_spoils_no_other_row(device: str) -> None:
     """And inf passes through as in a matmul, into its own row alone."""
-    x = normals((3, 50))
+    x = normals((3, 50)).to(device)
     x[1, 7] = torch.inf
     y = fast_jl.project_rademacher_8(x, 16, 0, 1)
     assert torch.isfinite(y[[0, 2]]).all()
     assert torch.isinf(y[1]).all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tiles", [1, 8, 80, 108, 132, 10**6])
-def test_matrix_does_not_depend_on_the_number_of_tiles(tiles: int) -> None:
+def test_matrix_does_not_depend_on_the_number_of_tiles(tiles: int, device: str) -> None:
     """Callers pass the GPU's multiprocessor count: features of an A100, scored on an H100."""
-    x = normals((5, 4000))
+    x = normals((5, 4000)).to(device)
     assert torch.equal(
         fast_jl.project_rademacher_8(x, 100, 7, tiles), fast_jl.project_rademacher_8(x, 100, 7, 3)
     )
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", [1, 7, 8, 9, 31, 33])
 @pytest.mark.parametrize("proj_dim", [1, 10, 511, 513])
-def test_odd_batches_and_dimensions(batch: int, proj_dim: int) -> None:
+def test_odd_batches_and_dimensions(batch: int, proj_dim: int, device: str) -> None:
     """fast_jl wants proj_dim in 512s and batches in 8s."""
     x = integers((batch, 123))
     for name in ("project_rademacher_8", "project_rademacher_32"):
-        y = getattr(fast_jl, name)(x, proj_dim, 1, 108)
-        assert torch.equal(y.double(), x.double() @ stored(123, proj_dim, 1))
+        y = getattr(fast_jl, name)(x.to(device), proj_dim, 1, 108)
+        assert torch.equal(y.double().cpu(), x.double() @ stored(123, proj_dim, 1))
 
 
-def test_bfloat16_is_taken() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_is_taken(device: str) -> None:
     x = integers((8, 64), dtype=torch.bfloat16)
-    assert torch.equal(
-        fast_jl.project_rademacher_8(x, 8, 0, 1).double(), x.double() @ stored(64, 8)
-    )
+    y = fast_jl.project_rademacher_8(x.to(device), 8, 0, 1)
+    assert torch.equal(y.double().cpu(), x.double() @ stored(64, 8))
 
 
 @pytest.mark.slow
@@ -132,13 +135,23 @@ def test_more_than_2_to_the_31_elements(device: str) -> None:
     assert torch.equal(y.double().cpu(), tail.double().cpu() @ r)
 
 
-def test_rows_beyond_2_to_the_32_are_rows_of_their_own() -> None:
+def test_rows_beyond_2_to_the_32_are_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test above shows at full size, at the places where 32 bits would wrap."""
+    project, offsets = trak.project_pieces, []
+
+    def only_the_last(function: str, pieces: list[torch.Tensor], *key: object, **options: object):
+        offsets.append(options["row_offset"])
+        pieces = pieces if pieces[0].shape[1] == 64 else [torch.zeros(2, 1)]
+        return project(function, pieces, *key, **options)
+
+    monkeypatch.setattr(trak, "project_pieces", only_the_last)
     parts = [trak.CudaProjector(64, 64, 0, "rademacher", "cpu", 8) for _ in range(3)]
     sizes = [2**31, 2**32 - 2**31, 64]  # the third chunk starts at row 2^32
     chunked = trak.ChunkedCudaProjector(parts, 2**32, sizes, 8, "cpu", torch.float32)
-    x = integers((2, 64))
-    y = chunked.projector_per_chunk[2].project(x, 0)
+    x, zeros = integers((2, 64)), torch.zeros(2, 1)
+    tree = {"a": zeros.expand(2, sizes[0]), "b": zeros.expand(2, sizes[1]), "c": x}
+    y = chunked.project(tree, 0)
+    assert offsets == [0, 2**31, 2**32]
     assert torch.equal(y.double(), x.double() @ stored(64, 64, row_offset=2**32))
     assert not torch.equal(y, parts[0].project(x, 0))
 
@@ -160,11 +173,12 @@ def test_work_is_ordered_on_the_current_stream() -> None:
 # ---- TRAK ----------------------------------------------------------------------------------------
 
 
-def test_chunks_with_one_seed_share_no_rows() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_with_one_seed_share_no_rows(device: str) -> None:
     """TRAK draws chunk seeds from 0 .. 499: of 27 chunks, two are more likely than not to agree."""
-    parts = [trak.CudaProjector(512, 512, 7, "rademacher", "cpu", 8) for _ in range(2)]
-    chunked = trak.ChunkedCudaProjector(parts, 512, [512, 512], 8, "cpu", torch.float32)
-    eye = torch.eye(512)
+    parts = [trak.CudaProjector(512, 512, 7, "rademacher", device, 8) for _ in range(2)]
+    chunked = trak.ChunkedCudaProjector(parts, 512, [512, 512], 8, device, torch.float32)
+    eye = torch.eye(512, device=device)
     zero = torch.zeros_like(eye)
     first = chunked.project({"a": eye, "b": zero}, 0)
     second = chunked.project({"a": zero, "b": eye}, 0)
@@ -175,11 +189,12 @@ def test_chunks_with_one_seed_share_no_rows() -> None:
     assert chunked.project({"a": eye, "b": -eye}, 0).abs().sum() > 0
 
 
-def test_checkpoints_share_no_blocks_at_large_proj_dim() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_checkpoints_share_no_blocks_at_large_proj_dim(device: str) -> None:
     """TRAK's BasicProjector: columns 10,000 of model 0 are columns 0 of model 1."""
     columns = 10_400
-    projector = trak.BasicProjector(50, columns, 0, "rademacher", "cpu")
-    eye = torch.eye(50)
+    projector = trak.BasicProjector(50, columns, 0, "rademacher", device)
+    eye = torch.eye(50, device=device)
     zero, one = projector.project(eye, 0), projector.project(eye, 1)
     for start in range(0, columns - 400, 100):
         assert rows_differ(zero[:, start : start + 400], one[:, :400], failure=1e-12)
@@ -194,31 +209,34 @@ def test_traks_own_projector_shares_them() -> None:
     assert torch.equal(zero[:, 10_000:], one[:, :400])
 
 
-def test_seed_and_model_id_are_not_added_up() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_seed_and_model_id_are_not_added_up(device: str) -> None:
     """TRAK's CudaProjector: seed 10,000 of model 0 is seed 0 of model 1."""
-    eye = torch.eye(200)
-    a = trak.CudaProjector(200, 200, 10_000, "rademacher", "cpu", 8).project(eye, 0)
-    b = trak.CudaProjector(200, 200, 0, "rademacher", "cpu", 8).project(eye, 1)
+    eye = torch.eye(200, device=device)
+    a = trak.CudaProjector(200, 200, 10_000, "rademacher", device, 8).project(eye, 0)
+    b = trak.CudaProjector(200, 200, 0, "rademacher", device, 8).project(eye, 1)
     assert rows_differ(a, b)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("proj_dim", [8, 100, 300])
-def test_projecting_after_free_memory(proj_dim: int) -> None:
+def test_projecting_after_free_memory(proj_dim: int, device: str) -> None:
     """TRAK's score() after finalize_features() fails with BasicProjector at proj_dim <= 100."""
-    x = normals((3, 40))
+    x = normals((3, 40)).to(device)
     for cls in (trak.BasicSingleBlockProjector, trak.BasicProjector):
-        projector = cls(40, proj_dim, 0, "normal", "cpu")
+        projector = cls(40, proj_dim, 0, "normal", device)
         before = projector.project(x, 0)
         projector.free_memory()
         projector.free_memory()
         assert torch.equal(projector.project(x, 0), before)
 
 
-def test_chunks_take_batches_larger_than_announced() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_take_batches_larger_than_announced(device: str) -> None:
     """TRAK's ChunkedCudaProjector has a buffer of feat_bs rows."""
-    parts = [trak.CudaProjector(5, 4, s, "rademacher", "cpu", 8) for s in (0, 1)]
-    chunked = trak.ChunkedCudaProjector(parts, 5, [5, 5], 2, "cpu", torch.float32)
-    x = integers((9, 10))
+    parts = [trak.CudaProjector(5, 4, s, "rademacher", device, 8) for s in (0, 1)]
+    chunked = trak.ChunkedCudaProjector(parts, 5, [5, 5], 2, device, torch.float32)
+    x = integers((9, 10)).to(device)
     assert torch.equal(chunked.project(x, 0)[:2], chunked.project(x[:2], 0))
     assert chunked.project(x, 0).shape == (9, 4)
 
@@ -230,7 +248,7 @@ def test_making_a_projector_for_each_batch_costs_nothing() -> None:
     """dattri builds [P, K] anew each time: here 10^15 entries, which no machine holds."""
     x = integers((2, 30))
     for _ in range(20):
-        projector = dattri.make_random_projector([10**12], 2, 1000, 8, torch.device("cpu"))
+        projector = dattri.make_random_projector([10**12], 2, 1000, 8, "cpu", 0, "normal")
         assert projector.feature_dim == 10**12
     project = dattri.random_project(x, 2, 16, 8, proj_type="rademacher")
     again = dattri.random_project(x, 2, 16, 8, proj_type="rademacher")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
 import pickle
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,9 +171,41 @@ def test_chunks_add_up() -> None:
         {"a": grads[:, :6].reshape(9, 2, 3), "over a border": grads[:, 6:19], "s": grads[:, 19]},
     ):
         assert torch.equal(projector.project(given, 1).double(), expected)
+    # Gradients may end early (TRAK's grad_wrt), in a chunk or before it.
+    for width in (20, 13, 12, 10, 4):
+        r = torch.eye(20)[:, :width]
+        assert torch.equal(
+            projector.project(grads[:, :width], 1), projector.project(grads @ r @ r.T, 1)
+        )
     projector.free_memory()
     assert chunked(sizes, seeds, torch.float16).project(grads, 1).dtype == torch.float16
     assert (projector.proj_dim, projector.proj_type) == (8, "rademacher")
+
+
+def test_one_projector_may_serve_several_chunks() -> None:
+    """Chunks are no state of their projectors: each has its own rows, also in the next object."""
+    one = ours.CudaProjector(5, 8, 3, "rademacher", "cpu", 8)
+    grads = integers((4, 20))
+    for sizes in ([5, 5, 10], [10, 0, 10]):
+        many = ours.ChunkedCudaProjector([one] * 3, 10, sizes, 4, "cpu", torch.float32)
+        assert torch.equal(many.project(grads, 0).double(), grads.double() @ stored(20, 8, 3))
+    assert torch.equal(
+        one.project(grads[:, :5], 0).double(), grads[:, :5].double() @ stored(5, 8, 3)
+    )
+
+
+@pytest.mark.parametrize("cls", PROJECTING)
+def test_no_samples_and_strange_strides(cls: type) -> None:
+    projector = cls(41, 10, 4, "rademacher", "cpu", max_batch_size=8)
+    assert projector.project(torch.zeros(0, 41), 0).shape == (0, 10)
+    assert projector.project({"a": torch.zeros(0, 40), "b": torch.zeros(0)}, 0).shape == (0, 10)
+    grads = integers((41, 6)).T[::2]
+    assert not grads.is_contiguous()
+    y = projector.project(grads, 0)
+    assert torch.equal(y.double(), grads.double() @ stored(41, 10, 4))
+    assert torch.equal(copy.deepcopy(projector).project(grads, 0), y)
+    wide = cls(41, 10, 2**63 + 5, "rademacher", "cpu", max_batch_size=8).project(grads, 0)
+    assert torch.equal(wide.double(), grads.double() @ stored(41, 10, 2**63 + 5))
 
 
 def test_wrong_use_is_named(theirs: ModuleType) -> None:
@@ -184,8 +217,25 @@ def test_wrong_use_is_named(theirs: ModuleType) -> None:
         ours.CudaProjector(5, 0, 0, "normal", "cpu", 8)
     with pytest.raises(ValueError, match=r"received gradients of 6 entries .* expected 5"):
         ours.BasicProjector(5, 3, 0, "normal", "cpu").project(torch.ones(2, 6), 0)
-    with pytest.raises(ValueError, match=r"received gradients of 6 entries .* expected 7"):
-        chunked([3, 4], [0, 1]).project(torch.ones(2, 6), 0)
+    with pytest.raises(ValueError, match=r"received gradients of 8 entries .* expected at most 7"):
+        chunked([3, 4], [0, 1]).project(torch.ones(2, 8), 0)
+    with pytest.raises(ValueError, match="received gradients of 0 entries"):
+        chunked([3, 4], [0, 1]).project({}, 0)
+    for projector in (ours.CudaProjector(7, 3, 0, "normal", "cpu", 8), chunked([3, 4], [0, 1])):
+        for shape in ((7,), (2, 3, 4)):
+            with pytest.raises(
+                ValueError, match=rf"grads \[{shape[0]}.*expected a Tensor \[B, P\]"
+            ):
+                projector.project(torch.ones(shape), 0)
+    parts = [ours.CudaProjector(5, k, 0, "normal", "cpu", 8) for k in (3, 1)]
+    with pytest.raises(ValueError, match=r"received projectors of proj_dim \[3, 1\]"):
+        ours.ChunkedCudaProjector(parts, 5, [5, 5], 8, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="received seed=-1"):
+        ours.BasicProjector(5, 3, -1, "normal", "cpu")
+    with pytest.raises(TypeError, match=r"received seed=0\.5"):
+        ours.CudaProjector(5, 3, 0.5, "normal", "cpu", 8)
+    with pytest.raises(TypeError, match="int64"):
+        ours.CudaProjector(5, 3, 0, "normal", "cpu", 8).project(torch.ones(2, 5).long(), 0)
     with pytest.raises(ValueError, match="received 2 projectors for 1 chunks"):
         ours.ChunkedCudaProjector([None, None], 5, [5], 8, "cpu", torch.float32)
     basic = theirs.BasicSingleBlockProjector(5, 3, 0, "normal", "cpu")
@@ -251,7 +301,13 @@ def samples(n: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, CLASSES_OF_DATA, (n,), generator=generator)
 
 
-def run_trak(save_dir: Path, model: nn.Module, models: int = 1, **options: object):
+def run_trak(
+    save_dir: Path,
+    model: nn.Module,
+    models: int = 1,
+    device: str | torch.device = "cpu",
+    **options: object,
+):
     """traker's TRAKer from checkpoints to scores [N, M], float32."""
     trak = load("trak")
     torch.manual_seed(1)
@@ -260,12 +316,10 @@ def run_trak(save_dir: Path, model: nn.Module, models: int = 1, **options: objec
         task="image_classification",
         train_set_size=N,
         save_dir=str(save_dir),
-        device="cpu",
-        use_half_precision=False,
-        logging_level=logging.ERROR,
-        **options,
+        device=device,
+        **{"use_half_precision": False, "logging_level": logging.ERROR, **options},
     )
-    train, targets = samples(N, 1), samples(M, 2)
+    train, targets = (tuple(t.to(device) for t in samples(*what)) for what in ((N, 1), (M, 2)))
     states = [{k: v * (1 + i) for k, v in model.state_dict().items()} for i in range(models)]
     for model_id, state in enumerate(states):
         traker.load_checkpoint(state, model_id=model_id)
@@ -313,6 +367,67 @@ def test_trak_end_to_end_with_install(theirs: ModuleType, tmp_path: Path) -> Non
     assert torch.equal(scores, passed)
     _, exact = run_trak(tmp_path / "c", model, projector=theirs.NoOpProjector(), lambda_reg=1.0)
     assert scores.shape == exact.shape
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device with which TRAKer takes its way for GPUs: torch.device("cpu") is no "cpu" to it."""
+    if request.param == "cpu":
+        properties = SimpleNamespace(multi_processor_count=108)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+        for name in ("cuda", "pin_memory"):
+            monkeypatch.setattr(Tensor, name, lambda self, *_: self)
+    return torch.device(request.param)
+
+
+@pytest.mark.parametrize("largest", [2**27, 250, 100])
+def test_traks_way_for_gpus_with_install(
+    theirs: ModuleType, tmp_path: Path, gpu: torch.device, largest: int
+) -> None:
+    """fast_jl probed, a CudaProjector for each chunk: one, two, and three with an empty first one.
+
+    TRAKer cuts between parameters, before ``largest``; the last case fails in TRAK, whose buffer is
+    smaller than the parameter.
+    """
+    model = linear().to(gpu)
+    sizes = [p.numel() for p in model.parameters()]
+    assert sizes == [240, 8, 16, 2]
+    ours.install()
+    options = {"proj_dim": 50, "projector_seed": 3, "lambda_reg": 1.0}
+    batch = int(np.iinfo(np.uint32).max) // largest
+    traker, scores = run_trak(
+        tmp_path / "a", model, models=2, device=gpu, proj_max_batch_size=batch, **options
+    )
+    if largest == 2**27:
+        assert type(traker.projector) is ours.CudaProjector
+        y = ours.CudaProjector(266, 50, 3, "rademacher", gpu, 8)
+    else:
+        chunks = {250: [248, 18], 100: [0, 240, 26]}[largest]
+        assert type(traker.projector) is ours.ChunkedCudaProjector
+        assert [int(n) for n in traker.projector.params_per_chunk] == chunks
+        y = traker.projector
+    metadata = json.loads((tmp_path / "a" / "metadata.json").read_text())
+    assert (metadata["JL matrix type"], metadata["JL dimension"]) == ("rademacher", 50)
+    model = linear().to(gpu)  # the first one holds another checkpoint by now
+    _, passed = run_trak(tmp_path / "b", model, models=2, device=gpu, projector=y, lambda_reg=1.0)
+    assert torch.equal(scores, passed)
+    assert torch.isfinite(scores).all()
+
+
+def test_traks_chunks_with_a_subset_of_the_parameters(
+    theirs: ModuleType, tmp_path: Path, gpu: torch.device
+) -> None:
+    """grad_wrt: TRAK cuts chunks for all parameters, and then fails an assertion."""
+    model = linear().to(gpu)
+    ours.install()
+    batch = int(np.iinfo(np.uint32).max) // 250
+    options = {"grad_wrt": ["2.weight", "2.bias"], "lambda_reg": 1.0, "use_half_precision": True}
+    traker, scores = run_trak(
+        tmp_path, model, device=gpu, proj_dim=12, proj_max_batch_size=batch, **options
+    )
+    assert type(traker.projector) is ours.ChunkedCudaProjector
+    assert scores.shape == (N, M)
+    assert torch.isfinite(scores).all()
 
 
 def test_trak_scores_agree_with_the_originals(theirs: ModuleType, tmp_path: Path) -> None:
