@@ -8,8 +8,8 @@ Environment variables:
 
 ==================== ===========================================================================
 FASTPROJ_CPU         0 leaves `fastproj._cpu` out, 1 makes a missing compiler an error
-FASTPROJ_CUDA        the same for `fastproj._cuda`
-FASTPROJ_CUDA_ARCHS  such as "80;90a"; unset: TORCH_CUDA_ARCH_LIST, or all of ours
+FASTPROJ_CUDA        the same for `fastproj._cuda`, which is built wherever an nvcc is found
+FASTPROJ_CUDA_ARCHS  such as "80;90a" or "9.0+PTX"; unset: TORCH_CUDA_ARCH_LIST, or all of ours
 FASTPROJ_SANITIZE    1 builds `fastproj._cpu` with the address and undefined-behaviour sanitizers
 CXX                  the C++ compiler
 CXXFLAGS, LDFLAGS    flags added to every C++ compilation, and to the link
@@ -37,6 +37,9 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
+import build_cuda
+from build_cuda import run
+
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
@@ -55,9 +58,6 @@ ISA_PROBE = """
 #include <immintrin.h>
 int probe() { return 0; }
 """
-
-# The CUDA module is built without being asked for (when an nvcc is found) once this is True.
-CUDA_BY_DEFAULT = False
 
 
 class BuildError(BaseError):
@@ -81,6 +81,7 @@ class Module:
     units: Sequence[Compile]
     link: Sequence[str]
     info: dict[str, object] = field(default_factory=dict)
+    archs: Sequence[str] = ()  # of GPUs
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,6 @@ def switch(variable: str) -> bool | None:
 
 
 # ------------------------------------------------------------------------------------ the compiler
-
-
-def run(command: Sequence[str]) -> tuple[bool, str]:
-    """Whether `command` exits with 0, and all it printed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        return False, str(error)
-    return done.returncode == 0, done.stdout + done.stderr
 
 
 def compiles(command: Sequence[str], text: str) -> tuple[bool, str]:
@@ -231,64 +223,49 @@ def cuda_module(version: str) -> Module | Skipped:
     """Build parameters of `fastproj._cuda`: csrc/cuda/*.cu by nvcc, bindings.cpp by the C++ one."""
     name = "fastproj._cuda"
     wanted = switch("FASTPROJ_CUDA")
-    if wanted is False or (wanted is None and not CUDA_BY_DEFAULT):
-        asked = "FASTPROJ_CUDA=1 and an nvcc on PATH"
-        return Skipped(name, f"it was not asked for; reinstall with {asked}", loud=False)
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
-    nvcc = find_nvcc()
-    compiler = find_compiler()
-    includes = binding_flags() if isinstance(compiler, list) else []
-    if not sources or nvcc is None or isinstance(compiler, str) or isinstance(includes, str):
-        if not sources:
-            reason = "this source tree has no csrc/cuda/*.cu; use one that has"
-        elif nvcc is None:
-            reason = "no nvcc was found (CUDA_HOME, CUDA_PATH, PATH); install the CUDA toolkit"
-        else:
-            reason = compiler if isinstance(compiler, str) else str(includes)
+    if wanted is False:
+        return Skipped(name, "left out on request (FASTPROJ_CUDA=0); reinstall without that")
+
+    def missing(reason: str, loud: bool) -> Skipped:
         if wanted:
             raise BuildError(f"FASTPROJ_CUDA=1, but {reason}")
-        return Skipped(name, reason, loud=False)
+        return Skipped(name, reason, loud)
 
-    archs = cuda_archs(nvcc)
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    through = [nvcc, "-ccbin", compiler[0], *gencode]
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    if not sources:
+        return missing("this source tree has no csrc/cuda/*.cu; use one that has", loud=False)
+    nvcc = build_cuda.find_nvcc()
+    if nvcc is None:
+        looked = "CUDA_HOME, CUDA_PATH, PATH"
+        return missing(f"no nvcc was found ({looked}); install the CUDA toolkit", loud=False)
+    compiler = find_compiler()
+    includes = binding_flags() if isinstance(compiler, list) else []
+    if isinstance(compiler, str) or isinstance(includes, str):
+        return missing(compiler if isinstance(compiler, str) else str(includes), loud=True)
+    through = [nvcc, "-ccbin", compiler[0]]
+    problem = build_cuda.nvcc_problem(nvcc, [*through, "-std=c++17"])
+    if problem is not None:
+        return missing(problem, loud=True)
+    try:
+        archs, notes = build_cuda.choose_archs(build_cuda.known_archs(nvcc))
+    except build_cuda.ArchError as error:
+        if os.environ.get("FASTPROJ_CUDA_ARCHS"):  # ours: a mistake in it is never passed over
+            raise BuildError(str(error)) from error
+        return missing(str(error), loud=True)
+    for note in notes:
+        print(f"fastproj._cuda: {note}", file=sys.stderr, flush=True)
+
+    through += [flag for arch in archs for flag in arch.flags()]
     device = [*through, "-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}"]
-    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-warn-spills"]
+    device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v,-warn-spills"]
     host = [*compiler, "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
     host += ["-Wall", "-Wextra", f"-I{CSRC}", *includes, f'-DFASTPROJ_VERSION="{version}"']
     units = [Compile(source, device, label="NVCC") for source in sources]
     units.append(Compile(CSRC / "cuda" / "bindings.cpp", [*host, *user_flags("CXXFLAGS")]))
     link = [*through, "-shared", "-cudart", "static"]
-    return Module(name, units, link, {"compiler": compiler_version([nvcc], -2), "archs": archs})
-
-
-def find_nvcc() -> str | None:
-    """Path of the nvcc to use: that of CUDA_HOME or CUDA_PATH, else the first on PATH."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(variable)
-        if home and Path(home, "bin", "nvcc").is_file():
-            return str(Path(home, "bin", "nvcc"))
-    return shutil.which("nvcc")
-
-
-def cuda_archs(nvcc: str) -> list[str]:
-    """Architectures such as ["80", "90a"]: those asked for, or those of ours that nvcc knows."""
-    asked = os.environ.get("FASTPROJ_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or ""
-    if asked.strip():
-        words = re.split(r"[;,\s]+", asked.strip())
-        names = [word.replace(".", "").replace("+PTX", "") for word in words]
-        for name in names:
-            if not re.fullmatch(r"\d{2,3}[af]?", name):
-                raise BuildError(
-                    f'CUDA architectures: received {asked!r}; expected a list such as "80;90a"'
-                )
-        return names
-    known = set(re.findall(r"compute_(\w+)", run([nvcc, "--list-gpu-arch"])[1]))
-    ours = ["80", "86", "89", "90a", "100", "120"]
-    found = [arch for arch in ours if arch.rstrip("a") in known]
-    if not found:
-        raise BuildError(f"{nvcc} lists none of {', '.join(ours)}; set FASTPROJ_CUDA_ARCHS")
-    return found
+    names = [str(arch) for arch in archs]
+    info: dict[str, object] = {"compiler": compiler_version([nvcc], -2), "archs": names}
+    return Module(name, units, link, info, names)
 
 
 # ------------------------------------------------------------------------------------------- ninja
@@ -297,6 +274,11 @@ NINJA_RULES = """\
 ninja_required_version = 1.8
 rule compile
   command = $tool -MD -MF $out.d -c $in -o $out
+  description = $label $in
+  depfile = $out.d
+  deps = gcc
+rule compile_device
+  command = $tool -MD -MF $out.d -c $in -o $out > $out.txt 2>&1 || { cat $out.txt; exit 1; }
   description = $label $in
   depfile = $out.d
   deps = gcc
@@ -318,7 +300,8 @@ def ninja_text(module: Module, output: Path) -> str:
         stem = unit.source.stem if unit.source.suffix == ".cpp" else unit.source.name
         objects.append(ninja_path(f"{stem}.o"))
         tool = shlex.join(unit.command).replace("$", "$$")
-        lines.append(f"build {objects[-1]}: compile {ninja_path(unit.source)}")
+        rule = "compile_device" if unit.source.suffix == ".cu" else "compile"
+        lines.append(f"build {objects[-1]}: {rule} {ninja_path(unit.source)}")
         lines.append(f"  tool = {tool}\n  label = {unit.label}")
     lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
     lines.append(f"  tool = {shlex.join(module.link).replace('$', '$$')}\n")
@@ -336,8 +319,17 @@ def find_ninja() -> str:
     return found
 
 
-def build_module(module: Module, folder: Path, output: Path) -> None:
-    """Compile and link `module` to `output`; `folder` is kept, so the next build is incremental."""
+def object_folder(module: Module, flavour: str = "") -> Path:
+    """Where the objects of `module` are kept: one folder for each set of GPU architectures."""
+    name = "-".join([module.name.rpartition("._")[2], *module.archs])
+    return ROOT / "build" / f"ninja-{sys.implementation.cache_tag}{flavour}" / name
+
+
+def build_module(module: Module, folder: Path, output: Path, *targets: str) -> None:
+    """Compile and link `module` to `output`; `folder` is kept, so the next build is incremental.
+
+    targets : objects to make; none makes all of them and links.
+    """
     missing = [str(unit.source) for unit in module.units if not unit.source.is_file()]
     if missing:
         raise BuildError(f"{module.name}: source files are missing: {', '.join(missing)}")
@@ -345,12 +337,22 @@ def build_module(module: Module, folder: Path, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_text(module, output.resolve()))
     jobs = os.environ.get("MAX_JOBS", "").strip()
-    command = [find_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+    command = [find_ninja(), "-C", str(folder), *(["-j", jobs] if jobs else []), *targets]
+    leave_out = module.name.replace("._", "_").upper()
     if subprocess.run(command).returncode != 0:
-        leave_out = module.name.replace("._", "_").upper()
         raise BuildError(
             f"{module.name} did not compile; the compiler's message is above. If the compiler is "
             f"too old, set CXX to g++ >= 9 or clang++ >= 10; {leave_out}=0 leaves the module out"
+        )
+    reports = sorted(folder.glob("*.cu.o.txt"))
+    faults = [fault for report in reports for fault in build_cuda.faults(report.read_text())]
+    if faults:
+        output.unlink(missing_ok=True)
+        listed = "\n  ".join(faults)
+        raise BuildError(
+            f"{module.name} compiled to code that is slow for no visible reason:\n  {listed}\n"
+            f"Try another CUDA toolkit, and report this with its version; {leave_out}=0 leaves the "
+            "module out"
         )
 
 
@@ -388,8 +390,7 @@ class NinjaBuild(build_ext):
             key = module.name.rpartition("._")[2]
             output = Path(self.get_ext_fullpath(module.name))
             if isinstance(module, Module):
-                folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}{flavour}" / key
-                build_module(module, folder, output)
+                build_module(module, object_folder(module, flavour), output)
                 record[key] = {"built": True, "reason": "", **module.info}
             else:
                 output.unlink(missing_ok=True)
@@ -407,10 +408,13 @@ class NinjaBuild(build_ext):
 def warn(module: Skipped) -> None:
     """Say on stderr that a module is missing and what that costs."""
     bar = "*" * 98
+    cost = {
+        "fastproj._cpu": "fastproj will use its `reference` backend: correct, but far slower.",
+        "fastproj._cuda": "On GPUs fastproj will use Triton; everything else works.",
+    }
     print(
         f"\n{bar}\nWARNING: {module.name} is NOT built: {module.reason}.\n"
-        "fastproj will use its `reference` backend: correct, but far slower.\n"
-        f"{bar}\n",
+        f"{cost[module.name]}\n{bar}\n",
         file=sys.stderr,
         flush=True,
     )

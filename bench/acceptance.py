@@ -10,16 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 import limits
-from measure import Row, print_table, time_case
+from measure import Row, table_of, time_case
 from providers import Case, all_providers
 from providers.basic_projector import NAME as TRAK
 from providers.ours import name_of, usable_isas
 from providers.stored import peak_name
 
-FP32, BF16 = peak_name(torch.float32), peak_name(torch.bfloat16)
+FP32, BF16 = peak_name("fp32"), peak_name("bf16")
 PASS, FAIL, NOT_HERE = "PASS", "FAIL", "N-A"
 
 
@@ -63,13 +61,17 @@ def run_acceptance(
     for kind, batches in (("rademacher", (8, 32, 64, 128)), ("gaussian", (32,))):
         for batch in batches:
             found = time_case(make_case(kind, batch), chosen, repeats)
-            print_table(found, (FP32, BF16))
+            print(table_of(found, (FP32, BF16)), flush=True)
             rows += found
     targets = [*rate_targets(rows, isas), *limit_targets(small)]
-    print("\n     target" + " " * 52 + " measured  wanted")
-    for target in targets:
-        print(target.line())
+    print(list_of(targets))
     return rows, targets
+
+
+def list_of(targets: Sequence[Target]) -> str:
+    """The targets, a line for each."""
+    head = "\n     target" + " " * 52 + " measured  wanted"
+    return "\n".join([head, *(target.line() for target in targets)])
 
 
 def rate_targets(rows: Sequence[Row], isas: Sequence[str]) -> list[Target]:

@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -22,23 +22,30 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastproj.backends import dispatch
 from fastproj.cli import built, cpu_name, usable_cores
 from providers import Case, Inputs, Prepared, Provider
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+FLUSH_BYTES = 1 << 30  # beyond any GPU's L2
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 
 
 @dataclass
 class Row:
-    """One provider on one case; ``seconds`` is empty when there is nothing to report."""
+    """One provider on one case; ``seconds`` is empty when there is nothing to report.
+
+    ``rows`` are those that were timed, ``case_rows`` those of the case.
+    """
 
     provider: str
     kind: str
     batch: int
     rows: int
     cols: int
+    dtype: str = "float32"
+    case_rows: int = 0
     flops: float = 0.0
     seconds: list[float] = field(default_factory=list)
     error: float = float("nan")
@@ -58,19 +65,53 @@ class Row:
         return {**plain, "median_seconds": middle, "gflops": self.rate}
 
 
+def wall_seconds(call: Callable[[], object]) -> float:
+    """Seconds of one call, by the clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class GpuTimer:
+    """Seconds of one call on the current GPU's stream, by events, with nothing of it in the L2.
+
+    What empties the cache also takes longer than Python takes to queue the call, so that the GPU
+    does not wait for Python between the events.
+    """
+
+    def __init__(self) -> None:
+        most = torch.cuda.mem_get_info()[0] // 16
+        self.room = torch.empty(min(FLUSH_BYTES, most), dtype=torch.uint8, device="cuda")
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.room.zero_()
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        return 1e-3 * start.elapsed_time(stop)
+
+
 def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[Row]:
     """Rows of one case: all providers prepared, checked and warmed up, then timed in turns.
 
     Turns, so that a machine which slows down or speeds up does so for all of them alike.
     """
+    seconds_of = GpuTimer() if case.device == "cuda" else wall_seconds
     inputs = Inputs(case)
     rows: list[Row] = []
     ready: list[tuple[Prepared, Row]] = []
     label = f"{case.kind} B={case.batch}"
     for provider in tqdm(providers, desc=f"{label} check", leave=False, disable=None):
-        row = Row(provider.name, case.kind, case.batch, case.rows, case.cols)
+        dtype = str(case.dtype).removeprefix("torch.")
+        facts = (case.kind, case.batch, case.rows, case.cols, dtype, case.rows)
+        row = Row(provider.name, *facts)
         rows.append(row)
-        prepared = provider.prepare(case, inputs)
+        try:
+            prepared = provider.prepare(case, inputs)
+        except torch.OutOfMemoryError:
+            prepared = "skipped: its memory does not fit"
         if isinstance(prepared, str):
             row.note = prepared
             continue
@@ -87,35 +128,33 @@ def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[R
         for prepared, row in ready:
             with ExitStack() as stack:
                 stack.enter_context(prepared.around())
-                start = time.perf_counter()
-                prepared.call()
-                row.seconds.append(time.perf_counter() - start)
+                row.seconds.append(seconds_of(prepared.call))
     return rows
 
 
-def print_table(rows: Sequence[Row], peaks: Sequence[str]) -> None:
+def table_of(rows: Sequence[Row], peaks: Sequence[str]) -> str:
     """The rows of one case, with ratios to the peaks measured in the same turns."""
     first = rows[0]
     rates = [next((row.rate for row in rows if row.provider == name), 0.0) for name in peaks]
     heads = "".join(f"{'x ' + name.removeprefix('torch '):>13}" for name in peaks)
-    print(f"\n{first.kind}, B = {first.batch}, K = {first.cols}")
-    print(f"{'':<30}{'P':>10}{'ms':>11}{'GF/s':>9}{heads}{'rel. error':>12}")
+    lines = [f"\n{first.kind}, {first.dtype}, B = {first.batch}, K = {first.cols}"]
+    lines.append(f"{'':<30}{'P':>10}{'ms':>11}{'GF/s':>9}{heads}{'rel. error':>12}")
     for row in rows:
         if not row.seconds:
-            print(f"{row.provider:<30}{row.note}")
+            lines.append(f"{row.provider:<30}{row.note}")
             continue
         ratios = "".join(f"{row.rate / rate:>13.2f}" if rate else f"{'-':>13}" for rate in rates)
-        print(
+        lines.append(
             f"{row.provider:<30}{row.rows:>10}{1e3 * median(row.seconds):>11.2f}{row.rate:>9.1f}"
-            f"{ratios}{row.error:>12.1e}  {row.note}".rstrip(),
-            flush=True,
+            f"{ratios}{row.error:>12.1e}  {row.note}".rstrip()
         )
+    return "\n".join(lines)
 
 
 def surroundings() -> dict[str, Any]:
     """Machine, versions and commit."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("fastproj", "numpy", "traker"):
+    for package in ("fastproj", "numpy", "traker", "triton"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -133,6 +172,27 @@ def surroundings() -> dict[str, Any]:
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
             "system": f"{platform.system()} {platform.machine()}",
         },
+        "gpu": gpu(),
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """The current GPU with its driver; empty where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    except OSError:
+        driver = []
+    return {
+        "name": properties.name,
+        "arch": dispatch.arch_of(torch.cuda.current_device()),
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30),
+        "driver": driver[0] if driver else "",
+        "torch_cuda": torch.version.cuda or torch.version.hip or "",
     }
 
 
@@ -158,11 +218,16 @@ def cpu_flags() -> list[str]:
     return [flag for flag in CPU_FLAGS if flag in words]
 
 
-def write_result(name: str, content: dict[str, Any]) -> Path:
-    """Write ``content`` and the surroundings to bench/results/<day>-<commit>-<name>.json."""
+def write_result(name: str, content: dict[str, Any], text: str = "") -> Path:
+    """Write ``content`` and the surroundings to bench/results/<day>-<commit>-<name>.json.
+
+    text : what was printed, for a .txt beside it.
+    """
     around = surroundings()
     RESULTS.mkdir(parents=True, exist_ok=True)
     mark = around["commit"][:10] or "no-commit"
     path = RESULTS / f"{around['time'][:10]}-{mark}-{name}.json"
     path.write_text(json.dumps({**around, **content}, indent=1, allow_nan=False) + "\n")
+    if text:
+        path.with_suffix(".txt").write_text(text + "\n")
     return path

@@ -3,6 +3,10 @@
     python bench/project.py                  the whole table, P = 10^6, K = 4096
     python bench/project.py --quick          small sizes, under a minute
     python bench/project.py --acceptance     the project's targets, each PASS, FAIL or N-A
+    python bench/project.py --device cuda    on a GPU: the targets, then B, K and P around them
+    python bench/project.py --device cuda --quick            the targets alone, minutes
+    python bench/project.py --device cuda --full             every B, K, P, dtype and kind, hours
+    python bench/project.py --device cuda --ladder           the families of CUDA kernels
 
 All providers of a case are prepared, checked against float64 and warmed up, then called in turns;
 times are medians. No time is reported for a result that is wrong. GF/s = 2 B P K / time.
@@ -11,24 +15,21 @@ times are medians. No time is reported for a result that is wrong. GF/s = 2 B P 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 
 import torch
 
+import gpu
 from acceptance import FAIL, Target, as_dicts, run_acceptance
 from fastproj.cli import positive
-from measure import Row, print_table, time_case, write_result
+from measure import Row, table_of, time_case, write_result
 from providers import Case, all_providers
 from providers.stored import peak_name
 
-PEAKS = (peak_name(torch.float32), peak_name(torch.bfloat16))
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+PEAKS = (peak_name("fp32"), peak_name("bf16"))
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,22 +37,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cpu")
     parser.add_argument("--acceptance", action="store_true", help="measure the project's targets")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats")
     parser.add_argument("--batch", type=positive, nargs="+", metavar="B", help="8 32 64 128")
-    parser.add_argument("--rows", type=positive, metavar="P", help="1e6")
-    parser.add_argument("--cols", type=positive, metavar="K", help="4096")
+    parser.add_argument("--rows", type=positive, nargs="+", metavar="P", help="10^6")
+    parser.add_argument("--cols", type=positive, nargs="+", metavar="K", help="4096")
     parser.add_argument("--kind", nargs="+", choices=["rademacher", "gaussian"])
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the gradients")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the gradients: float32")
     parser.add_argument(
         "--provider", nargs="+", metavar="TEXT", help="only providers whose name contains a TEXT"
     )
     parser.add_argument("--list", action="store_true", help="print the providers' names and stop")
     parser.add_argument("--repeats", type=positive, help="timed calls of each provider: 5")
     parser.add_argument("--max-seconds", type=float, default=6.0, help="of one fastproj call")
-    parser.add_argument("--stored-gib", type=float, default=2.0, help="memory of one stored R")
+    parser.add_argument("--stored-gib", type=float, help="memory of one stored R: 2, on a GPU 16")
     parser.add_argument("--trak-rows", type=positive, help="P for TRAK's BasicProjector: 1e5")
-    parser.add_argument("--square", type=positive, default=4096, help="size for torch's peak")
+    parser.add_argument("--square", type=positive, help="for torch's peak: 4096, on a GPU 8192")
+    gpu_only = parser.add_argument_group("with --device cuda")
+    gpu_only.add_argument("--full", action="store_true", help="every B, K, P, dtype and kind")
+    gpu_only.add_argument("--ladder", action="store_true", help="the families of CUDA kernels")
+    gpu_only.add_argument(
+        "--budget", type=float, default=86400.0, metavar="SECONDS", help="starts no case after that"
+    )
     parser.add_argument("--no-write", action="store_true", help="don't write bench/results/")
     return parser
 
@@ -60,13 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 when a result was wrong or a target was missed."""
     options = build_parser().parse_args(argv)
     quick = options.quick
-    batches = options.batch or ([8, 32] if quick else [8, 32, 64, 128])
-    rows = options.rows or (65536 if quick else 10**6)
-    cols = options.cols or (1024 if quick else 4096)
-    repeats = options.repeats or (3 if quick else 5)
-    trak_rows = options.trak_rows or (8192 if quick else 10**5)
-    kinds = options.kind or ["rademacher", "gaussian"]
-    providers = all_providers()
+    providers = all_providers(options.device, options.ladder)
     if options.list:
         print("\n".join(provider.name for provider in providers))
         return 0
@@ -76,36 +78,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not providers:
             print(f"--provider {' '.join(options.provider)}: none; see --list", file=sys.stderr)
             return 2
+    if options.device == "cuda":
+        return gpu.run(options, providers)
 
-    def make_case(kind: str, batch: int) -> Case:
+    batches = options.batch or ([8, 32] if quick else [8, 32, 64, 128])
+    all_rows = options.rows or [65536 if quick else 10**6]
+    all_cols = options.cols or [1024 if quick else 4096]
+    dtypes = options.dtype or ["float32"]
+    repeats = options.repeats or (3 if quick else 5)
+    kinds = options.kind or ["rademacher", "gaussian"]
+
+    def make_case(
+        kind: str,
+        batch: int,
+        rows: int = all_rows[0],
+        cols: int = all_cols[0],
+        dtype: str = dtypes[0],
+    ) -> Case:
         return Case(
             batch=batch,
             rows=rows,
             cols=cols,
             kind=kind,
-            dtype=DTYPES[options.dtype],
-            stored_bytes=int(options.stored_gib * 2**30),
-            trak_rows=trak_rows,
+            dtype=getattr(torch, dtype),
+            stored_bytes=int((options.stored_gib or 2.0) * 2**30),
+            trak_rows=options.trak_rows or (8192 if quick else 10**5),
             max_seconds=options.max_seconds,
-            square=options.square,
+            square=options.square or 4096,
         )
 
-    print(f"P = {rows}, {options.dtype} in, {torch.get_num_threads()} threads, {repeats} repeats")
+    print(f"{torch.get_num_threads()} threads, {repeats} repeats")
     measured: list[Row] = []
     targets: list[Target] = []
     if options.acceptance:
         measured, targets = run_acceptance(make_case, repeats, small=quick)
     else:
-        for kind in kinds:
-            for batch in batches:
-                found = time_case(make_case(kind, batch), providers, repeats)
-                print_table(found, PEAKS)
-                measured += found
+        cases = itertools.product(kinds, batches, all_rows, all_cols, dtypes)
+        for kind, batch, rows, cols, dtype in cases:
+            found = time_case(make_case(kind, batch, rows, cols, dtype), providers, repeats)
+            print(table_of(found, PEAKS), flush=True)
+            measured += found
     if not options.no_write:
-        name = "project-acceptance" if options.acceptance else f"project-{options.dtype}"
+        name = "project-acceptance" if options.acceptance else f"project-{'-'.join(dtypes)}"
         name += "-quick" if quick else ""
+        shape = {"batch": batches, "rows": all_rows, "cols": all_cols}
         content = {
-            "options": {**vars(options), "batch": batches, "rows": rows, "cols": cols},
+            "options": {**vars(options), **shape},
             "rows": [row.as_dict() for row in measured],
             "targets": as_dicts(targets),
         }

@@ -66,6 +66,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="what this machine can do, and what it lacks")
     info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.add_argument(
+        "--plan",
+        nargs=4,
+        metavar=("B", "P", "K", "DTYPE"),
+        help="the tiles, stages, splits, grid and workspace that the GPU backends would use for "
+        "gradients [B, P] of DTYPE (fp32, bf16, fp16, fp64) and K columns",
+    )
+    info.add_argument(
+        "--kind", default="rademacher", choices=["rademacher", "gaussian"], help="of the plan"
+    )
+    info.add_argument(
+        "--precision", default="highest", choices=["highest", "high", "medium"], help="of the plan"
+    )
     info.set_defaults(command=print_info)
 
     commands.add_parser("demo", help="TRAK on real data, from training to an HTML report")
@@ -165,6 +178,8 @@ def collect_info() -> dict[str, Any]:
 
 def print_info(options: argparse.Namespace) -> int:
     """The command `fastproj info`."""
+    if options.plan is not None:
+        return print_plans(options)
     info = collect_info()
     if options.json:
         print(json.dumps(info, indent=2))
@@ -196,6 +211,58 @@ def print_info(options: argparse.Namespace) -> int:
     if info["environment"]:
         print("\nenvironment")
         print_rows(list(info["environment"].items()), "  ")
+    return 0
+
+
+def size(text: str) -> int:
+    """ "4096", "1e7" or "10**8" as an integer of at least 1. Raises ValueError."""
+    base, power, exponent = text.partition("**")
+    value = float(base) ** int(exponent) if power else float(text) if "e" in text else int(text)
+    if value < 1 or value != int(value):
+        raise ValueError(f"received {text!r}; expected an integer of at least 1")
+    return int(value)
+
+
+def print_plans(options: argparse.Namespace) -> int:
+    """The command `fastproj info --plan`: a table for each backend, a column for each GPU."""
+    from fastproj import plans
+
+    try:
+        batch, rows, cols = (size(text) for text in options.plan[:3])
+        if options.plan[3] not in plans.DTYPES:
+            raise ValueError(
+                f"received DTYPE {options.plan[3]!r}; expected {', '.join(plans.DTYPES)}"
+            )
+        dtype = plans.DTYPES[options.plan[3]]
+        found = plans.plans(batch, rows, cols, dtype, options.kind, options.precision)
+    except ValueError as refusal:
+        print(f"fastproj info --plan: {refusal}", file=sys.stderr)
+        return 2
+    if options.json:
+        content = [
+            {"backend": plan.backend, **vars(plan.gpu), "facts": plan.facts, "reason": plan.reason}
+            for plan in found
+        ]
+        print(json.dumps(content, indent=2))
+        return 0
+    name = str(dtype).removeprefix("torch.")
+    print(f"B = {batch}, P = {rows}, K = {cols}, {name}, {options.kind}, {options.precision};")
+    print("dense rows that start at multiples of 16 bytes, at row 0 of R")
+    for backend in dict.fromkeys(plan.backend for plan in found):
+        mine = [plan for plan in found if plan.backend == backend]
+        if mine[0].reason:
+            print(f"\n{backend}: {mine[0].reason}")
+            continue
+        heads = [[plan.gpu.arch for plan in mine], [plan.gpu.name for plan in mine]]
+        cells = [("", *heads[0]), (backend, *heads[1])]
+        cells.append(("multiprocessors", *(str(plan.gpu.multiprocessors) for plan in mine)))
+        facts = dict.fromkeys(fact for plan in mine for fact in plan.facts)
+        cells += [(fact, *(plan.facts.get(fact, "-") for plan in mine)) for fact in facts]
+        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+        print()
+        for row in cells:
+            line = "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+            print(line.rstrip())
     return 0
 
 

@@ -113,7 +113,16 @@ def _fill(
     backend: str,
 ) -> None:
     first = pieces[0]
-    chosen = registry.choose(first.device.type, first.dtype, kind, backend)
+    precision = _precision(precision, first.device.type)
+    chosen = registry.choose(
+        first.device.type,
+        first.dtype,
+        kind,
+        backend,
+        shape=(out.shape[0], out.shape[1]),
+        precision=precision,
+        index=first.device.index,
+    )
     if out.shape[0] != 0:
         chosen.project(
             pieces,
@@ -122,7 +131,7 @@ def _fill(
             row_offset=row_offset,
             scale=scale,
             accumulate=accumulate,
-            precision=_precision(precision, first.device.type),
+            precision=precision,
         )
 
 

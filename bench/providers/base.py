@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Case:
     trak_rows: int  # P for TRAK's BasicProjector, which is two orders slower
     max_seconds: float  # a call that would take longer gets fewer rows
     square: int = 4096  # size of the matrices that show torch's peak
+    device: str = "cpu"
+    cut: str = ""  # why rows are fewer than asked for
 
     def flops(self, rows: int) -> float:
         """Multiplications and additions in a projection of ``rows`` rows."""
@@ -70,9 +73,10 @@ class Inputs:
     def grads(self, rows: int) -> Tensor:
         """Standard normal gradients [batch, rows], contiguous: the first rows of the case's."""
         if self._grads is None:
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator(self.case.device).manual_seed(0)
             shape = (self.case.batch, self.case.rows)
-            self._grads = torch.randn(shape, generator=generator).to(self.case.dtype)  # [B, P]
+            grads = torch.empty(shape, dtype=self.case.dtype, device=self.case.device)
+            self._grads = grads.normal_(generator=generator)  # [B, P]
         return self._grads[:, :rows].contiguous()
 
     def check_columns(self) -> list[slice]:
@@ -108,10 +112,18 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 
 
 def float64_product(grads: Tensor, columns: slice, kind: str) -> Tensor:
-    """grads [B, P] @ R[:P, columns] in float64, by pieces of R. [B, columns]"""
-    total = torch.zeros(grads.shape[0], columns.stop - columns.start, dtype=torch.float64)
+    """grads [B, P] @ R[:P, columns] in float64, by pieces of R made on the CPU. [B, columns]"""
+    shape = (grads.shape[0], columns.stop - columns.start)
+    total = grads.new_zeros(shape, dtype=torch.float64)
     for start in range(0, grads.shape[1], CHECK_ROWS):
         stop = min(start + CHECK_ROWS, grads.shape[1])
-        block = fastproj.matrix(slice(start, stop), columns, kind=kind)  # [p, columns]
-        total += grads[:, start:stop].double() @ block.double()
+        block = checked_block(start, stop, columns.start, columns.stop, kind)
+        total += grads[:, start:stop].double() @ block.to(grads.device).double()
     return total
+
+
+@lru_cache(maxsize=256)  # up to 8 MiB each, and the next case needs them again
+def checked_block(start: int, stop: int, first: int, last: int, kind: str) -> Tensor:
+    """R[start:stop, first:last], bf16 (exact), from a backend that is not being timed on a GPU."""
+    rows, cols = slice(start, stop), slice(first, last)
+    return fastproj.matrix(rows, cols, kind=kind, dtype=torch.bfloat16)

@@ -60,6 +60,8 @@ py::dict plan_dict(const DeviceInfo& device, const ProjectCall& call) {
         facts["BLOCK_K"] = 64;
     } else {
         const Kernel kernel = find_kernel(plan.variant, plan.key);
+        facts["grid"] =
+            launch_blocks(device, plan, kernel, plan.batch_chunk, call.cols, plan.splits);
         facts["BLOCK_K"] = kernel.columns;
         facts["stages"] = kernel.stages;
         facts["threads"] = kernel.threads;

@@ -281,12 +281,6 @@ template <int kPending>
 FASTPROJ_DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// Keeps reads and writes of registers that a wgmma uses on their side of the point.
-template <int kCount>
-FASTPROJ_DEVICE void wgmma_pin(float (&d)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
 #endif  // FASTPROJ_SM90A
 
 }  // namespace fastproj::cuda

@@ -165,7 +165,7 @@ class CudaLauncher {
                                   std::to_string(kernel.shared_bytes) + " bytes of shared memory)";
         if (kernel.entry == nullptr)
             throw std::logic_error(where + ": no such kernel was compiled");
-        if (kernel.shared_bytes > 48 * 1024) {
+        {  // Also where the default would do: it loads the kernel, as a capture must not.
             RelaxedCapture relaxed;
             check(cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        kernel.shared_bytes),

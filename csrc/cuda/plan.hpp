@@ -172,7 +172,29 @@ inline void cut_batch(Plan& plan, std::int64_t batch, std::int64_t tile, int byt
     plan.workspace_bytes = plan.batch_chunk * row_bytes;
 }
 
+// Blocks of one launch: persistent, and as many as are resident at once or there is work for.
+inline int launch_blocks(const DeviceInfo& device, const Plan& plan, const Kernel& kernel,
+                         std::int64_t batch, std::int64_t cols, int splits) {
+    const std::int64_t items =
+        ceil_div(cols, kernel.columns) * splits * ceil_div(batch, plan.key.block_b);
+    const std::int64_t resident = device.multiprocessors / plan.cluster * plan.cluster;
+    // Two blocks of the smaller kernels fit on a multiprocessor.
+    const int each = plan.variant == Variant::kSm90 ? 1 : 2;
+    return static_cast<int>(std::min(items, each * resident));
+}
+
+// Columns are counted in 32 bits, with room for the last tile.
+inline void check_columns(std::int64_t cols) {
+    constexpr std::int64_t kMost = (std::int64_t{1} << 31) - 1024;
+    if (cols > kMost) {
+        throw std::invalid_argument("the cuda backend: received proj_dim=" + std::to_string(cols) +
+                                    "; expected at most " + std::to_string(kMost) +
+                                    ", or backend=\"triton\"");
+    }
+}
+
 inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
+    check_columns(call.cols);
     Plan plan;
     const bool sixteen = call.dtype == Dtype::kBf16 || call.dtype == Dtype::kF16;
     const Variant best = device.sm90a ? Variant::kSm90 : Variant::kSm80;

@@ -202,9 +202,11 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
             wgmma_wait<0>();
             fold(C::kTiles - 1);
         };
-        // Hands a stage back to the producers of the cluster; its products must be done.
+        // Hands a stage back to the producers of the cluster; its products must be done. A lane for
+        // each block; the others name one that exists and don't arrive.
         auto release = [&](std::uint32_t stage, bool go) {
-            barrier_arrive_remote(empty + stage * 8, lane, go && lane < p.cluster);
+            barrier_arrive_remote(empty + stage * 8, lane & (p.cluster - 1),
+                                  go && lane < p.cluster);
         };
 
         Generator<C::kind, typename C::Op, C::kTiles> generator;

@@ -87,9 +87,7 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         p.input = static_cast<std::int32_t>(call.dtype);
         p.cluster = plan.cluster;
         p.sign_mask = kSignMask;
-        const std::int64_t items =
-            static_cast<std::int64_t>(p.col_tiles) * p.splits * p.batch_tiles;
-        const int resident = device.multiprocessors / plan.cluster * plan.cluster;
+        const int blocks = launch_blocks(device, plan, kernel, call.batch, call.cols, splits);
         if (plan.variant == Variant::kSm90) {
             BoxSource source{};
             if (plan.loader == Loader::kTma) {
@@ -97,12 +95,9 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
                           plan.key.block_b / plan.cluster};
                 if (call.batch == 1) source.stride_bytes = ceil_div(call.rows * 2, 16) * 16;
             }
-            launcher.project90(kernel, static_cast<int>(std::min<std::int64_t>(items, resident)),
-                               plan.cluster, source, p);
+            launcher.project90(kernel, blocks, plan.cluster, source, p);
         } else {
-            // Two blocks of the smaller kernels fit on a multiprocessor.
-            launcher.project80(kernel,
-                               static_cast<int>(std::min<std::int64_t>(items, 2 * resident)), p);
+            launcher.project80(kernel, blocks, p);
         }
     }
     if (reduce) {
@@ -215,6 +210,7 @@ struct TransposeCall {
 
 template <class Launcher>
 void run_transpose(Launcher& launcher, const TransposeCall& call) {
+    check_columns(call.cols);
     const bool simple = call.dtype == Dtype::kF64 || call.variant == Variant::kSimple;
     TransposeParams p{};
     p.y = call.y;

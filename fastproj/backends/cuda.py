@@ -44,9 +44,15 @@ def _extension() -> ModuleType | str:
     except ImportError as error:
         return (
             f"fastproj._cuda is not built ({error}); install the CUDA toolkit (nvcc 12.4 or newer) "
-            "and reinstall fastproj with FASTPROJ_CUDA=1"
+            "and reinstall fastproj; FASTPROJ_CUDA=1 makes a failure of that an error"
         )
     return _cuda
+
+
+def not_built() -> str | None:
+    """None where the compiled module is there, GPU or not, else the reason and the fix."""
+    extension = _extension()
+    return extension if isinstance(extension, str) else None
 
 
 def _module() -> ModuleType:
@@ -171,6 +177,10 @@ def project(
     extension, device = _module(), out.device
     index = device.index if device.index is not None else torch.cuda.current_device()
     described = [(g.data_ptr(), g.shape[1], g.stride(0), g.stride(1)) for g in pieces if g.shape[1]]
+    if not described:  # a sum of nothing
+        if not accumulate:
+            out.zero_()
+        return
     dtype, terms, variant = _DTYPES[pieces[0].dtype], _TERMS[precision], _variant()
     batch, proj_dim = out.shape
     with torch.cuda.device(device):

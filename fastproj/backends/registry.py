@@ -1,4 +1,7 @@
-"""Which backend runs a call: cuda, triton, cpu, reference, in that order, or the one asked for.
+"""Which backend runs a call: the one asked for, or else the first that can.
+
+The order is cuda, triton, cpu, reference; where the GPU backends were measured, the faster of them
+comes first (``dispatch``).
 
 Every adapter module ``fastproj.backends.<name>`` has NAME, unavailable(), unsupported(),
 project(), project_transpose(), matrix() and describe().
@@ -16,6 +19,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from fastproj.backends import dispatch
 from fastproj.spec import MatrixKey
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # in order of preference
@@ -112,27 +116,53 @@ def check_usable(backend: str | None, said_by: str = "backend") -> None:
         )
 
 
-def choose(device_type: str, dtype: torch.dtype, kind: str, backend: str | None = None) -> Backend:
-    """The backend for such input: ``backend``, else $FASTPROJ_BACKEND, else the first that can.
+def choose(
+    device_type: str,
+    dtype: torch.dtype,
+    kind: str,
+    backend: str | None = None,
+    *,
+    shape: tuple[int, int] | None = None,
+    precision: str = "highest",
+    index: int | None = None,
+) -> Backend:
+    """The backend for such input: ``backend``, else $FASTPROJ_BACKEND, else the best that can.
+
+    shape : (B, K) of a projection; None for an operation of which no measurement tells.
+    index : which GPU; None is the current one.
 
     Raises ValueError where the one asked for is unknown, not usable here or can't take the input.
     """
     if backend:
-        return _choose(device_type, dtype, kind, backend, "backend")
-    return _choose(device_type, dtype, kind, os.environ.get(ENVIRONMENT) or None, ENVIRONMENT)
+        return _choose(device_type, dtype, kind, backend, "backend", None)
+    asked = os.environ.get(ENVIRONMENT) or None
+    hint = None
+    if asked is None and shape is not None and device_type == "cuda" and min(shape) > 0:
+        arch = dispatch.arch_of(torch.cuda.current_device() if index is None else index)
+        hint = dispatch.look_up(arch, dtype, kind, precision, *shape)
+    return _choose(device_type, dtype, kind, asked, ENVIRONMENT, hint)
 
 
 @cache
 def _choose(
-    device_type: str, dtype: torch.dtype, kind: str, asked: str | None, asked_by: str
+    device_type: str,
+    dtype: torch.dtype,
+    kind: str,
+    asked: str | None,
+    asked_by: str,
+    hint: dispatch.Hint | None,
 ) -> Backend:
     wanted = f"{kind} with {str(dtype).removeprefix('torch.')} on {device_type}"
     check_usable(asked, asked_by)
     passed_over: list[str] = []
-    for name in (asked,) if asked else NAMES:
+    first = hint.backend if hint else None
+    order = (asked,) if asked else sorted(NAMES, key=lambda name: name != first)  # a stable sort
+    for name in order:
         reason = unavailable(name) or load(name).unsupported(device_type, dtype, kind)
         if reason is None:
             why = "asked for" if asked else "; ".join(passed_over) or "first in order"
+            if hint and (name == first or first is None):
+                why = hint.reason if name == first else f"{why}; {hint.reason}"
             slow = name == "reference" and not asked
             logger.log(
                 logging.WARNING if slow else logging.INFO,

@@ -101,6 +101,49 @@ def describe() -> dict[str, str]:
     return facts
 
 
+def plan(
+    batch: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    kind: str = "rademacher",
+    precision: str = "highest",
+    *,
+    arch: str = "sm_90",
+    multiprocessors: int = 132,
+) -> dict[str, str]:
+    """What a projection of dense, aligned grads ``[batch, rows]`` to ``cols`` columns would use.
+
+    Needs neither a GPU nor Triton. arch : such as "sm_90" or "gfx942".
+    """
+    from fastproj.kernels import config
+    from fastproj.kernels import plan as planner
+
+    terms = {"highest": 3, "high": 2, "medium": 1}[precision] if dtype == torch.float32 else 1
+    name = str(dtype).removeprefix("torch.")
+    samples, columns = min(batch, planner.MAX_BATCH), min(cols, planner.MAX_COLUMNS)
+    tiles = config.choose(arch, name, kind, terms, samples, columns)
+    item = 8 if dtype == torch.float64 else 4
+    groups = planner.plan([rows], 0, columns, kind, multiprocessors, item)
+    launch = max((launch for group in groups for launch in group), key=lambda each: each.count)
+    row_tiles = -(-samples // tiles.BLOCK_B)
+    slots = max(sum(each.splits for each in group) for group in groups)
+    facts = {
+        "matrix unit": config.unit(arch),
+        "terms": terms,
+        "BLOCK_B": tiles.BLOCK_B,
+        "BLOCK_K": tiles.BLOCK_K,
+        "rows per step": tiles.STEP_ROWS,
+        "stages": tiles.num_stages,
+        "warps": tiles.num_warps,
+        "grid": f"{-(-columns // tiles.BLOCK_K)} x {row_tiles} x {launch.splits}",
+        "splits of P": launch.splits,
+        "samples per launch": samples,
+        "workspace bytes": slots * row_tiles * tiles.BLOCK_B * -(-columns // 256) * 256 * item,
+    }
+    return {name: str(value) for name, value in facts.items()}
+
+
 def project(
     pieces: list[Tensor],
     out: Tensor,

@@ -1,25 +1,29 @@
-"""What nvcc makes of csrc/cuda: registers, spills, serialised wgmma, instructions in the main loop.
+"""What nvcc makes of csrc/cuda: registers, spills, instructions in the main loop.
 
-``python tests/cuda/compiled.py`` compiles everything for every architecture and rewrites
-``resources.txt``, the committed table.
+It reads the objects of the build, and the reports that the build keeps beside them.
+``python tests/cuda/compiled.py`` rewrites ``resources.txt``, the committed table.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import emulation
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import build_cuda  # noqa: E402
+import build_native  # noqa: E402
+
 TABLE = Path(__file__).with_name("resources.txt")
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 SM90_UNITS = ("sm90_rademacher", "sm90_rademacher_split", "sm90_gaussian", "sm90_gaussian_split")
@@ -57,12 +61,8 @@ class Function:
 
 @cache
 def nvcc() -> str | None:
-    """The compiler: that of CUDA_HOME or CUDA_PATH, else the first on PATH."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        candidate = Path(os.environ.get(variable, "")) / "bin" / "nvcc"
-        if os.environ.get(variable) and candidate.is_file():
-            return str(candidate)
-    return shutil.which("nvcc")
+    """The compiler that the build would use."""
+    return build_cuda.find_nvcc()
 
 
 @cache
@@ -70,10 +70,28 @@ def toolkit() -> str:
     """The compiler's release, such as 13.0."""
     compiler = nvcc()
     assert compiler is not None
-    text = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"release (\d+\.\d+)", text)
-    assert match is not None, text
-    return match[1]
+    version = build_cuda.nvcc_version(compiler)
+    assert version is not None
+    return ".".join(map(str, version))
+
+
+@cache
+def objects() -> Path:
+    """The folder of compiled units, one object with its report for all architectures.
+
+    Made by the build's own commands, in its own folder: after `make test` has installed the
+    package there is nothing left to compile.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("FASTPROJ_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+            patch.delenv(variable, raising=False)
+        patch.setenv("FASTPROJ_CUDA", "1")
+        module = build_native.cuda_module("0")
+    assert isinstance(module, build_native.Module)
+    folder = build_native.object_folder(module)
+    device = [f"{unit.source.name}.o" for unit in module.units if unit.source.suffix == ".cu"]
+    build_native.build_module(module, folder, folder / "unused.so", *device)
+    return folder
 
 
 @cache
@@ -95,38 +113,9 @@ def disassembler() -> str | None:
     return found
 
 
-@cache
-def digest() -> str:
-    """Of the sources and the compiler."""
-    files = sorted([*(ROOT / "csrc").glob("*.hpp"), *(ROOT / "csrc" / "cuda").glob("*.*")])
-    content = b"".join(path.read_bytes() for path in files) + toolkit().encode()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def compile_unit(unit: str, arch: str) -> tuple[str, Path]:
-    """The compiler's report on csrc/cuda/`unit`.cu for `arch`, and the cubin; both are kept."""
-    compiler = nvcc()
-    assert compiler is not None
-    folder = ROOT / "build" / "cubins" / digest()
-    folder.mkdir(parents=True, exist_ok=True)
-    cubin, report = folder / f"{unit}-{arch}.cubin", folder / f"{unit}-{arch}.txt"
-    if not report.exists():
-        command = [compiler, "-std=c++17", "-O3", "-DNDEBUG", f"-I{ROOT / 'csrc'}", "-cubin"]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v,-warn-spills"]
-        partial = folder / f"{unit}-{arch}.{os.getpid()}.cubin"
-        command += [str(ROOT / "csrc" / "cuda" / f"{unit}.cu"), "-o", str(partial)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        partial.replace(cubin)
-        report.write_text(done.stdout + done.stderr)
-    return report.read_text(), cubin
-
-
-def compile_pairs(pairs: list[tuple[str, str]]) -> None:
-    """Compile (unit, arch) pairs; MAX_JOBS at once, one a processor if unset."""
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda pair: compile_unit(*pair), pairs))
+def report(unit: str) -> str:
+    """What nvcc and ptxas said of csrc/cuda/`unit`.cu, for all architectures."""
+    return (objects() / f"{unit}.cu.o.txt").read_text()
 
 
 def kernel_name(mangled: str) -> str | None:
@@ -147,37 +136,24 @@ def kernel_name(mangled: str) -> str | None:
     return " ".join(words)
 
 
-def resources(report: str, arch: str) -> list[Function]:
-    """The kernels in a report of ptxas -v."""
+def resources(text: str, arch: str) -> list[Function]:
+    """The kernels for `arch` in a report of ptxas -v."""
     found = []
-    blocks = re.split(r"Compiling entry function '", report)[1:]
-    for block in blocks:
-        name = kernel_name(block.split("'")[0])
-        registers = re.search(r"Used (\d+) registers", block)
-        frame = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
-        )
+    for function in build_cuda.read_report(text):
+        name = kernel_name(function.name)
         assert name is not None
-        assert registers is not None
-        assert frame is not None
-        if "sm90" in name and arch != "90a":
-            continue
-        stack, stores, loads = map(int, frame.groups())
-        found.append(Function(name, arch, int(registers[1]), stack, stores + loads))
+        if function.arch == arch and (arch == "90a" or "sm90" not in name):
+            found.append(Function(name, arch, function.registers, function.stack, function.spills))
     return found
 
 
-def serialised(report: str) -> list[str]:
-    """ptxas's complaints about wgmma and register reallocation, C75xx."""
-    return re.findall(r"\(C75\d+\)[^\n]*", report)
-
-
 @cache
-def disassemble(cubin: Path) -> dict[str, list[tuple[int, str]]]:
-    """Instructions (address, text) of each kernel in a cubin."""
+def disassemble(unit: str, arch: str) -> dict[str, list[tuple[int, str]]]:
+    """Instructions (address, text) of each kernel of a unit for one architecture."""
     tool = disassembler()
     assert tool is not None
-    text = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True).stdout
+    command = [tool, "-arch", f"sm_{arch}", "-sass", str(objects() / f"{unit}.cu.o")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions: dict[str, list[tuple[int, str]]] = {}
     current: list[tuple[int, str]] = []
     for line in text.splitlines():
@@ -208,11 +184,10 @@ def main_loop(instructions: list[tuple[int, str]]) -> list[str]:
 
 def inspect(unit: str, arch: str) -> list[Function]:
     """Resources of a unit's kernels, with what the disassembly of the sm_90a ones says."""
-    report, cubin = compile_unit(unit, arch)
-    functions = resources(report, arch)
+    functions = resources(report(unit), arch)
     if arch != "90a" or unit not in SM90_UNITS:
         return functions
-    by_name = {kernel_name(name): code for name, code in disassemble(cubin).items()}
+    by_name = {kernel_name(name): code for name, code in disassemble(unit, arch).items()}
     result = []
     for function in functions:
         code = by_name[function.name]
@@ -257,7 +232,6 @@ def write_table() -> None:
     """Compile everything and rewrite the committed table."""
     pairs = [(unit, arch) for arch in ARCHS for unit in (*SM80_UNITS, *OTHER_UNITS)]
     pairs += [(unit, "90a") for unit in SM90_UNITS]
-    compile_pairs(pairs)
     functions = [function for pair in pairs for function in inspect(*pair)]
     head = [
         f"# Made by `python tests/cuda/compiled.py` with nvcc {toolkit()}. slots: instructions in",

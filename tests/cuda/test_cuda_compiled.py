@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-import subprocess
 import sys
 
 import compiled
 import emulation
 import pytest
+from compiled import build_cuda, build_native
 
 pytestmark = pytest.mark.skipif(compiled.nvcc() is None, reason="no nvcc to compile with")
 
@@ -29,16 +30,10 @@ PAIRS = [
 UNITS = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def everything():
-    """All units for all architectures, compiled together: about two processor-minutes, once."""
-    compiled.compile_pairs(PAIRS)
-
-
 @pytest.mark.parametrize(("unit", "arch"), UNITS)
 def test_no_spills_and_nothing_serialised(unit, arch):
-    report, _ = compiled.compile_unit(unit, arch)
-    assert compiled.serialised(report) == []
+    report = compiled.report(unit)
+    assert build_cuda.faults(report) == []
     functions = compiled.resources(report, arch)
     assert functions
     for function in functions:
@@ -78,8 +73,7 @@ def test_wgmma_loop(unit):
 @pytest.mark.parametrize("unit", compiled.SM90_UNITS)
 def test_products_stay_in_flight(unit):
     """Serialised products show as one wait for every product in the loop."""
-    _, cubin = compiled.compile_unit(unit, "90a")
-    for name, code in compiled.disassemble(cubin).items():
+    for name, code in compiled.disassemble(unit, "90a").items():
         body = compiled.main_loop(code)
         waits = sum("WARPGROUP.DEPBAR" in text for text in body)
         assert (name, 2 * waits) <= (name, sum("HGMMA" in text for text in body))
@@ -105,35 +99,46 @@ def test_every_listed_kernel_is_compiled():
     assert count == 31
 
 
-def test_spills_and_serialisation_are_seen(tmp_path):
-    """The two conditions that fail a build do show in reports: a kernel made to have both."""
-    compiler = compiled.nvcc()
-    assert compiler is not None
+BAD = """#include "cuda/project_sm90.cuh"
+namespace fastproj::cuda {
+__global__ void __launch_bounds__(1024, 1) bad_kernel(volatile float* p) {
+#if FASTPROJ_SM90A
+    float d[8], e[96];
+    std::uint32_t a[4] = {1, 2, 3, 4};
+    for (int i = 0; i < 96; ++i) e[i] = p[i];
+    for (int i = 0; i < 8; ++i) d[i] = p[i];
+    for (int s = 0; s < 4; ++s) {
+        wgmma_fence();
+        wgmma_m64k16<Bf16, 16>(d, a, 0, 1);
+        wgmma_commit();
+        a[0] += s;
+        d[0] += e[s];
+    }
+    wgmma_wait<0>();
+    for (int i = 0; i < 96; ++i) p[i] = e[i] * e[(i * 7) % 96] + d[i % 8];
+#endif
+}
+}
+"""
+
+
+def test_a_kernel_that_spills_or_is_serialised_fails_the_build(tmp_path, monkeypatch, capfd):
+    """A kernel made to do both, through the build's own commands."""
+    monkeypatch.setenv("FASTPROJ_CUDA", "1")
+    monkeypatch.setenv("FASTPROJ_CUDA_ARCHS", "90a")
+    module = build_native.cuda_module("0")
     source = tmp_path / "bad.cu"
-    source.write_text(
-        '#include "cuda/project_sm90.cuh"\n'
-        "namespace fastproj::cuda {\n"
-        "__global__ void __launch_bounds__(1024, 1) bad_kernel(volatile float* p) {\n"
-        "    float d[8], e[96]; std::uint32_t a[4] = {1, 2, 3, 4};\n"
-        "    for (int i = 0; i < 96; ++i) e[i] = p[i];\n"
-        "    for (int i = 0; i < 8; ++i) d[i] = p[i];\n"
-        "    for (int s = 0; s < 4; ++s) {\n"
-        "        wgmma_fence(); wgmma_m64k16<Bf16, 16>(d, a, 0, 1); wgmma_commit();\n"
-        "        a[0] += s; d[0] += e[s];\n"
-        "    }\n"
-        "    wgmma_wait<0>();\n"
-        "    for (int i = 0; i < 96; ++i) p[i] = e[i] * e[(i * 7) % 96] + d[i % 8];\n"
-        "}\n}\n"
-    )
-    done = subprocess.run(
-        [
-            compiler, "-std=c++17", "-O3", f"-I{compiled.ROOT / 'csrc'}", "-cubin",
-            "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", str(source),
-            "-o", str(tmp_path / "bad.cubin"),
-        ],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    report = done.stdout + done.stderr
-    assert done.returncode == 0, report
-    assert compiled.serialised(report)
-    assert sum(function.spills for function in compiled.resources(report, "90a")) > 0
+    source.write_text(BAD)
+    unit = dataclasses.replace(module.units[0], source=source)
+    bad = dataclasses.replace(module, units=[unit])
+    output = tmp_path / "bad.so"
+    with pytest.raises(build_native.BuildError) as caught:
+        build_native.build_module(bad, tmp_path / "objects", output)
+    message = str(caught.value)
+    assert "bad_kernel" in message
+    assert "sm_90a spills registers" in message
+    assert "(C75" in message
+    assert "FASTPROJ_CUDA=0 leaves the module out" in message.replace("\n", " ")
+    assert not output.exists()
+    with pytest.raises(build_native.BuildError):  # nor does the next build take what this one left
+        build_native.build_module(bad, tmp_path / "objects", output)

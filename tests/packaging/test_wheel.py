@@ -37,7 +37,13 @@ def names_in(wheel: Path) -> list[str]:
 def test_sdist_holds_the_sources_and_nothing_built(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"build_native.py", "pyproject.toml", "LICENSE", "constraints.txt"} <= names
+    assert {
+        "build_native.py",
+        "build_cuda.py",
+        "pyproject.toml",
+        "LICENSE",
+        "constraints.txt",
+    } <= names
     for path in (ROOT / "csrc").rglob("*.*pp"):
         assert path.relative_to(ROOT).as_posix() in names
     assert "tests/data/rademacher_v1.txt" in names
@@ -50,6 +56,7 @@ def test_wheel_has_one_top_level_package(built: Built) -> None:
     assert tops == {"fastproj", f"fastproj-{fastproj.__version__}.dist-info"}
     assert [name for name in names if re.fullmatch(r"fastproj/_cpu\.[\w.-]+\.so", name)]
     assert "fastproj/_build_info.py" in names
+    assert "fastproj/backends/measured.json" in names
     assert not [name for name in names if name.endswith((".cpp", ".hpp", ".o"))]
 
 
