@@ -2,52 +2,95 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
+import re
 import signal
 from collections import Counter
-from pathlib import Path
 
-import killed_run
 import numpy as np
 import pytest
+from killed_run import KINDS, STAGES
+from lives import Server
+
+from fastproj.trak.files import read_safetensors
+from fastproj.trak.writer import read_scores, read_top_scores
+
+KILLS = 20  # in each stage
 
 
-@pytest.fixture
-def run():
-    """Runs ``killed_run.main`` in a process of its own; returns its exit code."""
-    context = multiprocessing.get_context("forkserver")
-    # Imports torch, and what torch.func imports at its first use, once for all lives.
-    context.set_forkserver_preload(["fastproj.trak", "torch._dynamo"])
-
-    def start(*arguments):
-        process = context.Process(target=killed_run.main, args=arguments)
-        process.start()
-        process.join()
-        return process.exitcode
-
-    return start
+@pytest.fixture(scope="module")
+def server():
+    with Server() as running:
+        yield running
 
 
-def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, run):
-    assert run(tmp_path / "whole", tmp_path / "whole.log", 0) == 0
-    *once, last = (tmp_path / "whole.log").read_text().splitlines()
-    moments = int(last.split()[1])
+def results(folder):
+    top = read_top_scores(folder / "scores" / "test.top.safetensors")
+    return [np.array(read_scores(folder / "scores" / "test.mmap")), *vars(top).values()]
 
-    # Each life does what is missing, up to a random moment of its own; the last one lives.
-    rng = random.Random(0)
-    kills, save_dir, log = 0, tmp_path / "killed", tmp_path / "killed.log"
-    for die_at in [*(rng.randint(1, moments // 5) for _ in range(8)), 0]:
-        code = run(save_dir, log, die_at)
-        kills += code == -signal.SIGKILL
-        assert code in (0, -signal.SIGKILL)
+
+def there(folder):
+    """The batches that are on disk, as killed_run names them."""
+    found = set()
+    for path in folder.glob("models/*/train-*.safetensors"):
+        found.add(f"featurize {path.parent.name} {first_sample(path)}")
+    for path in folder.glob("models/*/targets/test/target-*.safetensors"):
+        found.add(f"score {path.parents[2].name} {first_sample(path)}")
+    return found
+
+
+def first_sample(path):
+    return int(read_safetensors(path, ("inds",))[0]["inds"][0])
+
+
+def names(folder):
+    """All files; what is random in a shard's name is left out."""
+    return sorted(
+        re.sub(r"-[0-9a-f]{12}\.", "-*.", path.relative_to(folder).as_posix())
+        for path in folder.rglob("*")
+    )
+
+
+def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
+    def live(name, stage="", kind="", die_at=0):
+        folder, log = tmp_path / name, tmp_path / f"{name}.log"
+        function = "killed_run:main"
+        (code,) = server.run(function, [[folder, log, stage, kind, die_at]], tmp_path / "printed")
+        assert code in (0, -signal.SIGKILL), (tmp_path / "printed").read_text()
+        return code, [line.split(" ", 1) for line in log.read_text().splitlines()]
+
+    code, lines = live("whole")
     assert code == 0
-    assert kills >= 5
-
-    name = Path("scores") / "test.mmap"
-    np.testing.assert_array_equal(np.load(save_dir / name), np.load(tmp_path / "whole" / name))
-    assert not list(save_dir.rglob(".*.tmp"))
-    batches = Counter(line for line in log.read_text().splitlines() if "moments" not in line)
+    moments = {}
+    for stage, *counts in (text.split() for word, text in lines if word == "end"):
+        moments |= {(stage, kind): int(n) for kind, n in zip(KINDS, counts, strict=True)}
+    once = [text for word, text in lines if word == "compute"]
     assert len(once) == len(set(once)) == 2 * 3 + 2 * 2
-    assert set(batches) == set(once)
-    assert sum(batches.values()) - len(once) <= kills  # at most the batch in flight at each kill
+
+    rng = random.Random(0)
+    killed = Counter()
+    seen = 0
+    kept: set[str] = set()
+    for stage in STAGES:
+        while killed[stage] < KILLS:
+            kind = rng.choice(KINDS)
+            code, lines = live("killed", stage, kind, rng.randint(1, moments[stage, kind]))
+            life, seen = lines[seen:], len(lines)
+            if code:
+                begun = [text for word, text in life if word == "begin"]
+                killed[begun[-1]] += 1
+            computed = [text for word, text in life if word == "compute"]
+            assert not kept & set(computed)  # nothing is done twice ...
+            kept = there(tmp_path / "killed")
+            assert set(computed[:-1]) <= kept  # ... but the batch in flight
+    assert sum(killed.values()) >= 50
+    assert min(killed[stage] for stage in STAGES) >= KILLS
+
+    code, lines = live("killed")
+    assert code == 0
+    assert {text for word, text in lines if word == "compute"} == set(once)
+    for found, wanted in zip(
+        results(tmp_path / "killed"), results(tmp_path / "whole"), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+    assert names(tmp_path / "killed") == names(tmp_path / "whole")
