@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.features import Buffer, FeatureReader, read_ahead, sample_blocks
-from fastproj.trak.files import Indices
+from fastproj.trak.files import Indices, StoreError
 from fastproj.trak.solve import Gram, ScoreComputer, Solution
 from fastproj.trak.store import Store
 from fastproj.trak.writer import Sink
@@ -73,13 +73,25 @@ def sum_xtx(
                 part = gram(parts[number])
                 store.write_part(model_id, number, part.xtx, part.eps)
     with ranks.together("finalize_features"):
+        if ranks.first and not store.has_xtx(model_id):  # a process apart may have been faster
+            try:
+                total, eps = add_parts(store, model_id, len(parts))
+            except StoreError:
+                if not store.has_xtx(model_id):
+                    raise
+            else:
+                store.write_xtx(model_id, total, store.train_set_size, eps)
         if ranks.first:
-            total, eps = store.read_part(model_id, 0)
-            total = total.clone()
-            for number in range(1, len(parts)):
-                total += store.read_part(model_id, number)[0]
-            store.write_xtx(model_id, total, store.train_set_size, eps)
             store.remove_parts(model_id)
+
+
+def add_parts(store: Store, model_id: int, count: int) -> tuple[Tensor, float]:
+    """The sum of XtX's parts, in order, and how exact it is."""
+    first, eps = store.read_part(model_id, 0)
+    total = first.clone()
+    for number in range(1, count):
+        total += store.read_part(model_id, number)[0]
+    return total, eps
 
 
 def counted(

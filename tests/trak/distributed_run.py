@@ -1,0 +1,98 @@
+"""A small TRAK run as one of several processes, as torchrun would start it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import trak_cases as cases
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+
+N, M = 33, 7
+
+
+def launch(rank: int, size: int, port: int) -> None:
+    """The environment that torchrun gives its processes."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str, Any]) -> None:
+    """From features to scores of two checkpoints.
+
+    how["feed"] : "plain" (num_samples), "inds", "remaining" (remaining_batches) or "sampler"
+        (DistributedSampler; "sampler by number" with num_samples), "own checkpoints" (plain, but
+        one checkpoint for each rank until all are finalised). how["die"] = [rank, stage] kills
+        that rank as it computes its second batch of the stage, how["fail"] = [rank, method] lets
+        a method of the score computer fail. The computed batches are appended to ``log``.
+    """
+    if size > 1:
+        launch(rank, size, port)
+    cases.small_blocks()
+    feed, die = how.get("feed", "plain"), how.get("die")
+    model = cases.net()
+    states = [{k: v.clone() for k, v in cases.net(seed).state_dict().items()} for seed in (0, 1)]
+    train, targets = cases.data(N), cases.data(M, seed=5)
+    traker = cases.make(model, Path(save_dir), N, proj_dim=6, **how.get("options", {}))
+    features, computed = traker._features, []
+
+    def logged(batch: Any, model_id: int, inds: Any) -> torch.Tensor:
+        stage = traker._loaded_for
+        computed.append(stage)
+        if die == [rank, stage] and computed.count(stage) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with open(log, "a") as file:
+            file.write(f"{rank} {stage} {model_id} {','.join(map(str, inds))}\n")
+        return features(batch, model_id, inds)
+
+    traker._features = logged
+
+    def go(call: Any, data: tuple[torch.Tensor, torch.Tensor], batch_size: int) -> None:
+        numbers = torch.arange(len(data[0]))
+        everything = TensorDataset(*data, numbers)
+        if feed == "remaining":
+            todo = traker.remaining_batches(batch_size)
+            for inds, (*batch, _) in zip(
+                todo, DataLoader(everything, batch_sampler=todo), strict=True
+            ):
+                call(batch, inds=inds)
+            return
+        loader = DataLoader(everything, batch_size)
+        if feed.startswith("sampler") and size > 1:
+            sampler = DistributedSampler(everything, shuffle=False, drop_last=False)
+            loader = DataLoader(everything, batch_sampler=BatchSampler(sampler, batch_size, False))
+        for *batch, inds in loader:
+            if feed in ("plain", "sampler by number", "own checkpoints"):
+                call(batch, num_samples=len(inds))
+            else:
+                call(batch, inds=inds)
+
+    fail = how.get("fail")
+    if fail and fail[0] == rank:
+
+        def failing(*_: Any) -> None:
+            raise OSError("no such luck")
+
+        setattr(traker.score_computer, fail[1], failing)
+    for model_id, state in enumerate(states):
+        if feed == "own checkpoints" and model_id % size != rank:
+            continue
+        traker.load_checkpoint(state, model_id)
+        go(traker.featurize, train, 4)
+        if feed == "own checkpoints":
+            traker.finalize_features(model_ids=[model_id])
+    traker.finalize_features()
+    for model_id, state in enumerate(states):
+        traker.start_scoring_checkpoint("test", state, model_id, M)
+        go(traker.score, targets, 2)
+    scores = traker.finalize_scores("test")
+    assert scores.shape == (N, M)
+    assert traker.finalize_scores("test", top_k=3).helpful_indices.shape == (M, 3)

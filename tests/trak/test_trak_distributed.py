@@ -1,0 +1,133 @@
+"""Several processes (gloo over loopback): the work is shared out, the scores are the same."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections import Counter
+
+import numpy as np
+import pytest
+import trak_cases as cases
+from distributed_run import N
+from lives import Server
+
+from fastproj.trak.writer import read_scores, read_top_scores
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """The results of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(server, folder, 1)
+    return results(folder)
+
+
+def run(server, folder, size, codes=None, **how):
+    """Run distributed_run in ``size`` processes; what they printed, and the batches computed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log, printed = folder / "log", folder / "printed"
+    log.touch()
+    arguments = [[folder / "store", log, rank, size, port, how] for rank in range(size)]
+    found = server.run("distributed_run:main", arguments, printed)
+    assert found == (codes or [0] * size), printed.read_text()
+    return printed.read_text(), log.read_text().splitlines()
+
+
+def results(folder):
+    top = read_top_scores(folder / "store" / "scores" / "test.top.safetensors")
+    scores = np.array(read_scores(folder / "store" / "scores" / "test.mmap"))
+    return [scores, *vars(top).values()]
+
+
+def assert_same(found, wanted):
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("feed", ["plain", "inds", "remaining"])
+def test_the_same_script_in_several_processes(tmp_path, server, whole, size, feed):
+    _, batches = run(server, tmp_path, size, feed=feed)
+    assert_same(results(tmp_path), whole)  # bit for bit
+    assert len(batches) == len({b.split(" ", 1)[1] for b in batches}) == 2 * (9 + 4)
+    share = Counter(b.split()[0] for b in batches)
+    assert len(share) == size
+    assert max(share.values()) - min(share.values()) <= 4  # one batch for each pass over data
+
+
+def test_samples_that_a_sampler_shared_out(tmp_path, server, whole):
+    """Other batches than in one process: features, XtX and scores agree to rounding."""
+    _, batches = run(server, tmp_path, 2, feed="sampler")
+    per_rank = Counter(b.split()[0] for b in batches)
+    assert per_rank["0"] == per_rank["1"]
+    largest = np.abs(whole[0]).max()
+    np.testing.assert_allclose(results(tmp_path)[0], whole[0], rtol=1e-5, atol=1e-6 * largest)
+
+
+def test_a_sampler_without_inds_is_refused(tmp_path, server):
+    printed, batches = run(server, tmp_path, 2, codes=[1, 1], feed="sampler by number")
+    assert "ValueError: featurize: rank 1 was given other data than rank 0" in printed
+    assert "ValueError: featurize: rank 0 was given other data than rank 1" in printed
+    assert not batches
+
+
+def test_each_rank_its_own_checkpoints(tmp_path, server, whole):
+    """TRAK's SLURM pattern inside one launch; the calls need not even be equally many."""
+    _, batches = run(server, tmp_path, 2, feed="own checkpoints")
+    assert_same(results(tmp_path), whole)
+    assert {tuple(b.split()[::2]) for b in batches if "featurize" in b} == {("0", "0"), ("1", "1")}
+
+
+@pytest.mark.parametrize("stage", ["featurize", "score"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path, server, whole, stage, size):
+    codes = [1, -signal.SIGKILL, 1][:size]
+    printed, _ = run(server, tmp_path, size, codes=codes, die=[1, stage])
+    assert printed.count("DistributedError: ") == size - 1
+    assert f"another of the {size} processes is gone" in printed
+    assert "run the same command again to go on" in printed
+    _, batches = run(server, tmp_path, 5 - size)  # any number of processes goes on
+    assert_same(results(tmp_path), whole)
+    batches = [b.split(" ", 1)[1] for b in batches]  # of both runs; the one that died isn't logged
+    assert len(batches) == len(set(batches)) == 2 * (9 + 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "step"), [("gram", "finalize_features"), ("scores", "finalize_scores")]
+)
+def test_a_rank_that_fails_makes_all_fail(tmp_path, server, whole, method, step):
+    printed, _ = run(server, tmp_path, 3, codes=[1, 1, 1], fail=[1, method])
+    assert printed.count(f"DistributedError: {step}: rank 1 failed: OSError: no such luck") == 2
+    assert not list((tmp_path / "store").rglob(".*.tmp"))
+    run(server, tmp_path, 3)
+    assert_same(results(tmp_path), whole)
+
+
+def test_starting_afresh_sets_old_features_aside_once(tmp_path, server, whole):
+    run(server, tmp_path, 2, options={"projector_seed": 0})
+    printed, batches = run(server, tmp_path, 3, options={"load_from_save_dir": False})
+    assert len(batches) == 2 * 2 * (9 + 4)
+    assert len(list((tmp_path / "store" / "models").glob("*.replaced-*"))) == 2
+    assert printed.count("was moved to") == 2
+    assert_same(results(tmp_path), whole)
+
+
+def test_processes_that_are_to_work_alone(tmp_path, server, whole):
+    """distributed=False: each does everything, in one save_dir, and neither harms the other."""
+    _, batches = run(server, tmp_path, 2, options={"distributed": False})
+    assert {b.split()[0] for b in batches} == {"0", "1"}
+    assert_same(results(tmp_path), whole)
+
+
+def test_distributed_without_processes(tmp_path):
+    with pytest.raises(ValueError, match=r"distributed=True.*torchrun --nproc-per-node"):
+        cases.make(cases.net(), tmp_path, N, distributed=True)
