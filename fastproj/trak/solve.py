@@ -15,6 +15,8 @@ from torch import Tensor
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # rows per float32 product before it is folded into the float64 sum
+GRAM_TILE = 512  # columns of XtX at once: half of the products are those of the other half
+SAFE_EXPONENT = 32  # up to 2^32 and down to 2^-32, squares and their small terms are float32's
 POWER_STEPS = 12
 
 Lambda = float | str
@@ -77,7 +79,7 @@ class ScoreComputer:
         """``sum of block.T @ block``; blocks [b, k] of any dtype, n rows in all.
 
         float64 throughout where that is cheap; otherwise float32 products of at most BLOCK_ROWS
-        rows, added up in float64.
+        rows, added up in float64. Only the upper triangle is computed, in tiles.
         """
         exact = float(n) * proj_dim * proj_dim <= EXACT_FLOPS
         dtype = torch.float64 if exact else torch.float32
@@ -87,8 +89,11 @@ class ScoreComputer:
             for block in blocks:
                 seen += len(block)
                 for part in block.to(self.device, dtype).split(BLOCK_ROWS):  # [<= BLOCK_ROWS, k]
-                    total += part.mT @ part
-        total = (total + total.mT) / 2
+                    part, exponent = in_range(part)
+                    for i in range(0, proj_dim, GRAM_TILE):
+                        tile = part[:, i : i + GRAM_TILE].mT @ part[:, i:]
+                        total[i : i + GRAM_TILE, i:].add_(tile, alpha=math.ldexp(1.0, 2 * exponent))
+        total = total.triu_() + total.triu(1).mT
         eps = torch.finfo(torch.float64 if exact else torch.float32).eps
         return Gram(total.cpu(), seen, eps)
 
@@ -102,6 +107,19 @@ class ScoreComputer:
         with full_precision():
             product = features.to(self.device, dtype) @ weights.to(self.device, dtype).mT
         return product.float().cpu()
+
+
+def in_range(block: Tensor) -> tuple[Tensor, int]:
+    """``(scaled, e)``: ``block = scaled * 2^e``, and scaled's products don't leave float32's range.
+
+    Gradients may be 1e-25 or 1e25, whose squares float32 doesn't have.
+    """
+    if block.dtype == torch.float64 or block.numel() == 0:
+        return block, 0
+    exponent = math.frexp(float(torch.linalg.vector_norm(block, math.inf)))[1]
+    if abs(exponent) <= SAFE_EXPONENT:
+        return block, 0
+    return (block.double() * math.ldexp(1.0, -exponent)).float(), exponent
 
 
 def solve(gram: Gram, lambda_reg: Lambda) -> Solution:

@@ -111,10 +111,12 @@ def test_other_lambdas_are_refused(bad):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_gram_of_blocks(monkeypatch, exact):
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])  # squares float32 hasn't
+def test_gram_of_blocks(monkeypatch, exact, scale):
     monkeypatch.setattr(module, "EXACT_FLOPS", math.inf if exact else 0)
     monkeypatch.setattr(module, "BLOCK_ROWS", 16)
-    phi = features(100, 8).float()
+    monkeypatch.setattr(module, "GRAM_TILE", 3)
+    phi = (features(100, 8) * scale).float()
     phi[3] *= 1e4
     result = ScoreComputer().gram(phi.split(37), 8, 100)
     truth = phi.double().T @ phi.double()
