@@ -1,4 +1,4 @@
-"""Batches as TRAK sees them: tuples of tensors, or nests of them, of one first dimension."""
+"""Batches as TRAK sees them: tuples, dicts or nests of tensors of one first dimension."""
 
 from __future__ import annotations
 
@@ -41,16 +41,18 @@ def map_leaves(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def prepare(function: str, batch: Any, device: torch.device) -> tuple[tuple[Any, ...], int]:
-    """``batch`` as a tuple on ``device``, and its size B.
+    """``batch`` as a tuple on ``device``, and its size B; a dict becomes a tuple of one dict.
 
-    Raises TypeError or ValueError, naming ``function``, for anything but a sequence of tensors (or
-    nests of tensors) whose first dimensions agree.
+    Raises TypeError or ValueError, naming ``function``, for anything but a sequence or dict of
+    tensors (or nests of tensors) whose first dimensions agree.
     """
+    if isinstance(batch, Mapping):
+        batch = (batch,)
     if not isinstance(batch, Sequence) or isinstance(batch, str):
         received = describe(batch) if isinstance(batch, Tensor) else type(batch).__name__
         raise TypeError(
             f"{function}: received a batch of type {received}; expected a tuple or list such as "
-            "(images, labels); a single input goes in as (input,)"
+            "(images, labels), or a dict; a single input goes in as (input,)"
         )
     try:
         tensors = list(leaves(batch))
@@ -65,6 +67,11 @@ def prepare(function: str, batch: Any, device: torch.device) -> tuple[tuple[Any,
                 "expected tensors that share their first dimension, the batch size"
             )
     return tuple(map_leaves(lambda t: t.to(device), part) for part in batch), tensors[0].shape[0]
+
+
+def size(batch: Any) -> int:
+    """B, the number of samples of a prepared batch."""
+    return int(next(leaves(batch)).shape[0])
 
 
 def select(batch: Any, rows: Any) -> Any:

@@ -27,9 +27,9 @@ from fastproj.trak import batches
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import (
-    FunctionalGradientComputer,
     count_params,
     parameter_names,
+    resolve_gradient_computer,
 )
 from fastproj.trak.inputs import (
     as_indices,
@@ -72,15 +72,19 @@ class TRAKer:
     Parameters
     ----------
     model : the module whose checkpoints are loaded. It is put into eval mode, on ``device``.
-    task : "image_classification", or an instance of an ``AbstractModelOutput`` subclass.
+    task : "image_classification", "text_classification", "clip", "seq2seq", "causal_lm", an
+        instance of an ``AbstractModelOutput`` subclass, or a function ``f(model, batch)`` that
+        returns the outputs [B].
     train_set_size : n, the number of training samples.
     save_dir : where features and scores are kept. One that holds another model, seed, kind,
         proj_dim or n is refused.
     load_from_save_dir : True goes on with what is there; any number of processes may. False
         starts each model_id afresh: what an earlier run left for it is renamed, not used.
     device : where to compute; None is where the model is.
-    gradient_computer : a class with ``load_model_params``, ``compute_per_sample_grad`` and
-        ``compute_loss_grad``, built with model, task, grad_dim, dtype, device, grad_wrt.
+    gradient_computer : "hooks" | "func" | "loop"; "auto" is the first of them that can take the
+        model and task, and says so where that isn't the first. Or a class with
+        ``load_model_params``, ``compute_per_sample_grad`` and ``compute_loss_grad``, built with
+        model, task, grad_dim, dtype, device, grad_wrt.
     projector : an object with ``proj_dim`` (0: the gradients as they are) and
         ``project(grads, model_id=)``; None is ``fastproj.Projector``. Give it unscaled: features
         are divided by ``normalize_factor``, the square root of the number of parameters.
@@ -114,7 +118,7 @@ class TRAKer:
         save_dir: str | os.PathLike[str] = "./trak_results",
         load_from_save_dir: bool = True,
         device: str | torch.device | None = None,
-        gradient_computer: Any = FunctionalGradientComputer,
+        gradient_computer: Any = "auto",
         projector: Any = None,
         saver: type[Store] | None = None,
         score_computer: type[ScoreComputer] | None = None,
@@ -156,7 +160,7 @@ class TRAKer:
             )
         self.projector = projector
         self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
-        self.gradient_computer = gradient_computer(
+        self.gradient_computer = resolve_gradient_computer(gradient_computer)(
             model=self.model,
             task=self.task,
             grad_dim=self.num_params_for_grad,
@@ -397,12 +401,11 @@ class TRAKer:
     def _features(self, batch: tuple[Any, ...], model_id: int, inds: Indices) -> Tensor:
         """Scaled features of a batch, [B, k]; the gradients are projected chunk by chunk."""
         computer = self.gradient_computer
-        if hasattr(computer, "iter_per_sample_grads"):
-            chunks = computer.iter_per_sample_grads(batch)
-        else:
-            chunks = iter([computer.compute_per_sample_grad(batch)])
-        parts = [self.projector.project(grads, model_id=model_id).detach() for grads in chunks]
-        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if hasattr(computer, "project"):
+            features = computer.project(batch, self.projector, model_id).detach()
+        else:  # a class with trak's methods
+            grads = computer.compute_per_sample_grad(batch)
+            features = self.projector.project(grads, model_id=model_id).detach()
         if features.shape != (len(inds), self.proj_dim):
             raise ValueError(
                 f"TRAKer: the projector returned {list(features.shape)} for {len(inds)} samples; "

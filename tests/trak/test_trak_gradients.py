@@ -9,12 +9,13 @@ from torch import nn
 
 from fastproj.trak import (
     FunctionalGradientComputer,
+    HookGradientComputer,
     ImageClassificationModelOutput,
     IterativeGradientComputer,
 )
-from fastproj.trak import gradients as module
+from fastproj.trak.gradients import base as module
 
-COMPUTERS = [FunctionalGradientComputer, IterativeGradientComputer]
+COMPUTERS = [FunctionalGradientComputer, HookGradientComputer, IterativeGradientComputer]
 
 
 def flat(grads):

@@ -1,4 +1,4 @@
-"""Per-sample gradients of a task's output, d f(z_i; theta) / d theta, as dicts of tensors."""
+"""What every gradient computer does: one model, one task, the parameters to differentiate by."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 
 from fastproj.trak import batches
 
@@ -25,6 +24,7 @@ class AbstractGradientComputer(ABC):
     Parameters
     ----------
     model : the module; its parameters at the time of ``load_model_params`` are differentiated at.
+        A parameter that several modules share counts once, under its first name.
     task : an ``AbstractModelOutput``.
     grad_dim : P, the number of gradient entries per sample (sum over the chosen parameters).
     dtype : accepted for TRAK's sake; gradients come in the dtype of the parameters.
@@ -61,10 +61,15 @@ class AbstractGradientComputer(ABC):
 
     def iter_per_sample_grads(self, batch: tuple[Any, ...]) -> Iterator[Grads]:
         """The same in chunks of samples, in order, each of at most GRAD_BYTES where possible."""
-        size = next(batches.leaves(batch)).shape[0]
         step = self.samples_at_once()
-        for start in range(0, size, step):
+        for start in range(0, batches.size(batch), step):
             yield self.compute_per_sample_grad(batches.select(batch, slice(start, start + step)))
+
+    def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
+        """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
+        chunks = self.iter_per_sample_grads(batch)
+        parts = [projector.project(grads, model_id=model_id).detach() for grads in chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def samples_at_once(self) -> int:
         """How many samples' gradients fit into GRAD_BYTES; at least one."""
@@ -84,35 +89,15 @@ class AbstractGradientComputer(ABC):
         )
         return out
 
-
-class FunctionalGradientComputer(AbstractGradientComputer):
-    """``torch.func``: one vectorised backward for many samples (fast; needs memory for each)."""
-
-    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
-        """The gradients of all samples: name -> [B, *shape of the parameter]."""
-        gradient = grad(self.output)
-        in_dims = (None, *(0 for _ in batch))
-        grads: Grads = vmap(gradient, in_dims=in_dims, randomness="different")(self.chosen, *batch)
-        return {name: grads[name] for name in self.names}
-
-
-class IterativeGradientComputer(AbstractGradientComputer):
-    """A loop of ordinary backwards: slow, for models that ``torch.func.vmap`` can't take."""
-
-    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
-        """The gradients of all samples: name -> [B, *shape of the parameter]."""
-        size = next(batches.leaves(batch)).shape[0]
+    def gradient_of(self, sample: tuple[Any, ...]) -> dict[str, Tensor | None]:
+        """The gradient of one sample by plain autograd; None where f has nothing to do with it."""
         chosen = {name: p.clone().requires_grad_() for name, p in self.chosen.items()}
-        grads = {name: p.new_empty(size, *p.shape) for name, p in self.chosen.items()}
-        for row in range(size):
-            with torch.enable_grad():
-                out = self.output(chosen, *batches.select(batch, row))
-            row_grads = torch.autograd.grad(
-                out, list(chosen.values()), allow_unused=True, materialize_grads=True
-            )
-            for name, g in zip(self.names, row_grads, strict=True):
-                grads[name][row] = g
-        return grads
+        with torch.enable_grad():
+            out = self.output(chosen, *sample)
+            if not out.requires_grad:
+                return dict.fromkeys(chosen)
+            grads = torch.autograd.grad(out, list(chosen.values()), allow_unused=True)
+        return dict(zip(chosen, grads, strict=True))
 
 
 def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[str]:
@@ -128,6 +113,13 @@ def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[st
     wanted = set(known) if grad_wrt is None else set(grad_wrt)
     unknown = sorted(wanted - set(known))
     if unknown:
+        shared = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        if unknown[0] in shared:
+            first = first_name(model, unknown[0])
+            raise ValueError(
+                f"TRAKer: received grad_wrt with {unknown[0]!r}, which the model shares with "
+                f"{first!r}; expected {first!r}, the name that it counts under"
+            )
         near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.3) or known[:3]
         raise ValueError(
             f"TRAKer: received grad_wrt with {', '.join(map(repr, unknown[:5]))}; expected names "
@@ -140,6 +132,12 @@ def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[st
             "expected at least one to take gradients by"
         )
     return names
+
+
+def first_name(model: nn.Module, name: str) -> str:
+    """The name that a shared parameter has in ``model.named_parameters()``."""
+    shared = dict(model.named_parameters(remove_duplicate=False))[name]
+    return next(first for first, p in model.named_parameters() if p is shared)
 
 
 def count_params(model: nn.Module, names: Iterable[str]) -> int:

@@ -1,0 +1,21 @@
+"""Per-sample gradients of a task's output, d f(z_i; theta) / d theta, and their projections."""
+
+from __future__ import annotations
+
+from fastproj.trak.gradients.base import AbstractGradientComputer, count_params, parameter_names
+from fastproj.trak.gradients.choice import AutomaticGradientComputer, resolve_gradient_computer
+from fastproj.trak.gradients.functional import FunctionalGradientComputer
+from fastproj.trak.gradients.hooks import HookGradientComputer, HooksError
+from fastproj.trak.gradients.loop import IterativeGradientComputer
+
+__all__ = [
+    "AbstractGradientComputer",
+    "AutomaticGradientComputer",
+    "FunctionalGradientComputer",
+    "HookGradientComputer",
+    "HooksError",
+    "IterativeGradientComputer",
+    "count_params",
+    "parameter_names",
+    "resolve_gradient_computer",
+]

@@ -1,0 +1,100 @@
+"""Which gradient computer: by name, by class, or the first that works."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
+from fastproj.trak.gradients.functional import FunctionalGradientComputer
+from fastproj.trak.gradients.hooks import HookGradientComputer
+from fastproj.trak.gradients.layout import HooksError
+from fastproj.trak.gradients.loop import IterativeGradientComputer
+
+NAMES: dict[str, type[AbstractGradientComputer]] = {
+    "hooks": HookGradientComputer,
+    "func": FunctionalGradientComputer,
+    "loop": IterativeGradientComputer,
+}
+
+
+class AutomaticGradientComputer(AbstractGradientComputer):
+    """Module hooks, or ``torch.func`` where they can't, or a loop where that can't either.
+
+    Tasks without batched outputs start at ``torch.func``. Every step down is a warning that says
+    why; what a step gives up is speed and memory, not accuracy.
+    """
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Use the parameters and buffers that ``model`` has now."""
+        super().load_model_params(model)
+        if not hasattr(self, "_left"):
+            batched = hasattr(self.task, "outputs")
+            self._left = ["hooks", "func", "loop"] if batched else ["func", "loop"]
+            self._proven = False
+            self._computer = self._make(self._left[0])
+        else:
+            self._computer.load_model_params(model)
+
+    def _make(self, name: str) -> AbstractGradientComputer:
+        return NAMES[name](self.model, self.task, self.grad_dim, None, self.device, self.names)
+
+    @property
+    def name(self) -> str:
+        """Which one is in use: "hooks" | "func" | "loop"."""
+        return self._left[0]
+
+    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
+        """The gradients of all samples: name -> [B, *shape of the parameter]."""
+        grads: Grads = self._first(lambda computer: computer.compute_per_sample_grad(batch))
+        return grads
+
+    def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
+        """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
+        out: Tensor = self._first(lambda computer: computer.project(batch, projector, model_id))
+        return out
+
+    def _first(self, use: Callable[[AbstractGradientComputer], Any]) -> Any:
+        """The result of the first computer that has one; later batches start with it."""
+        refused: list[tuple[str, Exception]] = []
+        for name in self._left:
+            computer = self._make(name) if refused else self._computer
+            try:
+                result = use(computer)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:
+                may_refuse = not self._proven or isinstance(error, HooksError)
+                if name == self._left[-1] or not may_refuse:
+                    raise
+                refused.append((name, error))
+            else:
+                break
+        self._left, self._computer = self._left[len(refused) :], computer
+        self._proven = True
+        for name, reason in refused:
+            first_line = str(reason).strip().partition("\n")[0]
+            warnings.warn(
+                f"TRAKer: gradient_computer {name!r} can't take this model, {self.name!r} is used "
+                f"instead, which is slower: {type(reason).__name__}: {first_line[:300]}",
+                stacklevel=6,
+            )
+        return result
+
+
+def resolve_gradient_computer(given: Any) -> Any:
+    """The class that ``TRAKer(gradient_computer=...)`` names or is; None and "auto" choose."""
+    if given is None or given == "auto":
+        return AutomaticGradientComputer
+    if isinstance(given, str):
+        if given not in NAMES:
+            raise ValueError(
+                f"TRAKer: received gradient_computer={given!r}; expected 'auto', "
+                f"{', '.join(map(repr, NAMES))}, or a class"
+            )
+        return NAMES[given]
+    return given

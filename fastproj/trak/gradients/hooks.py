@@ -1,0 +1,268 @@
+"""Per-sample gradients by module hooks: one forward, one backward, layer by layer."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastproj.projector import Projector
+from fastproj.trak import batches
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
+from fastproj.trak.gradients.functional import FunctionalGradientComputer
+from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
+from fastproj.trak.gradients.local import tell_loop
+from fastproj.trak.gradients.loop import IterativeGradientComputer
+from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
+from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.sinks import (
+    CheckingSink,
+    CollectingSink,
+    Piece,
+    ProjectingSink,
+    Sink,
+)
+
+logger = logging.getLogger("fastproj.trak")
+
+
+@dataclass
+class Plan:
+    """How the gradient of a model comes about, for samples of one shape."""
+
+    hooked: list[Owned]
+    layouts: dict[str, list[Layout]]  # of each hooked module, call by call
+    rest: list[str] = field(default_factory=list)  # parameters that hooks can't see
+
+
+class HookGradientComputer(AbstractGradientComputer):
+    """One forward and one backward for a batch; each layer's gradients are formed and let go.
+
+    Every module that has parameters is hooked: from its input and the gradient by its output
+    follow the per-sample gradients of its parameters, by a formula for common layers (``rules``)
+    and by ``torch.func.vmap`` of that module alone for others. With a ``fastproj.Projector``, each
+    is projected with its row offset and freed, so that no more than one layer's gradients are in
+    memory, and often less: large layers come in pieces, embeddings only with the rows looked up.
+    Modules called several times and shared parameters are summed. A parameter that is used outside
+    of its module's forward is seen to by a module above it, at last by ``torch.func`` on the whole
+    model, which is said.
+
+    The task must be a ``BatchedModelOutput``. Where the batch dimension is inside the model is
+    found by running batches of 2 and 3 copies of a sample. After each ``load_model_params`` the
+    first sample's gradient is compared with plain autograd's.
+
+    Raises
+    ------
+    HooksError
+        Where the gradients can't be had this way, or don't agree with autograd's.
+    """
+
+    def load_model_params(self, model: nn.Module) -> None:
+        """Use the parameters and buffers that ``model`` has now."""
+        super().load_model_params(model)
+        if not hasattr(self.task, "outputs"):
+            raise HooksError(
+                f"hooks: {type(self.task).__name__} gives the output of one sample only; expected "
+                "a BatchedModelOutput, whose outputs(...) takes a batch"
+            )
+        self._owned = owned_modules(model, set(self.names))
+        self._expected: dict[str, Tensor] | None = None
+        self._used: set[str] | None = None
+        self._checked = False
+        self._plans: dict[Any, Plan] = {}
+        self._told: set[str] = set()  # what has been said once
+
+    # ---- the two results ------------------------------------------------------------------------
+
+    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
+        """The gradients of all samples: name -> [B, *shape of the parameter]."""
+        size = batches.size(batch)
+        sink = CollectingSink(self.chosen, size)
+        self._run(batch, lambda _: sink)
+        return sink.grads
+
+    def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
+        """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
+        if not isinstance(projector, Projector):  # no row offsets: whole gradients, in chunks
+            return super().project(batch, projector, model_id)
+        sinks: list[ProjectingSink] = []
+
+        def sink(uses: Counter[str]) -> Sink:
+            sinks.append(
+                ProjectingSink(self.chosen, batches.size(batch), projector, model_id, uses)
+            )
+            return sinks[0]
+
+        self._run(batch, sink)
+        return sinks[0].out
+
+    # ---- one batch ------------------------------------------------------------------------------
+
+    def _run(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
+        """Send the pieces of all gradients of a batch to a sink."""
+        plan = self._plan(batch)
+        size = batches.size(batch)
+        weights = {**self.fixed, **self.chosen}
+        with Recorder(plan.hooked, size, plan.layouts, self._told) as recorder:
+            out = recorder.outputs(self.task, self.model, weights, self.buffers, batch)
+            sink = make_sink(recorder.uses)
+            check = None
+            if not self._checked and self._expected is not None:
+                sink = check = CheckingSink(sink, self._expected)
+            recorder.backward(out, sink)
+        for name, values in self._rest(plan.rest, batch):
+            sink.add(name, Piece(0, values))
+        sink.close()
+        if check is not None:
+            wrong = check.wrong()
+            if wrong:
+                raise HooksError(
+                    f"hooks: the gradient by {listed(wrong)} is not that of plain autograd for the "
+                    "first sample of the batch; is the parameter used outside of its module's "
+                    "forward, or are samples mixed?"
+                )
+            self._checked, self._expected = True, None
+
+    def _rest(self, names: list[str], batch: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+        """The gradients by parameters without a hook, [B, numel], from the whole model."""
+        if not names:
+            return
+        computer: AbstractGradientComputer = FunctionalGradientComputer(
+            self.model, self.task, grad_wrt=names
+        )
+        try:
+            grads = computer.compute_per_sample_grad(batch)
+        except (RuntimeError, ValueError) as error:  # vmap can't follow the model
+            tell_loop(self._told, "the whole model", error)
+            computer = IterativeGradientComputer(self.model, self.task, grad_wrt=names)
+            grads = computer.compute_per_sample_grad(batch)
+        for name, g in grads.items():
+            yield name, g.flatten(1) if g.dim() > 1 else g.unsqueeze(1)
+
+    # ---- what to hook ---------------------------------------------------------------------------
+
+    def _plan(self, batch: tuple[Any, ...]) -> Plan:
+        """The plan for samples of these shapes."""
+        if self._used is None:
+            self._learn_gradient(batch)
+        key = tuple((tuple(t.shape[1:]), t.dtype) for t in batches.leaves(batch))
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(batch)
+        return self._plans[key]
+
+    def _learn_gradient(self, batch: tuple[Any, ...]) -> None:
+        """Which parameters f depends on, and the first sample's gradient, to be checked against."""
+        gradient = self.gradient_of(batches.select(batch, 0))
+        known = {name: g for name, g in gradient.items() if g is not None}
+        self._used = set(known)
+        if all(bool(torch.isfinite(g).all()) for g in known.values()):
+            self._expected = known
+        else:  # nothing to compare with; another batch will do
+            self._checked = True
+
+    def _make_plan(self, batch: tuple[Any, ...]) -> Plan:
+        """Hook the modules whose every call has one batch dimension; others leave it to a parent.
+
+        Such are modules that make something all samples share (the position biases of T5), and
+        those whose parameters another module reads (the output projection of
+        ``nn.MultiheadAttention``). What gets to the top is left to ``torch.func``.
+        """
+        used = self._used or set()
+        left: dict[str, Owned] = {}
+        for owned in self._owned:
+            names = {local: name for local, name in owned.names.items() if name in used}
+            if names:
+                left[owned.path] = Owned(owned.path, owned.module, names)
+        rest: set[str] = set()
+        while True:
+            layouts, failed = self._try(list(left.values()), batch)
+            root = left.get("")
+            if root is not None and ("" in failed or not rule_for(root.module, set(root.names))):
+                rest |= set(left.pop("").names.values())
+                failed = [*failed, ""]
+            sound = {n for path in left if path not in failed for n in left[path].names.values()}
+            for path in failed:
+                if path in left:
+                    # One that is never called only lends its name to what others share with it.
+                    seen_elsewhere = rest if layouts[path] else rest | sound
+                    hand_up(left, path, self.model, seen_elsewhere)
+            if not failed:
+                break
+        for path, owned in list(left.items()):  # what the whole model is run for is complete
+            owned.names = {local: name for local, name in owned.names.items() if name not in rest}
+            if not owned.names:
+                del left[path]
+        unseen = [name for name in self.names if name in rest]
+        if unseen:
+            logger.warning(
+                "hooks: the gradient by %s takes another run of the whole model, by torch.func",
+                listed(unseen),
+            )
+        return Plan(list(left.values()), layouts, unseen)
+
+    def _try(
+        self, hooked: list[Owned], batch: tuple[Any, ...]
+    ) -> tuple[dict[str, list[Layout]], list[str]]:
+        """The layouts of all calls of these modules, and which of them can't be hooked."""
+        weights = {**self.fixed, **self.chosen}
+        calls = []
+        for size in SIZES:
+            copies = batches.select(batch, [0] * size)
+            with Recorder(hooked, size, None) as recorder:
+                recorder.outputs(self.task, self.model, weights, self.buffers, copies)
+                calls.append(recorder.shapes)
+        layouts: dict[str, list[Layout]] = {}
+        failed = []
+        for owned in hooked:
+            two, three = (shapes.get(owned.path, []) for shapes in calls)
+            found = [
+                Layout(tree_dims(a[0], b[0]), tree_dims(a[1], b[1]))
+                for a, b in zip(two, three, strict=False)
+            ]
+            layouts[owned.path] = found
+            if not found or len(two) != len(three) or not all(map(sees_samples, found, two)):
+                failed.append(owned.path)
+        return layouts, failed
+
+
+def sees_samples(layout: Layout, shapes: tuple[list[Any], list[Any]]) -> bool:
+    """Whether every tensor of a call has one batch dimension, or can be given one."""
+    if UNCLEAR in layout.inputs or UNCLEAR in layout.outputs:
+        return False
+    return all(
+        where is not SHARED or shape is None or (len(shape) > 1 and shape[0] == 1)
+        for where, shape in zip(layout.outputs, shapes[1], strict=True)
+    )
+
+
+def owned_modules(model: nn.Module, chosen: set[str]) -> list[Owned]:
+    """The modules that hold chosen parameters themselves, in the model's order."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    found = []
+    for path, module in model.named_modules():
+        named = module.named_parameters(recurse=False, remove_duplicate=False)
+        names = {local: first[id(p)] for local, p in named if first[id(p)] in chosen}
+        if names:
+            found.append(Owned(path, module, names))
+    return found
+
+
+def hand_up(left: dict[str, Owned], path: str, model: nn.Module, but: set[str]) -> None:
+    """Let the parent of a module see to its parameters, but for some."""
+    owned = left.pop(path)
+    above, _, own = path.rpartition(".")
+    names = {f"{own}.{local}": name for local, name in owned.names.items() if name not in but}
+    if names:
+        parent = left.setdefault(above, Owned(above, model.get_submodule(above), {}))
+        parent.names.update(names)
+
+
+def listed(names: list[str]) -> str:
+    """A few names, for messages."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more

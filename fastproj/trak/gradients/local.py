@@ -1,0 +1,94 @@
+"""Per-sample gradients of one module of any kind, by running it again sample by sample."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from fastproj.trak.gradients.layout import SHARED, BatchDim
+from fastproj.trak.gradients.sinks import Piece
+
+logger = logging.getLogger("fastproj.trak")
+
+
+def local_gradients(
+    module: nn.Module,
+    names: set[str],
+    arguments: list[Any],
+    dims: list[BatchDim | None],
+    spec: Any,
+    places: list[int],
+    grads: list[Tensor | None],
+    size: int,
+    told: set[str],
+) -> Iterator[tuple[str, Piece]]:
+    """The gradients of a module's parameters ``names`` from those by its outputs.
+
+    Parameters
+    ----------
+    arguments : the leaves of (args, kwargs); tensors that have a batch dimension with it first.
+    dims : where it is in what the module takes; SHARED for the other leaves.
+    spec : of the tree of (args, kwargs).
+    places, grads : which leaves of the output the gradients [B, ...] belong to; None is zero.
+    told : what has been said already.
+
+    Yields (name, Piece) for each parameter. ``torch.func.vmap`` does it, or a loop where it can't.
+    """
+    params = {name: module.get_parameter(name).detach() for name in sorted(names)}
+    batched = [i for i, where in enumerate(dims) if where is not SHARED]
+    wanted = [place for place, g in zip(places, grads, strict=True) if g is not None]
+    given = [g for g in grads if g is not None]
+
+    def gradient(inputs: list[Tensor], slopes: list[Tensor]) -> dict[str, Tensor]:
+        leaves = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+        for i, x in zip(batched, inputs, strict=True):
+            leaves[i] = alone(x, dims[i])
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+
+        def outputs(own: dict[str, Tensor]) -> list[Tensor]:
+            found = pytree.tree_leaves(
+                functional_call(module, own, args, kwargs, tie_weights=False)
+            )
+            return [found[place] for place in wanted]
+
+        made, pull, *_ = vjp(outputs, params)
+        (result,) = pull([s.reshape(y.shape) for s, y in zip(slopes, made, strict=True)])
+        return dict(result)
+
+    inputs = [arguments[i].detach() for i in batched]
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+    ):  # but for the parameters in question, which vjp sees to
+        try:
+            found = vmap(gradient)(inputs, given)
+        except (RuntimeError, ValueError) as error:  # e.g. it branches on values
+            tell_loop(told, type(module).__name__, error)
+            rows = [gradient([x[b] for x in inputs], [g[b] for g in given]) for b in range(size)]
+            found = {name: torch.stack([row[name] for row in rows]) for name in params}
+    for name, g in found.items():
+        yield name, Piece(0, g.detach().reshape(size, -1))
+
+
+def tell_loop(told: set[str], what: str, error: Exception) -> None:
+    """Say once that a part of the gradient comes from a loop over samples."""
+    if what not in told:
+        told.add(what)
+        logger.warning(
+            "hooks: torch.func.vmap can't take %s, a loop over the samples does: %s",
+            what,
+            str(error).partition("\n")[0][:200],
+        )
+
+
+def alone(x: Tensor, where: BatchDim | None) -> Tensor:
+    """One sample's part of an input as the module would see it in a batch of one."""
+    assert where is not None
+    return x.movedim(0, where.dim) if where.folded else x.unsqueeze(where.dim)

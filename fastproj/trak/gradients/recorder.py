@@ -1,0 +1,227 @@
+"""Hooks on modules: what goes in and out of them, and what follows for their parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils import _pytree as pytree
+
+from fastproj.trak.gradients.attention import no_fast_path
+from fastproj.trak.gradients.base import Grads
+from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError, by_sample, tree_shapes
+from fastproj.trak.gradients.local import local_gradients
+from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.sinks import Piece, Sink
+
+Dims = list[BatchDim | None]
+
+
+@dataclass
+class Owned:
+    """A module with parameters to differentiate by: their names in it, and in the model."""
+
+    path: str
+    module: nn.Module
+    names: dict[str, str]
+
+
+@dataclass
+class Layout:
+    """The batch dimensions of one call of a module."""
+
+    inputs: Dims
+    outputs: Dims
+
+
+class Recorder:
+    """Hooks on modules, for one forward and backward of one batch.
+
+    With layouts of None only the shapes of the modules' inputs and outputs are noted.
+    """
+
+    def __init__(
+        self,
+        hooked: list[Owned],
+        size: int,
+        layouts: dict[str, list[Layout]] | None,
+        told: set[str] | None = None,
+    ) -> None:
+        self.hooked = hooked
+        self.size = size
+        self.layouts = layouts
+        self.told = set() if told is None else told
+        self.shapes: dict[str, list[tuple[list[Any], list[Any]]]] = {}
+        self.uses: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
+        self._anchors: dict[Any, Tensor] = {}
+        self._sink: Sink | None = None
+        self._handles: list[Any] = []
+        self._listening = False
+
+    def __enter__(self) -> Recorder:
+        for owned in self.hooked:
+            hook = self._hook_for(owned)
+            self._handles.append(
+                owned.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+            )
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def outputs(
+        self, task: Any, model: nn.Module, weights: Grads, buffers: Grads, batch: tuple[Any, ...]
+    ) -> Tensor:
+        """f of each sample of a batch, [B], with hooks listening."""
+        with torch.enable_grad(), no_fast_path(), self._listen():
+            out: Tensor = task.outputs(model, weights, buffers, batch)
+        if out.shape != (self.size,):
+            raise HooksError(
+                f"hooks: {type(task).__name__}.outputs returned {list(out.shape)} for a batch of "
+                f"{self.size}; expected [{self.size}]"
+            )
+        return out
+
+    def backward(self, out: Tensor, sink: Sink) -> None:
+        """The backward of the sum of the outputs; every module's gradients go to the sink."""
+        if not out.requires_grad:
+            return
+        self._sink = sink
+        anchors = list(self._anchors.values())
+        torch.autograd.grad(out.sum(), anchors, allow_unused=True)
+
+    @contextmanager
+    def _listen(self) -> Iterator[None]:
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+
+    def _hook_for(self, owned: Owned) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if not self._listening:  # a module that is run again for its gradients
+                return None
+            number = self._calls[owned.path]
+            self._calls[owned.path] += 1
+            if self.layouts is None:
+                shapes = tree_shapes((args, kwargs)), tree_shapes(output)
+                self.shapes.setdefault(owned.path, []).append(shapes)
+                return self._anchored(output)
+            if number >= len(self.layouts[owned.path]):
+                raise HooksError(
+                    f"hooks: {owned.path or 'the model'} was called more often than for the sample "
+                    "that was tried"
+                )
+            return self._follow(owned, self.layouts[owned.path][number], args, kwargs, output)
+
+        return hook
+
+    def _anchored(self, output: Any) -> Any:
+        """The output, as part of a graph even where no input is."""
+
+        def attach(t: Any) -> Any:
+            if not isinstance(t, Tensor) or not t.is_floating_point():
+                return t
+            if t.requires_grad:  # what writes to a view would hide the gradient by it
+                return t.clone() if t._is_view() else t
+            key = t.device, t.dtype
+            if key not in self._anchors:
+                zero = torch.zeros((), device=t.device, dtype=t.dtype)
+                self._anchors[key] = zero.requires_grad_()
+            return t + self._anchors[key]  # a copy, which later layers may write to
+
+        return pytree.tree_map(attach, output)
+
+    def _follow(self, owned: Owned, layout: Layout, args: Any, kwargs: Any, output: Any) -> Any:
+        """Note a call, and wait for the gradient by its output."""
+        leaves, spec = pytree.tree_flatten(self._anchored(output))
+        if len(leaves) != len(layout.outputs):
+            raise HooksError(f"hooks: {owned.path} returned other things than when tried")
+        tensors: list[Tensor] = []
+        places: list[int] = []
+        dims: list[BatchDim] = []
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                continue
+            where = layout.outputs[i]
+            if where is SHARED:  # [1, ...], as embeddings of positions are: one for each sample
+                leaves[i] = leaf = leaf.expand(self.size, *leaf.shape[1:]).contiguous()
+                where = BatchDim(0, False)
+            tensors.append(leaf)
+            places.append(i)
+            dims.append(where)
+        call = Call(owned, layout.inputs, (args, kwargs), self.size, len(leaves), places, self.told)
+        self.uses.update(set(owned.names.values()))
+
+        def done(grads: Any) -> None:
+            assert self._sink is not None
+            given = [
+                None if g is None else by_sample(g, where, self.size)
+                for g, where in zip(grads, dims, strict=True)
+            ]
+            if any(g is not None for g in given):
+                for name, piece in call.pieces(given):
+                    self._sink.add(owned.names[name], piece)
+            call.arguments = ((), {})  # let go of the activations
+
+        register_multi_grad_hook(tensors, done, mode="all")
+        return pytree.tree_unflatten(leaves, spec)
+
+
+@dataclass
+class Call:
+    """One call of a module: its inputs, for the gradients of its parameters later."""
+
+    owned: Owned
+    dims: Dims
+    arguments: Any
+    size: int
+    n_outputs: int
+    places: list[int]
+    told: set[str]
+
+    def pieces(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Piece]]:
+        """The per-sample gradients of the parameters from those by the outputs, [B, ...] each."""
+        module, names = self.owned.module, set(self.owned.names)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise HooksError(f"hooks: {self.owned.path} is in training mode, where samples mix")
+        leaves, _ = pytree.tree_flatten(self.arguments)
+        found = rule_for(module, names)
+        single = len(leaves) == 1 and len(grads) == 1 and self.n_outputs == 1
+        if found is not None and single and grads[0] is not None:
+            rule, least = found
+            x = sample_first(leaves[0], self.dims[0], self.size)
+            if x.dim() >= least:
+                yield from rule(module, x.detach(), grads[0], names)
+                return
+        arguments = [
+            sample_first(leaf, where, self.size) if where is not SHARED else leaf
+            for leaf, where in zip(leaves, self.dims, strict=True)
+        ]
+        yield from local_gradients(
+            module,
+            names,
+            arguments,
+            self.dims,
+            pytree.tree_structure(self.arguments),
+            self.places,
+            grads,
+            self.size,
+            self.told,
+        )
+
+
+def sample_first(t: Any, where: BatchDim | None, size: int) -> Tensor:
+    """``t`` [B, ...] with the samples first; a shared [1, ...] is repeated."""
+    if where is SHARED:
+        return t.expand(size, *t.shape[1:]) if t.shape[0] == 1 else t.expand(size, *t.shape)
+    return by_sample(t, where, size)

@@ -1,0 +1,149 @@
+"""Where the pieces of per-sample gradients go: into a projection, or side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastproj.projector import Projector
+from fastproj.trak.gradients import base
+
+
+class Piece(NamedTuple):
+    """Entries ``start .. start + n`` of the flattened gradient by one parameter.
+
+    ``values`` are [b, n], of the samples ``rows`` [b], or of all where that is None. A gradient is
+    the sum of the pieces that are given for it; where there are none it is zero.
+    """
+
+    start: int
+    values: Tensor
+    rows: Tensor | None = None
+
+
+class Sink(Protocol):
+    """Takes pieces in any order."""
+
+    def add(self, name: str, piece: Piece) -> None:
+        """One more piece of the gradient by the parameter ``name``."""
+
+    def close(self) -> None:
+        """There are no more pieces."""
+
+
+class CollectingSink:
+    """The gradients themselves: name -> [B, *shape]."""
+
+    def __init__(self, params: Mapping[str, Tensor], size: int) -> None:
+        self.grads = {name: p.new_zeros(size, *p.shape) for name, p in params.items()}
+
+    def add(self, name: str, piece: Piece) -> None:
+        """Add a piece to what is there."""
+        flat = self.grads[name].view(len(self.grads[name]), -1)  # [B, numel]
+        target = flat[:, piece.start : piece.start + piece.values.shape[1]]
+        if piece.rows is None:
+            target += piece.values
+        else:
+            target.index_add_(0, piece.rows, piece.values)
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
+class ProjectingSink:
+    """Their projection, [B, proj_dim]: each piece is projected with its row offset and let go.
+
+    The matrix of a parameter costs as much as its gradients to multiply by, so those of a
+    parameter that is used several times (``uses``) are summed first where GRAD_BYTES allow it.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        size: int,
+        projector: Projector,
+        model_id: int,
+        uses: Mapping[str, int],
+    ) -> None:
+        self.projector = projector
+        self.model_id = model_id
+        self.offsets = {}
+        offset = 0
+        for name, p in params.items():
+            self.offsets[name] = offset
+            offset += p.numel()
+        first = next(iter(params.values()))
+        wide = any(p.dtype == torch.float64 for p in params.values())
+        self.out = first.new_zeros(
+            size, projector.proj_dim, dtype=torch.float64 if wide else torch.float32
+        )
+        summed = [
+            name
+            for name, count in uses.items()
+            if count > 1
+            and size * params[name].numel() * params[name].element_size() <= base.GRAD_BYTES
+        ]
+        self.params = {name: params[name] for name in summed}
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, piece: Piece) -> None:
+        """Project a piece, or add it to those to be projected at the end."""
+        if name in self.params and piece.rows is None:
+            if name not in self.sums:
+                self.sums[name] = piece.values.new_zeros(len(self.out), self.params[name].numel())
+            self.sums[name][:, piece.start : piece.start + piece.values.shape[1]] += piece.values
+        else:
+            self._project(name, piece)
+
+    def close(self) -> None:
+        """Project the sums."""
+        for name in list(self.sums):
+            self._project(name, Piece(0, self.sums.pop(name)))
+
+    def _project(self, name: str, piece: Piece) -> None:
+        values = piece.values
+        if self.out.dtype == torch.float64:
+            values = values.double()
+        offset = self.offsets[name] + piece.start
+        if piece.rows is None:
+            self.projector.project(
+                values, self.model_id, row_offset=offset, out=self.out, accumulate=True
+            )
+        else:
+            part = self.projector.project(values, self.model_id, row_offset=offset)  # [b, k]
+            self.out.index_add_(0, piece.rows, part)
+
+
+class CheckingSink:
+    """Passes pieces on, and compares the gradient of the first sample with a known one."""
+
+    def __init__(self, sink: Sink, expected: Mapping[str, Tensor]) -> None:
+        self.sink = sink
+        self.left = {name: g.reshape(-1).clone() for name, g in expected.items()}
+        self.sizes = {name: float(g.norm()) for name, g in expected.items()}
+
+    def add(self, name: str, piece: Piece) -> None:
+        """Subtract the first sample's part from what is expected."""
+        self.sink.add(name, piece)
+        if piece.rows is None:
+            own = piece.values[0]
+        else:
+            own = piece.values[piece.rows == 0].sum(0)
+        self.left[name][piece.start : piece.start + piece.values.shape[1]] -= own
+
+    def close(self) -> None:
+        """There are no more pieces."""
+        self.sink.close()
+
+    def wrong(self) -> list[str]:
+        """The parameters whose gradient isn't the known one, by more than rounding."""
+        total = sum(size**2 for size in self.sizes.values()) ** 0.5
+        found = []
+        for name, left in self.left.items():
+            share = 3 * torch.finfo(left.dtype).eps ** 0.5  # of a gradient's norm: 1e-3 in float32
+            if not float(left.norm()) <= share * (self.sizes[name] + 0.1 * total):
+                found.append(name)
+        return found

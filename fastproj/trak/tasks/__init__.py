@@ -1,0 +1,26 @@
+"""Tasks: what TRAK attributes. Each gives f(z; theta) of a sample, and Q = -dL/df."""
+
+from __future__ import annotations
+
+from fastproj.trak.tasks.base import AbstractModelOutput, BatchedModelOutput
+from fastproj.trak.tasks.clip import CLIPModelOutput
+from fastproj.trak.tasks.function import FunctionModelOutput
+from fastproj.trak.tasks.image import ImageClassificationModelOutput
+from fastproj.trak.tasks.language import CausalLMModelOutput, Seq2SeqModelOutput
+from fastproj.trak.tasks.margin import margins
+from fastproj.trak.tasks.names import TASKS, resolve_task
+from fastproj.trak.tasks.text import TextClassificationModelOutput
+
+__all__ = [
+    "TASKS",
+    "AbstractModelOutput",
+    "BatchedModelOutput",
+    "CLIPModelOutput",
+    "CausalLMModelOutput",
+    "FunctionModelOutput",
+    "ImageClassificationModelOutput",
+    "Seq2SeqModelOutput",
+    "TextClassificationModelOutput",
+    "margins",
+    "resolve_task",
+]

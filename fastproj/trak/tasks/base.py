@@ -1,0 +1,106 @@
+"""The interface of a task, and how a model is called with given weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.func import functional_call
+
+from fastproj.checks import describe
+from fastproj.trak import batches
+
+Params = Mapping[str, Tensor]
+Batch = tuple[Any, ...]
+
+
+class AbstractModelOutput(ABC):
+    """A task whose output is written for one sample, as in trak 0.3.2.
+
+    Subclass it and pass an instance as ``TRAKer(task=...)``. ``weights`` and ``buffers`` are what
+    ``torch.func.functional_call`` takes. Gradients come from ``torch.func.vmap`` or, where that
+    can't, from a loop; a ``BatchedModelOutput`` can also have the faster module hooks.
+    """
+
+    @abstractmethod
+    def get_output(self, model: Any, weights: Params, buffers: Params, *sample: Any) -> Tensor:
+        """f(z; theta) of one sample, a scalar.
+
+        sample : the parts of the batch without their batch dimension; the model wants it back
+            (``image.unsqueeze(0)``). Runs under ``torch.func.vmap``: no ``.item()``, no branching
+            on values.
+        """
+
+    @abstractmethod
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch
+    ) -> Tensor:
+        """Q of each sample, [B] or [B, 1]: minus the derivative of the loss by the output."""
+
+    def check_batch(self, batch: Batch) -> None:  # noqa: B027
+        """Raise TypeError or ValueError for a batch that this task can't take."""
+
+
+class BatchedModelOutput(AbstractModelOutput):
+    """A task whose output is written for a batch, without mixing its samples."""
+
+    @abstractmethod
+    def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
+        """f(z; theta) of each sample, [B]; entry i depends on sample i alone."""
+
+    def get_output(self, model: Any, weights: Params, buffers: Params, *sample: Any) -> Tensor:
+        """f(z; theta) of one sample, a scalar: ``outputs`` of a batch of one."""
+        batch = batches.map_leaves(lambda t: t.unsqueeze(0), sample)
+        return self.outputs(model, weights, buffers, batch).reshape(())
+
+
+def call(model: Any, weights: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
+    """``model(*args, **kwargs)`` with the given weights and buffers in place of its own."""
+    return functional_call(model, (dict(weights or {}), dict(buffers or {})), args, kwargs)
+
+
+def logits_of(task: str, output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, its ``logits``, or the first of a tuple."""
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{task}: the model returned {type(output).__name__}; expected logits: a tensor, an "
+            "object with .logits, or a tuple that starts with them"
+        )
+    return output
+
+
+def describe_parts(batch: Batch) -> str:
+    """The parts of a batch, for messages."""
+    return ", ".join(
+        describe(part)
+        if isinstance(part, Tensor)
+        else f"dict of {', '.join(map(str, part))}"
+        if isinstance(part, Mapping)
+        else type(part).__name__
+        for part in batch
+    )
+
+
+def is_index(t: Any) -> bool:
+    """Whether ``t`` is a tensor of integers."""
+    return (
+        isinstance(t, Tensor)
+        and not t.dtype.is_floating_point
+        and not t.dtype.is_complex
+        and str(t.dtype) != "torch.bool"
+    )
+
+
+def check_temperature(name: str, temperature: float) -> float:
+    """``temperature``, or a ValueError unless it is positive."""
+    if not temperature > 0:
+        raise ValueError(f"{name}: received temperature={temperature}; expected a positive number")
+    return temperature

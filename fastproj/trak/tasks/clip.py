@@ -1,0 +1,217 @@
+"""Contrastive learning of images and texts (CLIP): (images, texts)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastproj.trak import batches
+from fastproj.trak.store import model_digest
+from fastproj.trak.tasks.base import (
+    Batch,
+    BatchedModelOutput,
+    Params,
+    call,
+    check_temperature,
+    describe_parts,
+)
+from fastproj.trak.tasks.language import forward_names
+
+logger = logging.getLogger("fastproj.trak")
+
+NAME = "clip"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The simulated batch under one checkpoint: embeddings [S, d] of images and of their texts."""
+
+    images: Tensor
+    texts: Tensor
+
+
+class CLIPModelOutput(BatchedModelOutput):
+    """The contrastive output function of CLIP against a simulated batch.
+
+    With image embedding u, text embedding v and S other pairs (u_j, v_j) of the training set,
+
+        f(z; theta) = -log sum_j exp(-u . (v - v_j)) - log sum_j exp(-v . (u - u_j))
+
+    (arXiv 2303.14186, section 5.1): the log-odds of the right text for the image plus those of the
+    right image for the text. ``Q = 1 - (p_text + p_image) / 2``, where the two probabilities are
+    softmaxes over the right one and the S others, of similarities times the logit scale.
+
+    The others are constants: call ``traker.task.get_embeddings(model, loader, ...)`` after each
+    ``load_checkpoint`` of a new checkpoint, before ``featurize``. They are remembered by
+    checkpoint, so scoring needs no second call, and features don't depend on how the data are
+    batched. (trak draws other pairs for each sample anew, and takes Q from the current batch.)
+
+    A batch is (images, texts), (pixel_values, input_ids, attention_mask), or a dict of the model's
+    keyword arguments. The model is a Hugging Face CLIPModel (it returns ``image_embeds`` and
+    ``text_embeds``) or one of open_clip (it takes ``image`` and ``text`` and returns a tuple or
+    dict of image features, text features, scale).
+
+    Parameters
+    ----------
+    temperature : multiplies the similarities inside the softmax of Q, as in trak; None is the
+        model's own logit scale (exp(logit_scale)).
+    simulated_batch_size : S.
+    seed : of the choice of S pairs among those of the loader.
+    """
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        simulated_batch_size: int = 300,
+        seed: int = 0,
+    ) -> None:
+        name = type(self).__name__
+        if temperature is not None:
+            check_temperature(name, temperature)
+        if simulated_batch_size < 1:
+            raise ValueError(
+                f"{name}: received simulated_batch_size={simulated_batch_size}; expected >= 1"
+            )
+        self.temperature = temperature
+        self.simulated_batch_size = simulated_batch_size
+        self.seed = seed
+        self._by_checkpoint: dict[str, Embeddings] = {}
+        self._current: tuple[tuple[int, ...], Embeddings] | None = None
+
+    def get_embeddings(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        batch_size: int | None = None,
+        embedding_dim: int | None = None,
+        size: int = 50_000,
+        preprocess_fn_img: Callable[[Tensor], Tensor] | None = None,
+        preprocess_fn_txt: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        """Embed the simulated batch with the model as it is now.
+
+        Parameters
+        ----------
+        model : the model, with the checkpoint loaded that will be featurized or scored with.
+        loader : batches of the training set, in a fixed order, as ``featurize`` takes them.
+        batch_size, embedding_dim : accepted for trak's sake; both are read off the data.
+        size : how many pairs to embed at most; ``simulated_batch_size`` of them are kept.
+        preprocess_fn_img, preprocess_fn_txt : applied to images and texts of (images, texts).
+        """
+        device = next(model.parameters()).device
+        image_parts: list[Tensor] = []
+        text_parts: list[Tensor] = []
+        count = 0
+        training = model.training
+        model.eval()
+        try:
+            for batch in loader:
+                if count >= size:
+                    break
+                if not isinstance(batch, Mapping) and len(batch) == 2:
+                    images, texts = batch
+                    batch = (
+                        preprocess_fn_img(images) if preprocess_fn_img else images,
+                        preprocess_fn_txt(texts) if preprocess_fn_txt else texts,
+                    )
+                prepared, found = batches.prepare("get_embeddings", batch, device)
+                self.check_batch(prepared)
+                with torch.no_grad():
+                    u, v, _ = embed(model, {}, {}, prepared)
+                image_parts.append(u[: size - count])
+                text_parts.append(v[: size - count])
+                count += found
+        finally:
+            model.train(training)
+        if not image_parts:
+            raise ValueError("get_embeddings: received a loader without batches; expected pairs")
+        all_images, all_texts = torch.cat(image_parts), torch.cat(text_parts)
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(all_images), generator=generator)
+        if len(order) < self.simulated_batch_size:
+            logger.warning(
+                "get_embeddings: %d pairs for simulated_batch_size %d; all of them are used",
+                len(order),
+                self.simulated_batch_size,
+            )
+        chosen = order[: self.simulated_batch_size].sort().values.to(device)
+        found_embeddings = Embeddings(all_images[chosen].clone(), all_texts[chosen].clone())
+        self._by_checkpoint[model_digest(model)] = found_embeddings
+        self._current = None
+
+    def check_batch(self, batch: Batch) -> None:
+        """Two or three tensors, or a dict."""
+        is_dict = len(batch) == 1 and isinstance(batch[0], Mapping) and len(batch[0]) >= 2
+        is_tuple = len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch)
+        if not is_dict and not is_tuple:
+            raise ValueError(
+                f"{NAME}: received a batch of {len(batch)} parts ({describe_parts(batch)}); "
+                "expected (images, texts), (pixel_values, input_ids, attention_mask), or a dict of "
+                "the model's keyword arguments"
+            )
+
+    def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
+        """f of each pair against the simulated batch, [B]."""
+        others = self._embeddings(model)
+        u, v, _ = embed(model, weights, buffers, batch)
+        own = (u * v).sum(1, keepdim=True)  # [B, 1]
+        return -(u @ others.texts.T - own).logsumexp(1) - (v @ others.images.T - own).logsumexp(1)
+
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch
+    ) -> Tensor:
+        """1 - (p_text + p_image) / 2 of each pair, [B]."""
+        others = self._embeddings(model)
+        with torch.no_grad():
+            u, v, scale = embed(model, weights, buffers, batch)
+            scale = scale if self.temperature is None else self.temperature
+            own = (u * v).sum(1, keepdim=True)  # [B, 1]
+            to_texts = scale * (u @ others.texts.T - own)  # [B, S]
+            to_images = scale * (v @ others.images.T - own)
+            return (
+                torch.sigmoid(to_texts.logsumexp(1)) + torch.sigmoid(to_images.logsumexp(1))
+            ) / 2
+
+    def _embeddings(self, model: nn.Module) -> Embeddings:
+        """The simulated batch of the checkpoint that the model holds now."""
+        versions = tuple(x for p in model.parameters() for x in (id(p), p._version))
+        if self._current is None or self._current[0] != versions:
+            found = self._by_checkpoint.get(model_digest(model))
+            if found is None:
+                raise ValueError(
+                    f"{NAME}: no embeddings of the simulated batch "
+                    f"{'are there' if not self._by_checkpoint else 'belong to this checkpoint'}; "
+                    "call traker.task.get_embeddings(model, loader) after load_checkpoint and "
+                    "before featurize"
+                )
+            self._current = versions, found
+        return self._current[1]
+
+
+def embed(
+    model: Any, weights: Params, buffers: Params, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Image embeddings [B, d], text embeddings [B, d] and the logit scale of a batch."""
+    if isinstance(batch[0], Mapping):
+        inputs = dict(batch[0])
+    else:
+        names = forward_names(model)
+        images, texts = ("image", "text") if "image" in names else ("pixel_values", "input_ids")
+        inputs = dict(zip((images, texts, "attention_mask"), batch, strict=False))
+    output = call(model, weights, buffers, **inputs)
+    if hasattr(output, "image_embeds"):
+        scale = weights.get("logit_scale", getattr(model, "logit_scale", None))
+        return output.image_embeds, output.text_embeds, 1.0 if scale is None else scale.exp()
+    if isinstance(output, Mapping):
+        return output["image_features"], output["text_features"], output.get("logit_scale", 1.0)
+    if not isinstance(output, (tuple, list)) or len(output) < 2:
+        raise TypeError(
+            f"{NAME}: the model returned {type(output).__name__}; expected image_embeds and "
+            "text_embeds (Hugging Face), or a tuple of image features, text features, scale"
+        )
+    return output[0], output[1], output[2] if len(output) > 2 else 1.0

@@ -1,0 +1,210 @@
+"""Language modelling: every token of a sequence is a classification over the vocabulary."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastproj.checks import describe
+from fastproj.trak.tasks.base import (
+    Batch,
+    BatchedModelOutput,
+    Params,
+    call,
+    describe_parts,
+    is_index,
+    logits_of,
+)
+from fastproj.trak.tasks.margin import margins
+
+IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss and Hugging Face: no target here
+
+
+class TokenModelOutput(BatchedModelOutput):
+    """Margins of the target tokens of a sequence, summed (arXiv 2303.14186, section 5.2).
+
+    ``f(z; theta) = sum_t log(p_t / (1 - p_t))`` over the tokens t whose label is not -100, with
+    ``p_t`` the probability of the right token given those before it. ``Q = mean_t (1 - p_t)``:
+    minus the derivative of the loss ``sum_t -log p_t`` by f where all margins move together.
+
+    Parameters
+    ----------
+    reduction : "sum" | "mean" over the tokens of a sample. With "mean", long sequences count no
+        more than short ones. Q is the same.
+    """
+
+    name: str
+    expected: str
+
+    def __init__(self, reduction: str = "sum") -> None:
+        if reduction not in ("sum", "mean"):
+            raise ValueError(
+                f"{type(self).__name__}: received reduction={reduction!r}; expected 'sum' or 'mean'"
+            )
+        self.reduction = reduction
+
+    @abstractmethod
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """The batch as a dict with "labels"; empty if it isn't one of this task's."""
+
+    @abstractmethod
+    def predictions(
+        self, model: Any, weights: Params, buffers: Params, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, T, V], and the label [B, T] that each of them predicts."""
+
+    def check_batch(self, batch: Batch) -> None:
+        """Token ids, and labels of which every sample has at least one."""
+        inputs = self.inputs(batch)
+        labels, ids = inputs.get("labels"), inputs.get("input_ids")
+        if labels is None:
+            raise ValueError(
+                f"{self.name}: received a batch of {len(batch)} parts ({describe_parts(batch)}); "
+                f"expected {self.expected}"
+            )
+        for what, t in (("labels", labels), *((("input_ids", ids),) if ids is not None else ())):
+            if not is_index(t) or t.dim() != 2:
+                raise ValueError(
+                    f"{self.name}: received {what} {describe(t)}; expected token numbers [B, T], "
+                    "int64"
+                )
+        empty = (~(self.targets(labels) != IGNORE_INDEX).any(1)).nonzero()
+        if len(empty):
+            raise ValueError(
+                f"{self.name}: row {int(empty[0])} of the batch has no target token: all of its "
+                f"labels that the model predicts are {IGNORE_INDEX}"
+            )
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """The labels that have a prediction."""
+        return labels
+
+    def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
+        """f of each sample, [B]."""
+        logits, labels = self.predictions(model, weights, buffers, self.inputs(batch))
+        margin, mask = token_margins(logits, labels)
+        total = torch.where(mask, margin, 0.0).sum(1)
+        return total / mask.sum(1) if self.reduction == "mean" else total
+
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch
+    ) -> Tensor:
+        """Q: the mean of 1 - p over the target tokens of each sample, [B]."""
+        with torch.no_grad():
+            logits, labels = self.predictions(model, weights, buffers, self.inputs(batch))
+            self._check_logits(logits, labels)
+            margin, mask = token_margins(logits, labels)
+            return torch.where(mask, torch.sigmoid(-margin), 0.0).sum(1) / mask.sum(1)
+
+    def _check_logits(self, logits: Tensor, labels: Tensor) -> None:
+        if logits.dim() != 3 or logits.shape[:2] != labels.shape or logits.shape[2] < 2:
+            raise ValueError(
+                f"{self.name}: the model returned {describe(logits)} for targets "
+                f"{list(labels.shape)}; expected logits [B, T, V] with V >= 2"
+            )
+        bad = ((labels != IGNORE_INDEX) & ((labels < 0) | (labels >= logits.shape[2]))).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise ValueError(
+                f"{self.name}: received label {int(labels[row, column])} at row {row} of the "
+                f"batch; expected tokens 0..{logits.shape[2] - 1}, or {IGNORE_INDEX} for none"
+            )
+
+
+class CausalLMModelOutput(TokenModelOutput):
+    """Next-token prediction (GPT-2, Llama, ...).
+
+    A batch is (input_ids, attention_mask, labels), (input_ids, attention_mask), (input_ids,), or a
+    dict of the model's keyword arguments and "labels". The label of position t is predicted from
+    the positions before it, so labels are the input_ids, not shifted, with -100 where a token does
+    not count (a prompt, padding). Without labels every token counts that the mask doesn't hide.
+    """
+
+    name = "causal_lm"
+    expected = (
+        "(input_ids, attention_mask, labels), without the last or the last two, or a dict with "
+        "input_ids"
+    )
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments and labels; labels default to the unmasked input_ids."""
+        inputs = as_dict(batch, ("input_ids", "attention_mask", "labels"), least=1)
+        if "labels" not in inputs and isinstance(inputs.get("input_ids"), Tensor):
+            mask = inputs.get("attention_mask")
+            ids = inputs["input_ids"]
+            inputs["labels"] = ids if mask is None else ids.masked_fill(mask == 0, IGNORE_INDEX)
+        return inputs
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """All but the first, which nothing comes before."""
+        return labels[:, 1:]
+
+    def predictions(
+        self, model: Any, weights: Params, buffers: Params, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of positions 0..T-2, and the labels of 1..T-1."""
+        labels = inputs.pop("labels")
+        output = call(model, weights, buffers, **inputs, **without_cache(model))
+        return logits_of(self.name, output)[:, :-1], self.targets(labels)
+
+
+class Seq2SeqModelOutput(TokenModelOutput):
+    """A sequence from a sequence (T5, mT5, BART, ...).
+
+    A batch is (input_ids, attention_mask, labels), or a dict of the model's keyword arguments and
+    "labels". The decoder sees the labels shifted by one: "decoder_input_ids" of the dict, or the
+    model's own ``prepare_decoder_input_ids_from_labels``.
+    """
+
+    name = "seq2seq"
+    expected = "(input_ids, attention_mask, labels), or a dict with labels"
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments and labels."""
+        return as_dict(batch, ("input_ids", "attention_mask", "labels"), least=3)
+
+    def predictions(
+        self, model: Any, weights: Params, buffers: Params, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of all positions of the decoder, and the labels."""
+        labels = inputs.pop("labels")
+        if "decoder_input_ids" not in inputs:
+            shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:
+                raise ValueError(
+                    f"{self.name}: {type(model).__name__} has no "
+                    "prepare_decoder_input_ids_from_labels; expected decoder_input_ids in the batch"
+                )
+            inputs["decoder_input_ids"] = shift(labels=labels)
+        output = call(model, weights, buffers, **inputs, **without_cache(model))
+        return logits_of(self.name, output), labels
+
+
+def token_margins(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Margins [B, T] of the labels, and which of them count; the others are of token 0."""
+    mask = labels != IGNORE_INDEX
+    return margins(logits, torch.where(mask, labels, 0)), mask
+
+
+def as_dict(batch: Batch, names: tuple[str, ...], least: int) -> dict[str, Any]:
+    """A copy of the dict of a batch, or its parts by name; empty for anything else."""
+    if len(batch) == 1 and isinstance(batch[0], Mapping):
+        return dict(batch[0])
+    if least <= len(batch) <= len(names):
+        return dict(zip(names, batch, strict=False))
+    return {}
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """``use_cache=False`` for models that would keep keys and values for generation."""
+    return {"use_cache": False} if "use_cache" in forward_names(model) else {}
+
+
+def forward_names(model: Any) -> set[str]:
+    """The names of the arguments of a model's forward."""
+    return set(inspect.signature(model.forward).parameters)
