@@ -637,10 +637,9 @@ class TRAKer:
 
     def _solution(self, model_id: int) -> Solution:
         """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
-        gram = Gram(*self.saver.read_xtx(model_id))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # finalize_features has said it
-            return self.score_computer.solve(gram, self.saver.read_solve(model_id)["lambda"])
+        summary = self.saver.read_solve(model_id)
+        summary.pop("lambda")
+        return self.score_computer.solve_again(Gram(*self.saver.read_xtx(model_id)), summary)
 
     def _finalized_features(self, model_id: int) -> Tensor:
         """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +101,16 @@ class ScoreComputer:
         """Factor ``gram.xtx + lambda I``; see ``solve``."""
         return solve(gram, lambda_reg)
 
+    def solve_again(self, gram: Gram, summary: Mapping[str, Any]) -> Solution:
+        """What ``solve`` gave when ``Solution.summary`` was ``summary``, not judged again."""
+        if summary["method"] == "cholesky" and type(self).solve is ScoreComputer.solve:
+            factor, info = torch.linalg.cholesky_ex(shifted(gram.xtx, summary["lambda_reg"]))
+            if int(info) == 0:
+                return Solution(factor, **summary)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # solve has said it
+            return self.solve(gram, summary["lambda_reg"])
+
     def scores(self, features: Tensor, weights: Tensor) -> Tensor:
         """``features [b, k] @ weights [m, k].T``, float32 [b, m]; weights from Solution.apply."""
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -151,16 +161,16 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
             "(are the parameters of grad_wrt used by the model?)"
         )
     lam = parse_lambda(lambda_reg, mean)
-    shifted = xtx + lam * torch.eye(k, dtype=xtx.dtype)
-    factor, info = torch.linalg.cholesky_ex(shifted)
+    system = shifted(xtx, lam)
+    factor, info = torch.linalg.cholesky_ex(system)
     condition = math.inf
     if int(info) == 0:
-        condition = condition_estimate(shifted, factor)
+        condition = condition_estimate(system, factor)
     certain = gram.n >= k or lam > 0
     if certain and condition * gram.eps * math.sqrt(k) < 1:
         return Solution(factor, "cholesky", lam, gram.n, k, condition)
 
-    values, vectors = torch.linalg.eigh(shifted)  # ascending
+    values, vectors = torch.linalg.eigh(system)  # ascending
     kept = values > values[-1] * gram.eps * k
     rank = int(kept.sum())
     scaled = vectors[:, kept] / values[kept].sqrt()
@@ -174,6 +184,13 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
         stacklevel=3,
     )
     return Solution(scaled @ scaled.mT, "pseudo-inverse", lam, gram.n, rank, condition)
+
+
+def shifted(xtx: Tensor, lam: float) -> Tensor:
+    """``XtX + lambda I``, [k, k]."""
+    system = xtx.clone()
+    system.diagonal().add_(lam)
+    return system
 
 
 def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:

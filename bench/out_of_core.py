@@ -1,0 +1,239 @@
+"""Finalising and scoring features that are larger than memory should hold: time, and peak memory.
+
+    python bench/out_of_core.py                                   # n = 131,072, k = 4096
+    python bench/out_of_core.py --samples 1000000 --repeats 1     # 8 GB of features
+
+Synthetic features are written as `TRAKer.featurize` writes them (float16, 512 samples a file).
+`finalize_features`, `finalize_scores` and `finalize_scores(top_k=100)` then run in a process of
+their own whose peak resident set is printed. Beside them, in the same process and in turns: reading
+the same files once, and the same matrix products at torch's rate (blocks of 2,048 float32 rows that
+are in memory already). The page cache is emptied of the files before each reading, where the system
+allows it. The directory is deleted at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fastproj import TRAKer
+from fastproj.trak import AbstractModelOutput, scoring
+from measure import write_result
+
+SHARD_ROWS = 512
+TOP_K = 100
+
+
+class Given(AbstractModelOutput):
+    """A task that is never asked: the features are there."""
+
+    def get_output(self, *_: Any) -> torch.Tensor:
+        """Not called."""
+        raise NotImplementedError
+
+    def get_out_to_loss_grad(self, *_: Any) -> torch.Tensor:
+        """Not called."""
+        raise NotImplementedError
+
+
+def make(save_dir: Path, samples: int, proj_dim: int) -> tuple[TRAKer, dict[str, torch.Tensor]]:
+    """A TRAKer of a tiny model, and its checkpoint."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 2)
+    traker = TRAKer(
+        model,
+        Given(),
+        samples,
+        save_dir,
+        proj_dim=proj_dim,
+        lambda_reg="0.1*mean",
+        logging_level="WARNING",
+    )
+    return traker, model.state_dict()
+
+
+def write_features(save_dir: Path, samples: int, proj_dim: int) -> None:
+    """Features of all samples through the store, as featurizing would leave them."""
+    traker, checkpoint = make(save_dir, samples, proj_dim)
+    traker.load_checkpoint(checkpoint, 0)
+    generator = torch.Generator().manual_seed(0)
+    for start in tqdm(range(0, samples, SHARD_ROWS), desc="writing features", disable=None):
+        inds = np.arange(start, min(start + SHARD_ROWS, samples))
+        features = torch.randn(len(inds), proj_dim, generator=generator)
+        q = torch.rand(len(inds), generator=generator)
+        traker.saver.write_shard(0, inds, inds, features, q)
+
+
+def write_targets(save_dir: Path, samples: int, proj_dim: int, targets: int) -> None:
+    """Features of the targets, once the checkpoint is finalised."""
+    traker, checkpoint = make(save_dir, samples, proj_dim)
+    traker.start_scoring_checkpoint("bench", checkpoint, 0, targets)
+    generator = torch.Generator().manual_seed(1)
+    inds = np.arange(targets)
+    features = torch.randn(targets, proj_dim, generator=generator)
+    traker.saver.write_shard(0, inds, inds, features, exp_name="bench")
+
+
+# ---- what is timed ------------------------------------------------------------------------------
+
+
+def forget_pages(save_dir: Path) -> None:
+    """Drop the features from the page cache, so that they are read from the disk."""
+    for path in save_dir.glob("models/0/train-*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_once(save_dir: Path) -> None:
+    """Every byte of the features' files, into memory that is used again."""
+    buffer = bytearray(64 << 20)
+    for path in sorted(save_dir.glob("models/0/train-*")):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def multiply_gram(samples: int, proj_dim: int) -> None:
+    """The product of XtX, block by block, at torch's rate."""
+    block = torch.randn(scoring.BLOCK_ROWS, proj_dim)
+    out = torch.empty(proj_dim, proj_dim)
+    for _ in range(-(-samples // scoring.BLOCK_ROWS)):
+        torch.mm(block.mT, block, out=out)
+
+
+def multiply_scores(samples: int, proj_dim: int, targets: int) -> None:
+    """The product of the scores, block by block, at torch's rate."""
+    block, weights = torch.randn(scoring.BLOCK_ROWS, proj_dim), torch.randn(targets, proj_dim)
+    out = torch.empty(scoring.BLOCK_ROWS, targets)
+    for _ in range(-(-samples // scoring.BLOCK_ROWS)):
+        torch.mm(block, weights.mT, out=out)
+
+
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def measure(save_dir: Path, samples: int, proj_dim: int, targets: int, repeats: int) -> None:
+    """Print JSON: seconds of each part, and the peak resident set of finalising and scoring."""
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, function: Callable[..., Any], *arguments: Any, cold: bool = True) -> None:
+        if cold:
+            forget_pages(save_dir)
+        times.setdefault(name, []).append(seconds(function, *arguments))
+
+    traker, _ = make(save_dir, samples, proj_dim)
+    before = peak_bytes()
+    for _ in range(repeats):
+        (save_dir / "models" / "0" / "xtx.safetensors").unlink(missing_ok=True)
+        timed("finalize_features", traker.finalize_features)
+        write_targets(save_dir, samples, proj_dim, targets)
+        timed("finalize_scores", traker.finalize_scores, "bench")
+        timed("finalize_scores top_k", lambda: traker.finalize_scores("bench", top_k=TOP_K))
+        after = peak_bytes()
+        timed("read", read_once, save_dir)
+        timed("gram matmul", multiply_gram, samples, proj_dim, cold=False)
+        timed("score matmul", multiply_scores, samples, proj_dim, targets, cold=False)
+        print(json.dumps({"times": times, "before": before, "after": after}), flush=True)
+
+
+def peak_bytes() -> int:
+    """Peak resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Write, measure, print, clean up."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=131_072)
+    parser.add_argument("--proj-dim", type=int, default=4096)
+    parser.add_argument("--targets", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dir", type=Path, help="where there is room; default: the system's")
+    parser.add_argument("--keep", type=Path, help="write the features here, or use what is there")
+    parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes = (options.samples, options.proj_dim)
+    if options.measure:
+        measure(options.measure, *sizes, options.targets, options.repeats)
+        return
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="out-of-core-", dir=options.dir))
+    try:
+        if not list(folder.glob("models/0/train-*")):
+            write_features(folder, *sizes)
+        found = run(folder, options)
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder)
+    report(found, options)
+
+
+def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure in a fresh process."""
+    command = [sys.executable, __file__, "--measure", str(folder)]
+    for name in ("samples", "proj_dim", "targets", "repeats"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def report(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the table; keep it where asked to."""
+    n, k, m = options.samples, options.proj_dim, options.targets
+    middle = {name: median(values) for name, values in found["times"].items()}
+    print(f"n = {n:,}, k = {k}, m = {m}: {2 * n * k / 1e9:.2f} GB of features")
+    print(f"{'':<26}{'seconds':>10}{'read + matmul':>16}{'ratio':>8}")
+    ratios = {}
+    for name, product in (
+        ("finalize_features", "gram matmul"),
+        ("finalize_scores", "score matmul"),
+        ("finalize_scores top_k", "score matmul"),
+    ):
+        bound = middle["read"] + middle[product]
+        ratios[name] = middle[name] / bound
+        print(f"{name:<26}{middle[name]:>10.2f}{bound:>16.2f}{ratios[name]:>8.2f}")
+    for name in ("read", "gram matmul", "score matmul"):
+        print(f"{name:<26}{middle[name]:>10.2f}")
+    print(
+        f"peak resident set {found['after'] / 2**20:,.0f} MiB; {found['before'] / 2**20:,.0f} MiB"
+    )
+    print("of that before the first call: Python and torch")
+    if options.save:
+        content = {
+            "n": n,
+            "k": k,
+            "m": m,
+            "feature_bytes": 2 * n * k,
+            "seconds": found["times"],
+            "ratios": ratios,
+            "peak_resident_bytes": found["after"],
+            "peak_resident_bytes_before": found["before"],
+        }
+        print(write_result("out-of-core", content))
+
+
+if __name__ == "__main__":
+    main()
