@@ -1,37 +1,55 @@
-"""How good are the scores? The linear datamodeling score (LDS) and its uncertainty.
+"""How good are scores? What they predict, held against what retraining or the truth shows.
 
-LDS: draw subsets S_j of the training set, train a model on each, and rank-correlate the outputs
-f(z; theta(S_j)) with the scores' prediction, the sum of tau(z)_i over i in S_j
-(arXiv 2303.14186, section 2.2).
+    lds              outputs of models trained on random subsets     (arXiv 2303.14186, section 2.2)
+    loo_correlation  outputs of models trained without one sample    (arXiv 1703.04730, section 4.1)
+    brittleness      predictions that flip once what helped is gone  (arXiv 2202.00622, section 4.1)
+    mislabel_auc     which training labels are wrong                 (arXiv 1703.04730, section 5.4)
+
+``fastproj.trak.retrain`` trains the models that the first three need. Scores may be memory-mapped:
+they are read in blocks of rows, never as a whole.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
-Floats = npt.NDArray[np.float64]
+from fastproj.trak.correlation import (
+    METHODS,
+    Estimate,
+    Floats,
+    WeightedRanks,
+    mean_correlation,
+    mean_or_nan,
+    percentiles,
+    spearman,
+)
+
+BLOCK_BYTES = 1 << 26  # of scores held at once, as float64
+
+Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+# ---- linear datamodeling score ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class LDS:
+class LDS(Estimate):
     """The mean rank correlation over targets, and its bootstrap interval."""
 
-    mean: float
-    low: float
-    high: float
-    confidence: float
     per_target: Floats  # [m]; NaN where the outputs or the predictions of a target are constant
     n_subsets: int
 
     def __str__(self) -> str:
-        return (
-            f"LDS {self.mean:.3f} ({self.confidence:.0%} CI {self.low:.3f} to {self.high:.3f}; "
-            f"{len(self.per_target)} targets, {self.n_subsets} subsets)"
-        )
+        return f"LDS {self.interval()}; {len(self.per_target)} targets, {self.n_subsets} subsets)"
 
 
 def lds(
@@ -46,26 +64,26 @@ def lds(
     """Linear datamodeling score with a bootstrap interval over targets and subsets.
 
     ``mean over targets t of spearman_j(outputs[j, t], sum_i masks[j, i] scores[i, t])``
+    (arXiv 2303.14186, definition 2.3).
 
     Parameters
     ----------
-    scores : [n, m], attribution of each of n training samples to each of m targets.
-    masks : [S, n] bool, which samples each of S models was trained on.
-    outputs : [S, m], model output f of each target under each of these models.
+    scores : numbers [n, m], attribution of each of n training samples to each of m targets.
+    masks : bool (or 0 and 1) [S, n], which samples each of S models was trained on.
+    outputs : numbers [S, m], model output f of each target under each of these models; the mean
+        over several retrainings of a subset where there are several.
     confidence : of the percentile interval.
     n_boot : resamples; each draws S subsets and m targets with replacement.
     seed : of the resampling.
 
     Raises
     ------
-    ValueError
-        For shapes that don't fit, fewer than 3 subsets, or values that are not finite.
+    TypeError, ValueError
+        For shapes that don't fit, fewer than 3 subsets, masks that are none, or values that are not
+        finite (the first one is named).
     """
-    tau, member, truth = (
-        np.asarray(scores, np.float64),
-        np.asarray(masks, np.float64),
-        np.asarray(outputs, np.float64),
-    )
+    tau, truth = as_numbers("lds", "scores", scores), as_numbers("lds", "outputs", outputs)
+    member = as_mask("lds", "masks", masks)
     if (
         tau.ndim != 2
         or member.ndim != 2
@@ -79,28 +97,27 @@ def lds(
         )
     if len(member) < 3:
         raise ValueError(f"lds: received {len(member)} subsets; expected at least 3")
-    for name, values in (("scores", tau), ("outputs", truth)):
-        if not np.isfinite(values).all():
-            raise ValueError(f"lds: received {name} with NaN or inf; expected finite values")
-    if not 0 < confidence < 1:
-        raise ValueError(f"lds: received confidence={confidence}; expected 0 < confidence < 1")
-    predicted = member @ tau  # [S, m]
-    per_target = spearman(predicted, truth)
-    rng = np.random.default_rng(seed)
-    x, y = WeightedRanks(predicted), WeightedRanks(truth)
-    n_subsets, n_targets = truth.shape
-    means = np.empty(n_boot)
-    for b in range(n_boot):
-        counts = np.bincount(rng.integers(n_subsets, size=n_subsets), minlength=n_subsets)
-        chosen = rng.integers(n_targets, size=n_targets)
-        means[b] = mean_or_nan(rank_correlation(x.ranks(counts), y.ranks(counts), counts)[chosen])
-    tail = 100 * (1 - confidence) / 2
-    low, high = (
-        (float(v) for v in np.nanpercentile(means, [tail, 100 - tail]))
-        if np.isfinite(means).any()
-        else (math.nan, math.nan)
+    check_sampling("lds", confidence, n_boot, seed)
+    truth = truth.astype(np.float64)
+    check_finite("lds", "outputs", truth, "subset")
+    predicted = predict("lds", tau, member)
+    estimate, per_target = mean_correlation(
+        predicted, truth, "spearman", confidence, n_boot, seed, "bootstrap"
     )
-    return LDS(mean_or_nan(per_target), low, high, confidence, per_target, n_subsets)
+    return LDS(**vars(estimate), per_target=per_target, n_subsets=len(member))
+
+
+def predict(function: str, scores: npt.NDArray[Any], masks: Mask) -> Floats:
+    """``masks @ scores``, float64 [S, m], reading the scores [n, m] in blocks of rows."""
+    out = np.zeros((len(masks), scores.shape[1]))
+    low, high = np.full(scores.shape[1], np.inf), np.full(scores.shape[1], -np.inf)
+    for rows, block in row_blocks(function, scores):
+        out += masks[:, rows].astype(np.float64) @ block
+        low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
+    # Where all samples score alike, subsets of one size must tie: rounding would tell them apart.
+    alike = low == high
+    out[:, alike] = masks.sum(1)[:, None] * low[alike]
+    return out
 
 
 def noise_ceiling(outputs: npt.ArrayLike) -> float:
@@ -110,13 +127,18 @@ def noise_ceiling(outputs: npt.ArrayLike) -> float:
     same subsets: the Spearman-Brown reliability of their mean, and the root because the ideal
     prediction carries no noise of its own.
 
-    outputs : [R, S, m], outputs of R retrainings (other seeds) on each of S subsets; R >= 2.
+    outputs : numbers [R, S, m], outputs of R retrainings (other seeds) on each of S subsets;
+        R >= 2, S >= 3.
     """
-    runs = np.asarray(outputs, np.float64)
-    if runs.ndim != 3 or runs.shape[0] < 2:
+    runs = as_numbers("noise_ceiling", "outputs", outputs)
+    if runs.ndim != 3 or runs.shape[0] < 2 or runs.shape[1] < 3 or runs.shape[2] < 1:
         raise ValueError(
-            f"noise_ceiling: received outputs {list(runs.shape)}; expected [R, S, m] with R >= 2"
+            f"noise_ceiling: received outputs {list(runs.shape)}; expected [R, S, m] with R >= 2, "
+            "S >= 3, m >= 1"
         )
+    runs = runs.astype(np.float64)
+    for run in runs:
+        check_finite("noise_ceiling", "outputs", run, "subset")
     count = runs.shape[0]
     pairs = [
         mean_or_nan(spearman(runs[a], runs[b])) for a in range(count) for b in range(a + 1, count)
@@ -125,55 +147,402 @@ def noise_ceiling(outputs: npt.ArrayLike) -> float:
     return math.sqrt(count * r / (1 + (count - 1) * r))
 
 
-def spearman(x: npt.ArrayLike, y: npt.ArrayLike) -> Floats:
-    """Spearman's rank correlation of each column of x and y [S, m], ties averaged; float64 [m]."""
-    a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    ones = np.ones(len(a), np.int64)
-    return rank_correlation(WeightedRanks(a).ranks(ones), WeightedRanks(b).ranks(ones), ones)
+# ---- leave one out ------------------------------------------------------------------------------
 
 
-class WeightedRanks:
-    """Average ranks of the columns of ``values`` [S, m] when row j stands ``counts[j]`` times.
+@dataclass(frozen=True)
+class LOO(Estimate):
+    """The mean correlation over targets, and its bootstrap interval."""
 
-    Sorting once serves every bootstrap resample: a resample only changes the counts.
-    """
+    method: str  # "spearman" | "pearson" | "kendall"
+    per_target: Floats  # [m]; NaN where the scores or the outputs of a target are constant
+    n_removed: int
 
-    def __init__(self, values: Floats) -> None:
-        self.order = np.argsort(values, axis=0, kind="stable")  # [S, m]
-        ordered = np.take_along_axis(values, self.order, axis=0)
-        size = len(values)
-        first = np.ones(ordered.shape, bool)
-        first[1:] = ordered[1:] != ordered[:-1]
-        places = np.arange(size)[:, None]
-        # The tie group of a place runs from `begin` to `end`, both included.
-        self.begin = np.maximum.accumulate(np.where(first, places, 0), axis=0)
-        last = np.ones(ordered.shape, bool)
-        last[:-1] = first[1:]
-        self.end = np.minimum.accumulate(np.where(last, places, size - 1)[::-1], axis=0)[::-1]
-
-    def ranks(self, counts: npt.NDArray[np.int64]) -> Floats:
-        """float64 [S, m], 1-based; rows with count 0 get a rank that nobody reads."""
-        total = np.concatenate(
-            [np.zeros((1, self.order.shape[1])), np.cumsum(counts[self.order], axis=0)]
+    def __str__(self) -> str:
+        return (
+            f"leave-one-out {self.method} correlation {self.interval()}; "
+            f"{len(self.per_target)} targets, {self.n_removed} samples left out)"
         )
-        columns = np.arange(self.order.shape[1])
-        ordered = (total[self.begin, columns] + total[self.end + 1, columns] + 1) / 2
-        out = np.empty_like(ordered)
-        np.put_along_axis(out, self.order, ordered, axis=0)
-        return out
 
 
-def rank_correlation(x: Floats, y: Floats, counts: npt.NDArray[np.int64]) -> Floats:
-    """Correlation of ranks x and y [S, m] of rows that stand ``counts`` times; NaN if constant."""
-    weights = counts[:, None] / counts.sum()
-    middle = (counts.sum() + 1) / 2  # the mean rank, exactly, so that a constant column gives 0
-    dx, dy = x - middle, y - middle
-    variance = (weights * dx * dx).sum(0) * (weights * dy * dy).sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(variance > 0, (weights * dx * dy).sum(0) / np.sqrt(variance), np.nan)
+def loo_correlation(
+    scores: npt.ArrayLike,
+    removed: npt.ArrayLike,
+    outputs: npt.ArrayLike,
+    *,
+    method: str = "spearman",
+    confidence: float = 0.95,
+    n_boot: int = 500,
+    seed: int = 0,
+) -> LOO:
+    """Correlation between the scores of samples and what leaving each of them out does.
+
+    ``mean over targets t of corr_l(scores[removed[l], t], f_t - outputs[l, t])``. The output f_t of
+    the model trained on everything is the same for all l, drops out, and is not needed
+    (arXiv 1703.04730, section 4.1, where it is Pearson's).
+
+    Parameters
+    ----------
+    scores : numbers [n, m].
+    removed : integers [L], distinct training samples.
+    outputs : numbers [L, m], model output of each target after training on all samples but
+        ``removed[l]``; the mean of several retrainings: a seed changes more than one sample does.
+    method : "spearman", "pearson" or "kendall" (tau-b).
+    confidence, n_boot, seed : of the percentile interval; each resample draws L samples and m
+        targets with replacement.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For shapes that don't fit, fewer than 3 samples, repeated or unknown samples, or values that
+        are not finite.
+    """
+    function = "loo_correlation"
+    tau, truth = as_numbers(function, "scores", scores), as_numbers(function, "outputs", outputs)
+    places = as_indices(function, "removed", removed)
+    if (
+        tau.ndim != 2
+        or truth.ndim != 2
+        or truth.shape != (len(places), tau.shape[1])
+        or tau.shape[1] == 0
+    ):
+        raise ValueError(
+            f"{function}: received scores {list(tau.shape)}, {len(places)} removed, outputs "
+            f"{list(truth.shape)}; expected [n, m], L and [L, m]"
+        )
+    if len(places) < 3:
+        raise ValueError(f"{function}: received {len(places)} removed samples; expected at least 3")
+    check_places(function, "removed", places, len(tau))
+    if method not in METHODS:
+        raise ValueError(
+            f"{function}: received method={method!r}; expected one of {', '.join(METHODS)}"
+        )
+    check_sampling(function, confidence, n_boot, seed)
+    predicted = np.asarray(tau[places], np.float64)  # [L, m]
+    check_finite(function, "scores", predicted, "sample", places)
+    truth = truth.astype(np.float64)
+    check_finite(function, "outputs", truth, "removed sample", places)
+    estimate, per_target = mean_correlation(
+        predicted, -truth, method, confidence, n_boot, seed, "bootstrap"
+    )
+    return LOO(**vars(estimate), method=method, per_target=per_target, n_removed=len(places))
 
 
-def mean_or_nan(values: Floats) -> float:
-    """The mean of the finite values; NaN if there is none."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
+# ---- brittleness --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Brittleness:
+    """For each number of removed samples: the share of predictions that flip, and its interval."""
+
+    removed: Indices  # [K]
+    flipped: Floats  # [K], share of the targets that are right with all samples
+    low: Floats  # [K]
+    high: Floats  # [K]
+    confidence: float
+    per_target: Floats  # [K, m]: 1 flipped, 0 not; NaN for a target that was never right
+    n_targets: int  # targets that are right with all samples
+
+    def smallest(self) -> Floats:
+        """The fewest removed samples that flip each target, [m]; inf where none does."""
+        flips = self.per_target == 1
+        first = self.removed[flips.argmax(0)].astype(np.float64)
+        found = np.where(flips.any(0), first, np.inf)
+        return np.where(np.isnan(self.per_target[0]), np.nan, found)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{count:>8} removed: {share:.1%} flipped ({self.confidence:.0%} CI {low:.1%} to "
+            f"{high:.1%})"
+            for count, share, low, high in zip(
+                self.removed, self.flipped, self.low, self.high, strict=True
+            )
+        ]
+        return "\n".join([f"brittleness of {self.n_targets} targets", *lines])
+
+
+def brittleness(
+    outputs: npt.ArrayLike,
+    base: npt.ArrayLike,
+    removed: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+) -> Brittleness:
+    """Share of predictions that flip when the samples that help a target most are left out.
+
+    A target counts if its mean output with all samples is positive; it is flipped if its mean
+    output is not positive once the ``removed[k]`` most helpful samples *of this target* (see
+    ``most_helpful``) are gone and the model is trained again. Outputs are margins: positive means
+    right (arXiv 2202.00622, section 4.1). The interval, over targets, is Wilson's for a binomial
+    share, which holds at 0 and 1 too.
+
+    Parameters
+    ----------
+    outputs : numbers [K, m] or, with R retrainings, [R, K, m]: outputs[k, t] is the output of
+        target t, after training without the removed[k] most helpful samples of t.
+    base : numbers [m] or [R', m], outputs of the model trained on all samples.
+    removed : integers [K], ascending, at least 1.
+    confidence : of the interval.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For shapes that don't fit, numbers that are not ascending, values that are not finite, or no
+        target that is right to begin with.
+    """
+    function = "brittleness"
+    runs = as_numbers(function, "outputs", outputs).astype(np.float64)
+    start = as_numbers(function, "base", base).astype(np.float64)
+    counts = as_indices(function, "removed", removed)
+    shapes = (list(runs.shape), list(start.shape))
+    runs = runs[None] if runs.ndim == 2 else runs
+    start = start[None] if start.ndim == 1 else start
+    if (
+        runs.ndim != 3
+        or start.ndim != 2
+        or 0 in (*runs.shape, *start.shape)
+        or runs.shape[1:] != (len(counts), start.shape[1])
+    ):
+        raise ValueError(
+            f"{function}: received outputs {shapes[0]}, base {shapes[1]}, {len(counts)} removed; "
+            "expected [K, m] or [R, K, m], [m] or [R', m], and K"
+        )
+    if counts.min() < 1 or (np.diff(counts) <= 0).any():
+        raise ValueError(
+            f"{function}: received removed={counts.tolist()}; expected ascending numbers from 1"
+        )
+    check_confidence(function, confidence)
+    check_finite(function, "base", start, "retraining")
+    for run in runs:
+        check_finite(function, "outputs", run, "removal")
+    right = start.mean(0) > 0  # [m]
+    total = int(right.sum())
+    if total == 0:
+        raise ValueError(
+            f"{function}: received base outputs that are all 0 or below: no target is right with "
+            "all samples; expected margins, positive where the model is right"
+        )
+    flips = np.where(right, (runs.mean(0) <= 0).astype(np.float64), np.nan)  # [K, m]
+    share = np.nansum(flips, 1) / total
+    low, high = wilson(share, total, confidence)
+    return Brittleness(counts, share, low, high, confidence, flips, total)
+
+
+def wilson(share: Floats, total: int, confidence: float) -> tuple[Floats, Floats]:
+    """Wilson's interval of a binomial share (J. Am. Stat. Assoc. 22, 1927, 209-212)."""
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total**2)) / (1 + z * z / total)
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def most_helpful(
+    scores: npt.ArrayLike, count: int, targets: npt.ArrayLike | None = None
+) -> Indices:
+    """The ``count`` training samples with the highest scores for each target, best first.
+
+    scores : numbers [n, m]; read in blocks of rows.
+    targets : integers [T]; None is all m.
+    Returns int64 [T, count]; of samples with equal scores the lower index comes first.
+    """
+    function = "most_helpful"
+    tau = as_numbers(function, "scores", scores)
+    if tau.ndim != 2:
+        raise ValueError(f"{function}: received scores {list(tau.shape)}; expected [n, m]")
+    n, m = tau.shape
+    columns = np.arange(m) if targets is None else as_indices(function, "targets", targets)
+    check_places(function, "targets", columns, m)
+    if not 1 <= count <= n:
+        raise ValueError(f"{function}: received count={count}; expected 1 <= count <= n = {n}")
+    best = np.empty((0, len(columns)), np.int64)
+    values = np.empty((0, len(columns)))
+    for rows, block in row_blocks(function, tau, columns):
+        inds = np.arange(rows.start, rows.stop)[:, None].repeat(len(columns), 1)
+        values, best = np.concatenate([values, block]), np.concatenate([best, inds])
+        order = np.argsort(-values, axis=0, kind="stable")[:count]
+        values = np.take_along_axis(values, order, 0)
+        best = np.take_along_axis(best, order, 0)
+    return np.ascontiguousarray(best.T)
+
+
+# ---- mislabelled samples ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AUC(Estimate):
+    """Area under the ROC curve, and its bootstrap interval."""
+
+    n_flipped: int
+    n: int
+
+    def __str__(self) -> str:
+        return (
+            f"mislabel-detection AUC {self.interval()}; {self.n_flipped} of {self.n} labels wrong)"
+        )
+
+
+def mislabel_auc(
+    scores: npt.ArrayLike,
+    flipped: npt.ArrayLike,
+    *,
+    confidence: float = 0.95,
+    n_boot: int = 500,
+    seed: int = 0,
+) -> AUC:
+    """How well self-influence finds wrong labels: the area under the ROC curve.
+
+    ``P(s of a mislabelled sample > s of a correct one)``, ties counting half, with s_i the score of
+    training sample i on itself: a wrong label is upheld by little but its own sample, which so
+    supports itself more than others do (arXiv 1703.04730, section 5.4).
+
+    Parameters
+    ----------
+    scores : numbers [n], high where a label is suspicious; or [n, n], scores with the training
+        samples themselves, in order, as targets, whose diagonal is taken.
+    flipped : bool (or 0 and 1) [n], which labels are wrong.
+    confidence, n_boot, seed : of the percentile interval; each resample draws as many wrong and as
+        many correct ones as there are, with replacement.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For shapes that don't fit, scores that are not finite, or labels all wrong or all correct.
+    """
+    function = "mislabel_auc"
+    values, wrong = as_numbers(function, "scores", scores), as_mask(function, "flipped", flipped)
+    shape = list(values.shape)
+    if values.ndim == 2 and values.shape[0] == values.shape[1]:
+        values = np.diagonal(values)
+    if values.ndim != 1 or wrong.shape != values.shape:
+        raise ValueError(
+            f"{function}: received scores {shape}, flipped {list(wrong.shape)}; expected [n] or "
+            "[n, n], and [n]"
+        )
+    values = values.astype(np.float64)[:, None]  # [n, 1]
+    check_finite(function, "scores", values, "sample")
+    bad, good = np.flatnonzero(wrong), np.flatnonzero(~wrong)
+    if not len(bad) or not len(good):
+        raise ValueError(
+            f"{function}: received {len(bad)} wrong labels of {len(wrong)}; expected some wrong "
+            "and some correct ones"
+        )
+    check_sampling(function, confidence, n_boot, seed)
+    ranks, rng, n = WeightedRanks(values), np.random.default_rng(seed), len(values)
+
+    def area(counts: npt.NDArray[np.int64]) -> float:
+        of_bad = float(counts[bad] @ ranks.ranks(counts)[bad, 0])  # Mann-Whitney's rank sum
+        return (of_bad / len(bad) - (len(bad) + 1) / 2) / len(good)
+
+    means = np.empty(n_boot)
+    for b in tqdm(range(n_boot), desc="bootstrap", leave=False, disable=None):
+        drawn = [group[rng.integers(len(group), size=len(group))] for group in (bad, good)]
+        means[b] = area(np.bincount(np.concatenate(drawn), minlength=n))
+    low, high = percentiles(means, confidence)
+    return AUC(area(np.ones(n, np.int64)), low, high, confidence, len(bad), n)
+
+
+# ---- what can be wrong with what is passed ------------------------------------------------------
+
+
+def as_numbers(function: str, name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """``values`` as a real array, memory-mapped ones unread. Raises TypeError."""
+    if hasattr(values, "detach"):  # a torch tensor
+        tensor: Any = values.detach().cpu()
+        values = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # rows of unequal lengths
+        raise ValueError(f"{function}: received {name} that make no array ({error})") from error
+    if array.dtype.kind not in "biuf":
+        raise TypeError(
+            f"{function}: received {name} of dtype {array.dtype}; expected real numbers"
+        )
+    return array
+
+
+def as_mask(function: str, name: str, values: npt.ArrayLike) -> Mask:
+    """``values`` as booleans; 0 and 1 will do. Raises ValueError for anything else."""
+    array = as_numbers(function, name, values)
+    if array.dtype == bool:
+        return array
+    odd = (array != 0) & (array != 1)
+    if odd.any():
+        raise ValueError(
+            f"{function}: received {name} with the value {array[odd].flat[0]}; expected bool, or 0 "
+            "and 1 (not a list of indices)"
+        )
+    return array.astype(bool)
+
+
+def as_indices(function: str, name: str, values: npt.ArrayLike) -> Indices:
+    """``values`` as int64 [L]. Raises TypeError or ValueError."""
+    array = as_numbers(function, name, values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(
+            f"{function}: received {name} {list(array.shape)} of dtype {array.dtype}; expected "
+            "integers in one dimension"
+        )
+    return array.astype(np.int64)
+
+
+def check_places(function: str, name: str, places: Indices, total: int) -> None:
+    """Raise ValueError unless ``places`` are some distinct indices below ``total``."""
+    wrong = places[(places < 0) | (places >= total)]
+    if len(wrong) or not len(places):
+        found = f"{name} with {wrong[0]}" if len(wrong) else f"no {name}"
+        raise ValueError(f"{function}: received {found}; expected indices from 0 to {total - 1}")
+    values, counts = np.unique(places, return_counts=True)
+    if len(values) != len(places):
+        raise ValueError(
+            f"{function}: received {name} with {values[counts > 1][0]} more than once; expected "
+            "distinct indices"
+        )
+
+
+def check_sampling(function: str, confidence: float, n_boot: int, seed: int) -> None:
+    """Raise ValueError for a bootstrap that can't be."""
+    check_confidence(function, confidence)
+    for name, value, least in (("n_boot", n_boot, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(
+                f"{function}: received {name}={value!r}; expected an integer of at least {least}"
+            )
+
+
+def check_confidence(function: str, confidence: float) -> None:
+    """Raise ValueError unless 0 < confidence < 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"{function}: received confidence={confidence}; expected 0 < confidence < 1"
+        )
+
+
+def check_finite(
+    function: str, name: str, values: Floats, row: str, rows: Indices | None = None
+) -> None:
+    """Raise ValueError, naming the place, unless all of ``values`` [a, b] are finite."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        a, target = np.argwhere(~finite)[0]
+        place = f"{row} {a if rows is None else rows[a]}"
+        where = f"{place}, target {target}" if values.shape[1] > 1 else place
+        raise ValueError(
+            f"{function}: received {name} with NaN or inf ({values[a, target]} at {where}; "
+            f"{int((~finite).sum())} here); expected finite values"
+        )
+
+
+def row_blocks(
+    function: str, scores: npt.NDArray[Any], columns: Indices | None = None
+) -> Iterator[tuple[slice, Floats]]:
+    """(rows, scores[rows] or its ``columns`` as float64), some BLOCK_BYTES at a time, finite."""
+    n, m = scores.shape
+    step = max(1, BLOCK_BYTES // (8 * max(1, m)))
+    with tqdm(desc="reading scores", total=n, unit="sample", leave=False, disable=None) as bar:
+        for begin in range(0, n, step):
+            rows = slice(begin, min(begin + step, n))
+            part = scores[rows] if columns is None else scores[rows][:, columns]
+            block = np.asarray(part, np.float64)
+            check_finite(function, "scores", block, "sample", np.arange(rows.start, rows.stop))
+            yield rows, block
+            bar.update(len(block))

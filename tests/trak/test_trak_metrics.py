@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from fastproj.trak import lds, noise_ceiling
-from fastproj.trak.metrics import WeightedRanks, rank_correlation, spearman
+from fastproj.trak.correlation import WeightedRanks, rank_correlation, spearman
 
 
 def test_spearman_is_scipys_also_with_ties():
