@@ -1,4 +1,4 @@
-"""The ``fastproj`` command: info, demo, bench, report."""
+"""The ``fastproj`` command: parses info and bench, passes the other commands on."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
-PASSED_ON = {  # command -> module whose main(argv) does the work
-    "demo": "fastproj.trak.demo",
-    "report": "fastproj.trak.report",
+PASSED_ON = {  # command -> module:function(argv) that does the work
+    "demo": "fastproj.trak.demo:main",
+    "report": "fastproj.trak.report:main",
+    "lds": "fastproj.trak.evaluate:lds_main",
+    "loo": "fastproj.trak.evaluate:loo_main",
+    "brittleness": "fastproj.trak.evaluate:brittleness_main",
+    "mislabel": "fastproj.trak.evaluate:mislabel_main",
 }
 
 
@@ -83,6 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     commands.add_parser("demo", help="TRAK on real data, from training to an HTML report")
     commands.add_parser("report", help="an HTML page of finished scores")
+    commands.add_parser("lds", help="how well scores predict models trained on random subsets")
+    commands.add_parser("loo", help="how well scores predict leaving single samples out")
+    commands.add_parser("brittleness", help="predictions that flip without what helps them most")
+    commands.add_parser("mislabel", help="how well self-influence finds wrong labels")
 
     bench = commands.add_parser(
         "bench",
@@ -118,9 +126,10 @@ def version() -> str:
 
 
 def pass_on(command: str, arguments: list[str]) -> int:
-    """Call main(arguments) of the module that owns ``command``."""
+    """Call the function that owns ``command`` with its arguments."""
+    name, _, function = PASSED_ON[command].partition(":")
     try:
-        module = importlib.import_module(PASSED_ON[command])
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or "a module"
         if missing.startswith("fastproj"):
@@ -129,7 +138,7 @@ def pass_on(command: str, arguments: list[str]) -> int:
             package = {"sklearn": "scikit-learn"}.get(missing, missing)
             print(f"fastproj {command}: needs {missing}; pip install {package}", file=sys.stderr)
         return 1
-    entry: Callable[[list[str]], int | None] | None = getattr(module, "main", None)
+    entry: Callable[[list[str]], int | None] | None = getattr(module, function, None)
     if entry is None:
         print(f"fastproj {command}: not part of this version", file=sys.stderr)
         return 1
