@@ -83,14 +83,15 @@ def attempt(recipe: Recipe, task: Task) -> Outcome:
 
 @contextmanager
 def state_kept() -> Iterator[None]:
-    """Put the global generators and torch's number of threads back where they were."""
+    """Put the global generators, torch's number of threads and sys.path back where they were."""
     plain, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
-    threads = torch.get_num_threads()
+    threads, path = torch.get_num_threads(), list(sys.path)
     with torch.random.fork_rng():
         try:
             yield
         finally:
             torch.set_num_threads(threads)
+            sys.path[:] = path
             random.setstate(plain)
             np.random.set_state(numpys)  # noqa: NPY002
 
