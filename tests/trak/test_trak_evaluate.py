@@ -1,0 +1,233 @@
+"""The commands that hold scores against retraining, from a recipe file to numbers in JSON."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from recipe_files import trained, write_recipe
+
+from fastproj import cli
+from fastproj.trak.metrics import brittleness, lds, loo_correlation, mislabel_auc, noise_ceiling
+from fastproj.trak.recipe import load_recipe
+from fastproj.trak.retrain import GroundTruth, model_seed, random_subsets, samples_digest
+
+
+@pytest.fixture
+def scores(tmp_path):
+    """scores.npy [24, 5]; the recipe is beside it."""
+    write_recipe(tmp_path)
+    path = tmp_path / "scores.npy"
+    np.save(path, np.random.default_rng(1).normal(size=(24, 5)).astype(np.float32))
+    return path
+
+
+def outputs_without(folder, removed, run=0, seed=0):
+    """Outputs of the recipe trained on all samples but ``removed``."""
+    mask = np.ones(24, bool)
+    mask[removed] = False
+    recipe = load_recipe(folder / "recipe.py")
+    return recipe.run(np.flatnonzero(mask), model_seed(seed, samples_digest(mask), run))
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_lds(tmp_path, scores, capsys):
+    out = tmp_path / "out"
+    arguments = ["lds", tmp_path / "recipe.py", "--scores", scores, "--out", out, "--subsets", 7]
+    assert run(*arguments, "--repeats", 2, "--fraction", 0.4, "--n-boot", 50) == 0
+    truth = GroundTruth.load(out)
+    np.testing.assert_array_equal(truth.masks, random_subsets(24, 7, 0.4))
+    result = lds(np.load(scores), truth.masks, truth.mean, n_boot=50)
+    ceiling = noise_ceiling(truth.outputs)
+    printed = capsys.readouterr().out
+    assert f"{result}  {scores}\n" in printed
+    assert f"at most about {ceiling:.2f} to predict" in printed
+    numbers = json.loads((out / "results.json").read_text())
+    (found,) = numbers["results"]
+    assert (found["mean"], found["low"], found["high"]) == (result.mean, result.low, result.high)
+    assert found["per_target"] == result.per_target.tolist()
+    assert (numbers["n_runs"], numbers["n_subsets"], numbers["n_targets"]) == (2, 7, 5)
+    assert numbers["noise_ceiling"] == ceiling
+    assert numbers["failed"] == {}
+
+
+def test_one_ground_truth_serves_other_scores(tmp_path, scores, capsys):
+    out, other = tmp_path / "out", tmp_path / "other.npy"
+    constant = np.load(scores)
+    constant[:, 2] = 0
+    np.save(other, constant)
+    recipe = tmp_path / "recipe.py"
+    assert run("lds", recipe, "--train-set-size", 24, "--subsets", 6, "--out", out) == 0
+    assert "LDS" not in capsys.readouterr().out
+    told = tmp_path / "numbers.json"
+    given = ["lds", "--ground-truth", out, "--scores", scores, other, "--json", told]
+    assert run(*given, "--seed", 3) == 0
+    assert len(trained(tmp_path)) == 6
+    results = json.loads(told.read_text())["results"]
+    truth = GroundTruth.load(out)
+    for path, found in zip((scores, other), results, strict=True):
+        expected = lds(np.load(path), truth.masks, truth.mean, seed=3)
+        assert (found["scores"], found["mean"], found["low"]) == (
+            str(path),
+            expected.mean,
+            expected.low,
+        )
+    assert results[1]["per_target"][2] is None
+    np.savez(tmp_path / "truth.npz", masks=truth.masks, outputs=truth.mean)
+    capsys.readouterr()
+    assert run("lds", "--ground-truth", tmp_path / "truth.npz", "--scores", scores) == 0
+    printed = capsys.readouterr().out
+    assert f"{lds(np.load(scores), truth.masks, truth.mean)}  {scores}" in printed
+    assert "numbers:" not in printed
+
+
+def test_lds_without_a_subset_that_fails_says_so(tmp_path, scores, capsys):
+    bad = np.flatnonzero(random_subsets(24, 6)[3]).tolist()
+    write_recipe(tmp_path, f"if list(indices) == {bad}: raise ValueError('not this one')")
+    out = tmp_path / "out"
+    arguments = ["lds", tmp_path / "recipe.py", "--scores", scores, "--out", out, "--subsets", 6]
+    assert run(*arguments) == 1
+    printed = capsys.readouterr()
+    assert "5 subsets, 1 models each" in printed.out
+    assert "LDS" in printed.out
+    assert "subset 3, retraining 0 failed and is left out: ValueError: not this" in printed.err
+    assert list(json.loads((out / "results.json").read_text())["failed"]) == [
+        "subset 3, retraining 0"
+    ]
+
+
+@pytest.mark.parametrize("method", ["spearman", "kendall"])
+def test_loo(tmp_path, scores, capsys, method):
+    out = tmp_path / "out"
+    arguments = ["loo", tmp_path / "recipe.py", "--scores", scores, "--out", out, "--seed", 4]
+    assert run(*arguments, "--samples", 6, "--repeats", 2, "--method", method) == 0
+    removed = json.loads((out / "results.json").read_text())["removed"]
+    assert len(set(removed)) == 6
+    outputs = [
+        np.mean([outputs_without(tmp_path, i, run, seed=4) for run in range(2)], 0) for i in removed
+    ]
+    expected = loo_correlation(np.load(scores), removed, outputs, method=method, seed=4)
+    assert f"{expected}  {scores}\n" in capsys.readouterr().out
+
+
+def test_brittleness(tmp_path, scores, capsys):
+    out = tmp_path / "out"
+    arguments = ["brittleness", tmp_path / "recipe.py", "--scores", scores, "--out", out]
+    targets, sizes = [4, 0, 2], [3, 12]
+    assert run(*arguments, "--targets", *targets, "--remove", 12, 3, "--repeats", 2) == 0
+    base = [outputs_without(tmp_path, [], run)[targets] for run in range(2)]
+    table = np.load(scores)
+    outputs = np.empty((2, 2, 3))
+    for t, target in enumerate(targets):
+        order = np.argsort(-table[:, target])
+        for k, size in enumerate(sizes):
+            for run_number in range(2):
+                made = outputs_without(tmp_path, order[:size], run_number)
+                outputs[run_number, k, t] = made[target]
+    expected = brittleness(outputs, base, sizes)
+    assert str(expected) in capsys.readouterr().out
+    found = json.loads((out / "results.json").read_text())["result"]
+    assert found["flipped"] == expected.flipped.tolist()
+    assert found["removed"] == sizes
+
+
+def test_mislabel(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    values, flipped = rng.normal(size=40), rng.random(40) < 0.3
+    np.save(tmp_path / "values.npy", values)
+    np.save(tmp_path / "flipped.npy", flipped)
+    files = ["--scores", tmp_path / "values.npy", "--flipped", tmp_path / "flipped.npy"]
+    told = tmp_path / "numbers.json"
+    assert run("mislabel", *files, "--n-boot", 20, "--json", told) == 0
+    expected = mislabel_auc(values, flipped, n_boot=20)
+    assert f"{expected}\n" in capsys.readouterr().out
+    assert json.loads(told.read_text())["result"]["mean"] == expected.mean
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scores", "scores.npy"], "expected either RECIPE or --ground-truth"),
+        (["recipe.py", "--ground-truth", "out"], "expected either RECIPE or --ground-truth"),
+        (["--ground-truth", "out"], "--ground-truth needs --scores"),
+        (["recipe.py"], "expected --scores, or --train-set-size"),
+    ],
+)
+def test_lds_that_cannot_start(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        run("lds", *arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lds", "recipe.py", "--scores", "missing.npy"], "can't read missing.npy"),
+        (["lds", "recipe.py", "--scores", "recipe.py"], "can't read recipe.py"),
+        (["lds", "recipe.py", "--scores", "two.npz"], "two.npz holds several arrays"),
+        (["lds", "recipe.py", "--scores", "line.npy"], r"line.npy holds [24] float64; expected"),
+        (["lds", "recipe.py", "--scores", "text.npy"], "text.npy holds [2, 1] <U1; expected"),
+        (
+            ["lds", "recipe.py", "--scores", "scores.npy", "short.npy"],
+            "received 24 training samples in scores.npy, 23 in short.npy; expected the same",
+        ),
+        (
+            ["lds", "recipe.py", "--scores", "scores.npy", "--train-set-size", "25"],
+            "24 training samples in scores.npy, 25 in --train-set-size",
+        ),
+        (["lds", "recipe.py", "--scores", "scores.npy", "--fraction", "50"], "fraction=50.0"),
+        (["lds", "recipe.py", "--scores", "scores.npy", "--subsets", "0"], "count=0"),
+        (["lds", "recipe.py", "--scores", "scores.npy", "--jobs", "0"], "jobs=0"),
+        (["lds", "missing.py", "--scores", "scores.npy"], "there is no file missing.py"),
+        (["lds", "recipe.py", "--scores", "narrow.npy"], "returned 5 outputs; expected 4"),
+        (["lds", "recipe.py", "--train-set-size", "30"], "IndexError"),
+        (["lds", "--ground-truth", "missing", "--scores", "scores.npy"], "can't read missing"),
+        (["lds", "--ground-truth", ".", "--scores", "scores.npy"], "ground-truth.npz is not there"),
+        (["loo", "recipe.py", "--scores", "scores.npy", "--samples", "25"], "expected 3 to n = 24"),
+        (
+            ["brittleness", "recipe.py", "--scores", "scores.npy"],
+            "--remove: received [10, 20, 50, 100]; expected 1 to n - 1 = 23",
+        ),
+        (
+            [
+                "brittleness",
+                "recipe.py",
+                "--scores",
+                "scores.npy",
+                "--remove",
+                "2",
+                "--targets",
+                "5",
+            ],
+            "targets with 5; expected indices from 0 to 4",
+        ),
+        (["mislabel", "--scores", "scores.npy", "--flipped", "line.npy"], "scores [24, 5]"),
+    ],
+)
+def test_what_a_user_can_put_right(tmp_path, scores, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("line.npy", np.zeros(24))
+    np.save("text.npy", [["a"], ["b"]])
+    np.save("short.npy", np.zeros((23, 5)))
+    np.save("narrow.npy", np.zeros((24, 4)))
+    np.savez("two.npz", a=np.zeros(2), b=np.zeros(2))
+    assert run(*arguments) == 1
+    said = capsys.readouterr().err
+    assert f"fastproj {arguments[0]}: " in said
+    assert message in said
+    assert "Traceback" not in said.rpartition(f"fastproj {arguments[0]}: ")[2]
+
+
+def test_interrupted_command(tmp_path, scores, monkeypatch, capsys):
+    write_recipe(tmp_path, "if count == 3: raise KeyboardInterrupt")
+    out = tmp_path / "out"
+    arguments = ["lds", tmp_path / "recipe.py", "--scores", scores, "--out", out, "--subsets", 5]
+    assert run(*arguments) == 130
+    assert f"stopped. Finished models are kept in {out}" in capsys.readouterr().err
+    assert run(*arguments) == 0
+    assert len(trained(tmp_path)) == 6
