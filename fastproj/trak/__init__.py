@@ -12,7 +12,25 @@ try:
         HooksError,
         IterativeGradientComputer,
     )
-    from fastproj.trak.metrics import LDS, lds, noise_ceiling
+    from fastproj.trak.metrics import (
+        AUC,
+        LDS,
+        LOO,
+        Brittleness,
+        brittleness,
+        lds,
+        loo_correlation,
+        mislabel_auc,
+        most_helpful,
+        noise_ceiling,
+    )
+    from fastproj.trak.retrain import (
+        GroundTruth,
+        TrainingError,
+        all_but,
+        random_subsets,
+        train_subsets,
+    )
     from fastproj.trak.solve import ScoreComputer, SingularXtXWarning
     from fastproj.trak.store import NotReadyError, Store, StoreMismatchError
     from fastproj.trak.tasks import (
@@ -34,14 +52,18 @@ except ModuleNotFoundError as error:
     ) from error
 
 __all__ = [
+    "AUC",
     "LDS",
+    "LOO",
     "AbstractGradientComputer",
     "AbstractModelOutput",
     "BatchedModelOutput",
+    "Brittleness",
     "CLIPModelOutput",
     "CausalLMModelOutput",
     "FunctionModelOutput",
     "FunctionalGradientComputer",
+    "GroundTruth",
     "HookGradientComputer",
     "HooksError",
     "ImageClassificationModelOutput",
@@ -56,6 +78,14 @@ __all__ = [
     "StoreMismatchError",
     "TRAKer",
     "TextClassificationModelOutput",
+    "TrainingError",
+    "all_but",
+    "brittleness",
     "lds",
+    "loo_correlation",
+    "mislabel_auc",
+    "most_helpful",
     "noise_ceiling",
+    "random_subsets",
+    "train_subsets",
 ]

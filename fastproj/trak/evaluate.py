@@ -33,6 +33,7 @@ from fastproj.trak.retrain import (
     train_subsets,
 )
 from fastproj.trak.workers import WorkerError
+from fastproj.trak.writer import load_scores
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -143,7 +144,7 @@ def loo_main(argv: Sequence[str] | None = None) -> int:
 
 def run_loo(options: argparse.Namespace) -> int:
     """Train without some samples, and print the correlation for each score file."""
-    scores = {path: load_scores(path) for path in options.scores}
+    scores: dict[Path, Any] = {path: load_scores(path) for path in options.scores}
     n = agreed("training samples", {str(path): a.shape[0] for path, a in scores.items()})
     m = agreed("targets", {str(path): a.shape[1] for path, a in scores.items()})
     if not 3 <= options.samples <= n:
@@ -264,7 +265,7 @@ def add_scores(parser: argparse.ArgumentParser, nargs: str | None, required: boo
         nargs=nargs,
         required=required,
         metavar="FILE",
-        help="scores/<exp_name>.mmap of a TRAKer, or any .npy file, [n, m]; read in blocks",
+        help="scores/<exp_name>.mmap or .top.safetensors of a TRAKer, or any .npy file, [n, m]",
     )
 
 
@@ -326,16 +327,6 @@ def read_array(path: Path) -> npt.NDArray[Any]:
     if not isinstance(found, np.ndarray):
         raise ValueError(f"{path} holds several arrays; expected a .npy file with one")
     return found
-
-
-def load_scores(path: Path) -> npt.NDArray[Any]:
-    """Scores [n, m], memory-mapped."""
-    scores = read_array(path)
-    if scores.ndim != 2 or scores.dtype.kind not in "fiu" or 0 in scores.shape:
-        raise ValueError(
-            f"{path} holds {list(scores.shape)} {scores.dtype}; expected scores [n, m]"
-        )
-    return scores
 
 
 def agreed(what: str, sizes: dict[str, int], default: int | None = None) -> Any:

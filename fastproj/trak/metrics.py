@@ -31,6 +31,7 @@ from fastproj.trak.correlation import (
     percentiles,
     spearman,
 )
+from fastproj.trak.writer import TopScores
 
 BLOCK_BYTES = 1 << 26  # of scores held at once, as float64
 
@@ -53,7 +54,7 @@ class LDS(Estimate):
 
 
 def lds(
-    scores: npt.ArrayLike,
+    scores: npt.ArrayLike | TopScores,
     masks: npt.ArrayLike,
     outputs: npt.ArrayLike,
     *,
@@ -68,7 +69,8 @@ def lds(
 
     Parameters
     ----------
-    scores : numbers [n, m], attribution of each of n training samples to each of m targets.
+    scores : numbers [n, m], attribution of each of n training samples to each of m targets; or
+        TopScores, where all other scores count as 0.
     masks : bool (or 0 and 1) [S, n], which samples each of S models was trained on.
     outputs : numbers [S, m], model output f of each target under each of these models; the mean
         over several retrainings of a subset where there are several.
@@ -82,10 +84,10 @@ def lds(
         For shapes that don't fit, fewer than 3 subsets, masks that are none, or values that are not
         finite (the first one is named).
     """
-    tau, truth = as_numbers("lds", "scores", scores), as_numbers("lds", "outputs", outputs)
-    member = as_mask("lds", "masks", masks)
+    tau = scores if isinstance(scores, TopScores) else as_numbers("lds", "scores", scores)
+    truth, member = as_numbers("lds", "outputs", outputs), as_mask("lds", "masks", masks)
     if (
-        tau.ndim != 2
+        len(tau.shape) != 2
         or member.ndim != 2
         or truth.ndim != 2
         or (member.shape[1], truth.shape) != (tau.shape[0], (member.shape[0], tau.shape[1]))
@@ -100,7 +102,10 @@ def lds(
     check_sampling("lds", confidence, n_boot, seed)
     truth = truth.astype(np.float64)
     check_finite("lds", "outputs", truth, "subset")
-    predicted = predict("lds", tau, member)
+    if isinstance(tau, TopScores):
+        predicted = predict_top(tau, member)
+    else:
+        predicted = predict("lds", tau, member)
     estimate, per_target = mean_correlation(
         predicted, truth, "spearman", confidence, n_boot, seed, "bootstrap"
     )
@@ -117,6 +122,17 @@ def predict(function: str, scores: npt.NDArray[Any], masks: Mask) -> Floats:
     # Where all samples score alike, subsets of one size must tie: rounding would tell them apart.
     alike = low == high
     out[:, alike] = masks.sum(1)[:, None] * low[alike]
+    return out
+
+
+def predict_top(scores: TopScores, masks: Mask) -> Floats:
+    """``masks @ scores``, float64 [S, m], with 0 for what is not among the extremes."""
+    out = np.empty((len(masks), scores.shape[1]))
+    for target in range(scores.shape[1]):
+        inds = np.append(scores.helpful_indices[target], scores.harmful_indices[target])
+        values = np.append(scores.helpful_scores[target], scores.harmful_scores[target])
+        inds, first = np.unique(inds, return_index=True)  # of a few samples, some are in both
+        out[:, target] = masks[:, inds].astype(np.float64) @ values[first].astype(np.float64)
     return out
 
 
@@ -337,23 +353,31 @@ def wilson(share: Floats, total: int, confidence: float) -> tuple[Floats, Floats
 
 
 def most_helpful(
-    scores: npt.ArrayLike, count: int, targets: npt.ArrayLike | None = None
+    scores: npt.ArrayLike | TopScores, count: int, targets: npt.ArrayLike | None = None
 ) -> Indices:
     """The ``count`` training samples with the highest scores for each target, best first.
 
-    scores : numbers [n, m]; read in blocks of rows.
+    scores : numbers [n, m], read in blocks of rows; or TopScores of at least ``count``.
     targets : integers [T]; None is all m.
     Returns int64 [T, count]; of samples with equal scores the lower index comes first.
     """
     function = "most_helpful"
-    tau = as_numbers(function, "scores", scores)
-    if tau.ndim != 2:
+    tau = scores if isinstance(scores, TopScores) else as_numbers(function, "scores", scores)
+    if len(tau.shape) != 2:
         raise ValueError(f"{function}: received scores {list(tau.shape)}; expected [n, m]")
     n, m = tau.shape
     columns = np.arange(m) if targets is None else as_indices(function, "targets", targets)
     check_places(function, "targets", columns, m)
     if not 1 <= count <= n:
         raise ValueError(f"{function}: received count={count}; expected 1 <= count <= n = {n}")
+    if isinstance(tau, TopScores):
+        there = tau.helpful_indices.shape[1]
+        if count > there:
+            raise ValueError(
+                f"{function}: received count={count} with the {there} highest scores of each "
+                f"target; expected count <= {there} (finalize_scores with top_k={count} keeps more)"
+            )
+        return np.ascontiguousarray(tau.helpful_indices[columns, :count])
     best = np.empty((0, len(columns)), np.int64)
     values = np.empty((0, len(columns)))
     for rows, block in row_blocks(function, tau, columns):
@@ -444,10 +468,15 @@ def mislabel_auc(
 # ---- what can be wrong with what is passed ------------------------------------------------------
 
 
-def as_numbers(function: str, name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+def as_numbers(function: str, name: str, values: Any) -> npt.NDArray[Any]:
     """``values`` as a real array, memory-mapped ones unread. Raises TypeError."""
+    if isinstance(values, TopScores):
+        raise TypeError(
+            f"{function}: received the extremes of each target only (TopScores); expected all "
+            f"{name}: finalize_scores without top_k returns them"
+        )
     if hasattr(values, "detach"):  # a torch tensor
-        tensor: Any = values.detach().cpu()
+        tensor = values.detach().cpu()
         values = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
     try:
         array = np.asarray(values)

@@ -11,12 +11,14 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastproj.trak.files import write_atomic
+from fastproj.trak.files import StoreError, write_atomic
 from fastproj.trak.metrics import LDS
+from fastproj.trak.writer import TopScores, load_scores
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --back: #ffffff; --soft: #667080;
@@ -55,7 +57,7 @@ svg .axis { stroke: var(--line); } svg .mark { fill: var(--mark); }
 class Page:
     """What a page shows. Images and labels are optional.
 
-    scores : [n, m], training samples by targets.
+    scores : [n, m], training samples by targets, or TopScores (``finalize_scores`` with top_k).
     targets : which of the m targets to show, in order.
     train_images, target_images : [n, ...] and [m, ...], grey [H, W] or colour [H, W, 3], uint8, or
         floats that are scaled from their common range.
@@ -66,7 +68,7 @@ class Page:
     """
 
     title: str
-    scores: npt.NDArray[np.float32]
+    scores: npt.NDArray[Any] | TopScores
     targets: Sequence[int]
     top: int = 8
     intro: str = ""
@@ -93,7 +95,7 @@ def write_report(path: Path | str, page: Page) -> Path:
 
 def check(page: Page) -> None:
     """Raise ValueError where the parts of a page don't fit together."""
-    if page.scores.ndim != 2:
+    if len(page.scores.shape) != 2:
         raise ValueError(
             f"report: received scores {list(page.scores.shape)}; expected [n_train, n_targets]"
         )
@@ -169,11 +171,7 @@ def render_lds(page: Page) -> str:
 
 def render_target(page: Page, target: int) -> str:
     """One target with its extremes."""
-    column = np.asarray(page.scores[:, target], np.float64)
-    order = np.argsort(-column, kind="stable")
-    top = min(page.top, len(order))
-    helpful = [i for i in order[:top] if column[i] > 0]
-    harmful = [i for i in order[::-1][:top] if column[i] < 0]
+    helpful, harmful = extremes(page.scores, target, page.top)
     notes = [f"target {target}"]
     if page.target_labels is not None:
         notes.append(f"label {page.target_labels[target]}")
@@ -183,22 +181,49 @@ def render_target(page: Page, target: int) -> str:
     return (
         f'<div class="target"><figure>{picture}<figcaption>'
         f"{'<br>'.join(html.escape(note) for note in notes)}</figcaption></figure>"
-        + render_side(page, column, helpful, "help", "most helpful")
-        + render_side(page, column, harmful, "hurt", "most harmful")
+        + render_side(page, helpful, "help", "most helpful")
+        + render_side(page, harmful, "hurt", "most harmful")
         + "</div>"
     )
 
 
-def render_side(
-    page: Page, column: npt.NDArray[np.float64], samples: Sequence[int], style: str, title: str
-) -> str:
+Samples = list[tuple[int, float]]  # (training sample, score)
+
+
+def extremes(
+    scores: npt.NDArray[Any] | TopScores, target: int, count: int
+) -> tuple[Samples, Samples]:
+    """The ``count`` most helpful and most harmful samples of a target, with their scores."""
+    if isinstance(scores, TopScores):
+        sides = (
+            (scores.helpful_indices[target], scores.helpful_scores[target]),
+            (scores.harmful_indices[target], scores.harmful_scores[target]),
+        )
+    else:
+        column = np.asarray(scores[:, target], np.float64)
+        wrong = np.flatnonzero(~np.isfinite(column))
+        if len(wrong):
+            raise ValueError(
+                f"report: received the score {column[wrong[0]]} of sample {wrong[0]} for target "
+                f"{target}; expected finite scores"
+            )
+        order = np.argsort(-column, kind="stable")
+        sides = (order, column[order]), (order[::-1], column[order[::-1]])
+    helpful, harmful = (
+        [(int(i), float(score)) for i, score in zip(inds[:count], values[:count], strict=True)]
+        for inds, values in sides
+    )
+    return [s for s in helpful if s[1] > 0], [s for s in harmful if s[1] < 0]
+
+
+def render_side(page: Page, samples: Samples, style: str, title: str) -> str:
     """Training samples with their scores and labels."""
     figures = []
-    for i in samples:
+    for i, score in samples:
         label = "" if page.train_labels is None else f"{html.escape(str(page.train_labels[i]))} · "
         figures.append(
             f"<figure>{image(page.train_images, i)}<figcaption>{label}#{i}<br>"
-            f'<span class="{style}">{column[i]:+.3g}</span></figcaption></figure>'
+            f'<span class="{style}">{score:+.3g}</span></figcaption></figure>'
         )
     inner = "".join(figures) or '<span class="soft">none</span>'
     return f'<div class="side"><h3>{title}</h3><div class="samples">{inner}</div></div>'
@@ -316,7 +341,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastproj report", description="An HTML page of finished TRAK scores."
     )
-    parser.add_argument("scores", type=Path, help="scores/<exp_name>.mmap, or any .npy [n, m]")
+    parser.add_argument(
+        "scores",
+        type=Path,
+        help="scores/<exp_name>.mmap or .top.safetensors, or any .npy [n, m]",
+    )
     parser.add_argument("--out", type=Path, default=Path("trak-report.html"))
     parser.add_argument("--targets", type=int, nargs="+", metavar="T", help="default: the first 12")
     parser.add_argument("--top", type=int, default=8, help="samples on each side, default 8")
@@ -329,12 +358,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return None if path is None else np.load(path, mmap_mode="r")
 
     try:
-        scores = np.load(options.scores, mmap_mode="r")
-        n_targets = scores.shape[1] if scores.ndim == 2 else 0
+        scores = load_scores(options.scores)
         page = Page(
             options.title,
             scores,
-            options.targets or range(min(12, n_targets)),
+            options.targets or range(min(12, scores.shape[1])),
             options.top,
             train_images=load(options.train_images),
             target_images=load(options.target_images),
@@ -343,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             facts={"scores": options.scores.name, "shape": f"{scores.shape}"},
         )
         print(write_report(options.out, page))
-    except (OSError, ValueError) as error:
+    except (StoreError, OSError, ValueError) as error:
         print(f"fastproj report: {error}", file=sys.stderr)
         return 1
     return 0

@@ -243,6 +243,11 @@ class TopScores:
     harmful_scores: Scores
     train_set_size: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[n, m] of the scores that these are the extremes of."""
+        return self.train_set_size, len(self.helpful_indices)
+
 
 class TopWriter:
     """Keeps the ``top_k`` highest and lowest scores of each target; ``finish`` writes them."""
@@ -334,3 +339,34 @@ def read_top_scores(path: Path | str) -> TopScores:
         **{name: t.numpy().copy() for name, t in tensors.items()},
         train_set_size=int(metadata["train_set_size"]),
     )
+
+
+def load_scores(path: Path | str) -> npt.NDArray[Any] | TopScores:
+    """Scores from a file: ``<exp_name>.mmap``, ``<exp_name>.top.safetensors``, or any .npy [n, m].
+
+    Arrays are mapped, not read; where the file has checksums, they are verified first. Raises
+    StoreError (StoreCorruptError for damage) or ValueError, naming the file.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_top_scores(path)
+    try:
+        with open(path, "rb") as file:
+            file.seek(-min(FOOTER.size, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            if file.read().endswith(FOOTER_MARK):
+                return read_scores(path)
+        scores: Any = np.load(path, mmap_mode="r")
+    except (OSError, EOFError) as error:
+        raise StoreError(f"can't read scores from {path} ({error})") from error
+    except ValueError as error:
+        raise ValueError(
+            f"can't read scores from {path} ({error}); expected <exp_name>.mmap, "
+            "<exp_name>.top.safetensors or a .npy file"
+        ) from error
+    if not isinstance(scores, np.ndarray):
+        raise ValueError(f"{path} holds several arrays; expected a file with one")
+    if scores.ndim != 2 or scores.dtype.kind not in "fiu" or 0 in scores.shape:
+        raise ValueError(
+            f"{path} holds {list(scores.shape)} {scores.dtype}; expected scores [n, m]"
+        )
+    return scores

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from fastproj.trak import correlation, lds, metrics, noise_ceiling
 from fastproj.trak.correlation import METHODS, WeightedRanks, rank_correlation, spearman
 from fastproj.trak.metrics import brittleness, loo_correlation, mislabel_auc, most_helpful
+from fastproj.trak.writer import TopScores
 
 
 def test_spearman_is_scipys_also_with_ties():
@@ -247,6 +248,55 @@ def test_most_helpful_samples_in_order(monkeypatch, block):
     expected = np.argsort(-scores, axis=0, kind="stable")[:9].T
     np.testing.assert_array_equal(most_helpful(scores, 9), expected)
     np.testing.assert_array_equal(most_helpful(scores, 9, [4, 1]), expected[[4, 1]])
+
+
+# ---- the extremes of each target ----------------------------------------------------------------
+
+
+def top_scores(scores, count):
+    order = np.argsort(-scores, axis=0, kind="stable").T
+    sides = {"helpful": order[:, :count], "harmful": order[:, ::-1][:, :count]}
+    return TopScores(
+        **{f"{side}_indices": inds for side, inds in sides.items()},
+        **{f"{side}_scores": np.take_along_axis(scores.T, inds, 1) for side, inds in sides.items()},
+        train_set_size=len(scores),
+    )
+
+
+@pytest.mark.parametrize("count", [5, 25, 30, 50])
+def test_lds_of_extremes_counts_the_others_as_zero(count):
+    """From 26 on, helpful and harmful ones overlap; none may count twice."""
+    scores, masks, outputs = example(noise=5.0)
+    kept = np.zeros_like(scores)
+    for t, column in enumerate(scores.T):
+        order = np.argsort(column)
+        for i in {*order[:count], *order[-count:]}:
+            kept[i, t] = column[i]
+    found = lds(top_scores(scores, count), masks, outputs, n_boot=20)
+    expected = lds(kept, masks, outputs, n_boot=20)
+    np.testing.assert_allclose(found.per_target, expected.per_target, atol=1e-12)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_most_helpful_of_extremes():
+    top = top_scores(SCORES, 7)
+    np.testing.assert_array_equal(most_helpful(top, 4, [6, 0]), most_helpful(SCORES, 4, [6, 0]))
+    with pytest.raises(ValueError, match=r"count=8 with the 7 highest.*top_k=8"):
+        most_helpful(top, 8)
+    with pytest.raises(ValueError, match="targets with 8"):
+        most_helpful(top, 2, [8])
+
+
+def test_extremes_are_not_enough_for_the_rest():
+    top = top_scores(SCORES, 5)
+    for call in (
+        lambda: loo_correlation(top, [1, 2, 3], OUTPUTS[:3]),
+        lambda: mislabel_auc(top, MASKS[0]),
+    ):
+        with pytest.raises(TypeError, match=r"extremes of each target only .* without top_k"):
+            call()
+    with pytest.raises(ValueError, match=r"scores \[50, 8\], masks \[80, 49\]"):
+        lds(top, MASKS[:, 1:], OUTPUTS)
 
 
 # ---- mislabelled samples ------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import trak_cases as cases
 
 from fastproj.trak import lds
 from fastproj.trak.report import Page, main, png, render, to_uint8, write_report
@@ -191,3 +192,41 @@ def test_command(tmp_path, capsys):
     assert main([str(tmp_path / "missing.npy")]) == 1
     assert "missing.npy" in capsys.readouterr().err
     assert main([*arguments, "--train-labels", str(tmp_path / "images.npy"), "--top", "0"]) == 0
+
+
+def test_extremes_make_the_same_page_as_all_scores(tmp_path, capsys):
+    """A run's scores and its top scores, as files."""
+    models = [cases.net(0)]
+    train, targets = cases.data(20), cases.data(4, seed=5)
+    cases.whole_run(tmp_path, models, train, targets)
+    traker = cases.make(models[0], tmp_path, 20)
+    traker.finalize_scores("test", top_k=3)
+    pages = []
+    for name in ("test.mmap", "test.top.safetensors"):
+        arguments = [str(tmp_path / "scores" / name), "--top", "3", "--title", "same"]
+        out = tmp_path / f"{name}.html"
+        assert main([*arguments, "--out", str(out)]) == 0, capsys.readouterr().err
+        pages.append(out.read_text().replace(name, "file"))
+    assert pages[0] == pages[1]
+    assert pages[0].count('class="target"') == 4
+
+
+def test_damaged_or_wrong_score_files_are_named(tmp_path, capsys):
+    cases.whole_run(tmp_path, [cases.net(0)], cases.data(20), cases.data(4, seed=5))
+    path = tmp_path / "scores" / "test.mmap"
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    np.save(tmp_path / "nan.npy", np.full((5, 2), np.nan))
+    np.save(tmp_path / "line.npy", np.zeros(5))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name, message in (
+        ("scores/test.mmap", "is damaged"),
+        ("nan.npy", "the score nan of sample 0 for target 0"),
+        ("line.npy", "holds [5] float64; expected scores [n, m]"),
+        ("empty.npy", "can't read scores from"),
+    ):
+        out = tmp_path / "page.html"
+        assert main([str(tmp_path / name), "--out", str(out)]) == 1
+        assert message in capsys.readouterr().err
+        assert not out.exists()
