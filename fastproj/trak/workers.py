@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -236,6 +237,7 @@ def environment(number: int, threads: int) -> Iterator[None]:
 @contextmanager
 def interrupts_blocked() -> Iterator[None]:
     """Children started here don't see Ctrl-C: this process ends them, without their tracebacks."""
+    resource_tracker.ensure_running()  # which the first child needs, and which unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
