@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +18,7 @@ from fastproj.trak.files import Indices, Tensors
 
 HALF_EXPONENT = 15  # half-precision rows are scaled so that their largest entry is in [2^14, 2^15)
 EXACT_EXPONENT = 126  # up to here, 2^exponent is a normal float32
+SERIAL_ENTRIES = 32768  # up to here, torch's elementwise operations stay in their thread
 
 Item = TypeVar("Item")
 
@@ -41,12 +44,18 @@ def unpack(tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
     grads = tensors["grads"]
     if out is None:
         out = torch.empty(grads.shape, dtype=unpacked_dtype(grads))
-    out.copy_(grads)
-    if "exponent" in tensors:
-        exponent = tensors["exponent"]
-        if bool((exponent.abs() <= EXACT_EXPONENT).all()):
-            return out.mul_(torch.exp2(exponent.to(out.dtype)).unsqueeze(1))
-        out.copy_(grads.double() * torch.exp2(exponent.double()).unsqueeze(1))
+    if "exponent" not in tensors:
+        return out.copy_(grads)
+    exponent = tensors["exponent"]
+    if bool((exponent.abs() > EXACT_EXPONENT).any()):
+        return out.copy_(grads.double() * torch.exp2(exponent.double()).unsqueeze(1))
+    scale = torch.exp2(exponent.to(out.dtype)).unsqueeze(1)
+    # Pieces that torch doesn't hand to its threads: those are busy with the last block's product.
+    step = max(1, SERIAL_ENTRIES // max(1, grads.shape[1]))
+    for part, half, factor in zip(
+        out.split(step), grads.split(step), scale.split(step), strict=True
+    ):
+        part.copy_(half).mul_(factor)
     return out
 
 
@@ -89,6 +98,7 @@ class FeatureReader:
         self.exp_name = exp_name
         self.index = store.index(model_id, exp_name)
         self._checked: set[Path] = set()
+        self._expected: set[Path] = set()
 
     def read(self, inds: Indices, buffer: Buffer | None = None) -> tuple[Tensor, Tensor | None]:
         """Features [b, k] and Q [b] (None for targets) of the samples ``inds`` [b], in order.
@@ -118,6 +128,22 @@ class FeatureReader:
         if features is None:
             features = torch.empty(0, self.store.proj_dim)
         return features, q
+
+    def expect(self, inds: Indices) -> None:
+        """Let the system start reading the shards of ``inds``: ``read`` will be called for them."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for number in np.unique(self.index.shard[inds]).tolist():
+            path = self.index.shards[number]
+            if path in self._expected:
+                continue
+            self._expected.add(path)
+            with suppress(OSError):  # ``read`` will say what is wrong
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def _rows(self, number: int, rows: np.ndarray[Any, Any]) -> Tensors:
         """The given rows of a shard; only their pages are read once the shard is checked."""

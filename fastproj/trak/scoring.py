@@ -19,6 +19,7 @@ from fastproj.trak.writer import Sink
 
 BLOCK_ROWS = 2048  # training samples held at once while finalising and scoring
 TARGET_ROWS = 8192  # targets held at once while scoring
+BLOCKS_EXPECTED = 2  # that the system is told to start reading
 WEIGHT_BYTES = 1 << 28  # of all checkpoints' targets held at once
 MAX_PARTS = 16  # that XtX is kept in until it is whole
 PART_ROWS = 4096  # samples in a part, at least;
@@ -33,11 +34,15 @@ def feature_stream(
     A thread reads ahead; the features' memory is used again two items later.
     """
     buffers = cycle([Buffer() for _ in range(3)])
-    return read_ahead(
-        (rows, place, *reader.read(rows, next(buffers)))
-        for rows in blocks
-        for place, reader in enumerate(readers)
-    )
+
+    def items() -> Iterator[tuple[Indices, int, Tensor, Tensor | None]]:
+        for number, rows in enumerate(blocks):
+            for place, reader in enumerate(readers):
+                for later in blocks[number + 1 : number + 1 + BLOCKS_EXPECTED]:
+                    reader.expect(later)
+                yield rows, place, *reader.read(rows, next(buffers))
+
+    return read_ahead(items())
 
 
 # ---- XtX ----------------------------------------------------------------------------------------
