@@ -149,6 +149,7 @@ def clip() -> Family:
             "vocab_size": VOCABULARY,
             "num_hidden_layers": 2,
             "max_position_embeddings": 12,
+            "bos_token_id": 1,
             "eos_token_id": 2,
         },
         vision_config={**shared, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4},
@@ -192,7 +193,14 @@ def gpt2() -> Family:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_inner=24, n_positions=12
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_inner=24,
+        n_positions=12,
+        bos_token_id=1,
+        eos_token_id=1,
     )
 
     def data(n: int) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import nn
 
-from fastproj.trak import AbstractModelOutput, ImageClassificationModelOutput
+import fastproj
+from fastproj import TRAKer
+from fastproj.trak import (
+    AbstractModelOutput,
+    CausalLMModelOutput,
+    CLIPModelOutput,
+    FunctionModelOutput,
+    ImageClassificationModelOutput,
+)
 from fastproj.trak.tasks import margins, resolve_task
 
 
@@ -92,3 +102,138 @@ def test_labels_must_be_classes_of_the_model(logits, labels, message):
         ImageClassificationModelOutput().get_out_to_loss_grad(
             nn.Identity(), {}, {}, (logits, labels)
         )
+
+
+def negative_square(model, batch):
+    """Minus the squared error of a regression."""
+    x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch
+    return -((model(x).squeeze(1) - y) ** 2)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_a_function_is_a_task(as_dict, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    x, y = torch.randn(8, 3).double(), torch.randn(8).double()
+    batch = {"x": x, "y": y} if as_dict else (x, y)
+    traker = TRAKer(model, negative_square, 8, tmp_path, proj_dim=5, use_half_precision=False)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize(batch, num_samples=8)
+    slope = (-2 * (model(x).squeeze(1) - y)).detach()
+    exact = torch.cat([slope[:, None] * x, slope[:, None]], 1)  # [8, 4]
+    matrix = fastproj.matrix(4, 5, dtype=torch.float64)
+    torch.testing.assert_close(
+        traker.saver.matrix(0).double(), exact @ matrix / 2, rtol=1e-5, atol=1e-6
+    )
+    assert traker.saver.out_to_loss(0).tolist() == [1.0] * 8
+    assert traker.gradient_computer.name == "hooks"
+
+
+def test_q_of_a_function_follows_from_its_loss():
+    task = FunctionModelOutput(negative_square, loss=lambda f: f**2)
+    model, batch = nn.Linear(3, 1), (torch.randn(4, 3), torch.randn(4))
+    f = negative_square(model, batch).detach()
+    torch.testing.assert_close(task.get_out_to_loss_grad(model, {}, {}, batch), -2 * f)
+    wrong = FunctionModelOutput(negative_square, loss=lambda f: f.sum())
+    with pytest.raises(ValueError, match=r"loss returned \[\] for outputs \[4\]"):
+        wrong.get_out_to_loss_grad(model, {}, {}, batch)
+
+
+@pytest.mark.parametrize("out", [lambda m, b: m(b[0]).sum(), lambda m, b: 0.0])
+def test_a_function_returns_one_output_for_each_sample(out):
+    with pytest.raises(ValueError, match=r"for a batch of 4; expected one output for each sample"):
+        FunctionModelOutput(out).outputs(nn.Linear(3, 1), {}, {}, (torch.randn(4, 3),))
+
+
+IDS = torch.zeros(2, 5, dtype=torch.long)
+MASK = torch.ones(2, 5, dtype=torch.long)
+LABELS = torch.zeros(2, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("task", "batch", "message"),
+    [
+        ("text_classification", (IDS, LABELS), "2 parts .* expected .*token_type_ids"),
+        ("text_classification", ({"input_ids": IDS},), "dict of input_ids"),
+        ("text_classification", (IDS, MASK, MASK), r"labels \[2, 5\] int64 .* expected \[B\]"),
+        ("causal_lm", (IDS, MASK, MASK, MASK), "4 parts"),
+        ("causal_lm", (IDS.float(), MASK), r"labels \[2, 5\] float32 .* expected token numbers"),
+        ("causal_lm", (IDS, MASK, torch.full((2, 5), -100)), "row 0 .* no target token"),
+        ("causal_lm", (IDS, torch.tensor([[1] * 5, [1, 0, 0, 0, 0]])), "row 1 .* no target"),
+        ("seq2seq", (IDS, MASK), "2 parts .* expected .*labels"),
+        ("seq2seq", (IDS, MASK, LABELS), r"labels \[2\] int64 .* expected token numbers \[B, T\]"),
+        ("seq2seq", ({"input_ids": IDS},), "dict of input_ids"),
+        ("clip", (IDS,), "1 parts"),
+        ("clip", ({"input_ids": IDS},), "dict of input_ids"),
+    ],
+)
+def test_wrong_batches_of_other_tasks_are_named(task, batch, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_task(task).check_batch(batch)
+
+
+class Tokens(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.table = nn.Embedding(9, size)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.table(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("label", "size", "message"),
+    [(9, 9, r"label 9 at row 1 .* tokens 0\.\.8"), (-1, 9, "label -1"), (0, 1, "V >= 2")],
+)
+def test_labels_must_be_tokens_of_the_model(label, size, message):
+    labels = torch.tensor([[0, 1, 2], [1, 2, label]])
+    batch = (torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), labels)
+    with pytest.raises(ValueError, match=message):
+        CausalLMModelOutput().get_out_to_loss_grad(Tokens(size), {}, {}, batch)
+
+
+def test_prompts_do_not_count_where_labels_say_so():
+    torch.manual_seed(0)
+    model = Tokens(9)
+    ids = torch.randint(0, 9, (1, 6))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    logits = model(ids)[0].double()
+    p = logits.softmax(1)
+    exact = sum((p[t - 1, ids[0, t]] / (1 - p[t - 1, ids[0, t]])).log() for t in (4, 5))
+    found = CausalLMModelOutput().outputs(model, {}, {}, (ids, torch.ones(1, 6), labels))
+    torch.testing.assert_close(found.double(), exact[None], rtol=1e-5, atol=1e-5)
+    mean = CausalLMModelOutput("mean").outputs(model, {}, {}, (ids, torch.ones(1, 6), labels))
+    torch.testing.assert_close(2 * mean, found)
+
+
+def test_options_of_tasks_are_checked():
+    with pytest.raises(ValueError, match="reduction='max'"):
+        CausalLMModelOutput("max")
+    with pytest.raises(ValueError, match="simulated_batch_size=0"):
+        CLIPModelOutput(simulated_batch_size=0)
+    with pytest.raises(ValueError, match="temperature=-1"):
+        CLIPModelOutput(temperature=-1)
+    with pytest.raises(ValueError, match="without batches"):
+        CLIPModelOutput().get_embeddings(nn.Linear(1, 1), [])
+
+
+@pytest.mark.parametrize("form", ["object", "dict", "tuple"])
+def test_logits_are_found_in_what_models_return(form):
+    logits = torch.randn(2, 3)
+    wrapped = {
+        "object": types.SimpleNamespace(logits=logits),
+        "dict": {"loss": None, "logits": logits},
+        "tuple": (logits, None),
+    }[form]
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return wrapped
+
+    batch = (torch.zeros(2, 1), torch.tensor([0, 2]))
+    found = ImageClassificationModelOutput().outputs(Model(), {}, {}, batch)
+    torch.testing.assert_close(found, margins(logits, batch[1]))
+    wrapped = "nothing"
+    with pytest.raises(TypeError, match="returned str; expected logits"):
+        ImageClassificationModelOutput().outputs(Model(), {}, {}, batch)
