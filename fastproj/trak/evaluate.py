@@ -102,6 +102,7 @@ def run_lds(options: argparse.Namespace) -> int:
             allow_failures=True,
             **training(options),
         )
+        truth.save(options.out / "ground-truth.npz")
         made = {"path": str(options.out), "recipe": options.recipe, "fraction": options.fraction}
     n_runs, n_subsets, n_targets = truth.outputs.shape
     print(f"ground truth: {n_subsets} subsets, {n_runs} models each, {n_targets} targets")

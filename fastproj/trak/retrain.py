@@ -6,7 +6,6 @@ each in a directory as soon as it is finished:
     directory/
         retrain.json                      what all models share: n, seed, hash of the recipe
         models/<samples>-<run>.safetensors     outputs [m]; named by a hash of the training samples
-        ground-truth.npz                  masks [S, n] and outputs [R, S, m], when all are there
 
 A model's seed is made from the seed, its samples and the number of the retraining, so that a subset
 gives the same model whatever else is trained, and more subsets or retrainings add to what is there.
@@ -365,7 +364,7 @@ class Run:
         return tensors["outputs"].numpy()
 
     def collect(self, masks: Mask, repeats: int, allow_failures: bool) -> GroundTruth:
-        """All outputs, written to ground-truth.npz too."""
+        """The outputs of all models."""
         kept, rows = [], []
         for row, mask in enumerate(masks):
             samples = samples_digest(mask)
@@ -380,9 +379,7 @@ class Run:
                 f"{self.directory}; the same call tries only the failed ones again"
             )
         outputs = np.array(kept).swapaxes(0, 1)  # [R, S, m]
-        truth = GroundTruth(masks[rows], outputs, np.array(rows), self.failed)
-        truth.save(self.directory / "ground-truth.npz")
-        return truth
+        return GroundTruth(masks[rows], outputs, np.array(rows), self.failed)
 
 
 @dataclass(frozen=True)

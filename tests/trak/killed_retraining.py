@@ -35,5 +35,6 @@ def main(recipe: Path, directory: Path, log: Path, die_at: int) -> None:
         maybe_die()
 
     os.fsync, os.replace = dying_fsync, dying_replace
-    train_subsets(recipe, random_subsets(24, 8), directory, repeats=2)
+    truth = train_subsets(recipe, random_subsets(24, 8), directory, repeats=2)
+    truth.save(directory.parent / "truth.npz")
     log.write_text(str(moments))

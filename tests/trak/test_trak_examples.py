@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -27,3 +28,19 @@ def test_image_classification(tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(*results)
     assert not list(tmp_path.glob("*.tmp"))
     assert (tmp_path / "report.html").read_text().count('class="target"') == 5
+
+
+def test_evaluation(tmp_path, monkeypatch, capsys):
+    script = EXAMPLES / "evaluation.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--out", str(tmp_path)])
+    printed = []
+    for _ in range(2):  # the second time from what the first has kept
+        runpy.run_path(str(script), run_name="__main__")
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    found = [float(text) for text in re.findall(r"(?:LDS|correlation|AUC) (-?\d\.\d+)", printed[0])]
+    assert len(found) == 3
+    assert found[0] > 0.5
+    assert found[1] > 0.2
+    assert found[2] > 0.9
+    assert "brittleness of" in printed[0]

@@ -95,7 +95,8 @@ def test_outputs_are_those_of_the_recipe(tmp_path):
         np.testing.assert_array_equal(indices, np.flatnonzero(masks[row]))
         np.testing.assert_array_equal(loaded.run(indices, int(seed)), truth.outputs[run, row])
     assert len({line.split(" | ")[1] for line in lines}) == 12  # each model has a seed of its own
-    assert same(GroundTruth.load(tmp_path / "out"), truth)
+    truth.save(tmp_path / "truth.npz")
+    assert same(GroundTruth.load(tmp_path / "truth.npz"), truth)
 
 
 def test_what_is_there_is_not_trained_again(tmp_path):
@@ -245,7 +246,9 @@ def test_killed_at_any_write_and_restarted(tmp_path):
         kills += code == -signal.SIGKILL
     assert code == 0
     assert kills >= 6
-    found, expected = (GroundTruth.load(tmp_path / name / "out") for name in ("killed", "whole"))
+    found, expected = (
+        GroundTruth.load(tmp_path / name / "truth.npz") for name in ("killed", "whole")
+    )
     assert same(found, expected)
     assert not list((tmp_path / "killed").rglob(".*.tmp"))
     lines = Counter(trained(tmp_path / "killed"))
