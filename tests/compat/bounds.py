@@ -53,29 +53,31 @@ def rows_differ(a: Tensor, b: Tensor, failure: float = 1e-9) -> bool:
     return abs(agree - n / 2) <= math.sqrt(n * math.log(2 / failure) / 2)
 
 
-def score_tail(c2: float, proj_dim: int, sine: float) -> float:
-    """A bound on P(|S' - S|^2 > sine^2 |S|^2), S' scores through a projection, S without one.
+def score_sine(c2: float, proj_dim: int, failure: float) -> float:
+    """sine with P(|S' - S|^2 > sine^2 |S|^2) <= failure; S' scores through a projection, S without.
 
     S = X_t (H + lam)^-1 X^T with H = X^T X. A projection puts I + D for I, D = R R^T / K - I, and
     to first order in D changes entry (i, j) by lam x_i D z_j, where x_i and z_j are rows of
-    X_t (H + lam)^-1 and X (H + lam)^-1. With e = x_i D z_j / (|x_i| |z_j|) the bound above gives
+    X_t (H + lam)^-1 and X (H + lam)^-1. (The next order is smaller by D on the data's span, about
+    the square root of its rank over K.) With e = x_i D z_j / (|x_i| |z_j|) the bound above gives
     P(|e| > t) <= 4 exp(-K t^2/4 (1 - 2t/3)), so E e^(2q) <= 4 q! (4.8/K)^q (up to what lies beyond
     t = 1/4: e^-50 at K = 4096). By Minkowski the q-norm of sum |S' - S|^2 is at most the sum of the
     entries' q-norms; by Markov P <= 4 q! (4.8 c2 / (K sine^2))^q with
-    c2 = lam^2 |x|^2 |z|^2 / |S|^2. The best q is taken.
+    c2 = lam^2 |x|^2 |z|^2 / |S|^2. Here P = failure, at the best q.
     """
-    base = 4.8 * c2 / (proj_dim * sine**2)
-    return min(4 * math.factorial(q) * base**q for q in range(1, 60))
+    factor = min((4 * math.factorial(q) / failure) ** (1 / q) for q in range(1, 60))
+    return math.sqrt(4.8 * c2 / proj_dim * factor)
 
 
 def exact_scores(
-    train: Tensor, targets: Tensor, strength: float, proj_dim: int
+    train: Tensor, targets: Tensor, strength: float, proj_dim: int, failure: float = 1e-6
 ) -> tuple[Tensor, float, float]:
-    """Scores without a projection, their lam, and how likely two projections miss 0.95.
+    """Scores without a projection, their lam, and the angle that a projection keeps to them.
 
-    ``train`` [n, P] and ``targets`` [m, P] are gradients, float64; lam = strength |H|. The third
-    value bounds P(one of two projections leaves an angle of 0.158 to the exact scores, centred);
-    otherwise the angle between the two is at most 0.316, whose cosine, their correlation, is 0.95.
+    ``train`` [n, P] and ``targets`` [m, P] are gradients, float64; lam = strength |H|. Of two
+    projections, one leaves that angle (of centred scores) with probability ``failure`` at most.
+    Otherwise either's correlation with the exact scores is at least its cosine, and theirs with
+    each other that of twice the angle.
     """
     h = train.T @ train
     lam = strength * torch.linalg.matrix_norm(h, 2)
@@ -83,7 +85,15 @@ def exact_scores(
     x, z = targets @ inverse, train @ inverse
     s = z @ targets.T  # [n, m]
     c2 = lam**2 * x.square().sum() * z.square().sum() / (s - s.mean()).square().sum()
-    return s, float(lam), 2 * score_tail(float(c2), proj_dim, math.sin(0.158))
+    return s, float(lam), math.asin(score_sine(float(c2), proj_dim, failure / 2))
+
+
+def assert_scores_agree(s: Tensor, angle: float, *scores: Tensor) -> None:
+    """Through a projection each, ``scores`` are those of ``exact_scores``, and above 0.95 alike."""
+    assert math.cos(2 * angle) > 0.95, "lam is too small, or the gradients have little in common"
+    for a in scores:
+        assert correlation(a, s) > math.cos(angle)
+        assert all(correlation(a, b) > math.cos(2 * angle) for b in scores)
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
