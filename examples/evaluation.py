@@ -72,7 +72,7 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
 
 
 def attribute(save_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """TRAK scores [n, m] of the targets, and [n, n] of the training samples themselves."""
+    """TRAK scores [n, m] of the targets, and [n] of the training samples on themselves."""
     checkpoint = train(np.arange(N), seed=0).state_dict()
     traker = TRAKer(
         torch.nn.Linear(64, 10), "image_classification", N, save_dir, proj_dim=256,
@@ -81,10 +81,9 @@ def attribute(save_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     traker.load_checkpoint(checkpoint, model_id=0)
     traker.featurize(train_set, num_samples=N)
     traker.finalize_features()
-    for name, batch in (("held_out", targets), ("self", train_set)):
-        traker.start_scoring_checkpoint(name, checkpoint, model_id=0, num_targets=len(batch[0]))
-        traker.score(batch, num_samples=len(batch[0]))
-    return traker.finalize_scores("held_out"), traker.finalize_scores("self")
+    traker.start_scoring_checkpoint("held_out", checkpoint, model_id=0, num_targets=M)
+    traker.score(targets, num_samples=M)
+    return traker.finalize_scores("held_out"), traker.self_influence()
 
 
 def main() -> None:
@@ -92,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("evaluation-example"))
     parser.add_argument("--jobs", type=int, default=1, help="models trained at once")
     options = parser.parse_args()
-    scores, self_scores = attribute(options.out / "trak")
+    scores, self_influence = attribute(options.out / "trak")
     # All models go to one directory: each is known by the samples that it was trained on.
     settings = {"recipe": __file__, "directory": options.out / "models", "jobs": options.jobs}
 
@@ -110,7 +109,7 @@ def main() -> None:
     base, changed = truth.mean[0, :count], truth.mean[1:].reshape(len(sizes), count, M)
     print(brittleness(changed[:, range(count), range(count)], base, sizes))
 
-    print(mislabel_auc(self_scores, flipped))
+    print(mislabel_auc(self_influence, flipped))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from fastproj.trak.inputs import (
     resolve_device,
     subclass_of,
 )
-from fastproj.trak.scoring import sum_xtx, target_chunks, write_scores
+from fastproj.trak.scoring import self_scores, sum_xtx, target_chunks, write_scores
 from fastproj.trak.solve import Gram, Lambda, ScoreComputer, Solution, parse_lambda
 from fastproj.trak.store import (
     NotReadyError,
@@ -634,6 +634,33 @@ class TRAKer:
             return read_top_scores(path)
         self.scores = np.load(path, mmap_mode="c")
         return self.scores
+
+    def self_influence(self, model_ids: Iterable[int] | None = None) -> npt.NDArray[np.float32]:
+        """The score of each training sample on itself, for ``fastproj.trak.mislabel_auc``.
+
+        The diagonal of the n x n scores that the training set has as targets, from the features
+        that are there, without making the others.
+
+        Parameters
+        ----------
+        model_ids : which checkpoints; None is all in ``save_dir``.
+
+        Returns
+        -------
+        float32 [n_train], in memory. High where a sample's label is upheld by little but itself.
+
+        Raises
+        ------
+        NotReadyError
+            For a checkpoint that is not finalised.
+        """
+        function = "self_influence"
+        self.saver.forget()
+        ids = self._model_ids(function, model_ids)
+        for model_id in ids:
+            self._require_finalized(function, model_id)
+        with progress("self-influence", len(ids) * self.train_set_size, "sample") as bar:
+            return self_scores(self.saver, ids, self._solution, bar.update).float().numpy()
 
     def _solution(self, model_id: int) -> Solution:
         """The factored system of a finalised checkpoint, at the lambda it was finalised with."""

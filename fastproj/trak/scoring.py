@@ -165,6 +165,30 @@ def write_scores(
     sink.finish()
 
 
+def self_scores(
+    store: Store,
+    model_ids: Sequence[int],
+    solution_of: Callable[[int], Solution],
+    advance: Callable[[int], Any],
+) -> Tensor:
+    """The score of each training sample on itself, float64 [n]: the diagonal that scores of the
+    training set as targets would have.
+    """
+    total = torch.zeros(store.train_set_size, dtype=torch.float64)
+    q_total = torch.zeros_like(total)
+    for model_id in model_ids:
+        solution = solution_of(model_id)
+        reader = FeatureReader(store, model_id)
+        blocks = sample_blocks(reader.index.shard, BLOCK_ROWS)
+        for rows, _, features, q in feature_stream([reader], blocks):
+            assert q is not None  # training shards have it
+            inds = torch.from_numpy(rows)
+            total[inds] += (solution.apply(features) * features.double()).sum(1).cpu()
+            q_total[inds] += q.double()
+            advance(len(rows))
+    return total * q_total / len(model_ids) ** 2
+
+
 def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:
     """The targets in pieces whose features, under all checkpoints, fit into WEIGHT_BYTES."""
     n_targets = store.num_targets(exp_name)
