@@ -23,13 +23,8 @@ START_UP_FILE = "fastproj_as_fast_jl.pth"
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what ``argv`` (default: sys.argv) says and return the exit status."""
     parser = build_parser()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    program: list[str] = []
-    if "--" in arguments:
-        at = arguments.index("--")
-        arguments, program = arguments[:at], arguments[at + 1 :]
-    options = parser.parse_args(arguments)
-    program = options.program + program
+    options = parser.parse_args(argv)
+    program = options.program[1:] if options.program[:1] == ["--"] else options.program
     if options.path:
         print(compat.FAST_JL_PATH)
         return 0

@@ -46,7 +46,10 @@ class Patch:
         """Put the second of each pair in place of the first, in all modules but fastproj's."""
         new_by_id = {id(old): new for old, new in replacements}
         for name, module in list(sys.modules.items()):
-            values = getattr(module, "__dict__", None)
+            try:
+                values = object.__getattribute__(module, "__dict__")  # loads no lazy module
+            except AttributeError:
+                continue
             if not isinstance(values, dict) or name.split(".")[0] == "fastproj":
                 continue
             self._replace(values, new_by_id)

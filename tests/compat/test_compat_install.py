@@ -261,6 +261,16 @@ def test_the_command_runs_a_module_with_patches(
     assert projectors.BasicProjector is not before
 
 
+@pytest.mark.parametrize("separator", [[], ["--"]])
+def test_the_script_gets_its_arguments_as_they_are(
+    tmp_path: Path, command_line: None, separator: list[str]
+) -> None:
+    (tmp_path / "script.py").write_text("import sys\nsys.seen = sys.argv\n")
+    arguments = [str(tmp_path / "script.py"), "--path", "-m", "--", "--", "--patch", "", "a b"]
+    assert command.main([*separator, *arguments]) == 0
+    assert sys.__dict__.pop("seen") == arguments
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -269,6 +279,7 @@ def test_the_command_runs_a_module_with_patches(
         (["--", "nowhere.py"], "received 'nowhere.py', which is no file; expected script.py"),
         (["--", "-c", "print(1)"], "received '-c', which is no file"),
         (["--patch", "captum", "--", "x.py"], "invalid choice: 'captum'"),
+        (["-m", "module"], "unrecognized arguments: -m"),
     ],
 )
 def test_a_command_that_cant_run_says_how(
