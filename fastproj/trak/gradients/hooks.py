@@ -19,7 +19,7 @@ from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, t
 from fastproj.trak.gradients.local import tell_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
-from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.rules import Workspace, rule_for
 from fastproj.trak.gradients.sinks import (
     CheckingSink,
     CollectingSink,
@@ -76,6 +76,7 @@ class HookGradientComputer(AbstractGradientComputer):
         self._checked = False
         self._plans: dict[Any, Plan] = {}
         self._told: set[str] = set()  # what has been said once
+        self._work = Workspace()
 
     # ---- the two results ------------------------------------------------------------------------
 
@@ -108,7 +109,7 @@ class HookGradientComputer(AbstractGradientComputer):
         plan = self._plan(batch)
         size = batches.size(batch)
         weights = {**self.fixed, **self.chosen}
-        with Recorder(plan.hooked, size, plan.layouts, self._told) as recorder:
+        with Recorder(plan.hooked, size, plan.layouts, self._told, self._work) as recorder:
             out = recorder.outputs(self.task, self.model, weights, self.buffers, batch)
             sink = make_sink(recorder.uses)
             check = None

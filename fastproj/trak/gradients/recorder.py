@@ -17,7 +17,7 @@ from fastproj.trak.gradients.attention import no_fast_path
 from fastproj.trak.gradients.base import Grads
 from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError, by_sample, tree_shapes
 from fastproj.trak.gradients.local import local_gradients
-from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.rules import Workspace, rule_for
 from fastproj.trak.gradients.sinks import Piece, Sink
 
 Dims = list[BatchDim | None]
@@ -52,11 +52,13 @@ class Recorder:
         size: int,
         layouts: dict[str, list[Layout]] | None,
         told: set[str] | None = None,
+        work: Workspace | None = None,
     ) -> None:
         self.hooked = hooked
         self.size = size
         self.layouts = layouts
         self.told = set() if told is None else told
+        self.work = Workspace() if work is None else work
         self.shapes: dict[str, list[tuple[list[Any], list[Any]]]] = {}
         self.uses: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
@@ -159,7 +161,16 @@ class Recorder:
             tensors.append(leaf)
             places.append(i)
             dims.append(where)
-        call = Call(owned, layout.inputs, (args, kwargs), self.size, len(leaves), places, self.told)
+        call = Call(
+            owned,
+            layout.inputs,
+            (args, kwargs),
+            self.size,
+            len(leaves),
+            places,
+            self.told,
+            self.work,
+        )
         self.uses.update(set(owned.names.values()))
 
         def done(grads: Any) -> None:
@@ -188,6 +199,7 @@ class Call:
     n_outputs: int
     places: list[int]
     told: set[str]
+    work: Workspace
 
     def pieces(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Piece]]:
         """The per-sample gradients of the parameters from those by the outputs, [B, ...] each."""
@@ -201,7 +213,7 @@ class Call:
             rule, least = found
             x = sample_first(leaves[0], self.dims[0], self.size)
             if x.dim() >= least:
-                yield from rule(module, x.detach(), grads[0], names)
+                yield from rule(module, x.detach(), grads[0], names, self.work)
                 return
         arguments = [
             sample_first(leaf, where, self.size) if where is not SHARED else leaf

@@ -2,7 +2,8 @@
 
 A rule takes the layer, its input x [B, ...] and g = df/dy [B, ...] with the samples first, and
 yields (name of the parameter in the layer, Piece). It holds at most about PIECE_BYTES of gradients
-at once: a large layer comes in pieces.
+at once: a large layer comes in pieces. What it yields may lie in the workspace, and is to be used
+before the next is asked for.
 """
 
 from __future__ import annotations
@@ -18,27 +19,45 @@ from torch import Tensor, nn
 
 from fastproj.trak.gradients.sinks import Piece
 
-PIECE_BYTES = 32 * 1024 * 1024
-PATCH_BYTES = 16 * 1024 * 1024  # patches of images held at once by a convolution
+PIECE_BYTES = 64 * 1024 * 1024
+PATCH_BYTES = 32 * 1024 * 1024  # patches of images held at once by a convolution
 
 Pieces = Iterator[tuple[str, Piece]]
-Rule = Callable[[Any, Tensor, Tensor, set[str]], Pieces]
 
 
-def linear(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
+class Workspace:
+    """Memory that is used again and again: fresh pages cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, use: str, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor for ``use``; what it held before is lost."""
+        key = use, like.dtype, like.device
+        count = math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < count:
+            self._buffers.pop(key, None)
+            self._buffers[key] = like.new_empty(count)
+        return self._buffers[key][:count].view(shape)
+
+
+Rule = Callable[[Any, Tensor, Tensor, set[str], Workspace], Pieces]
+
+
+def linear(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = x W^T + b``, W [O, I]: the gradient by W is g^T x, summed over positions."""
     x, g = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1), rows_of(g)  # [B, T, I], [B, T, O]
     if "weight" in names:
-        yield from products("weight", g, x)
+        yield from products("weight", g, x, work)
     if "bias" in names:
         yield "bias", Piece(0, g.sum(1))
 
 
-def transposed_linear(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
+def transposed_linear(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = x W + b``, W [I, O] (GPT-2's Conv1D): the gradient by W is x^T g."""
     x, g = rows_of(x), rows_of(g)
     if "weight" in names:
-        yield from products("weight", x, g)
+        yield from products("weight", x, g, work)
     if "bias" in names:
         yield "bias", Piece(0, g.sum(1))
 
@@ -48,26 +67,28 @@ def rows_of(t: Tensor) -> Tensor:
     return t.flatten(1, -2) if t.dim() > 2 else t.unsqueeze(1)
 
 
-def products(name: str, left: Tensor, right: Tensor) -> Pieces:
+def products(name: str, left: Tensor, right: Tensor, work: Workspace) -> Pieces:
     """``left[b]^T @ right[b]`` of [B, T, m] and [B, T, n], by pieces of rows of the [m, n]."""
     size, _, m = left.shape
     n = right.shape[2]
     step = max(1, PIECE_BYTES // (size * n * right.element_size()))
     for start in range(0, m, step):
         part = left[:, :, start : start + step].transpose(1, 2)  # [B, step, T]
-        yield name, Piece(start * n, torch.bmm(part, right).view(size, -1))
+        values = work.take("gradients", right, size, part.shape[1], n)
+        torch.bmm(part, right, out=values)
+        yield name, Piece(start * n, values.view(size, -1))
 
 
-def convolution(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
+def convolution(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = conv(x, W) + b`` in 1 to 3 dimensions: g times the patches of x, summed over places."""
     g = g.flatten(2)  # [B, O, L]
     if "weight" in names:
-        yield from kernel_gradients(layer, x, g)
+        yield from kernel_gradients(layer, x, g, work)
     if "bias" in names:
         yield "bias", Piece(0, g.sum(2))
 
 
-def kernel_gradients(layer: Any, x: Tensor, g: Tensor) -> Pieces:
+def kernel_gradients(layer: Any, x: Tensor, g: Tensor, work: Workspace) -> Pieces:
     """The gradient by W [O, C / groups, *kernel], by pieces of output channels or groups."""
     size, out_channels, places = g.shape
     groups = layer.groups
@@ -79,7 +100,7 @@ def kernel_gradients(layer: Any, x: Tensor, g: Tensor) -> Pieces:
     samples = max(1, PATCH_BYTES // (groups * fan_in * places * item))
     patches = None
     if samples >= size:  # patches of all samples, once for all pieces
-        patches = patches_of(layer, x, groups)
+        patches = patches_of(layer, x, work)
     channels = max(1, PIECE_BYTES // (size * fan_in * item))
     per_group = out_channels // groups
     # A piece is some channels of one group, or some whole groups.
@@ -89,16 +110,16 @@ def kernel_gradients(layer: Any, x: Tensor, g: Tensor) -> Pieces:
         of_groups = slice(group, group + group_step)
         for channel in range(0, per_group, channel_step):
             part = g[:, of_groups, channel : channel + channel_step]  # [B, G, o, L]
-            values = g.new_empty(*part.shape[:3], fan_in)
+            values = work.take("gradients", g, *part.shape[:3], fan_in)
             for start in range(0, size, samples):
                 rows = slice(start, start + samples)
-                found = patches_of(layer, x[rows], groups) if patches is None else patches
+                found = patches_of(layer, x[rows], work) if patches is None else patches
                 torch.matmul(part[rows], found[:, of_groups].transpose(2, 3), out=values[rows])
             first = (group * per_group + channel) * fan_in
             yield "weight", Piece(first, values.view(size, -1))
 
 
-def patches_of(layer: Any, x: Tensor, groups: int) -> Tensor:
+def patches_of(layer: Any, x: Tensor, work: Workspace) -> Tensor:
     """The inputs of each output of a convolution of padded x: [B, groups, fan_in, places]."""
     size, channels = x.shape[:2]
     x = x.contiguous()
@@ -115,10 +136,11 @@ def patches_of(layer: Any, x: Tensor, groups: int) -> Tensor:
             *(s * d for s, d in zip(strides, layer.stride, strict=True)),
         ),
     )
-    return view.reshape(size, groups, -1, math.prod(lengths))
+    patches = work.take("patches", x, *view.shape).copy_(view)
+    return patches.view(size, layer.groups, -1, math.prod(lengths))
 
 
-def embedding(layer: Any, ids: Tensor, g: Tensor, names: set[str]) -> Pieces:
+def embedding(layer: Any, ids: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = W[ids]``: only the rows that a sample looks up, each once; rows of zeros are left out.
 
     A piece is one row of W, or neighbouring rows that the same samples look up.
@@ -160,7 +182,7 @@ def runs(tokens: Any, rows: Any) -> Iterator[tuple[int, int, int, int]]:
             begin, count = stop, 0
 
 
-def layer_norm(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
+def layer_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = xhat * w + b``, xhat normalised over the last dimensions."""
     shape = layer.normalized_shape
     last = x.dim() - len(shape)
@@ -171,7 +193,7 @@ def layer_norm(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
         yield "bias", Piece(0, middle_sum(g, last))
 
 
-def rms_norm(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
+def rms_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = x / rms(x) * w`` over the last dimensions."""
     xhat = F.rms_norm(x, layer.normalized_shape, None, layer.eps)
     yield "weight", Piece(0, middle_sum(g * xhat, x.dim() - len(layer.normalized_shape)))
@@ -182,7 +204,7 @@ def middle_sum(t: Tensor, last: int) -> Tensor:
     return (t.sum(tuple(range(1, last))) if last > 1 else t).flatten(1)
 
 
-def batch_norm(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
+def batch_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = (x - mean) / sqrt(var + eps) * w + b`` with the running mean and variance."""
     g = g.unsqueeze(-1).flatten(2)  # [B, C, L]
     if "weight" in names:
@@ -193,7 +215,7 @@ def batch_norm(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
         yield "bias", Piece(0, g.sum(2))
 
 
-def group_norm(layer: Any, x: Tensor, g: Tensor, names: set[str]) -> Pieces:
+def group_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = xhat * w + b`` by channel, xhat normalised over groups of channels."""
     if "weight" in names:
         xhat = F.group_norm(x, layer.num_groups, None, None, layer.eps)
