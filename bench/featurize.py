@@ -39,7 +39,7 @@ PROVIDERS = {
     "fastproj": "fastproj, default (hooks)",
     "fastproj-func": "fastproj, torch.func",
     "fastproj-loop": "fastproj, loop",
-    "traker": "trak 0.3.2, default (torch.func)",
+    "traker": "trak 0.3.2, float32",
 }
 COMPUTERS = {"fastproj": "auto", "fastproj-func": "func", "fastproj-loop": "loop"}
 
@@ -93,7 +93,7 @@ def make_traker(provider: str, n: int, proj_dim: int, save_dir: str) -> Any:
     if provider == "traker":
         from trak import TRAKer as Trak
 
-        return Trak(**common)
+        return Trak(**common, use_half_precision=False)  # its float16 is far slower on a CPU
     from fastproj import TRAKer
 
     return TRAKer(**common, gradient_computer=COMPUTERS[provider])
