@@ -34,7 +34,7 @@ from fastproj.trak.estimator import TRAKer
 from fastproj.trak.files import StoreError, make_dir, read_json, write_json
 from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
 from fastproj.trak.report import Page, write_report
-from fastproj.trak.solve import Lambda, parse_lambda
+from fastproj.trak.solve import AUTO, Lambda, check_lambda
 from fastproj.trak.tasks import margins
 
 GROUP = 50  # models trained at once: few enough for a core's cache
@@ -50,7 +50,7 @@ class Settings:
     targets: int = 100
     checkpoints: int = 10
     proj_dim: int = 1024
-    lambda_reg: Lambda = "1*mean"
+    lambda_reg: Lambda = AUTO
     subsets: int = 200
     retrainings: int = 3  # models per subset; their mean output is what the LDS is measured on
     epochs: int = 60
@@ -414,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--lambda-reg",
         type=number_or_text,
         default=defaults.lambda_reg,
-        help=f"ridge, a number or a share of the mean eigenvalue; {defaults.lambda_reg}",
+        help=f"ridge: auto, a number, or a share of the mean eigenvalue; {defaults.lambda_reg}",
     )
     options = vars(parser.parse_args(argv))
     out: Path = options.pop("out")
@@ -455,7 +455,7 @@ def check(parser: argparse.ArgumentParser, settings: Settings) -> None:
             "most 1797 together, as many digits as there are"
         )
     try:
-        parse_lambda(settings.lambda_reg)
+        check_lambda(settings.lambda_reg)
     except ValueError as error:
         parser.error(str(error))
     if settings.seed >= 1 << 62:

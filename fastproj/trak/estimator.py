@@ -25,6 +25,7 @@ from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
+from fastproj.trak.features import FeatureReader
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import (
     count_params,
@@ -40,8 +41,17 @@ from fastproj.trak.inputs import (
     resolve_device,
     subclass_of,
 )
-from fastproj.trak.scoring import self_scores, sum_xtx, target_chunks, write_scores
-from fastproj.trak.solve import Gram, Lambda, ScoreComputer, Solution, parse_lambda
+from fastproj.trak.ridge import sample_rows
+from fastproj.trak.scoring import BLOCK_ROWS, self_scores, sum_xtx, target_chunks, write_scores
+from fastproj.trak.solve import (
+    AUTO,
+    HALF_ROUNDING,
+    Gram,
+    Lambda,
+    ScoreComputer,
+    Solution,
+    check_lambda,
+)
 from fastproj.trak.store import (
     NotReadyError,
     Store,
@@ -97,7 +107,8 @@ class TRAKer:
     proj_max_batch_size : accepted for TRAK's sake; any batch size works.
     projector_seed : 0 <= seed < 2^64, where ``projector`` is None.
     grad_wrt : names of the parameters to take gradients by; None is all.
-    lambda_reg : ridge added to the diagonal of XtX: a number, meaning what it means in TRAK, or a
+    lambda_reg : ridge added to the diagonal of XtX: "auto", which chooses one for each checkpoint
+        from its features and Q (see ``fastproj.trak.ridge``); a number, as in TRAK; or a
         string such as "0.1*mean" for 0.1 times the mean eigenvalue.
     kind : "rademacher" | "gaussian", where ``projector`` is None.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
@@ -128,7 +139,7 @@ class TRAKer:
         proj_max_batch_size: int = 32,
         projector_seed: SupportsIndex = 0,
         grad_wrt: Iterable[str] | None = None,
-        lambda_reg: Lambda = 0.0,
+        lambda_reg: Lambda = AUTO,
         *,
         kind: str = "rademacher",
         distributed: bool | None = None,
@@ -142,8 +153,7 @@ class TRAKer:
         self.train_set_size = check_integer(
             "TRAKer", "train_set_size", train_set_size, 1, MAX_SAMPLES
         )
-        parse_lambda(lambda_reg)
-        self.lambda_reg = lambda_reg
+        self.lambda_reg = check_lambda(lambda_reg)
         names = parameter_names(model, grad_wrt)
         self.grad_wrt = None if grad_wrt is None else names
         self.num_params_for_grad = count_params(model, names)
@@ -451,7 +461,7 @@ class TRAKer:
             logger.info("finalize_features: del_grads has nothing to delete")
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
-        parse_lambda(lambda_reg)
+        check_lambda(lambda_reg)
         todo = [model_id for model_id in ids if not self.saver.has_xtx(model_id)]
         mine = len(todo) * self.train_set_size // ranks.size
         with progress("finalising features", mine, "sample") as bar:
@@ -464,14 +474,41 @@ class TRAKer:
 
     def _solve(self, model_id: int, lambda_reg: Lambda) -> None:
         """Check that a checkpoint's system can be solved, and keep the lambda."""
-        solution = self.score_computer.solve(Gram(*self.saver.read_xtx(model_id)), lambda_reg)
-        self.saver.write_solve(model_id, {"lambda": lambda_reg, **solution.summary()})
+        gram = self._gram(model_id)
+        chosen: dict[str, Any] = {}
+        value = lambda_reg
+        if lambda_reg == AUTO:
+            choice = self.score_computer.choose_lambda(gram, self._sampled_features(model_id))
+            value, chosen = choice.lambda_reg, {"auto": choice.summary()}
+            logger.info(
+                "model_id %d: lambda %.3g (%.3g * mean) chosen from %d samples by %s",
+                model_id,
+                choice.lambda_reg,
+                choice.relative,
+                choice.rows,
+                choice.rule,
+            )
+        solution = self.score_computer.solve(gram, value)
+        self.saver.write_solve(model_id, {"lambda": lambda_reg, **solution.summary(), **chosen})
         logger.info(
             "model_id %d: lambda %.3g, condition estimate %.1e",
             model_id,
             solution.lambda_reg,
             solution.condition,
         )
+
+    def _gram(self, model_id: int) -> Gram:
+        """XtX of a checkpoint, as stored."""
+        rounding = HALF_ROUNDING if self.saver.half else 0.0
+        return Gram(*self.saver.read_xtx(model_id), rounding)
+
+    def _sampled_features(self, model_id: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """(features [b, k], Q [b]) of the samples that a lambda is chosen from, block by block."""
+        reader = FeatureReader(self.saver, model_id)
+        rows = sample_rows(self.train_set_size, self.proj_dim)
+        for start in range(0, len(rows), BLOCK_ROWS):
+            features, q = reader.read(rows[start : start + BLOCK_ROWS])
+            yield features, torch.ones(len(features)) if q is None else q
 
     # ---- scoring --------------------------------------------------------------------------------
 
@@ -665,8 +702,9 @@ class TRAKer:
     def _solution(self, model_id: int) -> Solution:
         """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
         summary = self.saver.read_solve(model_id)
-        summary.pop("lambda")
-        return self.score_computer.solve_again(Gram(*self.saver.read_xtx(model_id)), summary)
+        for how in ("lambda", "auto"):  # what was asked for, and how it was chosen
+            summary.pop(how, None)
+        return self.score_computer.solve_again(self._gram(model_id), summary)
 
     def _finalized_features(self, model_id: int) -> Tensor:
         """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""

@@ -117,7 +117,19 @@ def check_indices(function: str, inds: Indices, size: int, total: int) -> None:
         )
 
 
-def check_finite(function: str, what: str, values: Tensor, inds: Indices) -> None:
+IF_COMPUTED = (
+    "finite gradients (is the input NaN or inf, or does the model overflow on it?). Nothing of the "
+    "batch was kept"
+)
+IF_STORED = (
+    "finite features (did another program write them to save_dir, or a subclass of Store?). "
+    "Featurize these samples again under load_from_save_dir=False"
+)
+
+
+def check_finite(
+    function: str, what: str, values: Tensor, inds: Indices, expected: str = IF_COMPUTED
+) -> None:
     """Raise ValueError, naming samples, unless all of ``values`` [B, ...] are finite."""
     finite = torch.isfinite(values.reshape(len(inds), -1)).all(1).cpu().numpy()
     if not finite.all():
@@ -125,6 +137,5 @@ def check_finite(function: str, what: str, values: Tensor, inds: Indices) -> Non
         raise ValueError(
             f"{function}: {what} of sample{'s' if len(bad) > 1 else ''} "
             f"{', '.join(map(str, bad[:10]))}{' ...' if len(bad) > 10 else ''} are not finite; "
-            "expected finite gradients (is the input NaN or inf, or does the model overflow on "
-            "it?). Nothing of the batch was kept"
+            f"expected {expected}"
         )

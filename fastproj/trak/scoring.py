@@ -13,6 +13,7 @@ from torch import Tensor
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.features import Buffer, FeatureReader, read_ahead, sample_blocks
 from fastproj.trak.files import Indices, StoreError
+from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.solve import Gram, ScoreComputer, Solution
 from fastproj.trak.store import Store
 from fastproj.trak.writer import Sink
@@ -102,8 +103,9 @@ def add_parts(store: Store, model_id: int, count: int) -> tuple[Tensor, float]:
 def counted(
     stream: Iterator[tuple[Indices, int, Tensor, Tensor | None]], advance: Callable[[int], Any]
 ) -> Iterator[Tensor]:
-    """The features of a stream, told to the progress bar."""
+    """The features of a stream, checked to be finite and told to the progress bar."""
     for rows, _, features, _ in stream:
+        check_finite("finalize_features", "stored features", features, rows, IF_STORED)
         yield features
         advance(len(rows))
 

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastproj.trak.ridge import Choice, choose_lambda
+
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # rows per float32 product before it is folded into the float64 sum
 GRAM_TILE = 512  # columns of XtX at once: half of the products are those of the other half
 SAFE_EXPONENT = 32  # up to 2^32 and down to 2^-32, squares and their small terms are float32's
 POWER_STEPS = 12
+HALF_ROUNDING = 2.0**-11  # of features kept as float16, relative to each entry
 
+AUTO = "auto"
 Lambda = float | str
 
 
@@ -28,11 +32,25 @@ class SingularXtXWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Gram:
-    """Phi^T Phi of ``n`` samples, float64 [k, k], exact to about ``eps`` of its largest entry."""
+    """Phi^T Phi of ``n`` samples, float64 [k, k], exact to about ``eps`` of its largest entry.
+
+    ``rounding`` is how exact each feature was before, relative to itself.
+    """
 
     xtx: Tensor
     n: int
     eps: float
+    rounding: float = 0.0
+
+    @property
+    def spurious(self) -> float:
+        """What the features' rounding adds to eigenvalues of XtX that are 0 without it, at most.
+
+        Independent errors of ``rounding`` times the entries add a matrix of that share's square,
+        with the largest eigenvalue of a Wishart matrix, (1 + sqrt(k / n))^2 times its diagonal.
+        """
+        spread = (1 + math.sqrt(len(self.xtx) / max(self.n, 1))) ** 2
+        return self.rounding**2 * float(self.xtx.diagonal().max()) * spread
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,11 @@ class ScoreComputer:
         eps = torch.finfo(torch.float64 if exact else torch.float32).eps
         return Gram(total.cpu(), seen, eps)
 
+    def choose_lambda(self, gram: Gram, blocks: Iterable[tuple[Tensor, Tensor]]) -> Choice:
+        """The lambda of ``"auto"``, from XtX and (features, Q); see ``ridge.choose_lambda``."""
+        check_gram(gram)
+        return choose_lambda(self, gram, blocks)
+
     def solve(self, gram: Gram, lambda_reg: Lambda) -> Solution:
         """Factor ``gram.xtx + lambda I``; see ``solve``."""
         return solve(gram, lambda_reg)
@@ -149,29 +172,19 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
         For features that are zero or not finite, or a lambda that makes no sense.
     """
     xtx, k = gram.xtx, gram.xtx.shape[0]
-    if not bool(torch.isfinite(xtx).all()):
-        raise ValueError(
-            f"solve: XtX of {gram.n} features has entries that are not finite; expected finite "
-            "features (a feature that is inf or NaN, or near the largest float32)"
-        )
-    mean = float(xtx.diagonal().mean())
-    if mean == 0:
-        raise ValueError(
-            f"solve: all {gram.n} features are zero; expected gradients that are not all zero "
-            "(are the parameters of grad_wrt used by the model?)"
-        )
+    mean = check_gram(gram)
     lam = parse_lambda(lambda_reg, mean)
     system = shifted(xtx, lam)
     factor, info = torch.linalg.cholesky_ex(system)
-    condition = math.inf
-    if int(info) == 0:
-        condition = condition_estimate(system, factor)
-    certain = gram.n >= k or lam > 0
+    largest, smallest = extreme_eigenvalues(system, factor) if int(info) == 0 else (mean, 0.0)
+    condition = largest / smallest if smallest > 0 else math.inf
+    floor = 0.0 if lam > 0 else gram.spurious  # below it, an eigenvalue may be all rounding
+    certain = lam > 0 or (gram.n >= k and smallest > floor)
     if certain and condition * gram.eps * math.sqrt(k) < 1:
         return Solution(factor, "cholesky", lam, gram.n, k, condition)
 
     values, vectors = torch.linalg.eigh(system)  # ascending
-    kept = values > values[-1] * gram.eps * k
+    kept = values > max(float(values[-1]) * gram.eps * k, floor)
     rank = int(kept.sum())
     scaled = vectors[:, kept] / values[kept].sqrt()
     condition = float(values[-1] / values[kept][0]) if rank == k else math.inf
@@ -179,7 +192,7 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
         f"TRAK's XtX is singular: n={gram.n} samples, k={k} dimensions, "
         f"lambda_reg={lam:.3g}, rank {rank}, condition estimate {condition:.1e}. "
         f"Scores use the pseudo-inverse, and are likely poor while n is near or below k. "
-        f"Fix: lambda_reg='1*mean' (here {mean:.3g}), or proj_dim well below n",
+        f"Fix: lambda_reg='auto', or a number near {mean:.3g}, or proj_dim well below n",
         SingularXtXWarning,
         stacklevel=3,
     )
@@ -191,6 +204,29 @@ def shifted(xtx: Tensor, lam: float) -> Tensor:
     system = xtx.clone()
     system.diagonal().add_(lam)
     return system
+
+
+def check_gram(gram: Gram) -> float:
+    """The mean eigenvalue of XtX; raises ValueError where XtX is not finite, or zero."""
+    if not bool(torch.isfinite(gram.xtx).all()):
+        raise ValueError(
+            f"solve: XtX of {gram.n} features has entries that are not finite; expected finite "
+            "features (a feature that is inf or NaN, or near the largest float32)"
+        )
+    mean = float(gram.xtx.diagonal().mean())
+    if mean == 0:
+        raise ValueError(
+            f"solve: all {gram.n} features are zero; expected gradients that are not all zero "
+            "(are the parameters of grad_wrt used by the model?)"
+        )
+    return mean
+
+
+def check_lambda(lambda_reg: Lambda) -> Lambda:
+    """``"auto"``, or what ``parse_lambda`` takes; raises ValueError for anything else."""
+    if not (isinstance(lambda_reg, str) and lambda_reg == AUTO):
+        parse_lambda(lambda_reg)
+    return lambda_reg
 
 
 def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:
@@ -209,14 +245,14 @@ def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:
         value = math.nan
     if isinstance(lambda_reg, bool) or not 0 <= value < math.inf:
         raise ValueError(
-            f"TRAKer: received lambda_reg={lambda_reg!r}; expected a number >= 0, or a string such "
-            "as '0.1*mean' for 0.1 times the mean eigenvalue of XtX"
+            f"TRAKer: received lambda_reg={lambda_reg!r}; expected 'auto', a number >= 0, or a "
+            "string such as '0.1*mean' for 0.1 times the mean eigenvalue of XtX"
         )
     return value * unit
 
 
-def condition_estimate(matrix: Tensor, factor: Tensor) -> float:
-    """lambda_max / lambda_min of a positive definite matrix, from below, by power iteration.
+def extreme_eigenvalues(matrix: Tensor, factor: Tensor) -> tuple[float, float]:
+    """(largest, smallest) of a positive definite matrix by power iteration, each from inside.
 
     matrix : float64 [k, k]; factor : its Cholesky factor. Costs 4 POWER_STEPS k^2.
     """
@@ -226,7 +262,7 @@ def condition_estimate(matrix: Tensor, factor: Tensor) -> float:
     for _ in range(POWER_STEPS):
         high = matrix @ (high / high.norm())
         low = torch.cholesky_solve(low / low.norm(), factor)
-    return float(high.norm() * low.norm())
+    return float(high.norm()), float(1 / low.norm())
 
 
 @contextmanager

@@ -194,7 +194,9 @@ def test_score_after_finalize_features_at_small_proj_dim(
 
 
 def test_load_from_save_dir_false_in_a_fresh_directory(tmp_path, models, train, targets):
-    fresh = cases.whole_run(tmp_path / "a" / "b", models, train, targets, load_from_save_dir=False)
+    fresh = cases.whole_run(
+        tmp_path / "a" / "b", models, train, targets, load_from_save_dir=False, lambda_reg=0
+    )
     exact = cases.explicit_trak(models, train, targets, 8, 0.0)
     np.testing.assert_allclose(fresh, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
@@ -256,9 +258,10 @@ def test_fewer_samples_than_dimensions_warns_and_is_repeatable(tmp_path, models,
     results = []
     for name in ("a", "b"):
         with pytest.warns(SingularXtXWarning, match="n=30 samples, k=64"):
-            results.append(
-                np.array(cases.whole_run(tmp_path / name, models, train, targets, proj_dim=64))
+            scores = cases.whole_run(
+                tmp_path / name, models, train, targets, proj_dim=64, lambda_reg=0
             )
+        results.append(np.array(scores))
     np.testing.assert_array_equal(*results)
 
 
@@ -293,7 +296,7 @@ def test_new_features_make_a_finalised_checkpoint_unfinished(tmp_path, models, t
 
 
 def test_other_targets_under_the_same_name_count(tmp_path, models, train, targets):
-    first = np.array(cases.whole_run(tmp_path, models[:1], train, targets))
+    first = np.array(cases.whole_run(tmp_path, models[:1], train, targets, lambda_reg=0))
     other = cases.data(M, seed=6, dtype=torch.float64)
     mixed = (torch.cat([targets[0][:2], other[0][2:]]), torch.cat([targets[1][:2], other[1][2:]]))
     traker = cases.make(models[0], tmp_path, N)
