@@ -19,6 +19,7 @@ from fastproj.trak.correlation import METHODS
 from fastproj.trak.files import StoreError, write_atomic
 from fastproj.trak.metrics import (
     brittleness,
+    check_sampling,
     lds,
     loo_correlation,
     mislabel_auc,
@@ -91,6 +92,8 @@ def run_lds(options: argparse.Namespace) -> int:
     if options.ground_truth is not None:
         truth, made = GroundTruth.load(options.ground_truth), {"path": str(options.ground_truth)}
     else:
+        if scores and options.subsets < 3:
+            raise ValueError(f"--subsets: received {options.subsets}; expected at least 3")
         masks = random_subsets(n, options.subsets, options.fraction, options.seed)
         truth = train_subsets(
             options.recipe,
@@ -309,6 +312,7 @@ def guarded(
 ) -> int:
     """Run a command; what a user can put right is a message."""
     try:
+        check_sampling(command, options.confidence, options.n_boot, options.seed)
         return run(options)
     except KeyboardInterrupt:
         kept = f". Finished models are kept in {options.out}; the same command goes on from there"

@@ -145,6 +145,7 @@ def noise_ceiling(outputs: npt.ArrayLike) -> float:
 
     outputs : numbers [R, S, m], outputs of R retrainings (other seeds) on each of S subsets;
         R >= 2, S >= 3.
+    Returns a number from 0 to 1; NaN where no target's outputs differ between subsets.
     """
     runs = as_numbers("noise_ceiling", "outputs", outputs)
     if runs.ndim != 3 or runs.shape[0] < 2 or runs.shape[1] < 3 or runs.shape[2] < 1:
@@ -159,7 +160,7 @@ def noise_ceiling(outputs: npt.ArrayLike) -> float:
     pairs = [
         mean_or_nan(spearman(runs[a], runs[b])) for a in range(count) for b in range(a + 1, count)
     ]
-    r = max(0.0, mean_or_nan(np.array(pairs)))
+    r = float(np.maximum(0.0, mean_or_nan(np.array(pairs))))  # NaN stays
     return math.sqrt(count * r / (1 + (count - 1) * r))
 
 

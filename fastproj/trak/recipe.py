@@ -10,6 +10,7 @@ class that makes one without arguments, or a function ``train`` that returns the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -59,7 +60,10 @@ class Recipe:
         made = self.train(indices, seed)
         found = made if self.outputs is None else self.outputs(made)
         try:
-            values = torch.as_tensor(found).detach().to("cpu", torch.float64)
+            given = torch.as_tensor(found).detach()
+            if given.is_complex():
+                raise TypeError("complex numbers")
+            values = given.to("cpu", torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"the recipe returned outputs of type {type(found).__name__}; expected numbers [m]"
@@ -156,6 +160,9 @@ def recipe_identity(reference: Any) -> str:
         source = (path or find_source(name)).read_bytes()
         name = path.name if path else name
         return f"{name}{':' if attribute else ''}{attribute} {digest(source)}"
+    if isinstance(reference, functools.partial):
+        given = digest(repr((reference.args, sorted(reference.keywords.items()))).encode())
+        return f"{recipe_identity(reference.func)} {given}"
     thing = reference if hasattr(reference, "__name__") else type(reference)
     try:
         source = inspect.getsource(thing).encode()

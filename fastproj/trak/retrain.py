@@ -202,7 +202,8 @@ def train_subsets(
     seed : of everything random, 0 <= seed < 2^63.
     depends : other files that results depend on, such as data: a directory is refused after one of
         them, or the recipe's own file, has changed. What they import is not looked at.
-    identity : more that the directory must agree with, text or numbers by name.
+    identity : more that the directory must agree with, text or numbers by name; such as what an
+        object given as recipe holds, of which only the class's source is looked at.
     names : of the subsets, for messages; None is "subset 0" and so on.
     n_targets : m, where it is known: a recipe that returns another number fails.
     allow_failures : return the subsets all of whose retrainings succeeded, instead of raising.
@@ -265,8 +266,8 @@ class Run:
         for folder in (directory, self.models):
             remove_stale(folder)
         path = directory / "retrain.json"
-        if not path.exists():
-            write_json(path, self.identity)
+        if not path.exists() or not any(self.models.glob("*.safetensors")):
+            write_json(path, self.identity)  # also over a recipe that never trained anything
         stored = read_json(path)
         wrong = [
             f"{key} {stored.get(key)!r} in the directory, {value!r} in this run"

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -144,7 +144,8 @@ def run_in_workers(
                     report(worker.task, message)
                 worker.task, upcoming = upcoming, next(tasks, None)
                 if worker.task is not None:
-                    worker.pipe.send(worker.task)
+                    with suppress(OSError):  # of a worker that has just died: the next wait sees it
+                        worker.pipe.send(worker.task)
                 else:
                     workers.remove(worker)
                     worker.pipe.close()  # which it takes as a sign to leave

@@ -181,7 +181,10 @@ def test_lds_that_cannot_start(capsys, arguments, message):
             "24 training samples in scores.npy, 25 in --train-set-size",
         ),
         (["lds", "recipe.py", "--scores", "scores.npy", "--fraction", "50"], "fraction=50.0"),
-        (["lds", "recipe.py", "--scores", "scores.npy", "--subsets", "0"], "count=0"),
+        (["lds", "recipe.py", "--scores", "scores.npy", "--subsets", "2"], "--subsets: received 2"),
+        (["lds", "recipe.py", "--train-set-size", "9", "--subsets", "0"], "count=0"),
+        (["lds", "recipe.py", "--scores", "scores.npy", "--confidence", "95"], "confidence=95.0"),
+        (["loo", "recipe.py", "--scores", "scores.npy", "--n-boot", "0"], "n_boot=0"),
         (["lds", "recipe.py", "--scores", "scores.npy", "--jobs", "0"], "jobs=0"),
         (["lds", "missing.py", "--scores", "scores.npy"], "there is no file missing.py"),
         (["lds", "recipe.py", "--scores", "narrow.npy"], "returned 5 outputs; expected 4"),
@@ -221,6 +224,8 @@ def test_what_a_user_can_put_right(tmp_path, scores, monkeypatch, capsys, argume
     assert f"fastproj {arguments[0]}: " in said
     assert message in said
     assert "Traceback" not in said.rpartition(f"fastproj {arguments[0]}: ")[2]
+    tried = {"narrow.npy", "30"} & set(arguments)  # these only show once the recipe has run
+    assert bool(trained(tmp_path)) == bool(tried)
 
 
 def test_interrupted_command(tmp_path, scores, monkeypatch, capsys):

@@ -97,6 +97,7 @@ def test_ceiling_of_known_noise():
     r = 6 / np.pi * np.arcsin(0.5 / 2)  # Spearman's rho of a normal pair with correlation 0.5
     assert noise_ceiling(runs) == pytest.approx(np.sqrt(4 * r / (1 + 3 * r)), abs=0.02)
     assert noise_ceiling(np.broadcast_to(signal, (2, 4000, 3))) == pytest.approx(1.0)
+    assert np.isnan(noise_ceiling(np.ones((2, 5, 3))))
 
 
 def test_memory_mapped_scores_are_read_in_blocks(tmp_path, monkeypatch):

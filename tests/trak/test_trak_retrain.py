@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import itertools
 import multiprocessing
 import os
@@ -308,6 +309,9 @@ def test_a_recipe_that_always_fails_is_given_up(tmp_path):
     with pytest.raises(WorkerError, match=r"first 3 trainings all failed.*ZeroDivision.*always"):
         train_subsets(recipe, random_subsets(24, 20), tmp_path / "out")
     assert len(trained(tmp_path)) == 3
+    # Nothing was trained, so that the directory is no obstacle to putting the recipe right.
+    write_recipe(tmp_path, "pass", RIDGE + "# right")
+    train_subsets(recipe, random_subsets(24, 4), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -319,6 +323,7 @@ def test_a_recipe_that_always_fails_is_given_up(tmp_path):
         ("[]", r"outputs \[0\]; expected \[m\]"),
         ("None", "outputs of type NoneType; expected numbers"),
         ("['a']", "outputs of type list; expected numbers"),
+        ("[1j]", "outputs of type list; expected numbers"),
     ],
 )
 def test_outputs_that_are_none(tmp_path, returned, message):
@@ -440,6 +445,13 @@ def test_what_is_no_recipe(tmp_path, monkeypatch, reference, message):
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(RecipeError, match=message):
         load_recipe(reference)
+
+
+def test_what_partial_fixes_is_part_of_the_recipe():
+    one = recipe_identity(functools.partial(random_subsets, seed=1))
+    assert one == recipe_identity(functools.partial(random_subsets, seed=1))
+    assert one != recipe_identity(functools.partial(random_subsets, seed=2))
+    assert one.startswith("random_subsets ")
 
 
 def test_a_recipe_that_does_not_load_says_why(tmp_path):
