@@ -71,9 +71,9 @@ def write_error(path: Path, size: int, error: OSError) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
         return StoreError(
-            f"TRAKer: no room for {path} ({size} bytes; {free} bytes free on that disk); {fix}"
+            f"no room for {path} ({size} bytes; {free} bytes free on that disk); {fix}"
         )
-    return StoreError(f"TRAKer: can't write {path} ({error.strerror or error}); {fix}")
+    return StoreError(f"can't write {path} ({error.strerror or error}); {fix}")
 
 
 def make_dir(path: Path) -> None:
@@ -82,7 +82,7 @@ def make_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"TRAKer: can't make the directory {path} ({error.strerror}); expected a save_dir that "
+            f"can't make the directory {path} ({error.strerror}); expected one that "
             "this user may write to"
         ) from error
 
@@ -133,7 +133,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise corrupt(path, f"it is not JSON with a checksum ({error})") from error
     except OSError as error:
-        raise StoreError(f"TRAKer: can't read {path} ({error.strerror or error})") from error
+        raise StoreError(f"can't read {path} ({error.strerror or error})") from error
     if made != stored:
         raise corrupt(path, f"its checksum is {made}, the file says {stored}")
     return dict(content)
@@ -167,7 +167,7 @@ def read_safetensors(
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise StoreError(
-            f"TRAKer: {path} is gone; expected nobody to delete it during the run"
+            f"{path} is gone; expected nobody to delete it during the run"
         ) from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
@@ -224,7 +224,7 @@ def corrupt(path: Path, reason: str) -> StoreCorruptError:
     }.get(re.split(r"[-.]", path.name)[0], "run the same calls again")
     if path.parent.name == "scores":
         redo = "call finalize_scores again"
-    return StoreCorruptError(f"TRAKer: {path} is damaged: {reason}. Delete the file and {redo}")
+    return StoreCorruptError(f"{path} is damaged: {reason}. Delete the file and {redo}")
 
 
 def digest(data: bytes) -> str:

@@ -174,4 +174,4 @@ def test_a_bad_lambda_is_an_error_message(tmp_path, capsys):
 def test_a_directory_that_cannot_be_is_an_error_message(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert demo.main(["--out", str(tmp_path / "file"), *ARGUMENTS]) == 1
-    assert "fastproj demo: TRAKer: can't make the directory" in capsys.readouterr().err
+    assert "fastproj demo: can't make the directory" in capsys.readouterr().err
