@@ -30,7 +30,7 @@ help:
 	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
-	@echo "make gpu       tests that need a CUDA GPU"
+	@echo "make gpu       all that needs a GPU: build, tests, sanitizers, benchmark; VENV= PYTHON=python3 installs nothing"
 	@echo "make format    rewrite sources in the project's format"
 	@echo "make clean     remove builds and caches ($(VENV) stays)"
 
@@ -109,12 +109,67 @@ sanitize: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python bench/project.py $(BENCH_ARGS)
 
-gpu: $(VENV)/.test
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and \
-	    "make gpu: this torch finds no GPU here; nothing was tested")'
-	@echo "== compiling fastproj._cuda: minutes"
-	@FASTPROJ_CUDA=1 $(PIP) install -q --no-deps --no-build-isolation -e .
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+# Everything that needs a GPU, in one command and under 15 minutes: a build for this GPU in a folder of its own, tests,
+# sanitizers, benchmark. With `VENV=` it uses $(PYTHON) as it is and installs nothing: `make gpu VENV= PYTHON=python3`.
+# A step that fails, or that a hanging kernel stops, is named at the end; the later ones still run.
+GPU_PYTHON = $(if $(VENV),$(BIN)/python,$(PYTHON))
+GPU_LIB := build/gpu/lib
+GPU_LOGS := build/gpu/logs
+GPU_RUN = PYTHONPATH="$(CURDIR)/$(GPU_LIB)" PYTHONUNBUFFERED=1
+GPU_PYTEST = PYTHONSAFEPATH=1 $(GPU_RUN) timeout -k 10 $(1) $(2) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
+    -o faulthandler_timeout=100 -m gpu
+GPU_STEPS := gpu-build gpu-test-cuda gpu-test-triton gpu-test-rest sanitize-gpu gpu-bench
+GPU_BENCH_ARGS ?= --budget 120
+.PHONY: gpu-check $(GPU_STEPS)
+
+gpu: gpu-check
+	@mkdir -p $(GPU_LOGS); failed=""; \
+	for step in $(GPU_STEPS); do \
+	    echo "== $$step"; start=$$SECONDS; verdict=passed; \
+	    $(MAKE) --no-print-directory $$step 2>&1 | tee $(GPU_LOGS)/$$step.log || { verdict=FAILED; failed="$$failed $$step"; }; \
+	    echo "== $$step $$verdict after $$((SECONDS - start)) s; its output is in $(GPU_LOGS)/$$step.log"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi; \
+	echo "make gpu: everything passed"
+
+gpu-check: $(if $(VENV),$(VENV)/.test)
+	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; \
+	    missing = [n for n in "torch pytest hypothesis numpy scipy sklearn safetensors tqdm setuptools pybind11".split() \
+	        if u.find_spec(n) is None]; \
+	    missing and sys.exit("make gpu: $(GPU_PYTHON) lacks " + ", ".join(missing)); \
+	    import torch; \
+	    torch.cuda.is_available() or sys.exit("make gpu: this torch finds no GPU here; nothing was tested")'
+
+# For this GPU alone: half a minute instead of several.
+gpu-build:
+	@arch=$${FASTPROJ_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}; \
+	FASTPROJ_CUDA=1 FASTPROJ_CUDA_ARCHS="$$arch" $(GPU_PYTHON) setup.py -q build --build-base build/gpu --build-lib $(GPU_LIB)
+	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -m fastproj info
+	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
+
+gpu-test-cuda:
+	$(call GPU_PYTEST,200,) tests/cuda $(PYTEST_ARGS)
+
+gpu-test-triton:
+	$(call GPU_PYTEST,180,) tests/kernels $(PYTEST_ARGS)
+
+gpu-test-rest:
+	$(call GPU_PYTEST,100,) --ignore tests/cuda --ignore tests/kernels tests $(PYTEST_ARGS)
+
+# Without torch's memory cache every tensor has its own allocation, so an access beyond it shows.
+SANITIZER ?= compute-sanitizer
+sanitize-gpu: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+sanitize-gpu:
+	@failed=""; for tool in memcheck racecheck synccheck; do echo "== compute-sanitizer --tool $$tool"; \
+	    $(call GPU_PYTEST,60,$(SANITIZER) --tool $$tool --error-exitcode 9) \
+	        tests/cuda/test_cuda_sanitize.py $(PYTEST_ARGS) || failed="$$failed $$tool"; \
+	done; if [ -n "$$failed" ]; then echo "sanitize-gpu: failed:$$failed" >&2; exit 1; fi
+
+# The targets first, then other sizes while the budget lasts; then the families of CUDA kernels.
+gpu-bench:
+	@failed=0; $(GPU_RUN) timeout -k 10 200 $(GPU_PYTHON) bench/project.py --device cuda $(GPU_BENCH_ARGS) || failed=1; \
+	$(GPU_RUN) timeout -k 10 30 $(GPU_PYTHON) bench/project.py --device cuda --ladder --repeats 5 || failed=1; \
+	exit $$failed
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -7,12 +7,13 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from acceptance import FAIL, as_dicts, list_of
+from acceptance import FAIL, Target, as_dicts, list_of
 from acceptance_gpu import memory_targets, rate_targets
 from fastproj.backends import dispatch
 from measure import GpuTimer, Row, table_of, time_case, write_result
@@ -98,6 +99,24 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / median(timer(lambda: target.copy_(source)) for _ in range(10))
 
 
+def make_case(options: argparse.Namespace, shape: Shape, free_bytes: int) -> Case:
+    """The case of a shape, with as many rows as fit."""
+    rows, cut = fitting_rows(shape, free_bytes)
+    return Case(
+        batch=shape.batch,
+        rows=rows,
+        cols=shape.cols,
+        kind=shape.kind,
+        dtype=getattr(torch, shape.dtype),
+        stored_bytes=int((options.stored_gib or 16.0) * 2**30),
+        trak_rows=0,
+        max_seconds=options.max_seconds,
+        square=options.square or SQUARE,
+        device=DEVICE,
+        cut=cut,
+    )
+
+
 def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
     """The command `bench/project.py --device cuda`; 1 for a wrong result or a missed target."""
     if not torch.cuda.is_available():
@@ -115,35 +134,12 @@ def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
     say(f"{torch.cuda.get_device_name()}, {arch}; a copy moves {bandwidth / 1e12:.2f} TB/s")
     rows: list[Row] = []
     not_run: list[str] = []
-    for shape in shapes_of(options):
-        if time.monotonic() - begun > options.budget:
-            not_run.append(str(shape))
-            continue
-        torch.cuda.empty_cache()
-        fits, cut = fitting_rows(shape, torch.cuda.mem_get_info()[0])
-        case = Case(
-            batch=shape.batch,
-            rows=fits,
-            cols=shape.cols,
-            kind=shape.kind,
-            dtype=getattr(torch, shape.dtype),
-            stored_bytes=int((options.stored_gib or 16.0) * 2**30),
-            trak_rows=0,
-            max_seconds=options.max_seconds,
-            square=options.square or SQUARE,
-            device=DEVICE,
-            cut=cut,
-        )
-        found = time_case(case, providers, options.repeats or 10)
-        say(table_of(found, PEAKS))
-        rows += found
-    targets = rate_targets(rows, arch)
-    if not options.ladder:
-        targets += memory_targets()
-    say(list_of(targets))
-    if not_run:
-        say(f"\nnot run, --budget {options.budget:g} s was used up: {'; '.join(not_run)}")
-    if not options.no_write:
+    stopped = ""
+
+    def write(targets: Sequence[Target] = ()) -> Path | None:
+        """After every case: what is there when a kernel hangs is what there is to look at."""
+        if options.no_write:
+            return None
         name = "project-gpu" + "-quick" * options.quick + "-ladder" * options.ladder
         content: dict[str, Any] = {
             "options": vars(options),
@@ -151,7 +147,33 @@ def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
             "rows": [row.as_dict() for row in rows],
             "targets": as_dicts(targets),
             "not_run": not_run,
+            "stopped": stopped,
         }
-        print(f"\nwrote {write_result(name, content, chr(10).join(said))}")
-    wrong = any(row.wrong for row in rows)
+        return write_result(name, content, "\n".join(said))
+
+    for shape in shapes_of(options):
+        if time.monotonic() - begun > options.budget:
+            not_run.append(str(shape))
+            continue
+        try:
+            torch.cuda.empty_cache()
+            case = make_case(options, shape, torch.cuda.mem_get_info()[0])
+            found = time_case(case, providers, options.repeats or 10)
+        except RuntimeError as error:  # of a kernel: CUDA takes no more calls after it
+            stopped = f"{shape}: {' '.join(str(error).split())[:300]}"
+            say(f"\nSTOPPED at {stopped}")
+            break
+        say(table_of(found, PEAKS))
+        rows += found
+        write()
+    targets = rate_targets(rows, arch)
+    if not options.ladder and not stopped:
+        targets += memory_targets()
+    say(list_of(targets))
+    if not_run:
+        say(f"\nnot run, --budget {options.budget:g} s was used up: {'; '.join(not_run)}")
+    path = write(targets)
+    if path is not None:
+        print(f"\nwrote {path}")
+    wrong = bool(stopped) or any(row.wrong for row in rows)
     return 1 if wrong or any(target.verdict == FAIL for target in targets) else 0

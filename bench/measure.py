@@ -110,14 +110,19 @@ def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[R
         rows.append(row)
         try:
             prepared = provider.prepare(case, inputs)
+            if isinstance(prepared, str):
+                row.note = prepared
+                continue
+            row.rows, row.flops, row.note = prepared.rows, prepared.flops, prepared.note
+            with prepared.around():
+                row.error = prepared.error(prepared.call())
         except torch.OutOfMemoryError:
-            prepared = "skipped: its memory does not fit"
-        if isinstance(prepared, str):
-            row.note = prepared
+            row.note = "skipped: its memory does not fit"
             continue
-        row.rows, row.flops, row.note = prepared.rows, prepared.flops, prepared.note
-        with prepared.around():
-            row.error = prepared.error(prepared.call())
+        except RuntimeError as error:  # a kernel that fails must not cost the other rows
+            row.wrong = True
+            row.note = f"FAILED: {' '.join(str(error).split())[:200]}"
+            continue
         if not row.error <= prepared.bound:
             row.wrong = True
             row.note = f"WRONG: error {row.error:.1e}, allowed {prepared.bound:.1e}; not timed"

@@ -5,6 +5,8 @@ The generic tests (tests/test_ops.py and others) run on the CUDA backend too whe
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 import torch
@@ -65,10 +67,16 @@ def poisoned_workspaces():
     torch.full((128 << 20,), 0xFF, dtype=torch.uint8, device="cuda")
 
 
+@lru_cache(maxsize=8)  # NumPy needs seconds for the large ones, which several tests share
+def entries(key, row_offset, rows, proj_dim):
+    """The NumPy truth, in float32, which holds every entry."""
+    block = matrix_block(key, row_offset, row_offset + rows, 0, proj_dim)
+    return torch.from_numpy(np.asarray(block, dtype=np.float32))
+
+
 def exact(grads, proj_dim, key, *, row_offset=0):
     """In float64 on the NumPy truth, on the CPU."""
-    block = matrix_block(key, row_offset, row_offset + grads.shape[1], 0, proj_dim)
-    return grads.cpu().double() @ torch.from_numpy(np.asarray(block, dtype=np.float64))
+    return grads.cpu().double() @ entries(key, row_offset, grads.shape[1], proj_dim).double()
 
 
 def integers(*shape, dtype=torch.float32, device="cuda"):
@@ -136,7 +144,7 @@ def test_error_against_float64(variant, kind, dtype, rows):
     """Errors no larger than twice those of a torch matmul of the same dtype with a stored R."""
     key = MatrixKey(kind, 5, 0)
     grads = torch.randn(32, rows, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
-    block = torch.from_numpy(np.asarray(matrix_block(key, 0, rows, 0, 256), dtype=np.float32))
+    block = entries(key, 0, rows, 256)
     expected = grads.cpu().double() @ block.double()
 
     def error(value):

@@ -26,15 +26,31 @@ ESSENTIAL = [
 ]
 
 
+# Counts are promises about the Triton that made the committed table; docs/triton.md says what
+# others make of the same source.
+PROMISED = f"Triton\n{triton.__version__}," in RESOURCES.read_text()
+
+
+def inspect(case: Case, arch: str) -> Report:
+    """The compiled code; skips where this Triton comes without AMD's linker."""
+    try:
+        return aot.inspect(case, arch)
+    except Exception as error:
+        if arch.startswith("gfx") and "linker" in str(error):
+            pytest.skip(f"Triton {triton.__version__}: {error}")
+        raise
+
+
 def check(report: Report) -> None:
     case = report.case
     assert report.registers <= (512 if report.arch.startswith("gfx") else 255)
-    assert report.spills_in_loop == 0
+    if PROMISED:
+        assert report.spills_in_loop == 0
     if case.operation in ("project", "transpose") and case.dtype != "float64":
         assert report.matrix_instruction == UNITS[report.arch]
     if case.operation != "project" or case.dtype == "float64":
         return
-    if report.arch != "gfx942":
+    if report.arch != "gfx942" and (PROMISED or case.kind == "rademacher"):
         assert report.register_operand
     if report.arch == "sm_90":
         # As many waits as products: were wgmma serialised, each instruction would have its own.
@@ -47,18 +63,17 @@ def check(report: Report) -> None:
 
 @pytest.mark.parametrize(("case", "arch", "most"), ESSENTIAL, ids=str)
 def test_compiled(case: Case, arch: str, most: float | None) -> None:
-    report = aot.inspect(case, arch)
+    report = inspect(case, arch)
     check(report)
-    if most is not None:
-        assert report.per_entry is not None
-        assert report.per_entry <= most
-    table = RESOURCES.read_text()
-    if f"Triton\n{triton.__version__}," in table:  # a row is of the version that made it
-        assert aot.markdown([report]).splitlines()[-1] in table.splitlines()
+    if PROMISED:
+        if most is not None:
+            assert report.per_entry is not None
+            assert report.per_entry <= most
+        assert aot.markdown([report]).splitlines()[-1] in RESOURCES.read_text().splitlines()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", UNITS)
 @pytest.mark.parametrize("case", aot.cases(), ids=str)
 def test_all_compiled(case: Case, arch: str) -> None:
-    check(aot.inspect(case, arch))
+    check(inspect(case, arch))

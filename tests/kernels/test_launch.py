@@ -58,7 +58,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     monkeypatch.setattr(launch, "device_facts", lambda _: launch.Device("sm_90", 132, "wgmma"))
     for kernel in KERNELS:  # what is compiled here is not for a GPU of this machine
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    monkeypatch.setattr(driver, "_active", StandIn())
+    attribute = next(name for name in ("_active", "active") if name in vars(driver))
+    monkeypatch.setattr(driver, attribute, StandIn())
     return calls
 
 

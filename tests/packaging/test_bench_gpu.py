@@ -141,6 +141,49 @@ def test_a_wrong_result_is_not_timed_and_fails(
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_a_kernel_that_fails_costs_its_own_row_only(
+    gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from providers import ours_gpu
+
+    def failing(grads: torch.Tensor, **options: Any) -> torch.Tensor:
+        if options["backend"] == "cuda":
+            raise RuntimeError("launch of project sm90\n failed")
+        if options["precision"] == "high":
+            raise torch.OutOfMemoryError("no room")
+        return fastproj.project(grads, **{**options, "backend": "cpu"})
+
+    monkeypatch.setattr(ours_gpu, "fastproj", types.SimpleNamespace(project=failing))
+    assert bench("--dtype", "float32") == 1
+    (path,) = gpu_stand_in.glob("*.json")
+    rows = {row["provider"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["fastproj cuda highest"]["note"] == "FAILED: launch of project sm90 failed"
+    assert rows["fastproj cuda highest"]["wrong"]
+    assert rows["fastproj triton high"]["note"] == "skipped: its memory does not fit"
+    assert len(rows["fastproj triton highest"]["seconds"]) == 2
+
+
+def test_a_dead_gpu_ends_the_run_and_keeps_what_there_is(
+    gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    real = gpu.time_case
+
+    def dies(case: Any, *rest: Any) -> Any:
+        if case.batch == 2:
+            raise RuntimeError("an illegal memory access was encountered")
+        return real(case, *rest)
+
+    monkeypatch.setattr(gpu, "time_case", dies)
+    assert bench("--batch", "1", "2", "3", "--provider", "blocks") == 1
+    assert "STOPPED at rademacher bfloat16 B=2 P=3000 K=512: an ill" in capsys.readouterr().out
+    (path,) = gpu_stand_in.glob("*.json")
+    content = json.loads(path.read_text())
+    assert [row["batch"] for row in content["rows"]] == [1]
+    assert "illegal memory access" in content["stopped"]
+
+
 def test_the_ladder_names_each_family(
     gpu_stand_in: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

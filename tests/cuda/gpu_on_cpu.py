@@ -1,0 +1,100 @@
+"""A pytest plugin: tests of the CUDA backend that are written for a GPU, run on the emulation.
+
+`cuda` tensors are CPU tensors, the backend's three functions are those of emulation.py. So the
+tests themselves are known to be right before they meet a GPU: test_cuda_gpu_tests.py runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import emulation
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastproj.backends import cuda, registry
+
+TERMS = {"highest": 3, "high": 2, "medium": 1}
+
+
+class OnCpu(TorchFunctionMode):
+    """Every `cuda` that a torch function gets reads `cpu`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        def moved(value: Any) -> Any:
+            names = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+            return "cpu" if names else value
+
+        kwargs = {name: moved(value) for name, value in (kwargs or {}).items()}
+        return function(*map(moved, args), **kwargs)
+
+
+def project(
+    pieces: list[Tensor],
+    out: Tensor,
+    *,
+    key: Any,
+    row_offset: int,
+    scale: float,
+    accumulate: bool,
+    precision: str,
+) -> None:
+    """The adapter's project, on the emulation."""
+    for piece in pieces:
+        emulation.project(
+            piece,
+            out.shape[1],
+            kind=key.kind,
+            seed=key.seed,
+            stream=key.stream,
+            row_offset=row_offset,
+            scale=scale,
+            terms=TERMS[precision],
+            variant=cuda._variant(),
+            out=out,
+            accumulate=accumulate,
+        )
+        row_offset += piece.shape[1]
+        accumulate = True
+
+
+def project_transpose(
+    y: Tensor, out: Tensor, *, key: Any, row_offset: int, scale: float, precision: str
+) -> None:
+    """The adapter's project_transpose, on the emulation."""
+    emulation.project_transpose(
+        y,
+        out.shape[1],
+        kind=key.kind,
+        seed=key.seed,
+        stream=key.stream,
+        row_offset=row_offset,
+        scale=scale,
+        terms=TERMS[precision],
+        variant=cuda._variant(),
+        out=out,
+    )
+
+
+def matrix(out: Tensor, *, key: Any, row_offset: int, col_offset: int) -> None:
+    """The adapter's matrix, on the emulation."""
+    offsets = {"row_offset": row_offset, "col_offset": col_offset}
+    emulation.matrix(out, kind=key.kind, seed=key.seed, stream=key.stream, **offsets)
+
+
+# Before test modules are imported: they ask for the GPU then.
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+torch.cuda.mem_get_info = lambda *_: (1 << 30, 1 << 30)
+cuda.unavailable = lambda: None
+cuda.project, cuda.project_transpose, cuda.matrix = project, project_transpose, matrix
+registry.unavailable = lambda name: None if name == "cuda" else f"{name} is not what is tested"
+
+
+@pytest.fixture(autouse=True)
+def cpu_for_cuda() -> Iterator[None]:
+    with OnCpu():
+        yield
