@@ -116,7 +116,7 @@ def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[R
             row.rows, row.flops, row.note = prepared.rows, prepared.flops, prepared.note
             with prepared.around():
                 row.error = prepared.error(prepared.call())
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             row.note = "skipped: its memory does not fit"
             continue
         except RuntimeError as error:  # a kernel that fails must not cost the other rows

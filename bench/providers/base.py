@@ -122,7 +122,7 @@ def float64_product(grads: Tensor, columns: slice, kind: str) -> Tensor:
     return total
 
 
-@lru_cache(maxsize=256)  # up to 8 MiB each, and the next case needs them again
+@lru_cache(maxsize=128)  # up to 8 MiB each, and the next case needs them again
 def checked_block(start: int, stop: int, first: int, last: int, kind: str) -> Tensor:
     """R[start:stop, first:last], bf16 (exact), from a backend that is not being timed on a GPU."""
     rows, cols = slice(start, stop), slice(first, last)

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+from dense import matmul_bound
 
 from fastproj.backends import cuda
 from fastproj.spec import MatrixKey, matrix_block
@@ -141,7 +142,9 @@ def test_every_batch_tile(variant, batch, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [512, 100_000])
 def test_error_against_float64(variant, kind, dtype, rows):
-    """Errors no larger than twice those of a torch matmul of the same dtype with a stored R."""
+    """Errors no larger than twice those of a torch matmul of the same dtype with a stored R;
+    float64: within the bound of any order of sums.
+    """
     key = MatrixKey(kind, 5, 0)
     grads = torch.randn(32, rows, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
     block = entries(key, 0, rows, 256)
@@ -150,6 +153,10 @@ def test_error_against_float64(variant, kind, dtype, rows):
     def error(value):
         return ((value.cpu().double() - expected).norm() / expected.norm()).item()
 
+    if dtype == torch.float64:  # the truth is no better than that
+        bound = 2 * matmul_bound(grads.cpu(), block, 2.0**-53)
+        assert ((run(grads, 256, key).cpu() - expected).abs() <= bound).all()
+        return
     torch.backends.cuda.matmul.allow_tf32 = False
     stored = grads @ block.to("cuda", dtype)
     assert error(run(grads, 256, key)) <= 2 * error(stored)
@@ -279,6 +286,7 @@ def test_current_stream_without_synchronising():
     expected = exact(grads, 256, key)
     stream = torch.cuda.Stream()
     late = torch.zeros_like(grads)
+    run(late, 256, key)  # a first call loads the kernels, which may take longer than the sleep
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
