@@ -12,6 +12,7 @@ import socket
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
     except OSError as error:
         raise write_error(path, size, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_quietly(temporary)
 
 
 def temporary_path(path: Path) -> Path:
@@ -103,7 +104,13 @@ def remove_stale(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         name, pid, _, _ = path.name.rsplit(".", 3)
         if pid.isdigit() and name.endswith(f".{socket.gethostname()}") and not alive(int(pid)):
-            path.unlink(missing_ok=True)
+            remove_quietly(path)
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove a file that nothing depends on; on a read-only disk it stays."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:

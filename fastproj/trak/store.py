@@ -430,8 +430,9 @@ class Store:
         return tensors["xtx"], int(metadata["n"]), float(metadata["eps"])
 
     def part_path(self, model_id: int, number: int) -> Path:
-        """The file of a part of XtX."""
-        return self.model_dir(model_id) / f"part-{number:04d}.safetensors"
+        """The file of a part of XtX; processes that see other shards have other parts."""
+        layout = self.index(model_id).layout_digest()[:12]
+        return self.model_dir(model_id) / f"part-{layout}-{number:04d}.safetensors"
 
     def has_part(self, model_id: int, number: int) -> bool:
         """Whether a part of XtX of the shards that are there now was stored."""
@@ -439,12 +440,11 @@ class Store:
         if not path.exists():
             return False
         _, metadata = self._read(path, model_id, None, ())
-        facts = self._part_facts(model_id)
-        return facts.items() <= metadata.items()
+        return metadata.get("content") == self.index(model_id).content_digest()
 
     def write_part(self, model_id: int, number: int, xtx: Tensor, eps: float) -> None:
         """Keep the sum over some blocks, float64 [k, k], until XtX is whole."""
-        facts = self._part_facts(model_id) | {"eps": repr(eps)}
+        facts = {"content": self.index(model_id).content_digest(), "eps": repr(eps)}
         path = self.part_path(model_id, number)
         write_safetensors(path, {"xtx": xtx}, self._shard_identity(model_id, None) | facts)
 
@@ -457,10 +457,6 @@ class Store:
         """Remove the parts of XtX, which is whole now."""
         for path in self.model_dir(model_id).glob("part-*.safetensors"):
             path.unlink(missing_ok=True)
-
-    def _part_facts(self, model_id: int) -> dict[str, str]:
-        index = self.index(model_id)
-        return {"content": index.content_digest(), "layout": index.layout_digest()}
 
     def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:
         """Keep what was solved: lambda and what it gave."""

@@ -25,6 +25,7 @@ from fastproj.trak.files import (
     corrupt,
     digest,
     read_safetensors,
+    remove_quietly,
     remove_stale,
     sync_dir,
     temporary_path,
@@ -95,12 +96,13 @@ class ScoresWriter:
                 else:
                     file.truncate(file.tell() + size)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            remove_quietly(path)
             raise write_error(self.path, size, error) from error
 
     @property
     def _start(self) -> int:
-        return array_start(self.file, self.shape)
+        (length,) = struct.unpack("<H", os.pread(self.file, 2, 8))  # NumPy's format 1.0
+        return 10 + int(length)
 
     def add(self, rows: Indices, columns: range, block: Scores) -> None:
         """``array[rows, columns] = block``; rows [b] are distinct."""
@@ -128,7 +130,7 @@ class ScoresWriter:
             os.fsync(self.file)
         step, count = stripes(self.shape)
         mine = range(self.ranks.rank, count, self.ranks.size)
-        sums = {i: stripe_checksum(self.file, self.shape, i, step) for i in mine}
+        sums = {i: stripe_checksum(self.file, self._start, self.shape, i, step) for i in mine}
         every = {
             i: s for part in self.ranks.gather("finalize_scores", sums) for i, s in part.items()
         }
@@ -137,6 +139,7 @@ class ScoresWriter:
                 footer = {
                     **self.facts,
                     "shape": self.shape,
+                    "head": zlib.crc32(os.pread(self.file, self._start, 0)),
                     "stripe_rows": step,
                     "crc32": [every[i] for i in range(count)],
                 }
@@ -157,13 +160,7 @@ class ScoresWriter:
     ) -> None:
         os.close(self.file)
         if self.temporary is not None and self.ranks.first:
-            self.temporary.unlink(missing_ok=True)
-
-
-def array_start(file: int, shape: tuple[int, int]) -> int:
-    """Where the numbers begin in a NumPy file of this shape (format 1.0)."""
-    (length,) = struct.unpack("<H", os.pread(file, 2, 8))
-    return 10 + int(length)
+            remove_quietly(self.temporary)
 
 
 def stripes(shape: tuple[int, int]) -> tuple[int, int]:
@@ -172,11 +169,11 @@ def stripes(shape: tuple[int, int]) -> tuple[int, int]:
     return step, -(-shape[0] // step)
 
 
-def stripe_checksum(file: int, shape: tuple[int, int], number: int, step: int) -> int:
-    """CRC-32 of a stripe as it is in the file."""
+def stripe_checksum(file: int, start: int, shape: tuple[int, int], number: int, step: int) -> int:
+    """CRC-32 of a stripe of the array that begins at ``start`` in the file."""
     begin = number * step
     size = 4 * shape[1] * (min(begin + step, shape[0]) - begin)
-    place = array_start(file, shape) + 4 * shape[1] * begin
+    place = start + 4 * shape[1] * begin
     crc = 0
     while size:
         data = os.pread(file, min(size, STRIPE_BYTES), place)
@@ -207,18 +204,18 @@ def read_scores(path: Path | str) -> Scores:
             if digest(json.dumps(footer, sort_keys=True).encode()) != stored:
                 raise ValueError("the checksum of its end is another")
             shape = (int(footer["shape"][0]), int(footer["shape"][1]))
+            start = end - length - 4 * shape[0] * shape[1]
+            if start < 0 or zlib.crc32(os.pread(file.fileno(), start, 0)) != footer["head"]:
+                raise ValueError("the checksum of its beginning is another")
             array: Scores = np.load(path, mmap_mode="c")
-            if array.shape != shape or array.dtype != np.float32 or not array.flags.c_contiguous:
-                raise ValueError(f"it says {array.shape} {array.dtype}, its end says {shape}")
-            if array_start(file.fileno(), shape) + array.nbytes != end - length:
-                raise ValueError("its size isn't that of its array")
             for number, crc in enumerate(footer["crc32"]):
-                if stripe_checksum(file.fileno(), shape, number, footer["stripe_rows"]) != crc:
+                step = footer["stripe_rows"]
+                if stripe_checksum(file.fileno(), start, shape, number, step) != crc:
                     first = number * footer["stripe_rows"]
                     raise ValueError(f"the checksum of the rows from {first} on is another")
     except FileNotFoundError as error:
         raise StoreError(f"TRAKer: there are no scores at {path}") from error
-    except (ValueError, KeyError, TypeError, struct.error, EOFError, SyntaxError) as error:
+    except (ValueError, KeyError, TypeError, OSError, struct.error, EOFError) as error:
         raise corrupt(path, f"{error}") from error
     return array
 

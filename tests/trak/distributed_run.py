@@ -30,9 +30,12 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
 
     how["feed"] : "plain" (num_samples), "inds", "remaining" (remaining_batches) or "sampler"
         (DistributedSampler; "sampler by number" with num_samples), "own checkpoints" (plain, but
-        one checkpoint for each rank until all are finalised). how["die"] = [rank, stage] kills
-        that rank as it computes its second batch of the stage, how["fail"] = [rank, method] lets
-        a method of the score computer fail. The computed batches are appended to ``log``.
+        one checkpoint for each rank until all are finalised).
+    how["die"] : [rank, stage] kills that rank as it computes its second batch of the stage.
+    how["fail"] : [rank, method] lets a method of the score computer fail there.
+    how["batch_size"] : one for each rank.
+    how["only"] : "featurize" lets each rank featurize every size-th batch of its, and no more.
+    log : the computed batches are appended to it.
     """
     if size > 1:
         launch(rank, size, port)
@@ -69,7 +72,9 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
         if feed.startswith("sampler") and size > 1:
             sampler = DistributedSampler(everything, shuffle=False, drop_last=False)
             loader = DataLoader(everything, batch_sampler=BatchSampler(sampler, batch_size, False))
-        for *batch, inds in loader:
+        for number, (*batch, inds) in enumerate(loader):
+            if how.get("only") and number % size != rank:
+                continue
             if feed in ("plain", "sampler by number", "own checkpoints"):
                 call(batch, num_samples=len(inds))
             else:
@@ -86,9 +91,11 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
         if feed == "own checkpoints" and model_id % size != rank:
             continue
         traker.load_checkpoint(state, model_id)
-        go(traker.featurize, train, 4)
+        go(traker.featurize, train, how.get("batch_size", [4] * size)[rank])
         if feed == "own checkpoints":
             traker.finalize_features(model_ids=[model_id])
+    if how.get("only"):
+        return
     traker.finalize_features()
     for model_id, state in enumerate(states):
         traker.start_scoring_checkpoint("test", state, model_id, M)

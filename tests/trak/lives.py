@@ -79,7 +79,7 @@ def fork(order: dict[str, Any], arguments: list[Any]) -> int:
         return child
     code = 1
     try:
-        signal.alarm(120)  # a child that hangs ends, and its exit code says so
+        signal.alarm(600)  # a child that hangs ends, and its exit code says so
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(log, 1)

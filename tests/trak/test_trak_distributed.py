@@ -122,9 +122,29 @@ def test_starting_afresh_sets_old_features_aside_once(tmp_path, server, whole):
 
 
 def test_processes_that_are_to_work_alone(tmp_path, server, whole):
-    """distributed=False: each does everything, in one save_dir, and neither harms the other."""
-    _, batches = run(server, tmp_path, 2, options={"distributed": False})
+    """Each does everything, at once and in one save_dir, and neither harms the other."""
+    _, batches = run(server, tmp_path, 2, options=ALONE)
     assert {b.split()[0] for b in batches} == {"0", "1"}
+    assert_same(results(tmp_path), whole)
+
+
+ALONE = {"distributed": False}  # the processes know nothing of each other
+
+
+def test_processes_apart_with_the_same_samples_in_other_batches(tmp_path, server, whole):
+    """Two writers of each checkpoint at once, of shards that overlap."""
+    _, batches = run(server, tmp_path, 2, options=ALONE, feed="inds", batch_size=[4, 3])
+    assert {b.split()[0] for b in batches if b.split()[1] == "featurize"} == {"0", "1"}
+    largest = np.abs(whole[0]).max()
+    np.testing.assert_allclose(results(tmp_path)[0], whole[0], rtol=1e-5, atol=1e-6 * largest)
+    assert not list((tmp_path / "store").rglob(".*.tmp"))
+
+
+def test_processes_apart_with_samples_of_their_own(tmp_path, server, whole):
+    _, batches = run(server, tmp_path, 3, options=ALONE, feed="inds", only="featurize")
+    assert len(batches) == len({b.split(" ", 1)[1] for b in batches}) == 2 * 9
+    _, batches = run(server, tmp_path, 1)
+    assert sum("featurize" in b for b in batches) == 2 * 9  # none again
     assert_same(results(tmp_path), whole)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
 from fastproj.trak import files as module
 from fastproj.trak.features import pack_half, unpack
 from fastproj.trak.files import read_json, write_json
+from fastproj.trak.writer import read_scores, read_top_scores
 
 N, M = 12, 3
 
@@ -34,12 +36,15 @@ def train():
 @pytest.fixture
 def finished(tmp_path, model, train):
     """A directory with everything in it, and its scores."""
-    scores = cases.whole_run(tmp_path, [model], train, cases.data(M, seed=5))
-    return tmp_path, np.array(scores)
+    scores = np.array(cases.whole_run(tmp_path, [model], train, cases.data(M, seed=5)))
+    cases.make(model, tmp_path, N).finalize_scores("test", top_k=2)
+    return tmp_path, scores
 
 
 def read_all(folder, model):
-    """Everything that reads a store."""
+    """Everything that reads a store; what was there before it is made again."""
+    read_scores(folder / "scores" / "test.mmap")
+    read_top_scores(folder / "scores" / "test.top.safetensors")
     return np.array(cases.make(model, folder, N).finalize_scores("test"))
 
 
@@ -51,6 +56,8 @@ FILES = [
     "models/0/train-*.safetensors",
     "models/0/targets/test/target-*.safetensors",
     "experiments/test.json",
+    "scores/test.mmap",
+    "scores/test.top.safetensors",
 ]
 
 
@@ -91,6 +98,8 @@ def test_deleting_a_file_and_repeating_the_run_restores_it(finished, model, trai
     for path in folder.glob(pattern):
         path.unlink()
     again = cases.whole_run(folder, [model], train, cases.data(M, seed=5))
+    cases.make(model, folder, N).finalize_scores("test", top_k=2)
+    assert list(folder.glob(pattern))
     np.testing.assert_allclose(again, scores, rtol=1e-5, atol=1e-6 * np.abs(scores).max())
 
 
@@ -153,7 +162,7 @@ def test_no_room_for_scores_is_said_before_they_are_computed(finished, model, mo
         patch.setattr(os, "posix_fallocate", refuse)
         with pytest.raises(StoreError, match=r"no room for .*test.mmap \(144 bytes"):
             traker.finalize_scores("test")
-    assert [path.name for path in (folder / "scores").iterdir()] == ["test.mmap"]
+    assert {p.name for p in (folder / "scores").iterdir()} == {"test.mmap", "test.top.safetensors"}
     np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
 
 
@@ -173,8 +182,119 @@ def test_an_interrupted_scoring_leaves_the_old_scores(finished, model, monkeypat
     monkeypatch.setattr(traker.score_computer, "scores", stop)
     with pytest.raises(KeyboardInterrupt):
         traker.finalize_scores("test")
-    assert [path.name for path in (folder / "scores").iterdir()] == ["test.mmap"]
+    assert {p.name for p in (folder / "scores").iterdir()} == {"test.mmap", "test.top.safetensors"}
     np.testing.assert_array_equal(np.load(folder / "scores" / "test.mmap"), scores)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB of one's own; ``remount`` changes its options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount; the tests with a limit on file sizes don't")
+
+    def remount(options):
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+    yield folder, remount
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk, model, train, tmp_path):
+    folder, remount = small_disk
+    targets = cases.data(M, seed=5)
+    options = {"proj_dim": 500, "lambda_reg": "1*mean"}
+    whole = cases.whole_run(tmp_path / "whole", [model], train, targets, **options)
+    traker = cases.make(model, folder / "store", N, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    for room in (256, 512):
+        fill(folder, leave=12 << 10)
+        with pytest.raises(StoreError, match=r"no room for .*train-.* bytes free.*go on"):
+            one_by_one(traker, train)
+        assert not list(folder.rglob(".*.tmp"))
+        remount(f"size={2 * room}k")
+    done = traker.saver.index(0).done
+    assert 0 < done.sum() < N
+    remount("size=20m")
+    traker = cases.make(model, folder / "store", N, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    features, computed = traker._features, []
+
+    def counted(batch, model_id, inds):
+        computed.extend(inds)
+        return features(batch, model_id, inds)
+
+    traker._features = counted
+    traker.featurize(train, num_samples=N)
+    assert sorted(computed) == np.flatnonzero(~done).tolist()
+    fill(folder, leave=100 << 10)
+    with pytest.raises(StoreError, match=r"no room for .*xtx.safetensors"):
+        traker.finalize_features()
+    (folder / "fill").unlink()
+    traker.finalize_features()
+    cases.score(traker, model, 0, targets)
+    fill(folder, leave=0)
+    with pytest.raises(StoreError, match=r"no room for .*test.mmap"):
+        traker.finalize_scores("test")
+    assert not list((folder / "store" / "scores").iterdir())
+    (folder / "fill").unlink()
+    found = traker.finalize_scores("test")
+    np.testing.assert_allclose(found, whole, rtol=1e-3, atol=1e-4 * np.abs(whole).max())
+
+
+def one_by_one(traker, train):
+    """A shard for each sample."""
+    for i in range(N):
+        traker.featurize((train[0][i : i + 1], train[1][i : i + 1]), inds=[i])
+
+
+def fill(folder, leave):
+    """Use up a disk but for ``leave`` bytes."""
+    (folder / "fill").unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free
+    (folder / "fill").write_bytes(b"x" * max(0, free - leave))
+
+
+def test_a_read_only_disk(small_disk, model, train):
+    folder, remount = small_disk
+    remount("size=20m")
+    store = folder / "store"
+    scores = np.array(cases.whole_run(store, [model], train, cases.data(M, seed=5)))
+    left = module.temporary_path(store / "models" / "0" / "left")
+    left.with_name(left.name.replace(f".{os.getpid()}.", f".{2**30}.")).touch()
+    half = cases.make(model, folder / "half", N)
+    half.load_checkpoint(model.state_dict(), 0)
+    remount("ro")
+    with pytest.raises(StoreError, match=r"can't make the directory .* \(Read-only file system"):
+        cases.make(model, folder / "new", N)
+    with pytest.raises(StoreError, match=r"can't write .*train-.* \(Read-only file system\); not"):
+        half.featurize(train, num_samples=N)
+    done = cases.make(model, store, N)  # what is there can be read
+    done.load_checkpoint(model.state_dict(), 0)
+    assert done.saver.current_store["grads"].shape == (N, 8)
+    np.testing.assert_array_equal(read_scores(store / "scores" / "test.mmap"), scores)
+    with pytest.raises(StoreError, match=r"can't write .*test.mmap \(Read-only file system"):
+        done.finalize_scores("test")
+    remount("rw")
+    half.featurize(train, num_samples=N)
+    np.testing.assert_array_equal(done.finalize_scores("test"), scores)
+
+
+def test_a_limit_on_the_size_of_files(tmp_path, model, train):
+    traker = cases.make(model, tmp_path, N, proj_dim=500)
+    traker.load_checkpoint(model.state_dict(), 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))
+    try:
+        with pytest.raises(StoreError, match=r"can't write .*train-.* \(File too large\); nothing"):
+            traker.featurize(train, num_samples=N)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob(".*.tmp"))
+    traker.featurize(train, num_samples=N)
+    assert traker.saver.index(0).done.all()
 
 
 # ---- several writers ----------------------------------------------------------------------------
