@@ -173,9 +173,7 @@ def read_safetensors(
                 metadata = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise StoreError(
-            f"{path} is gone; expected nobody to delete it during the run"
-        ) from error
+        raise StoreError(f"{path} is gone; expected nobody to delete it during the run") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     stored = metadata.pop("checksum", "")
