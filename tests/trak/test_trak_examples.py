@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -44,3 +46,36 @@ def test_evaluation(tmp_path, monkeypatch, capsys):
     assert found[1] > 0.2
     assert found[2] > 0.9
     assert "brittleness of" in printed[0]
+
+
+SMALL = {"train": 24, "models": 1, "epochs": 1, "proj-dim": 8}
+OTHERS = {
+    "text_classification": ({}, 6, "most harmful reviews"),
+    "causal_lm": ({}, 10, "most helpful sentence"),
+    "seq2seq": ({"targets": 4}, 4, "digits shared"),
+    "clip": ({"targets": 4}, 4, "the target's caption"),
+}
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "image_classification",
+        "evaluation",
+        *OTHERS,
+    }
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_tasks(name, tmp_path, monkeypatch, capsys):
+    more, targets, last_line = OTHERS[name]
+    options = {**SMALL, **more, "out": tmp_path}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a gradient computer that had to give way
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert f"scores [24, {targets}]" in printed
+    assert last_line in printed
+    (scores,) = tmp_path.glob("scores/*.mmap")
+    assert np.isfinite(np.load(scores)).all()
