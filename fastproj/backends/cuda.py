@@ -174,13 +174,13 @@ def project(
 
     Pieces are projected one after another at their row offsets, each added to ``out``.
     """
-    extension, device = _module(), out.device
-    index = device.index if device.index is not None else torch.cuda.current_device()
     described = [(g.data_ptr(), g.shape[1], g.stride(0), g.stride(1)) for g in pieces if g.shape[1]]
     if not described:  # a sum of nothing
         if not accumulate:
             out.zero_()
         return
+    extension, device = _module(), out.device
+    index = device.index if device.index is not None else torch.cuda.current_device()
     dtype, terms, variant = _DTYPES[pieces[0].dtype], _TERMS[precision], _variant()
     batch, proj_dim = out.shape
     with torch.cuda.device(device):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+
 import pytest
 import torch
 
 from fastproj.backends import cuda
+from fastproj.spec import MatrixKey
 
 BUILT = not isinstance(cuda._extension(), str)
 needs_module = pytest.mark.skipif(not BUILT, reason=f"fastproj._cuda: {cuda._extension()}")
@@ -33,6 +38,35 @@ def test_variant_is_checked(monkeypatch):
         assert cuda._variant() == "sm80"
     with pytest.raises(ValueError, match="received 'fast'"), cuda.force_variant("fast"):
         pass
+
+
+def test_a_sum_of_nothing_is_zero():
+    settings = {"key": MatrixKey("rademacher", 0, 0), "row_offset": 0, "scale": 1.0}
+    nothing = [torch.empty(3, 0), torch.empty(3, 0)]
+    out = torch.full((3, 5), torch.nan)
+    cuda.project(nothing, out, accumulate=False, precision="highest", **settings)
+    assert torch.equal(out, torch.zeros(3, 5))
+    out.fill_(7.0)
+    cuda.project(nothing, out, accumulate=True, precision="highest", **settings)
+    assert torch.equal(out, torch.full((3, 5), 7.0))
+
+
+@needs_module
+def test_module_links_to_neither_torch_nor_cuda():
+    """cudart is linked statically and the driver found at run time."""
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed (binutils)")
+    command = ["readelf", "-d", cuda._module().__file__]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", said)
+    assert needed
+    assert not [name for name in needed if re.search("torch|c10|cuda|nv", name)]
+
+
+@needs_module
+def test_columns_beyond_32_bits_are_refused_and_another_backend_named():
+    with pytest.raises(ValueError, match=r'proj_dim=2147483648; expected .* backend="triton"'):
+        cuda.plan(1, 1000, 2**31, torch.bfloat16)
 
 
 @needs_module
