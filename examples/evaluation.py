@@ -76,7 +76,7 @@ def attribute(save_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     checkpoint = train(np.arange(N), seed=0).state_dict()
     traker = TRAKer(
         torch.nn.Linear(64, 10), "image_classification", N, save_dir, proj_dim=256,
-        lambda_reg="0.1*mean", logging_level="WARNING",
+        logging_level="WARNING",
     )  # fmt: skip
     traker.load_checkpoint(checkpoint, model_id=0)
     traker.featurize(train_set, num_samples=N)
