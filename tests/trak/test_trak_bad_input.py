@@ -84,6 +84,50 @@ def test_a_missing_gpu_is_named(tmp_path, model, monkeypatch):
         cases.make(model, tmp_path, N, device="cuda:0")
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:one", 3.5])
+def test_a_device_that_torch_does_not_know(tmp_path, model, device):
+    with pytest.raises(ValueError, match=r"device=.*, which torch doesn't know .*'cpu'|\"cpu\""):
+        cases.make(model, tmp_path, N, device=device)
+
+
+def test_an_empty_batch_is_nothing_to_do(traker, train, model):
+    """The last batch of a sampler may be empty."""
+    nothing = (train[0][:0], train[1][:0])
+    traker.featurize(nothing, inds=[])
+    traker.featurize(nothing, inds=torch.empty(0, dtype=torch.int64))
+    traker.featurize(nothing, num_samples=0)
+    assert not shards(traker.save_dir)
+    with pytest.raises(ValueError, match="num_samples=0 with a batch of 20"):
+        traker.featurize(train, num_samples=0)
+    with pytest.raises(ValueError, match="0 inds with a batch of 20"):
+        traker.featurize(train, inds=[])
+    traker.featurize(train, num_samples=N)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, 3)
+    traker.score(nothing, num_samples=0)
+    traker.score((train[0][:3], train[1][:3]), num_samples=3)
+    with pytest.raises(ValueError, match="top_k=0"):
+        traker.finalize_scores("test", top_k=0)
+    assert traker.finalize_scores("test", top_k=99).helpful_indices.shape == (3, N)
+
+
+def test_batches_that_remain(tmp_path, traker, train, model):
+    with pytest.raises(NotReadyError, match="call load_checkpoint or"):
+        cases.make(model, tmp_path / "new", N).remaining_batches(4)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        traker.remaining_batches(0)
+    traker.featurize((train[0][[0, 1, 2, 3, 9]], train[1][[0, 1, 2, 3, 9]]), inds=[0, 1, 2, 3, 9])
+    traker.load_checkpoint(model.state_dict(), 0)
+    todo = traker.remaining_batches(4)
+    assert todo == [[4, 5, 6, 7], [8, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    for inds in todo:
+        traker.featurize((train[0][inds], train[1][inds]), inds=inds)
+    assert traker.remaining_batches(4) == []
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, 3)
+    assert traker.remaining_batches(2) == [[0, 1], [2]]
+
+
 def test_checkpoints_that_do_not_fit_leave_the_model_alone(traker, model):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     state = {name: t + 1 for name, t in model.state_dict().items()}
