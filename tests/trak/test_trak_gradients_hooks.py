@@ -427,6 +427,51 @@ def test_a_first_sample_of_nan_is_left_to_the_estimator():
     torch.testing.assert_close(grads[1:], exact[1:])
 
 
+def test_after_a_first_sample_of_nan_the_next_is_checked():
+    torch.manual_seed(0)
+    model = Classifier(Elsewhere(), 4).double().eval()
+    x, labels = floats(4), torch.arange(N) % CLASSES
+    computer = HookGradientComputer(model, TASK)
+    computer.compute_per_sample_grad((x * torch.nan, labels))
+    with pytest.raises(HooksError, match=r"layer\.fc"):
+        computer.compute_per_sample_grad((x, labels))
+
+
+class Experts(nn.Module):
+    """A layer that only some samples go through; the first does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.usual = nn.Linear(4, 4)
+        self.rare = nn.Linear(4, 4)
+
+    def forward(self, x):
+        out = self.usual(x)
+        chosen = x[:, 0] > 1e3
+        if bool(chosen.any()):
+            out = out + self.rare(x) * chosen.unsqueeze(1)
+        return out
+
+
+def test_a_layer_that_the_first_samples_do_not_use_is_not_forgotten():
+    torch.manual_seed(0)
+    model = Classifier(Experts(), 4).double().eval()
+    x, labels = floats(4), torch.arange(N) % CLASSES
+    other = x.clone()
+    other[2, 0] = 2e3
+    computer = HookGradientComputer(model, TASK)
+    grads = computer.compute_per_sample_grad((x, labels))
+    assert not grads["layer.rare.weight"].any()
+    with pytest.raises(HooksError, match=r"layer\.rare was called more often"):
+        computer.compute_per_sample_grad((other, labels))
+    automatic = AutomaticGradientComputer(model, TASK)
+    automatic.compute_per_sample_grad((x, labels))
+    with pytest.warns(UserWarning, match="'loop' is used instead"):
+        found = automatic.compute_per_sample_grad((other, labels))
+    exact = IterativeGradientComputer(model, TASK).compute_per_sample_grad((other, labels))
+    torch.testing.assert_close(flat(found), flat(exact))
+
+
 def test_whole_model_runs_are_said(caplog):
     """A parameter of the model itself, here `gain`, leaves only torch.func on the whole model."""
     model, batch = cases.net(dtype=torch.float64), cases.data(4, dtype=torch.float64)

@@ -68,7 +68,7 @@ class AutomaticGradientComputer(AbstractGradientComputer):
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
-                may_refuse = not self._proven or isinstance(error, HooksError)
+                may_refuse = refused or not self._proven or isinstance(error, HooksError)
                 if name == self._left[-1] or not may_refuse:
                     raise
                 refused.append((name, error))

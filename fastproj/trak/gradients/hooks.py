@@ -35,7 +35,7 @@ logger = logging.getLogger("fastproj.trak")
 class Plan:
     """How the gradient of a model comes about, for samples of one shape."""
 
-    hooked: list[Owned]
+    hooked: list[Owned]  # those without a layout were not called for the sample that was tried
     layouts: dict[str, list[Layout]]  # of each hooked module, call by call
     rest: list[str] = field(default_factory=list)  # parameters that hooks can't see
 
@@ -53,8 +53,9 @@ class HookGradientComputer(AbstractGradientComputer):
     model, which is said.
 
     The task must be a ``BatchedModelOutput``. Where the batch dimension is inside the model is
-    found by running batches of 2 and 3 copies of a sample. After each ``load_model_params`` the
-    first sample's gradient is compared with plain autograd's.
+    found by running batches of 2 and 3 copies of a sample; a module that other samples call more
+    often is an error. After each ``load_model_params`` the first sample's gradient is compared with
+    plain autograd's.
 
     Raises
     ------
@@ -72,11 +73,12 @@ class HookGradientComputer(AbstractGradientComputer):
             )
         self._owned = owned_modules(model, set(self.names))
         self._expected: dict[str, Tensor] | None = None
-        self._used: set[str] | None = None
+        self._used: set[str] = set()
         self._checked = False
         self._plans: dict[Any, Plan] = {}
-        self._told: set[str] = set()  # what has been said once
-        self._work = Workspace()
+        if not hasattr(self, "_told"):
+            self._told: set[str] = set()  # what has been said once
+            self._work = Workspace()
 
     # ---- the two results ------------------------------------------------------------------------
 
@@ -149,7 +151,7 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def _plan(self, batch: tuple[Any, ...]) -> Plan:
         """The plan for samples of these shapes."""
-        if self._used is None:
+        if not self._checked and self._expected is None:
             self._learn_gradient(batch)
         key = tuple((tuple(t.shape[1:]), t.dtype) for t in batches.leaves(batch))
         if key not in self._plans:
@@ -160,11 +162,9 @@ class HookGradientComputer(AbstractGradientComputer):
         """Which parameters f depends on, and the first sample's gradient, to be checked against."""
         gradient = self.gradient_of(batches.select(batch, 0))
         known = {name: g for name, g in gradient.items() if g is not None}
-        self._used = set(known)
+        self._used |= set(known)
         if all(bool(torch.isfinite(g).all()) for g in known.values()):
-            self._expected = known
-        else:  # nothing to compare with; another batch will do
-            self._checked = True
+            self._expected = known  # otherwise there is nothing to compare with yet
 
     def _make_plan(self, batch: tuple[Any, ...]) -> Plan:
         """Hook the modules whose every call has one batch dimension; others leave it to a parent.
@@ -173,12 +173,16 @@ class HookGradientComputer(AbstractGradientComputer):
         those whose parameters another module reads (the output projection of
         ``nn.MultiheadAttention``). What gets to the top is left to ``torch.func``.
         """
-        used = self._used or set()
         left: dict[str, Owned] = {}
+        unused = []
         for owned in self._owned:
-            names = {local: name for local, name in owned.names.items() if name in used}
+            names = {local: name for local, name in owned.names.items() if name in self._used}
             if names:
                 left[owned.path] = Owned(owned.path, owned.module, names)
+            else:
+                unused.append(owned)
+        calls, _ = self._try(unused, batch) if unused else ({}, [])
+        idle = [owned for owned in unused if not calls[owned.path]]
         rest: set[str] = set()
         while True:
             layouts, failed = self._try(list(left.values()), batch)
@@ -199,12 +203,13 @@ class HookGradientComputer(AbstractGradientComputer):
             if not owned.names:
                 del left[path]
         unseen = [name for name in self.names if name in rest]
-        if unseen:
+        if unseen and "rest" not in self._told:
+            self._told.add("rest")
             logger.warning(
                 "hooks: the gradient by %s takes another run of the whole model, by torch.func",
                 listed(unseen),
             )
-        return Plan(list(left.values()), layouts, unseen)
+        return Plan([*left.values(), *idle], layouts, unseen)
 
     def _try(
         self, hooked: list[Owned], batch: tuple[Any, ...]

@@ -118,12 +118,13 @@ class Recorder:
                 shapes = tree_shapes((args, kwargs)), tree_shapes(output)
                 self.shapes.setdefault(owned.path, []).append(shapes)
                 return self._anchored(output)
-            if number >= len(self.layouts[owned.path]):
+            layouts = self.layouts.get(owned.path, [])
+            if number >= len(layouts):
                 raise HooksError(
                     f"hooks: {owned.path or 'the model'} was called more often than for the sample "
                     "that was tried"
                 )
-            return self._follow(owned, self.layouts[owned.path][number], args, kwargs, output)
+            return self._follow(owned, layouts[number], args, kwargs, output)
 
         return hook
 
