@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,3 +155,20 @@ def test_processes_apart_with_samples_of_their_own(tmp_path, server, whole):
 def test_distributed_without_processes(tmp_path):
     with pytest.raises(ValueError, match=r"distributed=True.*torchrun --nproc-per-node"):
         cases.make(cases.net(), tmp_path, N, distributed=True)
+
+
+def test_the_example_under_torchrun(tmp_path):
+    """The command of the documentation, and the same script in one process."""
+    script = Path(__file__).parents[2] / "examples" / "distributed.py"
+    sizes = ["--train", "60", "--targets", "4", "--proj-dim", "16"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, script, "--out", tmp_path / name, *sizes]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("scores [60, 4]") == 1  # rank 0 speaks
+        found.append(np.array(read_scores(tmp_path / name / "scores" / "held_out.mmap")))
+    np.testing.assert_array_equal(*found)
