@@ -121,8 +121,10 @@ GPU_LOGS := build/gpu/logs
 GPU_RUN = PYTHONPATH="$(CURDIR)/$(GPU_LIB)" PYTHONUNBUFFERED=1
 GPU_PYTEST = PYTHONSAFEPATH=1 $(GPU_RUN) timeout -k 10 $(1) $(2) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
     -o faulthandler_timeout=100 -m gpu
+# Four processes where pytest-xdist is there: compiling for Triton and NumPy's truth take longer than the GPU does.
+GPU_JOBS = $$($(GPU_PYTHON) -c 'import importlib.util as u; print("-n4" if u.find_spec("xdist") else "")')
 GPU_STEPS := gpu-build gpu-test-cuda gpu-test-triton gpu-test-rest sanitize-gpu gpu-bench
-GPU_BENCH_ARGS ?= --budget 120
+GPU_BENCH_ARGS ?= --budget 130
 .PHONY: gpu-check $(GPU_STEPS)
 
 gpu: gpu-check
@@ -151,13 +153,13 @@ gpu-build:
 	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
 
 gpu-test-cuda:
-	$(call GPU_PYTEST,200,) tests/cuda $(PYTEST_ARGS)
+	$(call GPU_PYTEST,180,) $(GPU_JOBS) tests/cuda $(PYTEST_ARGS)
 
 gpu-test-triton:
-	$(call GPU_PYTEST,180,) tests/kernels $(PYTEST_ARGS)
+	$(call GPU_PYTEST,180,) $(GPU_JOBS) tests/kernels $(PYTEST_ARGS)
 
 gpu-test-rest:
-	$(call GPU_PYTEST,100,) --ignore tests/cuda --ignore tests/kernels tests $(PYTEST_ARGS)
+	$(call GPU_PYTEST,100,) $(GPU_JOBS) --ignore tests/cuda --ignore tests/kernels tests $(PYTEST_ARGS)
 
 # Without torch's memory cache every tensor has its own allocation, so an access beyond it shows.
 SANITIZER ?= compute-sanitizer
@@ -170,7 +172,7 @@ sanitize-gpu:
 
 # The targets first, then other sizes while the budget lasts; then the families of CUDA kernels.
 gpu-bench:
-	@failed=0; $(GPU_RUN) timeout -k 10 200 $(GPU_PYTHON) bench/project.py --device cuda $(GPU_BENCH_ARGS) || failed=1; \
+	@failed=0; $(GPU_RUN) timeout -k 10 210 $(GPU_PYTHON) bench/project.py --device cuda $(GPU_BENCH_ARGS) || failed=1; \
 	$(GPU_RUN) timeout -k 10 30 $(GPU_PYTHON) bench/project.py --device cuda --ladder --repeats 5 || failed=1; \
 	exit $$failed
 
