@@ -159,7 +159,7 @@ gpu-test-triton:
 	$(call GPU_PYTEST,180,) $(GPU_JOBS) tests/kernels $(PYTEST_ARGS)
 
 gpu-test-rest:
-	$(call GPU_PYTEST,100,) $(GPU_JOBS) --ignore tests/cuda --ignore tests/kernels tests $(PYTEST_ARGS)
+	$(call GPU_PYTEST,120,) $(GPU_JOBS) --ignore tests/cuda --ignore tests/kernels tests $(PYTEST_ARGS)
 
 # Without torch's memory cache every tensor has its own allocation, so an access beyond it shows.
 SANITIZER ?= compute-sanitizer
