@@ -207,8 +207,13 @@ def ranks_of_this_run(distributed: bool | None) -> Ranks:
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == 1:
         return Ranks()
+    logger.info(
+        "rank %d of %d: the work is shared out, once all ranks have made their TRAKer "
+        "(distributed=False works alone)",
+        rank,
+        size,
+    )
     group = dist.new_group(backend="gloo", timeout=WAIT)
-    logger.info("rank %d of %d: samples are shared out", rank, size)
     return Ranks(rank, size, group)
 
 
