@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,9 @@ VERSION = 1
 BACKENDS = ("cuda", "triton")
 # A measurement speaks for shapes up to this far from its own, in batch and in columns.
 REACH = 4.0
+# Backends sum in different orders, so a row's last bits depend on the backend. That the backend
+# depends on the batch must be worth it.
+WORTH = 1.1
 _TERMS = {"highest": 3, "high": 2, "medium": 1}
 
 
@@ -47,12 +51,24 @@ class Measurement:
         apart = abs(math.log2(batch / self.batch)), abs(math.log2(cols / self.cols))
         return sum(apart) if max(apart) <= math.log2(REACH) else math.inf
 
-    def hint(self, arch: str) -> Hint:
-        """The fastest first."""
+    def hint(self, arch: str, usual: str) -> Hint:
+        """``usual``, or the one that is faster by more than WORTH."""
         ranked = sorted(self.rates, key=lambda each: -each[1])
-        said = ", ".join(f"{name} {rate / ranked[0][1]:.2f}" for name, rate in ranked)
+        best, top = ranked[0]
+        said = ", ".join(f"{name} {rate / top:.2f}" for name, rate in ranked)
         shape = f"B = {self.batch}, K = {self.cols}"
-        return Hint(ranked[0][0], f"measured on {arch} at {shape}: relative speed {said}")
+        chosen = best if top > WORTH * dict(self.rates)[usual] else usual
+        kept = "" if chosen == best else f"; {usual} is kept for all batches"
+        return Hint(chosen, f"measured on {arch} at {shape}: relative speed {said}{kept}")
+
+
+def usual_backend(rows: Sequence[Measurement]) -> str:
+    """The one with the larger geometric mean of rates."""
+    means = {
+        name: math.prod(dict(row.rates)[name] ** (1 / len(rows)) for row in rows)
+        for name in BACKENDS
+    }
+    return max(means, key=lambda name: means[name])
 
 
 def terms_of(dtype: torch.dtype, precision: str) -> int:
@@ -112,4 +128,4 @@ def look_up(
     nearest = min(alike, key=lambda row: row.distance(batch, cols), default=None)
     if nearest is None or nearest.distance(batch, cols) == math.inf:
         return Hint(None, f"nothing like it was measured on {arch}")
-    return nearest.hint(arch)
+    return nearest.hint(arch, usual_backend([row for row in alike if row.cols == nearest.cols]))
