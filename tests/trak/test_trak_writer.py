@@ -1,0 +1,162 @@
+"""Where scores go: any order of blocks gives the array; the extremes are those of the whole."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastproj.trak.distributed import Ranks
+from fastproj.trak.features import FeatureReader, read_ahead, sample_blocks
+from fastproj.trak.files import StoreError
+from fastproj.trak.writer import (
+    STRIPE_BYTES,
+    ScoresWriter,
+    TopWriter,
+    read_scores,
+    read_top_scores,
+    stripes,
+)
+
+N, M = 41, 7
+
+
+def blocks(scores, seed):
+    """Blocks of shuffled rows and of column ranges."""
+    rows = np.random.default_rng(seed).permutation(N)
+    for columns in (range(0, 3), range(3, M)):
+        for some in np.split(rows, [5, 6, 23]):
+            yield some, columns, scores[np.ix_(some, np.asarray(columns))]
+
+
+def write(writer, scores, seed):
+    with writer:
+        for block in blocks(scores, seed):
+            writer.add(*block)
+        writer.finish()
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_blocks_in_any_order_make_the_array(tmp_path, whole_rows):
+    scores = np.random.default_rng(0).normal(size=(N, M)).astype(np.float32)
+    writer = ScoresWriter(tmp_path / "test.mmap", (N, M), Ranks(), {"exp_name": "test"})
+    if whole_rows:
+        with writer:
+            for rows in np.split(np.arange(N)[::-1], [4, 20]):
+                writer.add(np.sort(rows), range(M), scores[np.sort(rows)])
+            writer.finish()
+    else:
+        write(writer, scores, 1)
+    np.testing.assert_array_equal(read_scores(tmp_path / "test.mmap"), scores)
+    np.testing.assert_array_equal(np.load(tmp_path / "test.mmap"), scores)
+    assert [path.name for path in tmp_path.iterdir()] == ["test.mmap"]
+
+
+def test_stripes_cover_the_array():
+    for shape in ((1, 1), (10, STRIPE_BYTES), (10**6, 1000), (3, 7)):
+        step, count = stripes(shape)
+        assert step >= 1
+        assert (count - 1) * step < shape[0] <= count * step
+
+
+def test_scores_that_are_not_there(tmp_path):
+    with pytest.raises(StoreError, match="no scores at"):
+        read_scores(tmp_path / "none.mmap")
+
+
+@pytest.mark.parametrize("top_k", [1, 5, N, 3 * N])
+@pytest.mark.parametrize("ties", [False, True])
+def test_extremes_are_those_of_the_whole(tmp_path, top_k, ties):
+    """Ties go to the lower number, whatever order the blocks come in; -0 is 0."""
+    scores = np.random.default_rng(0).normal(size=(N, M)).astype(np.float32)
+    if ties:
+        scores = np.round(scores)
+        scores[::3] = -0.0
+    t = min(top_k, N)
+    high = np.argsort(-scores, axis=0, kind="stable")[:t].T
+    low = np.argsort(scores, axis=0, kind="stable")[:t].T
+    for seed in (0, 1):
+        write(TopWriter(tmp_path / "top", (N, M), top_k, Ranks()), scores, seed)
+        top = read_top_scores(tmp_path / "top")
+        np.testing.assert_array_equal(top.helpful_indices, high)
+        np.testing.assert_array_equal(top.harmful_indices, low)
+        np.testing.assert_array_equal(top.helpful_scores, np.take_along_axis(scores.T, high, 1))
+        np.testing.assert_array_equal(top.harmful_scores, np.take_along_axis(scores.T, low, 1))
+        assert top.train_set_size == N
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def test_blocks_of_samples_are_whole_shards():
+    shard = np.array([2, 0, 0, -1, 1, 2, 2, 0, 3], np.int32)
+    found = [inds.tolist() for inds in sample_blocks(shard, 4)]
+    assert found == [[1, 2, 7, 4], [0, 5, 6, 8]]
+    assert [inds.tolist() for inds in sample_blocks(shard, 1)] == [[1, 2, 7], [4], [0, 5, 6], [8]]
+    assert sample_blocks(np.full(3, -1, np.int32), 4) == []
+
+
+class Shards:
+    """What a FeatureReader asks of a store: shards of float32, and one of float64."""
+
+    proj_dim = 2
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.checks = []
+
+    def index(self, model_id, exp_name):
+        return SimpleNamespace(
+            shard=np.repeat(np.arange(len(self.rows)), self.rows),
+            row=np.concatenate([np.arange(size) for size in self.rows]),
+            shards=list(range(len(self.rows))),
+        )
+
+    def read_shard(self, number, model_id, exp_name, check):
+        self.checks.append((number, check))
+        start, size = sum(self.rows[:number]), self.rows[number]
+        values = torch.arange(start, start + size)
+        dtype = torch.float64 if number == 2 else torch.float32
+        grads = torch.stack([values, -values], 1).to(dtype)
+        return {"inds": values, "grads": grads, "out_to_loss": values / 2}
+
+
+@pytest.mark.parametrize("inds", [range(9), [8, 0, 4, 1], [3], [], [5, 4, 3, 2, 1, 0]])
+def test_rows_come_in_the_order_asked_for(inds):
+    store = Shards([3, 2, 4])
+    reader = FeatureReader(store, 0)
+    inds = np.asarray(inds, np.int64)
+    for _ in range(2):
+        features, q = reader.read(inds)
+        assert features.tolist() == [[float(i), -float(i)] for i in inds]
+        assert (None if q is None else q.tolist()) == ([i / 2 for i in inds] or None)
+    assert len({number for number, check in store.checks if check}) == sum(
+        check for _, check in store.checks
+    )  # each shard is checked once
+
+
+def test_what_fails_while_reading_ahead_reaches_the_caller():
+    def items():
+        yield 1
+        raise OSError("gone")
+
+    stream = read_ahead(items())
+    assert next(stream) == 1
+    with pytest.raises(OSError, match="gone"):
+        next(stream)
+
+
+def test_reading_ahead_stops_with_its_caller():
+    made = []
+
+    def items():
+        for i in range(1000):
+            made.append(i)
+            yield i
+
+    stream = read_ahead(items())
+    assert next(stream) == 0
+    stream.close()
+    assert len(made) <= 4
