@@ -51,7 +51,7 @@ $(VENV)/.demo: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
 	@FASTPROJ_CUDA=$${FASTPROJ_CUDA-0} $(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,report]"
 	@touch $@
 
-# Where there is an nvcc, the CUDA kernels are compiled here, for every architecture (two minutes on two cores), and the
+# Where there is an nvcc, the CUDA kernels are compiled here, for every architecture (82 s on two cores), and the
 # tests read what this made; FASTPROJ_CUDA=0 leaves that to the tests of the compiled code.
 $(VENV)/.test: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
 	@echo "== installing fastproj[test] into $(VENV) and compiling its kernels: a minute or two, twice that with CUDA"
