@@ -30,6 +30,8 @@ SAMPLE_ROWS_PER_DIM = 4  # and so many times k
 LANCZOS_STEPS = 200
 TINY = 1e-12  # Q nearer to 0 or 1 counts as this near: a logit of 28
 DIMENSION = 2.4  # times the root of the number of samples: what the rule without labels aims at
+SMALLEST_RIDGE = 1e-8  # that is looked at, in units of the mean eigenvalue of Phi^T R Phi;
+SINGULAR = 1e-3  # where it leaves this share of the dimensions unused, that matrix is singular
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of trace(XtX) / n and of trace(XtX)
 
 
@@ -40,7 +42,7 @@ class Choice:
     lambda_reg: float
     rule: str  # "training ridge" | "dimension"
     relative: float  # lambda / mean eigenvalue of XtX
-    training_ridge: float | None  # gamma of all gradients, in the features' unit; None: not used
+    training_ridge: float | None  # of all gradients, in the features' unit; None: not found
     rows: int  # samples that were looked at
 
     def summary(self) -> dict[str, Any]:
@@ -75,13 +77,16 @@ def choose_lambda(
     sums = Sums(gram.xtx.shape[0])
     weighted = computer.gram(sums.over(blocks), gram.xtx.shape[0], gram.n)
     trace = float(gram.xtx.trace())
-    ridge = fit(sums, weighted.xtx, gram.n) if sums.are_probabilities else None
-    if ridge is None:
-        lam, rule = dimension_ridge(gram, sums.effective_samples), "dimension"
+    found = fit(sums, weighted.xtx, gram.n) if sums.are_probabilities else None
+    if found is None:
+        rule, ridge = "dimension", None
+        lam = dimension_ridge(gram, sums.effective_samples)
     else:
-        rule, full = "training ridge", ridge / sums.mean_curvature
-        # What the projection to k dimensions adds to the ridge, taken off (as in ``fit``).
-        lam = full * (1 - effective_dimension(gram.xtx, full) / gram.xtx.shape[0])
+        rule, ridge = "training ridge", found.value
+        lam = ridge / sums.mean_curvature
+        if not found.at_least:
+            # What the projection to k dimensions adds to the ridge, taken off (as in ``fit``).
+            lam *= 1 - effective_dimension(gram.xtx, lam) / gram.xtx.shape[0]
     lam = min(max(lam, LEAST * trace / gram.n), MOST * trace)
     relative = lam * gram.xtx.shape[0] / trace
     return Choice(lam, rule, relative, ridge, sums.rows)
@@ -135,7 +140,15 @@ class Sums:
         return self.weight**2 / self.weight2
 
 
-def fit(sums: Sums, weighted: Tensor, n: int) -> float | None:
+@dataclass(frozen=True)
+class Ridge:
+    """A training ridge; ``at_least`` where k features show no more than that it is no smaller."""
+
+    value: float
+    at_least: bool
+
+
+def fit(sums: Sums, weighted: Tensor, n: int) -> Ridge | None:
     """The ridge at which regression on the gradients fits the training set as the network does.
 
     One Newton step of logistic regression from the network's own outputs f, at ridge gamma, has the
@@ -143,33 +156,36 @@ def fit(sums: Sums, weighted: Tensor, n: int) -> float | None:
     is where f' agrees with f along the response: ``u^T (H + gamma I)^-1 u = f^T (R f + Q)``.
 
     That is the ridge of the k features. With d(gamma) = trace H (H + gamma I)^-1, ridge regression
-    on all gradients fits alike at ``gamma / (1 - d(gamma) / k)``, which is returned; None where
-    there is no such ridge, because the features can't fit what the network has, or it has fitted
-    nothing.
+    on all gradients fits alike at ``gamma / (1 - d(gamma) / k)``, which is returned. Where k
+    features fit worse than the network at any gamma, its limit for gamma -> 0 is a lower bound.
+
+    None where the network has fitted nothing, or H is singular and the features fit too badly.
 
     Parameters
     ----------
     weighted : H, float64 [k, k], of the rows of ``sums``.
     n : samples that the rows stand for.
     """
-    if sums.explained <= 0:
-        return None
-    share = n / sums.rows
-    nodes, weights = quadrature(weighted, sums.fitted)
     unit = float(weighted.trace()) / len(weighted)
+    if sums.explained <= 0 or not unit > 0:
+        return None
+    nodes, weights = quadrature(weighted, sums.fitted)
 
     def excess(log_ridge: float) -> float:
         return float((weights / (nodes + math.exp(log_ridge) * unit)).sum()) - sums.explained
 
-    low, high = math.log(1e-12), math.log(1e12)
-    if excess(low) <= 0 or excess(high) >= 0:
+    low, high = math.log(SMALLEST_RIDGE), math.log(1 / SMALLEST_RIDGE)
+    if excess(high) >= 0:
         return None
-    while high - low > 1e-9:
+    at_least = excess(low) <= 0
+    while not at_least and high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) > 0 else (low, middle)
     ridge = math.exp(low) * unit
     unused = 1 - effective_dimension(weighted, ridge) / len(weighted)
-    return share * ridge / unused if unused > 0 else None
+    if unused <= 0 or (at_least and unused > SINGULAR):
+        return None
+    return Ridge(n / sums.rows * ridge / unused, at_least)
 
 
 def quadrature(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
