@@ -116,7 +116,6 @@ def main() -> None:
         train_set_size=len(train),
         save_dir=options.out / f"trak-{options.train}-{options.epochs}-{options.proj_dim}",
         proj_dim=options.proj_dim,
-        lambda_reg="1*mean",
     )
     for model_id, checkpoint in enumerate(checkpoints):
         traker.load_checkpoint(checkpoint, model_id=model_id)
