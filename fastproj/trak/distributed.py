@@ -6,6 +6,7 @@ whether they are done), over a gloo group of TRAKer's own; features and XtX go t
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import logging
 import os
@@ -204,6 +205,7 @@ def ranks_of_this_run(distributed: bool | None) -> Ranks:
         if int(os.environ["WORLD_SIZE"]) == 1:
             return Ranks()
         dist.init_process_group("gloo", timeout=WAIT)
+        atexit.register(leave)
     rank, size = dist.get_rank(), dist.get_world_size()
     if size == 1:
         return Ranks()
@@ -215,6 +217,12 @@ def ranks_of_this_run(distributed: bool | None) -> Ranks:
     )
     group = dist.new_group(backend="gloo", timeout=WAIT)
     return Ranks(rank, size, group)
+
+
+def leave() -> None:
+    """End the process group that was begun here: left to the interpreter's end, it may abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def local_device(device: torch.device, ranks: Ranks) -> torch.device:

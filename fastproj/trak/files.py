@@ -102,8 +102,9 @@ def sync_dir(path: Path) -> None:
 def remove_stale(folder: Path) -> None:
     """Remove temporary files that processes of this machine left when they were killed."""
     for path in folder.glob(".*.tmp"):
-        name, pid, _, _ = path.name.rsplit(".", 3)
-        if pid.isdigit() and name.endswith(f".{socket.gethostname()}") and not alive(int(pid)):
+        name, pid, *unique = path.name.rsplit(".", 3)
+        ours = len(unique) == 2 and pid.isdigit() and name.endswith(f".{socket.gethostname()}")
+        if ours and not alive(int(pid)):
             remove_quietly(path)
 
 

@@ -353,6 +353,8 @@ def load_scores(path: Path | str) -> npt.NDArray[Any] | TopScores:
             if file.read().endswith(FOOTER_MARK):
                 return read_scores(path)
         scores: Any = np.load(path, mmap_mode="r")
+        if isinstance(scores, np.memmap) and scores.offset + scores.nbytes != path.stat().st_size:
+            raise corrupt(path, "it goes on behind the array, and not in checksums")
     except (OSError, EOFError) as error:
         raise StoreError(f"can't read scores from {path} ({error})") from error
     except ValueError as error:

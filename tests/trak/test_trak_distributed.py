@@ -16,6 +16,8 @@ import trak_cases as cases
 from distributed_run import N
 from lives import Server
 
+from fastproj.trak import distributed
+from fastproj.trak.distributed import Ranks
 from fastproj.trak.writer import read_scores, read_top_scores
 
 
@@ -172,3 +174,49 @@ def test_the_example_under_torchrun(tmp_path):
         assert done.stdout.count("scores [60, 4]") == 1  # rank 0 speaks
         found.append(np.array(read_scores(tmp_path / name / "scores" / "held_out.mmap")))
     np.testing.assert_array_equal(*found)
+
+
+def test_a_slower_rank_takes_the_same_steps(tmp_path):
+    """What a faster rank has finalised meanwhile must not change what a slower one waits for."""
+    train = cases.data(10)
+    model = cases.net()
+
+    class Slower(Ranks):
+        steps = 0
+
+        def meet(self, step, value):
+            self.steps += 1
+            of_rank_0 = [0, 1] if value == [1] else value
+            return [(step, of_rank_0), (step, value)]
+
+    counts = []
+    for name in ("neither", "one finalised"):
+        traker = cases.make(model, tmp_path / name, 10)
+        for model_id in (0, 1):
+            cases.featurize(traker, model, model_id, train)
+        if name == "one finalised":
+            traker.finalize_features(model_ids=[0])
+        traker.ranks = Slower(1, 2)
+        traker.finalize_features()
+        counts.append(traker.ranks.steps)
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_process_group_that_was_begun_here_is_ended(monkeypatch):
+    ended, at_exit = [], []
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    dist = distributed.dist
+    begun = iter([False, True])
+    monkeypatch.setattr(dist, "is_initialized", lambda: next(begun))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(distributed.atexit, "register", at_exit.append)
+    assert distributed.ranks_of_this_run(None).size == 2
+    assert not ended
+    for function in at_exit:
+        function()
+    assert ended == [True]

@@ -94,3 +94,23 @@ def test_works_under_no_grad_and_leaves_the_model_alone():
     )
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("computer", [HookGradientComputer, IterativeGradientComputer])
+def test_sparse_gradients_of_embeddings_are_those_of_dense_ones(computer):
+    class Bag(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words = nn.Embedding(10, 6, sparse=sparse)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.words(ids)).mean(1))
+
+    batch = torch.arange(12).reshape(4, 3) % 5, torch.tensor([0, 1, 3, 2])
+    task = ImageClassificationModelOutput()
+    sparse, dense = (
+        computer(Bag(sparse), task).compute_per_sample_grad(batch) for sparse in (True, False)
+    )
+    torch.testing.assert_close(flat(sparse), flat(dense))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
 from fastproj.trak import files as module
 from fastproj.trak.features import pack_half, unpack
 from fastproj.trak.files import read_json, write_json
-from fastproj.trak.writer import read_scores, read_top_scores
+from fastproj.trak.writer import load_scores, read_scores, read_top_scores
 
 N, M = 12, 3
 
@@ -360,3 +361,27 @@ def test_json_round_trip(tmp_path):
     path.write_text("[]")
     with pytest.raises(StoreCorruptError, match=r"a\.json"):
         read_json(path)
+
+
+def test_temporary_files_of_others_are_left_alone(tmp_path):
+    for name in (".notes.tmp", ".a.b.tmp", ".tmp"):
+        (tmp_path / name).write_text("not ours")
+        cases.make(cases.net(), tmp_path, 10)
+        assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("damage", ["its end", "behind its end", "its middle"])
+def test_damaged_scores_are_not_taken_for_another_programs(tmp_path, damage):
+    traker_scores = cases.whole_run(tmp_path, [cases.net()], cases.data(10), cases.data(3))
+    path = tmp_path / "scores" / "test.mmap"
+    np.testing.assert_array_equal(load_scores(path), traker_scores)
+    content = bytearray(path.read_bytes())
+    if damage == "its end":
+        content[-1] ^= 1
+    elif damage == "behind its end":
+        content += b"x"
+    else:
+        content[-200] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreCorruptError, match=re.escape(path.name)):
+        load_scores(path)

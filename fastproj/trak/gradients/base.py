@@ -97,7 +97,8 @@ class AbstractGradientComputer(ABC):
             if not out.requires_grad:
                 return dict.fromkeys(chosen)
             grads = torch.autograd.grad(out, list(chosen.values()), allow_unused=True)
-        return dict(zip(chosen, grads, strict=True))
+        dense = [g if g is None or not g.is_sparse else g.to_dense() for g in grads]
+        return dict(zip(chosen, dense, strict=True))
 
 
 def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[str]:
