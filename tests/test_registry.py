@@ -64,6 +64,21 @@ def test_the_first_that_can_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry.choose("cpu", FLOAT, "rademacher").NAME == "reference"
 
 
+def test_cpu_tensors_do_not_start_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has started it can't fork workers that use it."""
+    asked: list[str] = []
+
+    def unavailable(name: str) -> str | None:
+        asked.append(name)
+        return None
+
+    monkeypatch.setattr(registry, "unavailable", unavailable)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    registry._choose.cache_clear()
+    assert registry.choose("cpu", FLOAT, "rademacher").NAME == "cpu"
+    assert asked == ["cpu"]
+
+
 def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(registry.ENVIRONMENT, "abacus")
     assert registry.choose("cpu", FLOAT, "gaussian", "reference").NAME == "reference"

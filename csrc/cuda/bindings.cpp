@@ -83,23 +83,26 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("__version__") = FASTPROJ_VERSION;
 
     m.def(
-        "gpus",
+        "count",
         []() {
             std::string problem;
-            const std::vector<Gpu> gpus = list_gpus(problem);
-            py::list list;
-            for (const Gpu& gpu : gpus) {
-                py::dict facts;
-                facts["name"] = gpu.name;
-                facts["arch"] = std::to_string(gpu.info.major) + std::to_string(gpu.info.minor);
-                facts["multiprocessors"] = gpu.info.multiprocessors;
-                facts["sm90a"] = gpu.info.sm90a;
-                facts["problem"] = gpu.problem;
-                list.append(facts);
-            }
-            return py::make_tuple(list, problem);
+            const int count = count_gpus(problem);
+            return py::make_tuple(count, problem);
         },
-        "All GPUs as dictionaries, and why there is none where there is none.");
+        "How many GPUs there are, and why there is none where there is none.");
+    m.def(
+        "gpu",
+        [](int device) {
+            const Gpu& gpu = gpu_at(device);
+            py::dict facts;
+            facts["name"] = gpu.name;
+            facts["arch"] = std::to_string(gpu.info.major) + std::to_string(gpu.info.minor);
+            facts["multiprocessors"] = gpu.info.multiprocessors;
+            facts["sm90a"] = gpu.info.sm90a;
+            facts["problem"] = gpu.problem;
+            return facts;
+        },
+        "What one GPU is, and why our code can't run there; makes a CUDA context on it.");
     m.def(
         "build",
         []() {

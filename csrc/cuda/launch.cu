@@ -220,6 +220,8 @@ Gpu inspect(int device) {
     return gpu;
 }
 
+}  // namespace
+
 // Looked at once: properties and attributes cost more than a launch.
 const Gpu& gpu_at(int device) {
     static std::mutex mutex;
@@ -230,12 +232,9 @@ const Gpu& gpu_at(int device) {
     return *known[device];
 }
 
-}  // namespace
-
-std::vector<Gpu> list_gpus(std::string& problem) {
+int count_gpus(std::string& problem) {
     int count = 0;
     const cudaError_t code = cudaGetDeviceCount(&count);
-    std::vector<Gpu> gpus;
     problem.clear();
     if (code != cudaSuccess || count == 0) {
         cudaGetLastError();
@@ -252,10 +251,9 @@ std::vector<Gpu> list_gpus(std::string& problem) {
         } else {
             problem = code == cudaSuccess ? "no GPU" : cudaGetErrorString(code);
         }
-        return gpus;
+        return 0;
     }
-    for (int device = 0; device < count; ++device) gpus.push_back(gpu_at(device));
-    return gpus;
+    return count;
 }
 
 int toolkit_version() { return CUDART_VERSION; }

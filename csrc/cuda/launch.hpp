@@ -16,8 +16,10 @@ struct Gpu {
     std::string problem;  // why our code can't run there, or empty
 };
 
-// All GPUs; none, with the reason in `problem`, on a machine without one or without a driver.
-std::vector<Gpu> list_gpus(std::string& problem);
+// How many GPUs; 0, with the reason in `problem`, on a machine without one or without a driver.
+int count_gpus(std::string& problem);
+// What one GPU is. The first time, it makes a context there, which takes hundreds of megabytes.
+const Gpu& gpu_at(int device);
 
 // Toolkit that compiled this, e.g. 13000.
 int toolkit_version();

@@ -67,13 +67,20 @@ def unavailable() -> str | None:
     extension = _extension()
     if isinstance(extension, str):
         return extension
-    gpus, problem = extension.gpus()
+    count, problem = extension.count()
     if problem:
         return f"fastproj._cuda finds no GPU ({problem}); install an NVIDIA GPU and its driver"
     if not torch.cuda.is_available():
         return "this torch has no CUDA; install a CUDA build of torch"
-    problems = [gpu["problem"] for gpu in gpus]
-    return problems[0] if all(problems) else None
+    # Looking at a GPU makes a context there: at the current one, at others only if it won't do.
+    current = torch.cuda.current_device()
+    first: str | None = None
+    for index in sorted(range(count), key=lambda index: index != current):
+        found = extension.gpu(index)["problem"]
+        if not found:
+            return None
+        first = first or str(found)
+    return first
 
 
 def unsupported(device_type: str, dtype: torch.dtype, kind: str) -> str | None:
@@ -111,13 +118,13 @@ def force_variant(name: str) -> Iterator[None]:
 def describe() -> dict[str, str]:
     """The GPUs, what the module was built with, and the kernel family in use."""
     extension = _module()
-    gpus, problem = extension.gpus()
+    count, problem = extension.count()
     build = extension.build()
     facts = {
         f"gpu {index}": f"{gpu['name']}, sm_{gpu['arch']}, {gpu['multiprocessors']} multiprocessors"
         + (f"; {gpu['problem']}" if gpu["problem"] else "")
         + ("; wgmma kernels" if gpu["sm90a"] else "; mma.sync kernels")
-        for index, gpu in enumerate(gpus)
+        for index, gpu in enumerate(map(extension.gpu, range(count)))
     }
     if problem:
         facts["gpus"] = f"none ({problem})"

@@ -143,6 +143,18 @@ def choose(
     return _choose(device_type, dtype, kind, asked, ENVIRONMENT, hint)
 
 
+def _refusal(name: str, device_type: str, dtype: torch.dtype, kind: str) -> str | None:
+    """None where backend ``name`` takes such input here, else the reason.
+
+    The input first: whether a GPU can be used is found out by starting CUDA in this process, which
+    processes forked from it could not use then.
+    """
+    try:
+        return load(name).unsupported(device_type, dtype, kind) or unavailable(name)
+    except ImportError:
+        return unavailable(name)
+
+
 @cache
 def _choose(
     device_type: str,
@@ -158,7 +170,7 @@ def _choose(
     first = hint.backend if hint else None
     order = (asked,) if asked else sorted(NAMES, key=lambda name: name != first)  # a stable sort
     for name in order:
-        reason = unavailable(name) or load(name).unsupported(device_type, dtype, kind)
+        reason = _refusal(name, device_type, dtype, kind)
         if reason is None:
             why = "asked for" if asked else "; ".join(passed_over) or "first in order"
             if hint and (name == first or first is None):

@@ -71,17 +71,44 @@ def test_columns_beyond_32_bits_are_refused_and_another_backend_named():
 
 @needs_module
 def test_module_reports_no_gpu_where_there_is_none():
-    gpus, problem = cuda._module().gpus()
-    assert bool(gpus) != bool(problem)
+    count, problem = cuda._module().count()
+    assert bool(count) != bool(problem)
     assert "CUDA" in cuda.describe()["built with"]
 
 
 @needs_module
 def test_calls_without_a_gpu_name_the_failing_one():
-    if cuda._module().gpus()[0]:
+    if cuda._module().count()[0]:
         return
     with pytest.raises(RuntimeError, match="cudaGetDeviceProperties"):
         cuda._module().matrix(0, 0, 0, 0, 1, 1, 1, 1, (0, 0, 0), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("problems", "looked_at", "reason"),
+    [
+        (["", "", ""], [1], None),
+        (["", "too old", ""], [1, 0], None),
+        (["a", "b", "c"], [1, 0, 2], "b"),
+    ],
+)
+def test_only_the_gpus_that_must_be_are_looked_at(monkeypatch, problems, looked_at, reason):
+    """Each look makes a context: hundreds of megabytes of a GPU that another process may own."""
+    seen = []
+
+    class Extension:
+        count = staticmethod(lambda: (len(problems), ""))
+
+        @staticmethod
+        def gpu(index):
+            seen.append(index)
+            return {"problem": problems[index]}
+
+    monkeypatch.setattr(cuda, "_extension", lambda: Extension)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert cuda.unavailable.__wrapped__() == reason
+    assert seen == looked_at
 
 
 @needs_module

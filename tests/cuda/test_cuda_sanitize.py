@@ -6,6 +6,8 @@ so results count too. Triton's kernels run here as well, where Triton is usable.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,7 @@ def check(got: torch.Tensor, left: torch.Tensor, right: torch.Tensor, kind: str)
         assert ((got.cpu().double() - left @ right).abs() <= bound).all()
 
 
+@lru_cache(maxsize=8)  # for NumPy, hundreds of times the same
 def entries(kind: str, rows: int, cols: int) -> torch.Tensor:
     block = matrix_block(MatrixKey(kind, SEED, STREAM), ROW_OFFSET, ROW_OFFSET + rows, 0, cols)
     return torch.from_numpy(np.asarray(block, dtype=np.float64))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +64,7 @@ def test_every_step_runs_and_nothing_is_installed(tmp_path: Path) -> None:
     assert tools == ["memcheck", "racecheck", "synccheck"]
     assert all("--error-exitcode" in line for line in commands if line.startswith("sanitizer"))
     assert [line for line in commands if "bench/project.py --device cuda" in line][1:] == [
-        "bench/project.py --device cuda --ladder --repeats 5"
+        "bench/project.py --device cuda --ladder --repeats 5 --max-seconds 1"
     ]
     for step in STEPS:
         assert (tmp_path / "build" / "gpu" / "logs" / f"{step}.log").is_file()
@@ -85,6 +88,34 @@ def test_a_step_that_fails_is_named_and_the_later_ones_run(
     assert f"make gpu: failed: {step}\n" in output
     assert sum(f"== {other} passed" in output for other in STEPS) == len(STEPS) - 1
     assert any("--ladder" in line for line in commands)
+
+
+def test_what_the_tests_import_is_what_the_first_step_asks_for() -> None:
+    """A module that fails to import costs its whole step where nothing else is installed."""
+    makefile = (ROOT / "Makefile").read_text()
+    asked_for = re.search(r'missing = \[n for n in "([^"]+)"\.split\(\)', makefile)
+    assert asked_for is not None
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), *ROOT.glob("*.py")]
+    packages = {path.parent.name for path in files if path.name == "__init__.py"}
+    here = {path.stem for path in files} | packages | {"fastproj"}
+    known = {*asked_for[1].split(), *here, *sys.stdlib_module_names}
+    foreign = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        for name in imported(node)
+        if name not in known and "kernels" not in path.parts  # those test triton itself
+    }
+    assert not foreign
+
+
+def imported(node: ast.stmt) -> list[str]:
+    """The top-level packages that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        return [node.module.partition(".")[0]]
+    return []
 
 
 def test_without_a_gpu_nothing_starts(tmp_path: Path) -> None:

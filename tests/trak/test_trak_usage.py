@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import trak
 import trak_cases as cases
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
-from trak.modelout_functions import AbstractModelOutput
 
 import fastproj
 from fastproj.compat.trak import CudaProjector, ProjectionType
+
+trak = pytest.importorskip("trak", reason="traker is not installed")
+AbstractModelOutput = pytest.importorskip("trak.modelout_functions").AbstractModelOutput
 
 N, M, K, LAMBDA = 26, 5, 6, 0.01
 
