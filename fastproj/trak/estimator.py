@@ -463,9 +463,8 @@ class TRAKer:
             lambda_reg = self.lambda_reg
         check_lambda(lambda_reg)
         missing = [model_id for model_id in ids if not self.saver.has_xtx(model_id)]
-        todo = ranks.gather(function, missing)[
-            0
-        ]  # a faster rank writes what a slower one looks for
+        # Rank 0's list: it may be writing while others still look.
+        todo = ranks.gather(function, missing)[0]
         mine = len(todo) * self.train_set_size // ranks.size
         with progress("finalising features", mine, "sample") as bar:
             for model_id in todo:

@@ -176,18 +176,24 @@ def test_the_example_under_torchrun(tmp_path):
     np.testing.assert_array_equal(*found)
 
 
+class Alike(Ranks):
+    """One of two ranks, of which the other does the same."""
+
+    def meet(self, step, value):
+        return [(step, value)] * 2
+
+
 def test_a_slower_rank_takes_the_same_steps(tmp_path):
     """What a faster rank has finalised meanwhile must not change what a slower one waits for."""
     train = cases.data(10)
     model = cases.net()
 
-    class Slower(Ranks):
+    class Slower(Alike):
         steps = 0
 
         def meet(self, step, value):
             self.steps += 1
-            of_rank_0 = [0, 1] if value == [1] else value
-            return [(step, of_rank_0), (step, value)]
+            return super().meet(step, [0, 1] if value == [1] else value)
 
     counts = []
     for name in ("neither", "one finalised"):
@@ -220,3 +226,15 @@ def test_a_process_group_that_was_begun_here_is_ended(monkeypatch):
     for function in at_exit:
         function()
     assert ended == [True]
+
+
+def test_each_rank_sums_its_own_parts_of_xtx(tmp_path, monkeypatch):
+    cases.small_blocks(monkeypatch.setattr)
+    model = cases.net()
+    traker = cases.make(model, tmp_path, 21)
+    cases.featurize(traker, model, 0, cases.data(21))
+    summed = []
+    monkeypatch.setattr(traker.saver, "write_part", lambda _, number, *__: summed.append(number))
+    traker.ranks = Alike(1, 2)
+    traker.finalize_features()
+    assert summed == [1]  # of 0, 1 and 2
