@@ -61,6 +61,7 @@ def test_every_example_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "image_classification",
         "evaluation",
+        "distributed",  # by test_trak_distributed.py
         *OTHERS,
     }
 
