@@ -60,7 +60,7 @@ def rounded(x, UNIT: tl.constexpr):
     if UNIT == "interpreter":
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        return as_bf16(truncated(tl.where(x == x, nearest, x)))
+        return as_bf16(truncated(tl.where(x == x, nearest, float("nan"))))
     else:
         return x.to(tl.bfloat16)
 
@@ -111,7 +111,7 @@ def split_product(r, g, total, TERMS: tl.constexpr, UNIT: tl.constexpr):
 
     Three terms are cut off, not rounded: their sum is g exactly (but for bits below 2^-133, which
     bf16 has not). The last of one or two is rounded: to 2^-8 or 2^-16 of g. Infinity is all in the
-    first.
+    first. Small terms are added first: later sums are cut at larger steps.
     """
     if g.dtype == tl.float64:
         entries = r.to(tl.float32).to(tl.float64)
@@ -226,6 +226,8 @@ def project_rademacher_kernel(
     DTYPE: tl.constexpr = tl.float16 if g_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     SUM: tl.constexpr = workspace_ptr.dtype.element_ty
     STEPS: tl.constexpr = 512 // STEP_ROWS
+    # Tensor cores cut their sums to float32, not round them; three terms promise its error.
+    FOLD: tl.constexpr = 2 if TERMS == 3 else 4
     tl.static_assert(STEPS == 1 or STEPS == 2, "STEP_ROWS: expected 512 or 256")
     origin = origin.to(tl.int64)
     stride_b = stride_b.to(tl.int64)
@@ -250,9 +252,9 @@ def project_rademacher_kernel(
             w1 = w3
         row = panel.to(tl.int64) * 512 + step % STEPS * STEP_ROWS
         for tile in tl.static_range(STEP_ROWS // 64):
-            # 256 rows are summed by themselves and then added: the error of long sums stays
+            # FOLD tiles are summed by themselves and then added: the error of long sums stays
             # bounded, and an accumulator that starts anew keeps ptxas from serialising wgmma.
-            if tile % 4 == 0:
+            if tile % FOLD == 0:
                 part = tl.zeros((BLOCK_K, BLOCK_B), SUM)
             if tile // 2 == 0:
                 word = w0
@@ -265,7 +267,7 @@ def project_rademacher_kernel(
             g = load_tile(pointers, row + tile * 64, stride_p, origin, n_rows, CONTIGUOUS, MASKED)
             r = rademacher_tile(word, tile % 2 * 8, mask, DTYPE, BLOCK_K)
             part = split_product(r, g, part, TERMS, UNIT)
-            if tile % 4 == 3:
+            if tile % FOLD == FOLD - 1:
                 total += part
     store_partial(workspace_ptr, total, slot, width, BLOCK_B, BLOCK_K)
 
@@ -306,6 +308,7 @@ def project_gaussian_kernel(
     DTYPE: tl.constexpr = tl.float16 if g_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     SUM: tl.constexpr = workspace_ptr.dtype.element_ty
     STEPS: tl.constexpr = 512 // STEP_ROWS
+    FOLD: tl.constexpr = 1 if TERMS == 3 else 2  # as above
     tl.static_assert(STEP_ROWS % 128 == 0, "STEP_ROWS: expected 128, 256 or 512")
     origin = origin.to(tl.int64)
     stride_b = stride_b.to(tl.int64)
@@ -323,7 +326,7 @@ def project_gaussian_kernel(
         panel = step // STEPS * panel_step
         row = panel.to(tl.int64) * 512 + step % STEPS * STEP_ROWS
         for tile in tl.static_range(STEP_ROWS // 64):
-            if tile % 2 == 0:  # 128 rows are summed by themselves
+            if tile % FOLD == 0:
                 part = tl.zeros((BLOCK_K, BLOCK_B), SUM)
             g = load_tile(pointers, row + tile * 64, stride_p, origin, n_rows, CONTIGUOUS, MASKED)
             r = gaussian_tile(
@@ -340,7 +343,7 @@ def project_gaussian_kernel(
                 NUM_WARPS,
             )
             part = split_product(r, g, part, TERMS, UNIT)
-            if tile % 2 == 1:
+            if tile % FOLD == FOLD - 1:
                 total += part
     store_partial(workspace_ptr, total, slot, width, BLOCK_B, BLOCK_K)
 
