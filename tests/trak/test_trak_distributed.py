@@ -17,7 +17,7 @@ from distributed_run import N
 from lives import Server
 
 from fastproj.trak import distributed
-from fastproj.trak.distributed import Ranks
+from fastproj.trak.distributed import DistributedError, Ranks
 from fastproj.trak.writer import read_scores, read_top_scores
 
 
@@ -238,3 +238,12 @@ def test_each_rank_sums_its_own_parts_of_xtx(tmp_path, monkeypatch):
     traker.ranks = Alike(1, 2)
     traker.finalize_features()
     assert summed == [1]  # of 0, 1 and 2
+
+
+def test_ranks_that_call_other_things_are_told_so():
+    class Apart(Ranks):
+        def meet(self, step, value):
+            return [("score", value), (step, value)]
+
+    with pytest.raises(DistributedError, match="rank 0 is in score while rank 1 is in finalize"):
+        Apart(1, 2).gather("finalize_features", None)
