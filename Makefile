@@ -176,7 +176,8 @@ sanitize-gpu:
 	        tests/cuda/test_cuda_sanitize.py $(PYTEST_ARGS) || failed="$$failed $$tool"; \
 	done; if [ -n "$$failed" ]; then echo "sanitize-gpu: failed:$$failed" >&2; exit 1; fi
 
-# The targets first, then other sizes while the budget lasts; then the families of CUDA kernels.
+# The targets first, then other sizes while the budget lasts; then the families of CUDA kernels. In a copy of the sources
+# without the repository, FASTPROJ_COMMIT names the commit in the results.
 gpu-bench:
 	@failed=0; $(GPU_RUN) timeout -k 10 180 $(GPU_PYTHON) bench/project.py --device cuda $(GPU_BENCH_ARGS) || failed=1; \
 	$(GPU_RUN) timeout -k 10 60 $(GPU_PYTHON) bench/project.py --device cuda --ladder --repeats 5 --max-seconds 1 || failed=1; \

@@ -202,14 +202,19 @@ def gpu() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured, with `+changes` when tracked files differ from it."""
+    """The commit that is measured, with `+changes` when tracked files differ from it.
+
+    Where the sources came without their repository, $FASTPROJ_COMMIT says it.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     name = git("rev-parse", "HEAD")
-    return f"{name}+changes" if name and git("status", "--porcelain", "-uno") else name
+    if not name:
+        return os.environ.get("FASTPROJ_COMMIT", "")
+    return f"{name}+changes" if git("status", "--porcelain", "-uno") else name
 
 
 def cpu_flags() -> list[str]:

@@ -126,3 +126,13 @@ def test_featurize_measures_and_judges(
     rows["fastproj"].update(peak_mib=1.0, norms=[1.0, 2.0])
     assert featurize.main(["--no-write"]) == 1
     assert "different features" in capsys.readouterr().out
+
+
+def test_a_copy_without_its_repository_is_told_its_commit(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setenv("FASTPROJ_COMMIT", "0123abc")
+    assert bench.commit() == "0123abc"
+    monkeypatch.delenv("FASTPROJ_COMMIT")
+    assert bench.commit() == ""
