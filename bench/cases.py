@@ -202,10 +202,24 @@ def mnist(n: int = 3000, targets: int = 100, seed: int = 0) -> Problem:
     )
 
 
+def mnist_mlp(n: int = 2500, targets: int = 100, seed: int = 3) -> Problem:
+    """The same images with an MLP, whose trainings agree better with each other."""
+    images = mnist(n, targets, seed)
+    return replace(
+        images,
+        name="mnist_mlp",
+        x=images.x.flatten(1),
+        target_x=images.target_x.flatten(1),
+        model=lambda: MLP(784, 32, 10),
+        training=Training(epochs=30, learning_rate=0.05, weight_decay=1e-3),
+    )
+
+
 PROBLEMS: dict[str, Callable[..., Problem]] = {
     "digits": digits,
     "breast_cancer": breast_cancer,
     "mnist": mnist,
+    "mnist_mlp": mnist_mlp,
 }
 
 

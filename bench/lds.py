@@ -1,6 +1,6 @@
 """LDS of TRAK scores on real data: fastproj with its defaults and over lambda, beside trak.
 
-    python bench/lds.py             digits, breast cancer and MNIST at k = 128, 512, 2048
+    python bench/lds.py             all of cases.PROBLEMS at k = 128, 512, 2048
     python bench/lds.py --quick     digits and breast cancer, smaller: about a minute
 
 For each problem it trains models on random halves (the ground truth), and a few on everything
