@@ -56,9 +56,10 @@ def check(report: Report) -> None:
         # As many waits as products: were wgmma serialised, each instruction would have its own.
         assert report.waits == report.groups
         assert report.loop["HGMMA"] >= 4 * report.waits
-        assert report.loop.get("STS", 0) == 0 or case.kind == "gaussian" or case.dtype == "float32"
     if case.aligned == 16 and not case.masked and report.arch.startswith("sm_"):
         assert report.loop["LDGSTS"] > 0  # G goes to shared memory by itself
+        if report.arch == "sm_90" and case.kind == "rademacher" and case.dtype != "float32":
+            assert report.loop.get("STS", 0) == 0  # and nothing else does
 
 
 @pytest.mark.parametrize(("case", "arch", "most"), ESSENTIAL, ids=str)
