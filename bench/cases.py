@@ -13,21 +13,19 @@ import itertools
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
-from tqdm import tqdm
 
+from fastproj.trak.demo import Ensemble, train_in_groups
 from fastproj.trak.tasks import margins
 
 GROUP = 25  # models trained at once by a thread: few enough for a core's cache
-
-Ensemble = dict[str, Tensor]  # parameter name -> [M, *shape]
 
 
 @dataclass(frozen=True)
@@ -238,41 +236,16 @@ def split(
 
 
 def train(problem: Problem, members: Tensor, seed: int, what: str) -> Ensemble:
-    """Train M models, model j on the training samples ``members[j]`` [M, s].
-
-    Groups of GROUP models are trained at once, each in a thread with torch on one core; the result
-    doesn't depend on how many cores there are.
-    """
+    """Train M models, model j on the training samples ``members[j]`` [M, s], GROUP at once."""
     torch.manual_seed(seed)
     models = [problem.model() for _ in members]
     start, _ = stack_module_state(models)
-    groups = torch.arange(len(members)).split(GROUP)
-    threads = torch.get_num_threads()
-    stopped = threading.Event()
-    bar = tqdm(desc=what, total=len(groups) * problem.training.epochs, unit="epoch", leave=False)
-    with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            jobs = [
-                pool.submit(
-                    train_group,
-                    problem,
-                    copy.deepcopy(models[0]),
-                    {name: p.detach()[rows] for name, p in start.items()},
-                    members[rows],
-                    torch.Generator().manual_seed(seed * 1009 + number),
-                    bar.update,
-                    stopped,
-                )
-                for number, rows in enumerate(groups)
-            ]
-            finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in finished:
-                job.result()  # raises what it raised
-            trained = [job.result() for job in jobs]
-        finally:
-            stopped.set()  # where an error or Ctrl-C ended the wait, threads end at their next step
-            torch.set_num_threads(threads)
-    return {name: torch.cat([params[name] for params in trained]) for name in start}
+
+    def train_rows(rows: Tensor, *how: Any) -> Ensemble:
+        params = {name: p.detach()[rows] for name, p in start.items()}
+        return train_group(problem, copy.deepcopy(models[0]), params, members[rows], *how)
+
+    return train_in_groups(train_rows, len(members), GROUP, problem.training.epochs, seed, what)
 
 
 def train_group(

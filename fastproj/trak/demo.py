@@ -137,30 +137,55 @@ def ensemble_logits(params: Ensemble, x: Tensor) -> Tensor:
 def train_ensemble(
     settings: Settings, data: Data, members: Tensor, seed: int, what: str
 ) -> Ensemble:
-    """Train M models, model j on the training samples ``members[j]`` [M, s].
-
-    The models are trained in groups of GROUP, each group in a Python thread of its own with torch
-    on one core: small products gain nothing from threads inside, and on a busy machine lose much.
-    The result doesn't depend on how many cores there are.
-    """
+    """Train M models, model j on the training samples ``members[j]`` [M, s]."""
     torch.manual_seed(seed)
     models = [dict(DigitsCNN().named_parameters()) for _ in members]
     start = {name: torch.stack([m[name].detach() for m in models]) for name in models[0]}
-    groups = torch.arange(len(members)).split(GROUP)
+
+    def train_rows(rows: Tensor, *how: Any) -> Ensemble:
+        params = {name: p[rows] for name, p in start.items()}
+        return train_group(settings, data, params, members[rows], *how)
+
+    return train_in_groups(train_rows, len(members), GROUP, settings.epochs, seed, what)
+
+
+def train_in_groups(
+    train_rows: Callable[
+        [Tensor, torch.Generator, Callable[[], object], threading.Event], Ensemble
+    ],
+    count: int,
+    size: int,
+    epochs: int,
+    seed: int,
+    what: str,
+) -> Ensemble:
+    """Train ``count`` models in groups of ``size``, each group in a thread with torch on one core.
+
+    Small products gain nothing from threads inside, and on a busy machine lose much. The result
+    doesn't depend on how many cores there are.
+
+    Parameters
+    ----------
+    train_rows : trains the models of these numbers with (generator, count_epoch, stopped): calls
+        ``count_epoch`` after each epoch, and returns early once ``stopped`` is set.
+    """
+    groups = torch.arange(count).split(size)
     threads = torch.get_num_threads()
     stopped = threading.Event()
-    bar = tqdm(desc=what, total=len(groups) * settings.epochs, unit="epoch", leave=False)
+    bar = tqdm(desc=what, total=len(groups) * epochs, unit="epoch", leave=False)
+
+    def count_epoch() -> None:
+        if not stopped.is_set():
+            bar.update()
+
     with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             jobs = [
                 pool.submit(
-                    train_group,
-                    settings,
-                    data,
-                    {name: p[rows] for name, p in start.items()},
-                    members[rows],
+                    train_rows,
+                    rows,
                     torch.Generator().manual_seed(seed * 1009 + number),
-                    lambda: None if stopped.is_set() else bar.update(),
+                    count_epoch,
                     stopped,
                 )
                 for number, rows in enumerate(groups)
@@ -172,7 +197,7 @@ def train_ensemble(
         finally:
             stopped.set()  # where an error or Ctrl-C ended the wait, threads end at their next step
             torch.set_num_threads(threads)
-    return {name: torch.cat([params[name] for params in trained]) for name in start}
+    return {name: torch.cat([params[name] for params in trained]) for name in trained[0]}
 
 
 def train_group(
