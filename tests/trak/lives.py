@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -40,7 +42,7 @@ class Server:
     def run(self, function: str, arguments: list[list[Any]], log: Path) -> list[int]:
         """Run ``function(*arguments[i])`` for all i at once; exit codes, or minus the signal.
 
-        function : "module:name". log : what they print is appended to it.
+        function : "module:name". log : what they print is appended to it, one after the other.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -54,8 +56,16 @@ def serve() -> None:
     warm_up()
     for line in sys.stdin:
         order = json.loads(line)
-        children = [fork(order, arguments) for arguments in order["arguments"]]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        with ExitStack() as stack, Path(order["log"]).open("ab") as log:
+            printed = [stack.enter_context(TemporaryFile()) for _ in order["arguments"]]
+            children = [
+                fork(order["function"], arguments, out.fileno())
+                for arguments, out in zip(order["arguments"], printed, strict=True)
+            ]
+            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            for out in printed:
+                out.seek(0)
+                log.write(out.read())
         print(json.dumps(codes), flush=True)
 
 
@@ -72,19 +82,18 @@ def warm_up() -> None:
         cases.whole_run(Path(folder), [cases.net()], cases.data(20), cases.data(3))
 
 
-def fork(order: dict[str, Any], arguments: list[Any]) -> int:
-    """A child that runs the function and ends without cleaning up after the server."""
+def fork(function: str, arguments: list[Any], out: int) -> int:
+    """A child that runs the function, prints to ``out`` and doesn't clean up after the server."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         signal.alarm(600)  # a child that hangs ends, and its exit code says so
-        log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        module, _, name = order["function"].partition(":")
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        module, _, name = function.partition(":")
         getattr(importlib.import_module(module), name)(*arguments)
         code = 0
     except BaseException:
