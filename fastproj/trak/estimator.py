@@ -208,7 +208,12 @@ class TRAKer:
 
     # ---- featurizing ----------------------------------------------------------------------------
 
-    def load_checkpoint(self, checkpoint: Mapping[str, Any], model_id: SupportsIndex) -> None:
+    def load_checkpoint(
+        self,
+        checkpoint: Mapping[str, Any],
+        model_id: SupportsIndex,
+        _allow_featurizing_already_registered: bool = False,
+    ) -> None:
         """Load a state_dict into the model, and make ``model_id`` the one that is featurized.
 
         ``num_samples`` counts from 0 again.
@@ -218,6 +223,8 @@ class TRAKer:
         checkpoint : state_dict of the model.
         model_id : 0 <= model_id < 2^32, the number of this checkpoint in the ensemble; it selects
             the projection matrix.
+        _allow_featurizing_already_registered : accepted for TRAK's sake; as in trak 0.3.2, a
+            model_id that is there is gone on with, whatever this says.
 
         Raises
         ------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -225,3 +227,55 @@ def test_several_experiments_over_a_loaded_save_dir(tmp_path):
     )
     assert again.saver.model_ids == {0: {"is_featurized": 1, "is_finalized": 1}}
     np.testing.assert_array_equal(again.finalize_scores("test", model_ids=[0]), first)
+
+
+# ---- signatures ----------------------------------------------------------------------------------
+
+METHODS = [
+    "__init__",
+    *(
+        name
+        for name, _ in inspect.getmembers(trak.TRAKer, inspect.isfunction)
+        if not name.startswith("_") and name != "init_projector"  # a part of __init__
+    ),
+]
+OTHER_DEFAULTS = {
+    "device": None,  # where the model is
+    "gradient_computer": "auto",
+    "lambda_reg": "auto",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_of_trak_is_in_its_place(method):
+    theirs = inspect.signature(getattr(trak.TRAKer, method)).parameters
+    ours = inspect.signature(getattr(fastproj.TRAKer, method)).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    for name, parameter in theirs.items():
+        assert ours[name].kind == parameter.kind
+        assert ours[name].default == OTHER_DEFAULTS.get(name, parameter.default), name
+    own = list(ours.values())[len(theirs) :]
+    assert all(parameter.default is not parameter.empty for parameter in own)
+
+
+def test_a_registered_model_id_is_gone_on_with_whatever_the_flag_of_trak_says(tmp_path):
+    """trak 0.3.2 looks at it only where model_id is not there, when it has nothing to refuse."""
+    model, (images, labels) = cases.net(), cases.data(N)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    for flag, rows in ((False, range(8)), (True, range(8, N)), (False, range(N))):
+        traker = cases.make(model, tmp_path / "ours", N, proj_dim=K)
+        traker.load_checkpoint(state, 0, _allow_featurizing_already_registered=flag)
+        rows = list(rows)
+        traker.featurize((images[rows], labels[rows]), inds=rows)
+        theirs = trak.TRAKer(
+            model=model,
+            task="image_classification",
+            train_set_size=N,
+            save_dir=tmp_path / "theirs",
+            device="cpu",
+            projector=projector(model),
+            use_half_precision=False,
+        )
+        theirs.load_checkpoint(state, 0, _allow_featurizing_already_registered=flag)
+        theirs.featurize((images[rows], labels[rows]), inds=np.array(rows))
+    traker.finalize_features()
