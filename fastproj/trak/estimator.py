@@ -36,6 +36,7 @@ from fastproj.trak.inputs import (
     as_indices,
     check_finite,
     check_indices,
+    check_mode,
     load_state,
     projector_kind,
     resolve_device,
@@ -367,6 +368,7 @@ class TRAKer:
                 f"{function}: received {'neither' if inds is None else 'both'} inds and "
                 "num_samples; expected exactly one of them"
             )
+        check_mode(function, self.model)
         prepared, size = batches.prepare(function, batch, self.device)
         if hasattr(self.task, "check_batch"):
             self.task.check_batch(prepared)

@@ -85,6 +85,35 @@ def load_state(function: str, model: nn.Module, checkpoint: Any) -> None:
     model.load_state_dict(checkpoint)
 
 
+def check_mode(function: str, model: nn.Module) -> None:
+    """Raise ValueError where dropout or batch statistics are on: outputs would be others each time.
+
+    Other modules may be in training mode: cuDNN differentiates recurrent ones in no other.
+    """
+    active = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if module.training and acts_in_training(module)
+    ]
+    if active:
+        raise ValueError(
+            f"{function}: received a model with {', '.join(active[:3])}"
+            f"{' ...' if len(active) > 3 else ''} in training mode (dropout, batch statistics); "
+            "expected model.eval(), which load_checkpoint calls"
+        )
+
+
+def acts_in_training(module: nn.Module) -> bool:
+    """Whether a module does something else in training mode: drop out, or use the batch."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout > 0
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return module.track_running_stats
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 def as_indices(function: str, inds: Any) -> Indices:
     """Integers [B] from an array, tensor, list or range."""
     array = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)

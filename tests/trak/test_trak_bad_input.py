@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -342,3 +343,38 @@ def test_number_of_targets(traker, train, model):
         StoreMismatchError, match=r"'test' .* has 3 targets, received num_targets=4"
     ):
         traker.start_scoring_checkpoint("test", model.state_dict(), 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (nn.BatchNorm2d(1, affine=False), "0"),
+        (nn.InstanceNorm2d(1, track_running_stats=True), "0"),
+        (nn.Dropout(0.1), "0"),
+        (nn.Sequential(nn.Identity(), nn.Dropout1d()), r"0\.1"),
+    ],
+)
+@pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
+def test_training_mode_is_refused_by_all_and_changes_nothing(
+    tmp_path, train, layer, name, computer
+):
+    model = nn.Sequential(copy.deepcopy(layer), nn.Flatten(), nn.Linear(25, 4))
+    traker = cases.make(model, tmp_path, len(train[0]), gradient_computer=computer)
+    traker.load_checkpoint(model.state_dict(), 0)
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    with pytest.raises(ValueError, match=rf"a model with {name} in training mode.*model\.eval"):
+        traker.featurize(train, num_samples=len(train[0]))
+    assert shards(tmp_path) == []
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+    traker.load_checkpoint(before, 0)
+    traker.featurize(train, num_samples=len(train[0]))
+
+
+def test_training_mode_without_effect_is_taken(tmp_path, train):
+    """cuDNN differentiates recurrent modules in training mode alone."""
+    model = nn.Sequential(nn.Flatten(2), nn.Flatten(), nn.Dropout(0.0), nn.Linear(25, 4))
+    traker = cases.make(model, tmp_path, len(train[0]))
+    traker.load_checkpoint(model.state_dict(), 0)
+    model.train()
+    traker.featurize(train, num_samples=len(train[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import permutations
 
 import pytest
 import torch
@@ -21,7 +22,12 @@ from fastproj.trak import (
     IterativeGradientComputer,
     batches,
 )
-from fastproj.trak.gradients import AutomaticGradientComputer, resolve_gradient_computer, rules
+from fastproj.trak.gradients import (
+    AutomaticGradientComputer,
+    hooks,
+    resolve_gradient_computer,
+    rules,
+)
 
 TASK = ImageClassificationModelOutput()
 CLASSES = 3
@@ -518,3 +524,171 @@ def test_names_of_computers():
     assert resolve_gradient_computer(FunctionalGradientComputer) is FunctionalGradientComputer
     with pytest.raises(ValueError, match="'vmap'; expected 'auto', 'hooks', 'func', 'loop'"):
         resolve_gradient_computer("vmap")
+
+
+# ---- what is checked, and when -------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """A layer, and then what ``mix`` makes of its outputs [B, 4], the weight and the inputs."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.mix = mix
+
+    def forward(self, x):
+        return self.mix(torch.tanh(self.fc(x)), self.fc.weight, x)
+
+
+def large(x):
+    return (x[:, :1] > 1).to(x.dtype)  # [B, 1]
+
+
+# Each leaves the first sample of a batch alone.
+BEYOND_THE_FIRST = {
+    "neighbours": lambda h, w, x: torch.cat([h[:1], h[1:] + 0.3 * h[1:].flip(0)]),
+    "constants of the batch": lambda h, w, x: h + (h - h.mean(0)).detach() * (x != x[:1]),
+    "a weight used elsewhere": lambda h, w, x: h + large(x) * (x @ w),
+    "a weight used twice": lambda h, w, x: h + large(x) * F.linear(x, w),
+}
+
+
+def inputs(seed, rows):
+    """Inputs of which some rows pass for ``large``."""
+    x = torch.randn(N, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x[:, 0] = 0
+    x[rows, 0] = 2
+    return x
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", BEYOND_THE_FIRST)
+def test_samples_other_than_the_first_are_checked(name, seed):
+    torch.manual_seed(seed)
+    model = Classifier(Mixed(BEYOND_THE_FIRST[name]), 4).double().eval()
+    batch = (inputs(seed, slice(1, N)), torch.arange(N) % CLASSES)
+    with pytest.raises(HooksError, match=r"layer.*samples mixed"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    with pytest.warns(UserWarning, match="'hooks' can't take this model"):
+        grads = AutomaticGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    exact = IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    torch.testing.assert_close(flat(grads), flat(exact))
+
+
+@pytest.mark.parametrize(("receiver", "giver"), permutations(range(N), 2))
+def test_any_two_samples_that_are_mixed_are_noticed(receiver, giver):
+    def mix(h, w, x):
+        takes, gives = (x[:, 0] == 2).to(h.dtype), (x[:, 0] == 3).to(h.dtype)
+        return h + 0.3 * takes.outer(gives) @ h
+
+    torch.manual_seed(0)
+    model = Classifier(Mixed(mix), 4).double().eval()
+    x = inputs(0, [])
+    x[receiver, 0], x[giver, 0] = 2, 3
+    with pytest.raises(HooksError, match=r"layer\.fc"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad((x, torch.arange(N) % CLASSES))
+
+
+def when_large(usual, other):
+    return lambda h, w, x: other(h, w, x) if bool(large(x).any()) else usual(h, w, x)
+
+
+@pytest.mark.parametrize("name", BEYOND_THE_FIRST)
+def test_another_graph_is_checked_anew(name):
+    """The second batch takes a branch that the first didn't."""
+    torch.manual_seed(0)
+    model = Classifier(Mixed(when_large(lambda h, w, x: h, BEYOND_THE_FIRST[name])), 4)
+    model.double().eval()
+    labels = torch.arange(N) % CLASSES
+    computer = HookGradientComputer(model, TASK)
+    computer.compute_per_sample_grad((inputs(0, []), labels))
+    with pytest.raises(HooksError, match=r"layer\.fc"):
+        computer.compute_per_sample_grad((inputs(0, slice(1, N)), labels))
+    computer.compute_per_sample_grad((inputs(1, []), labels))
+
+
+class Either(nn.Module):
+    """Two layers that are both called, one of which is used: which, hangs on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (self.one(x), self.two(x))[int(bool(large(x).any()))]
+
+
+def test_a_layer_that_a_later_batch_uses_is_seen(monkeypatch):
+    """Also where nothing but the first batch is checked."""
+    monkeypatch.setattr(hooks, "worth_a_proof", lambda number: number == 1)
+    torch.manual_seed(0)
+    model = Classifier(Either(), 4).double().eval()
+    labels = torch.arange(N) % CLASSES
+    computer, loop = HookGradientComputer(model, TASK), IterativeGradientComputer(model, TASK)
+    for x in (inputs(0, []), inputs(0, range(N)), inputs(1, [])):
+        found = computer.compute_per_sample_grad((x, labels))
+        torch.testing.assert_close(flat(found), flat(loop.compute_per_sample_grad((x, labels))))
+
+
+def test_after_a_single_sample_the_first_batch_of_several_is_checked():
+    torch.manual_seed(0)
+    model = Classifier(Mixed(lambda h, w, x: h + 0.3 * h.roll(1, 0) * (len(x) > 1)), 4)
+    model.double().eval()
+    x, labels = floats(4), torch.arange(N) % CLASSES
+    computer = HookGradientComputer(model, TASK)
+    computer.compute_per_sample_grad((x[:1], labels[:1]))
+    with pytest.raises(HooksError, match=r"layer\.fc"):
+        computer.compute_per_sample_grad((x, labels))
+
+
+def test_random_numbers_are_noticed():
+    torch.manual_seed(0)
+    model = Classifier(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), 4).double().train()
+    with pytest.raises(HooksError, match="random numbers"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad(
+            (floats(4), torch.arange(N) % CLASSES)
+        )
+
+
+class Counted(nn.Module):
+    """Counts the samples that come by."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.samples = 0
+        self.branch = 0
+
+    def forward(self, x):
+        self.samples += len(x)
+        h = self.fc(x)
+        for _ in range(self.branch):
+            h = torch.tanh(h)
+        return h
+
+
+def test_the_check_costs_a_batch_once_for_a_checkpoint():
+    torch.manual_seed(0)
+    layer = Counted()
+    model = Classifier(layer, 4).double().eval()
+    x, labels = floats(4).repeat(40, 1), torch.arange(40 * N) % CLASSES
+    computer = HookGradientComputer(model, TASK)
+
+    def samples():
+        layer.samples = 0
+        computer.compute_per_sample_grad((x, labels))
+        return layer.samples - len(x)
+
+    first = samples()
+    assert len(x) <= first < 1.2 * len(x)  # each sample once more, and a few to find dimensions
+    assert samples() == 0
+    computer.load_model_params(model)
+    assert samples() == first
+    checked = []
+    for layer.branch in range(1, 70):  # every batch with another graph
+        extra = samples()
+        assert extra == 0 or extra >= len(x)
+        checked += [layer.branch + 1] if extra else []  # graphs are counted from 1
+    assert checked == [2, 3, 4, 5, 6, 7, 8, 16, 32, 64]

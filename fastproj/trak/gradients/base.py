@@ -97,8 +97,12 @@ class AbstractGradientComputer(ABC):
             if not out.requires_grad:
                 return dict.fromkeys(chosen)
             grads = torch.autograd.grad(out, list(chosen.values()), allow_unused=True)
-        dense = [g if g is None or not g.is_sparse else g.to_dense() for g in grads]
-        return dict(zip(chosen, dense, strict=True))
+        return {n: None if g is None else dense(g) for n, g in zip(chosen, grads, strict=True)}
+
+
+def dense(g: Tensor) -> Tensor:
+    """A gradient as a dense tensor; those of embeddings may be sparse."""
+    return g.to_dense() if g.is_sparse else g
 
 
 def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[str]:

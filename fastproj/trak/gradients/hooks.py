@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastproj.projector import Projector
@@ -18,6 +17,7 @@ from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import tell_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
+from fastproj.trak.gradients.proof import Proof, graph_of, prove, worth_a_proof
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
 from fastproj.trak.gradients.rules import Workspace, rule_for
 from fastproj.trak.gradients.sinks import (
@@ -54,8 +54,8 @@ class HookGradientComputer(AbstractGradientComputer):
 
     The task must be a ``BatchedModelOutput``. Where the batch dimension is inside the model is
     found by running batches of 2 and 3 copies of a sample; a module that other samples call more
-    often is an error. After each ``load_model_params`` the first sample's gradient is compared with
-    plain autograd's.
+    often is an error. After each ``load_model_params``, the gradients of all samples of the first
+    batch, and of the first of each new structure, are checked against plain autograd (``proof``).
 
     Raises
     ------
@@ -72,9 +72,8 @@ class HookGradientComputer(AbstractGradientComputer):
                 "a BatchedModelOutput, whose outputs(...) takes a batch"
             )
         self._owned = owned_modules(model, set(self.names))
-        self._expected: dict[str, Tensor] | None = None
-        self._used: set[str] = set()
-        self._checked = False
+        self._used: set[str] = set()  # what f of some batch has been seen to depend on
+        self._structures: set[Any] = set()  # of the batches so far
         self._plans: dict[Any, Plan] = {}
         if not hasattr(self, "_told"):
             self._told: set[str] = set()  # what has been said once
@@ -108,16 +107,18 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def _run(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
         """Send the pieces of all gradients of a batch to a sink."""
-        plan = self._plan(batch)
-        size = batches.size(batch)
-        weights = {**self.fixed, **self.chosen}
-        with Recorder(plan.hooked, size, plan.layouts, self._told, self._work) as recorder:
-            out = recorder.outputs(self.task, self.model, weights, self.buffers, batch)
-            sink = make_sink(recorder.uses)
-            check = None
-            if not self._checked and self._expected is not None:
-                sink = check = CheckingSink(sink, self._expected)
-            recorder.backward(out, sink)
+        proof = None if self._structures else self._prove(batch)
+        plan, recorder, out, structure = self._forward(batch)
+        new = structure not in self._structures
+        if new and proof is None and worth_a_proof(len(self._structures) + 1):
+            del recorder, out  # plain autograd needs the memory
+            proof = self._prove(batch)
+            plan, recorder, out, structure = self._forward(batch)
+        sink = make_sink(recorder.uses)
+        check = None
+        if proof is not None and proof.finite():
+            sink = check = CheckingSink(sink, proof, self.chosen)
+        recorder.backward(out, sink)
         for name, values in self._rest(plan.rest, batch):
             sink.add(name, Piece(0, values))
         sink.close()
@@ -125,11 +126,44 @@ class HookGradientComputer(AbstractGradientComputer):
             wrong = check.wrong()
             if wrong:
                 raise HooksError(
-                    f"hooks: the gradient by {listed(wrong)} is not that of plain autograd for the "
-                    "first sample of the batch; is the parameter used outside of its module's "
-                    "forward, or are samples mixed?"
+                    f"hooks: the gradient by {listed(wrong)} is not that of plain autograd; is the "
+                    "parameter used outside of its module's forward, are samples mixed, or does "
+                    "the model draw random numbers (dropout in training mode)?"
                 )
-            self._checked, self._expected = True, None
+        if new and (proof is None or check is not None):
+            self._structures.add(structure)
+
+    def _prove(self, batch: tuple[Any, ...]) -> Proof:
+        """What the gradients of a batch must be, and with it which parameters f depends on."""
+        proof = prove(self, batch, seed=len(self._structures))
+        self._use(set(proof.sums))
+        return proof
+
+    def _use(self, names: set[str]) -> None:
+        """Note that f depends on these parameters."""
+        if names - self._used:
+            self._used |= names
+            self._plans.clear()
+
+    def _forward(self, batch: tuple[Any, ...]) -> tuple[Plan, Recorder, Tensor, Any]:
+        """The plan for a batch, its outputs with hooks listening, and its structure."""
+        while True:
+            plan = self._plan(batch)
+            unused = {
+                name: p.detach().requires_grad_()
+                for name, p in self.chosen.items()
+                if name not in self._used
+            }
+            weights = {**self.fixed, **self.chosen, **unused}
+            size = batches.size(batch)
+            with Recorder(plan.hooked, size, plan.layouts, self._told, self._work) as recorder:
+                out = recorder.outputs(self.task, self.model, weights, self.buffers, batch)
+            graph, leaves = graph_of(out)
+            reached = {id(leaf) for leaf in leaves}
+            found = {name for name, p in unused.items() if id(p) in reached}
+            if not found:
+                return plan, recorder, out, (shapes_of(batch), size > 1, graph)
+            self._use(found)  # as f of the batches before did not
 
     def _rest(self, names: list[str], batch: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
         """The gradients by parameters without a hook, [B, numel], from the whole model."""
@@ -151,20 +185,10 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def _plan(self, batch: tuple[Any, ...]) -> Plan:
         """The plan for samples of these shapes."""
-        if not self._checked and self._expected is None:
-            self._learn_gradient(batch)
-        key = tuple((tuple(t.shape[1:]), t.dtype) for t in batches.leaves(batch))
+        key = shapes_of(batch)
         if key not in self._plans:
             self._plans[key] = self._make_plan(batch)
         return self._plans[key]
-
-    def _learn_gradient(self, batch: tuple[Any, ...]) -> None:
-        """Which parameters f depends on, and the first sample's gradient, to be checked against."""
-        gradient = self.gradient_of(batches.select(batch, 0))
-        known = {name: g for name, g in gradient.items() if g is not None}
-        self._used |= set(known)
-        if all(bool(torch.isfinite(g).all()) for g in known.values()):
-            self._expected = known  # otherwise there is nothing to compare with yet
 
     def _make_plan(self, batch: tuple[Any, ...]) -> Plan:
         """Hook the modules whose every call has one batch dimension; others leave it to a parent.
@@ -244,6 +268,11 @@ def sees_samples(layout: Layout, shapes: tuple[list[Any], list[Any]]) -> bool:
         where is not SHARED or shape is None or (len(shape) > 1 and shape[0] == 1)
         for where, shape in zip(layout.outputs, shapes[1], strict=True)
     )
+
+
+def shapes_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Shapes and dtypes of a batch's samples."""
+    return tuple((tuple(t.shape[1:]), t.dtype) for t in batches.leaves(batch))
 
 
 def owned_modules(model: nn.Module, chosen: set[str]) -> list[Owned]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastproj.projector import Projector
 from fastproj.trak.gradients import base
+from fastproj.trak.gradients.proof import Proof
 
 
 class Piece(NamedTuple):
@@ -118,21 +119,23 @@ class ProjectingSink:
 
 
 class CheckingSink:
-    """Passes pieces on, and compares the gradient of the first sample with a known one."""
+    """Passes pieces on, and compares the weighted sum of all gradients with a known one."""
 
-    def __init__(self, sink: Sink, expected: Mapping[str, Tensor]) -> None:
+    def __init__(self, sink: Sink, proof: Proof, params: Mapping[str, Tensor]) -> None:
         self.sink = sink
-        self.left = {name: g.reshape(-1).clone() for name, g in expected.items()}
-        self.sizes = {name: float(g.norm()) for name, g in expected.items()}
+        self.weights = proof.weights
+        self.params = params
+        self.sizes = {name: float(g.norm()) for name, g in proof.sums.items()}
+        self.left = {name: g.view(-1) for name, g in proof.sums.items()}
 
     def add(self, name: str, piece: Piece) -> None:
-        """Subtract the first sample's part from what is expected."""
+        """Subtract the samples' part from what is expected."""
         self.sink.add(name, piece)
-        if piece.rows is None:
-            own = piece.values[0]
-        else:
-            own = piece.values[piece.rows == 0].sum(0)
-        self.left[name][piece.start : piece.start + piece.values.shape[1]] -= own
+        weights = self.weights if piece.rows is None else self.weights[piece.rows]
+        part = weights.to(piece.values.dtype) @ piece.values
+        if name not in self.left:  # f of this batch doesn't depend on it
+            self.left[name] = part.new_zeros(self.params[name].numel())
+        self.left[name][piece.start : piece.start + len(part)] -= part
 
     def close(self) -> None:
         """There are no more pieces."""
@@ -143,7 +146,9 @@ class CheckingSink:
         total = sum(size**2 for size in self.sizes.values()) ** 0.5
         found = []
         for name, left in self.left.items():
-            share = 3 * torch.finfo(left.dtype).eps ** 0.5  # of a gradient's norm: 1e-3 in float32
-            if not float(left.norm()) <= share * (self.sizes[name] + 0.1 * total):
+            # Of a gradient's norm; float64 models take float32's, as T5's softmax does.
+            eps = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
+            share = 3 * eps**0.5  # 1e-3 in float32
+            if not float(left.norm()) <= share * (self.sizes.get(name, 0.0) + 0.1 * total):
                 found.append(name)
         return found

@@ -1,0 +1,101 @@
+"""What the hooks' gradients of a batch are held against, and which batches are worth it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastproj.trak import batches
+from fastproj.trak.gradients.base import AbstractGradientComputer, dense
+
+PROVEN_FIRST = 8  # of further structures, those whose number is a power of two are checked
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The gradient of ``sum_i weights[i] f(z_i)``, by parameter that f depends on."""
+
+    weights: Tensor  # [B], float64, all different
+    sums: dict[str, Tensor]
+
+    def finite(self) -> bool:
+        """Whether there is anything to compare with."""
+        return all(bool(torch.isfinite(g).all()) for g in self.sums.values())
+
+
+def prove(computer: AbstractGradientComputer, batch: tuple[Any, ...], seed: int) -> Proof:
+    """The weighted sum of the gradients of all samples of a batch, by plain autograd.
+
+    The batch is split at random into one sample alone and two halves. So a gradient that is lost or
+    doubled for any sample shows, and by the random weights also one that two samples share: hooks
+    ascribe it to another of them than autograd does. That outputs hang on what else is in the batch
+    shows as well, because the other computation never has the same samples together.
+    """
+    size = batches.size(batch)
+    generator = torch.Generator().manual_seed(seed)
+    weights = 0.5 + torch.rand(size, generator=generator, dtype=torch.float64)
+    weights *= torch.randint(0, 2, (size,), generator=generator) * 2 - 1
+    first = next(batches.leaves(batch))
+    weights = weights.to(first.device)
+    order = torch.randperm(size, generator=generator).to(first.device)
+    sums: dict[str, Tensor] = {}
+    for rows in (order[:1], *order[1:].chunk(2)):
+        if not len(rows):
+            continue
+        for name, g in weighted_gradient(computer, batch, rows, weights[rows]).items():
+            if name in sums:
+                sums[name] += g
+            else:
+                sums[name] = torch.empty(g.shape, dtype=wide(g), device=g.device).copy_(g)
+    return Proof(weights, {name: sums[name] for name in computer.names if name in sums})
+
+
+def weighted_gradient(
+    computer: AbstractGradientComputer, batch: tuple[Any, ...], rows: Tensor, weights: Tensor
+) -> dict[str, Tensor]:
+    """The gradient of ``sum_i weights[i] f(z_i)`` over some rows of a batch, all at once."""
+    part = batches.select(batch, rows)
+    chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
+    with torch.enable_grad():
+        out = computer.task.outputs(
+            computer.model, {**computer.fixed, **chosen}, computer.buffers, part
+        )
+        if not out.requires_grad:
+            return {}
+        grads = torch.autograd.grad(
+            out, list(chosen.values()), weights.to(out.dtype).view_as(out), allow_unused=True
+        )
+    return {n: dense(g) for n, g in zip(chosen, grads, strict=True) if g is not None}
+
+
+def wide(t: Tensor) -> torch.dtype:
+    """A dtype to sum in: float32 for 16 bits."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def worth_a_proof(number: int) -> bool:
+    """Whether to check the first batch of structure ``number``, counted from 1."""
+    return number <= PROVEN_FIRST or number & (number - 1) == 0
+
+
+def graph_of(out: Tensor) -> tuple[int, list[Tensor]]:
+    """A hash of the autograd graph behind ``out``, without shapes; and its leaves."""
+    if out.grad_fn is None:
+        return 0, []
+    nodes: list[Any] = [out.grad_fn]
+    places: dict[Any, int] = {out.grad_fn: 0}
+    kinds, leaves = [], []
+    for node in nodes:  # which grows
+        kind: list[Any] = [node.name()]
+        for below, _ in node.next_functions:
+            if below is not None and below not in places:
+                places[below] = len(nodes)
+                nodes.append(below)
+            kind.append(None if below is None else places[below])
+        kinds.append(tuple(kind))
+        if kind[0] == "torch::autograd::AccumulateGrad":
+            leaves.append(node.variable)
+    return hash(tuple(kinds)), leaves
