@@ -351,7 +351,7 @@ def test_number_of_targets(traker, train, model):
         (nn.BatchNorm2d(1, affine=False), "0"),
         (nn.InstanceNorm2d(1, track_running_stats=True), "0"),
         (nn.Dropout(0.1), "0"),
-        (nn.Sequential(nn.Identity(), nn.Dropout1d()), r"0\.1"),
+        (nn.Sequential(nn.Identity(), nn.Dropout2d()), r"0\.1"),
     ],
 )
 @pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
