@@ -18,6 +18,8 @@ import fastproj
 from fastproj.trak.correlation import METHODS
 from fastproj.trak.files import StoreError, write_atomic
 from fastproj.trak.metrics import (
+    LDS,
+    LOO,
     brittleness,
     check_sampling,
     lds,
@@ -65,9 +67,14 @@ def lds_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--train-set-size", type=int, metavar="N", help="needed where no --scores are given"
     )
-    parser.add_argument("--subsets", type=int, default=100, metavar="S", help="models; 100")
-    parser.add_argument("--fraction", type=float, default=0.5, help="of the training set; 0.5")
-    parser.add_argument("--repeats", type=int, default=1, metavar="R", help="models a subset; 1")
+    parser.add_argument(
+        "--subsets",
+        type=int,
+        metavar="S",
+        help="models; 100. Fewer than --out or --ground-truth holds: the first S of them",
+    )
+    parser.add_argument("--fraction", type=float, help="of the training set; 0.5")
+    parser.add_argument("--repeats", type=int, metavar="R", help="models a subset; 1")
     add_training(parser, "fastproj-lds")
     add_interval(parser)
     options = parser.parse_args(argv)
@@ -77,6 +84,8 @@ def lds_main(argv: Sequence[str] | None = None) -> int:
         parser.error("--ground-truth needs --scores")
     if not options.scores and options.train_set_size is None:
         parser.error("expected --scores, or --train-set-size to only train")
+    if options.ground_truth is not None and options.fraction is not None:
+        parser.error("--fraction goes with RECIPE: a ground truth has its subsets")
     return guarded("lds", options, run_lds)
 
 
@@ -90,34 +99,40 @@ def run_lds(options: argparse.Namespace) -> int:
     m = agreed("targets", {str(path): a.shape[1] for path, a in scores.items()}, None)
     made: dict[str, Any]
     if options.ground_truth is not None:
-        truth, made = GroundTruth.load(options.ground_truth), {"path": str(options.ground_truth)}
+        whole, made = GroundTruth.load(options.ground_truth), {"path": str(options.ground_truth)}
+        truth = whole.first(options.subsets, options.repeats)
+        there = whole.outputs.shape
+        less = truth.outputs.shape != there
+        more = f"; the first of {there[1]} subsets, {there[0]} models each" if less else ""
     else:
-        if scores and options.subsets < 3:
-            raise ValueError(f"--subsets: received {options.subsets}; expected at least 3")
-        masks = random_subsets(n, options.subsets, options.fraction, options.seed)
+        count = 100 if options.subsets is None else options.subsets
+        fraction = 0.5 if options.fraction is None else options.fraction
+        if scores and count < 3:
+            raise ValueError(f"--subsets: received {count}; expected at least 3")
         truth = train_subsets(
             options.recipe,
-            masks,
+            random_subsets(n, count, fraction, options.seed),
             options.out,
-            repeats=options.repeats,
-            identity={"fraction": options.fraction},
+            repeats=1 if options.repeats is None else options.repeats,
+            identity={"fraction": fraction},
             n_targets=m,
             allow_failures=True,
             **training(options),
         )
-        truth.save(options.out / "ground-truth.npz")
-        made = {"path": str(options.out), "recipe": options.recipe, "fraction": options.fraction}
+        keep(truth, options.out / "ground-truth.npz")
+        more = others_of(truth, options.out)
+        made = {"path": str(options.out), "recipe": options.recipe, "fraction": fraction}
     n_runs, n_subsets, n_targets = truth.outputs.shape
-    print(f"ground truth: {n_subsets} subsets, {n_runs} models each, {n_targets} targets")
+    print(f"ground truth: {n_subsets} subsets, {n_runs} models each, {n_targets} targets{more}")
     for name, why in truth.failed.items():
         print(f"fastproj lds: {name} failed and is left out: {why}", file=sys.stderr)
-    results = []
+    results, good = [], True
     for path, array in scores.items():
         result = lds(array, truth.masks, truth.mean, **interval(options))
-        print(f"{result}  {path}")
+        good &= tell("lds", result, path, truth.mean)
         results.append({"scores": str(path), **asdict(result)})
     ceiling = noise_ceiling(truth.outputs) if n_runs > 1 and n_subsets >= 3 else None
-    if ceiling is not None:
+    if ceiling is not None and math.isfinite(ceiling):
         print(f"the randomness of training leaves at most about {ceiling:.2f} to predict")
     facts = {"ground_truth": made, "n_runs": n_runs, "n_subsets": n_subsets, "n_targets": n_targets}
     write_results(
@@ -125,7 +140,7 @@ def run_lds(options: argparse.Namespace) -> int:
         {**facts, "noise_ceiling": ceiling, "failed": truth.failed, "results": results},
         options.out if options.ground_truth is None else None,
     )
-    return 1 if truth.failed else 0
+    return 0 if good and not truth.failed else 1
 
 
 def loo_main(argv: Sequence[str] | None = None) -> int:
@@ -163,16 +178,19 @@ def run_loo(options: argparse.Namespace) -> int:
         n_targets=m,
         **training(options),
     )
-    results = []
+    n_runs, n_removed, n_targets = truth.outputs.shape
+    more = others_of(truth, options.out)
+    print(f"left out: {n_removed} samples, {n_runs} models each, {n_targets} targets{more}")
+    results, good = [], True
     for path, array in scores.items():
         result = loo_correlation(
             array, removed, truth.mean, method=options.method, **interval(options)
         )
-        print(f"{result}  {path}")
+        good &= tell("loo", result, path, truth.mean)
         results.append({"scores": str(path), **asdict(result)})
     facts = {"recipe": options.recipe, "removed": removed.tolist(), "n_runs": options.repeats}
     write_results(options, {**facts, "results": results}, options.out)
-    return 0
+    return 0 if good else 1
 
 
 def brittleness_main(argv: Sequence[str] | None = None) -> int:
@@ -294,6 +312,55 @@ def add_interval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--confidence", type=float, default=0.95, help="of intervals; 0.95")
     parser.add_argument("--n-boot", type=int, default=500, help="resamples; 500")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+
+
+def keep(truth: GroundTruth, path: Path) -> None:
+    """Write a ground truth, unless the file has it and more."""
+    try:
+        there = GroundTruth.load(path) if path.exists() else None
+    except (StoreError, ValueError, TypeError):
+        there = None
+    if there is None or not there.holds(truth):
+        truth.save(path)
+    elif there.outputs.shape != truth.outputs.shape:
+        n_runs, n_subsets, _ = there.outputs.shape
+        print(f"{path} is left as it is, with {n_subsets} subsets, {n_runs} models each")
+
+
+def others_of(truth: GroundTruth, folder: Path) -> str:
+    """What is to be said of the models in a directory that a result is not made of."""
+    if not truth.unused:
+        return ""
+    return f"; {truth.unused} more models in {folder} are kept and not used"
+
+
+def tell(command: str, result: LDS | LOO, path: Path, outputs: npt.NDArray[np.float64]) -> bool:
+    """Print a mean correlation, and which targets [m] have none; whether there is a number."""
+    print(f"{result}  {path}")
+    silent = np.isnan(result.per_target)
+    if not silent.any():
+        return True
+    same = np.ptp(outputs, axis=0) == 0  # of [S, m]
+    reasons = []
+    if (silent & same).any():
+        reasons.append(
+            f"{int((silent & same).sum())} have the same output in all of the {len(outputs)} "
+            "models that were trained (does train use its indices and its seed, and outputs its "
+            "model?)"
+        )
+    if (silent & ~same).any():
+        reasons.append(
+            f"the scores of {int((silent & ~same).sum())} predict the same for all of them (are "
+            "the scores all equal, or 0?)"
+        )
+    number = not math.isnan(result.mean)
+    print(
+        f"fastproj {command}: {path}: {int(silent.sum())} of {len(silent)} targets have no "
+        f"correlation and are left out: {'; '.join(reasons)}"
+        + ("" if number else ". Expected outputs and scores that differ for at least one target"),
+        file=sys.stderr,
+    )
+    return number
 
 
 def training(options: argparse.Namespace) -> dict[str, Any]:

@@ -66,17 +66,43 @@ class GroundTruth:
     outputs : float64 [R, S, m], of R retrainings of each subset.
     rows : int64 [S], which of the masks that were asked for these are.
     failed : by name, why those that are missing could not be trained.
+    unused : how many models the directory holds beside these, from earlier calls that asked for
+        more or for others.
     """
 
     masks: Mask
     outputs: Floats
     rows: npt.NDArray[np.int64]
     failed: Mapping[str, str] = field(default_factory=dict)
+    unused: int = 0
 
     @property
     def mean(self) -> Floats:
         """Outputs averaged over retrainings, [S, m]."""
         return self.outputs.mean(0)
+
+    def first(self, subsets: int | None, repeats: int | None) -> GroundTruth:
+        """The first subsets and retrainings; None is all. Raises ValueError for more than these."""
+        n_runs, n_subsets, _ = self.outputs.shape
+        for what, wanted, there in (("subsets", subsets, n_subsets), ("repeats", repeats, n_runs)):
+            if wanted is not None and not 1 <= wanted <= there:
+                raise ValueError(
+                    f"ground truth: received {what}={wanted}; expected 1 to {there}, which it holds"
+                )
+        return GroundTruth(
+            self.masks[:subsets], self.outputs[:repeats, :subsets], self.rows[:subsets], self.failed
+        )
+
+    def holds(self, other: GroundTruth) -> bool:
+        """Whether all of ``other`` is here too: the same subsets with the same outputs."""
+        n_runs = len(other.outputs)
+        places = {row: place for place, row in enumerate(self.rows.tolist())}
+        if n_runs > len(self.outputs) or not set(other.rows.tolist()) <= set(places):
+            return False
+        own = [places[row] for row in other.rows.tolist()]
+        return np.array_equal(self.masks[own], other.masks) and np.array_equal(
+            self.outputs[:n_runs, own], other.outputs
+        )
 
     def save(self, path: Path | str) -> None:
         """Write masks and outputs to a .npz file, in full or not at all."""
@@ -380,7 +406,13 @@ class Run:
                 f"{self.directory}; the same call tries only the failed ones again"
             )
         outputs = np.array(kept).swapaxes(0, 1)  # [R, S, m]
-        return GroundTruth(masks[rows], outputs, np.array(rows), self.failed)
+        used = {
+            self.path(samples_digest(masks[row]), run).name
+            for row in rows
+            for run in range(repeats)
+        }
+        unused = {path.name for path in self.models.glob("*.safetensors")} - used
+        return GroundTruth(masks[rows], outputs, np.array(rows), self.failed, len(unused))
 
 
 @dataclass(frozen=True)

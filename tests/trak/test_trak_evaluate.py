@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
-from recipe_files import trained, write_recipe
+from recipe_files import RIDGE, trained, write_recipe
 
 from fastproj import cli
 from fastproj.trak.metrics import brittleness, lds, loo_correlation, mislabel_auc, noise_ceiling
@@ -112,6 +113,91 @@ def test_loo(tmp_path, scores, capsys, method):
     ]
     expected = loo_correlation(np.load(scores), removed, outputs, method=method, seed=4)
     assert f"{expected}  {scores}\n" in capsys.readouterr().out
+
+
+CONSTANT = {
+    "outputs": ("return np.ones(5)", None, "5 have the same output in all of the 4 models"),
+    "scores": (None, np.zeros((24, 5)), "the scores of 5 predict the same for all of them"),
+    "both": (
+        "return (Z @ model) * [0, 1, 1, 1, 1]",
+        np.ones((24, 5)) * np.arange(5),
+        "1 have the same output .* the scores of 4 predict the same",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["lds", "loo"])
+@pytest.mark.parametrize("name", CONSTANT)
+def test_no_correlation_at_all_is_an_error_that_says_why(tmp_path, scores, capsys, command, name):
+    body, values, message = CONSTANT[name]
+    if body is not None:
+        write_recipe(tmp_path, text=RIDGE.replace("return Z @ model", body))
+    if values is not None:
+        np.save(scores, values)
+    told = tmp_path / "numbers.json"
+    count = {"lds": ("--subsets", 4, "--repeats", 2), "loo": ("--samples", 4, "--repeats", 2)}
+    assert (
+        run(
+            *(command, tmp_path / "recipe.py", "--scores", scores, "--out", tmp_path / "out"),
+            *(*count[command], "--n-boot", 5, "--json", told),
+        )
+        == 1
+    )
+    printed = capsys.readouterr()
+    pattern = rf"{command}: .*5 of 5 targets have no correlation.*{message}.*Expected outputs and"
+    assert re.search(pattern, printed.err.replace("\n", " "))
+    assert "nan to predict" not in printed.out
+    assert json.loads(told.read_text())["results"][0]["mean"] is None
+
+
+def test_some_targets_without_a_correlation_are_counted(tmp_path, scores, capsys):
+    values = np.load(scores)
+    values[:, 3] = 0
+    np.save(scores, values)
+    arguments = ("--scores", scores, "--out", tmp_path / "out", "--subsets", 5)
+    assert run("lds", tmp_path / "recipe.py", *arguments) == 0
+    assert "1 of 5 targets have no correlation and are left out" in capsys.readouterr().err
+
+
+def test_fewer_subsets_than_before_are_the_first_of_those_that_are_kept(tmp_path, scores, capsys):
+    out, recipe = tmp_path / "out", tmp_path / "recipe.py"
+    common = ("--scores", scores, "--out", out, "--n-boot", 20)
+    assert run("lds", recipe, *common, "--subsets", 9, "--repeats", 2) == 0
+    whole = GroundTruth.load(out)
+    capsys.readouterr()
+    assert run("lds", recipe, *common, "--subsets", 4) == 0
+    printed = capsys.readouterr().out
+    assert len(trained(tmp_path)) == 18
+    expected = lds(np.load(scores), whole.masks[:4], whole.outputs[0, :4], n_boot=20)
+    assert f"{expected}  {scores}" in printed
+    assert f"4 subsets, 1 models each, 5 targets; 14 more models in {out} are kept" in printed
+    assert "is left as it is, with 9 subsets, 2 models each" in printed
+    np.testing.assert_array_equal(GroundTruth.load(out).outputs, whole.outputs)
+    given = ("lds", "--ground-truth", out, "--scores", scores, "--n-boot", 20)
+    assert run(*given, "--subsets", 4, "--repeats", 1) == 0
+    printed = capsys.readouterr().out
+    assert f"{expected}  {scores}" in printed
+    assert "4 subsets, 1 models each, 5 targets; the first of 9 subsets, 2 models each" in printed
+    assert run(*given) == 0
+    assert "ground truth: 9 subsets, 2 models each, 5 targets\n" in capsys.readouterr().out
+    assert run(*given, "--subsets", 10) == 1
+    assert "received subsets=10; expected 1 to 9, which it holds" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(*given, "--fraction", 0.4)
+    assert "--fraction goes with RECIPE" in capsys.readouterr().err
+    # More of one and fewer of the other: a ground truth of its own, and nothing trained again.
+    assert run("lds", recipe, *common, "--subsets", 4, "--repeats", 3) == 0
+    assert len(trained(tmp_path)) == 22
+    assert GroundTruth.load(out).outputs.shape == (3, 4, 5)
+
+
+def test_fewer_left_out_than_before_are_the_first_of_them(tmp_path, scores, capsys):
+    arguments = ("loo", tmp_path / "recipe.py", "--scores", scores, "--out", tmp_path / "out")
+    assert run(*arguments, "--samples", 6, "--repeats", 2) == 0
+    capsys.readouterr()
+    assert run(*arguments, "--samples", 4, "--repeats", 1) == 0
+    assert len(trained(tmp_path)) == 12
+    assert "left out: 4 samples, 1 models each, 5 targets; 8 more" in capsys.readouterr().out
 
 
 def test_brittleness(tmp_path, scores, capsys):
