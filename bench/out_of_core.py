@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastproj import TRAKer
-from fastproj.trak import AbstractModelOutput, scoring
+from fastproj.trak import AbstractModelOutput, features
 from measure import write_result
 
 SHARD_ROWS = 512
@@ -113,17 +113,17 @@ def read_once(save_dir: Path) -> None:
 
 def multiply_gram(samples: int, proj_dim: int) -> None:
     """The product of XtX, block by block, at torch's rate."""
-    block = torch.randn(scoring.BLOCK_ROWS, proj_dim)
+    block = torch.randn(features.BLOCK_ROWS, proj_dim)
     out = torch.empty(proj_dim, proj_dim)
-    for _ in range(-(-samples // scoring.BLOCK_ROWS)):
+    for _ in range(-(-samples // features.BLOCK_ROWS)):
         torch.mm(block.mT, block, out=out)
 
 
 def multiply_scores(samples: int, proj_dim: int, targets: int) -> None:
     """The product of the scores, block by block, at torch's rate."""
-    block, weights = torch.randn(scoring.BLOCK_ROWS, proj_dim), torch.randn(targets, proj_dim)
-    out = torch.empty(scoring.BLOCK_ROWS, targets)
-    for _ in range(-(-samples // scoring.BLOCK_ROWS)):
+    block, weights = torch.randn(features.BLOCK_ROWS, proj_dim), torch.randn(targets, proj_dim)
+    out = torch.empty(features.BLOCK_ROWS, targets)
+    for _ in range(-(-samples // features.BLOCK_ROWS)):
         torch.mm(block, weights.mT, out=out)
 
 

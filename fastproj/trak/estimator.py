@@ -2,7 +2,9 @@
 
 For checkpoints c = 1..M with projection matrices P_c and features phi_c(z) = P_c^T grad f(z):
 
-    tau(z) = (1/M sum_c phi_c(z) (Phi_c^T Phi_c + lambda I)^-1 Phi_c^T) * (1/M sum_c Q_c)
+    tau(z) = (1/M sum_c phi_c(z) (Phi_c^T R_c Phi_c + lambda I)^-1 Phi_c^T) * (1/M sum_c Q_c)
+
+R is the curvature of the loss, Q (1 - Q), where lambda is chosen ("auto"), and 1 where it is given.
 """
 
 from __future__ import annotations
@@ -18,15 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from fastproj.checks import check_integer
 from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
-from fastproj.trak.features import FeatureReader
 from fastproj.trak.files import Indices
+from fastproj.trak.finalizing import finalize, solution_of
 from fastproj.trak.gradients import (
     count_params,
     parameter_names,
@@ -42,17 +43,9 @@ from fastproj.trak.inputs import (
     resolve_device,
     subclass_of,
 )
-from fastproj.trak.ridge import sample_rows
-from fastproj.trak.scoring import BLOCK_ROWS, self_scores, sum_xtx, target_chunks, write_scores
-from fastproj.trak.solve import (
-    AUTO,
-    HALF_ROUNDING,
-    Gram,
-    Lambda,
-    ScoreComputer,
-    Solution,
-    check_lambda,
-)
+from fastproj.trak.progress import progress
+from fastproj.trak.scoring import self_scores, target_chunks, write_scores
+from fastproj.trak.solve import AUTO, Lambda, ScoreComputer, Solution, check_lambda
 from fastproj.trak.store import (
     NotReadyError,
     Store,
@@ -108,9 +101,9 @@ class TRAKer:
     proj_max_batch_size : accepted for TRAK's sake; any batch size works.
     projector_seed : 0 <= seed < 2^64, where ``projector`` is None.
     grad_wrt : names of the parameters to take gradients by; None is all.
-    lambda_reg : ridge added to the diagonal of XtX: "auto", which chooses one for each checkpoint
-        from its features and Q (see ``fastproj.trak.ridge``); a number, as in TRAK; or a
-        string such as "0.1*mean" for 0.1 times the mean eigenvalue.
+    lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features and Q, and
+        weighs the samples by the curvature of their loss (see ``fastproj.trak.ridge``). A number is
+        added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean eigenvalue.
     kind : "rademacher" | "gaussian", where ``projector`` is None.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
         yes where there are several. False: this process works by itself.
@@ -442,10 +435,11 @@ class TRAKer:
         del_grads: bool = False,
         lambda_reg: Lambda | None = None,
     ) -> None:
-        """Sum up XtX of each checkpoint, and check that it can be solved.
+        """Sum up the Gram matrix of each checkpoint, choose its lambda, and check that it solves.
 
-        What is stored is XtX itself (k x k); the inverse is applied to the targets when scoring.
-        So another ``lambda_reg`` needs no features again: call this again with it.
+        What is stored is the matrix itself (k x k): XtX, or Phi^T R Phi for "auto"; the inverse is
+        applied to the targets when scoring. So another ``lambda_reg`` needs no gradients again:
+        call this again with it.
 
         Parameters
         ----------
@@ -471,55 +465,8 @@ class TRAKer:
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
         check_lambda(lambda_reg)
-        missing = [model_id for model_id in ids if not self.saver.has_xtx(model_id)]
-        # Rank 0's list: it may be writing while others still look.
-        todo = ranks.gather(function, missing)[0]
-        mine = len(todo) * self.train_set_size // ranks.size
-        with progress("finalising features", mine, "sample") as bar:
-            for model_id in todo:
-                sum_xtx(self.saver, self.score_computer, model_id, ranks, bar.update)
-        with ranks.together(function):
-            for model_id in ids if ranks.first else ():
-                self._solve(model_id, lambda_reg)
+        finalize(self.saver, self.score_computer, ids, lambda_reg, ranks)
         self._last_ind = 0
-
-    def _solve(self, model_id: int, lambda_reg: Lambda) -> None:
-        """Check that a checkpoint's system can be solved, and keep the lambda."""
-        gram = self._gram(model_id)
-        chosen: dict[str, Any] = {}
-        value = lambda_reg
-        if lambda_reg == AUTO:
-            choice = self.score_computer.choose_lambda(gram, self._sampled_features(model_id))
-            value, chosen = choice.lambda_reg, {"auto": choice.summary()}
-            logger.info(
-                "model_id %d: lambda %.3g (%.3g * mean) chosen from %d samples by %s",
-                model_id,
-                choice.lambda_reg,
-                choice.relative,
-                choice.rows,
-                choice.rule,
-            )
-        solution = self.score_computer.solve(gram, value)
-        self.saver.write_solve(model_id, {"lambda": lambda_reg, **solution.summary(), **chosen})
-        logger.info(
-            "model_id %d: lambda %.3g, condition estimate %.1e",
-            model_id,
-            solution.lambda_reg,
-            solution.condition,
-        )
-
-    def _gram(self, model_id: int) -> Gram:
-        """XtX of a checkpoint, as stored."""
-        rounding = HALF_ROUNDING if self.saver.half else 0.0
-        return Gram(*self.saver.read_xtx(model_id), rounding)
-
-    def _sampled_features(self, model_id: int) -> Iterable[tuple[Tensor, Tensor]]:
-        """(features [b, k], Q [b]) of the samples that a lambda is chosen from, block by block."""
-        reader = FeatureReader(self.saver, model_id)
-        rows = sample_rows(self.train_set_size, self.proj_dim)
-        for start in range(0, len(rows), BLOCK_ROWS):
-            features, q = reader.read(rows[start : start + BLOCK_ROWS])
-            yield features, torch.ones(len(features)) if q is None else q
 
     # ---- scoring --------------------------------------------------------------------------------
 
@@ -711,11 +658,8 @@ class TRAKer:
             return self_scores(self.saver, ids, self._solution, bar.update).float().numpy()
 
     def _solution(self, model_id: int) -> Solution:
-        """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
-        summary = self.saver.read_solve(model_id)
-        for how in ("lambda", "auto"):  # what was asked for, and how it was chosen
-            summary.pop(how, None)
-        return self.score_computer.solve_again(self._gram(model_id), summary)
+        """The factored system of a finalised checkpoint."""
+        return solution_of(self.saver, self.score_computer, model_id)
 
     def _finalized_features(self, model_id: int) -> Tensor:
         """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""
@@ -779,8 +723,3 @@ class TRAKer:
                     "were the same target. Score it again under both if that was not meant",
                     stacklevel=3,
                 )
-
-
-def progress(what: str, total: int, unit: str) -> Any:
-    """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, leave=False, disable=None)

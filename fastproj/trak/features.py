@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from fastproj.trak.files import Indices, Tensors
 
 HALF_EXPONENT = 15  # half-precision rows are scaled so that their largest entry is in [2^14, 2^15)
 EXACT_EXPONENT = 126  # up to here, 2^exponent is a normal float32
+BLOCK_ROWS = 2048  # samples held at once while finalising and scoring
+BLOCKS_EXPECTED = 2  # that the system is told to start reading
 SERIAL_ENTRIES = 32768  # up to here, torch's elementwise operations stay in their thread
 
 Item = TypeVar("Item")
@@ -64,11 +67,13 @@ def unpacked_dtype(grads: Tensor) -> torch.dtype:
     return torch.float64 if grads.dtype == torch.float64 else torch.float32
 
 
-def sample_blocks(shard: np.ndarray[Any, Any], rows: int) -> list[Indices]:
+def sample_blocks(shard: np.ndarray[Any, Any], rows: int | None = None) -> list[Indices]:
     """The samples that are there in blocks of whole shards, each of ``rows`` samples or just more.
 
     shard : [n], which shard each sample is in, or -1. The blocks depend on nothing else.
+    rows : None is BLOCK_ROWS.
     """
+    rows = BLOCK_ROWS if rows is None else rows
     order = np.argsort(shard, kind="stable").astype(np.int64)
     order = order[np.searchsorted(shard[order], 0) :]
     sizes = np.unique(shard[order], return_counts=True)[1]
@@ -208,3 +213,22 @@ def read_ahead(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
     finally:
         stop.set()
         thread.join()
+
+
+def feature_stream(
+    readers: Sequence[FeatureReader], blocks: Sequence[Indices]
+) -> Iterator[tuple[Indices, int, Tensor, Tensor | None]]:
+    """(samples [b], place of the reader, features [b, k], Q [b]): every reader's, block by block.
+
+    A thread reads ahead; the features' memory is used again two items later.
+    """
+    buffers = cycle([Buffer() for _ in range(3)])
+
+    def items() -> Iterator[tuple[Indices, int, Tensor, Tensor | None]]:
+        for number, rows in enumerate(blocks):
+            for place, reader in enumerate(readers):
+                for later in blocks[number + 1 : number + 1 + BLOCKS_EXPECTED]:
+                    reader.expect(later)
+                yield rows, place, *reader.read(rows, next(buffers))
+
+    return read_ahead(items())

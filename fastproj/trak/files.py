@@ -225,6 +225,7 @@ def corrupt(path: Path, reason: str) -> StoreCorruptError:
         "train": "featurize the same data again: only what the file held is computed again",
         "target": "score the same targets again: only what the file held is computed again",
         "xtx": "call finalize_features again",
+        "weighted": "call finalize_features again",
         "part": "call finalize_features again",
         "solve": "call finalize_features again",
     }.get(re.split(r"[-.]", path.name)[0], "run the same calls again")

@@ -1,7 +1,8 @@
-"""``lambda_reg="auto"``: the ridge of a checkpoint, from its features and Q alone.
+"""``lambda_reg="auto"``: the regularisation of a checkpoint, from its features and Q alone.
 
 A network trained with weight decay, or stopped early, weighs its samples like a ridge regression on
-its gradients: with R = Q (1 - Q), the curvature of the loss, the influence of the samples is
+its gradients: with R = Q (1 - Q), the curvature of the logistic loss, the influence of the samples
+is that of a Newton step (section 3.2 of the paper, which then leaves R out)
 
     phi(z) (Phi^T R Phi + gamma I)^-1 Phi^T Q
 
@@ -14,141 +15,111 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastproj.trak.files import Indices
+from fastproj.trak.files import Tensors
+from fastproj.trak.solve import Gram, check_gram
 
-if TYPE_CHECKING:
-    from fastproj.trak.solve import Gram, ScoreComputer
-
-SAMPLE_ROWS = 8192  # rows that the choice looks at, at least;
-SAMPLE_ROWS_PER_DIM = 4  # and so many times k
 LANCZOS_STEPS = 200
 TINY = 1e-12  # Q nearer to 0 or 1 counts as this near: a logit of 28
-DIMENSION = 2.4  # times the root of the number of samples: what the rule without labels aims at
+MARGIN = 1.5  # times the training ridge: too little costs more than too much
+DIMENSION = 2.4  # times the root of the number of samples, where there is no training ridge
 SMALLEST_RIDGE = 1e-8  # that is looked at, in units of the mean eigenvalue of Phi^T R Phi;
 SINGULAR = 1e-3  # where it leaves this share of the dimensions unused, that matrix is singular
-LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of trace(XtX) / n and of trace(XtX)
+LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A lambda, and what it was chosen by."""
+    """A lambda, the matrix that it is added to, and what it was chosen by."""
 
     lambda_reg: float
     rule: str  # "training ridge" | "dimension"
-    relative: float  # lambda / mean eigenvalue of XtX
-    training_ridge: float | None  # of all gradients, in the features' unit; None: not found
-    rows: int  # samples that were looked at
+    weighted: bool  # whether that is Phi^T R Phi instead of XtX
+    relative: float  # lambda / mean eigenvalue of the matrix
 
     def summary(self) -> dict[str, Any]:
         """What is worth storing."""
         return asdict(self)
 
 
-def sample_rows(n: int, proj_dim: int) -> Indices:
-    """The training samples that the choice looks at, sorted: all, or a random part of many."""
-    count = max(SAMPLE_ROWS, SAMPLE_ROWS_PER_DIM * proj_dim)
-    if n <= count:
-        return np.arange(n, dtype=np.int64)
-    return np.sort(np.random.default_rng(0).choice(n, count, replace=False)).astype(np.int64)
+def are_probabilities(q: Tensor) -> bool:
+    """Whether Q [n] can be 1 - p: all of it in 0..1, and not 1 throughout."""
+    return bool(((q >= 0) & (q <= 1)).all()) and bool((q < 1).any())
 
 
-def choose_lambda(
-    computer: ScoreComputer, gram: Gram, blocks: Iterable[tuple[Tensor, Tensor]]
-) -> Choice:
-    """Choose the ridge for ``(XtX + lambda I)^-1`` from features and Q.
+def choose_lambda(gram: Gram, moments: Moments) -> Choice:
+    """Choose the ridge that is added to a Gram matrix, Phi^T R Phi where Q are probabilities.
 
-    Where all Q are probabilities, 1 - p of a fitted model, lambda makes TRAK's scores those of the
-    influence at the model's own training ridge (``fit``). Otherwise, as for regression, whose
-    residuals say nothing of what was fitted, lambda leaves an effective dimension of
-    ``DIMENSION sqrt(n)``, as many directions as n samples let a linear expansion follow.
+    There it is MARGIN times the training ridge (``fit``). Where features and Q show none, and for Q
+    that say nothing of what was fitted, as the residuals of a regression, it leaves an effective
+    dimension of ``DIMENSION sqrt(n')``, as many directions as n' samples let a linear expansion
+    follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made.
 
     Parameters
     ----------
-    computer : whose ``gram`` sums up the products.
-    gram : XtX of all n samples.
-    blocks : (features [b, k], Q [b]) of the samples of ``sample_rows``.
+    gram : of all n samples.
+    moments : what was summed up beside it.
     """
-    sums = Sums(gram.xtx.shape[0])
-    weighted = computer.gram(sums.over(blocks), gram.xtx.shape[0], gram.n)
-    trace = float(gram.xtx.trace())
-    found = fit(sums, weighted.xtx, gram.n) if sums.are_probabilities else None
-    if found is None:
-        rule, ridge = "dimension", None
-        lam = dimension_ridge(gram, sums.effective_samples)
+    trace = check_gram(gram) * len(gram.xtx)
+    ridge = fit(gram.xtx, moments) if moments.weighted else None
+    if ridge is not None:
+        rule, lam = "training ridge", MARGIN * ridge
     else:
-        rule, ridge = "training ridge", found.value
-        lam = ridge / sums.mean_curvature
-        if not found.at_least:
-            # What the projection to k dimensions adds to the ridge, taken off (as in ``fit``).
-            lam *= 1 - effective_dimension(gram.xtx, lam) / gram.xtx.shape[0]
+        rule, lam = "dimension", dimension_ridge(gram, trace**2 / float(moments.quartic))
     lam = min(max(lam, LEAST * trace / gram.n), MOST * trace)
-    relative = lam * gram.xtx.shape[0] / trace
-    return Choice(lam, rule, relative, ridge, sums.rows)
+    return Choice(lam, rule, moments.weighted, lam * len(gram.xtx) / trace)
 
 
-class Sums:
-    """What one pass over the sampled rows adds up, beside Phi^T R Phi; all in float64."""
+class Moments:
+    """What one pass over the samples adds up beside a Gram matrix; parts add up to the whole.
 
-    def __init__(self, proj_dim: int) -> None:
-        self.rows = 0
+    weighted : whether the samples count by R, the curvature of their loss.
+    """
+
+    def __init__(self, proj_dim: int, weighted: bool) -> None:
+        self.weighted = weighted
+        self.quartic = torch.zeros((), dtype=torch.float64)  # sum of |row|^4
         self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (R f + Q)
-        self.explained = 0.0  # sum of f (R f + Q)
-        self.norms = 0.0  # sum of s = |phi|^2
-        self.root_curvature = 0.0  # sum of sqrt(R) s
-        self.weight, self.weight2 = 0.0, 0.0  # sums of s and s^2, the share of each sample
-        self.smallest_q, self.largest_q = math.inf, -math.inf
+        self.explained = torch.zeros((), dtype=torch.float64)  # f^T (R f + Q)
 
     def over(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Adds up each block on its way; yields ``sqrt(R) features``, whose Gram is wanted."""
+        """Adds up (features [b, k], Q [b]); yields the rows whose Gram matrix is wanted.
+
+        These are the features, times sqrt(R) where they are weighted.
+        """
         for features, q in blocks:
-            rows, q = features.detach().cpu().double(), q.detach().cpu().double()
-            self.rows += len(rows)
-            self.smallest_q = min(self.smallest_q, float(q.min()))
-            self.largest_q = max(self.largest_q, float(q.max()))
-            q = q.clamp(TINY, 1 - TINY)
-            curvature = q * (1 - q)  # R, of a logistic loss
-            logit = torch.log1p(-q) - q.log()  # f, for Q = 1 - sigmoid(f)
-            target = curvature * logit + q  # R times the working response of a Newton step
-            norms = rows.square().sum(1)
-            self.fitted += rows.mT @ target
-            self.explained += float(logit @ target)
-            self.norms += float(norms.sum())
-            self.root_curvature += float(curvature.sqrt() @ norms)
-            self.weight += float(norms.sum())
-            self.weight2 += float(norms @ norms)
-            yield rows * curvature.sqrt().unsqueeze(1)
+            rows = features
+            if self.weighted:
+                q = q.double().clamp(TINY, 1 - TINY)
+                curvature = q * (1 - q)  # R
+                logit = torch.log1p(-q) - q.log()  # f, for Q = 1 - sigmoid(f)
+                target = curvature * logit + q  # R times the working response of a Newton step
+                self.fitted += (features.mT @ target.to(features)).double()
+                self.explained += logit @ target
+                rows = features * curvature.sqrt().to(features).unsqueeze(1)
+            self.quartic += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).pow(4).sum()
+            yield rows
 
-    @property
-    def are_probabilities(self) -> bool:
-        """Whether Q can be 1 - p: all of it in 0..1, and not one value throughout."""
-        return self.smallest_q >= 0 and self.largest_q <= 1 and self.smallest_q < 1
+    def tensors(self) -> Tensors:
+        """The sums, to be stored and added up by name."""
+        labels = {"fitted": self.fitted, "explained": self.explained} if self.weighted else {}
+        return {"quartic": self.quartic, **labels}
 
-    @property
-    def mean_curvature(self) -> float:
-        """R of the samples as one number, the power mean with exponent 1/2, weighted by |phi|^2."""
-        return (self.root_curvature / self.norms) ** 2
-
-    @property
-    def effective_samples(self) -> float:
-        """How many samples of equal norm would have the same spread of norms, at most ``rows``."""
-        return self.weight**2 / self.weight2
+    @classmethod
+    def of(cls, tensors: Tensors) -> Moments:
+        """From what ``tensors`` gave."""
+        made = cls(0, "fitted" in tensors)
+        made.quartic = tensors["quartic"]
+        made.fitted = tensors.get("fitted", made.fitted)
+        made.explained = tensors.get("explained", made.explained)
+        return made
 
 
-@dataclass(frozen=True)
-class Ridge:
-    """A training ridge; ``at_least`` where k features show no more than that it is no smaller."""
-
-    value: float
-    at_least: bool
-
-
-def fit(sums: Sums, weighted: Tensor, n: int) -> Ridge | None:
+def fit(weighted: Tensor, moments: Moments) -> float | None:
     """The ridge at which regression on the gradients fits the training set as the network does.
 
     One Newton step of logistic regression from the network's own outputs f, at ridge gamma, has the
@@ -157,22 +128,23 @@ def fit(sums: Sums, weighted: Tensor, n: int) -> Ridge | None:
 
     That is the ridge of the k features. With d(gamma) = trace H (H + gamma I)^-1, ridge regression
     on all gradients fits alike at ``gamma / (1 - d(gamma) / k)``, which is returned. Where k
-    features fit worse than the network at any gamma, its limit for gamma -> 0 is a lower bound.
+    features fit worse than the network at any gamma, its limit for gamma -> 0 is a lower bound,
+    and returned.
 
     None where the network has fitted nothing, or H is singular and the features fit too badly.
 
     Parameters
     ----------
-    weighted : H, float64 [k, k], of the rows of ``sums``.
-    n : samples that the rows stand for.
+    weighted : H, float64 [k, k].
     """
     unit = float(weighted.trace()) / len(weighted)
-    if sums.explained <= 0 or not unit > 0:
+    explained = float(moments.explained)
+    if not explained > 0 or not unit > 0:
         return None
-    nodes, weights = quadrature(weighted, sums.fitted)
+    nodes, weights = quadrature(weighted, moments.fitted)
 
     def excess(log_ridge: float) -> float:
-        return float((weights / (nodes + math.exp(log_ridge) * unit)).sum()) - sums.explained
+        return float((weights / (nodes + math.exp(log_ridge) * unit)).sum()) - explained
 
     low, high = math.log(SMALLEST_RIDGE), math.log(1 / SMALLEST_RIDGE)
     if excess(high) >= 0:
@@ -185,7 +157,7 @@ def fit(sums: Sums, weighted: Tensor, n: int) -> Ridge | None:
     unused = 1 - effective_dimension(weighted, ridge) / len(weighted)
     if unused <= 0 or (at_least and unused > SINGULAR):
         return None
-    return Ridge(n / sums.rows * ridge / unused, at_least)
+    return ridge / unused
 
 
 def quadrature(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +203,7 @@ def effective_dimension(matrix: Tensor, ridge: float) -> float:
 
 
 def dimension_ridge(gram: Gram, samples: float) -> float:
-    """The ridge at which XtX has an effective dimension of ``DIMENSION sqrt(samples)``.
+    """The ridge at which a matrix has an effective dimension of ``DIMENSION sqrt(samples)``.
 
     Less where k is not many times that: the harmonic sum with k.
     """

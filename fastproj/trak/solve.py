@@ -1,4 +1,4 @@
-"""The k x k system of TRAK: XtX = Phi^T Phi + lambda I, factored once and applied to targets."""
+"""The k x k system of TRAK: Phi^T Phi + lambda I, factored once and applied to targets."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from fastproj.trak.ridge import Choice, choose_lambda
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # rows per float32 product before it is folded into the float64 sum
@@ -114,11 +112,6 @@ class ScoreComputer:
         total = total.triu_() + total.triu(1).mT
         eps = torch.finfo(torch.float64 if exact else torch.float32).eps
         return Gram(total.cpu(), seen, eps)
-
-    def choose_lambda(self, gram: Gram, blocks: Iterable[tuple[Tensor, Tensor]]) -> Choice:
-        """The lambda of ``"auto"``, from XtX and (features, Q); see ``ridge.choose_lambda``."""
-        check_gram(gram)
-        return choose_lambda(self, gram, blocks)
 
     def solve(self, gram: Gram, lambda_reg: Lambda) -> Solution:
         """Factor ``gram.xtx + lambda I``; see ``solve``."""

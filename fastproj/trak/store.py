@@ -5,9 +5,10 @@
         models/<model_id>/
             checkpoint.json           hash of the checkpoint's parameters and buffers
             train-*.safetensors       features, Q and indices of one featurized batch each
-            xtx.safetensors           Phi^T Phi, once finalised
-            part-*.safetensors        Phi^T Phi of some of the samples, while finalising
-            solve.json                lambda, rank, condition estimate
+            weighted.safetensors      Phi^T R Phi, R = Q (1 - Q), once finalised with lambda "auto"
+            xtx.safetensors           Phi^T Phi, once finalised with another
+            part-*.safetensors        one of these, of some of the samples, while finalising
+            solve.json                lambda, its matrix, rank, condition estimate
             targets/<exp_name>/*.safetensors
         experiments/<exp_name>.json
         scores/<exp_name>.mmap        [n_train, n_targets] float32; np.load reads it
@@ -376,11 +377,11 @@ class Store:
         return tensors, metadata
 
     def blocks(
-        self, model_id: int, exp_name: str | None = None, rows: int = 2048
+        self, model_id: int, exp_name: str | None = None
     ) -> Iterator[tuple[Indices, Tensor, Tensor | None]]:
-        """(inds [b], features [b, k], Q [b] or None) of all samples, about ``rows`` at a time."""
+        """(inds [b], features [b, k], Q [b] or None) of all samples, block by block."""
         reader = FeatureReader(self, model_id, exp_name)
-        for inds in sample_blocks(reader.index.shard, rows):
+        for inds in sample_blocks(reader.index.shard):
             yield inds, *reader.read(inds)
 
     def out_to_loss(self, model_id: int) -> Tensor:
@@ -406,56 +407,53 @@ class Store:
     # ---- finalised ------------------------------------------------------------------------------
 
     def is_finalized(self, model_id: int) -> bool:
-        """Whether a lambda and the XtX of the features that are there now were stored."""
-        return (self.model_dir(model_id) / "solve.json").exists() and self.has_xtx(model_id)
+        """Whether a lambda and its matrix, of the features that are there now, were stored."""
+        if not (self.model_dir(model_id) / "solve.json").exists():
+            return False
+        return self.has_gram(model_id, self.read_solve(model_id).get("weighted", False))
 
-    def has_xtx(self, model_id: int) -> bool:
-        """Whether XtX of the features that are there now was stored."""
-        path = self.model_dir(model_id) / "xtx.safetensors"
+    def gram_path(self, model_id: int, weighted: bool, part: int | None = None) -> Path:
+        """The file of a Gram matrix, or of a part; processes that see other shards have others."""
+        name = "weighted" if weighted else "xtx"
+        if part is not None:
+            layout = self.index(model_id).layout_digest()[:12]
+            name = f"part-{name}-{layout}-{part:04d}"
+        return self.model_dir(model_id) / f"{name}.safetensors"
+
+    def has_gram(self, model_id: int, weighted: bool, part: int | None = None) -> bool:
+        """Whether a Gram matrix, or a part, of the features that are there now was stored."""
+        path = self.gram_path(model_id, weighted, part)
         if not path.exists():
             return False
         _, metadata = self._read(path, model_id, None, ())
         return metadata.get("content") == self.index(model_id).content_digest()
 
-    def write_xtx(self, model_id: int, xtx: Tensor, n: int, eps: float) -> None:
-        """Keep Phi^T Phi, float64 [k, k]."""
+    def write_gram(
+        self,
+        model_id: int,
+        sums: Tensors,
+        n: int,
+        eps: float,
+        weighted: bool,
+        part: int | None = None,
+    ) -> None:
+        """Keep sums over n samples: ``xtx``, float64 [k, k], and what belongs to it."""
         facts = {"n": str(n), "eps": repr(eps), "content": self.index(model_id).content_digest()}
-        path = self.model_dir(model_id) / "xtx.safetensors"
-        write_safetensors(path, {"xtx": xtx}, self._shard_identity(model_id, None) | facts)
+        path = self.gram_path(model_id, weighted, part)
+        write_safetensors(path, sums, self._shard_identity(model_id, None) | facts)
 
-    def read_xtx(self, model_id: int) -> tuple[Tensor, int, float]:
-        """(XtX, n, eps) as written."""
-        path = self.model_dir(model_id) / "xtx.safetensors"
+    def read_gram(
+        self, model_id: int, weighted: bool, part: int | None = None
+    ) -> tuple[Tensors, int, float]:
+        """(sums, n, eps) as written."""
+        path = self.gram_path(model_id, weighted, part)
         tensors, metadata = self._read(path, model_id, None, None)
-        return tensors["xtx"], int(metadata["n"]), float(metadata["eps"])
+        return tensors, int(metadata["n"]), float(metadata["eps"])
 
-    def part_path(self, model_id: int, number: int) -> Path:
-        """The file of a part of XtX; processes that see other shards have other parts."""
-        layout = self.index(model_id).layout_digest()[:12]
-        return self.model_dir(model_id) / f"part-{layout}-{number:04d}.safetensors"
-
-    def has_part(self, model_id: int, number: int) -> bool:
-        """Whether a part of XtX of the shards that are there now was stored."""
-        path = self.part_path(model_id, number)
-        if not path.exists():
-            return False
-        _, metadata = self._read(path, model_id, None, ())
-        return metadata.get("content") == self.index(model_id).content_digest()
-
-    def write_part(self, model_id: int, number: int, xtx: Tensor, eps: float) -> None:
-        """Keep the sum over some blocks, float64 [k, k], until XtX is whole."""
-        facts = {"content": self.index(model_id).content_digest(), "eps": repr(eps)}
-        path = self.part_path(model_id, number)
-        write_safetensors(path, {"xtx": xtx}, self._shard_identity(model_id, None) | facts)
-
-    def read_part(self, model_id: int, number: int) -> tuple[Tensor, float]:
-        """(sum, eps) as written."""
-        tensors, metadata = self._read(self.part_path(model_id, number), model_id, None, None)
-        return tensors["xtx"], float(metadata["eps"])
-
-    def remove_parts(self, model_id: int) -> None:
-        """Remove the parts of XtX, which is whole now."""
-        for path in self.model_dir(model_id).glob("part-*.safetensors"):
+    def remove_parts(self, model_id: int, weighted: bool) -> None:
+        """Remove the parts of a Gram matrix, which is whole now."""
+        name = "weighted" if weighted else "xtx"
+        for path in self.model_dir(model_id).glob(f"part-{name}-*.safetensors"):
             path.unlink(missing_ok=True)
 
     def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:

@@ -63,8 +63,9 @@ def main(save_dir: str, log: str, stage: str, kind: str, die_at: int) -> None:
         note("end", moments.stage, *moments.counts.values())
 
     model = cases.net()
-    states = [{k: v.clone() for k, v in cases.net(seed).state_dict().items()} for seed in (0, 1)]
     train, targets = cases.data(N), cases.data(M, seed=5)
+    # The first shows no training ridge, the second does: lambda is chosen by one rule and the other
+    states = [net.state_dict() for net in (cases.net(0), cases.trained(1, train))]
     sys.setprofile(moments)
     begin("featurizing")
     traker = cases.make(model, Path(save_dir), N, proj_dim=4)

@@ -201,9 +201,9 @@ def test_a_slower_rank_takes_the_same_steps(tmp_path):
         for model_id in (0, 1):
             cases.featurize(traker, model, model_id, train)
         if name == "one finalised":
-            traker.finalize_features(model_ids=[0])
+            traker.finalize_features(model_ids=[0], lambda_reg=1)
         traker.ranks = Slower(1, 2)
-        traker.finalize_features()
+        traker.finalize_features(lambda_reg=1)
         counts.append(traker.ranks.steps)
     assert counts[0] == counts[1] > 0
 
@@ -234,9 +234,9 @@ def test_each_rank_sums_its_own_parts_of_xtx(tmp_path, monkeypatch):
     traker = cases.make(model, tmp_path, 21)
     cases.featurize(traker, model, 0, cases.data(21))
     summed = []
-    monkeypatch.setattr(traker.saver, "write_part", lambda _, number, *__: summed.append(number))
+    monkeypatch.setattr(traker.saver, "write_gram", lambda *args: summed.append(args[-1]))
     traker.ranks = Alike(1, 2)
-    traker.finalize_features()
+    traker.finalize_features(lambda_reg=1)
     assert summed == [1]  # of 0, 1 and 2
 
 

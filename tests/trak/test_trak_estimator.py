@@ -268,7 +268,7 @@ def test_fewer_samples_than_dimensions_warns_and_is_repeatable(tmp_path, models,
 def test_another_lambda_needs_no_features(tmp_path, models, train, targets):
     scores = cases.whole_run(tmp_path, models[:1], train, targets)
     traker = cases.make(models[0], tmp_path, N)
-    traker._features = traker.score_computer.gram = None  # would fail if called
+    traker._features = None  # would fail if called
     traker.finalize_features(lambda_reg=0.02)
     assert traker.saver.read_solve(0)["lambda_reg"] == 0.02
     changed = traker.finalize_scores("test")
@@ -287,9 +287,9 @@ def test_new_features_make_a_finalised_checkpoint_unfinished(tmp_path, models, t
     again = cases.make(models[0], tmp_path, N)
     cases.featurize(again, models[0], 0, other)
     assert not again.saver.is_finalized(0)
-    again.finalize_features()
+    again.finalize_features(lambda_reg="1*mean")
     phi = cases.projected(cases.gradients(models[0], other), 8, 0)
-    torch.testing.assert_close(again.saver.read_xtx(0)[0], phi.T @ phi)
+    torch.testing.assert_close(again.saver.read_gram(0, weighted=False)[0]["xtx"], phi.T @ phi)
 
 
 # ---- targets ------------------------------------------------------------------------------------

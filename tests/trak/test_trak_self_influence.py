@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import trak_cases as cases
 
-from fastproj.trak import NotReadyError, scoring
+from fastproj.trak import NotReadyError, features
 
 
 @pytest.mark.parametrize("half", [False, True])
 def test_self_influence_is_the_diagonal(tmp_path, monkeypatch, half):
-    monkeypatch.setattr(scoring, "BLOCK_ROWS", 8)
+    monkeypatch.setattr(features, "BLOCK_ROWS", 8)
     models, train = [cases.net(0), cases.net(1)], cases.data(20)
     options = {"lambda_reg": 0.1, "use_half_precision": half}
     square = cases.whole_run(tmp_path, models, train, train, **options)

@@ -53,7 +53,7 @@ FILES = [
     "metadata.json",
     "models/0/checkpoint.json",
     "models/0/solve.json",
-    "models/0/xtx.safetensors",
+    "models/0/weighted.safetensors",
     "models/0/train-*.safetensors",
     "models/0/targets/test/target-*.safetensors",
     "experiments/test.json",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastproj
 from fastproj import TRAKer
-from fastproj.trak import scoring
+from fastproj.trak import features, finalizing, scoring
 
 
 class Net(nn.Module):
@@ -37,6 +37,18 @@ def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> Net:
     model.train()
     model(torch.randn(16, 1, 5, 5))
     return model.to(dtype).eval()
+
+
+def trained(seed: int, train: tuple[Tensor, Tensor], steps: int = 30) -> Net:
+    """A Net that has fitted its training set: one that lambda "auto" finds a training ridge for."""
+    model = net(seed)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(train[0]), train[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
 
 
 def data(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -93,11 +105,11 @@ def explicit_trak(
 
 
 def small_blocks(setattr: Any = setattr) -> None:
-    """Blocks, parts of XtX and chunks of targets so small that tests have several of each."""
-    setattr(scoring, "BLOCK_ROWS", 5)
+    """Blocks, parts of sums and chunks of targets so small that tests have several of each."""
+    setattr(features, "BLOCK_ROWS", 5)
     setattr(scoring, "TARGET_ROWS", 2)
-    setattr(scoring, "PART_ROWS", 5)
-    setattr(scoring, "PART_ROWS_PER_DIM", 0)
+    setattr(finalizing, "PART_ROWS", 5)
+    setattr(finalizing, "PART_ROWS_PER_DIM", 0)
 
 
 def make(model: nn.Module, save_dir: Path, n: int, **options: Any) -> TRAKer:
