@@ -41,7 +41,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Problem:
-    """Training samples x [n, ...] with labels y [n], targets, a model and its training."""
+    """Training samples x [n, ...] with labels y [n], targets, a model and its training.
+
+    ``task`` makes what TRAKer takes, given fastproj's or trak's AbstractModelOutput.
+    """
 
     name: str
     x: Tensor
@@ -52,6 +55,7 @@ class Problem:
     training: Training
     loss: Callable[[Tensor, Tensor], Tensor] = field(default=F.cross_entropy, repr=False)
     output: Callable[[Tensor, Tensor], Tensor] = field(default=margins, repr=False)
+    task: Callable[[type], Any] = field(default=lambda _: "image_classification", repr=False)
 
     @property
     def n(self) -> int:
@@ -213,12 +217,69 @@ def mnist_mlp(n: int = 2500, targets: int = 100, seed: int = 3) -> Problem:
     )
 
 
+def wine(n: int = 128, targets: int = 50, seed: int = 0) -> Problem:
+    """scikit-learn's 178 wines, 13 measurements, three classes, with an MLP."""
+    from sklearn.datasets import load_wine
+
+    data = load_wine()
+    x = torch.tensor((data.data - data.data.mean(0)) / data.data.std(0), dtype=torch.float32)
+    parts = split(x, torch.tensor(data.target), n, targets, seed)
+    training = Training(epochs=80, batch=32, learning_rate=0.05, weight_decay=5e-3)
+    return Problem("wine", *parts, lambda: MLP(13, 32, 32, 3), training)
+
+
+def diabetes(n: int = 340, targets: int = 100, seed: int = 0) -> Problem:
+    """scikit-learn's 442 patients, 10 measurements: regression on the disease's progress."""
+    from sklearn.datasets import load_diabetes
+
+    data = load_diabetes()
+    x = torch.tensor(data.data / data.data.std(0), dtype=torch.float32)
+    y = torch.tensor((data.target - data.target.mean()) / data.target.std(), dtype=torch.float32)
+    training = Training(epochs=60, batch=34, learning_rate=0.02, weight_decay=1e-2, clip=5.0)
+    parts = split(x, y, n, targets, seed)
+    of_error = (squared_loss, prediction, squared_error)
+    return Problem("diabetes", *parts, lambda: MLP(10, 64, 32, 1), training, *of_error)
+
+
 PROBLEMS: dict[str, Callable[..., Problem]] = {
     "digits": digits,
     "breast_cancer": breast_cancer,
     "mnist": mnist,
     "mnist_mlp": mnist_mlp,
+    "wine": wine,
+    "diabetes": diabetes,
 }
+
+
+def squared_loss(predicted: Tensor, y: Tensor) -> Tensor:
+    """Half of the mean squared error of [B, 1] against [B]."""
+    return (predicted.squeeze(-1) - y).square().mean() / 2
+
+
+def prediction(predicted: Tensor, _: Tensor) -> Tensor:
+    """f of a regression, [B] of [B, 1]."""
+    return predicted.squeeze(-1)
+
+
+def squared_error(base: type) -> Any:
+    """The task whose loss is half of the squared error: Q is the residual."""
+
+    class SquaredError(base):
+        def __init__(self) -> None:
+            """trak wants one."""
+
+        @staticmethod
+        def get_output(model: Any, weights: Any, buffers: Any, x: Tensor, _: Tensor) -> Tensor:
+            return functional_call(model, (weights, buffers), (x.unsqueeze(0),)).reshape(())
+
+        @staticmethod
+        def get_out_to_loss_grad(
+            model: Any, weights: Any, buffers: Any, batch: tuple[Tensor, Tensor]
+        ) -> Tensor:
+            predicted = functional_call(model, (weights, buffers), (batch[0],)).detach()
+            return batch[1].unsqueeze(1) - predicted
+
+    return SquaredError()
 
 
 def split(

@@ -7,7 +7,8 @@ For each problem it trains models on random halves (the ground truth), and a few
 (the checkpoints that both libraries get), both kept in --cache. Then, for each k:
 
     default     the LDS of fastproj.TRAKer as it comes, with a bootstrap interval
-    best        the best of the same features over lambda = 10^-4 .. 10^4 times the mean eigenvalue
+    best        the best of the same features by TRAK's formula, (Phi^T Phi + lambda I)^-1, over
+                lambda = 10^-4 .. 10^4 times the mean eigenvalue
     trak        trak.TRAKer 0.3.2 as it comes (lambda 0) and its best over the same lambdas, by its
                 own projector and score computer, in float32
 
@@ -38,6 +39,7 @@ import cases
 from cases import Problem
 from fastproj import TRAKer
 from fastproj.cli import positive
+from fastproj.trak import AbstractModelOutput
 from fastproj.trak.metrics import LDS, lds
 from measure import write_result
 
@@ -140,10 +142,11 @@ def attribute(
 ) -> tuple[Any, Scores]:
     """(the TRAKer, its scores [n, m]) by the calls that both libraries share; trak in float32."""
     ours = kind is TRAKer
+    base = AbstractModelOutput if ours else trak_base()
     options = {} if ours else {"use_half_precision": False, "device": "cpu"}
     traker = kind(
         model=problem.model().eval(),
-        task="image_classification",
+        task=problem.task(base),
         train_set_size=problem.n,
         save_dir=save_dir,
         proj_dim=k,
@@ -166,6 +169,13 @@ def attribute(
         return traker, np.array(traker.finalize_scores("targets"), dtype=np.float64)
     except torch.linalg.LinAlgError:
         return traker, np.full((problem.n, count), np.nan)
+
+
+def trak_base() -> type:
+    """What trak's tasks derive from."""
+    from trak.modelout_functions import AbstractModelOutput as Base
+
+    return Base
 
 
 def sweep(traker: TRAKer, count: int) -> list[Scores]:
