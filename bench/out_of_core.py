@@ -4,11 +4,11 @@
     python bench/out_of_core.py --samples 1000000 --repeats 1     # 8 GB of features
 
 Synthetic features are written as `TRAKer.featurize` writes them (float16, 512 samples a file).
-`finalize_features`, `finalize_scores` and `finalize_scores(top_k=100)` then run in a process of
-their own whose peak resident set is printed. Beside them, in the same process and in turns: reading
-the same files once, and the same matrix products at torch's rate (blocks of 2,048 float32 rows that
-are in memory already). The page cache is emptied of the files before each reading, where the system
-allows it. The directory is deleted at the end.
+`finalize_features`, lambda included, `finalize_scores` and `finalize_scores(top_k=100)` then run in
+a process of their own whose peak resident set is printed. Beside them, in the same process and in
+turns: reading the same files once, and the same matrix products at torch's rate (blocks of 2,048
+float32 rows that are in memory already). The page cache is emptied of the files before each
+reading, where the system allows it. The directory is deleted at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from fastproj import TRAKer
-from fastproj.trak import AbstractModelOutput, features
+from fastproj.trak import AbstractModelOutput
+from fastproj.trak.features import BLOCK_ROWS
 from measure import write_result
 
 SHARD_ROWS = 512
@@ -62,7 +63,6 @@ def make(save_dir: Path, samples: int, proj_dim: int) -> tuple[TRAKer, dict[str,
         samples,
         save_dir,
         proj_dim=proj_dim,
-        lambda_reg="0.1*mean",
         logging_level="WARNING",
     )
     return traker, model.state_dict()
@@ -76,7 +76,7 @@ def write_features(save_dir: Path, samples: int, proj_dim: int) -> None:
     for start in tqdm(range(0, samples, SHARD_ROWS), desc="writing features", disable=None):
         inds = np.arange(start, min(start + SHARD_ROWS, samples))
         features = torch.randn(len(inds), proj_dim, generator=generator)
-        q = torch.rand(len(inds), generator=generator)
+        q = torch.rand(len(inds), generator=generator).square()  # of a model that has fitted most
         traker.saver.write_shard(0, inds, inds, features, q)
 
 
@@ -113,17 +113,17 @@ def read_once(save_dir: Path) -> None:
 
 def multiply_gram(samples: int, proj_dim: int) -> None:
     """The product of XtX, block by block, at torch's rate."""
-    block = torch.randn(features.BLOCK_ROWS, proj_dim)
+    block = torch.randn(BLOCK_ROWS, proj_dim)
     out = torch.empty(proj_dim, proj_dim)
-    for _ in range(-(-samples // features.BLOCK_ROWS)):
+    for _ in range(-(-samples // BLOCK_ROWS)):
         torch.mm(block.mT, block, out=out)
 
 
 def multiply_scores(samples: int, proj_dim: int, targets: int) -> None:
     """The product of the scores, block by block, at torch's rate."""
-    block, weights = torch.randn(features.BLOCK_ROWS, proj_dim), torch.randn(targets, proj_dim)
-    out = torch.empty(features.BLOCK_ROWS, targets)
-    for _ in range(-(-samples // features.BLOCK_ROWS)):
+    block, weights = torch.randn(BLOCK_ROWS, proj_dim), torch.randn(targets, proj_dim)
+    out = torch.empty(BLOCK_ROWS, targets)
+    for _ in range(-(-samples // BLOCK_ROWS)):
         torch.mm(block, weights.mT, out=out)
 
 
@@ -146,7 +146,7 @@ def measure(save_dir: Path, samples: int, proj_dim: int, targets: int, repeats: 
     traker, _ = make(save_dir, samples, proj_dim)
     before = peak_bytes()
     for _ in range(repeats):
-        (save_dir / "models" / "0" / "xtx.safetensors").unlink(missing_ok=True)
+        (save_dir / "models" / "0" / "weighted.safetensors").unlink(missing_ok=True)
         timed("finalize_features", traker.finalize_features)
         write_targets(save_dir, samples, proj_dim, targets)
         timed("finalize_scores", traker.finalize_scores, "bench")

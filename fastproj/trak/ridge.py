@@ -2,7 +2,7 @@
 
 A network trained with weight decay, or stopped early, weighs its samples like a ridge regression on
 its gradients: with R = Q (1 - Q), the curvature of the logistic loss, the influence of the samples
-is that of a Newton step (section 3.2 of the paper, which then leaves R out)
+is that of a Newton step (from which the paper derives TRAK, and then leaves R out)
 
     phi(z) (Phi^T R Phi + gamma I)^-1 Phi^T Q
 
