@@ -36,7 +36,7 @@ from fastproj.trak.retrain import (
     train_subsets,
 )
 from fastproj.trak.workers import WorkerError
-from fastproj.trak.writer import load_scores
+from fastproj.trak.writer import load_array, load_scores
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -269,8 +269,8 @@ def mislabel_main(argv: Sequence[str] | None = None) -> int:
 
 def run_mislabel(options: argparse.Namespace) -> int:
     """Print the AUC."""
-    flipped = read_array(options.flipped)
-    result = mislabel_auc(read_array(options.scores), flipped, **interval(options))
+    flipped = load_array(options.flipped)
+    result = mislabel_auc(load_array(options.scores), flipped, **interval(options))
     print(result)
     write_results(options, {"scores": str(options.scores), "result": asdict(result)}, None)
     return 0
@@ -388,17 +388,6 @@ def guarded(
     except (StoreError, TrainingError, WorkerError, ValueError, TypeError, OSError) as error:
         print(f"fastproj {command}: {error}", file=sys.stderr)
         return 1
-
-
-def read_array(path: Path) -> npt.NDArray[Any]:
-    """A .npy file, memory-mapped."""
-    try:
-        found: Any = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"can't read {path} ({error}); expected a .npy file") from error
-    if not isinstance(found, np.ndarray):
-        raise ValueError(f"{path} holds several arrays; expected a .npy file with one")
-    return found
 
 
 def agreed(what: str, sizes: dict[str, int], default: int | None = None) -> Any:

@@ -229,7 +229,7 @@ def corrupt(path: Path, reason: str) -> StoreCorruptError:
         "part": "call finalize_features again",
         "solve": "call finalize_features again",
     }.get(re.split(r"[-.]", path.name)[0], "run the same calls again")
-    if path.parent.name == "scores":
+    if path.parent.name == "scores" or path.suffix == ".mmap":
         redo = "call finalize_scores again"
     return StoreCorruptError(f"{path} is damaged: {reason}. Delete the file and {redo}")
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from fastproj.trak.files import StoreError, write_atomic
 from fastproj.trak.metrics import LDS
-from fastproj.trak.writer import TopScores, load_scores
+from fastproj.trak.writer import TopScores, load_array, load_scores
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --back: #ffffff; --soft: #667080;
@@ -355,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def load(path: Path | None) -> npt.NDArray[np.generic] | None:
-        return None if path is None else np.load(path, mmap_mode="r")
+        return None if path is None else load_array(path)
 
     try:
         scores = load_scores(options.scores)

@@ -18,6 +18,7 @@ import logging
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,10 @@ class GroundTruth:
         try:
             with np.load(path) as file:
                 parts = {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        except (
+            *(OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, SyntaxError),
+            *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+        ) as error:
             raise StoreError(
                 f"ground truth: can't read {path} ({error}); expected a .npz file"
             ) from error

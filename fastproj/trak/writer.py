@@ -347,25 +347,39 @@ def load_scores(path: Path | str) -> npt.NDArray[Any] | TopScores:
     path = Path(path)
     if path.suffix == ".safetensors":
         return read_top_scores(path)
-    try:
-        with open(path, "rb") as file:
-            file.seek(-min(FOOTER.size, os.fstat(file.fileno()).st_size), os.SEEK_END)
-            if file.read().endswith(FOOTER_MARK):
-                return read_scores(path)
-        scores: Any = np.load(path, mmap_mode="r")
-        if isinstance(scores, np.memmap) and scores.offset + scores.nbytes != path.stat().st_size:
-            raise corrupt(path, "it goes on behind the array, and not in checksums")
-    except (OSError, EOFError) as error:
-        raise StoreError(f"can't read scores from {path} ({error})") from error
-    except ValueError as error:
-        raise ValueError(
-            f"can't read scores from {path} ({error}); expected <exp_name>.mmap, "
-            "<exp_name>.top.safetensors or a .npy file"
-        ) from error
-    if not isinstance(scores, np.ndarray):
-        raise ValueError(f"{path} holds several arrays; expected a file with one")
+    expected = "<exp_name>.mmap, <exp_name>.top.safetensors or a .npy file"
+    scores = load_array(path, "read scores from", expected)
     if scores.ndim != 2 or scores.dtype.kind not in "fiu" or 0 in scores.shape:
         raise ValueError(
             f"{path} holds {list(scores.shape)} {scores.dtype}; expected scores [n, m]"
         )
     return scores
+
+
+def load_array(
+    path: Path | str, what: str = "read", expected: str = "a .npy file"
+) -> npt.NDArray[Any]:
+    """The array of a .npy file or of ``<exp_name>.mmap``, mapped; checksums are verified first.
+
+    what, expected : is being done, would work; for messages. Raises StoreCorruptError for damage to
+    a file of TRAKer's, other StoreErrors and ValueErrors for what can't be read.
+    """
+    path = Path(path)
+    own = path.suffix == ".mmap"
+    try:
+        with open(path, "rb") as file:
+            file.seek(-min(FOOTER.size, os.fstat(file.fileno()).st_size), os.SEEK_END)
+            if file.read().endswith(FOOTER_MARK):
+                return read_scores(path)
+        array: Any = np.load(path, mmap_mode="r")
+        if isinstance(array, np.memmap) and array.offset + array.nbytes != path.stat().st_size:
+            raise corrupt(path, "it goes on behind the array, and not in checksums")
+    except OSError as error:
+        raise StoreError(f"can't {what} {path} ({error.strerror or error})") from error
+    except (ValueError, EOFError, TypeError, SyntaxError) as error:
+        if own:
+            raise corrupt(path, f"it doesn't hold the whole array ({error})") from error
+        raise ValueError(f"can't {what} {path} ({error}); expected {expected}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} holds several arrays; expected a file with one")
+    return array

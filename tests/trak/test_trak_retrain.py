@@ -482,3 +482,23 @@ def test_ground_truth_files(tmp_path):
             GroundTruth.load(tmp_path / path)
     with pytest.raises(StoreError, match="expected a directory that `fastproj lds` has finished"):
         GroundTruth.load(tmp_path)
+
+
+def test_a_damaged_ground_truth_is_named(tmp_path):
+    path = tmp_path / "truth.npz"
+    masks, numbers = random_subsets(24, 9), np.random.default_rng(0)
+    GroundTruth(masks, numbers.normal(size=(2, 9, 5)), np.arange(9)).save(path)
+    whole, said = path.read_bytes(), set()
+    for place in numbers.integers(len(whole), size=60):
+        for damaged in (
+            whole[:place],
+            whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :],
+        ):
+            path.write_bytes(damaged)
+            try:
+                found = GroundTruth.load(path)
+            except (StoreError, ValueError) as error:
+                said.add(str(error)[: str(error).index(" ", len("ground truth: can't read "))])
+            else:  # a date, or another byte that nothing is read from
+                np.testing.assert_array_equal(found.masks, masks)
+    assert said == {f"ground truth: can't read {path}"}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from fastproj import cli
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.features import FeatureReader, read_ahead, sample_blocks
-from fastproj.trak.files import StoreError
+from fastproj.trak.files import StoreCorruptError, StoreError
 from fastproj.trak.writer import (
     STRIPE_BYTES,
     ScoresWriter,
     TopWriter,
+    load_array,
+    load_scores,
     read_scores,
     read_top_scores,
     stripes,
@@ -64,6 +68,42 @@ def test_stripes_cover_the_array():
 def test_scores_that_are_not_there(tmp_path):
     with pytest.raises(StoreError, match="no scores at"):
         read_scores(tmp_path / "none.mmap")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.02, 0.5, 0.99])
+def test_scores_cut_short_are_named_by_all_that_read_them(tmp_path, share, capsys):
+    path = tmp_path / "test.mmap"
+    write(ScoresWriter(path, (N, M), Ranks()), np.random.default_rng(0).normal(size=(N, M)), 1)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    for read in (read_scores, load_scores, load_array):
+        with pytest.raises(StoreCorruptError, match=r"test\.mmap is damaged.*finalize_scores"):
+            read(path)
+    flipped = tmp_path / "flipped.npy"
+    np.save(flipped, np.arange(N) < 3)
+    (tmp_path / "recipe.py").write_text("def train(i, s): pass\ndef outputs(m): pass\n")
+    training = ["recipe.py", "--scores", path, "--out", tmp_path / "out"]
+    for command in (
+        ["report", path],
+        ["mislabel", "--scores", path, "--flipped", flipped],
+        *([name, *training] for name in ("lds", "loo", "brittleness")),
+    ):
+        assert cli.main([str(part) for part in command]) == 1
+        assert re.search(r"test\.mmap is damaged.*finalize_scores", capsys.readouterr().err)
+
+
+def test_arrays_of_other_programs_cut_short_are_not_called_ours(tmp_path, capsys):
+    path = tmp_path / "labels.npy"
+    np.save(path, np.arange(100))
+    whole = path.read_bytes()
+    np.save(tmp_path / "scores.npy", np.ones((100, 2)))
+    for size in (0, 5, 60, 300):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"can't read .*labels\.npy .*expected a \.npy file"):
+            load_array(path)
+        command = ["report", tmp_path / "scores.npy", "--train-labels", path]
+        assert cli.main([str(part) for part in command]) == 1
+        assert "labels.npy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("top_k", [1, 5, N, 3 * N])
