@@ -62,7 +62,6 @@ def attribute(options: argparse.Namespace) -> None:
         train_set_size=len(train),
         save_dir=options.out,
         proj_dim=options.proj_dim,
-        lambda_reg="1*mean",
     )
     for model_id, checkpoint in enumerate(checkpoints):
         traker.load_checkpoint(checkpoint, model_id=model_id)

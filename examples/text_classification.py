@@ -110,7 +110,6 @@ def main() -> None:
         train_set_size=len(texts),
         save_dir=options.out or tempfile.mkdtemp(),
         proj_dim=options.proj_dim,
-        lambda_reg="1*mean",
     )
     for model_id, checkpoint in enumerate(checkpoints):
         traker.load_checkpoint(checkpoint, model_id=model_id)
