@@ -244,3 +244,120 @@ def faults(report: str) -> list[str]:
     ]
     found += [f"ptxas: {line}" for line in re.findall(r"\(C75\d+\)[^\n]*", report)]
     return found
+
+
+# ------------------------------------------------------------------------------- the machine code
+
+# What writes no vector register, whatever its first operand is.
+_NO_RESULT = frozenset(
+    "BAR BRA BSSY BSYNC DEPBAR EXIT FSETP ISETP LOP3P MEMBAR NOP PLOP3 R2UR RED ST STG STS SYNCS "
+    "UTMALDG VOTEU WARPGROUP WARPSYNC".split()
+)
+_VECTOR = re.compile(r"\bR(\d+)\b")
+_BRANCH = re.compile(r"\bBRA(?:\.\S+)? .*?(0x[0-9a-f]+)$")
+
+Instructions = list[tuple[int, str]]  # address, text
+
+
+def find_disassembler(nvcc: str) -> str | None:
+    """The toolkit's cuobjdump: beside nvcc, in CUDA's own folder, or on PATH."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(nvcc).resolve().parent, *(Path(home, "bin") for home in homes if home)]
+    for folder in folders:
+        if (folder / "cuobjdump").is_file():
+            return str(folder / "cuobjdump")
+    return shutil.which("cuobjdump")
+
+
+def read_sass(text: str) -> dict[str, Instructions]:
+    """The instructions of every kernel in what `cuobjdump -sass` prints."""
+    functions: dict[str, Instructions] = {}
+    current: Instructions = []
+    for line in text.splitlines():
+        if header := re.match(r"\s*Function : (\S+)", line):
+            current = functions.setdefault(header[1], [])
+        elif instruction := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
+            current.append((int(instruction[1], 16), instruction[2].strip()))
+    return functions
+
+
+def _touched(text: str) -> tuple[set[int], set[int]]:
+    """Vector registers that an instruction writes and reads."""
+    name, _, rest = re.sub(r"^@!?U?P\w+ ", "", text).partition(" ")
+    operands = [operand.strip() for operand in rest.split(",")]
+    base = name.split(".")[0]
+    # A comparison's or a carry's predicate stands before the result.
+    first = next((i for i, each in enumerate(operands) if not re.match(r"!?U?PT?\d*$", each)), 0)
+    width = 4 if ".128" in name else 1
+    if re.search(r"\.64\b", name) or re.match(r"IMAD\.WIDE|DADD|DMUL|DFMA", name):
+        width = 2
+    written: set[int] = set()
+    read: set[int] = set()
+    for i, operand in enumerate(operands):
+        for match in _VECTOR.finditer(operand):
+            number = int(match[1])
+            if i == first and "[" not in operand and base not in _NO_RESULT:
+                written.update(range(number, number + width))
+            else:
+                stored = width if base.startswith("ST") and "[" not in operand else 1
+                read.update(range(number, number + stored))
+    return written, read
+
+
+def _unfinished(code: Instructions) -> list[str]:
+    """Instructions that touch what a wgmma in flight still reads or writes.
+
+    In the order of the code; a loop with products is gone through twice.
+    """
+    position = {address: i for i, (address, _) in enumerate(code)}
+    repeated: set[int] = set()
+    found: list[str] = []
+    groups: list[tuple[set[int], set[int]]] = []  # sums and fragments of a committed group
+    sums: set[int] = set()
+    fragments: set[int] = set()
+    i = 0
+    while i < len(code):
+        address, text = code[i]
+        i += 1
+        if product := re.search(r"\bHGMMA\.64x(\d+)x\d+\S* R(\d+), (?:R(\d+)|gdesc)", text):
+            count, sum_, fragment = product[1], product[2], product[3]
+            sums.update(range(int(sum_), int(sum_) + int(count) // 2))
+            if fragment:
+                fragments.update(range(int(fragment), int(fragment) + 4))
+            if "gsb0" in text:
+                groups.append((sums, fragments))
+                sums, fragments = set(), set()
+            continue
+        if wait := re.search(r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", text):
+            groups = groups[max(0, len(groups) - int(wait[1], 16)) :]
+            continue
+        written, read = _touched(text)
+        for busy_sums, busy_fragments in [*groups, (sums, fragments)]:
+            if written & (busy_sums | busy_fragments) or read & busy_sums:
+                found.append(f"{address:#x} {text}")
+                break
+        branch = _BRANCH.search(text)
+        start = position.get(int(branch[1], 16)) if branch else None
+        if start is not None and start < i and address not in repeated:
+            repeated.add(address)
+            if any("HGMMA" in line for _, line in code[start:i]):
+                i = start
+    return found
+
+
+def hazards(sass: str) -> list[str]:
+    """What `cuobjdump -sass` shows of registers that are touched while a wgmma uses them.
+
+    The tensor cores read fragments, and read and write sums, until `wgmma.wait_group` has waited
+    for them (PTX ISA, wgmma.wait_group). ptxas before CUDA 13.3 does not always see to that: see
+    the release notes of 13.3.
+    """
+    found = []
+    for name, code in read_sass(sass).items():
+        wrong = _unfinished(code)
+        if wrong:
+            found.append(
+                f"{name} touches registers that a wgmma in flight uses, {len(wrong)} times; "
+                f"first {wrong[0]}"
+            )
+    return found

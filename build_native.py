@@ -346,14 +346,45 @@ def build_module(module: Module, folder: Path, output: Path, *targets: str) -> N
         )
     reports = sorted(folder.glob("*.cu.o.txt"))
     faults = [fault for report in reports for fault in build_cuda.faults(report.read_text())]
-    if faults:
-        output.unlink(missing_ok=True)
-        listed = "\n  ".join(faults)
-        raise BuildError(
-            f"{module.name} compiled to code that is slow for no visible reason:\n  {listed}\n"
-            f"Try another CUDA toolkit, and report this with its version; {leave_out}=0 leaves the "
-            "module out"
-        )
+    check_machine_code(
+        module,
+        output,
+        "compiled to code that is slow for no visible reason",
+        faults,
+    )
+    disassembler = build_cuda.find_disassembler(module.units[0].command[0]) if reports else None
+    if disassembler is not None and any(arch.startswith("90a") for arch in module.archs):
+        faults = [
+            fault
+            for unit in sorted(folder.glob("sm90_*.cu.o"))
+            for fault in wgmma_faults(unit, disassembler)
+        ]
+        check_machine_code(module, output, "compiled to code that is wrong", faults)
+
+
+def wgmma_faults(unit: Path, disassembler: str) -> list[str]:
+    """build_cuda.hazards of a compiled unit, kept beside it: disassembling takes seconds."""
+    kept = unit.with_name(unit.name + ".hazards.txt")
+    if not kept.is_file() or kept.stat().st_mtime_ns < unit.stat().st_mtime_ns:
+        works, sass = run([disassembler, "-arch", "sm_90a", "-sass", str(unit)])
+        if not works:
+            raise BuildError(f"{disassembler} can't read {unit}: {sass[-300:]}")
+        kept.write_text("\n".join(build_cuda.hazards(sass)))
+    return kept.read_text().splitlines()
+
+
+def check_machine_code(module: Module, output: Path, what: str, faults: Sequence[str]) -> None:
+    """Raise BuildError, and leave no module, where there are faults."""
+    if not faults:
+        return
+    output.unlink(missing_ok=True)
+    listed = "\n  ".join(faults)
+    leave_out = module.name.replace("._", "_").upper()
+    raise BuildError(
+        f"{module.name} {what}:\n  {listed}\n"
+        f"Try another CUDA toolkit, and report this with its version; {leave_out}=0 leaves the "
+        "module out"
+    )
 
 
 # -------------------------------------------------------------------------- the setuptools command

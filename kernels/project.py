@@ -124,14 +124,15 @@ def split_product(r, g, total, TERMS: tl.constexpr, UNIT: tl.constexpr):
         else:
             high = truncated(g)
             rest = tl.where(size == float("inf"), 0.0, g - high)
-            total = product(r, once(as_bf16(high), UNIT), total, UNIT)
             if TERMS == 2:
                 last = rounded(unless_near_largest(rest, 3.4028e38, size), UNIT)
+                total = product(r, once(last, UNIT), total, UNIT)
             else:
                 middle = truncated(rest)
-                total = product(r, once(as_bf16(middle), UNIT), total, UNIT)
                 last = as_bf16(truncated(rest - middle))
-            total = product(r, once(last, UNIT), total, UNIT)
+                total = product(r, once(last, UNIT), total, UNIT)
+                total = product(r, once(as_bf16(middle), UNIT), total, UNIT)
+            total = product(r, once(as_bf16(high), UNIT), total, UNIT)
     else:
         total = product(r, g, total, UNIT)
     return total

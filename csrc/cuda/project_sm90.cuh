@@ -39,7 +39,12 @@ struct Config90 {
     static constexpr int kUnits =  // in the ring
         kTerms > 1 || kUnitBytes > 48 * 1024 ? 1 : 96 * 1024 / kUnitBytes;
     static constexpr int kStages = kUnroll ? kUnits * kUnitStages : kTerms == 3 ? 5 : 6;
-    static constexpr int kUnrollStages = kUnroll ? kUnitStages : kTerms == 3 ? 4 : 1;
+    // One tile alternates between two sets of fragments: registers that a product in flight reads
+    // must not be written, and in a rolled loop both sets would be the same registers.
+    static constexpr int kUnrollStages = kUnroll       ? kUnitStages
+                                         : kTerms == 3 ? 4
+                                         : kTiles == 1 ? 2
+                                                       : 1;
     static constexpr int kTable = kKind == Kind::kGaussian ? kTableSpace : 0;
     static constexpr int kSharedBytes = kTable + kStages * kStageBytes + 2 * kStages * 8;
     // 16-byte pieces that a producer thread moves per stage.

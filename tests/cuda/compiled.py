@@ -148,22 +148,18 @@ def resources(text: str, arch: str) -> list[Function]:
 
 
 @cache
-def disassemble(unit: str, arch: str) -> dict[str, list[tuple[int, str]]]:
-    """Instructions (address, text) of each kernel of a unit for one architecture."""
+def sass(unit: str, arch: str) -> str:
+    """What cuobjdump prints of a unit for one architecture."""
     tool = disassembler()
     assert tool is not None
     command = [tool, "-arch", f"sm_{arch}", "-sass", str(objects() / f"{unit}.cu.o")]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions: dict[str, list[tuple[int, str]]] = {}
-    current: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        header = re.match(r"\s*Function : (\S+)", line)
-        if header:
-            current = functions.setdefault(header[1], [])
-        instruction = re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line)
-        if instruction:
-            current.append((int(instruction[1], 16), instruction[2].strip()))
-    return functions
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def disassemble(unit: str, arch: str) -> dict[str, build_cuda.Instructions]:
+    """Instructions (address, text) of each kernel of a unit for one architecture."""
+    return build_cuda.read_sass(sass(unit, arch))
 
 
 def main_loop(instructions: list[tuple[int, str]]) -> list[str]:

@@ -102,8 +102,8 @@ struct Barrier {
     std::vector<int> waiting;  // fibers
 };
 
-struct Product {  // one wgmma of one lane
-    std::uint32_t a[4];
+struct Product {  // one wgmma of one lane: all registers are read and written when it completes
+    const std::uint32_t* a;
     float* d;
     std::uint64_t descriptor;
     int n;
@@ -158,7 +158,7 @@ struct Machine {
     Context scheduler;
     Index grid;
     std::function<void()> body;
-    bool truncate = true;  // tensor cores cut their sums
+    bool truncate = true;  // tensor cores cut what they add, else their sums are rounded once
 };
 
 inline Machine& machine() {
@@ -366,14 +366,50 @@ inline const float* values(bool bf16) {
     return tables.data() + (bf16 ? 0 : 1 << 16);
 }
 inline float value_of(std::uint32_t bits, bool bf16) { return values(bf16)[bits & 0xffff]; }
-// Tensor cores add exactly aligned products and cut the sum to fp32.
-inline float tensor_add(double sum) {
-    float r = static_cast<float>(sum);
-    if (machine().truncate && std::isfinite(r) &&
-        std::fabs(static_cast<double>(r)) > std::fabs(sum)) {
-        r = std::nextafterf(r, 0.0f);
+// The exponent of a value, at least that of its type's smallest normal one.
+inline int exponent_of(float x, int least) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const int exponent = static_cast<int>(bits >> 23 & 255) - 127;
+    return exponent < least ? least : exponent;
+}
+// A factor of 16 products.
+struct Factor {
+    float value = 0.0f;
+    int exponent = -126;
+};
+inline Factor factor_of(std::uint32_t bits, bool bf16) {
+    const float value = value_of(bits, bf16);
+    return {value, exponent_of(value, bf16 ? -126 : -14)};
+}
+// How many products a tensor core adds at once, and how many bits it keeps below the largest
+// exponent. tests/tensor_cores.py is the same in NumPy and says where it is from.
+struct Adder {
+    int products, bits;
+};
+constexpr Adder kAmpere{8, 24}, kHopper{16, 25};
+
+// c + the sum of 16 products: aligned, cut, added exactly, cut to fp32.
+inline float tensor_sum(float c, const double (&product)[16], const int (&exponent)[16],
+                        Adder adder) {
+    double plain = c;
+    for (double x : product) plain += x;
+    if (!std::isfinite(plain) || !machine().truncate) return static_cast<float>(plain);
+    for (int start = 0; start < 16; start += adder.products) {
+        int largest = exponent_of(c, -126);
+        for (int k = start; k < start + adder.products; ++k) {
+            if (product[k] != 0.0 && exponent[k] > largest) largest = exponent[k];
+        }
+        const double scale = std::ldexp(1.0, adder.bits - largest);
+        auto cut = [scale](double x) { return static_cast<std::int64_t>(x * scale); };
+        std::int64_t kept = cut(c);
+        for (int k = start; k < start + adder.products; ++k) kept += cut(product[k]);
+        const double sum = static_cast<double>(kept) / scale;
+        c = static_cast<float>(sum);
+        if (std::fabs(sum) >= std::ldexp(1.0, 128)) return c;  // infinite
+        if (std::fabs(static_cast<double>(c)) > std::fabs(sum)) c = std::nextafterf(c, 0.0f);
     }
-    return r;
+    return c;
 }
 
 }  // namespace emulator
@@ -582,20 +618,20 @@ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, 
         std::uint32_t b[2];
     } argument{d, a, {b0, b1}};
     emulator::warp_wide("mma", &argument, [](void** all) {
-        float left[16][16], right[16][8];
+        emulator::Factor left[16][16], right[16][8];
         for (int lane = 0; lane < 32; ++lane) {
             const auto* x = static_cast<Argument*>(all[lane]);
             const int g = lane / 4, t = lane % 4;
             for (int r = 0; r < 4; ++r) {
                 for (int e = 0; e < 2; ++e) {
                     left[g + 8 * (r & 1)][2 * t + 8 * (r >> 1) + e] =
-                        emulator::value_of(x->a[r] >> (16 * e), Op::kIsBf16);
+                        emulator::factor_of(x->a[r] >> (16 * e), Op::kIsBf16);
                 }
             }
             for (int r = 0; r < 2; ++r) {
                 for (int e = 0; e < 2; ++e) {
                     right[2 * t + 8 * r + e][g] =
-                        emulator::value_of(x->b[r] >> (16 * e), Op::kIsBf16);
+                        emulator::factor_of(x->b[r] >> (16 * e), Op::kIsBf16);
                 }
             }
         }
@@ -603,12 +639,15 @@ void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, 
             auto* x = static_cast<Argument*>(all[lane]);
             const int g = lane / 4, t = lane % 4;
             for (int i = 0; i < 4; ++i) {
-                double sum = x->d[i];
+                double product[16];
+                int exponent[16];
                 for (int k = 0; k < 16; ++k) {
-                    sum +=
-                        static_cast<double>(left[g + 8 * (i >> 1)][k]) * right[k][2 * t + (i & 1)];
+                    const emulator::Factor& l = left[g + 8 * (i >> 1)][k];
+                    const emulator::Factor& r = right[k][2 * t + (i & 1)];
+                    product[k] = static_cast<double>(l.value) * r.value;
+                    exponent[k] = l.exponent + r.exponent;
                 }
-                x->d[i] = emulator::tensor_add(sum);
+                x->d[i] = emulator::tensor_sum(x->d[i], product, exponent, emulator::kAmpere);
             }
         }
     });
@@ -711,13 +750,12 @@ std::uint64_t wgmma_advance(std::uint64_t descriptor, int bytes) {
 template <class Op, int N>
 void wgmma_m64k16(float (&d)[N / 2], const std::uint32_t (&a)[4], std::uint64_t descriptor,
                   std::int32_t keep_sum) {
-    emulator::fiber().products.back().push_back(
-        {{a[0], a[1], a[2], a[3]}, d, descriptor, N, keep_sum != 0, Op::kIsBf16});
+    emulator::fiber().products.back().push_back({a, d, descriptor, N, keep_sum != 0, Op::kIsBf16});
 }
 
 // Element (k, n) of operand B, K-major with 128-byte swizzle (section 9.7.15.5.1.2): groups of 8
 // samples lie `stride offset` apart, samples 128 bytes, and the swizzle acts on the address.
-inline float wgmma_element(std::uint64_t descriptor, int k, int n, bool bf16) {
+inline emulator::Factor wgmma_element(std::uint64_t descriptor, int k, int n, bool bf16) {
     if (descriptor >> 62 != 1)
         emulator::fail("the descriptor's layout is not the 128-byte swizzle");
     if (descriptor >> 49 & 7) emulator::fail("the descriptor has a base offset");
@@ -727,7 +765,7 @@ inline float wgmma_element(std::uint64_t descriptor, int k, int n, bool bf16) {
     address ^= (address >> 7 & 7) << 4;
     std::uint16_t bits;
     std::memcpy(&bits, emulator::shared_at(address, 2), 2);
-    return emulator::value_of(bits, bf16);
+    return emulator::factor_of(bits, bf16);
 }
 // Section 9.7.15.5.1.1: as m16n8k16, each warp 16 of the 64 rows; D register i is row g + 8 (i / 2
 // % 2), column 8 (i / 4) + 2 t + i % 2.
@@ -739,7 +777,7 @@ void wgmma_wait() {
         while (first.size() > kPending + 1) {
             for (std::size_t op = 0; op < first.front().size(); ++op) {
                 const emulator::Product& shape = first.front()[op];
-                float left[16][16];
+                emulator::Factor left[16][16];
                 for (int lane = 0; lane < 32; ++lane) {
                     const auto& groups = lane_fiber(lane)->products;
                     if (groups.size() != first.size() ||
@@ -750,12 +788,12 @@ void wgmma_wait() {
                     const int g = lane / 4, t = lane % 4;
                     for (int r = 0; r < 4; ++r) {
                         for (int e = 0; e < 2; ++e) {
-                            left[g + 8 * (r & 1)][2 * t + 8 * (r >> 1) + e] =
-                                emulator::value_of(groups.front()[op].a[r] >> (16 * e), shape.bf16);
+                            left[g + 8 * (r & 1)][2 * t + 8 * (r >> 1) + e] = emulator::factor_of(
+                                groups.front()[op].a[r] >> (16 * e), shape.bf16);
                         }
                     }
                 }
-                std::vector<float> right(16 * shape.n);
+                std::vector<emulator::Factor> right(16 * shape.n);
                 for (int k = 0; k < 16; ++k) {
                     for (int n = 0; n < shape.n; ++n) {
                         right[k * shape.n + n] = wgmma_element(shape.descriptor, k, n, shape.bf16);
@@ -766,11 +804,16 @@ void wgmma_wait() {
                     const int g = lane / 4, t = lane % 4;
                     for (int i = 0; i < shape.n / 2; ++i) {
                         const int row = g + 8 * (i / 2 % 2), n = 8 * (i / 4) + 2 * t + i % 2;
-                        double sum = product.keep ? product.d[i] : 0.0;
+                        double term[16];
+                        int exponent[16];
                         for (int k = 0; k < 16; ++k) {
-                            sum += static_cast<double>(left[row][k]) * right[k * shape.n + n];
+                            const emulator::Factor& l = left[row][k];
+                            const emulator::Factor& r = right[k * shape.n + n];
+                            term[k] = static_cast<double>(l.value) * r.value;
+                            exponent[k] = l.exponent + r.exponent;
                         }
-                        product.d[i] = emulator::tensor_add(sum);
+                        product.d[i] = emulator::tensor_sum(product.keep ? product.d[i] : 0.0f,
+                                                            term, exponent, emulator::kHopper);
                     }
                 }
             }

@@ -79,6 +79,60 @@ def test_products_stay_in_flight(unit):
         assert (name, 2 * waits) <= (name, sum("HGMMA" in text for text in body))
 
 
+@pytest.mark.skipif(compiled.disassembler() is None, reason="no cuobjdump (install triton)")
+@pytest.mark.parametrize("unit", compiled.SM90_UNITS)
+def test_registers_of_products_in_flight_are_left_alone(unit):
+    assert compiled.sass(unit, "90a").count("HGMMA") > 0
+    assert build_cuda.hazards(compiled.sass(unit, "90a")) == []
+
+
+def listing(*lines: str) -> str:
+    """Instructions as cuobjdump prints them."""
+    code = [f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines)]
+    return "\n".join(["\t\tFunction : kernel", *code])
+
+
+PRODUCT = "HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR4], R24, gsb0"
+OTHER = "HGMMA.64x16x16.F32.BF16 R32, R44, gdesc[UR4], R32, gsb0"
+WAIT, WAIT_FOR_ALL_BUT_ONE = (f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrong"),
+    [
+        ([PRODUCT, WAIT, "LOP3.LUT R43, R2, R3, R4, 0x96, !PT", "FADD R5, R24, R5"], None),
+        ([PRODUCT, "LOP3.LUT R44, R40, R3, R4, 0x96, !PT", WAIT], None),  # read, and beside it
+        ([PRODUCT, "@!P0 LOP3.LUT R43, R2, R3, R4, 0x96, !PT", WAIT], "0x10"),
+        ([PRODUCT, "IMAD.WIDE.U32 R42, R2, R3, RZ", WAIT], "0x10"),
+        ([PRODUCT, "LDS.128 R36, [R2]", "LDS.128 R37, [R2]", WAIT], "0x20"),
+        ([PRODUCT, "FADD R5, R31, R5", WAIT], "0x10"),
+        ([PRODUCT, OTHER, WAIT_FOR_ALL_BUT_ONE, "FADD R5, R31, R5", WAIT], None),
+        ([PRODUCT, OTHER, WAIT_FOR_ALL_BUT_ONE, "FADD R5, R32, R5", WAIT], "0x30"),
+        (["MOV R41, R2", PRODUCT, "@P0 BRA 0x0", WAIT], "0x0"),  # the next time round
+        (["MOV R41, R2", PRODUCT, WAIT, "@P0 BRA 0x0"], None),
+    ],
+)
+def test_touched_registers_are_found(lines, wrong):
+    found = build_cuda.hazards(listing(*lines))
+    assert [text.rpartition("first ")[2].split()[0] for text in found] == [wrong] * bool(wrong)
+
+
+def test_machine_code_that_touches_them_fails_the_build(tmp_path):
+    """The disassembly is read once for each state of an object."""
+    unit, tool = tmp_path / "sm90_x.cu.o", tmp_path / "cuobjdump"
+    unit.write_text("")
+    (tmp_path / "listing").write_text(listing(PRODUCT, "MOV R41, R2", WAIT))
+    tool.write_text(f"#!/bin/sh\ncat {tmp_path}/listing\n")
+    tool.chmod(0o755)
+    faults = build_native.wgmma_faults(unit, str(tool))
+    assert len(faults) == 1
+    tool.unlink()
+    assert build_native.wgmma_faults(unit, str(tool)) == faults
+    module = build_native.Module("fastproj._cuda", [], [])
+    with pytest.raises(build_native.BuildError, match="touches registers that a wgmma in flight"):
+        build_native.check_machine_code(module, tmp_path / "module.so", "is wrong", faults)
+
+
 def test_every_listed_kernel_is_compiled():
     """The table names each instantiation of kernels.hpp, and each has its shared memory."""
     text = (compiled.ROOT / "csrc" / "cuda" / "kernels.hpp").read_text()

@@ -10,14 +10,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tensor_cores
 import torch
 import triton
 import triton.language as tl
-from dense import integers, matmul_bound, normals, relative_error, stored
+from dense import blocked_matmul, integers, matmul_bound, normals, relative_error, stored
+from tensor_cores import AMPERE
 from torch import Tensor
+from triton.runtime import interpreter
 
 import fastproj
 from fastproj.backends import triton as adapter
@@ -28,6 +32,13 @@ from fastproj.kernels.launch import INTERPRETED, device_facts
 DATA = Path(__file__).parents[1] / "data"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 KINDS = ["rademacher", "gaussian"]
+# Rows that one accumulator adds up, by kind and terms.
+FOLDS = {
+    ("rademacher", 3): 128,
+    ("rademacher", 2): 256,
+    ("gaussian", 3): 64,
+    ("gaussian", 2): 128,
+}
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MAX_SEED = 2**64 - 1
 
@@ -276,6 +287,50 @@ def test_precision(precision: str, kind: str) -> None:
     else:
         assert error <= {"high": 2.0**-16, "medium": 2.0**-8}[precision]
         assert error >= {"high": 2.0**-24, "medium": 2.0**-14}[precision]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a model of tensor cores, for the interpreter")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_sums_as_tensor_cores_cut_them(
+    precision: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of the model, which test_the_promise_at_a_million_rows is about, bit for bit."""
+
+    def create_dot(self: object, a: Any, b: Any, d: Any, *_: object) -> Any:
+        return type(d)(tensor_cores.multiply(a.data, b.data, d.data, AMPERE), d.dtype)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    grads = normals((3, 1536))
+    r = stored(1536, 20, kind=kind, dtype=torch.float32)
+    terms = {"highest": 3, "high": 2}[precision]
+    model = tensor_cores.project(
+        tensor_cores.terms_of(grads.numpy(), terms)[::-1], r.numpy(), FOLDS[kind, terms], AMPERE
+    )
+    result = project(grads, 20, kind=kind, precision=precision)
+    assert np.array_equal(result.numpy(), model)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a model of tensor cores, for the interpreter")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_promise_at_a_million_rows(kind: str) -> None:
+    """The error of "highest" is at most twice that of a float32 matmul, and of a good one."""
+    rows, cols = 10**6, 8
+    grads = normals((4, rows))
+    r = stored(rows, cols, kind=kind, dtype=torch.float32)
+    truth = grads.double() @ r.double()
+    terms = tensor_cores.terms_of(grads.numpy(), 3)[::-1]
+    total = np.zeros((4, cols), dtype=np.float32)
+    (launches,) = plan.plan([rows], 0, 4096, kind, 132, 4)
+    for launch in launches:
+        first = launch.panel * plan.PANEL
+        for start in range(0, launch.count, launch.per_split):
+            stop = min(start + launch.per_split, launch.count)
+            part = slice(first + start * plan.PANEL, first + stop * plan.PANEL)
+            left = [term[:, part] for term in terms]
+            total += tensor_cores.project(left, r[part].numpy(), FOLDS[kind, 3], AMPERE)
+    usual = relative_error(blocked_matmul(grads, r), truth)
+    assert relative_error(torch.from_numpy(total), truth) <= 2 * usual
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
