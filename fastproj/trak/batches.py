@@ -61,12 +61,25 @@ def prepare(function: str, batch: Any, device: torch.device) -> tuple[tuple[Any,
     if not tensors:
         raise ValueError(f"{function}: received an empty batch; expected at least one tensor")
     for t in tensors:
-        if t.dim() == 0 or t.shape[0] != (tensors[0].shape[0] if tensors[0].dim() else -1):
-            raise ValueError(
-                f"{function}: received a batch of {', '.join(describe(t) for t in tensors)}; "
-                "expected tensors that share their first dimension, the batch size"
+        if t.layout != torch.strided:
+            raise TypeError(
+                f"{function}: received a batch with a tensor of layout {t.layout}; expected "
+                "dense tensors (to_dense() makes one)"
             )
-    return tuple(map_leaves(lambda t: t.to(device), part) for part in batch), tensors[0].shape[0]
+        if t.dim() == 0 or t.shape[0] != (tensors[0].shape[0] if tensors[0].dim() else -1):
+            more = f" and {len(tensors) - 4} more" if len(tensors) > 4 else ""
+            raise ValueError(
+                f"{function}: received a batch of {', '.join(map(describe, tensors[:4]))}{more}; "
+                "expected tensors that share their first dimension, the batch size (a list of "
+                "samples becomes that by torch.utils.data.default_collate)"
+            )
+    return tuple(map_leaves(lambda t: constant(t, device), p) for p in batch), tensors[0].shape[0]
+
+
+def constant(t: Tensor, device: torch.device) -> Tensor:
+    """``t`` on ``device``, as what nothing is differentiated by; also one of inference mode."""
+    t = t.detach().to(device)
+    return t.clone() if t.is_inference() else t
 
 
 def size(batch: Any) -> int:

@@ -35,10 +35,15 @@ from fastproj.trak.gradients import (
 )
 from fastproj.trak.inputs import (
     as_indices,
+    as_model_ids,
+    changed_since,
     check_finite,
     check_indices,
     check_mode,
+    check_model,
+    check_projector,
     load_state,
+    parameter_versions,
     projector_kind,
     resolve_device,
     subclass_of,
@@ -139,10 +144,7 @@ class TRAKer:
         distributed: bool | None = None,
     ) -> None:
         logger.setLevel(logging_level)
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"TRAKer: received model of type {type(model).__name__}; expected a torch.nn.Module"
-            )
+        check_model(model)
         self.task = resolve_task(task)
         self.train_set_size = check_integer(
             "TRAKer", "train_set_size", train_set_size, 1, MAX_SAMPLES
@@ -162,7 +164,7 @@ class TRAKer:
             projector = Projector(
                 self.num_params_for_grad, proj_dim, projector_seed, kind, scale=None
             )
-        self.projector = projector
+        self.projector = check_projector(projector)
         self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
         self.gradient_computer = resolve_gradient_computer(gradient_computer)(
             model=self.model,
@@ -199,6 +201,7 @@ class TRAKer:
         self._loaded_for: str | None = None  # "featurize" | "score"
         self._last_ind = 0
         self._warned: set[int] = set()
+        self._told_autocast = False
 
     # ---- featurizing ----------------------------------------------------------------------------
 
@@ -241,7 +244,7 @@ class TRAKer:
 
     def _register(self, model_id: int) -> None:
         """Enter a checkpoint into the store; what is set aside first is so once, by rank 0."""
-        checkpoint = model_digest(self.model)
+        checkpoint = self._digest
         every = [("load_checkpoint", model_id)]
         if not self.saver.load_from_save_dir:
             every = self.ranks.meet("load_checkpoint", model_id)
@@ -261,8 +264,19 @@ class TRAKer:
         self.model.eval()
         self.gradient_computer.load_model_params(self.model)
         self._last_ind = 0
+        self._versions = parameter_versions(self.model)
+        self._digest = model_digest(self.model)
         return model_id
 
+    def _check_unchanged(self, function: str) -> None:
+        """Raise ValueError if the model isn't the checkpoint any more that was loaded."""
+        if parameter_versions(self.model) != self._versions:
+            if model_digest(self.model) != self._digest:
+                raise changed_since(function, self.model, self._versions)
+            self._versions = parameter_versions(self.model)  # loaded again, by another TRAKer
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def featurize(
         self,
         batch: Any,
@@ -362,6 +376,7 @@ class TRAKer:
                 "num_samples; expected exactly one of them"
             )
         check_mode(function, self.model)
+        self._check_unchanged(function)
         prepared, size = batches.prepare(function, batch, self.device)
         if hasattr(self.task, "check_batch"):
             self.task.check_batch(prepared)
@@ -401,7 +416,8 @@ class TRAKer:
 
     def _out_to_loss(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of a batch, float32 [B]."""
-        q: Tensor = self.gradient_computer.compute_loss_grad(batch).detach()
+        with self._own_dtype():
+            q: Tensor = self.gradient_computer.compute_loss_grad(batch).detach()
         size = next(batches.leaves(batch)).shape[0]
         if q.numel() != size:
             raise ValueError(
@@ -410,14 +426,25 @@ class TRAKer:
             )
         return q.reshape(-1).float()
 
+    def _own_dtype(self) -> torch.autocast:
+        """Gradients in the dtype of the model, under a caller's autocast too; which is said."""
+        if torch.is_autocast_enabled(self.device.type) and not self._told_autocast:
+            self._told_autocast = True
+            logger.warning(
+                "TRAKer: torch.autocast is off while gradients are computed, in the model's own "
+                "dtype; load a model in bfloat16 for gradients in bfloat16"
+            )
+        return torch.autocast(self.device.type, enabled=False)
+
     def _features(self, batch: tuple[Any, ...], model_id: int, inds: Indices) -> Tensor:
         """Scaled features of a batch, [B, k]; the gradients are projected chunk by chunk."""
         computer = self.gradient_computer
-        if hasattr(computer, "project"):
-            features = computer.project(batch, self.projector, model_id).detach()
-        else:  # a class with trak's methods
-            grads = computer.compute_per_sample_grad(batch)
-            features = self.projector.project(grads, model_id=model_id).detach()
+        with self._own_dtype():
+            if hasattr(computer, "project"):
+                features = computer.project(batch, self.projector, model_id).detach()
+            else:  # a class with trak's methods
+                grads = computer.compute_per_sample_grad(batch)
+                features = self.projector.project(grads, model_id=model_id).detach()
         if features.shape != (len(inds), self.proj_dim):
             raise ValueError(
                 f"TRAKer: the projector returned {list(features.shape)} for {len(inds)} samples; "
@@ -454,7 +481,7 @@ class TRAKer:
             For a checkpoint that is not fully featurized.
         """
         function = "finalize_features"
-        model_ids = None if model_ids is None else [int(model_id) for model_id in model_ids]
+        model_ids = as_model_ids(function, model_ids)
         ranks = self.ranks if self.ranks.agree(function, model_ids) else Ranks()
         self.saver.forget()
         ids = self._model_ids(function, model_ids)
@@ -501,13 +528,15 @@ class TRAKer:
         self.saver.forget()
         self._require_finalized(function, model_id)
         self._load(function, checkpoint, model_id)
-        self.saver.check_checkpoint(model_id, model_digest(self.model))
+        self.saver.check_checkpoint(model_id, self._digest)
         self.saver.start_experiment(exp_name, model_id, num_targets)
         done = self.saver.index(model_id, exp_name).done
         self._turns = Turns(self.ranks, done, ("score", model_id, exp_name))
         self._exp_name = exp_name
         self._loaded_for = "score"
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def score(
         self,
         batch: Any,
@@ -584,7 +613,7 @@ class TRAKer:
         function = "finalize_scores"
         if top_k is not None:
             top_k = check_integer(function, "top_k", top_k, 1, MAX_SAMPLES)
-        model_ids = None if model_ids is None else [int(model_id) for model_id in model_ids]
+        model_ids = as_model_ids(function, model_ids)
         facts_given = (exp_name, model_ids, allow_skip, top_k)
         ranks = self.ranks if self.ranks.agree(function, facts_given) else Ranks()
         self.saver.forget()
@@ -651,7 +680,7 @@ class TRAKer:
         """
         function = "self_influence"
         self.saver.forget()
-        ids = self._model_ids(function, model_ids)
+        ids = self._model_ids(function, as_model_ids(function, model_ids))
         for model_id in ids:
             self._require_finalized(function, model_id)
         with progress("self-influence", len(ids) * self.train_set_size, "sample") as bar:
@@ -672,7 +701,7 @@ class TRAKer:
     def _model_ids(self, function: str, model_ids: Iterable[int] | None) -> list[int]:
         """The given model_ids, or all; each must be in the store."""
         known = self.saver.ids()
-        ids = known if model_ids is None else [int(model_id) for model_id in model_ids]
+        ids = known if model_ids is None else list(model_ids)
         missing = [model_id for model_id in ids if model_id not in known]
         if missing or not ids:
             raise NotReadyError(

@@ -128,10 +128,10 @@ class FeatureReader:
             else:
                 features[torch.from_numpy(places)] = unpack(tensors).to(features.dtype)
             if "out_to_loss" in tensors:
-                q = torch.full((len(inds),), torch.nan) if q is None else q
+                q = torch.full((len(inds),), torch.nan, dtype=torch.float32) if q is None else q
                 q[torch.from_numpy(places)] = tensors["out_to_loss"].float()
         if features is None:
-            features = torch.empty(0, self.store.proj_dim)
+            features = torch.empty(0, self.store.proj_dim, dtype=torch.float32)
         return features, q
 
     def expect(self, inds: Indices) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,52 @@ def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch
             'device="cpu", or device=None for where the model is'
         )
     return resolved
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError or ValueError for a model that gradients can't be taken of."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"TRAKer: received model of type {type(model).__name__}; expected a torch.nn.Module"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError("TRAKer: received model in nn.DataParallel; expected model.module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "TRAKer: received a model of torch.jit, which can't be called with other weights; "
+            "expected the module that it was made from"
+        )
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if meta:
+        raise ValueError(
+            f"TRAKer: received a model with {', '.join(meta[:3])}{' ...' if len(meta) > 3 else ''} "
+            "on the meta device, without values; expected a model in memory "
+            '(model.to_empty(device="cpu") before load_checkpoint fills it)'
+        )
+
+
+def check_projector(projector: Any) -> Any:
+    """``projector``; raises TypeError unless it projects, and knows to how many dimensions."""
+    known = isinstance(getattr(projector, "proj_dim", None), int | np.integer)
+    if isinstance(projector, type) or not hasattr(projector, "project") or not known:
+        raise TypeError(
+            f"TRAKer: received projector={projector!r:.80}; expected None, or an object (not a "
+            "class) with proj_dim and project(grads, model_id=)"
+        )
+    return projector
+
+
+def as_model_ids(function: str, model_ids: Any) -> list[int] | None:
+    """Numbers of checkpoints from any iterable; None stays. Raises TypeError."""
+    if model_ids is None:
+        return None
+    try:
+        return [operator.index(model_id) for model_id in model_ids]
+    except TypeError:
+        raise TypeError(
+            f"{function}: received model_ids={model_ids!r:.80}; expected None or a list of "
+            "integers, such as [0]"
+        ) from None
 
 
 def subclass_of(name: str, received: Any, base: type) -> Any:
@@ -80,9 +127,46 @@ def load_state(function: str, model: nn.Module, checkpoint: Any) -> None:
         ]
         raise ValueError(
             f"{function}: received a checkpoint that doesn't fit the model ({'; '.join(found)}); "
-            "expected the keys and shapes of model.state_dict()"
+            f"expected the keys and shapes of model.state_dict(){hint(missing, unknown)}"
+        )
+    other = [
+        f"{key} of type {type(checkpoint[key]).__name__}"
+        for key, t in wanted.items()
+        if isinstance(t, Tensor) and key in checkpoint and not isinstance(checkpoint[key], Tensor)
+    ]
+    if other:
+        raise TypeError(
+            f"{function}: received a checkpoint with {', '.join(other[:3])}; expected tensors"
         )
     model.load_state_dict(checkpoint)
+
+
+def hint(missing: list[str], unknown: list[str]) -> str:
+    """How the state_dict may be had from what was given instead, for messages."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if key in unknown:
+            return f" (checkpoint[{key!r}]?)"
+    for prefix in ("module.", "_orig_mod."):
+        if missing and {prefix + key for key in missing} <= set(unknown):
+            return f" (its keys begin with {prefix!r}, of a wrapped model: remove that)"
+    return ""
+
+
+def parameter_versions(model: nn.Module) -> list[tuple[int, int]]:
+    """What changes where a parameter is replaced or written to."""
+    return [(id(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
+
+
+def changed_since(function: str, model: nn.Module, versions: list[tuple[int, int]]) -> ValueError:
+    """What to say of a model that isn't the checkpoint any more that was loaded."""
+    named = zip(model.named_parameters(), parameter_versions(model), versions, strict=False)
+    changed = [name for (name, _), a, b in named if a != b] or ["parameters"]
+    return ValueError(
+        f"{function}: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''} of the model "
+        "have changed since the checkpoint was loaded, and features would be kept as those of that "
+        "checkpoint; expected load_checkpoint or start_scoring_checkpoint after every change (of "
+        "another TRAKer on the same model, too)"
+    )
 
 
 def check_mode(function: str, model: nn.Module) -> None:
@@ -116,7 +200,15 @@ def acts_in_training(module: nn.Module) -> bool:
 
 def as_indices(function: str, inds: Any) -> Indices:
     """Integers [B] from an array, tensor, list or range."""
-    array = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
+    try:
+        array = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
+    except ValueError as error:  # rows of unequal lengths
+        raise ValueError(f"{function}: received inds that make no array ({error})") from error
+    if array.dtype == object:  # such as a generator
+        raise TypeError(
+            f"{function}: received inds of type {type(inds).__name__}; expected integers, one for "
+            "each sample, in an array, tensor, list or range"
+        )
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(
             f"{function}: received inds of dtype {array.dtype}; expected integers (a mask becomes "

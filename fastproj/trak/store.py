@@ -387,7 +387,7 @@ class Store:
     def out_to_loss(self, model_id: int) -> Tensor:
         """Q of all training samples, float32 [n]; NaN where a sample is not featurized."""
         index = self.index(model_id)
-        out = torch.full((self.train_set_size,), torch.nan)
+        out = torch.full((self.train_set_size,), torch.nan, dtype=torch.float32)
         for number, path in enumerate(index.shards):
             tensors = self.read_shard(path, model_id, None, ("inds", "out_to_loss"))
             mine = torch.from_numpy(index.shard[tensors["inds"].numpy()] == number)
@@ -402,7 +402,9 @@ class Store:
             if out is None:
                 out = torch.full((n, self.proj_dim), torch.nan, dtype=features.dtype)
             out[torch.from_numpy(inds)] = features
-        return torch.full((n, self.proj_dim), torch.nan) if out is None else out
+        if out is None:
+            out = torch.full((n, self.proj_dim), torch.nan, dtype=torch.float32)
+        return out
 
     # ---- finalised ------------------------------------------------------------------------------
 

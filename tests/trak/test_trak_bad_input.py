@@ -12,7 +12,7 @@ import torch
 import trak_cases as cases
 from torch import nn
 
-from fastproj import TRAKer
+from fastproj import Projector, TRAKer
 from fastproj.trak import NotReadyError, StoreMismatchError
 
 N = 20
@@ -378,3 +378,215 @@ def test_training_mode_without_effect_is_taken(tmp_path, train):
     traker.load_checkpoint(model.state_dict(), 0)
     model.train()
     traker.featurize(train, num_samples=len(train[0]))
+
+
+# ---- what would spoil gradients without a word ---------------------------------------------------
+
+COMPUTERS = ["auto", "hooks", "func", "loop"]
+
+
+def margin(model, batch):
+    """The output of a label, as a task of its own."""
+    images, labels = batch
+    return model(images).gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+class Blind(nn.Module):
+    """Logits that autograd knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(25, 4)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1)).detach()
+
+
+@pytest.mark.parametrize("computer", COMPUTERS)
+@pytest.mark.parametrize("task", ["image_classification", margin, "another model", "argmax"])
+def test_an_output_that_does_not_depend_on_the_model_is_refused(tmp_path, train, computer, task):
+    model = cases.net() if isinstance(task, str) and task[0] == "a" else Blind()
+    other = cases.net()
+    if task == "another model":
+        task = lambda _, batch: margin(other, batch)  # noqa: E731
+    elif task == "argmax":
+        task = lambda model, batch: model(batch[0]).argmax(1).float()  # noqa: E731
+    traker = TRAKer(model, task, N, tmp_path, gradient_computer=computer, proj_dim=8)
+    traker.load_checkpoint(model.state_dict(), 0)
+    with pytest.raises(ValueError, match=r"doesn't depend on any of the \d parameters"):
+        traker.featurize(train, num_samples=N)
+    assert shards(tmp_path) == []
+
+
+def as_usual(traker, train):
+    traker.featurize(train, num_samples=N)
+
+
+def without_grad(traker, train):
+    with torch.no_grad():
+        as_usual(traker, train)
+
+
+def in_inference_mode(traker, train):
+    with torch.inference_mode():
+        traker.featurize((train[0] * 1, train[1]), num_samples=N)
+
+
+def under_autocast(traker, train):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        as_usual(traker, train)
+
+
+def inputs_with_gradients(traker, train):
+    traker.featurize((train[0].clone().requires_grad_(), train[1]), num_samples=N)
+
+
+def small_labels(traker, train):
+    traker.featurize((train[0], train[1].to(torch.uint8)), num_samples=N)
+
+
+@pytest.mark.parametrize("computer", COMPUTERS)
+@pytest.mark.parametrize(
+    "call", [without_grad, in_inference_mode, under_autocast, inputs_with_gradients, small_labels]
+)
+def test_features_are_the_same_whatever_they_are_called_in(
+    tmp_path, model, train, computer, call, caplog
+):
+    found = []
+    for name, way in (("usual", as_usual), ("other", call)):
+        traker = cases.make(model, tmp_path / name, N, gradient_computer=computer)
+        traker.load_checkpoint(model.state_dict(), 0)
+        way(traker, train)
+        found.append((traker.saver.matrix(0), traker.saver.out_to_loss(0)))
+    assert bool(found[0][0].any())
+    for usual, other in zip(*found, strict=True):
+        torch.testing.assert_close(usual, other, rtol=0, atol=0)
+    assert ("autocast is off" in caplog.text) == (call is under_autocast)
+
+
+def test_another_default_dtype_changes_nothing(tmp_path, model, train):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            traker = cases.make(model, tmp_path / str(dtype), N)
+            cases.featurize(traker, model, 0, train)
+            traker.finalize_features()
+            cases.score(traker, model, 0, train)
+            found.append(traker.finalize_scores("test"))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("step", ["featurize", "score"])
+def test_a_model_that_has_changed_since_its_checkpoint_was_loaded(traker, model, train, step):
+    state = copy.deepcopy(model.state_dict())
+    if step == "score":
+        cases.featurize(traker, model, 0, train)
+        traker.finalize_features()
+        traker.start_scoring_checkpoint("test", state, 0, N)
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+    with pytest.raises(ValueError, match=rf"{step}: fc\.bias of the model have changed since"):
+        getattr(traker, step)(train, num_samples=N)
+    if step == "score":
+        traker.start_scoring_checkpoint("test", state, 0, N)
+    else:
+        traker.load_checkpoint(state, 0)
+    getattr(traker, step)(train, num_samples=N)
+
+
+@pytest.mark.parametrize("computer", COMPUTERS)
+def test_parameters_of_several_dtypes(tmp_path, train, computer):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(25, 8).bfloat16(), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x.flatten(1).bfloat16()).float())
+
+    model = Mixed()
+    traker = cases.make(model, tmp_path, N, gradient_computer=computer)
+    cases.featurize(traker, model, 0, train)
+    exact = cases.projected(cases.gradients(model, train), 8, 0)
+    error = (traker.saver.matrix(0).double() - exact).norm() / exact.norm()
+    assert error < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def with_int8():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(25, 4))
+    table = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    model.register_parameter("table", table)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"model": with_int8()}, ValueError, "'table' of dtype torch.int8.*floating-point"),
+        ({"model": nn.DataParallel(cases.net())}, TypeError, r"expected model\.module"),
+        ({"model": nn.Linear(25, 4, device="meta")}, ValueError, "weight, bias on the meta device"),
+        ({"model": torch.jit.script(nn.Linear(25, 4))}, TypeError, "the module that it was made"),
+        ({"grad_wrt": list(cases.net().parameters())}, TypeError, "grad_wrt with Parameter"),
+        ({"gradient_computer": object()}, TypeError, "a class .not an instance."),
+        ({"projector": 3}, TypeError, "projector=3; expected None, or an object"),
+        ({"projector": Projector}, TypeError, "not a class"),
+    ],
+)
+def test_constructor_of_other_things(tmp_path, change, kind, message):
+    arguments = {"model": cases.net(), "task": "image_classification", "train_set_size": N}
+    with pytest.raises(kind, match=message):
+        TRAKer(**{**arguments, "save_dir": tmp_path / "new", **change})
+    assert not (tmp_path / "new").exists()
+
+
+def test_whole_tables_are_taken_where_grad_wrt_leaves_them_out(tmp_path, train):
+    model = with_int8()
+    traker = cases.make(model, tmp_path, N, grad_wrt=["1.weight"])
+    cases.featurize(traker, model, 0, train)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda state: {"state_dict": state, "epoch": 3}, ValueError, "checkpoint.'state_dict'."),
+        (
+            lambda state: {f"module.{key}": t for key, t in state.items()},
+            ValueError,
+            "begin with 'module.', of a wrapped model",
+        ),
+        (
+            lambda state: {key: t.numpy() for key, t in state.items()},
+            TypeError,
+            "gain of type ndarray.*expected tensors",
+        ),
+    ],
+)
+def test_checkpoints_that_hold_something_else(traker, model, make, kind, message):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(kind, match=message):
+        traker.load_checkpoint(make(model.state_dict()), 0)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_numbers_of_checkpoints_and_of_samples_that_are_none(traker, model, train):
+    with pytest.raises(TypeError, match=r"inds of type generator"):
+        traker.featurize(train, inds=(i for i in range(N)))
+    with pytest.raises(ValueError, match="inds that make no array"):
+        traker.featurize(train, inds=[[0], [1, 2]])
+    with pytest.raises(TypeError, match=r"layout torch\.sparse_coo.*to_dense"):
+        traker.featurize((train[0].flatten(1).to_sparse(), train[1]), num_samples=N)
+    with pytest.raises(ValueError, match=r"and 36 more.*default_collate"):
+        traker.featurize(list(zip(*train, strict=True)), num_samples=N)
+    cases.featurize(traker, model, 0, train)
+    for call in (
+        lambda: traker.finalize_features(model_ids=0),
+        lambda: traker.self_influence(model_ids="0"),
+        lambda: traker.finalize_scores("test", model_ids=[0.5]),
+    ):
+        with pytest.raises(TypeError, match=r"received model_ids=.*such as \[0\]"):
+            call()
+    traker.finalize_features(model_ids=(i for i in np.arange(1)))

@@ -6,6 +6,7 @@ import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class AbstractGradientComputer(ABC):
         self.chosen = {name: params[name] for name in self.names}
         self.fixed = {name: p for name, p in params.items() if name not in self.chosen}
         self.buffers = dict(model.named_buffers())
+        self._dependent = False  # whether f of any sample has been seen to depend on them
 
     @abstractmethod
     def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
@@ -67,9 +69,30 @@ class AbstractGradientComputer(ABC):
 
     def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
         """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
-        chunks = self.iter_per_sample_grads(batch)
+        self.check_dependence(batch)
+        chunks = map(one_dtype, self.iter_per_sample_grads(batch))
         parts = [projector.project(grads, model_id=model_id).detach() for grads in chunks]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def check_dependence(self, batch: tuple[Any, ...]) -> None:
+        """Raise ValueError if f of no sample has to do with the parameters; once per checkpoint."""
+        rows = range(0 if self._dependent else batches.size(batch))
+        for row in rows:
+            gradient = self.gradient_of(batches.select(batch, row))
+            if any(g is not None for g in gradient.values()):
+                self._dependent = True
+                return
+        if rows:
+            raise self.no_dependence()
+
+    def no_dependence(self) -> ValueError:
+        """What to say where f has nothing to do with the parameters."""
+        return ValueError(
+            f"TRAKer: the output of {type(self.task).__name__} doesn't depend on any of the "
+            f"{len(self.names)} parameters that gradients are taken by (such as "
+            f"{self.names[0]!r}); expected a task that calls the model it is given, not another "
+            "module, without no_grad, detach or argmax, and grad_wrt that the model uses"
+        )
 
     def samples_at_once(self) -> int:
         """How many samples' gradients fit into GRAD_BYTES; at least one."""
@@ -100,6 +123,15 @@ class AbstractGradientComputer(ABC):
         return {n: None if g is None else dense(g) for n, g in zip(chosen, grads, strict=True)}
 
 
+def one_dtype(grads: Grads) -> Grads:
+    """Gradients of several dtypes in the one that holds them all exactly."""
+    dtypes = {g.dtype for g in grads.values()}
+    if len(dtypes) < 2:
+        return grads
+    wide = reduce(torch.promote_types, dtypes)
+    return {name: g.to(wide) for name, g in grads.items()}
+
+
 def dense(g: Tensor) -> Tensor:
     """A gradient as a dense tensor; those of embeddings may be sparse."""
     return g.to_dense() if g.is_sparse else g
@@ -115,7 +147,14 @@ def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[st
         raise TypeError(
             f"TRAKer: received grad_wrt={grad_wrt!r}, a string; expected a list of parameter names"
         )
-    wanted = set(known) if grad_wrt is None else set(grad_wrt)
+    listed = known if grad_wrt is None else list(grad_wrt)
+    odd = [name for name in listed if not isinstance(name, str)]
+    if odd:
+        raise TypeError(
+            f"TRAKer: received grad_wrt with {type(odd[0]).__name__} in it; expected names from "
+            f"model.named_parameters(), such as {', '.join(map(repr, known[:3]))}"
+        )
+    wanted = set(listed)
     unknown = sorted(wanted - set(known))
     if unknown:
         shared = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -135,6 +174,14 @@ def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[st
         raise ValueError(
             f"TRAKer: received {'a model' if grad_wrt is None else 'grad_wrt'} without parameters; "
             "expected at least one to take gradients by"
+        )
+    params = dict(model.named_parameters())
+    whole = [name for name in names if not params[name].is_floating_point()]
+    if whole:
+        raise ValueError(
+            f"TRAKer: received {'a model' if grad_wrt is None else 'grad_wrt'} with "
+            f"{', '.join(map(repr, whole[:5]))} of dtype {params[whole[0]].dtype}, which has no "
+            "real gradient; expected grad_wrt that names floating-point parameters only"
         )
     return names
 

@@ -97,4 +97,9 @@ def resolve_gradient_computer(given: Any) -> Any:
                 f"{', '.join(map(repr, NAMES))}, or a class"
             )
         return NAMES[given]
+    if not callable(given):
+        raise TypeError(
+            f"TRAKer: received gradient_computer={given!r:.80}; expected 'auto', "
+            f"{', '.join(map(repr, NAMES))}, or a class (not an instance)"
+        )
     return given

@@ -136,6 +136,8 @@ class HookGradientComputer(AbstractGradientComputer):
     def _prove(self, batch: tuple[Any, ...]) -> Proof:
         """What the gradients of a batch must be, and with it which parameters f depends on."""
         proof = prove(self, batch, seed=len(self._structures))
+        if not proof.sums and not self._used:
+            raise self.no_dependence()
         self._use(set(proof.sums))
         return proof
 

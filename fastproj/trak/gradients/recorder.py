@@ -94,11 +94,11 @@ class Recorder:
 
     def backward(self, out: Tensor, sink: Sink) -> None:
         """The backward of the sum of the outputs; every module's gradients go to the sink."""
-        if not out.requires_grad:
+        anchors = list(self._anchors.values())
+        if not out.requires_grad or not anchors:
             return
         self._sink = sink
-        anchors = list(self._anchors.values())
-        torch.autograd.grad(out.sum(), anchors, allow_unused=True)
+        torch.autograd.grad(out, anchors, torch.ones_like(out), allow_unused=True)
 
     @contextmanager
     def _listen(self) -> Iterator[None]:

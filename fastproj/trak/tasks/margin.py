@@ -16,13 +16,13 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     Parameters
     ----------
     logits : [..., C], floating point.
-    labels : [...], int64 in 0..C-1.
+    labels : [...], integers in 0..C-1.
 
     Returns
     -------
     [...], dtype of the logits.
     """
-    index = labels.unsqueeze(-1)  # [..., 1]
+    index = labels.long().unsqueeze(-1)  # [..., 1]
     correct = logits.gather(-1, index).squeeze(-1)
     return correct - logits.scatter(-1, index, -torch.inf).logsumexp(-1)
 
