@@ -20,15 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastproj.trak.features import Buffer
 from fastproj.trak.files import Tensors
-from fastproj.trak.solve import Gram, check_gram
+from fastproj.trak.solve import Gram, check_gram, in_range
 
-LANCZOS_STEPS = 200
+LANCZOS_STEPS, MAX_STEPS = 20, 200
+SETTLED = 1e-4  # change of the ridge, relative, over so many steps
 TINY = 1e-12  # Q nearer to 0 or 1 counts as this near: a logit of 28
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
 DIMENSION = 2.4  # times the root of the number of samples, where there is no training ridge
-SMALLEST_RIDGE = 1e-8  # that is looked at, in units of the mean eigenvalue of Phi^T R Phi;
-SINGULAR = 1e-3  # where it leaves this share of the dimensions unused, that matrix is singular
+LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T R Phi;
+SINGULAR = 1e-3  # where the lowest leaves this share of dimensions unused, the matrix is singular
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
 
@@ -85,11 +87,13 @@ class Moments:
         self.quartic = torch.zeros((), dtype=torch.float64)  # sum of |row|^4
         self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (R f + Q)
         self.explained = torch.zeros((), dtype=torch.float64)  # f^T (R f + Q)
+        self._buffer = Buffer()
 
     def over(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Adds up (features [b, k], Q [b]); yields the rows whose Gram matrix is wanted.
 
-        These are the features, times sqrt(R) where they are weighted.
+        These are the features, times sqrt(R) where they are weighted; their memory is used again
+        for the next ones.
         """
         for features, q in blocks:
             rows = features
@@ -100,8 +104,11 @@ class Moments:
                 target = curvature * logit + q  # R times the working response of a Newton step
                 self.fitted += (features.mT @ target.to(features)).double()
                 self.explained += logit @ target
-                rows = features * curvature.sqrt().to(features).unsqueeze(1)
-            self.quartic += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).pow(4).sum()
+                rows = self._buffer.take((len(q), features.shape[1]), features.dtype)
+                torch.mul(features, curvature.sqrt().to(features).unsqueeze(1), out=rows)
+            scaled, exponent = in_range(rows)
+            norms = torch.linalg.vector_norm(scaled, dim=1).double() * math.ldexp(1.0, exponent)
+            self.quartic += norms.pow(4).sum()
             yield rows
 
     def tensors(self) -> Tensors:
@@ -141,35 +148,50 @@ def fit(weighted: Tensor, moments: Moments) -> float | None:
     explained = float(moments.explained)
     if not explained > 0 or not unit > 0:
         return None
-    nodes, weights = quadrature(weighted, moments.fitted)
-
-    def excess(log_ridge: float) -> float:
-        return float((weights / (nodes + math.exp(log_ridge) * unit)).sum()) - explained
-
-    low, high = math.log(SMALLEST_RIDGE), math.log(1 / SMALLEST_RIDGE)
-    if excess(high) >= 0:
+    log_ridge = math.inf
+    for nodes, weights in quadratures(weighted, moments.fitted):
+        before, log_ridge = log_ridge, crossing(nodes / unit, weights / unit, explained)
+        if log_ridge > LOWEST and abs(log_ridge - before) < SETTLED:
+            break
+    if log_ridge >= HIGHEST:
         return None
-    at_least = excess(low) <= 0
-    while not at_least and high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    ridge = math.exp(low) * unit
+    at_least, ridge = log_ridge <= LOWEST, math.exp(log_ridge) * unit
     unused = 1 - effective_dimension(weighted, ridge) / len(weighted)
     if unused <= 0 or (at_least and unused > SINGULAR):
         return None
     return ridge / unused
 
 
-def quadrature(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(nodes, weights) with ``start^T g(matrix) start ~ sum weights g(nodes)``, by Lanczos.
+def crossing(nodes: Tensor, weights: Tensor, wanted: float) -> float:
+    """log x where ``sum weights / (nodes + x)``, which falls with x, is ``wanted``.
 
-    matrix : float64 [k, k], positive semi-definite. Gauss quadrature: exact for polynomials g of
-    degree below twice the number of steps. Costs LANCZOS_STEPS k^2.
+    LOWEST or HIGHEST where it is so nowhere between them.
     """
-    steps = min(LANCZOS_STEPS, len(start))
+
+    def excess(log_x: float) -> float:
+        return float((weights / (nodes + math.exp(log_x))).sum()) - wanted
+
+    low, high = LOWEST, HIGHEST
+    if excess(low) <= 0 or excess(high) >= 0:
+        return low if excess(low) <= 0 else high
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return low
+
+
+def quadratures(matrix: Tensor, start: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(nodes, weights) with ``start^T g(matrix) start ~ sum weights g(nodes)``, ever more of them.
+
+    matrix : float64 [k, k], positive semi-definite. Gauss quadrature by Lanczos' method: exact for
+    polynomials g of degree below twice the number of nodes. Each step costs k^2; there is a result
+    after every LANCZOS_STEPS of them, and the last one after MAX_STEPS, or when nothing is left.
+    """
+    steps = min(MAX_STEPS, len(start))
     norm = float(start.norm())
     basis = torch.zeros(steps, len(start), dtype=torch.float64)
-    diagonal, beside = [], []
+    diagonal: list[float] = []
+    beside: list[float] = []
     vector = start / norm if norm else start
     for step in range(steps):
         basis[step] = vector
@@ -178,16 +200,17 @@ def quadrature(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(2):  # twice is enough to keep the basis orthogonal
             image -= basis[: step + 1].mT @ (basis[: step + 1] @ image)
         size = float(image.norm())
-        if size <= 1e-13 * max(map(abs, diagonal)):
-            break
+        done = step + 1 == steps or size <= 1e-13 * max(map(abs, diagonal))
+        if done or (step + 1) % LANCZOS_STEPS == 0:
+            small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+            off = torch.tensor(beside, dtype=torch.float64)
+            small += torch.diag(off, 1) + torch.diag(off, -1)
+            nodes, vectors = torch.linalg.eigh(small)
+            yield nodes.clamp(min=0), (norm * vectors[0]).square()
+        if done:
+            return
         beside.append(size)
         vector = image / size
-    count = len(diagonal)
-    small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    off = torch.tensor(beside[: count - 1], dtype=torch.float64)
-    small += torch.diag(off, 1) + torch.diag(off, -1)
-    nodes, vectors = torch.linalg.eigh(small)
-    return nodes.clamp(min=0), (norm * vectors[0]).square()
 
 
 def effective_dimension(matrix: Tensor, ridge: float) -> float:

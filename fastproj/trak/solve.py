@@ -142,7 +142,8 @@ def in_range(block: Tensor) -> tuple[Tensor, int]:
     """
     if block.dtype == torch.float64 or block.numel() == 0:
         return block, 0
-    exponent = math.frexp(float(torch.linalg.vector_norm(block, math.inf)))[1]
+    low, high = torch.aminmax(block)
+    exponent = math.frexp(max(-float(low), float(high)))[1]
     if abs(exponent) <= SAFE_EXPONENT:
         return block, 0
     return (block.double() * math.ldexp(1.0, -exponent)).float(), exponent

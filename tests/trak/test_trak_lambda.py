@@ -25,7 +25,7 @@ from fastproj.trak.ridge import (
     choose_lambda,
     effective_dimension,
     fit,
-    quadrature,
+    quadratures,
 )
 from fastproj.trak.solve import HALF_ROUNDING, Gram, solve
 
@@ -88,6 +88,21 @@ def test_the_training_ridge_is_found_through_a_projection(k):
     grads, q = trained(gradients(200, 300), 1.0)
     matrix = fastproj.matrix(300, k, 0, stream=0, dtype=torch.float64)
     assert 0.5 < training_ridge(grads @ matrix / math.sqrt(k), q) < 2
+
+
+def test_the_fit_is_the_root_of_its_equation():
+    phi, q = trained(gradients(500, 300), 0.3)
+    gram, moments = sums(phi, q)
+    values, vectors = torch.linalg.eigh(gram.xtx)
+    parts = (vectors.T @ moments.fitted).square()
+    found = fit(gram.xtx, moments)  # gamma / (1 - d(gamma) / k), of which gamma solves the equation
+    low, high = 1e-9, 1e9
+    while high / low > 1 + 1e-12:
+        middle = math.sqrt(low * high)
+        too_low = float((parts / (values + middle)).sum()) > float(moments.explained)
+        low, high = (middle, high) if too_low else (low, middle)
+    exact = low / (1 - float((values / (values + low)).sum()) / 300)
+    assert found == pytest.approx(exact, rel=1e-3)
 
 
 def test_where_features_fit_worse_than_the_network_the_limit_is_used():
@@ -205,11 +220,11 @@ def test_effective_dimension_and_quadrature():
     values = torch.linalg.eigvalsh(matrix)
     exact = float((values / (values + 0.7)).sum())
     assert effective_dimension(matrix, 0.7) == pytest.approx(exact)
-    nodes, weights = quadrature(matrix, start)
+    *_, (nodes, weights) = quadratures(matrix, start)
     quadratic = start @ torch.linalg.solve(matrix + 0.7 * torch.eye(20), start)
     assert float((weights / (nodes + 0.7)).sum()) == pytest.approx(float(quadratic))
     low_rank = phi[:3].T @ phi[:3]
-    nodes, weights = quadrature(low_rank, low_rank @ start)
+    *_, (nodes, weights) = quadratures(low_rank, low_rank @ start)
     assert len(nodes) <= 5
     assert float(weights.sum()) == pytest.approx(float((low_rank @ start).square().sum()))
 
