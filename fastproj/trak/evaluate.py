@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fastproj.trak.metrics import (
     mislabel_auc,
     most_helpful,
     noise_ceiling,
+    row_blocks,
 )
 from fastproj.trak.retrain import (
     GroundTruth,
@@ -36,7 +37,7 @@ from fastproj.trak.retrain import (
     train_subsets,
 )
 from fastproj.trak.workers import WorkerError
-from fastproj.trak.writer import load_array, load_scores
+from fastproj.trak.writer import TopScores, load_array, load_scores
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -109,6 +110,7 @@ def run_lds(options: argparse.Namespace) -> int:
         fraction = 0.5 if options.fraction is None else options.fraction
         if scores and count < 3:
             raise ValueError(f"--subsets: received {count}; expected at least 3")
+        check_before_training(scores)
         truth = train_subsets(
             options.recipe,
             random_subsets(n, count, fraction, options.seed),
@@ -168,6 +170,7 @@ def run_loo(options: argparse.Namespace) -> int:
     m = agreed("targets", {str(path): a.shape[1] for path, a in scores.items()})
     if not 3 <= options.samples <= n:
         raise ValueError(f"--samples: received {options.samples}; expected 3 to n = {n}")
+    check_before_training(scores)
     removed = np.random.default_rng(options.seed).permutation(n)[: options.samples]
     truth = train_subsets(
         options.recipe,
@@ -239,6 +242,12 @@ def run_brittleness(options: argparse.Namespace) -> int:
     base = truth.outputs[:, 0, targets]  # [R, T]
     result = brittleness(outputs, base, sizes, confidence=options.confidence)
     print(result)
+    if not np.ptp(truth.outputs[..., targets], axis=1).any():
+        print(
+            "fastproj brittleness: all models have the same outputs, whatever was left out; does "
+            "train use its indices, and outputs its model?",
+            file=sys.stderr,
+        )
     facts = {"recipe": options.recipe, "scores": str(options.scores), "targets": targets}
     write_results(
         options, {**facts, "n_runs": options.repeats, "result": asdict(result)}, options.out
@@ -270,8 +279,17 @@ def mislabel_main(argv: Sequence[str] | None = None) -> int:
 def run_mislabel(options: argparse.Namespace) -> int:
     """Print the AUC."""
     flipped = load_array(options.flipped)
-    result = mislabel_auc(load_array(options.scores), flipped, **interval(options))
+    values = load_array(options.scores)
+    result = mislabel_auc(values, flipped, **interval(options))
     print(result)
+    own = values if values.ndim == 1 else np.diagonal(values)
+    if np.ptp(own) == 0:
+        print(
+            f"fastproj mislabel: {options.scores}: all scores are {own[0]:.3g}, which finds "
+            "nothing; expected the self-influence of each training sample "
+            "(traker.self_influence())",
+            file=sys.stderr,
+        )
     write_results(options, {"scores": str(options.scores), "result": asdict(result)}, None)
     return 0
 
@@ -312,6 +330,13 @@ def add_interval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--confidence", type=float, default=0.95, help="of intervals; 0.95")
     parser.add_argument("--n-boot", type=int, default=500, help="resamples; 500")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+
+
+def check_before_training(scores: Mapping[Path, Any]) -> None:
+    """Raise ValueError for scores that are not finite: hours of training would come before."""
+    for path, array in scores.items():
+        for _ in () if isinstance(array, TopScores) else row_blocks(str(path), array):
+            pass
 
 
 def keep(truth: GroundTruth, path: Path) -> None:

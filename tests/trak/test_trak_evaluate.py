@@ -200,6 +200,35 @@ def test_fewer_left_out_than_before_are_the_first_of_them(tmp_path, scores, caps
     assert "left out: 4 samples, 1 models each, 5 targets; 8 more" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["lds", "loo", "brittleness"])
+def test_scores_that_are_not_finite_are_found_before_anything_is_trained(
+    tmp_path, scores, capsys, command
+):
+    values = np.load(scores)
+    values[3, 2] = np.nan
+    np.save(scores, values)
+    sizes = {"lds": (), "loo": ("--samples", 4), "brittleness": ("--remove", 2)}[command]
+    arguments = ("--scores", scores, "--out", tmp_path / "out", *sizes)
+    assert run(command, tmp_path / "recipe.py", *arguments) == 1
+    assert "nan at sample 3, target 2" in capsys.readouterr().err
+    assert not trained(tmp_path)
+
+
+def test_numbers_that_say_nothing_are_called_that(tmp_path, scores, capsys):
+    write_recipe(tmp_path, text=RIDGE.replace("return Z @ model", "return np.ones(5)"))
+    arguments = ("--scores", scores, "--remove", 2, "--repeats", 1, "--out", tmp_path / "out")
+    assert run("brittleness", tmp_path / "recipe.py", *arguments) == 0
+    assert "all models have the same outputs" in capsys.readouterr().err
+    flipped = tmp_path / "flipped.npy"
+    np.save(flipped, np.arange(24) < 3)
+    np.save(scores, np.ones(24))
+    assert run("mislabel", "--scores", scores, "--flipped", flipped) == 0
+    assert "all scores are 1, which finds nothing" in capsys.readouterr().err
+    np.save(scores, np.arange(24))
+    assert run("mislabel", "--scores", scores, "--flipped", flipped) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_brittleness(tmp_path, scores, capsys):
     out = tmp_path / "out"
     arguments = ["brittleness", tmp_path / "recipe.py", "--scores", scores, "--out", out]

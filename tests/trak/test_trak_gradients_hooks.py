@@ -498,6 +498,32 @@ def test_whole_model_runs_are_said(caplog):
     assert "'gain' takes another run of the whole model" in caplog.text
 
 
+class Scaled(nn.Module):
+    """Scalar parameters of blocks, of the model and of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(cases.net(seed) for seed in range(2))
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0 + i)) for i in range(4))
+
+    def forward(self, x):
+        out = sum(scale * block(x) for scale, block in zip(self.scales, self.blocks, strict=False))
+        return out * self.temperature + self.scales[2] - self.scales[3] * out
+
+
+def test_scalar_parameters_are_said_once_for_all_batches_and_checkpoints(tmp_path, caplog):
+    """Once for a TRAKer, in one message."""
+    model, train = Scaled().eval(), cases.data(12)
+    traker = cases.make(model, tmp_path, 12)
+    for model_id in range(3):
+        cases.featurize(traker, model, model_id, train, batch=5)
+    traker.finalize_features()
+    for model_id in range(3):
+        cases.score(traker, model, model_id, train)
+    assert len([r for r in caplog.records if "takes another run" in r.getMessage()]) == 1
+
+
 def test_loops_over_samples_are_said(caplog):
     model, batch = build("branches")
     HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
