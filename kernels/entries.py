@@ -79,7 +79,7 @@ def matrix_kernel(
             )
             store_tile(out_ptr, r, p + tile * 64, n_rows, n_cols, stride_p, stride_k, BLOCK_K)
     else:
-        mask = sign_mask(signs, n_cols >> 31)
+        mask = sign_mask(signs, tag >> 31)  # n_cols may reach 2^32, a Rademacher tag 2^30
         w0, w1, w2, w3 = words(block + panel, column, tag, stream_id, seed_low, seed_high)
         for tile in tl.static_range(8):
             if tile // 2 == 0:

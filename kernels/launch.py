@@ -7,6 +7,7 @@ that compiles, calls can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ INTERPRETED = not isinstance(reduce_kernel, triton.runtime.jit.JITFunction)
 
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 REDUCE_BLOCK = 512
+MAX_GRID = 65535  # programs in the second dimension of a grid
 
 
 @dataclass(frozen=True)
@@ -211,18 +213,22 @@ def project_transpose(
     y: Tensor, out: Tensor, key: MatrixKey, row_offset: int, scale: float, precision: str
 ) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
-    B, n_rows = out.shape
+    n_rows = out.shape[1]
     dtype = str(y.dtype).removeprefix("torch.")
-    block_b, block_k, num_warps = config.choose_transpose(dtype, key.kind, B)
+    block_b, block_k, num_warps = config.choose_transpose(dtype, key.kind, out.shape[0])
     block_rows = 64 if key.kind == "gaussian" else 512
+    most = MAX_GRID * block_b
     with _guard(out):
         table = magnitudes(out.device, y.dtype == torch.float16)
-        for start, stop in plan.whole_counters(key.kind, row_offset, row_offset + n_rows):
+        pairs = [(y[b : b + most], out[b : b + most]) for b in range(0, out.shape[0], most)]
+        spans = list(plan.whole_counters(key.kind, row_offset, row_offset + n_rows))
+        for (some_y, some_out), (start, stop) in itertools.product(pairs, spans):
+            B = some_out.shape[0]
             first = start // block_rows
             counter = plan.Counter.at(key.kind, first * block_rows)
             project_transpose_kernel[(-(-stop // block_rows) - first, -(-B // block_b))](
-                y,
-                out,
+                some_y,
+                some_out,
                 table,
                 B,
                 y.shape[1],
@@ -251,7 +257,7 @@ def project_transpose(
 def matrix(out: Tensor, key: MatrixKey, row_offset: int, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
     block_k, num_warps = 64, 4
-    most = 65535 * plan.PANEL  # the second dimension of a grid has at most 65535 programs
+    most = MAX_GRID * plan.PANEL
     with _guard(out):
         table = magnitudes(out.device, False)
         for begin, end in plan.whole_counters(key.kind, row_offset, row_offset + out.shape[0]):

@@ -166,7 +166,7 @@ inline std::int64_t units_of(std::int64_t offset, std::int64_t rows) {
 // The fewest launches whose partial sums fit in the workspace, of equal size to a tile.
 inline void cut_batch(Plan& plan, std::int64_t batch, std::int64_t tile, int bytes) {
     const std::int64_t row_bytes = plan.workspace_row * bytes * plan.splits;
-    const std::int64_t tiles = ceil_div(batch, tile);
+    const std::int64_t tiles = std::max<std::int64_t>(1, ceil_div(batch, tile));
     const std::int64_t fits = std::max<std::int64_t>(1, kWorkspaceLimit / (row_bytes * tile));
     plan.batch_chunk = std::min(batch, ceil_div(tiles, ceil_div(tiles, fits)) * tile);
     plan.workspace_bytes = plan.batch_chunk * row_bytes;

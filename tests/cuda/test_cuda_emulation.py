@@ -278,6 +278,11 @@ def test_batches_beyond_the_workspace():
     assert plan.workspace_bytes <= 48 << 20
 
 
+def test_an_empty_batch_has_a_plan():
+    for dtype in (torch.bfloat16, torch.float64):
+        assert emulation.plan(0, 10**6, 4096, dtype).batch_chunk == 0
+
+
 # --------------------------------------------------------------------------------- float64, adjoint
 
 

@@ -26,8 +26,9 @@ from triton.runtime import interpreter
 import fastproj
 from fastproj.backends import triton as adapter
 from fastproj.kernels import plan
+from fastproj.kernels.entries import matrix_kernel
 from fastproj.kernels.generate import philox4x32_10
-from fastproj.kernels.launch import INTERPRETED, device_facts
+from fastproj.kernels.launch import INTERPRETED, device_facts, magnitudes
 
 DATA = Path(__file__).parents[1] / "data"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -158,6 +159,28 @@ def test_matrix_dtypes(kind: str, dtype: torch.dtype) -> None:
     key = fastproj.spec.MatrixKey(kind, MAX_SEED, 0)
     expected = fastproj.spec.matrix_block(key, rows.start, rows.stop, 2**32 - 65, 2**32)
     assert torch.equal(entries, torch.from_numpy(expected).to(DEVICE, dtype))
+
+
+def test_matrix_of_more_than_2_31_columns() -> None:
+    """The first tile of one: nothing in a kernel takes the number of columns for a small one."""
+    out = torch.zeros((512, 64), device=DEVICE)
+    words = {"block": 0, "tag": 0, "signs": plan.signed32(0x80008000)}
+    words |= {"stream_id": 0, "seed_low": 0, "seed_high": 0}
+    matrix_kernel[(1, 1)](
+        out,
+        magnitudes(out.device, False),
+        512,
+        2**31 + 64,
+        *out.stride(),
+        origin=0,
+        col_offset=0,
+        **words,
+        GAUSSIAN=False,
+        BLOCK_K=64,
+        NUM_WARPS=4,
+        num_warps=4,
+    )
+    assert torch.equal(out.double(), stored(512, 64, device=DEVICE))
 
 
 # ---- projection --------------------------------------------------------------------------------

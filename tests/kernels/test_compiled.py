@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,10 @@ import triton
 
 from fastproj.kernels import aot
 from fastproj.kernels.aot import Case, Report
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import build_cuda
 
 RESOURCES = Path(aot.__file__).parent / "RESOURCES.md"
 UNITS = {"sm_80": "mma", "sm_90": "wgmma", "gfx942": "mfma"}
@@ -78,3 +84,30 @@ def test_compiled(case: Case, arch: str, most: float | None) -> None:
 @pytest.mark.parametrize("case", aot.cases(), ids=str)
 def test_all_compiled(case: Case, arch: str) -> None:
     check(inspect(case, arch))
+
+
+def check_products_in_flight(case: Case, folder: Path) -> None:
+    """ptxas before CUDA 13.3 may reuse a fragment's registers while a wgmma still reads them."""
+    compiled, _, _ = aot.compile_case(case, "sm_90")
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool), "-sass", str(binary)]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert sass.count("HGMMA") > 0
+    assert build_cuda.hazards(sass) == []
+
+
+@pytest.mark.parametrize("case", [case for case, arch, _ in ESSENTIAL if arch == "sm_90"], ids=str)
+def test_registers_of_products_in_flight_are_left_alone(case: Case, tmp_path: Path) -> None:
+    check_products_in_flight(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [c for c in aot.cases() if c.operation in ("project", "transpose") and c.dtype != "float64"],
+    ids=str,
+)
+def test_all_registers_of_products_in_flight(case: Case, tmp_path: Path) -> None:
+    check_products_in_flight(case, tmp_path)

@@ -101,6 +101,22 @@ def test_other_kernels(launched: Launched) -> None:
     assert variants(launch.matrix_kernel) == 2
 
 
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grids_stay_within_their_limits(launched: Launched, kind: str, dtype: torch.dtype) -> None:
+    """The second dimension of a grid has at most 65535 programs: more samples, more launches."""
+    B = {torch.float32: 33 * 65535, torch.float64: 65535 + 7}[dtype]
+    y, out = torch.empty((B, 1), dtype=dtype), torch.empty((B, 2), dtype=dtype)
+    launch.project_transpose(y, out, MatrixKey(kind, 1, 2), 0, 0.5, "high")
+    grids = [grid for _, grid, _ in launched]
+    assert len(grids) > 1
+    assert max(grid[1] for grid in grids) <= 65535
+    assert sum(arguments["B"] for _, _, arguments in launched) == B
+    starts = [arguments["out_ptr"].data_ptr() for _, _, arguments in launched]
+    sizes = [arguments["B"] * 2 * dtype.itemsize for _, _, arguments in launched]
+    assert starts == [out.data_ptr() + sum(sizes[:i]) for i in range(len(sizes))]
+
+
 def test_unaligned(launched: Launched) -> None:
     """Slices of a flat gradient at their own offsets are aligned again; odd strides are not."""
     flat = torch.empty((4, 40_000), dtype=torch.bfloat16)
