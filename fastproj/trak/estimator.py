@@ -57,7 +57,7 @@ from fastproj.trak.store import (
     layout_fingerprint,
     model_digest,
 )
-from fastproj.trak.tasks import resolve_task
+from fastproj.trak.tasks import describe_task, resolve_task
 from fastproj.trak.writer import (
     ScoresWriter,
     TopWriter,
@@ -85,7 +85,7 @@ class TRAKer:
         instance of an ``AbstractModelOutput`` subclass, or a function ``f(model, batch)`` that
         returns the outputs [B].
     train_set_size : n, the number of training samples.
-    save_dir : where features and scores are kept. One that holds another model, seed, kind,
+    save_dir : where features and scores are kept. One that holds another model, task, seed, kind,
         proj_dim or n is refused.
     load_from_save_dir : True goes on with what is there; any number of processes may. False
         starts each model_id afresh: what an earlier run left for it is renamed, not used.
@@ -187,6 +187,7 @@ class TRAKer:
                 "proj_dim": self.proj_dim,
                 "num_params": self.num_params_for_grad,
                 "parameter_layout": layout_fingerprint(model, names),
+                "task": describe_task(self.task),
                 "train_set_size": self.train_set_size,
             },
             self.train_set_size,
@@ -492,7 +493,8 @@ class TRAKer:
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
         check_lambda(lambda_reg)
-        finalize(self.saver, self.score_computer, ids, lambda_reg, ranks)
+        probabilities = getattr(self.task, "q_are_probabilities", None)
+        finalize(self.saver, self.score_computer, ids, lambda_reg, ranks, probabilities)
         self._last_ind = 0
 
     # ---- scoring --------------------------------------------------------------------------------

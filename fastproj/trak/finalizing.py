@@ -31,16 +31,19 @@ def finalize(
     model_ids: Sequence[int],
     lambda_reg: Lambda,
     ranks: Ranks,
+    probabilities: bool | None = None,
 ) -> None:
     """Sum up the matrix that lambda is added to, choose lambda where it is "auto", and keep it.
 
     "auto" is added to Phi^T R Phi where Q are probabilities, otherwise, as every lambda that is
-    given, to XtX.
+    given, to XtX. ``probabilities`` says whether they are; None looks at them.
     """
     weighted: list[int] = []
     with ranks.together(STEP):
-        if ranks.first and lambda_reg == AUTO:
-            weighted = [i for i in model_ids if are_probabilities(store.out_to_loss(i))]
+        if ranks.first and lambda_reg == AUTO and probabilities is not False:
+            weighted = [
+                i for i in model_ids if probabilities or are_probabilities(store.out_to_loss(i))
+            ]
     weighted = ranks.gather(STEP, weighted)[0]
     missing = [i for i in model_ids if not store.has_gram(i, i in weighted)]
     # Rank 0's list: it may be writing while others still look.

@@ -14,6 +14,7 @@ from torch import nn
 
 from fastproj import Projector, TRAKer
 from fastproj.trak import NotReadyError, StoreMismatchError
+from fastproj.trak.tasks.image import ImageClassificationModelOutput
 
 N = 20
 
@@ -179,6 +180,30 @@ def test_a_directory_of_another_run(traker, model, train, other, message):
     assert "another save_dir" in str(error.value)
     assert shards(traker.save_dir) == kept
     cases.make(model, traker.save_dir, N)
+
+
+def test_a_directory_of_another_task(tmp_path, model, train):
+    def total(model, batch):
+        return model(batch[0]).sum(1)
+
+    Own = type("Own", (ImageClassificationModelOutput,), {"__module__": "elsewhere"})
+    tasks = [
+        ("image_classification", "ImageClassificationModelOutput(temperature=1.0)"),
+        (ImageClassificationModelOutput(2.0), "ImageClassificationModelOutput(temperature=2.0)"),
+        (total, "FunctionModelOutput(output=total, loss=None)"),
+        (Own(), "Own"),
+    ]
+    for i, (task, _) in enumerate(tasks):
+        TRAKer(model, task, N, tmp_path / str(i), device="cpu")
+        for j, (other, name) in enumerate(tasks):
+            if i == j:
+                TRAKer(model, other, N, tmp_path / str(i), device="cpu")
+                continue
+            with pytest.raises(StoreMismatchError) as error:
+                TRAKer(model, other, N, tmp_path / str(i), device="cpu")
+            stored = tasks[i][1]
+            assert f"task {stored!r} in the directory, {name!r} in this run" in str(error.value)
+    TRAKer(model, "iterative_image_classification", N, tmp_path / "0", device="cpu")
 
 
 def test_a_directory_of_another_model_or_spec(traker, monkeypatch):

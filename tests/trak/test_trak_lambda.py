@@ -315,6 +315,15 @@ def test_scores_are_the_formula_with_the_curvature(tmp_path):
     np.testing.assert_allclose(found, solved, rtol=1e-3, atol=1e-4 * np.abs(solved).max())
 
 
+@pytest.mark.parametrize("declared", [None, True, False])
+def test_a_task_may_say_what_q_is(tmp_path, declared):
+    made = cases.make(cases.net(), tmp_path, 30)
+    made.task.q_are_probabilities = declared
+    cases.featurize(made, cases.trained(0, cases.data(30)), 0, cases.data(30))
+    made.finalize_features()
+    assert made.saver.read_solve(0)["weighted"] is (declared is not False)
+
+
 @pytest.mark.parametrize("missing", ["weighted", "xtx"])
 def test_the_matrix_of_the_lambda_must_be_there(traker, missing):
     traker.finalize_features(lambda_reg="auto" if missing == "weighted" else 1)

@@ -8,7 +8,7 @@ from fastproj.trak.tasks.function import FunctionModelOutput
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
 from fastproj.trak.tasks.language import CausalLMModelOutput, Seq2SeqModelOutput
 from fastproj.trak.tasks.margin import margins
-from fastproj.trak.tasks.names import TASKS, resolve_task
+from fastproj.trak.tasks.names import TASKS, describe_task, resolve_task
 from fastproj.trak.tasks.text import TextClassificationModelOutput
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ImageClassificationModelOutput",
     "Seq2SeqModelOutput",
     "TextClassificationModelOutput",
+    "describe_task",
     "margins",
     "resolve_task",
 ]

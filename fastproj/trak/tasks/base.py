@@ -22,7 +22,12 @@ class AbstractModelOutput(ABC):
     Subclass it and pass an instance as ``TRAKer(task=...)``. ``weights`` and ``buffers`` are what
     ``torch.func.functional_call`` takes. Gradients come from ``torch.func.vmap`` or, where that
     can't, from a loop; a ``BatchedModelOutput`` can also have the faster module hooks.
+
+    ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None is
+    yes where all Q of a checkpoint are in 0..1.
     """
+
+    q_are_probabilities: bool | None = None
 
     @abstractmethod
     def get_output(self, model: Any, weights: Params, buffers: Params, *sample: Any) -> Tensor:

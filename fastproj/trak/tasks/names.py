@@ -44,3 +44,16 @@ def resolve_task(task: Any) -> Any:
     raise TypeError(
         f"TRAKer: received task={task!r:.80} without {' and '.join(missing)}; {expected}"
     )
+
+
+def describe_task(task: Any) -> str:
+    """What is stored of a task with its features: its class, and of a task of ours its settings."""
+    name = type(task).__name__
+    if not type(task).__module__.startswith("fastproj."):
+        return name  # what attributes of others mean, and when they change, is not known
+    settings = {
+        key: getattr(value, "__name__", type(value).__name__) if callable(value) else value
+        for key, value in vars(task).items()
+        if not key.startswith("_")
+    }
+    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"
