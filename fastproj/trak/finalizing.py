@@ -97,7 +97,7 @@ def read_gram(store: Store, model_id: int, weighted: bool) -> tuple[Gram, Moment
     """XtX of a checkpoint, or Phi^T R Phi, and what was summed up beside it."""
     sums, n, eps = store.read_gram(model_id, weighted)
     rounding = HALF_ROUNDING if store.half else 0.0
-    return Gram(sums["xtx"], n, eps, rounding), Moments.of(sums)
+    return Gram(sums["xtx"], n, eps, rounding), Moments.of(sums, weighted)
 
 
 # ---- sums over all samples ----------------------------------------------------------------------

@@ -28,7 +28,7 @@ LANCZOS_STEPS, MAX_STEPS = 20, 200
 SETTLED = 1e-4  # change of the ridge, relative, over so many steps
 TINY = 1e-12  # Q nearer to 0 or 1 counts as this near: a logit of 28
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
-DIMENSION = 2.4  # times the root of the number of samples, where there is no training ridge
+STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
 LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T R Phi;
 SINGULAR = 1e-3  # where the lowest leaves this share of dimensions unused, the matrix is singular
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
@@ -39,7 +39,7 @@ class Choice:
     """A lambda, the matrix that it is added to, and what it was chosen by."""
 
     lambda_reg: float
-    rule: str  # "training ridge" | "dimension"
+    rule: str  # "training ridge" | "residuals and dimension" | "dimension"
     weighted: bool  # whether that is Phi^T R Phi instead of XtX
     relative: float  # lambda / mean eigenvalue of the matrix
 
@@ -56,10 +56,11 @@ def are_probabilities(q: Tensor) -> bool:
 def choose_lambda(gram: Gram, moments: Moments) -> Choice:
     """Choose the ridge that is added to a Gram matrix, Phi^T R Phi where Q are probabilities.
 
-    There it is MARGIN times the training ridge (``fit``). Where features and Q show none, and for Q
-    that say nothing of what was fitted, as the residuals of a regression, it leaves an effective
-    dimension of ``DIMENSION sqrt(n')``, as many directions as n' samples let a linear expansion
-    follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made.
+    There it is MARGIN times the training ridge (``fit``). Where features and Q show none, it leaves
+    an effective dimension of ``sqrt(n')``, as many directions as n' samples let a linear expansion
+    follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made. For other Q,
+    the residuals of a regression, it is the geometric mean of that and of the ridge under which
+    they are likeliest.
 
     Parameters
     ----------
@@ -71,7 +72,12 @@ def choose_lambda(gram: Gram, moments: Moments) -> Choice:
     if ridge is not None:
         rule, lam = "training ridge", MARGIN * ridge
     else:
-        rule, lam = "dimension", dimension_ridge(gram, trace**2 / float(moments.quartic))
+        values, vectors = torch.linalg.eigh(gram.xtx)
+        values = values.clamp(min=0)
+        rule, lam = "dimension", dimension_ridge(values, trace**2 / float(moments.quartic))
+        likeliest = None if moments.weighted else likeliest_ridge(values, vectors, gram.n, moments)
+        if likeliest is not None:
+            rule, lam = "residuals and dimension", math.sqrt(lam * likeliest)
     lam = min(max(lam, LEAST * trace / gram.n), MOST * trace)
     return Choice(lam, rule, moments.weighted, lam * len(gram.xtx) / trace)
 
@@ -82,11 +88,13 @@ class Moments:
     weighted : whether the samples count by R, the curvature of their loss.
     """
 
+    NAMES = ("quartic", "fitted", "explained")
+
     def __init__(self, proj_dim: int, weighted: bool) -> None:
         self.weighted = weighted
         self.quartic = torch.zeros((), dtype=torch.float64)  # sum of |row|^4
-        self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (R f + Q)
-        self.explained = torch.zeros((), dtype=torch.float64)  # f^T (R f + Q)
+        self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (R f + Q), or Phi^T Q
+        self.explained = torch.zeros((), dtype=torch.float64)  # f^T (R f + Q), or Q^T Q
         self._buffer = Buffer()
 
     def over(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
@@ -96,13 +104,16 @@ class Moments:
         for the next ones.
         """
         for features, q in blocks:
-            rows = features
-            if self.weighted:
-                q = q.double().clamp(TINY, 1 - TINY)
+            rows, q = features, q.double()
+            if not self.weighted:
+                self.fitted += product(features, q)
+                self.explained += q @ q
+            else:
+                q = q.clamp(TINY, 1 - TINY)
                 curvature = q * (1 - q)  # R
                 logit = torch.log1p(-q) - q.log()  # f, for Q = 1 - sigmoid(f)
                 target = curvature * logit + q  # R times the working response of a Newton step
-                self.fitted += (features.mT @ target.to(features)).double()
+                self.fitted += product(features, target)
                 self.explained += logit @ target
                 rows = self._buffer.take((len(q), features.shape[1]), features.dtype)
                 torch.mul(features, curvature.sqrt().to(features).unsqueeze(1), out=rows)
@@ -113,17 +124,22 @@ class Moments:
 
     def tensors(self) -> Tensors:
         """The sums, to be stored and added up by name."""
-        labels = {"fitted": self.fitted, "explained": self.explained} if self.weighted else {}
-        return {"quartic": self.quartic, **labels}
+        return {name: getattr(self, name) for name in self.NAMES}
 
     @classmethod
-    def of(cls, tensors: Tensors) -> Moments:
+    def of(cls, tensors: Tensors, weighted: bool) -> Moments:
         """From what ``tensors`` gave."""
-        made = cls(0, "fitted" in tensors)
-        made.quartic = tensors["quartic"]
-        made.fitted = tensors.get("fitted", made.fitted)
-        made.explained = tensors.get("explained", made.explained)
+        made = cls(0, weighted)
+        for name in cls.NAMES:
+            setattr(made, name, tensors[name])
         return made
+
+
+def product(features: Tensor, vector: Tensor) -> Tensor:
+    """``features [b, k].T @ vector [b]``, float64 [k], of any magnitude; vector is float64."""
+    scaled, exponent = in_range(features)
+    size = max(float(vector.abs().max()), TINY) if len(vector) else 1.0
+    return (scaled.mT @ (vector / size).to(scaled)).double() * math.ldexp(size, exponent)
 
 
 def fit(weighted: Tensor, moments: Moments) -> float | None:
@@ -225,14 +241,12 @@ def effective_dimension(matrix: Tensor, ridge: float) -> float:
     return max(0.0, k - ridge * float(inverse.square().sum()))
 
 
-def dimension_ridge(gram: Gram, samples: float) -> float:
-    """The ridge at which a matrix has an effective dimension of ``DIMENSION sqrt(samples)``.
+def dimension_ridge(values: Tensor, samples: float) -> float:
+    """The ridge at which a matrix has an effective dimension of ``sqrt(samples)``.
 
-    Less where k is not many times that: the harmonic sum with k.
+    Less where k is not many times that: the harmonic sum with k. values : eigenvalues, [k].
     """
-    k = len(gram.xtx)
-    values = torch.linalg.eigvalsh(gram.xtx).clamp(min=0)
-    wanted = 1 / (1 / (DIMENSION * math.sqrt(samples)) + 1 / k)
+    wanted = 1 / (1 / math.sqrt(samples) + 1 / len(values))
     low, high = math.log(1e-12), math.log(1e12)
     unit = float(values.mean())
     while high - low > 1e-9:
@@ -240,3 +254,34 @@ def dimension_ridge(gram: Gram, samples: float) -> float:
         dimension = float((values / (values + math.exp(middle) * unit)).sum())
         low, high = (middle, high) if dimension > wanted else (low, middle)
     return math.exp(low) * unit
+
+
+def likeliest_ridge(values: Tensor, vectors: Tensor, n: int, moments: Moments) -> float | None:
+    """The ridge gamma under which the residuals Q of a regression on the features are likeliest.
+
+    Of n values with covariance ``s (Phi Phi^T / gamma + I)``, ridge regression leaves residuals
+    with covariance ``s gamma (Phi Phi^T + gamma I)^-1``; s is the likeliest for each gamma. None
+    where the best gamma is none or any amount, and for Q = 1 throughout, the weight of a task that
+    has no other.
+
+    Parameters
+    ----------
+    values, vectors : eigenvalues [k] and eigenvectors [k, k] of Phi^T Phi.
+    """
+    total = float(moments.explained)
+    if total == n or not total > 0:
+        return None
+    known = values > float(values[-1]) * 1e-12
+    values = values[known]
+    parts = (vectors[:, known].mT @ moments.fitted).square() / values  # of |Q|^2, in each direction
+    rest = max(0.0, total - float(parts.sum()))
+    unit = float(values.sum()) / len(vectors)
+    count = 1 + round((HIGHEST - LOWEST) / math.log(10) * STEPS_PER_DECADE)
+    ridges = torch.linspace(LOWEST, HIGHEST, count, dtype=torch.float64).exp().tolist()
+    unlikely = []
+    for ridge in ridges:
+        shares = values / (ridge * unit) + 1
+        scale = (float(parts @ shares) + rest) / total
+        unlikely.append(n * math.log(scale) - float(shares.log().sum()))
+    best = min(range(count), key=unlikely.__getitem__)
+    return ridges[best] * unit if 0 < best < count - 1 else None

@@ -428,7 +428,8 @@ class Store:
         if not path.exists():
             return False
         _, metadata = self._read(path, model_id, None, ())
-        return metadata.get("content") == self.index(model_id).content_digest()
+        whole = "checksum.fitted" in metadata  # a file of an earlier version may lack it
+        return whole and metadata.get("content") == self.index(model_id).content_digest()
 
     def write_gram(
         self,

@@ -18,13 +18,13 @@ import fastproj
 from fastproj.trak import ScoreComputer, SingularXtXWarning
 from fastproj.trak import ridge as module
 from fastproj.trak.ridge import (
-    DIMENSION,
     MARGIN,
     Moments,
     are_probabilities,
     choose_lambda,
     effective_dimension,
     fit,
+    likeliest_ridge,
     quadratures,
 )
 from fastproj.trak.solve import HALF_ROUNDING, Gram, solve
@@ -105,6 +105,28 @@ def test_the_fit_is_the_root_of_its_equation():
     assert found == pytest.approx(exact, rel=1e-3)
 
 
+@pytest.mark.parametrize("relative", [1e-2, 1.0, 1e2])
+def test_the_fit_is_found_where_eigenvalues_span_eight_decades(relative):
+    size = 400
+    vectors, _ = torch.linalg.qr(gradients(size, size, decay=0))
+    values = torch.logspace(0, -8, size, dtype=torch.float64)
+    matrix = (vectors * values) @ vectors.T
+    parts = gradients(1, size, seed=2, decay=0)[0] * values**0.3
+    ridge = relative * float(values.mean())
+    moments = Moments(size, True)
+    moments.fitted = vectors @ parts
+    moments.explained = (parts.square() / (values + ridge)).sum()
+    exact = ridge / (1 - float((values / (values + ridge)).sum()) / size)
+    assert fit((matrix + matrix.T) / 2, moments) == pytest.approx(exact, rel=1e-4)
+
+
+def test_fewer_samples_than_dimensions_that_fit_worse_than_the_network_show_no_ridge():
+    phi, q = trained(gradients(30, 60), 0.3)
+    gram, moments = sums(phi, q)
+    moments.explained = moments.explained * 1e6
+    assert fit(gram.xtx, moments) is None
+
+
 def test_where_features_fit_worse_than_the_network_the_limit_is_used():
     grads, q = trained(gradients(300, 200, decay=0.1), 1e-4)
     phi = grads @ fastproj.matrix(200, 20, 0, stream=0, dtype=torch.float64)
@@ -129,7 +151,24 @@ def test_what_is_summed_up():
     gram, moments = sums(phi, residuals)
     torch.testing.assert_close(gram.xtx, phi.T @ phi)
     torch.testing.assert_close(moments.quartic, phi.square().sum(1).square().sum())
-    assert set(moments.tensors()) == {"quartic"}
+    torch.testing.assert_close(moments.fitted, phi.T @ residuals)
+    torch.testing.assert_close(moments.explained, residuals @ residuals)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_sums_of_float32_leave_no_range(regression, scale):
+    phi, q = example(regression)
+    q = (q * 1e6 if regression else q).float()
+    exact, moments = sums(phi.double() * scale, q)
+    gram, found = sums((phi * scale).float(), q)
+    torch.testing.assert_close(gram.xtx, exact.xtx, rtol=1e-5, atol=1e-5 * float(exact.xtx.max()))
+    for name, wanted in moments.tensors().items():
+        atol = 1e-5 * float(wanted.abs().max())
+        torch.testing.assert_close(found.tensors()[name], wanted, rtol=1e-5, atol=atol)
+    assert choose_lambda(gram, found).lambda_reg == pytest.approx(
+        choose_lambda(exact, moments).lambda_reg, rel=1e-3
+    )
 
 
 def test_scores_are_the_influence_of_a_logistic_regression():
@@ -175,15 +214,54 @@ def test_every_sample_twice_is_twice_the_lambda():
     assert twice.lambda_reg == pytest.approx(2 * choose(phi, q).lambda_reg)
 
 
-def test_without_probabilities_the_dimension_is_set():
-    phi, q = example(regression=True)
-    choice = choose(phi, q)
+def test_weights_of_one_set_the_dimension():
+    phi, _ = example(regression=True)
+    choice = choose(phi, torch.ones(len(phi)))
     norms = phi.square().sum(1)
     samples = float(norms.sum() ** 2 / norms.square().sum())
-    wanted = 1 / (1 / (DIMENSION * math.sqrt(samples)) + 1 / 30)
+    wanted = 1 / (1 / math.sqrt(samples) + 1 / 30)
     assert (choice.rule, choice.weighted) == ("dimension", False)
     assert effective_dimension(phi.T @ phi, choice.lambda_reg) == pytest.approx(wanted)
     assert 0 < wanted < 30
+
+
+def regression_residuals(phi, ridge, seed=4):
+    """Residuals of ridge regression on labels that a normal prior of that ridge makes."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(phi.shape[1], generator=generator, dtype=torch.float64) / ridge**0.5
+    labels = phi @ truth + torch.randn(len(phi), generator=generator, dtype=torch.float64)
+    gram = phi.T @ phi + ridge * torch.eye(phi.shape[1])
+    return labels - phi @ torch.linalg.solve(gram, phi.T @ labels)
+
+
+@pytest.mark.parametrize("k", [100, 700])
+@pytest.mark.parametrize("ridge", [0.3, 3.0, 30.0])
+def test_the_ridge_of_a_regression_is_found_from_its_residuals(k, ridge):
+    phi = gradients(500, k, decay=0.5)
+    q = regression_residuals(phi, ridge)
+    gram, moments = sums(phi, q)
+    values, vectors = torch.linalg.eigh(gram.xtx)
+    found = likeliest_ridge(values.clamp(min=0), vectors, 500, moments)
+    assert ridge / 2 < found < ridge * 2
+
+    def unlikely(gamma):  # -2 log likelihood of q, by its n x n covariance
+        covariance = torch.linalg.inv(phi @ phi.T / gamma + torch.eye(500))
+        scale = q @ torch.linalg.solve(covariance, q) / 500
+        return float(500 * scale.log() + torch.logdet(covariance))
+
+    assert unlikely(found) <= min(unlikely(found * 0.95), unlikely(found * 1.05))
+    choice = choose(phi, q)
+    alone = choose(phi, torch.ones(500)).lambda_reg
+    assert (choice.rule, choice.weighted) == ("residuals and dimension", False)
+    assert choice.lambda_reg == pytest.approx(math.sqrt(found * alone))
+
+
+def test_residuals_that_tell_no_ridge_leave_the_dimension():
+    phi = gradients(200, 30)
+    q = phi @ torch.ones(30, dtype=torch.float64)  # all left that the features explain: any amount
+    choice = choose(phi, q)
+    assert choice.rule == "dimension"
+    assert choice.lambda_reg == pytest.approx(choose(phi, torch.ones(200)).lambda_reg)
 
 
 def test_a_network_that_has_fitted_nothing_gets_the_dimension_of_its_weighted_matrix():
@@ -192,7 +270,7 @@ def test_a_network_that_has_fitted_nothing_gets_the_dimension_of_its_weighted_ma
     choice = choose(phi, q)
     assert (choice.rule, choice.weighted) == ("dimension", True)
     squares = phi.square().sum(1) * q * (1 - q)
-    wanted = DIMENSION * math.sqrt(float(squares.sum() ** 2 / squares.square().sum()))
+    wanted = math.sqrt(float(squares.sum() ** 2 / squares.square().sum()))
     found = effective_dimension(weighted(phi, q), choice.lambda_reg)
     assert found == pytest.approx(1 / (1 / wanted + 1 / 30))
 
@@ -332,6 +410,17 @@ def test_the_matrix_of_the_lambda_must_be_there(traker, missing):
     assert not traker.saver.is_finalized(0)
     traker.finalize_features()
     assert traker.saver.is_finalized(0)
+
+
+def test_sums_of_an_earlier_version_are_made_again(traker):
+    traker.finalize_features(lambda_reg=1)
+    saver = traker.saver
+    before, n, eps = saver.read_gram(0, weighted=False)
+    saver.write_gram(0, {"xtx": before["xtx"]}, n, eps, weighted=False)
+    traker.task.q_are_probabilities = False
+    traker.finalize_features()
+    for name, again in saver.read_gram(0, weighted=False)[0].items():
+        torch.testing.assert_close(again, before[name])
 
 
 def test_other_lambdas_and_back_without_featurizing(traker):
