@@ -111,16 +111,17 @@ class DigitsCNN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between."""
+    """Linear layers with an activation between."""
 
-    def __init__(self, *widths: int) -> None:
+    def __init__(self, *widths: int, activation: Callable[[Tensor], Tensor] = F.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, widths[0]] -> [B, widths[-1]]."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = self.activation(layer(x))
         return self.layers[-1](x)
 
 
@@ -241,6 +242,20 @@ def diabetes(n: int = 340, targets: int = 100, seed: int = 0) -> Problem:
     return Problem("diabetes", *parts, lambda: MLP(10, 64, 32, 1), training, *of_error)
 
 
+def auto_mpg(n: int = 280, targets: int = 100, seed: int = 0) -> Problem:
+    """mlxtend's 392 cars, 7 properties: regression on miles per gallon, with a tanh MLP."""
+    from mlxtend.data import autompg_data
+
+    data, miles = autompg_data()
+    data, miles = data[:, :7], torch.tensor(miles, dtype=torch.float32)  # the others name the car
+    x = torch.tensor((data - data.mean(0)) / data.std(0), dtype=torch.float32)
+    parts = split(x, (miles - miles.mean()) / miles.std(), n, targets, seed)
+    training = Training(epochs=30, batch=40, learning_rate=0.03, weight_decay=1e-3)
+    of_error = (squared_loss, prediction, squared_error)
+    model = lambda: MLP(7, 48, 1, activation=torch.tanh)  # noqa: E731
+    return Problem("auto_mpg", *parts, model, training, *of_error)
+
+
 PROBLEMS: dict[str, Callable[..., Problem]] = {
     "digits": digits,
     "breast_cancer": breast_cancer,
@@ -248,6 +263,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "mnist_mlp": mnist_mlp,
     "wine": wine,
     "diabetes": diabetes,
+    "auto_mpg": auto_mpg,
 }
 
 

@@ -479,10 +479,11 @@ def run_bench(tmp_path, *options):
     return done.stdout
 
 
-def test_the_lds_is_near_the_best(tmp_path):
+@pytest.mark.parametrize("problem", ["breast_cancer", "auto_mpg"])
+def test_the_lds_is_near_the_best(tmp_path, problem):
     sizes = ("--dims", "64", "512", "--subsets", "40", "--checkpoints", "2")
-    table = run_bench(tmp_path, "--problem", "breast_cancer", *sizes)
-    assert table.count("breast_cancer") == 4
+    table = run_bench(tmp_path, "--problem", problem, *sizes)
+    assert table.count(problem) == 4
     assert "MISSED" not in table
 
 
