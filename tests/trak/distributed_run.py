@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import trak_cases as cases
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
@@ -34,11 +35,17 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     how["die"] : [rank, stage] kills that rank as it computes its second batch of the stage.
     how["fail"] : [rank, method] lets a method of the score computer fail there.
     how["batch_size"] : one for each rank.
+    how["backend"] : a process group of this backend is there before TRAKer is made.
     how["only"] : "featurize" lets each rank featurize every size-th batch of its, and no more.
     log : the computed batches are appended to it.
     """
     if size > 1:
         launch(rank, size, port)
+    if "backend" in how:
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers "fake"
+
+        store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+        dist.init_process_group(how["backend"], store=store, rank=rank, world_size=size)
     cases.small_blocks()
     feed, die = how.get("feed", "plain"), how.get("die")
     model = cases.net()

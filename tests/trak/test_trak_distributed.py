@@ -70,6 +70,13 @@ def test_the_same_script_in_several_processes(tmp_path, server, whole, size, fee
     assert max(share.values()) - min(share.values()) <= 4  # one batch for each pass over data
 
 
+def test_beside_a_process_group_that_carries_nothing(tmp_path, server, whole):
+    """As beside nccl: what goes between TRAKer's processes has a group of its own."""
+    _, batches = run(server, tmp_path, 2, backend="fake")
+    assert_same(results(tmp_path), whole)
+    assert {b.split()[0] for b in batches} == {"0", "1"}
+
+
 def test_samples_that_a_sampler_shared_out(tmp_path, server, whole):
     """Other batches than in one process: features, XtX and scores agree to rounding."""
     _, batches = run(server, tmp_path, 2, feed="sampler")
