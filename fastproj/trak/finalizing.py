@@ -41,9 +41,7 @@ def finalize(
     weighted: list[int] = []
     with ranks.together(STEP):
         if ranks.first and lambda_reg == AUTO and probabilities is not False:
-            weighted = [
-                i for i in model_ids if probabilities or are_probabilities(store.out_to_loss(i))
-            ]
+            weighted = [i for i in model_ids if curved(i, store.out_to_loss(i), probabilities)]
     weighted = ranks.gather(STEP, weighted)[0]
     missing = [i for i in model_ids if not store.has_gram(i, i in weighted)]
     # Rank 0's list: it may be writing while others still look.
@@ -55,6 +53,17 @@ def finalize(
     with ranks.together(STEP):
         for model_id in model_ids if ranks.first else ():
             keep_lambda(store, computer, model_id, model_id in weighted, lambda_reg)
+
+
+def curved(model_id: int, q: Tensor, probabilities: bool | None) -> bool:
+    """Whether Q [n] are probabilities; ValueError where the task says so and they can't be."""
+    low, high = float(q.min()), float(q.max())
+    if probabilities and not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"{STEP}: model_id {model_id} has Q from {low:g} to {high:g}; expected 0..1, since the "
+            "task's q_are_probabilities is True (None finds out; False takes Q for residuals)"
+        )
+    return bool(probabilities) or are_probabilities(q)
 
 
 def keep_lambda(

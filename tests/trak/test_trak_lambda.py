@@ -268,6 +268,7 @@ def test_a_network_that_has_fitted_nothing_gets_the_dimension_of_its_weighted_ma
     phi, _ = example(regression=False)
     q = torch.linspace(0.3, 0.95, len(phi)).double()
     choice = choose(phi, q)
+    assert choice.relative == pytest.approx(choice.lambda_reg * 30 / weighted(phi, q).trace())
     assert (choice.rule, choice.weighted) == ("dimension", True)
     squares = phi.square().sum(1) * q * (1 - q)
     wanted = math.sqrt(float(squares.sum() ** 2 / squares.square().sum()))
@@ -421,6 +422,17 @@ def test_sums_of_an_earlier_version_are_made_again(traker):
     traker.finalize_features()
     for name, again in saver.read_gram(0, weighted=False)[0].items():
         torch.testing.assert_close(again, before[name])
+
+
+def test_q_that_a_task_calls_probabilities_must_be_that(traker):
+    weights = torch.linspace(-0.5, 1.5, 30)
+    read, traker.saver.out_to_loss = traker.saver.out_to_loss, lambda _: weights
+    traker.task.q_are_probabilities = True
+    with pytest.raises(ValueError, match=r"model_id 0 has Q from -0.5 to 1.5; expected 0..1"):
+        traker.finalize_features()
+    traker.saver.out_to_loss = read
+    traker.finalize_features()
+    assert traker.saver.read_solve(0)["weighted"]
 
 
 def test_other_lambdas_and_back_without_featurizing(traker):
