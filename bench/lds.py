@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--subsets", type=positive, metavar="S", help="random halves; 120")
     parser.add_argument("--no-trak", action="store_true", help="fastproj only")
     parser.add_argument("--no-write", action="store_true", help="don't write bench/results/")
-    parser.add_argument("--cache", type=Path, default=Path("bench-cache"), metavar="DIR")
+    parser.add_argument("--cache", type=Path, default=Path("build/bench-cache"), metavar="DIR")
     options = parser.parse_args(argv)
     logging.disable(logging.INFO)
     names = options.problem or (["digits", "breast_cancer"] if options.quick else cases.PROBLEMS)

@@ -38,17 +38,24 @@ def _name(torch_constant: object) -> str:
     return str(torch_constant).removeprefix("torch.")
 
 
-def check_integer(function: str, name: str, value: object, low: int, high: int) -> int:
+def check_integer(
+    function: str,
+    name: str,
+    value: object,
+    low: int,
+    high: int,
+    expected: str = "an integer",
+) -> int:
     """``value`` as an int in low <= value < high. Raises TypeError or ValueError."""
     if type(value) is not int:
         if isinstance(value, bool):
-            raise TypeError(f"{function}: received {name}={value!r}; expected an integer")
+            raise TypeError(f"{function}: received {name}={value!r}; expected {expected}")
         try:
             value = operator.index(cast(SupportsIndex, value))
         except TypeError:
             raise TypeError(
                 f"{function}: received {name}={value!r} ({type(value).__name__}); "
-                "expected an integer"
+                f"expected {expected}"
             ) from None
     if value < low or value >= high:
         top = f"2^{high.bit_length() - 1}" if high & (high - 1) == 0 else str(high)
@@ -137,7 +144,8 @@ def check_device(function: str, device: torch.device | str) -> torch.device:
 def check_rows(function: str, name: str, rows: Rows, limit: int) -> tuple[int, int]:
     """(start, count) of ``rows``, an int (0 .. rows) or a slice with a stop and no step."""
     if not isinstance(rows, slice):
-        return 0, check_integer(function, name, rows, 0, limit + 1)
+        expected = "an integer n for the first n, or slice(start, stop)"
+        return 0, check_integer(function, name, rows, 0, limit + 1, expected)
     if rows.stop is None or rows.step not in (None, 1):
         raise ValueError(
             f"{function}: received {name}={rows}; expected slice(start, stop), without a step"
@@ -161,9 +169,14 @@ def check_input(function: str, name: str, t: object) -> Tensor:
             "(torch.from_numpy turns a NumPy array into one)"
         )
     if t.dtype not in DTYPES:
+        convert = (
+            f"torch.view_as_real({name}) holds real and imaginary parts"
+            if t.is_complex()
+            else f"convert with {name}.float() if that is what you mean"
+        )
         raise TypeError(
             f"{function}: received {name} {describe(t)}; expected float32, bfloat16, float16 or "
-            f"float64 (convert with {name}.float() if that is what you mean)"
+            f"float64 ({convert})"
         )
     if t.is_nested:
         raise TypeError(
@@ -217,9 +230,13 @@ def check_grads(function: str, grads: Grads) -> list[Tensor]:
     if isinstance(grads, Tensor):
         grads = check_input(function, "grads", grads)
         if grads.dim() != 2:
+            cure = (
+                "a list or dict of [B, ...] tensors is flattened per sample, so [grads] works too"
+                if grads.dim() > 2
+                else "grads.reshape(1, -1) is one sample"
+            )
             raise ValueError(
-                f"{function}: received grads {describe(grads)}; expected [B, P] (a list or dict "
-                "of [B, ...] tensors is flattened per sample, so [grads] works too)"
+                f"{function}: received grads {describe(grads)}; expected [B, P] ({cure})"
             )
         if grads.shape[1] == 0:
             raise ValueError(
@@ -235,6 +252,11 @@ def check_grads(function: str, grads: Grads) -> list[Tensor]:
             f"{function}: received grads of type {type(grads).__name__}; expected a torch.Tensor "
             "[B, P], or a dict or sequence of [B, ...] tensors (torch.from_numpy turns a NumPy "
             "array into a tensor)"
+        )
+    if not named:
+        raise ValueError(
+            f"{function}: received an empty {type(grads).__name__} of grads; expected at least one "
+            "tensor [B, ...]"
         )
     pieces: list[Tensor] = []
     for name, t in named:

@@ -103,13 +103,16 @@ PROJECT = [
     case("grads_none", TypeError, "NoneType", "torch.Tensor", grads=None),
     case("grads_number", TypeError, "float", "dict", grads=1.0),
     case("grads_iterator", TypeError, "list_iterator", "sequence", grads=iter([G])),
-    case("grads_1d", ValueError, "[20]", "[B, P]", grads=G[0]),
+    case("grads_1d", ValueError, "[20]", "grads.reshape(1, -1) is one sample", grads=G[0]),
     case("grads_3d", ValueError, "[3, 20, 1]", "[B, P]", "[grads]", grads=G[:, :, None]),
     case("grads_0d", ValueError, "[]", "[B, P]", grads=torch.tensor(1.0)),
     case("grads_no_columns", ValueError, "[3, 0]", "P >= 1", grads=G[:, :0]),
     case("grads_sparse", TypeError, "sparse_coo", "to_dense", grads=G.to_sparse()),
-    case("dict_empty", ValueError, "0 tensors", "P >= 1", grads={}),
-    case("list_empty", ValueError, "0 tensors", "P >= 1", grads=[]),
+    case("dict_empty", ValueError, "empty dict", "at least one tensor", grads={}),
+    case("list_empty", ValueError, "empty list", "at least one tensor", grads=[]),
+    case(
+        "complex", TypeError, "complex64", "torch.view_as_real(grads)", grads=G.to(torch.complex64)
+    ),
     case("list_of_empties", ValueError, "2 tensors", "P >= 1", grads=[G[:, :0], G[:, :0]]),
     case(
         "dict_batches_disagree",
@@ -189,6 +192,8 @@ TRANSPOSE = [
     case("rows_negative_start", ValueError, "rows.start=-2", rows=slice(-2, 18)),
     case("rows_negative_stop", ValueError, "rows.stop=-2", rows=slice(0, -2)),
     case("rows_none", TypeError, "rows=None", rows=None),
+    case("rows_list", TypeError, "rows=[0, 1]", "or slice(start, stop)", rows=[0, 1]),
+    case("rows_range", TypeError, "rows=range(0, 3)", "or slice(start, stop)", rows=range(3)),
 ]
 
 

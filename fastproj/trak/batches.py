@@ -25,8 +25,10 @@ def leaves(tree: Any) -> Iterator[Tensor]:
         for value in tree:
             yield from leaves(value)
     else:
+        array = hasattr(tree, "shape") and hasattr(tree, "dtype")
+        content = f"{list(tree.shape)} {tree.dtype}" if array else f"{tree!r:.60}"
         raise TypeError(
-            f"received {type(tree).__name__} {tree!r:.60} inside the batch; expected tensors "
+            f"received {type(tree).__name__} {content} inside the batch; expected tensors "
             "(torch.as_tensor turns arrays and lists of numbers into one)"
         )
 

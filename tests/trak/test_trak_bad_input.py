@@ -258,6 +258,7 @@ def test_order_of_calls(tmp_path, model, train):
         ({"x": torch.zeros(4, 1, 5, 5)}, ValueError, "dict of x"),
         ("images", TypeError, "type str; expected a tuple or list such as .* or a dict"),
         ((torch.zeros(4, 1, 5, 5), [0, 1, 2, 3]), TypeError, "int 0 inside the batch"),
+        ((np.zeros((4, 1, 5, 5)),), TypeError, r"ndarray \[4, 1, 5, 5\] float64 inside the batch"),
         ((torch.zeros(4, 1, 5, 5), torch.zeros(3).long()), ValueError, "share their first"),
         ((torch.zeros(4, 1, 5, 5), torch.tensor(3)), ValueError, "share their first"),
         ((), ValueError, "empty batch"),
