@@ -413,6 +413,16 @@ def test_the_matrix_of_the_lambda_must_be_there(traker, missing):
     assert traker.saver.is_finalized(0)
 
 
+def test_a_solution_of_an_earlier_version_is_of_xtx(traker):
+    traker.finalize_features(lambda_reg=1)
+    now = traker.saver.current_store["features"]
+    summary = traker.saver.read_solve(0)
+    del summary["weighted"]
+    traker.saver.write_solve(0, summary)
+    assert traker.saver.is_finalized(0)
+    np.testing.assert_array_equal(traker.saver.current_store["features"], now)
+
+
 def test_sums_of_an_earlier_version_are_made_again(traker):
     traker.finalize_features(lambda_reg=1)
     saver = traker.saver
