@@ -140,6 +140,18 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.returncode in (1, -signal.SIGPIPE)
 
 
+def test_what_the_terminal_cannot_show_is_escaped() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastproj", "info"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "FASTPROJ_NOTE": "日"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FASTPROJ_NOTE" in done.stdout
+    assert r"\u65e5" in done.stdout
+
+
 def test_plan_is_a_table_for_each_gpu_backend(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["info", "--plan", "64", "1e7", "4096", "bf16"]
     assert cli.main(arguments) == 0
