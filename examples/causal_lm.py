@@ -3,7 +3,8 @@
     python examples/causal_lm.py
 
 Needs transformers, and no network. Each fact is said a few times in other words; the sentences
-that TRAK finds most helpful for a question are those that say the fact.
+that TRAK finds most helpful for a question should be those that say the fact. The last line says
+how often the first of them does: one in ten would be chance, the tiny model gets about six.
 """
 
 from __future__ import annotations
