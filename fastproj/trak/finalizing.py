@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.features import FeatureReader, feature_stream, sample_blocks
-from fastproj.trak.files import Indices, StoreError, Tensors
+from fastproj.trak.files import Indices, StoreError, Tensors, corrupt
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
 from fastproj.trak.ridge import Moments, are_probabilities, choose_lambda
@@ -18,6 +18,7 @@ from fastproj.trak.solve import AUTO, HALF_ROUNDING, Gram, Lambda, ScoreComputer
 from fastproj.trak.store import Store
 
 STEP = "finalize_features"
+SUMMARY = ("method", "lambda_reg", "n", "rank", "condition")  # of Solution.summary
 MAX_PARTS = 16  # that a Gram matrix is kept in until it is whole
 PART_ROWS = 4096  # samples in a part, at least;
 PART_ROWS_PER_DIM = 8  # and so many times k, for a part (8 k^2 bytes) to be smaller than they are
@@ -95,11 +96,13 @@ def keep_lambda(
 
 def solution_of(store: Store, computer: ScoreComputer, model_id: int) -> Solution:
     """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
-    summary = store.read_solve(model_id)
-    for how in ("lambda", "auto"):  # what was asked for, and how it was chosen
-        summary.pop(how, None)
-    gram, _ = read_gram(store, model_id, summary.pop("weighted", False))
-    return computer.solve_again(gram, summary)
+    stored = store.read_solve(model_id)
+    missing = [name for name in SUMMARY if name not in stored]
+    if missing:
+        path = store.solve_path(model_id)
+        raise corrupt(path, f"it lacks {', '.join(missing)}")
+    gram, _ = read_gram(store, model_id, stored.get("weighted", False))
+    return computer.solve_again(gram, {name: stored[name] for name in SUMMARY})
 
 
 def read_gram(store: Store, model_id: int, weighted: bool) -> tuple[Gram, Moments]:

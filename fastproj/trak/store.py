@@ -410,7 +410,7 @@ class Store:
 
     def is_finalized(self, model_id: int) -> bool:
         """Whether a lambda and its matrix, of the features that are there now, were stored."""
-        if not (self.model_dir(model_id) / "solve.json").exists():
+        if not self.solve_path(model_id).exists():
             return False
         return self.has_gram(model_id, self.read_solve(model_id).get("weighted", False))
 
@@ -459,13 +459,17 @@ class Store:
         for path in self.model_dir(model_id).glob(f"part-{name}-*.safetensors"):
             path.unlink(missing_ok=True)
 
+    def solve_path(self, model_id: int) -> Path:
+        """The file of a lambda."""
+        return self.model_dir(model_id) / "solve.json"
+
     def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:
         """Keep what was solved: lambda and what it gave."""
-        write_json(self.model_dir(model_id) / "solve.json", summary)
+        write_json(self.solve_path(model_id), summary)
 
     def read_solve(self, model_id: int) -> dict[str, Any]:
         """As written by ``write_solve``."""
-        return read_json(self.model_dir(model_id) / "solve.json")
+        return read_json(self.solve_path(model_id))
 
     def scores_path(self, exp_name: str) -> Path:
         """The file of the final scores."""

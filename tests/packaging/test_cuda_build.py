@@ -240,3 +240,19 @@ def test_what_ptxas_complains_of_fails_the_build(
     (tmp_path / "report.txt").write_text("")
     build_native.build_module(module, tmp_path / "again", tmp_path / "out.so")
     assert (tmp_path / "out.so").exists()
+
+
+def test_a_check_that_can_not_be_made_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    says = 'while [ "$1" != -o ]; do shift; done; echo > "$2"; : > "$2.d"'
+    nvcc(tmp_path, monkeypatch, says=says)
+    monkeypatch.setattr(build_cuda, "find_disassembler", lambda _: None)
+    for arch, told in (("80", False), ("90a", True)):
+        monkeypatch.setenv("FASTPROJ_CUDA_ARCHS", arch)
+        module = build_native.cuda_module("0")
+        assert isinstance(module, build_native.Module)
+        units = [unit for unit in module.units if unit.source.name == "simple.cu"]
+        module = build_native.Module(module.name, units, module.link, module.info, module.archs)
+        build_native.build_module(module, tmp_path / arch, tmp_path / "out.so")
+        assert ("no cuobjdump beside nvcc" in capfd.readouterr().err) == told

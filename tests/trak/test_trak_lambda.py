@@ -15,7 +15,7 @@ import torch
 import trak_cases as cases
 
 import fastproj
-from fastproj.trak import ScoreComputer, SingularXtXWarning
+from fastproj.trak import ScoreComputer, SingularXtXWarning, StoreCorruptError
 from fastproj.trak import ridge as module
 from fastproj.trak.ridge import (
     MARGIN,
@@ -421,6 +421,17 @@ def test_a_solution_of_an_earlier_version_is_of_xtx(traker):
     traker.saver.write_solve(0, summary)
     assert traker.saver.is_finalized(0)
     np.testing.assert_array_equal(traker.saver.current_store["features"], now)
+
+
+def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
+    traker.finalize_features()
+    stored = traker.saver.read_solve(0)
+    traker.saver.write_solve(0, {**stored, "more": 1})
+    assert traker._solution(0).lambda_reg == stored["lambda_reg"]
+    del stored["rank"]
+    traker.saver.write_solve(0, stored)
+    with pytest.raises(StoreCorruptError, match=r"solve.json is damaged: it lacks rank.*finalize"):
+        traker._solution(0)
 
 
 def test_sums_of_an_earlier_version_are_made_again(traker):
