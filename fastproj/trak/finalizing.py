@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.features import FeatureReader, feature_stream, sample_blocks
-from fastproj.trak.files import Indices, StoreError, Tensors, corrupt
+from fastproj.trak.files import Indices, StoreError, Tensors
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
 from fastproj.trak.ridge import Moments, are_probabilities, choose_lambda
@@ -97,11 +97,7 @@ def keep_lambda(
 def solution_of(store: Store, computer: ScoreComputer, model_id: int) -> Solution:
     """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
     stored = store.read_solve(model_id)
-    missing = [name for name in SUMMARY if name not in stored]
-    if missing:
-        path = store.solve_path(model_id)
-        raise corrupt(path, f"it lacks {', '.join(missing)}")
-    gram, _ = read_gram(store, model_id, stored.get("weighted", False))
+    gram, _ = read_gram(store, model_id, stored["weighted"])
     return computer.solve_again(gram, {name: stored[name] for name in SUMMARY})
 
 

@@ -40,6 +40,7 @@ from fastproj.trak.features import FeatureReader, pack_half, sample_blocks
 from fastproj.trak.files import (
     Indices,
     Tensors,
+    corrupt,
     digest,
     make_dir,
     read_json,
@@ -51,7 +52,8 @@ from fastproj.trak.files import (
 )
 from fastproj.trak.writer import read_scores
 
-FORMAT = 2
+FORMAT = 3
+SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
 
 
 class StoreMismatchError(ValueError):
@@ -412,7 +414,7 @@ class Store:
         """Whether a lambda and its matrix, of the features that are there now, were stored."""
         if not self.solve_path(model_id).exists():
             return False
-        return self.has_gram(model_id, self.read_solve(model_id).get("weighted", False))
+        return self.has_gram(model_id, self.read_solve(model_id)["weighted"])
 
     def gram_path(self, model_id: int, weighted: bool, part: int | None = None) -> Path:
         """The file of a Gram matrix, or of a part; processes that see other shards have others."""
@@ -428,8 +430,7 @@ class Store:
         if not path.exists():
             return False
         _, metadata = self._read(path, model_id, None, ())
-        whole = "checksum.fitted" in metadata  # a file of an earlier version may lack it
-        return whole and metadata.get("content") == self.index(model_id).content_digest()
+        return metadata.get("content") == self.index(model_id).content_digest()
 
     def write_gram(
         self,
@@ -469,7 +470,12 @@ class Store:
 
     def read_solve(self, model_id: int) -> dict[str, Any]:
         """As written by ``write_solve``."""
-        return read_json(self.solve_path(model_id))
+        path = self.solve_path(model_id)
+        summary = read_json(path)
+        missing = [name for name in SOLVED if name not in summary]
+        if missing:
+            raise corrupt(path, f"it lacks {', '.join(missing)}")
+        return summary
 
     def scores_path(self, exp_name: str) -> Path:
         """The file of the final scores."""

@@ -413,16 +413,6 @@ def test_the_matrix_of_the_lambda_must_be_there(traker, missing):
     assert traker.saver.is_finalized(0)
 
 
-def test_a_solution_of_an_earlier_version_is_of_xtx(traker):
-    traker.finalize_features(lambda_reg=1)
-    now = traker.saver.current_store["features"]
-    summary = traker.saver.read_solve(0)
-    del summary["weighted"]
-    traker.saver.write_solve(0, summary)
-    assert traker.saver.is_finalized(0)
-    np.testing.assert_array_equal(traker.saver.current_store["features"], now)
-
-
 def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
     traker.finalize_features()
     stored = traker.saver.read_solve(0)
@@ -432,17 +422,6 @@ def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
     traker.saver.write_solve(0, stored)
     with pytest.raises(StoreCorruptError, match=r"solve.json is damaged: it lacks rank.*finalize"):
         traker._solution(0)
-
-
-def test_sums_of_an_earlier_version_are_made_again(traker):
-    traker.finalize_features(lambda_reg=1)
-    saver = traker.saver
-    before, n, eps = saver.read_gram(0, weighted=False)
-    saver.write_gram(0, {"xtx": before["xtx"]}, n, eps, weighted=False)
-    traker.task.q_are_probabilities = False
-    traker.finalize_features()
-    for name, again in saver.read_gram(0, weighted=False)[0].items():
-        torch.testing.assert_close(again, before[name])
 
 
 def test_q_that_a_task_calls_probabilities_must_be_that(traker):

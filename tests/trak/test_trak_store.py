@@ -110,7 +110,7 @@ def test_every_shard_says_what_it_is(finished):
     tensors, metadata = module.read_safetensors(path, None)
     assert set(tensors) == {"grads", "inds", "content", "out_to_loss"}
     wanted = {"spec_version": "1", "seed": "0", "kind": "rademacher", "proj_dim": "8"}
-    wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "2"}
+    wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "3"}
     assert wanted.items() <= metadata.items()
     assert {"parameter_layout", "checkpoint", "checksum.grads", "checksum.inds"} <= set(metadata)
 
