@@ -19,7 +19,6 @@ constexpr int kGroupSteps = kGroupRows / kStepRows;
 constexpr int kChunkGroups = 4;  // groups that one fp32 tile adds up
 constexpr int kChunkSteps = kChunkGroups * kGroupSteps;
 constexpr int kTileA = 6, kTileB = 7, kTileShortA = 5;
-constexpr int kMaxTermTiles = 6;  // term tiles that share one generated tile of R
 constexpr int kLanes = Simd::kLanes;
 
 // ---- Instructions. Written out because GCC 12's intrinsics declare no memory operands.
@@ -60,65 +59,81 @@ inline void multiply_tiles() {  // C += A * B
 
 // Tiles flush subnormals. A row whose largest value in the chunk is below 2^-64 is multiplied by
 // 2^96 first, exactly; in any other row what a flush can drop is below 2^-62 of the largest value.
-constexpr float kTinyRow = 0x1p-64f;
+constexpr std::uint32_t kTinyRow = (127 - 64) << 23;  // bits of 2^-64
 constexpr float kTinyRowFactor = 0x1p96f;
+
+constexpr std::uint32_t kLargestBf16 = 0x7f7f0000, kLargestFloat = 0x7f7fffff,
+                        kInfinity = 0x7f800000;
 
 inline __m512i truncate_to_bf16(__m512i bits) {
     return _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
 }
 
-// Round to nearest even, but never from a finite number to infinity: there, truncate.
+inline __m512i magnitude_bits(__m512i bits) {
+    return _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+}
+
+// Round to nearest even; infinity beyond the largest bf16.
 inline __m512i round_to_bf16(__m512i bits) {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        truncate_to_bf16(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
-    const __m512i magnitude = _mm512_and_si512(rounded, _mm512_set1_epi32(0x7fffffff));
-    const __mmask16 overflow = _mm512_cmpge_epu32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
-    return _mm512_mask_mov_epi32(rounded, overflow, truncate_to_bf16(bits));
+    return truncate_to_bf16(
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
 }
 
-// The bf16 terms of 16 floats, as float bits whose low halves are zero; their sum is the float,
-// exactly with three. Infinities and NaN are their own first term.
+// The bf16 terms of 16 floats, as float bits whose low halves count as zeros. Three are the float,
+// exactly; of fewer the last is rounded. For floats up to the largest bf16.
 template <int kTerms>
 void split(__m512 x, __m512i terms[kTerms]) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
-    const __mmask16 finite = _mm512_cmplt_epu32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
-    const __mmask16 nan = _mm512_cmpgt_epu32_mask(magnitude, _mm512_set1_epi32(0x7f800000));
-    const __m512i first = kTerms == 1 ? round_to_bf16(bits) : truncate_to_bf16(bits);
-    terms[0] = _mm512_mask_mov_epi32(first, nan, _mm512_set1_epi32(0x7fc00000));
-    __m512 rest = _mm512_maskz_sub_ps(finite, x, _mm512_castsi512_ps(first));
-    for (int t = 1; t < kTerms; ++t) {
-        const __m512i rest_bits = _mm512_castps_si512(rest);
-        terms[t] = t + 1 == kTerms ? round_to_bf16(rest_bits) : truncate_to_bf16(rest_bits);
-        rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(terms[t]));
+    for (int t = 0; t < kTerms; ++t) {
+        const __m512i bits = _mm512_castps_si512(x);
+        if (t + 1 == kTerms) {
+            terms[t] = kTerms == 3 ? bits : round_to_bf16(bits);
+        } else {
+            terms[t] = truncate_to_bf16(bits);
+            x = _mm512_sub_ps(x, _mm512_castsi512_ps(terms[t]));
+        }
     }
 }
 
-// Packs one chunk of one batch row as kTerms term rows of tiles [tile][step][16 rows][32 bf16].
-// Returns what the sums must be multiplied by.
+// The same for all floats. What is finite stays so, by truncation where rounding would overflow;
+// infinities and NaN are their own first term.
 template <int kTerms>
-double pack_row(const float* g, int steps, int first_term_row, std::uint16_t* tiles) {
-    float largest = 0.0f;
-    for (int i = 0; i < steps * kStepRows; ++i) {
-        const float magnitude = g[i] < 0 ? -g[i] : g[i];
-        largest = magnitude > largest ? magnitude : largest;  // false for NaN
+void split_any(__m512 x, __m512i terms[kTerms]) {
+    const __m512i magnitude = magnitude_bits(_mm512_castps_si512(x));
+    const auto beyond = [&](std::uint32_t bits) {
+        return _mm512_cmpgt_epu32_mask(magnitude, _mm512_set1_epi32(static_cast<int>(bits)));
+    };
+    split<kTerms>(_mm512_mask_mov_ps(x, beyond(kLargestFloat), _mm512_setzero_ps()), terms);
+    const __mmask16 truncated = kTerms == 1 ? beyond(kLargestBf16) : __mmask16{0};
+    terms[0] = _mm512_mask_mov_epi32(terms[0], truncated | beyond(kLargestFloat),
+                                     truncate_to_bf16(_mm512_castps_si512(x)));
+    terms[0] = _mm512_mask_mov_epi32(terms[0], beyond(kInfinity), _mm512_set1_epi32(0x7fc00000));
+}
+
+// Packs one chunk of one batch row, kTerms term rows of bf16. tile_row(t, step) says where the 32
+// of term t and a step go. Returns what the sums must be multiplied by.
+template <int kTerms, class TileRow>
+double pack_row(const float* g, int steps, const TileRow& tile_row) {
+    __m512i magnitudes = _mm512_setzero_si512();
+    for (int i = 0; i < steps * kStepRows; i += kLanes) {
+        magnitudes = _mm512_max_epu32(magnitudes, magnitude_bits(_mm512_loadu_si512(g + i)));
     }
+    const std::uint32_t largest = _mm512_reduce_max_epu32(magnitudes);
     const float factor = largest < kTinyRow ? kTinyRowFactor : 1.0f;
+    const bool any = largest > kLargestBf16;
+    const __m512i odd_halves =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     for (int step = 0; step < steps; ++step) {
+        __m512i terms[2][kTerms];
         for (int half = 0; half < 2; ++half) {
             const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(g + step * kStepRows + half * kLanes),
                                            _mm512_set1_ps(factor));
-            __m512i terms[kTerms];
-            split<kTerms>(x, terms);
-            for (int t = 0; t < kTerms; ++t) {
-                const int row = first_term_row + t;
-                std::uint16_t* to =
-                    tiles + ((row / kTileRows * kChunkSteps + step) * kTileRows + row % kTileRows) *
-                                kStepRows;
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + half * kLanes),
-                                    _mm512_cvtepi32_epi16(_mm512_srli_epi32(terms[t], 16)));
-            }
+            any ? split_any<kTerms>(x, terms[half]) : split<kTerms>(x, terms[half]);
+        }
+        for (int t = 0; t < kTerms; ++t) {
+            _mm512_store_si512(tile_row(t, step),
+                               _mm512_permutex2var_epi16(terms[0][t], odd_halves, terms[1][t]));
         }
     }
     return 1.0 / static_cast<double>(factor);
@@ -126,41 +141,57 @@ double pack_row(const float* g, int steps, int first_term_row, std::uint16_t* ti
 
 // ---- Tiles of R -------------------------------------------------------------------------------
 
-// Makes the tiles of R for kStrips vectors of columns, one step of 32 rows after the other, always
-// one ahead of the tile products so that the two overlap.
+// The groups and vectors of columns that one block of term rows goes through: all groups of a
+// chunk for kStrips vectors, then for the next ones.
+struct Range {
+    std::int64_t group_begin;
+    int groups;
+    int vectors;
+};
+
+// Makes the tiles of R in the order of a Range, kStrips tiles of 32 rows a step.
 template <Kind kKind, int kStrips>
 class TileMaker {
   public:
-    TileMaker(ColumnWords& words, int first_vector) : words_(words), first_vector_(first_vector) {}
-
-    // Ready to make the tiles of the first step of this group.
-    void start(std::int64_t group) {
+    TileMaker(ColumnWords& words, const Range& range) : words_(words), range_(range) {
         if constexpr (kKind == Kind::kRademacher) {
-            words_.set_block(group);
-            for (int call = 0; call < kCalls; ++call) fetch(call);
+            words_.set_block(range_.group_begin);
+            for (int i = 0; i < kFetches; ++i) fetch(i);
         }
-        group_ = group;
     }
 
-    // Tiles of `step` of the current group, steps 0..15 of one group after the other.
-    void make(int step, char* tiles) {
+    // The next step's. After the last step it begins again.
+    void make(char* tiles) {
         if constexpr (kKind == Kind::kRademacher) {
-            make_rademacher(step, tiles);
+            make_rademacher(tiles);
         } else {
-            make_gaussian(step, tiles);
+            make_gaussian(tiles);
+            if (step_ + 1 == kGroupSteps) next_group();
         }
-        if (step + 1 == kGroupSteps) ++group_;
+        step_ = (step_ + 1) % kGroupSteps;
     }
 
   private:
-    static constexpr int kCalls = 4 * kStrips;
+    static constexpr int kFetches = 2 * kStrips;  // two lanes each, see ColumnWords::get
+    static constexpr int kFetchEvery = kGroupSteps / kFetches;
+    using Words = Simd::U[kStrips][4][4];
 
-    void make_rademacher(int step, char* tiles) {
-        if (step == 0) {
-            std::memcpy(now_, next_, sizeof now_);
-            words_.set_block(group_ + 1);
+    void next_group() {
+        if (++group_ < range_.groups) return;
+        group_ = 0;
+        vector_ = vector_ + kStrips < range_.vectors ? vector_ + kStrips : 0;
+    }
+
+    // group_ and vector_ are one group ahead: a step makes tiles of the words at hand and fetches
+    // some of the group to come, so that the work is even.
+    void make_rademacher(char* tiles) {
+        if (step_ == 0) {
+            fetched_ ^= 1;
+            next_group();
+            words_.set_block(range_.group_begin + group_);
         }
-        const int j = step / 4, first_bit = step % 4 * 4;
+        const Words& words = words_of_[fetched_ ^ 1];
+        const int j = step_ / 4, first_bit = step_ % 4 * 4;
         const __m512i sign_bits = _mm512_set1_epi32(static_cast<int>(0x80008000u));
         const __m512i ones = _mm512_set1_epi32(0x3f803f80);
         for (int bit = 0; bit < 4; ++bit) {
@@ -168,25 +199,21 @@ class TileMaker {
             const __m512i count = _mm512_set1_epi32(15 - first_bit - bit);
             for (int strip = 0; strip < kStrips; ++strip) {
                 for (int lane = 0; lane < 4; ++lane) {
-                    const __m512i moved = _mm512_sllv_epi32((__m512i)now_[strip][lane][j], count);
+                    const __m512i moved = _mm512_sllv_epi32((__m512i)words[strip][lane][j], count);
                     store_cells((Simd::U)_mm512_ternarylogic_epi32(moved, sign_bits, ones,
                                                                    0x6A),  // (a & b) ^ c
                                 tiles, strip, 4 * bit + lane);
                 }
             }
         }
-        // The next group's words, a few calls a step.
-        for (int call = step * kCalls / kGroupSteps; call < (step + 1) * kCalls / kGroupSteps;
-             ++call) {
-            fetch(call);
-        }
+        if (step_ % kFetchEvery == kFetchEvery / 2) fetch(step_ / kFetchEvery);
     }
 
-    void make_gaussian(int step, char* tiles) {
-        words_.set_block(group_ * kGroupSteps + step);
+    void make_gaussian(char* tiles) {
+        words_.set_block((range_.group_begin + group_) * kGroupSteps + step_);
         for (int strip = 0; strip < kStrips; ++strip) {
             Simd::U w[4][4];
-            words_.get_all(first_vector_ + strip, w);
+            words_.get_all(vector_ + strip, w);
             for (int i = 0; i < kTileRows; ++i) {
                 store_cells(Simd::gauss_bf16(w[i % 4][i / 4]), tiles, strip, i);
             }
@@ -196,15 +223,17 @@ class TileMaker {
     static void store_cells(Simd::U cells, char* tiles, int strip, int row) {
         _mm512_store_si512(tiles + strip * kTileBytes + row * 64, (__m512i)cells);
     }
-    void fetch(int call) {
-        words_.get<1>(static_cast<std::uint32_t>(call % 4), first_vector_ + call / 4,
-                      &next_[call / 4][call % 4]);
+    void fetch(int i) {
+        const int strip = i / 2, lane = i % 2 * 2;
+        words_.get<2>(static_cast<std::uint32_t>(lane), vector_ + strip,
+                      &words_of_[fetched_][strip][lane]);
     }
 
     ColumnWords& words_;
-    int first_vector_;
-    std::int64_t group_ = 0;
-    Simd::U now_[kStrips][4][4], next_[kStrips][4][4];
+    const Range range_;
+    int group_ = 0, vector_ = 0, step_ = 0;
+    int fetched_ = 0;  // which words_of_ is being filled
+    Words words_of_[2];
 };
 
 // ---- The product ------------------------------------------------------------------------------
@@ -214,135 +243,176 @@ inline void unroll(std::integer_sequence<int, kIndices...>, F&& f) {
     (f(std::integral_constant<int, kIndices>{}), ...);
 }
 
-struct Chunk {
-    const std::uint16_t* term_tiles;  // of the first term tile in this block
-    std::int64_t group_begin;
-    int groups;
-    float* sums;  // out: [kTermTiles][kStrips] tiles of 16 x 16
-};
-
-// sums = term rows x R over one chunk, for kTermTiles tiles of term rows and kStrips vectors of
-// columns. With kShort the last term tile has a register of its own, of fewer rows.
-template <Kind kKind, int kTermTiles, int kStrips, bool kShort>
-void multiply_chunk(const Chunk& chunk, ColumnWords& words, int first_vector) {
-    static_assert(kTermTiles * kStrips <= (kShort ? kTileShortA : kTileA));
-    constexpr auto tiles = std::make_integer_sequence<int, kTermTiles>();
-    constexpr auto strips = std::make_integer_sequence<int, kStrips>();
-    alignas(64) char made[2][kStrips * kTileBytes];
-    TileMaker<kKind, kStrips> maker(words, first_vector);
-    maker.start(chunk.group_begin);
-    maker.make(0, made[0]);
-    unroll(tiles, [&](auto m) { unroll(strips, [&](auto s) { zero_tile<m * kStrips + s>(); }); });
-    const int steps = chunk.groups * kGroupSteps;
-    for (int step = 0; step < steps; ++step) {
-        const char* ready = made[step & 1];
-        const std::uint16_t* a = chunk.term_tiles + step * (kTileBytes / 2);
-        unroll(strips, [&](auto s) {
-            load_tile<kTileB>(ready + s * kTileBytes);
-            unroll(tiles, [&](auto m) {
-                constexpr int kA = kShort && m + 1 == kTermTiles ? kTileShortA : kTileA;
-                load_tile<kA>(a + m * kChunkSteps * (kTileBytes / 2));
-                multiply_tiles<m * kStrips + s, kA, kTileB>();
-            });
-        });
-        if (step + 1 < steps) maker.make((step + 1) % kGroupSteps, made[(step + 1) & 1]);
-    }
-    unroll(tiles, [&](auto m) {
-        unroll(strips, [&](auto s) {
-            store_tile<m * kStrips + s>(chunk.sums + (m * kStrips + s) * kTileRows * kLanes);
-        });
-    });
-}
+// Term tiles that share one generated tile of R. Those of a chunk come from the L2 cache, at less
+// than the rate of the products unless two vectors of columns share them: Rademacher, where tiles
+// of R are cheap, takes three for two vectors, Gaussian six for one. A multiple of three, so that
+// the three terms of a batch row are in one block.
+constexpr int max_block_tiles(Kind kind) { return kind == Kind::kRademacher ? 3 : 6; }
 
 // Vectors of columns that share a load of term tiles: as many as there are registers for.
-constexpr int strips_for(int term_tiles) { return term_tiles == 1 ? 4 : term_tiles <= 3 ? 2 : 1; }
+constexpr int strips_for(int block_tiles) {
+    return block_tiles == 1 ? 4 : block_tiles <= 3 ? 2 : 1;
+}
 
-template <Kind kKind, int kTermTiles>
-void multiply_block(const Chunk& chunk, ColumnWords& words, int first_vector, int last_rows) {
-    constexpr int kStrips = strips_for(kTermTiles);
-    if constexpr (kTermTiles * kStrips <= kTileShortA) {
-        if (last_rows < kTileRows) {
-            multiply_chunk<kKind, kTermTiles, kStrips, true>(chunk, words, first_vector);
+struct Block {
+    const std::uint16_t* term_tiles;  // [step][tile][16 rows][32 bf16]
+    int rows;                         // term rows; the last tile may have fewer than 16
+    int terms;                        // term rows of one batch row
+    const double* unscale;            // [rows / terms]
+    double* acc;                      // [rows / terms, acc_ld]
+    std::int64_t acc_ld;
+};
+
+// acc += the sums of all terms for kStrips vectors of columns; sums is [tile][strip][16][16].
+template <int kStrips>
+void add_up(const Block& block, const float* sums, int first_vector) {
+    for (int b = 0; b < block.rows / block.terms; ++b) {
+        double* acc = block.acc + b * block.acc_ld + first_vector * kLanes;
+        const __m512d unscale = _mm512_set1_pd(block.unscale[b]);
+        for (int strip = 0; strip < kStrips; ++strip) {
+            const auto term = [&](int t) {
+                const int row = b * block.terms + t;
+                return _mm512_load_ps(
+                    sums +
+                    ((row / kTileRows * kStrips + strip) * kTileRows + row % kTileRows) * kLanes);
+            };
+            __m512 sum = term(block.terms - 1);
+            for (int t = block.terms - 2; t >= 0; --t) sum = _mm512_add_ps(term(t), sum);
+            for (int half = 0; half < 2; ++half) {
+                double* to = acc + strip * kLanes + half * 8;
+                const __m256 part =
+                    half == 0 ? _mm512_castps512_ps256(sum) : _mm512_extractf32x8_ps(sum, 1);
+                _mm512_storeu_pd(
+                    to, _mm512_fmadd_pd(_mm512_cvtps_pd(part), unscale, _mm512_loadu_pd(to)));
+            }
+        }
+    }
+}
+
+// acc += term rows x R. With kShort the last term tile has a register of its own, of fewer rows.
+template <Kind kKind, int kTiles, int kStrips, bool kShort>
+void multiply_chunk(const Block& block, ColumnWords& words, const Range& range) {
+    static_assert(kTiles * kStrips <= (kShort ? kTileShortA : kTileA));
+    constexpr auto tiles = std::make_integer_sequence<int, kTiles>();
+    constexpr auto strips = std::make_integer_sequence<int, kStrips>();
+    // Tiles of R are made three steps before their products: a tile load can't take its rows from
+    // stores that have not reached the cache.
+    constexpr int kAhead = 3, kRing = 4;
+    alignas(64) char made[kRing][kStrips * kTileBytes];
+    alignas(64) float sums[kTiles * kStrips * kTileRows * kLanes];
+    TileMaker<kKind, kStrips> maker(words, range);
+    for (int step = 0; step < kAhead; ++step) maker.make(made[step]);
+    const int steps = range.groups * kGroupSteps;
+    for (int v = 0; v < range.vectors; v += kStrips) {
+        unroll(tiles,
+               [&](auto m) { unroll(strips, [&](auto s) { zero_tile<m * kStrips + s>(); }); });
+        const std::uint16_t* a = block.term_tiles;
+        for (int step = 0; step < steps; ++step) {
+            const char* ready = made[step % kRing];
+            unroll(strips, [&](auto s) {
+                load_tile<kTileB>(ready + s * kTileBytes);
+                unroll(tiles, [&](auto m) {
+                    constexpr int kA = kShort && m + 1 == kTiles ? kTileShortA : kTileA;
+                    load_tile<kA>(a + m * (kTileBytes / 2));
+                    multiply_tiles<m * kStrips + s, kA, kTileB>();
+                });
+            });
+            a += kTiles * (kTileBytes / 2);
+            maker.make(made[(step + kAhead) % kRing]);
+        }
+        unroll(tiles, [&](auto m) {
+            unroll(strips, [&](auto s) {
+                store_tile<m * kStrips + s>(sums + (m * kStrips + s) * kTileRows * kLanes);
+            });
+        });
+        add_up<kStrips>(block, sums, v);
+    }
+}
+
+template <Kind kKind, int kTiles>
+void multiply_block(const Block& block, ColumnWords& words, const Range& range) {
+    constexpr int kStrips = strips_for(kTiles);
+    if constexpr (kTiles * kStrips <= kTileShortA) {
+        if (block.rows < kTiles * kTileRows) {
+            multiply_chunk<kKind, kTiles, kStrips, true>(block, words, range);
             return;
         }
     }
-    multiply_chunk<kKind, kTermTiles, kStrips, false>(chunk, words, first_vector);
+    multiply_chunk<kKind, kTiles, kStrips, false>(block, words, range);
 }
 
-using MultiplyBlock = void (*)(const Chunk&, ColumnWords&, int, int);
+using MultiplyBlock = void (*)(const Block&, ColumnWords&, const Range&);
 
 template <Kind kKind, int... kIndices>
-MultiplyBlock multiply_block_for(int term_tiles, std::integer_sequence<int, kIndices...>) {
+MultiplyBlock multiply_block_for(int tiles, std::integer_sequence<int, kIndices...>) {
     static constexpr MultiplyBlock table[] = {multiply_block<kKind, kIndices + 1>...};
-    return table[term_tiles - 1];
+    return table[tiles - 1];
 }
 
-TileConfig config_for(int term_tiles, int last_rows) {
+TileConfig config_for(int block_tiles, int rows) {
     TileConfig config;
-    const int strips = strips_for(term_tiles);
-    const bool has_short = term_tiles * strips <= kTileShortA && last_rows < kTileRows;
+    const int strips = strips_for(block_tiles);
+    const bool has_short = block_tiles * strips <= kTileShortA && rows < block_tiles * kTileRows;
+    const int last_rows = rows - (block_tiles - 1) * kTileRows;
     for (int tile = 0; tile < 8; ++tile) {
         config.bytes_per_row[tile] = 64;
-        const bool last = tile / strips == term_tiles - 1 || tile == kTileShortA;
+        const bool last = tile / strips == block_tiles - 1 || tile == kTileShortA;
         config.rows[tile] =
             static_cast<std::uint8_t>(has_short && last && tile < kTileA ? last_rows : kTileRows);
     }
     return config;
 }
 
-constexpr int term_tiles_for(int term_rows) { return (term_rows + kTileRows - 1) / kTileRows; }
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <Kind kKind, int kTerms>
 void project_tiles(const ProjectTile& tile) {
+    constexpr int kMaxTiles = max_block_tiles(kKind);
     Arena arena(tile.scratch);
     const int cols = pad_columns(tile.cols);
     ColumnWords words(tile.key, tile.col_begin, cols, arena.take<char>(ColumnWords::bytes(cols)));
     const int term_rows = tile.batch * kTerms;
-    const int term_tiles = term_tiles_for(term_rows);
+    const int term_tiles = ceil_div(term_rows, kTileRows);
+    // Blocks of about the same size, but for three terms, which must not be torn apart.
+    const int block_tiles =
+        kTerms == 3 ? kMaxTiles : ceil_div(term_tiles, ceil_div(term_tiles, kMaxTiles));
     const std::size_t packed = static_cast<std::size_t>(term_tiles) * kChunkSteps * kTileBytes / 2;
     auto* a = arena.take<std::uint16_t>(packed);
     float* g = arena.take<float>(kChunkGroups * kGroupRows);
-    float* sums = arena.take<float>(kMaxTermTiles * kTileRows * kLanes);
     double* unscale = arena.take<double>(static_cast<std::size_t>(tile.batch));
     if (term_rows % kTileRows != 0) std::memset(a, 0, packed * sizeof *a);
+    // [block][step][tile of the block][16 rows][32 bf16]: a block reads its tiles in order.
+    const auto tile_row = [=](int term_row, int step) {
+        const int t = term_row / kTileRows, first = t / block_tiles * block_tiles;
+        const int here = term_tiles - first < block_tiles ? term_tiles - first : block_tiles;
+        return a + ((first * kChunkSteps + step * here + t - first) * kTileRows +
+                    term_row % kTileRows) *
+                       kStepRows;
+    };
 
     for (std::int64_t group = tile.group_begin; group < tile.group_end; group += kChunkGroups) {
         const std::int64_t left = tile.group_end - group;
-        const int groups = static_cast<int>(left < kChunkGroups ? left : kChunkGroups);
+        const Range range{group, static_cast<int>(left < kChunkGroups ? left : kChunkGroups),
+                          cols / kLanes};
         for (int b = 0; b < tile.batch; ++b) {
-            for (int i = 0; i < groups; ++i) {
+            for (int i = 0; i < range.groups; ++i) {
                 load_group(*tile.source, tile.batch_begin + b, group + i, g + i * kGroupRows);
             }
-            unscale[b] = pack_row<kTerms>(g, groups * kGroupSteps, b * kTerms, a);
+            unscale[b] = pack_row<kTerms>(g, range.groups * kGroupSteps, [=](int t, int step) {
+                return tile_row(b * kTerms + t, step);
+            });
         }
-        for (int first = 0; first < term_tiles; first += kMaxTermTiles) {
-            const int here =
-                term_tiles - first < kMaxTermTiles ? term_tiles - first : kMaxTermTiles;
-            const int rows_here = term_rows - first * kTileRows < here * kTileRows
-                                      ? term_rows - first * kTileRows
-                                      : here * kTileRows;
-            const int last_rows = rows_here - (here - 1) * kTileRows;
-            const int strips = strips_for(here);
-            const Chunk chunk{a + static_cast<std::ptrdiff_t>(first) * kChunkSteps * kTileBytes / 2,
-                              group, groups, sums};
-            const MultiplyBlock multiply =
-                multiply_block_for<kKind>(here, std::make_integer_sequence<int, kMaxTermTiles>());
-            load_config(config_for(here, last_rows));
-            for (int v = 0; v < cols / kLanes; v += strips) {
-                multiply(chunk, words, v, last_rows);
-                for (int row = 0; row < rows_here; ++row) {
-                    const int b = (first * kTileRows + row) / kTerms;
-                    for (int s = 0; s < strips; ++s) {
-                        const float* from =
-                            sums +
-                            ((row / kTileRows * strips + s) * kTileRows + row % kTileRows) * kLanes;
-                        double* acc = tile.acc + b * tile.acc_ld + (v + s) * kLanes;
-                        for (int i = 0; i < kLanes; ++i) {
-                            acc[i] += static_cast<double>(from[i]) * unscale[b];
-                        }
-                    }
-                }
-            }
+        for (int first = 0; first < term_tiles; first += block_tiles) {
+            const int here = term_tiles - first < block_tiles ? term_tiles - first : block_tiles;
+            const int first_row = first * kTileRows;
+            const int rows =
+                term_rows - first_row < here * kTileRows ? term_rows - first_row : here * kTileRows;
+            const int b = first_row / kTerms;
+            const Block block{tile_row(first_row, 0),     rows,       kTerms, unscale + b,
+                              tile.acc + b * tile.acc_ld, tile.acc_ld};
+            load_config(config_for(here, rows));
+            multiply_block_for<kKind>(here, std::make_integer_sequence<int, kMaxTiles>())(
+                block, words, range);
         }
     }
     release_tiles();
@@ -365,12 +435,11 @@ void project_amx(const ProjectTile& tile) {
 }
 
 std::size_t amx_scratch_bytes(int batch, int cols) {
-    const auto term_tiles = static_cast<std::size_t>(term_tiles_for(3 * batch));
+    const auto term_tiles = static_cast<std::size_t>(ceil_div(3 * batch, kTileRows));
     const std::size_t amx = ColumnWords::bytes(pad_columns(cols)) +
                             term_tiles * kChunkSteps * kTileBytes +
                             kChunkGroups * kGroupRows * sizeof(float) +
-                            kMaxTermTiles * kTileRows * kLanes * sizeof(float) +
-                            static_cast<std::size_t>(batch) * sizeof(double) + 5 * 64;
+                            static_cast<std::size_t>(batch) * sizeof(double) + 4 * 64;
     const std::size_t dense = dense_scratch_bytes(batch, cols);  // float64
     return amx > dense ? amx : dense;
 }

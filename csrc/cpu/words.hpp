@@ -26,22 +26,26 @@ class ColumnWords {
         : key_(key),
           col_begin_(col_begin),
           vectors_(cols / kLanes),
-          kept_(static_cast<U*>(storage)) {}
+          kept_(static_cast<U*>(storage)) {
+        for (std::uint32_t round = 1; round <= 10; ++round) {
+            round_keys_[round][0] = low(key.seed) + (round - 1) * kPhiloxW0;
+            round_keys_[round][1] = high(key.seed) + (round - 1) * kPhiloxW1;
+        }
+    }
 
     // Call before the words of a block are asked for.
     void set_block(std::int64_t block) {
         const std::uint32_t c2 = counter2(key_.kind, block, 0);
         if (!ready_ || c2 != c2_) fill(c2);
         const std::uint64_t a = static_cast<std::uint64_t>(kPhiloxM0) * counter0(block);
-        const std::uint32_t k0 = low(key_.seed), k1 = high(key_.seed);
         // Word 2 and 3 after round 1, scalars.
-        const std::uint32_t r1c2 = high(a) ^ key_.stream ^ k1;
+        const std::uint32_t r1c2 = high(a) ^ key_.stream ^ round_keys_[1][1];
         r1c3_ = low(a);
         const std::uint64_t b = static_cast<std::uint64_t>(kPhiloxM1) * r1c2;
         r2c1_ = low(b);
         for (std::uint32_t lane = 0; lane < 4; ++lane) {
             const std::uint32_t r1c1 = low(static_cast<std::uint64_t>(kPhiloxM1) * (c2_ | lane));
-            const std::uint32_t r2c0 = high(b) ^ r1c1 ^ (k0 + kPhiloxW0);
+            const std::uint32_t r2c0 = high(b) ^ r1c1 ^ round_keys_[2][0];
             const std::uint64_t a3 = static_cast<std::uint64_t>(kPhiloxM0) * r2c0;
             r3_hi_[lane] = high(a3);
             r3_lo_[lane] = low(a3);
@@ -53,22 +57,19 @@ class ColumnWords {
     template <int kCount>
     void get(std::uint32_t lane, int v, U (*words)[4]) const {
         const U* kept = kept_ + (static_cast<std::ptrdiff_t>(v) * 4 + lane) * 2;
-        std::uint32_t k0 = low(key_.seed) + kPhiloxW0, k1 = high(key_.seed) + kPhiloxW1;
         U c0[kCount], c1[kCount], c2[kCount], c3[kCount];
-        const std::uint32_t r2k1 = k1;
-        k0 += kPhiloxW0, k1 += kPhiloxW1;
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
             U hi1, lo1;
-            Simd::mul_hi_lo(kept[2 * i] ^ (r1c3_ ^ r2k1), kPhiloxM1, hi1, lo1);
-            c0[i] = hi1 ^ (r2c1_ ^ k0);
+            Simd::mul_hi_lo(kept[2 * i] ^ (r1c3_ ^ round_keys_[2][1]), kPhiloxM1, hi1, lo1);
+            c0[i] = hi1 ^ (r2c1_ ^ round_keys_[3][0]);
             c1[i] = lo1;
-            c2[i] = kept[2 * i + 1] ^ (r3_hi_[lane + i] ^ k1);
+            c2[i] = kept[2 * i + 1] ^ (r3_hi_[lane + i] ^ round_keys_[3][1]);
             c3[i] = U{} + r3_lo_[lane + i];
         }
 #pragma GCC unroll 7
         for (int round = 4; round <= 10; ++round) {
-            k0 += kPhiloxW0, k1 += kPhiloxW1;
+            const std::uint32_t k0 = round_keys_[round][0], k1 = round_keys_[round][1];
 #pragma GCC unroll 4
             for (int i = 0; i < kCount; ++i) {
                 U hi0, lo0, hi1, lo1;
@@ -116,6 +117,7 @@ class ColumnWords {
     std::uint32_t col_begin_;
     int vectors_;
     U* kept_;
+    std::uint32_t round_keys_[11][2];  // from memory a broadcast costs no arithmetic unit
     bool ready_ = false;
     std::uint32_t c2_ = 0;
     std::uint32_t r1c3_ = 0, r2c1_ = 0;
