@@ -80,14 +80,14 @@ inline __m512i round_to_bf16(__m512i bits) {
         _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
 }
 
-// The bf16 terms of 16 floats, as float bits whose low halves count as zeros. Three are the float,
-// exactly; of fewer the last is rounded. For floats up to the largest bf16.
+// The bf16 terms of 16 finite floats, as float bits whose low halves count as zeros. Three are the
+// float, exactly; of fewer the last is rounded, or truncated where `huge`.
 template <int kTerms>
-void split(__m512 x, __m512i terms[kTerms]) {
+void split(__m512 x, __mmask16 huge, __m512i terms[kTerms]) {
     for (int t = 0; t < kTerms; ++t) {
         const __m512i bits = _mm512_castps_si512(x);
         if (t + 1 == kTerms) {
-            terms[t] = kTerms == 3 ? bits : round_to_bf16(bits);
+            terms[t] = kTerms == 3 ? bits : _mm512_mask_mov_epi32(round_to_bf16(bits), huge, bits);
         } else {
             terms[t] = truncate_to_bf16(bits);
             x = _mm512_sub_ps(x, _mm512_castsi512_ps(terms[t]));
@@ -95,18 +95,17 @@ void split(__m512 x, __m512i terms[kTerms]) {
     }
 }
 
-// The same for all floats. What is finite stays so, by truncation where rounding would overflow;
-// infinities and NaN are their own first term.
+// The same for all floats: rounding takes none that is finite to infinity; infinities and NaN are
+// their own first term.
 template <int kTerms>
 void split_any(__m512 x, __m512i terms[kTerms]) {
-    const __m512i magnitude = magnitude_bits(_mm512_castps_si512(x));
-    const auto beyond = [&](std::uint32_t bits) {
-        return _mm512_cmpgt_epu32_mask(magnitude, _mm512_set1_epi32(static_cast<int>(bits)));
+    const __m512i bits = _mm512_castps_si512(x), magnitude = magnitude_bits(bits);
+    const auto beyond = [&](std::uint32_t limit) {
+        return _mm512_cmpgt_epu32_mask(magnitude, _mm512_set1_epi32(static_cast<int>(limit)));
     };
-    split<kTerms>(_mm512_mask_mov_ps(x, beyond(kLargestFloat), _mm512_setzero_ps()), terms);
-    const __mmask16 truncated = kTerms == 1 ? beyond(kLargestBf16) : __mmask16{0};
-    terms[0] = _mm512_mask_mov_epi32(terms[0], truncated | beyond(kLargestFloat),
-                                     truncate_to_bf16(_mm512_castps_si512(x)));
+    const __mmask16 special = beyond(kLargestFloat);
+    split<kTerms>(_mm512_mask_mov_ps(x, special, _mm512_setzero_ps()), beyond(kLargestBf16), terms);
+    terms[0] = _mm512_mask_mov_epi32(terms[0], special, bits);
     terms[0] = _mm512_mask_mov_epi32(terms[0], beyond(kInfinity), _mm512_set1_epi32(0x7fc00000));
 }
 
@@ -129,7 +128,7 @@ double pack_row(const float* g, int steps, const TileRow& tile_row) {
         for (int half = 0; half < 2; ++half) {
             const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(g + step * kStepRows + half * kLanes),
                                            _mm512_set1_ps(factor));
-            any ? split_any<kTerms>(x, terms[half]) : split<kTerms>(x, terms[half]);
+            any ? split_any<kTerms>(x, terms[half]) : split<kTerms>(x, 0, terms[half]);
         }
         for (int t = 0; t < kTerms; ++t) {
             _mm512_store_si512(tile_row(t, step),

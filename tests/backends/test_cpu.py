@@ -81,6 +81,16 @@ def test_small_integers_are_exact(isa, shape, dtype):
         assert torch.equal(got.double(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_integers_are_exact_at_every_tiling_of_the_batch(isa, dtype):
+    """1, 2 or 3 rows of AMX tiles to a row of the batch: blocks of every size, full and ragged."""
+    key = MatrixKey("rademacher", 6, 0)
+    grads = torch.randint(-8, 9, (64, 600), generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = exact(grads, 70, key)
+    for batch in (*range(4, 64, 5), 16, 17, 32, 33, 40, 48, 56, 64):
+        assert torch.equal(run(grads[:batch], 70, key).double(), expected[:batch])
+
+
 @pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
 def test_gaussian_accuracy(isa, shape):
     batch, rows, proj_dim, row_offset = shape
@@ -139,6 +149,18 @@ def test_highest_is_at_most_twice_the_error_of_a_float32_matmul(isa, kind, data)
     of_torch = relative(grads @ torch.from_numpy(block).float() - expected, expected)
     error = relative(run(grads, 128, key) - expected, expected)
     assert error <= 2 * of_torch
+
+
+@pytest.mark.parametrize("precision", PRECISION_BOUND)
+def test_the_largest_float_is_not_rounded_to_infinity(isa, precision):
+    largest = torch.finfo(torch.float32).max
+    got = run(
+        torch.tensor([[largest, 1.0], [2.0, -largest]]),
+        5,
+        MatrixKey("rademacher", 3, 0),
+        precision=precision,
+    )
+    assert ((got.abs() / largest - 1).abs() <= PRECISION_BOUND[precision]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
