@@ -49,7 +49,7 @@ _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mf
 X86_ISAS: dict[str, list[str]] = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
     "avx512": _AVX512,
-    "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16"],
+    "amx": [*_AVX512, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
 }
 ISA_PROBE = """
 #ifndef __x86_64__

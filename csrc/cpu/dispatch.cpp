@@ -199,6 +199,7 @@ std::string isa_unavailable(Isa isa) {
         case Isa::kAmx:
 #if defined(FASTPROJ_X86) && defined(FASTPROJ_HAVE_AMX)
             if (!isa_unavailable(Isa::kAvx512).empty()) return isa_unavailable(Isa::kAvx512);
+            if (!__builtin_cpu_supports("avx512vbmi")) return "this processor lacks AVX-512 VBMI";
             return amx_unavailable();
 #else
             return not_built;
