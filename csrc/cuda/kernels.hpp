@@ -17,6 +17,7 @@
 #define FASTPROJ_SM90_RADEMACHER_SPLIT(X) \
     X(Bf16, 2, 16, 2) \
     X(Bf16, 2, 32, 2) \
+    X(Bf16, 2, 64, 2) \
     X(Bf16, 3, 16, 2) \
     X(Bf16, 3, 32, 2)
 

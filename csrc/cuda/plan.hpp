@@ -120,8 +120,10 @@ inline int choose_block_b(Variant variant, Kind kind, int terms, std::int64_t ba
         if (kind == Kind::kRademacher) {
             if (terms == 1) {
                 choices[0] = {16, 14}, choices[1] = {32, 17}, choices[2] = {64, 33};
+            } else if (terms == 2) {  // 16 samples: issue slots, the producer's included
+                choices[0] = {16, 20}, choices[1] = {32, 33}, choices[2] = {64, 65};
             } else {
-                choices[0] = {16, 8 * terms + 1}, choices[1] = {32, 16 * terms + 1};
+                choices[0] = {16, 25}, choices[1] = {32, 49};
             }
         } else if (terms == 1) {
             choices[0] = {32, 67}, choices[1] = {128, 80};

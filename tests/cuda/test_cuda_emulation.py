@@ -132,7 +132,7 @@ def test_ragged_shapes(variant, kind, dtype, terms, batch, rows, cols, row_offse
 
 BLOCKS = {
     ("sm90", "rademacher", 1): [16, 32, 64],
-    ("sm90", "rademacher", 2): [16, 32],
+    ("sm90", "rademacher", 2): [16, 32, 64],
     ("sm90", "rademacher", 3): [16, 32],
     ("sm90", "gaussian", 1): [32, 128],
     ("sm90", "gaussian", 2): [64],
@@ -146,16 +146,28 @@ BLOCKS = {
 }
 
 
+def batch_for_each_tile(variant, kind, terms, dtype) -> dict[int, int]:
+    """BLOCK_B -> the smallest odd batch (of several) that selects it: its last tile is ragged."""
+    options = {"kind": kind, "terms": terms, "variant": variant}
+    found: dict[int, int] = {}
+    for batch in range(3, 600, 2):
+        found.setdefault(emulation.plan(batch, 10**6, 4096, dtype, **options).block_b, batch)
+    return found
+
+
 @pytest.mark.parametrize(("variant", "kind", "terms"), BLOCKS)
-def test_every_instantiation_is_reached(variant, kind, terms):
-    """Some batch size selects each compiled tile, and no other."""
-    dtypes = [torch.bfloat16, torch.float16] if terms == 1 else [torch.float32]
+def test_every_instantiation(variant, kind, terms):
+    """Some batch size selects each compiled tile and no other; it is right with ragged edges."""
+    dtypes = [torch.float32] if terms > 1 else [torch.float32, torch.bfloat16, torch.float16]
     for dtype in dtypes:
-        seen = {
-            emulation.plan(b, 10**6, 4096, dtype, kind=kind, terms=terms, variant=variant).block_b
-            for b in range(1, 600)
-        }
-        assert sorted(seen) == BLOCKS[variant, kind, terms]
+        batches = batch_for_each_tile(variant, kind, terms, dtype)
+        assert sorted(batches) == BLOCKS[variant, kind, terms]
+        for block_b, batch in batches.items():
+            # The second row stride is no multiple of 16 bytes.
+            for rows in (600, 597):
+                grads = integers(batch, rows, dtype=dtype)
+                _, plan = check(grads, 270, kind, 77 * 8, terms=terms, variant=variant)
+                assert (plan.block_b, plan.loader == "scalar") == (block_b, rows == 597)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -225,18 +237,24 @@ def test_result_is_bitwise_reproducible(variant):
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "terms"), [(torch.bfloat16, 1), (torch.float32, 3)])
-def test_batch_invariance(variant, kind, dtype, terms):
+@pytest.mark.parametrize(("variant", "kind", "terms"), BLOCKS)
+def test_batch_invariance(variant, kind, terms):
     """A row's result does not depend on the rest of the batch, whatever tile the batch selects."""
-    grads = torch.randn(70, 1200, generator=torch.Generator().manual_seed(1)).to(dtype)
-    options = {"kind": kind, "variant": variant, "terms": terms, "multiprocessors": 3}
-    whole, plan = emulation.project(grads, 200, **options)
-    for part in (slice(0, 1), slice(3, 35), slice(60, 70)):
-        got, other = emulation.project(grads[part], 200, **options)
-        assert torch.equal(got, whole[part])
-        assert other.splits == plan.splits
+    dtypes = [torch.float32] if terms > 1 else [torch.float32, torch.bfloat16, torch.float16]
+    options = {"kind": kind, "variant": variant, "terms": terms, "multiprocessors": 1}
+    rows = 1200 if terms > 1 else 2200  # beyond one fold
+    for dtype in dtypes:
+        batches = batch_for_each_tile(variant, kind, terms, dtype)
+        most = max(batches.values())
+        grads = torch.randn(most, rows, generator=torch.Generator().manual_seed(1)).to(dtype)
+        grads[most - 1, 700] = torch.inf
+        grads[most - 3, 5] = torch.nan
+        whole, plan = emulation.project(grads, 100, **options)
+        assert whole[: most - 3].isfinite().all()
+        for block_b, batch in batches.items():
+            got, other = emulation.project(grads[most - batch :], 100, **options)
+            assert torch.equal(got.view(torch.int32), whole[most - batch :].view(torch.int32))
+            assert (other.block_b, other.splits) == (block_b, plan.splits)
 
 
 def test_scale_accumulate_and_strides():
