@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import trak_cases as cases
 from distributed_run import N
 from lives import Server
@@ -74,6 +75,15 @@ def test_beside_a_process_group_that_carries_nothing(tmp_path, server, whole):
     """As beside nccl: what goes between TRAKer's processes has a group of its own."""
     _, batches = run(server, tmp_path, 2, backend="fake")
     assert_same(results(tmp_path), whole)
+    assert {b.split()[0] for b in batches} == {"0", "1"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl needs a GPU for each process")
+def test_on_gpus_beside_nccl(tmp_path, server, whole):
+    _, batches = run(server, tmp_path, 2, backend="nccl", options={"device": "cuda"})
+    found, wanted = results(tmp_path)[0], whole[0]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-2 * np.abs(wanted).max())  # TF32
     assert {b.split()[0] for b in batches} == {"0", "1"}
 
 

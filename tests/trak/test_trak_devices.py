@@ -1,0 +1,68 @@
+"""TRAKer with its model on another device than the CPU: nothing is left behind on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trak_cases as cases
+from torch.utils import backend_registration
+
+from fastproj.trak import gradients
+
+COMPUTERS = {
+    "func": gradients.FunctionalGradientComputer,
+    "loop": gradients.IterativeGradientComputer,
+    "hooks": gradients.HookGradientComputer,
+}
+
+
+def scores(save_dir, device, computer):
+    """From featurizing to scores of two checkpoints, the batches coming from the CPU."""
+    train, targets = cases.data(33), cases.data(7, seed=5)
+    options = {"device": device, "gradient_computer": COMPUTERS[computer], "lambda_reg": 0.1}
+    traker = cases.make(cases.net(), save_dir, 33, proj_dim=6, **options)
+    for model_id in range(2):
+        cases.featurize(traker, cases.net(model_id), model_id, train)
+    traker.finalize_features()
+    for model_id in range(2):
+        cases.score(traker, cases.net(model_id), model_id, targets)
+    return np.array(traker.finalize_scores("test"))
+
+
+def on_the_pretended_device(save_dir):
+    """In a process of its own: a device is registered before the first backward, and for good."""
+    from pretend_device import PretendDevice
+
+    for computer in ("func", "loop"):
+        wanted = scores(save_dir / computer / "cpu", "cpu", computer)
+        with PretendDevice():
+            x = torch.ones(2, 2, device="pretend")
+            with pytest.raises(RuntimeError, match="of the CPU"):
+                x @ torch.ones(2, 2)
+            found = scores(save_dir / computer / "pretend", "pretend", computer)
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason=f"torch {torch.__version__} has no devices written in Python",
+)
+def test_all_is_on_the_device_of_the_model(tmp_path):
+    call = f"import test_trak_devices as t; t.on_the_pretended_device(t.Path({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("computer", COMPUTERS)
+def test_a_gpu_gives_the_scores_of_the_cpu(tmp_path, computer):
+    wanted = scores(tmp_path / "cpu", "cpu", computer)
+    found = scores(tmp_path / "cuda", "cuda", computer)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-2 * np.abs(wanted).max())  # TF32
