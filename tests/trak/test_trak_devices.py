@@ -53,10 +53,12 @@ def on_the_pretended_device(save_dir):
     reason=f"torch {torch.__version__} has no devices written in Python",
 )
 def test_all_is_on_the_device_of_the_model(tmp_path):
-    call = f"import test_trak_devices as t; t.on_the_pretended_device(t.Path({str(tmp_path)!r}))"
-    done = subprocess.run(
-        [sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True
+    call = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_trak_devices as tests\n"
+        f"tests.on_the_pretended_device(tests.Path({str(tmp_path)!r}))"
     )
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
