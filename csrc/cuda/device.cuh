@@ -100,6 +100,9 @@ FASTPROJ_DEVICE void store_shared(std::uint32_t address, std::uint32_t x, std::u
                  "r"(w)
                  : "memory");
 }
+FASTPROJ_DEVICE void store_shared(std::uint32_t address, std::uint32_t x, std::uint32_t y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
 FASTPROJ_DEVICE void store_shared(std::uint32_t address, std::uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }

@@ -29,8 +29,7 @@ struct Config80 {
     static constexpr int kStages = kTerms == 1 ? 4 : 2;
     static constexpr int kTable = kKind == Kind::kGaussian ? kTableSpace : 0;
     static constexpr int kSharedBytes = kTable + kStages * kStageBytes;
-    static constexpr int kPieces =
-        BLOCK_B * kStageRows / 8;  // 16-byte pieces of one term of a stage
+    static constexpr int kPieces = BLOCK_B * kStageRows / 8;  // chunks of 8 elements in a stage
     static constexpr int kChunks = (kPieces + kThreads80 - 1) / kThreads80;  // of one thread
     static constexpr int kFoldRows = kTerms == 1 ? 2048 : kTerms == 2 ? 1024 : 64;
     // Stages that share a word of the generator, unrolled so that shifts are constant.
@@ -38,7 +37,8 @@ struct Config80 {
     static_assert(kSharedBytes <= 99 * 1024, "more shared memory than a block of sm_86 can have");
 };
 
-// Moves the tiles of G: piece j of a thread is row n, 16-byte piece c of subtile s.
+// Moves the tiles of G: a thread's chunk j is part of sample(j) in subtile(j). An asynchronous copy
+// moves 8 rows, 16 bytes of a swizzled row of 128.
 template <class C>
 struct Feeder80 {
     const ProjectParams& p;
@@ -55,7 +55,9 @@ struct Feeder80 {
           thread(threadIdx.x),
           async(params.loader == static_cast<std::int32_t>(Loader::kCpAsync)) {}
 
-    FASTPROJ_DEVICE int sample(int j) const { return (j * 32 + (thread >> 3)) % C::kBlockB; }
+    FASTPROJ_DEVICE int sample(int j) const {
+        return chunk_sample(j * 32 + (thread >> 3)) % C::kBlockB;
+    }
     FASTPROJ_DEVICE int subtile(int j) const { return (j * 32 + (thread >> 3)) / C::kBlockB; }
     FASTPROJ_DEVICE bool mine(int j) const { return j * kThreads80 + thread < C::kPieces; }
 
@@ -74,8 +76,15 @@ struct Feeder80 {
                 if (inside) from += ((b + n) * p.grads_stride_b + i) * 2;
                 copy_async_16(to, from, inside);
             } else {  // the piece straddles an end of the row
-                std::uint32_t edge[8];
-                load_chunk(p, b + n, i, edge);
+                const auto* from = static_cast<const std::uint16_t*>(p.grads);
+                std::uint32_t edge[4] = {0, 0, 0, 0};
+#pragma unroll
+                for (int e = 0; e < 8; ++e) {
+                    if (i + e < 0 || i + e >= p.rows) continue;
+                    const std::uint32_t bits =
+                        load_global(from + (b + n) * p.grads_stride_b + i + e);
+                    edge[e >> 1] |= bits << (16 * (e & 1));
+                }
                 store_shared(to, edge[0], edge[1], edge[2], edge[3]);
             }
         }
@@ -84,7 +93,7 @@ struct Feeder80 {
 #pragma unroll
         for (int j = 0; j < C::kChunks; ++j) {
             if (!mine(j)) continue;
-            const int i = row + stage * C::kStageRows + subtile(j) * 64 + (thread & 7) * 8;
+            const int i = row + stage * C::kStageRows + subtile(j) * 64 + (thread & 7) * 4;
             load_chunk(p, b + sample(j), i, raw[j]);
         }
     }

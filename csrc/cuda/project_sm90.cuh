@@ -47,7 +47,7 @@ struct Config90 {
                                                        : 1;
     static constexpr int kTable = kKind == Kind::kGaussian ? kTableSpace : 0;
     static constexpr int kSharedBytes = kTable + kStages * kStageBytes + 2 * kStages * 8;
-    // 16-byte pieces that a producer thread moves per stage.
+    // Chunks of 8 elements that a producer thread moves per stage.
     static constexpr int kChunks = BLOCK_B * kStageRows / 8 / 128;
     // Rows that one accumulator adds up before it is folded into a second one. The tensor cores
     // cut, they do not round; three terms promise fp32, so they are folded often.
@@ -119,13 +119,12 @@ FASTPROJ_DEVICE void produce90(const TensorMap& map, const ProjectParams& p, std
         return;
     }
 
-    // Through registers. Each piece is loaded again for the next stage as soon as it is stored, so
-    // kChunks pieces are always in flight.
+    // Through registers. Each chunk is loaded again for a later one as soon as it is stored, so
+    // kBatch chunks are always in flight.
     constexpr int kBatch = C::kTiles == 1 || C::kChunks == 2 ? 2 : 4;
     std::uint32_t raw[kBatch][8];
-    const int c =
-        thread & 7;  // 16-byte piece of the row; piece j is in sample row j * 16 + thread / 8
-    auto sample = [&](int j) { return j * 16 % C::kBlockB + (thread >> 3); };
+    const int c = thread & 7;
+    auto sample = [&](int j) { return j * 16 % C::kBlockB + chunk_sample(thread >> 3); };
     auto subtile = [&](int j) { return j * 16 / C::kBlockB; };
     for (int index = first_item; index < items; index += item_step) {
         const WorkItem item = WorkItem::at(p, index);
@@ -134,7 +133,7 @@ FASTPROJ_DEVICE void produce90(const TensorMap& map, const ProjectParams& p, std
         int row = item.first * kBlockRows - p.row_shift;
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
-            load_chunk(p, b + sample(j), row + subtile(j) * 64 + c * 8, raw[j]);
+            load_chunk(p, b + sample(j), row + subtile(j) * 64 + c * 4, raw[j]);
         }
         for (; row < end; row += C::kStageRows) {
             const std::uint32_t stage = tiles + ring.place * C::kStageBytes;
@@ -148,7 +147,7 @@ FASTPROJ_DEVICE void produce90(const TensorMap& map, const ProjectParams& p, std
                 const int at = next % C::kChunks;
                 const int next_row = row + (next >= C::kChunks ? C::kStageRows : 0);
                 if (next_row < end) {
-                    load_chunk(p, b + sample(at), next_row + subtile(at) * 64 + c * 8,
+                    load_chunk(p, b + sample(at), next_row + subtile(at) * 64 + c * 4,
                                raw[j % kBatch]);
                 }
             }

@@ -213,6 +213,17 @@ void emulated_kernel(int variant, int kind, int bf16, int terms, int block_b, st
     facts[3] = kernel.fold_rows;
 }
 
+// Starts (or stops) counting; `facts`: stores, wavefronts, loads and sectors counted so far.
+void emulated_traffic(int count, std::int64_t* facts) {
+    emulator::Machine& m = emulator::machine();
+    facts[0] = m.traffic.stores;
+    facts[1] = m.traffic.wavefronts;
+    facts[2] = m.traffic.loads;
+    facts[3] = m.traffic.sectors;
+    m.traffic = {};
+    m.count_traffic = count != 0;
+}
+
 struct EmulatedTranspose {
     const void* y;
     std::int64_t batch, cols, y_stride_b, y_stride_k;

@@ -238,6 +238,31 @@ def kernel_facts(variant: str, kind: str, operand: str, terms: int, block_b: int
     return dict(zip(("shared", "columns", "stages", "fold"), facts, strict=True))
 
 
+@dataclass
+class Traffic:
+    """8-byte stores to shared memory by 16 lanes at once and the wavefronts that they take (as many
+    where no two lanes share a bank); 16-byte loads from global memory by 8 lanes, and the 32-byte
+    sectors that they touch."""
+
+    stores: int = 0
+    wavefronts: int = 0
+    loads: int = 0
+    sectors: int = 0
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """What calls within the block moved; filled in at its end."""
+    counted, facts = Traffic(), (_int64 * 4)()
+    count = (_library.get() or library()).emulated_traffic
+    count(1, facts)
+    try:
+        yield counted
+    finally:
+        count(0, facts)
+        counted.stores, counted.wavefronts, counted.loads, counted.sectors = facts
+
+
 def project_transpose(
     y: Tensor,
     rows: int,

@@ -12,6 +12,7 @@
 #include <ucontext.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -22,6 +23,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -123,7 +125,8 @@ struct Fiber {
     int thread = 0;  // within the block
     enum { kReady, kBlocked, kDone } state = kReady;
     const char* where = "";
-    bool stored = false;  // to shared memory, since the last proxy fence
+    bool stored = false;                          // to shared memory, since the last proxy fence
+    std::vector<std::uint64_t> stores8, loads16;  // addresses, where traffic is counted
     std::deque<std::vector<Copy>> copies{1};
     std::deque<std::vector<Product>> products{1};
     std::string error;
@@ -147,8 +150,17 @@ struct Transfer {  // a bulk copy under way
     std::function<void()> finish;
 };
 
+// Of 8-byte stores to shared memory, by 16 lanes at once, and 16-byte loads from global memory,
+// by 8.
+struct Traffic {
+    std::int64_t stores = 0, wavefronts = 0;  // 1 a store where no two lanes share a bank
+    std::int64_t loads = 0, sectors = 0;      // of 32 bytes: 4 a load where all of each is used
+};
+
 struct Machine {
     std::mt19937 random{1};
+    bool count_traffic = false;
+    Traffic traffic;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Block> blocks;
     std::vector<int> ready;
@@ -210,6 +222,35 @@ inline void finish_transfer(std::size_t which) {
     const Transfer t = m.transfers[which];
     m.transfers.erase(m.transfers.begin() + static_cast<std::ptrdiff_t>(which));
     t.finish();
+}
+
+// Counts what the fibers recorded: the n-th access of one lane goes with the n-th of the others.
+inline void add_traffic(Machine& m) {
+    auto each = [&m](std::vector<std::uint64_t> Fiber::* list, std::size_t lanes, auto&& act) {
+        for (std::size_t first = 0; first < m.fibers.size(); first += lanes) {
+            for (std::size_t n = 0; n < ((*m.fibers[first]).*list).size(); ++n) {
+                std::set<std::uint64_t> addresses;
+                for (std::size_t lane = 0; lane < lanes; ++lane) {
+                    const auto& own = (*m.fibers[first + lane]).*list;
+                    if (n < own.size()) addresses.insert(own[n]);
+                }
+                act(addresses);
+            }
+        }
+    };
+    each(&Fiber::stores8, 16, [&m](const std::set<std::uint64_t>& addresses) {
+        std::map<std::uint64_t, int> banks;  // of 8 bytes
+        int most = 0;
+        for (std::uint64_t address : addresses) most = std::max(most, ++banks[address / 8 % 16]);
+        ++m.traffic.stores;
+        m.traffic.wavefronts += most;
+    });
+    each(&Fiber::loads16, 8, [&m](const std::set<std::uint64_t>& addresses) {
+        std::set<std::uint64_t> sectors;
+        for (std::uint64_t address : addresses) sectors.insert(address / 32);
+        ++m.traffic.loads;
+        m.traffic.sectors += static_cast<std::int64_t>(sectors.size());
+    });
 }
 
 // Runs `body` for all threads of a grid; blocks of a cluster run together, clusters one after
@@ -283,6 +324,7 @@ inline void launch(int grid, int cluster, int threads, int shared_bytes,
                 if (!group.empty()) fail("a wgmma was under way when its thread ended");
             }
         }
+        if (m.count_traffic) add_traffic(m);
     }
     m.fibers.clear();
     m.blocks.clear();
@@ -489,6 +531,12 @@ inline void store_shared(std::uint32_t address, std::uint32_t x, std::uint32_t y
     std::memcpy(emulator::shared_at(address, 16), words, 16);
     emulator::fiber().stored = true;
 }
+inline void store_shared(std::uint32_t address, std::uint32_t x, std::uint32_t y) {
+    const std::uint32_t words[2] = {x, y};
+    std::memcpy(emulator::shared_at(address, 8), words, 8);
+    emulator::fiber().stored = true;
+    if (emulator::machine().count_traffic) emulator::fiber().stores8.push_back(address);
+}
 inline void store_shared(std::uint32_t address, std::uint32_t x) {
     std::memcpy(emulator::shared_at(address, 4), &x, 4);
     emulator::fiber().stored = true;
@@ -515,6 +563,9 @@ inline double load_shared_f64(std::uint32_t address) {
 inline void load_global_16(const void* p, std::uint32_t (&r)[4]) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16 != 0) emulator::fail("misaligned 16-byte load");
     std::memcpy(r, p, 16);
+    if (emulator::machine().count_traffic) {
+        emulator::fiber().loads16.push_back(reinterpret_cast<std::uintptr_t>(p));
+    }
 }
 template <class T>
 T load_global(const T* p) {

@@ -214,6 +214,19 @@ def test_layouts(variant, dtype):
         assert (name, plan.loader) == (name, loader)
 
 
+@pytest.mark.parametrize(("variant", "kind", "terms"), BLOCKS)
+def test_fp32_comes_in_whole_sectors_and_goes_without_bank_conflicts(variant, kind, terms):
+    """Each sector of G is touched by one instruction, once, and stores take no extra wavefront."""
+    rows = 1024
+    for batch in batch_for_each_tile(variant, kind, terms, torch.float32).values():
+        grads = integers(batch, rows)
+        with emulation.traffic() as moved:
+            emulation.project(grads, 100, kind=kind, terms=terms, variant=variant)
+        assert moved.loads == batch * rows // 32
+        assert moved.sectors == 4 * moved.loads
+        assert moved.wavefronts == moved.stores >= terms * moved.loads // 2
+
+
 @pytest.mark.parametrize("order", range(6))
 def test_cluster_in_any_order(order):
     """Two blocks share tiles by multicast; threads and copies come in different orders."""
