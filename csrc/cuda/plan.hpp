@@ -118,7 +118,7 @@ inline int choose_block_b(Variant variant, Kind kind, int terms, std::int64_t ba
     Choice choices[3] = {{0, 0}, {0, 0}, {0, 0}};
     if (variant == Variant::kSm90) {
         if (kind == Kind::kRademacher) {
-            if (terms == 1) {
+            if (terms == 1) {  // of 16-bit G; a producer that converts fp32 makes 16 and 32 dearer
                 choices[0] = {16, 14}, choices[1] = {32, 17}, choices[2] = {64, 33};
             } else if (terms == 2) {  // 16 samples: issue slots, the producer's included
                 choices[0] = {16, 20}, choices[1] = {32, 33}, choices[2] = {64, 65};
@@ -227,7 +227,7 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
                 choose_block_b(plan.variant, call.kind, terms, call.batch)};
 
     // Alignment. The copy engine needs an aligned tensor; the other 16-byte loads also need pieces
-    // that start at multiples of 8 rows of R to be aligned.
+    // that start at multiples of 8 rows of R (fp32: 4) to be aligned.
     const int bytes = element_bytes(call.dtype);
     const auto base = reinterpret_cast<std::uintptr_t>(call.grads);
     const bool row_stride =
@@ -250,7 +250,10 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
 
     const std::int64_t columns =
         plan.variant == Variant::kSm90 && plan.key.block_b == 128 ? 128 : kSplitColumns;
-    if (plan.loader == Loader::kTma && ceil_div(call.cols, columns) % 2 == 0) plan.cluster = 2;
+    if (plan.loader == Loader::kTma && ceil_div(call.cols, columns) % 2 == 0 &&
+        device.multiprocessors > 1) {
+        plan.cluster = 2;
+    }
 
     plan.batch_chunk = std::min<std::int64_t>(call.batch, std::int64_t{1} << 16);
     plan.col_chunk = call.cols;

@@ -72,9 +72,11 @@ struct Feeder80 {
                                      n * 128 + ((c ^ (n & 7)) << 4);
             const bool inside = b + n < p.batch && i >= 0 && i + 8 <= p.rows;
             if (inside || b + n >= p.batch || i >= p.rows || i + 8 <= 0) {
-                const char* from = static_cast<const char*>(p.grads);
-                if (inside) from += ((b + n) * p.grads_stride_b + i) * 2;
-                copy_async_16(to, from, inside);
+                // An aligned address even where nothing is read: p.grads itself need not be.
+                const auto base = reinterpret_cast<std::uintptr_t>(p.grads);
+                const std::uintptr_t from = inside ? base + ((b + n) * p.grads_stride_b + i) * 2
+                                                   : base & ~std::uintptr_t{15};
+                copy_async_16(to, reinterpret_cast<const void*>(from), inside);
             } else {  // the piece straddles an end of the row
                 const auto* from = static_cast<const std::uint16_t*>(p.grads);
                 std::uint32_t edge[4] = {0, 0, 0, 0};

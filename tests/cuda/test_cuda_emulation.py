@@ -212,6 +212,9 @@ def test_layouts(variant, dtype):
     for name, (grads, loader) in layouts.items():
         _, plan = check(grads, 40, "rademacher", terms=2, variant=variant)
         assert (name, plan.loader) == (name, loader)
+    # Aligned with R, though where it begins is not an aligned address.
+    _, plan = check(dense[:, 513:], 40, "rademacher", row_offset=513, terms=2, variant=variant)
+    assert plan.loader == ("scalar" if fast == "tma" else fast)
 
 
 @pytest.mark.parametrize(("variant", "kind", "terms"), BLOCKS)

@@ -25,7 +25,7 @@ INPUTS = [
     (torch.float32, "high"),
     (torch.float32, "medium"),
 ]
-BATCHES = (3, 20, 70)  # one for each BLOCK_B
+BATCHES = (3, 20, 50, 70)  # every BLOCK_B of every family, and two tiles
 ROWS, COLS, ROW_OFFSET = 1608, 300, 77
 SEED, STREAM = 2**63 + 5, 2**31 - 1
 
