@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -231,8 +232,11 @@ def print_info(options: argparse.Namespace) -> int:
 def size(text: str) -> int:
     """ "4096", "1e7" or "10**8" as an integer of at least 1. Raises ValueError."""
     base, power, exponent = text.partition("**")
-    value = float(base) ** int(exponent) if power else float(text) if "e" in text else int(text)
-    if value < 1 or value != int(value):
+    try:
+        value = float(base) ** int(exponent) if power else float(text) if "e" in text else int(text)
+    except (ValueError, OverflowError):
+        value = 0
+    if not 1 <= value < math.inf or value != int(value):
         raise ValueError(f"received {text!r}; expected an integer of at least 1")
     return int(value)
 

@@ -186,7 +186,10 @@ def test_plan_as_json_holds_what_the_kernels_choose(capsys: pytest.CaptureFixtur
     [
         (["0", "10", "10", "fp32"], "received '0'; expected an integer of at least 1"),
         (["1", "1.5e0", "10", "fp32"], "received '1.5e0'"),
-        (["1", "ten", "10", "fp32"], "'ten'"),
+        (["1", "ten", "10", "fp32"], "received 'ten'; expected an integer of at least 1"),
+        (["1.5", "10", "10", "fp32"], "received '1.5'; expected"),
+        (["1", "1e400", "10", "fp32"], "received '1e400'; expected"),
+        (["1", "10", "10**400", "fp32"], "received '10**400'; expected"),
         (["1", "10", "10", "int8"], "received DTYPE 'int8'; expected float32, fp32"),
     ],
 )
