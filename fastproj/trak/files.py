@@ -173,7 +173,9 @@ def read_safetensors(
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
+    except (FileNotFoundError, RuntimeError) as error:  # torch's, where safe_open opens it again
+        if path.exists():
+            raise
         raise StoreError(f"{path} is gone; expected nobody to delete it during the run") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error

@@ -385,3 +385,17 @@ def test_damaged_scores_are_not_taken_for_another_programs(tmp_path, damage):
     path.write_bytes(content)
     with pytest.raises(StoreCorruptError, match=re.escape(path.name)):
         load_scores(path)
+
+
+def test_a_file_that_goes_while_it_is_opened_is_named(tmp_path, monkeypatch):
+    """safe_open opens it twice; torch, which does the second, raises a RuntimeError."""
+    path = tmp_path / "part.safetensors"
+    module.write_safetensors(path, {"x": torch.ones(3)}, {})
+
+    def vanishing(path, **_):
+        path.unlink()
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+
+    monkeypatch.setattr(module, "safe_open", vanishing)
+    with pytest.raises(StoreError, match="is gone"):
+        module.read_safetensors(path, None)
