@@ -173,7 +173,7 @@ sanitize-gpu:
 	@failed=""; for tool in memcheck racecheck synccheck; do echo "== compute-sanitizer --tool $$tool"; \
 	    only=""; if [ $$tool = memcheck ]; then only="--report-api-errors no"; fi; \
 	    $(call GPU_PYTEST,60,$(SANITIZER) --tool $$tool $$only --error-exitcode 9) \
-	        tests/cuda/test_cuda_sanitize.py $(PYTEST_ARGS) || failed="$$failed $$tool"; \
+	        tests/cuda/test_sanitize.py $(PYTEST_ARGS) || failed="$$failed $$tool"; \
 	done; if [ -n "$$failed" ]; then echo "sanitize-gpu: failed:$$failed" >&2; exit 1; fi
 
 # The targets first, then other sizes while the budget lasts; then the families of CUDA kernels. In a copy of the sources

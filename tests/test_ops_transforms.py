@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from dense import KINDS, integers, normals, stored
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 import fastproj
 from fastproj import ops
+from tests.dense import KINDS, integers, normals, stored
 
 SEED = 2**64 - 5  # as an op argument it is the int64 -5
 

@@ -1,7 +1,7 @@
 """A pytest plugin: tests of the CUDA backend that are written for a GPU, run on the emulation.
 
 `cuda` tensors are CPU tensors, the backend's three functions are those of emulation.py. So the
-tests themselves are known to be right before they meet a GPU: test_cuda_gpu_tests.py runs them.
+tests themselves are known to be right before they meet a GPU: test_gpu_tests.py runs them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import emulation
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastproj.backends import cuda, registry
+from tests.cuda import emulation
 
 TERMS = {"highest": 3, "high": 2, "medium": 1}
 

@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from building import ROOT, Built, Venv, attempt, copy_sources, environment, pip_wheel, run
+
+from tests import ROOT
+from tests.packaging.building import (
+    Built,
+    Venv,
+    attempt,
+    copy_sources,
+    environment,
+    pip_wheel,
+    run,
+)
 
 PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation")
 

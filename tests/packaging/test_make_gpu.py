@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import ROOT
+
+from tests import ROOT
 
 STEPS = "gpu-build gpu-test-cuda gpu-test-triton gpu-test-rest sanitize-gpu gpu-bench".split()
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -95,9 +96,7 @@ def test_what_the_tests_import_is_what_the_first_step_asks_for() -> None:
     makefile = (ROOT / "Makefile").read_text()
     asked_for = re.search(r'missing = \[n for n in "([^"]+)"\.split\(\)', makefile)
     assert asked_for is not None
-    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), *ROOT.glob("*.py")]
-    packages = {path.parent.name for path in files if path.name == "__init__.py"}
-    here = {path.stem for path in files} | packages | {"fastproj"}
+    here = {path.stem for path in ROOT.glob("*.py")} | {"bench", "fastproj", "tests"}
     known = {*asked_for[1].split(), *here, *sys.stdlib_module_names}
     foreign = {
         f"{path.relative_to(ROOT)}: {name}"

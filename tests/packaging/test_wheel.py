@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from building import ROOT, Built, Venv
 
 import fastproj
+from tests import ROOT
+from tests.packaging.building import Built, Venv
 
 USE = """
 import sys
