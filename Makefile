@@ -110,7 +110,7 @@ sanitize: $(VENV)/.test
 	$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench
-	$(BIN)/python bench/project.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.project $(BENCH_ARGS)
 
 # Everything that needs a GPU, in one command and under 15 minutes: a build for this GPU in a folder of its own, tests,
 # sanitizers, benchmark. With `VENV=` it uses $(PYTHON) as it is and installs nothing: `make gpu VENV= PYTHON=python3`.
@@ -120,8 +120,9 @@ GPU_LIB := build/gpu/lib
 GPU_LOGS := build/gpu/logs
 # Where CUDA's installer puts nvcc and compute-sanitizer, and PATH often doesn't say so.
 gpu-build sanitize-gpu: export PATH := $(PATH):/usr/local/cuda/bin
-GPU_RUN = PYTHONPATH="$(CURDIR)/$(GPU_LIB)" PYTHONUNBUFFERED=1
-GPU_PYTEST = PYTHONSAFEPATH=1 $(GPU_RUN) timeout -k 10 $(1) $(2) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
+# The build comes first, then the root for bench and tests.
+GPU_RUN = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/$(GPU_LIB):$(CURDIR)" PYTHONUNBUFFERED=1
+GPU_PYTEST = $(GPU_RUN) timeout -k 10 $(1) $(2) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
     --continue-on-collection-errors -o faulthandler_timeout=100 -m gpu
 # Several processes where pytest-xdist is there: compiling for Triton and NumPy's truth take longer than the GPU does.
 # Eight at most, for the GPU's memory.
@@ -153,8 +154,8 @@ gpu-check: $(if $(VENV),$(VENV)/.test)
 gpu-build:
 	@arch=$${FASTPROJ_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}; \
 	FASTPROJ_CUDA=1 FASTPROJ_CUDA_ARCHS="$$arch" $(GPU_PYTHON) setup.py -q build --build-base build/gpu --build-lib $(GPU_LIB)
-	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -m fastproj info
-	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
+	@$(GPU_RUN) $(GPU_PYTHON) -m fastproj info
+	@$(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
 
 gpu-test-cuda:
 	$(call GPU_PYTEST,180,) $(GPU_JOBS) tests/cuda $(PYTEST_ARGS)
@@ -179,8 +180,8 @@ sanitize-gpu:
 # The targets first, then other sizes while the budget lasts; then the families of CUDA kernels. In a copy of the sources
 # without the repository, FASTPROJ_COMMIT names the commit in the results.
 gpu-bench:
-	@failed=0; $(GPU_RUN) timeout -k 10 180 $(GPU_PYTHON) bench/project.py --device cuda $(GPU_BENCH_ARGS) || failed=1; \
-	$(GPU_RUN) timeout -k 10 60 $(GPU_PYTHON) bench/project.py --device cuda --ladder --repeats 5 --max-seconds 1 || failed=1; \
+	@failed=0; $(GPU_RUN) timeout -k 10 180 $(GPU_PYTHON) -m bench.project --device cuda $(GPU_BENCH_ARGS) || failed=1; \
+	$(GPU_RUN) timeout -k 10 60 $(GPU_PYTHON) -m bench.project --device cuda --ladder --repeats 5 --max-seconds 1 || failed=1; \
 	exit $$failed
 
 format: $(VENV)/.test

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import fastproj
+from bench.providers.base import Case, Inputs, Prepared, Provider
 from fastproj.backends import cpu
-from providers.base import Case, Inputs, Prepared, Provider
 
 PRECISIONS = ("highest", "high", "medium")
 PROBE_ROWS = 16384

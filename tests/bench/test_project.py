@@ -9,28 +9,25 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
+from bench import featurize, record
+from bench.providers import Case, Provider, ours
+from bench.targets import Target
+from bench.timing import time_case
+from tests import ROOT
+
 SMALL = (
     "--rows 2000 --cols 96 --batch 3 --repeats 1 --trak-rows 500 --square 256 --no-write".split()
 )
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import measure
-
-    return measure
-
-
 def test_every_provider_runs_and_is_right() -> None:
-    command = [sys.executable, ROOT / "bench" / "project.py", *SMALL]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.project", *SMALL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WRONG" not in done.stdout
     for name in ("torch peak bf16", "stored R fp32", "fastproj highest portable"):
@@ -39,15 +36,13 @@ def test_every_provider_runs_and_is_right() -> None:
 
 
 def test_an_unknown_provider_is_named() -> None:
-    command = [sys.executable, ROOT / "bench" / "project.py", "--provider", "nobody"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.project", "--provider", "nobody"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "nobody" in done.stderr
 
 
-def test_a_wrong_result_has_no_time(bench: ModuleType) -> None:
-    from providers import Case, Provider, ours
-
+def test_a_wrong_result_has_no_time() -> None:
     case = Case(3, 1500, 64, "gaussian", torch.float32, 2**20, 500, 5.0)
     prepare = partial(ours.prepare, precision="highest", isa="portable")
 
@@ -55,7 +50,7 @@ def test_a_wrong_result_has_no_time(bench: ModuleType) -> None:
         prepared = prepare(case, inputs)
         return replace(prepared, call=lambda: prepared.call() + 0.01)
 
-    good, bad = bench.time_case(case, [Provider("good", prepare), Provider("bad", spoiled)], 2)
+    good, bad = time_case(case, [Provider("good", prepare), Provider("bad", spoiled)], 2)
     assert len(good.seconds) == 2
     assert good.rate > 0
     assert not good.wrong
@@ -64,9 +59,7 @@ def test_a_wrong_result_has_no_time(bench: ModuleType) -> None:
     assert bad.rate == 0
 
 
-def test_a_result_of_nan_has_no_time(bench: ModuleType) -> None:
-    from providers import Case, Provider, ours
-
+def test_a_result_of_nan_has_no_time() -> None:
     case = Case(1, 600, 8, "rademacher", torch.float32, 2**20, 500, 5.0)
     prepare = partial(ours.prepare, precision="highest", isa="portable")
 
@@ -74,24 +67,22 @@ def test_a_result_of_nan_has_no_time(bench: ModuleType) -> None:
         prepared = prepare(case, inputs)
         return replace(prepared, call=lambda: prepared.call() * math.nan)
 
-    (row,) = bench.time_case(case, [Provider("nan", spoiled)], 1)
+    (row,) = time_case(case, [Provider("nan", spoiled)], 1)
     assert row.wrong
 
 
 def test_result_files_say_where_they_were_made(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    path = bench.write_result("check", {"rows": []})
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    path = record.write_result("check", {"rows": []})
     content = json.loads(path.read_text())
     assert content["versions"]["torch"] == torch.__version__
     assert content["machine"]["cores"] >= 1
     assert set(content) >= {"commit", "time", "built", "rows"}
 
 
-def test_targets_judge_in_the_right_direction(bench: ModuleType) -> None:
-    from acceptance import Target
-
+def test_targets_judge_in_the_right_direction() -> None:
     assert Target("rate", 3.0, 3.0, at_least=True).verdict == "PASS"
     assert Target("rate", 2.9, 3.0, at_least=True).verdict == "FAIL"
     assert Target("error", 1e-6, 1e-6, at_least=False).verdict == "FAIL"
@@ -101,11 +92,8 @@ def test_targets_judge_in_the_right_direction(bench: ModuleType) -> None:
 
 
 def test_featurize_measures_and_judges(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import featurize
-    import torch.nn as nn
-
     small = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
     monkeypatch.setattr(featurize, "resnet9", lambda: small)
     rows = {name: featurize.work(name, 2, 8, 1) for name in featurize.PROVIDERS}
@@ -129,10 +117,10 @@ def test_featurize_measures_and_judges(
 
 
 def test_a_copy_without_its_repository_is_told_its_commit(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setenv("FASTPROJ_COMMIT", "0123abc")
-    assert bench.commit() == "0123abc"
+    assert record.commit() == "0123abc"
     monkeypatch.delenv("FASTPROJ_COMMIT")
-    assert bench.commit() == ""
+    assert record.commit() == ""

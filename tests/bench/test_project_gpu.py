@@ -18,14 +18,11 @@ import pytest
 import torch
 
 import fastproj
+from bench import project, project_gpu, record, targets_gpu, timing
+from bench.providers import Case, Inputs, others_gpu, ours_gpu
+from bench.timing import Row
 from fastproj.backends import registry
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _bench_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+from tests import ROOT
 
 
 class Event:
@@ -47,10 +44,6 @@ class Event:
 @pytest.fixture
 def gpu_stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine that seems to have an H100; returns where results go."""
-    import gpu
-    import measure
-    from providers import ours_gpu
-
     device = types.SimpleNamespace(
         name="Stand-in", multi_processor_count=132, total_memory=80 << 30
     )
@@ -67,18 +60,18 @@ def gpu_stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
 
-    class Timer(measure.GpuTimer):
+    class Timer(timing.GpuTimer):
         def __init__(self) -> None:
             self.room = torch.empty(1024)
 
     def project(grads: torch.Tensor, **options: Any) -> torch.Tensor:
         return fastproj.project(grads, **{**options, "backend": "cpu"})
 
-    monkeypatch.setattr(measure, "GpuTimer", Timer)
-    monkeypatch.setattr(gpu, "copy_bandwidth", lambda: 3e12)
-    monkeypatch.setattr(gpu, "memory_targets", list)
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(timing, "GpuTimer", Timer)
+    monkeypatch.setattr(project_gpu, "copy_bandwidth", lambda: 3e12)
+    monkeypatch.setattr(project_gpu, "memory_targets", list)
+    monkeypatch.setattr(project_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(registry, "unavailable", lambda name: None)
     monkeypatch.setattr(ours_gpu, "fastproj", types.SimpleNamespace(project=project))
     monkeypatch.setattr(ours_gpu, "PROBE_ROWS", 64)
@@ -89,8 +82,6 @@ SMALL = "--device cuda --rows 3000 --cols 512 --batch 8 --repeats 2 --square 256
 
 
 def bench(*words: str) -> int:
-    import project
-
     return project.main([*SMALL, *words])
 
 
@@ -131,8 +122,6 @@ def test_all_of_it_runs_checks_and_writes(
 def test_a_wrong_result_is_not_timed_and_fails(
     gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from providers import ours_gpu
-
     def wrong(grads: torch.Tensor, **options: Any) -> torch.Tensor:
         return fastproj.project(grads, **{**options, "backend": "cpu"}) * 1.001
 
@@ -144,8 +133,6 @@ def test_a_wrong_result_is_not_timed_and_fails(
 def test_a_kernel_that_fails_costs_its_own_row_only(
     gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from providers import ours_gpu
-
     def failing(grads: torch.Tensor, **options: Any) -> torch.Tensor:
         if options["backend"] == "cuda":
             raise RuntimeError("launch of project sm90\n failed")
@@ -166,16 +153,14 @@ def test_a_kernel_that_fails_costs_its_own_row_only(
 def test_a_dead_gpu_ends_the_run_and_keeps_what_there_is(
     gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import gpu
-
-    real = gpu.time_case
+    real = project_gpu.time_case
 
     def dies(case: Any, *rest: Any) -> Any:
         if case.batch == 2:
             raise RuntimeError("an illegal memory access was encountered")
         return real(case, *rest)
 
-    monkeypatch.setattr(gpu, "time_case", dies)
+    monkeypatch.setattr(project_gpu, "time_case", dies)
     assert bench("--batch", "1", "2", "3", "--provider", "blocks") == 1
     assert "STOPPED at rademacher bfloat16 B=2 P=3000 K=512: an ill" in capsys.readouterr().out
     (path,) = gpu_stand_in.glob("*.json")
@@ -211,11 +196,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def shapes(*words: str) -> list[Any]:
-    import project
-
-    import gpu
-
-    return gpu.shapes_of(project.build_parser().parse_args(["--device", "cuda", *words]))
+    return project_gpu.shapes_of(project.build_parser().parse_args(["--device", "cuda", *words]))
 
 
 def test_cases() -> None:
@@ -233,14 +214,14 @@ def test_cases() -> None:
 
 
 def test_gradients_that_do_not_fit_lose_rows_and_say_so() -> None:
-    import gpu
-
-    shape = gpu.Shape("rademacher", "bfloat16", 512, 10**8, 4096)
-    rows, reason = gpu.fitting_rows(shape, 80 * 2**30)
+    shape = project_gpu.Shape("rademacher", "bfloat16", 512, 10**8, 4096)
+    rows, reason = project_gpu.fitting_rows(shape, 80 * 2**30)
     assert rows % 512 == 0
     assert rows * 512 * 2 <= 0.4 * 80 * 2**30
     assert reason == "fewer rows: G [B, P] would take 95.4 GiB"
-    assert gpu.fitting_rows(gpu.Shape("gaussian", "float32", 8, 10**6, 512), 80 * 2**30) == (
+    assert project_gpu.fitting_rows(
+        project_gpu.Shape("gaussian", "float32", 8, 10**6, 512), 80 * 2**30
+    ) == (
         10**6,
         "",
     )
@@ -250,16 +231,12 @@ def test_gradients_that_do_not_fit_lose_rows_and_say_so() -> None:
 
 
 def prepared(prepare: Any, dtype: torch.dtype = torch.float32, **other: int) -> Any:
-    from providers import Case, Inputs
-
     sizes = {"batch": 8, "rows": 2000, "cols": 512, **other}
     case = Case(kind="rademacher", dtype=dtype, stored_bytes=1, trak_rows=0, max_seconds=1, **sizes)
     return prepare(case, Inputs(case))
 
 
 def test_fast_jl_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    from providers import others_gpu
-
     calls = []
 
     def kernel(grads: torch.Tensor, proj_dim: int, seed: int, num_sms: int) -> torch.Tensor:
@@ -282,8 +259,6 @@ def test_fast_jl_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sjlt_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    from providers import others_gpu
-
     class SJLTProjection:
         def __init__(self, original_dim: int, proj_dim: int, c: int) -> None:
             generator = torch.Generator().manual_seed(0)
@@ -306,16 +281,12 @@ def test_sjlt_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def row(provider: str, rate: float, batch: int, **other: Any) -> Any:
-    from measure import Row
-
     facts = {"kind": "rademacher", "dtype": "bfloat16", "cols": 4096, "case_rows": 10**7, **other}
     return Row(provider, batch=batch, rows=10**6, flops=1e9 * rate, seconds=[1.0], **facts)
 
 
 def verdicts(rows: list[Any], arch: str = "sm_90") -> dict[str, tuple[float | None, str]]:
-    import acceptance_gpu
-
-    return {t.what: (t.figure, t.verdict) for t in acceptance_gpu.rate_targets(rows, arch)}
+    return {t.what: (t.figure, t.verdict) for t in targets_gpu.rate_targets(rows, arch)}
 
 
 def test_targets_from_rates() -> None:
@@ -370,8 +341,8 @@ def test_a_result_becomes_the_dispatchers_table(gpu_stand_in: Path) -> None:
     (result,) = gpu_stand_in.glob("*.json")
     table = gpu_stand_in / "measured.json"
     table.write_text(dispatch.TABLE.read_text())
-    command = [sys.executable, ROOT / "bench" / "dispatch.py", "--table", table]
-    run = partial(subprocess.run, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.measured", "--table", table]
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     done = run([*command, result])
     assert done.returncode == 0, done.stderr
     content = json.loads(table.read_text())

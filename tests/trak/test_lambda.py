@@ -7,7 +7,6 @@ import math
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,9 +26,8 @@ from fastproj.trak.ridge import (
     quadratures,
 )
 from fastproj.trak.solve import HALF_ROUNDING, Gram, solve
+from tests import ROOT
 from tests.trak import cases
-
-BENCH = Path(__file__).parents[2] / "bench" / "lds.py"
 
 
 def gradients(n, size, seed=0, decay=0.7):
@@ -485,8 +483,18 @@ def test_rounding_to_half_precision_is_no_rank():
 
 
 def run_bench(tmp_path, *options):
-    command = [sys.executable, str(BENCH), "--no-write", "--no-trak", "--cache", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "bench.lds",
+        "--no-write",
+        "--no-trak",
+        "--cache",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return done.stdout
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from acceptance import FAIL, Target, as_dicts, list_of
-from acceptance_gpu import memory_targets, rate_targets
+from bench.providers import Case, Provider
+from bench.providers.stored import peak_name
+from bench.record import write_result
+from bench.targets import FAIL, Target, as_dicts, list_of
+from bench.targets_gpu import memory_targets, rate_targets
+from bench.timing import GpuTimer, Row, table_of, time_case
 from fastproj.backends import dispatch
-from measure import GpuTimer, Row, table_of, time_case, write_result
-from providers import Case, Provider
-from providers.stored import peak_name
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
 COLS = (512, 2048, 4096, 8192, 16384)
@@ -118,7 +119,7 @@ def make_case(options: argparse.Namespace, shape: Shape, free_bytes: int) -> Cas
 
 
 def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
-    """The command `bench/project.py --device cuda`; 1 for a wrong result or a missed target."""
+    """`python -m bench.project --device cuda`; 1 for a wrong result or a missed target."""
     if not torch.cuda.is_available():
         print("bench: this torch finds no GPU; --device cpu needs none")
         return 2

@@ -1,8 +1,9 @@
-"""Writes what the dispatcher knows about a GPU from a result of `bench/project.py --device cuda`.
+"""Writes fastproj/backends/measured.json from a result of `python -m bench.project --device cuda`.
 
-    python bench/dispatch.py bench/results/<day>-<commit>-project-gpu.json
+    python -m bench.measured bench/results/<day>-<commit>-project-gpu.json
 
-The measurements of the result's architecture in fastproj/backends/measured.json are replaced.
+The file holds what the dispatcher knows about GPUs; the rows of the result's architecture are
+replaced.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 
 import torch
 
+from bench.providers.ours_gpu import PRECISIONS, name_of
 from fastproj.backends import dispatch
-from providers.ours_gpu import PRECISIONS, name_of
 
 
 def measurements(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows or "arch" not in gpu:
         print(
             f"{options.result}: no shape on which {' and '.join(dispatch.BACKENDS)} were both "
-            "timed on a GPU; make one with `python bench/project.py --device cuda`",
+            "timed on a GPU; make one with `python -m bench.project --device cuda`",
             file=sys.stderr,
         )
         return 1

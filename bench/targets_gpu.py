@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 
 import fastproj
-from acceptance import Target
+from bench.providers import generated
+from bench.providers.others_gpu import FAST_JL
+from bench.providers.ours_gpu import BACKENDS, name_of
+from bench.providers.stored import peak_name, stored_name
+from bench.targets import Target
+from bench.timing import Row
 from fastproj.backends import registry
-from measure import Row
-from providers import generated
-from providers.others_gpu import FAST_JL
-from providers.ours_gpu import BACKENDS, name_of
-from providers.stored import peak_name, stored_name
 
 JUDGED_ARCH = "sm_90"
 COLS, LEAST_ROWS = 4096, 10**7

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import limits
-from measure import Row, table_of, time_case
-from providers import Case, all_providers
-from providers.basic_projector import NAME as TRAK
-from providers.ours import name_of, usable_isas
-from providers.stored import peak_name
+from bench import limits
+from bench.providers import Case, all_providers
+from bench.providers.basic_projector import NAME as TRAK
+from bench.providers.ours import name_of, usable_isas
+from bench.providers.stored import peak_name
+from bench.timing import Row, table_of, time_case
 
 FP32, BF16 = peak_name("fp32"), peak_name("bf16")
 PASS, FAIL, NOT_HERE = "PASS", "FAIL", "N-A"
