@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from bench.record import in_fresh_process, write_result
 from bench.resnet9 import resnet9
-from fastproj.cli import positive
+from fastproj.commands.arguments import positive
 
 TARGET_SPEEDUP = 5.0
 PROVIDERS = {

@@ -39,7 +39,7 @@ from bench import problems
 from bench.problems import Problem
 from bench.record import write_result
 from fastproj import TRAKer
-from fastproj.cli import positive
+from fastproj.commands.arguments import positive
 from fastproj.trak import AbstractModelOutput
 from fastproj.trak.metrics import LDS, lds
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from fastproj.trak.demo import Ensemble, train_in_groups
+from fastproj.commands.demo import Ensemble, train_in_groups
 from fastproj.trak.tasks import margins
 
 GROUP = 25  # models trained at once by a thread: few enough for a core's cache

@@ -27,7 +27,7 @@ from bench.providers.stored import peak_name
 from bench.record import write_result
 from bench.targets import FAIL, Target, as_dicts, run_acceptance
 from bench.timing import Row, table_of, time_case
-from fastproj.cli import positive
+from fastproj.commands.arguments import positive
 
 PEAKS = (peak_name("fp32"), peak_name("bf16"))
 DTYPES = ("float32", "float64", "bfloat16", "float16")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastproj.backends import dispatch
-from fastproj.cli import built, cpu_name, usable_cores
+from fastproj.commands.info import built, cpu_name, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

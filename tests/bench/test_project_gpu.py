@@ -341,7 +341,7 @@ def test_a_result_becomes_the_dispatchers_table(gpu_stand_in: Path) -> None:
     (result,) = gpu_stand_in.glob("*.json")
     table = gpu_stand_in / "measured.json"
     table.write_text(dispatch.TABLE.read_text())
-    command = [sys.executable, "-m", "bench.measured", "--table", table]
+    command = [sys.executable, "-m", "bench.measured_table", "--table", table]
     run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     done = run([*command, result])
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ import pytest
 import fastproj
 from fastproj import cli
 from fastproj.backends import registry
+from fastproj.commands import info
 
 
 def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,11 +27,11 @@ def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--json"]) == 0
-    info = json.loads(capsys.readouterr().out)
-    assert info["spec_version"] == fastproj.SPEC_VERSION
-    usable = [name for name, backend in info["backends"].items() if backend["usable"]]
+    found = json.loads(capsys.readouterr().out)
+    assert found["spec_version"] == fastproj.SPEC_VERSION
+    usable = [name for name, backend in found["backends"].items() if backend["usable"]]
     assert usable == fastproj.available_backends()
-    for backend in info["backends"].values():
+    for backend in found["backends"].values():
         assert backend["usable"] == (backend["reason"] == "")
 
 
@@ -102,16 +103,16 @@ def test_interrupt_ends_with_130_and_no_traceback(
     def interrupted(options: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "print_info", interrupted)
+    monkeypatch.setattr(info, "print_info", interrupted)
     assert cli.main(["info"]) == 130
     assert capsys.readouterr().err == "\nfastproj: interrupted\n"
 
 
 def test_demo_arguments_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    module = types.ModuleType("fastproj.trak.demo")
+    module = types.ModuleType("fastproj.commands.demo")
     module.main = lambda arguments: seen.append(arguments)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fastproj.trak.demo", module)
+    monkeypatch.setitem(sys.modules, "fastproj.commands.demo", module)
     assert cli.main(["demo", "--help", "--seed", "3"]) == 0
     assert seen == [["--help", "--seed", "3"]]
 

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from fastproj.trak import demo, lds
+from fastproj.commands import demo
+from fastproj.trak import lds
 from fastproj.trak.tasks import margins
 
 SMALL = {

@@ -11,8 +11,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from fastproj.commands.report import main
 from fastproj.trak import lds
-from fastproj.trak.report import Page, main, png, render, to_uint8, write_report
+from fastproj.trak.report import Page, png, render, to_uint8, write_report
 from tests.trak import cases
 
 VOID = {"meta", "img", "br"}  # HTML elements without an end tag that the page uses

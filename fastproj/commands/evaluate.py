@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fastproj
+from fastproj.commands.arguments import INTERRUPTED
 from fastproj.trak.correlation import METHODS
 from fastproj.trak.files import StoreError, write_atomic
 from fastproj.trak.metrics import (
@@ -38,8 +39,6 @@ from fastproj.trak.retrain import (
 )
 from fastproj.trak.workers import WorkerError
 from fastproj.trak.writer import TopScores, load_array, load_scores
-
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 RECIPE_HELP = (
     "how to train: a Python file, or a module's name, with train(indices, seed) -> model and "

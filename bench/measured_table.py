@@ -1,6 +1,6 @@
 """Writes fastproj/backends/measured.json from a result of `python -m bench.project --device cuda`.
 
-    python -m bench.measured bench/results/<day>-<commit>-project-gpu.json
+    python -m bench.measured_table bench/results/<day>-<commit>-project-gpu.json
 
 The file holds what the dispatcher knows about GPUs; the rows of the result's architecture are
 replaced.

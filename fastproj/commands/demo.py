@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import fastproj
+from fastproj.commands.arguments import INTERRUPTED
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.files import StoreError, make_dir, read_json, write_json
 from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
@@ -38,7 +39,6 @@ from fastproj.trak.solve import AUTO, Lambda, check_lambda
 from fastproj.trak.tasks import margins
 
 GROUP = 50  # models trained at once: few enough for a core's cache
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -485,7 +485,3 @@ def check(parser: argparse.ArgumentParser, settings: Settings) -> None:
         parser.error(str(error))
     if settings.seed >= 1 << 62:
         parser.error(f"--seed: received {settings.seed}; expected less than 2^62")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

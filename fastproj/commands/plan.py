@@ -1,4 +1,4 @@
-"""What a projection of a given shape would use on each GPU: tiles, stages, splits, grid, workspace.
+"""``fastproj info --plan``: the tiles, stages, splits, grid and workspace of a projection by GPU.
 
 Nothing is launched or timed; the same arguments always give the same plan. The kernels choose by
 the same functions.
@@ -6,11 +6,15 @@ the same functions.
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from dataclasses import dataclass
 
 import torch
 
 from fastproj.backends import cuda, triton
+from fastproj.commands.arguments import size
 
 DTYPES = {
     "float32": torch.float32,
@@ -100,3 +104,42 @@ def plans(
         )  # fmt: skip
         found.append(Plan("triton", gpu, facts))
     return found
+
+
+def print_plans(options: argparse.Namespace) -> int:
+    """Print a table for each backend, with a column for each GPU; returns the exit status."""
+    try:
+        batch, rows, cols = (size(text) for text in options.plan[:3])
+        if options.plan[3] not in DTYPES:
+            raise ValueError(f"received DTYPE {options.plan[3]!r}; expected {', '.join(DTYPES)}")
+        dtype = DTYPES[options.plan[3]]
+        found = plans(batch, rows, cols, dtype, options.kind, options.precision)
+    except ValueError as refusal:
+        print(f"fastproj info --plan: {refusal}", file=sys.stderr)
+        return 2
+    if options.json:
+        content = [
+            {"backend": plan.backend, **vars(plan.gpu), "facts": plan.facts, "reason": plan.reason}
+            for plan in found
+        ]
+        print(json.dumps(content, indent=2))
+        return 0
+    name = str(dtype).removeprefix("torch.")
+    print(f"B = {batch}, P = {rows}, K = {cols}, {name}, {options.kind}, {options.precision};")
+    print("dense rows that start at multiples of 16 bytes, at row 0 of R")
+    for backend in dict.fromkeys(plan.backend for plan in found):
+        mine = [plan for plan in found if plan.backend == backend]
+        if mine[0].reason:
+            print(f"\n{backend}: {mine[0].reason}")
+            continue
+        heads = [[plan.gpu.arch for plan in mine], [plan.gpu.name for plan in mine]]
+        cells = [("", *heads[0]), (backend, *heads[1])]
+        cells.append(("multiprocessors", *(str(plan.gpu.multiprocessors) for plan in mine)))
+        facts = dict.fromkeys(fact for plan in mine for fact in plan.facts)
+        cells += [(fact, *(plan.facts.get(fact, "-") for plan in mine)) for fact in facts]
+        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
+        print()
+        for row in cells:
+            line = "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+            print(line.rstrip())
+    return 0
