@@ -11,7 +11,6 @@ import copy
 import hashlib
 import itertools
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,21 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from fastproj.commands.demo import Ensemble, train_in_groups
+from fastproj.testbed.digits import digits as load_digits
+from fastproj.testbed.ensembles import (
+    Ensemble,
+    Loss,
+    Training,
+    random_halves,
+    split,
+    train_ensemble,
+)
 from fastproj.trak.tasks import margins
 
 GROUP = 25  # models trained at once by a thread: few enough for a core's cache
-
-
-@dataclass(frozen=True)
-class Training:
-    """SGD with momentum 0.9; the rate rises over the first fifth and then falls to zero."""
-
-    epochs: int
-    batch: int = 50
-    learning_rate: float = 0.1
-    weight_decay: float = 2e-3
-    clip: float = 0.0  # largest norm of a model's gradient; 0: any
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class PatchConv(nn.Module):
 
 
 class DigitsCNN(nn.Module):
-    """Two strided convolutions and a linear layer for 8 x 8 images; 3,530 parameters."""
+    """The CNN of fastproj.testbed.digits, its convolutions as products over patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,11 +163,7 @@ class ViT(nn.Module):
 
 def digits(n: int = 1000, targets: int = 100, seed: int = 0) -> Problem:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, with a CNN."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    x = torch.tensor(data.images / 16.0, dtype=torch.float32).unsqueeze(1)
-    parts = split(x, torch.tensor(data.target), n, targets, seed)
+    parts = split(*load_digits(), n, targets, seed)
     return Problem("digits", *parts, DigitsCNN, Training(epochs=60))
 
 
@@ -298,17 +290,6 @@ def squared_error(base: type) -> Any:
     return SquaredError()
 
 
-def split(
-    x: Tensor, y: Tensor, n: int, targets: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """n random samples to train on and ``targets`` others."""
-    if n + targets > len(x):
-        raise ValueError(f"split: received n={n}, targets={targets}; expected <= {len(x)} together")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    chosen, held_out = order[:n], order[len(x) - targets :]
-    return x[chosen], y[chosen], x[held_out], y[held_out]
-
-
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -318,55 +299,20 @@ def train(problem: Problem, members: Tensor, seed: int, what: str) -> Ensemble:
     models = [problem.model() for _ in members]
     start, _ = stack_module_state(models)
 
-    def train_rows(rows: Tensor, *how: Any) -> Ensemble:
-        params = {name: p.detach()[rows] for name, p in start.items()}
-        return train_group(problem, copy.deepcopy(models[0]), params, members[rows], *how)
+    def make_loss() -> Loss:
+        skeleton = copy.deepcopy(models[0])  # functional_call changes it: one for each thread
 
-    return train_in_groups(train_rows, len(members), GROUP, problem.training.epochs, seed, what)
+        def loss_of_one(weights: Ensemble, x: Tensor, y: Tensor) -> Tensor:
+            return problem.loss(functional_call(skeleton, weights, (x,)), y)
 
+        return lambda params, rows: vmap(loss_of_one)(
+            params, problem.x[rows], problem.y[rows]
+        ).sum()
 
-def train_group(
-    problem: Problem,
-    skeleton: nn.Module,
-    start: Ensemble,
-    members: Tensor,
-    generator: torch.Generator,
-    count_epoch: Callable[[], object],
-    stopped: threading.Event,
-) -> Ensemble:
-    """Train models at once from ``start``, model j on the samples ``members[j]`` [M, s]."""
-    setting = problem.training
-    count, size = members.shape
-    params = {name: p.clone().requires_grad_() for name, p in start.items()}
-    velocity = {name: torch.zeros_like(p) for name, p in params.items()}
-
-    def losses(weights: Ensemble, x: Tensor, y: Tensor) -> Tensor:
-        return problem.loss(functional_call(skeleton, weights, (x,)), y)
-
-    batch = min(setting.batch, size)
-    steps = size // batch
-    total, step = steps * setting.epochs, 0
-    for _ in range(setting.epochs):
-        shuffled = members.gather(1, torch.rand(count, size, generator=generator).argsort(1))
-        for rows in shuffled.split(batch, 1)[:steps]:  # [M, batch]
-            if stopped.is_set():
-                break
-            done = (step + 1) / total
-            rate = setting.learning_rate * min(done / 0.2, (1 - done) / 0.8)
-            loss = vmap(losses)(params, problem.x[rows], problem.y[rows]).sum()
-            grads = torch.autograd.grad(loss, list(params.values()))
-            with torch.no_grad():
-                shrink = torch.ones(count)
-                if setting.clip:
-                    norm = sum(g.flatten(1).square().sum(1) for g in grads)
-                    shrink = (setting.clip / torch.as_tensor(norm).sqrt()).clamp(max=1)  # [M]
-                for (name, p), g in zip(params.items(), grads, strict=True):
-                    g = g * shrink.reshape(-1, *[1] * (g.dim() - 1))
-                    velocity[name].mul_(0.9).add_(g).add_(p, alpha=setting.weight_decay)
-                    p.sub_(velocity[name], alpha=rate)
-            step += 1
-        count_epoch()
-    return {name: p.detach() for name, p in params.items()}
+    start = {name: p.detach() for name, p in start.items()}
+    return train_ensemble(
+        start, members, make_loss, problem.training, group=GROUP, seed=seed, what=what
+    )
 
 
 def outputs(problem: Problem, params: Ensemble, x: Tensor, y: Tensor) -> Tensor:
@@ -389,14 +335,6 @@ def checkpoints(problem: Problem, count: int, seed: int = 1) -> list[dict[str, T
     everything = torch.arange(problem.n).expand(count, -1).contiguous()
     params = train(problem, everything, seed, f"{problem.name}: training {count} checkpoints")
     return [{name: p[c].clone() for name, p in params.items()} for c in range(count)]
-
-
-def random_halves(n: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(members [count, n // 2], masks [count, n] bool) of random halves of the training set."""
-    noise = torch.rand(count, n, generator=torch.Generator().manual_seed(seed))
-    members = noise.argsort(1)[:, : n // 2].contiguous()
-    masks = torch.zeros(count, n, dtype=torch.bool).scatter_(1, members, True)
-    return members, masks
 
 
 def ground_truth(

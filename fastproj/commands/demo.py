@@ -13,10 +13,8 @@ import hashlib
 import json
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import fastproj
 from fastproj.commands.arguments import INTERRUPTED
+from fastproj.testbed import ensembles
+from fastproj.testbed.digits import DigitsCNN, digits, ensemble_logits, patches
+from fastproj.testbed.ensembles import Ensemble, Training, random_halves, split
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.files import StoreError, make_dir, read_json, write_json
 from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
@@ -64,7 +65,7 @@ class Settings:
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-# ---- data and model -----------------------------------------------------------------------------
+# ---- data and models ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -79,59 +80,7 @@ class Data:
 
 def load_data(settings: Settings) -> Data:
     """A random split of scikit-learn's digits (1,797 handwritten digits)."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.tensor(digits.images / 16.0, dtype=torch.float32).unsqueeze(1)  # [1797, 1, 8, 8]
-    labels = torch.tensor(digits.target)
-    generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(images), generator=generator)
-    train, held_out = order[: settings.train], order[-settings.targets :]
-    return Data(images[train], labels[train], images[held_out], labels[held_out])
-
-
-class DigitsCNN(nn.Module):
-    """Two strided convolutions and a linear layer; 3,530 parameters."""
-
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, stride=2, padding=1)  # 8 x 8 -> 4 x 4
-        self.conv2 = nn.Conv2d(16, 32, 2, stride=2)  # 4 x 4 -> 2 x 2
-        self.fc = nn.Linear(32 * 2 * 2, classes)
-        for conv in (self.conv1, self.conv2):
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.get_parameter("bias"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, 10] of images [B, 1, 8, 8]."""
-        x = F.relu(self.conv1(x))
-        x = F.relu(self.conv2(x))
-        return self.fc(x.flatten(1))
-
-
-Ensemble = dict[str, Tensor]  # parameter name -> [M, *shape]
-
-
-def patches(images: Tensor) -> Tensor:
-    """The 3 x 3 neighbourhoods that conv1 sees, [n, 16, 9], the four of a conv2 cell together."""
-    n = len(images)
-    cells = F.unfold(images, 3, padding=1, stride=2).mT  # [n, 4 * 4, 9]
-    cells = cells.reshape(n, 2, 2, 2, 2, 9).transpose(2, 3)  # y, dy, x, dx -> y, x, dy, dx
-    return cells.reshape(n, 16, 9).contiguous()
-
-
-def ensemble_logits(params: Ensemble, x: Tensor) -> Tensor:
-    """Logits [M, B, 10] of M models, each on its own images, x [M, B, 16, 9] as from ``patches``.
-
-    ``DigitsCNN`` for all models at once: both convolutions are matrix products over patches.
-    """
-    m, b = x.shape[:2]
-    w1 = params["conv1.weight"].flatten(2).mT  # [M, 9, 16]
-    h = torch.baddbmm(params["conv1.bias"].unsqueeze(1), x.reshape(m, b * 16, 9), w1).relu()
-    w2 = params["conv2.weight"].permute(0, 3, 4, 2, 1).reshape(m, 64, 32)  # dy, dx, channel
-    h = torch.baddbmm(params["conv2.bias"].unsqueeze(1), h.reshape(m, b * 4, 64), w2).relu()
-    w3 = params["fc.weight"].reshape(m, -1, 32, 4).permute(0, 3, 2, 1).reshape(m, 128, -1)
-    return torch.baddbmm(params["fc.bias"].unsqueeze(1), h.reshape(m, b, 128), w3)
+    return Data(*split(*digits(), settings.train, settings.targets, settings.seed))
 
 
 def train_ensemble(
@@ -141,102 +90,18 @@ def train_ensemble(
     torch.manual_seed(seed)
     models = [dict(DigitsCNN().named_parameters()) for _ in members]
     start = {name: torch.stack([m[name].detach() for m in models]) for name in models[0]}
-
-    def train_rows(rows: Tensor, *how: Any) -> Ensemble:
-        params = {name: p[rows] for name, p in start.items()}
-        return train_group(settings, data, params, members[rows], *how)
-
-    return train_in_groups(train_rows, len(members), GROUP, settings.epochs, seed, what)
-
-
-def train_in_groups(
-    train_rows: Callable[
-        [Tensor, torch.Generator, Callable[[], object], threading.Event], Ensemble
-    ],
-    count: int,
-    size: int,
-    epochs: int,
-    seed: int,
-    what: str,
-) -> Ensemble:
-    """Train ``count`` models in groups of ``size``, each group in a thread with torch on one core.
-
-    Small products gain nothing from threads inside, and on a busy machine lose much. The result
-    doesn't depend on how many cores there are.
-
-    Parameters
-    ----------
-    train_rows : trains the models of these numbers with (generator, count_epoch, stopped): calls
-        ``count_epoch`` after each epoch, and returns early once ``stopped`` is set.
-    """
-    groups = torch.arange(count).split(size)
-    threads = torch.get_num_threads()
-    stopped = threading.Event()
-    bar = tqdm(desc=what, total=len(groups) * epochs, unit="epoch", leave=False)
-
-    def count_epoch() -> None:
-        if not stopped.is_set():
-            bar.update()
-
-    with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        try:
-            jobs = [
-                pool.submit(
-                    train_rows,
-                    rows,
-                    torch.Generator().manual_seed(seed * 1009 + number),
-                    count_epoch,
-                    stopped,
-                )
-                for number, rows in enumerate(groups)
-            ]
-            finished, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in finished:
-                job.result()  # raises what it raised
-            trained = [job.result() for job in jobs]
-        finally:
-            stopped.set()  # where an error or Ctrl-C ended the wait, threads end at their next step
-            torch.set_num_threads(threads)
-    return {name: torch.cat([params[name] for params in trained]) for name in trained[0]}
-
-
-def train_group(
-    settings: Settings,
-    data: Data,
-    params: Ensemble,
-    members: Tensor,
-    generator: torch.Generator,
-    count_epoch: Callable[[], object],
-    stopped: threading.Event,
-) -> Ensemble:
-    """Train models at once from ``params``, model j on the samples ``members[j]`` [M, s].
-
-    SGD with momentum 0.9, weight decay, and a learning rate that rises over the first fifth and
-    then falls to zero.
-    """
-    count, size = members.shape
-    params = {name: p.clone().requires_grad_() for name, p in params.items()}
-    velocity = {name: torch.zeros_like(p) for name, p in params.items()}
     x, y = patches(data.train_images), data.train_labels
-    steps = max(1, size // settings.batch)
-    total, step = steps * settings.epochs, 0
-    for _ in range(settings.epochs):
-        shuffled = members.gather(1, torch.rand(count, size, generator=generator).argsort(1))
-        for rows in shuffled.split(settings.batch, 1)[:steps]:  # [M, batch]
-            if stopped.is_set():
-                return params
-            done = (step + 1) / total
-            rate = settings.learning_rate * min(done / 0.2, (1 - done) / 0.8)
-            logits = ensemble_logits(params, x[rows])
-            loss = F.cross_entropy(logits.flatten(0, 1), y[rows].flatten(), reduction="sum")
-            grads = torch.autograd.grad(loss / rows.shape[1], list(params.values()))
-            with torch.no_grad():
-                for (name, p), g in zip(params.items(), grads, strict=True):
-                    velocity[name].mul_(0.9).add_(g).add_(p, alpha=settings.weight_decay)
-                    p.sub_(velocity[name], alpha=rate)
-            step += 1
-        count_epoch()
-    return {name: p.detach() for name, p in params.items()}
+
+    def loss(params: Ensemble, rows: Tensor) -> Tensor:
+        logits = ensemble_logits(params, x[rows]).flatten(0, 1)
+        return F.cross_entropy(logits, y[rows].flatten(), reduction="sum") / rows.shape[1]
+
+    training = Training(
+        settings.epochs, settings.batch, settings.learning_rate, settings.weight_decay
+    )
+    return ensembles.train_ensemble(
+        start, members, lambda: loss, training, group=GROUP, seed=seed, what=what
+    )
 
 
 def ensemble_margins(params: Ensemble, images: Tensor, labels: Tensor) -> Tensor:
@@ -292,12 +157,7 @@ def retrain(settings: Settings, data: Data, path: Path) -> tuple[Tensor, Tensor]
 
     Each of the R rounds is kept in ``path`` when it is finished, and not done again.
     """
-    generator = torch.Generator().manual_seed(settings.seed + 2)
-    half = settings.train // 2
-    noise = torch.rand(settings.subsets, settings.train, generator=generator)
-    members = noise.argsort(1)[:, :half].contiguous()  # [S, n / 2]
-    masks = torch.zeros(settings.subsets, settings.train, dtype=torch.bool)
-    masks.scatter_(1, members, True)
+    members, masks = random_halves(settings.train, settings.subsets, settings.seed + 2)
     outputs: list[Tensor] = []
     make_dir(path.parent)
     if path.exists():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastproj.commands import demo
+from fastproj.testbed import digits, ensembles
 from fastproj.trak import lds
 from fastproj.trak.tasks import margins
 
@@ -25,14 +26,14 @@ ARGUMENTS = [text for name, value in SMALL.items() for text in (f"--{name}", str
 
 def test_ensembles_compute_what_the_model_computes():
     torch.manual_seed(0)
-    models = [demo.DigitsCNN() for _ in range(3)]
+    models = [digits.DigitsCNN() for _ in range(3)]
     params = {
         name: torch.stack([dict(model.named_parameters())[name].detach() for model in models])
         for name, _ in models[0].named_parameters()
     }
     images, labels = torch.rand(7, 1, 8, 8), torch.randint(0, 10, (7,))
-    x = demo.patches(images)
-    logits = demo.ensemble_logits(params, x.expand(3, *x.shape))
+    x = digits.patches(images)
+    logits = digits.ensemble_logits(params, x.expand(3, *x.shape))
     for j, model in enumerate(models):
         torch.testing.assert_close(logits[j], model(images))
         torch.testing.assert_close(
@@ -69,7 +70,7 @@ def test_training_does_not_depend_on_the_number_of_cores(monkeypatch, threads):
 def test_an_error_in_one_group_ends_the_others(monkeypatch):
     settings = demo.Settings(train=60, targets=5, epochs=10_000, batch=10)
     data = demo.load_data(settings)
-    train, started = demo.train_group, []
+    train, started = ensembles.train_group, []
 
     def failing(*arguments):
         started.append(arguments)
@@ -78,7 +79,7 @@ def test_an_error_in_one_group_ends_the_others(monkeypatch):
         return train(*arguments)
 
     monkeypatch.setattr(demo, "GROUP", 1)
-    monkeypatch.setattr(demo, "train_group", failing)
+    monkeypatch.setattr(ensembles, "train_group", failing)
     torch.set_num_threads(2)
     members = torch.arange(60).expand(6, -1).contiguous()
     with pytest.raises(KeyboardInterrupt):
