@@ -1,6 +1,6 @@
 """LDS against the number of trained models: TRAK, datamodels and gradient inner products.
 
-    python -m bench.lds_curve [--problem digits] [--out bench/results]
+    python -m bench.lds_curve [--problem digits]
 
 What is scored on: models trained on random halves of the data, several retrainings of each. What
 competes, each point with its bootstrap interval:
