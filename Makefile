@@ -15,13 +15,14 @@ JOBS ?= auto
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
+SITE := build/site
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.hpp \
     csrc/cuda/*.cpp tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py build_cuda.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all compat sanitize bench gpu format clean
+.PHONY: help demo test lint unit test-all compat sanitize bench gpu docs docs-links format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
@@ -31,6 +32,7 @@ help:
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
 	@echo "make gpu       all that needs a GPU: build, tests, sanitizers, benchmark; VENV= PYTHON=python3 installs nothing"
+	@echo "make docs      build the pages and the API reference into $(SITE); docs-links also asks other sites"
 	@echo "make format    rewrite sources in the project's format"
 	@echo "make clean     remove builds and caches ($(VENV) stays)"
 
@@ -61,6 +63,12 @@ $(VENV)/.test: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
 $(VENV)/.bench: $(VENV)/.demo
 	@echo "== installing fastproj[trak,bench] into $(VENV) and compiling its kernels: a minute or two"
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,bench]"
+	@touch $@
+
+# The site's generator, beside the package that it documents.
+$(VENV)/.docs: $(VENV)/.demo constraints.txt
+	@echo "== installing Sphinx into $(VENV)"
+	@$(PIP) install -q -c constraints.txt sphinx myst-parser furo
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -111,6 +119,16 @@ sanitize: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.project $(BENCH_ARGS)
+
+# A warning, such as of a link that leads nowhere, is an error.
+SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees
+docs: $(VENV)/.docs
+	$(SPHINX) . $(SITE)
+	$(BIN)/python docs/check_links.py $(SITE)
+	@echo "open $(SITE)/index.html"
+
+docs-links: $(VENV)/.docs
+	$(SPHINX) -b linkcheck . build/links
 
 # Everything that needs a GPU, in one command and under 15 minutes: a build for this GPU in a folder of its own, tests,
 # sanitizers, benchmark. With `VENV=` it uses $(PYTHON) as it is and installs nothing: `make gpu VENV= PYTHON=python3`.

@@ -16,7 +16,7 @@ from fastproj.backends import cpu
 
 PRECISIONS = ("highest", "high", "medium")
 PROBE_ROWS = 16384
-# A result worse than this is wrong, not rounded: DESIGN section 4 with a margin of four.
+# A result worse than this is wrong, not rounded: docs/projection.md with a margin of four.
 BOUNDS = {"highest": 2e-6, "high": 6e-5, "medium": 1.6e-2}
 
 

@@ -21,7 +21,7 @@ SHAPES = [
     (5, 9000, 100, 0),
     (2, 513, 2500, 511),
 ]
-# 2-norm of the error over that of the result, for float32 input: DESIGN's term counts
+# 2-norm of the error over that of the result, for float32 input: docs/projection.md's promises
 PRECISION_BOUND = {"highest": 1e-6, "high": 2.0**-16, "medium": 2.0**-8}
 
 pytestmark = pytest.mark.skipif(
