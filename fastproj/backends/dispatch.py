@@ -1,6 +1,6 @@
 """Which GPU backend is faster for a shape: looked up in ``measured.json``, never guessed.
 
-``bench/dispatch.py`` writes that file from a benchmark's result. What no measurement is near to
+``bench/measured_table.py`` writes that file from a benchmark's result. What no measurement is near to
 keeps the registry's order.
 """
 
