@@ -36,7 +36,7 @@ CONTENTS = {
     "Projection": ["docs/projection", "docs/install", "docs/dropin"],
     "API": ["docs/api/projection", "docs/api/trak", "docs/api/compat"],
     "Inside": ["docs/architecture", "docs/glossary", "csrc/cpu/README", "csrc/cuda/README",
-               "docs/triton", "kernels/RESOURCES", "CONTRIBUTING", "CHANGELOG"],
+               "docs/triton", "kernels/RESOURCES", "bench/README", "CONTRIBUTING", "CHANGELOG"],
 }  # fmt: skip
 
 html_theme = "furo"

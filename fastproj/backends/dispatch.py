@@ -1,7 +1,7 @@
 """Which GPU backend is faster for a shape: looked up in ``measured.json``, never guessed.
 
-``bench/measured_table.py`` writes that file from a benchmark's result. What no measurement is near to
-keeps the registry's order.
+``bench/measured_table.py`` writes that file from a benchmark's result. What no measurement is near
+to keeps the registry's order.
 """
 
 from __future__ import annotations
