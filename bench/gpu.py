@@ -15,7 +15,7 @@ import torch
 
 from acceptance import FAIL, Target, as_dicts, list_of
 from acceptance_gpu import memory_targets, rate_targets
-from fastproj.backends import dispatch
+from fastproj.backends import measured
 from measure import GpuTimer, Row, table_of, time_case, write_result
 from providers import Case, Provider
 from providers.stored import peak_name
@@ -129,7 +129,7 @@ def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
         said.append(text)
 
     begun = time.monotonic()
-    arch = dispatch.arch_of(torch.cuda.current_device())
+    arch = measured.arch_of(torch.cuda.current_device())
     bandwidth = copy_bandwidth()
     say(f"{torch.cuda.get_device_name()}, {arch}; a copy moves {bandwidth / 1e12:.2f} TB/s")
     rows: list[Row] = []

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastproj.backends import dispatch
+from fastproj.backends import measured
 from fastproj.cli import built, cpu_name, usable_cores
 from providers import Case, Inputs, Prepared, Provider
 
@@ -193,7 +193,7 @@ def gpu() -> dict[str, Any]:
         driver = []
     return {
         "name": properties.name,
-        "arch": dispatch.arch_of(torch.cuda.current_device()),
+        "arch": measured.arch_of(torch.cuda.current_device()),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30),
         "driver": driver[0] if driver else "",
