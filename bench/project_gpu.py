@@ -19,7 +19,7 @@ from bench.record import write_result
 from bench.targets import FAIL, Target, as_dicts, list_of
 from bench.targets_gpu import memory_targets, rate_targets
 from bench.timing import GpuTimer, Row, table_of, time_case
-from fastproj.backends import dispatch
+from fastproj.backends import measured
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
 COLS = (512, 2048, 4096, 8192, 16384)
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
         said.append(text)
 
     begun = time.monotonic()
-    arch = dispatch.arch_of(torch.cuda.current_device())
+    arch = measured.arch_of(torch.cuda.current_device())
     bandwidth = copy_bandwidth()
     say(f"{torch.cuda.get_device_name()}, {arch}; a copy moves {bandwidth / 1e12:.2f} TB/s")
     rows: list[Row] = []

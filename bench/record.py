@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastproj.backends import dispatch
+from fastproj.backends import measured
 from fastproj.commands.info import built, cpu_name, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def gpu() -> dict[str, Any]:
         driver = []
     return {
         "name": properties.name,
-        "arch": dispatch.arch_of(torch.cuda.current_device()),
+        "arch": measured.arch_of(torch.cuda.current_device()),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30),
         "driver": driver[0] if driver else "",

@@ -331,30 +331,30 @@ def test_targets_judge_nothing_elsewhere_or_on_small_problems() -> None:
     assert verdicts(other, "sm_80")[what] == (0.85, "FAIL")
 
 
-# ---- the dispatcher's table --------------------------------------------------------------------
+# ---- the table of measurements -------------------------------------------------------------------
 
 
-def test_a_result_becomes_the_dispatchers_table(gpu_stand_in: Path) -> None:
-    from fastproj.backends import dispatch
+def test_a_result_becomes_the_table_that_backends_are_chosen_by(gpu_stand_in: Path) -> None:
+    from fastproj.backends import measured
 
     assert bench("--dtype", "float32", "bfloat16") == 0
     (result,) = gpu_stand_in.glob("*.json")
     table = gpu_stand_in / "measured.json"
-    table.write_text(dispatch.TABLE.read_text())
+    table.write_text(measured.TABLE.read_text())
     command = [sys.executable, "-m", "bench.measured_table", "--table", table]
     run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     done = run([*command, result])
     assert done.returncode == 0, done.stderr
     content = json.loads(table.read_text())
     assert content["architectures"]["sm_90"]["source"] == result.name
-    measured = dispatch.parse(content)["sm_90"]
-    assert {(m.dtype, m.terms, m.batch, m.cols) for m in measured} == {
+    rows = measured.parse(content)["sm_90"]
+    assert {(m.dtype, m.terms, m.batch, m.cols) for m in rows} == {
         ("float32", 1, 8, 512),
         ("float32", 2, 8, 512),
         ("float32", 3, 8, 512),
         ("bfloat16", 1, 8, 512),
     }
-    assert all({name for name, _ in m.rates} == {"cuda", "triton"} for m in measured)
+    assert all({name for name, _ in m.rates} == {"cuda", "triton"} for m in rows)
     empty = gpu_stand_in / "empty.json"
     empty.write_text('{"rows": []}')
     done = run([*command, empty])

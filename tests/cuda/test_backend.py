@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastproj.backends import cuda
+from fastproj.call import Call
 from fastproj.spec import MatrixKey
 
 BUILT = not isinstance(cuda._extension(), str)
@@ -41,13 +42,13 @@ def test_variant_is_checked(monkeypatch):
 
 
 def test_a_sum_of_nothing_is_zero():
-    settings = {"key": MatrixKey("rademacher", 0, 0), "row_offset": 0, "scale": 1.0}
+    call = Call(MatrixKey("rademacher", 0, 0))
     nothing = [torch.empty(3, 0), torch.empty(3, 0)]
     out = torch.full((3, 5), torch.nan)
-    cuda.project(nothing, out, accumulate=False, precision="highest", **settings)
+    cuda.project(nothing, out, call)
     assert torch.equal(out, torch.zeros(3, 5))
     out.fill_(7.0)
-    cuda.project(nothing, out, accumulate=True, precision="highest", **settings)
+    cuda.project(nothing, out, call._replace(accumulate=True))
     assert torch.equal(out, torch.full((3, 5), 7.0))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastproj.backends import cuda
+from fastproj.call import Call
 from fastproj.spec import MatrixKey, matrix_block
 from tests.dense import matmul_bound
 
@@ -57,8 +58,7 @@ def run(grads, proj_dim, key, *, row_offset=0, precision="highest", out=None, **
     if out is None:
         dtype = torch.float64 if pieces[0].dtype == torch.float64 else torch.float32
         out = torch.full((pieces[0].shape[0], proj_dim), torch.nan, dtype=dtype, device="cuda")
-    settings = {"scale": 1.0, "accumulate": False, **options}
-    cuda.project(pieces, out, key=key, row_offset=row_offset, precision=precision, **settings)
+    cuda.project(pieces, out, Call(key, row_offset, precision=precision, **options))
     return out
 
 
@@ -100,7 +100,7 @@ def test_matrix_is_the_spec(kind, dtype):
         (1025, 64, 511, 0),
     ):
         out = torch.full((cols, rows), 99, dtype=dtype, device="cuda").t()
-        cuda.matrix(out, key=key, row_offset=row_offset, col_offset=col_offset)
+        cuda.matrix(out, Call(key, row_offset), col_offset)
         block = matrix_block(key, row_offset, row_offset + rows, col_offset, col_offset + cols)
         assert torch.equal(out.cpu().double(), torch.from_numpy(block).double())
 
@@ -247,7 +247,7 @@ def test_project_transpose(kind, dtype, batch, cols, rows, row_offset):
     y = integers(batch, cols, dtype=dtype)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     out = torch.full((rows, batch), torch.nan, dtype=kept, device="cuda").t()
-    cuda.project_transpose(y, out, key=key, row_offset=row_offset, scale=0.5, precision="highest")
+    cuda.project_transpose(y, out, Call(key, row_offset, 0.5))
     block = torch.from_numpy(
         np.asarray(matrix_block(key, row_offset, row_offset + rows, 0, cols), dtype=np.float64)
     )
@@ -326,9 +326,7 @@ def test_two_gpus_in_one_process(variant):
         device = torch.device("cuda", index)
         grads = integers(16, 100_000).to(device)
         out = torch.full((16, 256), torch.nan, device=device)
-        cuda.project(
-            [grads], out, key=key, row_offset=0, scale=1.0, accumulate=False, precision="high"
-        )
+        cuda.project([grads], out, Call(key, precision="high"))
         results.append(out.cpu())
         assert torch.cuda.current_device() == 0
     assert torch.equal(results[0], results[1])
@@ -389,7 +387,7 @@ def test_no_drift_at_10_to_the_8():
     torch.backends.cuda.matmul.allow_tf32 = False
     for start in range(0, rows, step):
         block = torch.empty(step, proj_dim, device="cuda")
-        cuda.matrix(block, key=key, row_offset=start, col_offset=0)
+        cuda.matrix(block, Call(key, start), 0)
         piece = grads[:, start : start + step]
         expected += piece.double() @ block.double()
         single += piece @ block

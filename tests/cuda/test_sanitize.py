@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastproj.backends import cuda, registry
+from fastproj.call import Call
 from fastproj.spec import MatrixKey, matrix_block
 
 pytestmark = pytest.mark.gpu
@@ -65,15 +66,8 @@ def project(
 ) -> torch.Tensor:
     dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
     out = torch.full((grads.shape[0], cols), torch.nan, dtype=dtype, device="cuda")
-    registry.load(backend).project(
-        [grads],
-        out,
-        key=MatrixKey(kind, SEED, STREAM),
-        row_offset=ROW_OFFSET,
-        scale=1.0,
-        accumulate=False,
-        precision=precision,
-    )
+    call = Call(MatrixKey(kind, SEED, STREAM), ROW_OFFSET, precision=precision)
+    registry.load(backend).project([grads], out, call)
     return out
 
 
@@ -108,22 +102,15 @@ def test_cuda_blocks_that_take_several_items(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_adjoint_and_matrix(backend: str, kind: str) -> None:
     usable(backend)
+    call = Call(MatrixKey(kind, SEED, STREAM), ROW_OFFSET)
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         y = integers(35, 130, dtype=dtype)
         kept = torch.float64 if dtype == torch.float64 else torch.float32
         out = torch.full((35, 700), torch.nan, dtype=kept, device="cuda")
-        registry.load(backend).project_transpose(
-            y,
-            out,
-            key=MatrixKey(kind, SEED, STREAM),
-            row_offset=ROW_OFFSET,
-            scale=1.0,
-            precision="highest",
-        )
+        registry.load(backend).project_transpose(y, out, call)
         check(out, y, entries(kind, 700, 130).T, kind)
     block = torch.full((700, 130), torch.nan, device="cuda")
-    key = MatrixKey(kind, SEED, STREAM)
-    registry.load(backend).matrix(block, key=key, row_offset=ROW_OFFSET, col_offset=0)
+    registry.load(backend).matrix(block, call, 0)
     assert torch.equal(block.cpu().double(), entries(kind, 700, 130))
 
 

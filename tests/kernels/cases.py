@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 
 import fastproj
 from fastproj.backends import triton as adapter
+from fastproj.call import Call
 from fastproj.kernels import plan
 from fastproj.kernels.entries import matrix_kernel
 from fastproj.kernels.generate import philox4x32_10
@@ -260,15 +261,7 @@ def test_pieces(kind: str) -> None:
 def test_nothing_to_add() -> None:
     grads = torch.empty((2, 0), device=DEVICE)
     out = torch.empty((2, 5), device=DEVICE)
-    adapter.project(
-        [grads],
-        out,
-        key=fastproj.spec.MatrixKey("rademacher", 0, 0),
-        row_offset=0,
-        scale=1.0,
-        accumulate=False,
-        precision="highest",
-    )
+    adapter.project([grads], out, Call(fastproj.spec.MatrixKey("rademacher", 0, 0)))
     assert torch.equal(out, torch.zeros_like(out))
 
 

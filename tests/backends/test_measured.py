@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastproj.backends import dispatch, registry
+from fastproj.backends import measured, registry
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -41,8 +41,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """A machine with an H100, both backends, and the measurements above."""
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(dispatch, "table", lambda: dispatch.parse(CONTENT))
-    monkeypatch.setattr(dispatch, "arch_of", lambda index: "sm_90")
+    monkeypatch.setattr(measured, "table", lambda: measured.parse(CONTENT))
+    monkeypatch.setattr(measured, "arch_of", lambda index: "sm_90")
     monkeypatch.setattr(registry, "unavailable", lambda name: None)
     registry._choose.cache_clear()
     yield monkeypatch
@@ -54,8 +54,8 @@ def chosen(batch: int, cols: int, dtype: torch.dtype = BF16, kind: str = "radema
 
 
 def test_the_committed_table_is_readable() -> None:
-    content = json.loads(dispatch.TABLE.read_text())
-    assert dispatch.parse(content) == dispatch.table()
+    content = json.loads(measured.TABLE.read_text())
+    assert measured.parse(content) == measured.table()
 
 
 @pytest.mark.parametrize(
@@ -82,10 +82,10 @@ def test_only_a_measurement_of_the_same_sort_counts(gpu: pytest.MonkeyPatch) -> 
     assert chosen(16, 4096, FP32) == "cuda"
     assert chosen(16, 4096, torch.float16) == "cuda"
     assert chosen(16, 4096, kind="gaussian") == "cuda"
-    look_up = dispatch.look_up("sm_90", FP32, "rademacher", "highest", 16, 4096)
+    look_up = measured.look_up("sm_90", FP32, "rademacher", "highest", 16, 4096)
     assert look_up.reason.startswith("measured on sm_90 at B = 16, K = 4096: relative speed cuda 1")
-    assert dispatch.look_up("sm_90", FP32, "rademacher", "high", 16, 4096).backend is None
-    assert dispatch.look_up("sm_80", BF16, "rademacher", "high", 16, 4096).backend is None
+    assert measured.look_up("sm_90", FP32, "rademacher", "high", 16, 4096).backend is None
+    assert measured.look_up("sm_80", BF16, "rademacher", "high", 16, 4096).backend is None
 
 
 def test_what_was_asked_for_wins(gpu: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_the_choice_is_logged_once_for_a_measurement(
 def test_an_unmeasured_architecture_says_so(
     gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gpu.setattr(dispatch, "arch_of", lambda index: "sm_120")
+    gpu.setattr(measured, "arch_of", lambda index: "sm_120")
     with caplog.at_level(logging.INFO, logger="fastproj"):
         assert chosen(16, 4096) == "cuda"
     assert "(first in order; not measured on sm_120)" in caplog.text
@@ -134,8 +134,8 @@ def test_an_unmeasured_architecture_says_so(
 
 def test_a_table_that_means_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="version 2; expected 1"):
-        dispatch.parse({"version": 2})
+        measured.parse({"version": 2})
     content = {"version": 1, "architectures": {"sm_90": {"rows": [row(1, 1, 1.0, 1.0)]}}}
     content["architectures"]["sm_90"]["rows"][0]["rates"] = {"cuda": 1.0, "abacus": 2.0}
     with pytest.raises(ValueError, match=r"received rates of \['abacus', 'cuda'\]"):
-        dispatch.parse(content)
+        measured.parse(content)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastproj.call import terms_of
+
 TABLE = Path(__file__).with_name("measured.json")
 VERSION = 1
 BACKENDS = ("cuda", "triton")
@@ -24,7 +26,6 @@ REACH = 4.0
 # Backends sum in different orders, so a row's last bits depend on the backend. That the backend
 # depends on the batch must be worth it.
 WORTH = 1.1
-_TERMS = {"highest": 3, "high": 2, "medium": 1}
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,6 @@ def usual_backend(rows: Sequence[Measurement]) -> str:
         for name in BACKENDS
     }
     return max(means, key=lambda name: means[name])
-
-
-def terms_of(dtype: torch.dtype, precision: str) -> int:
-    """16-bit terms that a value is multiplied as."""
-    return _TERMS[precision] if dtype == torch.float32 else 1
 
 
 def parse(content: dict[str, Any]) -> dict[str, list[Measurement]]:
