@@ -27,12 +27,12 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import fastproj
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.files import StoreError, make_dir, read_json, write_json
 from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
+from fastproj.trak.progress import progress, tracked
 from fastproj.trak.report import Page, write_report
 from fastproj.trak.solve import AUTO, Lambda, check_lambda
 from fastproj.trak.tasks import margins
@@ -172,11 +172,11 @@ def train_in_groups(
     groups = torch.arange(count).split(size)
     threads = torch.get_num_threads()
     stopped = threading.Event()
-    bar = tqdm(desc=what, total=len(groups) * epochs, unit="epoch", leave=False)
+    bar = progress(what, len(groups) * epochs, "epoch")
 
     def count_epoch() -> None:
         if not stopped.is_set():
-            bar.update()
+            bar.update(1)
 
     with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -271,9 +271,7 @@ def attribute(
         lambda_reg=settings.lambda_reg,
         logging_level=logging.WARNING,
     )
-    with tqdm(
-        desc="featurizing", total=settings.train * len(checkpoints), unit="sample", leave=False
-    ) as bar:
+    with progress("featurizing", settings.train * len(checkpoints), "sample") as bar:
         for model_id, checkpoint in enumerate(checkpoints):
             traker.load_checkpoint(checkpoint, model_id)
             for rows in torch.arange(settings.train).split(250):
@@ -281,7 +279,8 @@ def attribute(
                 traker.featurize(batch, num_samples=len(rows))
                 bar.update(len(rows))
     traker.finalize_features()
-    for model_id, checkpoint in enumerate(tqdm(checkpoints, desc="scoring", leave=False)):
+    scored = tracked(checkpoints, "scoring", len(checkpoints), "checkpoint")
+    for model_id, checkpoint in enumerate(scored):
         traker.start_scoring_checkpoint("held_out", checkpoint, model_id, settings.targets)
         traker.score((data.target_images, data.target_labels), num_samples=settings.targets)
     return traker.finalize_scores("held_out")
