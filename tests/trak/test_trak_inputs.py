@@ -310,6 +310,20 @@ def test_statistics_changed_after_the_checkpoint_was_loaded(tmp_path, layer):
     torch.testing.assert_close(traker.saver.matrix(0).double(), wanted)
 
 
+def test_statistics_whose_change_shows_in_no_version(tmp_path):
+    """torch's batch norm writes to its statistics without counting that as a write."""
+    norm = nn.BatchNorm1d(4)
+    norm.num_batches_tracked = None
+    model = nn.Sequential(norm, nn.Linear(4, 3)).eval()
+    traker = traker_of(tmp_path, model, "image_classification")
+    traker.load_checkpoint(model.state_dict(), 0)
+    model.train()
+    model(DATA[0])
+    model.eval()
+    with pytest.raises(ValueError, match=r"running_mean, 0\.running_var of the model have changed"):
+        traker.featurize(DATA, num_samples=N)
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 @pytest.mark.parametrize("how", ["write", "replace"])
 def test_a_buffer_changed_by_the_user(tmp_path, persistent, how):
