@@ -86,8 +86,10 @@ def self_scores(
 
 
 def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:
-    """The targets in pieces whose features, under all checkpoints, fit into WEIGHT_BYTES."""
-    n_targets = store.num_targets(exp_name)
+    """The targets (or groups of them) in pieces whose features, under all checkpoints, fit into
+    WEIGHT_BYTES.
+    """
+    n_targets = store.num_columns(exp_name)
     step = WEIGHT_BYTES // (4 * store.proj_dim * checkpoints)
     step = max(1, min(step, TARGET_ROWS))
     return [range(low, min(low + step, n_targets)) for low in range(0, n_targets, step)]
@@ -101,7 +103,25 @@ def target_weights(
     solution_of: Callable[[int], Solution],
 ) -> Tensor:
     """The targets' features times the inverse, [m', k], in the features' dtype."""
-    targets, _ = FeatureReader(store, model_id, exp_name).read(
-        np.arange(columns.start, columns.stop)
-    )
+    targets = target_features(store, model_id, exp_name, columns)
     return solution_of(model_id).apply(targets).to(targets.dtype)
+
+
+def target_features(store: Store, model_id: int, exp_name: str, columns: range) -> Tensor:
+    """The features of targets, or their sums or means over the groups ``columns``, [m', k]."""
+    reader = FeatureReader(store, model_id, exp_name)
+    grouping = store.grouping(exp_name)
+    if grouping is None:
+        return reader.read(np.arange(columns.start, columns.stop))[0]
+    groups = np.asarray(grouping[0], np.int64) - columns.start
+    members = np.flatnonzero((groups >= 0) & (groups < len(columns)))
+    step = max(1, min(WEIGHT_BYTES // (8 * store.proj_dim), TARGET_ROWS))
+    total = torch.zeros(len(columns), store.proj_dim, dtype=torch.float64)
+    dtype = torch.float32
+    for rows in np.split(members, range(step, len(members), step)):
+        features, _ = reader.read(rows)
+        dtype = features.dtype
+        total.index_add_(0, torch.from_numpy(groups[rows]), features.double())
+    if grouping[1] == "mean":
+        total /= torch.from_numpy(np.bincount(groups[members], minlength=len(columns))).unsqueeze(1)
+    return total.to(dtype)

@@ -228,7 +228,13 @@ class Store:
         self._indices.pop((model_id, None), None)
         self.current_model_id = model_id
 
-    def check_checkpoint(self, model_id: int, checkpoint: str) -> str:
+    def check_checkpoint(
+        self,
+        model_id: int,
+        checkpoint: str,
+        expected: str = "use another model_id or save_dir (load_from_save_dir=False starts this "
+        "model_id afresh)",
+    ) -> str:
         """Raise unless ``model_id`` was featurized from this checkpoint; returns its hash."""
         path = self.model_dir(model_id) / "checkpoint.json"
         if not path.exists():
@@ -240,21 +246,39 @@ class Store:
         if stored != checkpoint:
             raise StoreMismatchError(
                 f"TRAKer: model_id {model_id} in {self.save_dir} belongs to a checkpoint with hash "
-                f"{stored}, received one with hash {checkpoint}. Nothing was changed; use another "
-                "model_id or save_dir (load_from_save_dir=False starts this model_id afresh)"
+                f"{stored}, received one with hash {checkpoint}. Nothing was changed; {expected}"
             )
         return str(stored)
 
-    def start_experiment(self, exp_name: str, model_id: int, num_targets: int) -> None:
-        """Make ``model_id`` current for an experiment; raises if that has other num_targets."""
+    def start_experiment(
+        self,
+        exp_name: str,
+        model_id: int,
+        num_targets: int,
+        grouping: tuple[list[int], str] | None = None,
+    ) -> None:
+        """Make ``model_id`` current for an experiment; raises if that has other targets or groups.
+
+        grouping : the group of each target, and "sum" | "mean"; None scores each target.
+        """
         path = self.experiment_path(exp_name)
+        facts: dict[str, Any] = {"num_targets": num_targets}
+        if grouping is not None:
+            facts["groups"], facts["reduction"] = grouping
         if not path.exists():
-            write_json(path, {"num_targets": num_targets})
+            write_json(path, facts)
         stored = read_json(path)["num_targets"]
         if stored != num_targets:
             raise StoreMismatchError(
                 f"TRAKer: experiment {exp_name!r} in {self.save_dir} has {stored} targets, "
                 f"received num_targets={num_targets}. Nothing was changed; use another exp_name"
+            )
+        if self.grouping(exp_name) != grouping:
+            raise StoreMismatchError(
+                f"TRAKer: experiment {exp_name!r} in {self.save_dir} has "
+                f"{describe_grouping(self.grouping(exp_name))}, received "
+                f"{describe_grouping(grouping)}. Nothing was changed; use the same groups= and "
+                "reduction= for all checkpoints, or another exp_name"
             )
         remove_stale(self.shard_dir(model_id, exp_name))
         self.current_model_id = model_id
@@ -269,6 +293,17 @@ class Store:
                 f"{known}); call start_scoring_checkpoint and score first"
             )
         return int(read_json(path)["num_targets"])
+
+    def grouping(self, exp_name: str) -> tuple[list[int], str] | None:
+        """The group of each target of an experiment, and how scores of a group are reduced."""
+        self.num_targets(exp_name)
+        facts = read_json(self.experiment_path(exp_name))
+        return (facts["groups"], facts["reduction"]) if "groups" in facts else None
+
+    def num_columns(self, exp_name: str) -> int:
+        """The number of scores for each training sample: of targets, or of groups of them."""
+        grouping = self.grouping(exp_name)
+        return self.num_targets(exp_name) if grouping is None else 1 + max(grouping[0])
 
     def experiment_path(self, exp_name: str) -> Path:
         """The experiment's JSON file; raises ValueError for a name that can't be one's."""
@@ -526,11 +561,30 @@ class CurrentStore(Mapping[str, Any]):
         return len(self.NAMES) + len(self.store.experiments)
 
 
+def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
+    """A grouping in words, for messages."""
+    if grouping is None:
+        return "no groups"
+    groups, reduction = grouping
+    return f"groups {str(groups)[:60]}{'...' if len(str(groups)) > 60 else ''} by {reduction}"
+
+
 def model_digest(model: nn.Module) -> str:
     """Hash of all parameters and buffers of a model, with their names."""
+    return combined_digest(model_digests(model))
+
+
+def model_digests(model: nn.Module) -> dict[str, str]:
+    """The hash of each parameter and buffer, by name."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor_digest(t) for name, t in named}
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """Hash of several hashes and their names."""
     h = hashlib.blake2b(digest_size=16)
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        h.update(f"{name}:{tensor_digest(t)};".encode())
+    for name, value in digests.items():
+        h.update(f"{name}:{value};".encode())
     return h.hexdigest()
 
 

@@ -71,6 +71,13 @@ def test_the_same_script_in_several_processes(tmp_path, server, whole, size, fee
     assert max(share.values()) - min(share.values()) <= 4  # one batch for each pass over data
 
 
+def test_groups_of_targets_in_several_processes(tmp_path, server, whole):
+    groups = [1, 0, 1, 2, 0, 1, 1]
+    run(server, tmp_path, 2, groups=groups)
+    wanted = np.stack([whole[0][:, np.array(groups) == g].sum(1) for g in range(3)], 1)
+    np.testing.assert_allclose(results(tmp_path)[0], wanted, atol=1e-5 * np.abs(whole[0]).max())
+
+
 def test_beside_a_process_group_that_carries_nothing(tmp_path, server, whole):
     """As beside nccl: what goes between TRAKer's processes has a group of its own."""
     _, batches = run(server, tmp_path, 2, backend="fake")
