@@ -48,10 +48,9 @@ def _call(
     kind: str,
     seed: int,
     stream: int,
-    accumulate: bool = False,
 ) -> tuple[Call, str]:
     key = MatrixKey(kind, seed & (MAX_SEED - 1), stream)
-    return Call(key, row_offset, scale, accumulate, precision), backend
+    return Call(key, row_offset, scale, precision=precision), backend
 
 
 # ---- the way to a backend ----------------------------------------------------------------------
@@ -146,10 +145,16 @@ _project_op = torch.library.custom_op(
     mutates_args=(),
     schema=f"(Tensor[] pieces, SymInt proj_dim, {_CALL_SCHEMA}) -> Tensor",
 )
+
+
+def _accumulating(accumulate: bool, call: Call, backend: str) -> tuple[Call, str]:
+    return call._replace(accumulate=accumulate), backend
+
+
 _project_into_op = torch.library.custom_op(
     "fastproj::project_into",
     lambda pieces, out, accumulate, *flat: _project_into(
-        pieces, out, *_call(*flat, accumulate=accumulate)
+        pieces, out, *_accumulating(accumulate, *_call(*flat))
     ),
     mutates_args=("out",),
     schema=f"(Tensor[] pieces, Tensor(a!) out, bool accumulate, {_CALL_SCHEMA}) -> ()",
