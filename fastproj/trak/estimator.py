@@ -686,7 +686,8 @@ class TRAKer:
         for model_id in ids:
             self._require_finalized(function, model_id)
         with progress("self-influence", len(ids) * self.train_set_size, "sample") as bar:
-            return self_scores(self.saver, ids, self._solution, bar.update).float().numpy()
+            scores = self_scores(self.saver, self.score_computer, ids, bar.update)
+            return scores.float().numpy()
 
     def _solution(self, model_id: int) -> Solution:
         """The factored system of a finalised checkpoint."""

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,11 @@ from fastproj.trak import ridge as module
 from fastproj.trak.ridge import (
     MARGIN,
     Moments,
-    are_probabilities,
     choose_lambda,
     effective_dimension,
     fit,
     likeliest_ridge,
+    meaning,
     quadratures,
 )
 from fastproj.trak.solve import HALF_ROUNDING, Gram, solve
@@ -55,13 +56,13 @@ def trained(grads, ridge):
 
 def sums(phi, q, block=64):
     """(Gram, Moments) as finalising makes them."""
-    moments = Moments(phi.shape[1], are_probabilities(q))
+    moments = Moments(phi.shape[1], meaning(q).probability)
     blocks = zip(phi.split(block), q.split(block), strict=True)
     return ScoreComputer().gram(moments.over(blocks), phi.shape[1], len(phi)), moments
 
 
 def choose(phi, q):
-    return choose_lambda(*sums(phi, q))
+    return choose_lambda(*sums(phi, q), meaning(q))
 
 
 def weighted(phi, q):
@@ -71,7 +72,7 @@ def weighted(phi, q):
 
 def training_ridge(phi, q):
     choice = choose(phi, q)
-    assert (choice.rule, choice.weighted) == ("training ridge", True)
+    assert (choice.rule, choice.power) == ("training ridge", 1)
     return choice.lambda_reg / MARGIN
 
 
@@ -93,9 +94,9 @@ def test_the_training_ridge_is_found_through_a_projection(k):
 def test_the_fit_is_the_root_of_its_equation():
     phi, q = trained(gradients(500, 300), 0.3)
     gram, moments = sums(phi, q)
-    values, vectors = torch.linalg.eigh(gram.xtx)
+    values, vectors = torch.linalg.eigh(gram.matrix)
     parts = (vectors.T @ moments.fitted).square()
-    found = fit(gram.xtx, moments)  # gamma / (1 - d(gamma) / k), of which gamma solves the equation
+    found = fit(gram, moments)  # gamma / (1 - d(gamma) / k), of which gamma solves the equation
     low, high = 1e-9, 1e9
     while high / low > 1 + 1e-12:
         middle = math.sqrt(low * high)
@@ -113,18 +114,19 @@ def test_the_fit_is_found_where_eigenvalues_span_eight_decades(relative):
     matrix = (vectors * values) @ vectors.T
     parts = gradients(1, size, seed=2, decay=0)[0] * values**0.3
     ridge = relative * float(values.mean())
-    moments = Moments(size, True)
+    moments = Moments(size, 1)
     moments.fitted = vectors @ parts
     moments.explained = (parts.square() / (values + ridge)).sum()
     exact = ridge / (1 - float((values / (values + ridge)).sum()) / size)
-    assert fit((matrix + matrix.T) / 2, moments) == pytest.approx(exact, rel=1e-4)
+    gram = Gram((matrix + matrix.T) / 2, size, size, 2.0**-52)
+    assert fit(gram, moments) == pytest.approx(exact, rel=1e-4)
 
 
 def test_fewer_samples_than_dimensions_that_fit_worse_than_the_network_show_no_ridge():
     phi, q = trained(gradients(30, 60), 0.3)
     gram, moments = sums(phi, q)
     moments.explained = moments.explained * 1e6
-    assert fit(gram.xtx, moments) is None
+    assert fit(gram, moments) is None
 
 
 def test_where_features_fit_worse_than_the_network_the_limit_is_used():
@@ -132,9 +134,9 @@ def test_where_features_fit_worse_than_the_network_the_limit_is_used():
     phi = grads @ fastproj.matrix(200, 20, 0, stream=0, dtype=torch.float64)
     gram, moments = sums(phi, q)
     start = moments.fitted
-    assert float(start @ torch.linalg.solve(gram.xtx, start)) < float(moments.explained)
-    limit = 20 / float(torch.linalg.inv(gram.xtx).trace())  # of ridge / (1 - d(ridge) / k)
-    assert fit(gram.xtx, moments) == pytest.approx(limit, rel=1e-5)
+    assert float(start @ torch.linalg.solve(gram.matrix, start)) < float(moments.explained)
+    limit = 20 / float(torch.linalg.inv(gram.matrix).trace())  # of ridge / (1 - d(ridge) / k)
+    assert fit(gram, moments) == pytest.approx(limit, rel=1e-5)
 
 
 def test_what_is_summed_up():
@@ -142,17 +144,17 @@ def test_what_is_summed_up():
     gram, moments = sums(phi, q)
     f = torch.log((1 - q) / q)
     target = q * (1 - q) * f + q
-    torch.testing.assert_close(gram.xtx, weighted(phi, q))
+    torch.testing.assert_close(gram.matrix, weighted(phi, q))
     torch.testing.assert_close(moments.fitted, phi.T @ target)
     torch.testing.assert_close(moments.explained, f @ target)
     rows = phi * (q * (1 - q)).sqrt().unsqueeze(1)
     torch.testing.assert_close(moments.quartic, rows.square().sum(1).square().sum())
     residuals = q - q.mean()
     gram, moments = sums(phi, residuals)
-    torch.testing.assert_close(gram.xtx, phi.T @ phi)
+    torch.testing.assert_close(gram.matrix, phi.T @ phi)
     torch.testing.assert_close(moments.quartic, phi.square().sum(1).square().sum())
-    torch.testing.assert_close(moments.fitted, phi.T @ residuals)
-    torch.testing.assert_close(moments.explained, residuals @ residuals)
+    torch.testing.assert_close(moments.correlated, phi.T @ residuals)
+    torch.testing.assert_close(moments.squares, residuals @ residuals)
 
 
 @pytest.mark.parametrize("regression", [False, True])
@@ -162,12 +164,14 @@ def test_sums_of_float32_leave_no_range(regression, scale):
     q = (q * 1e6 if regression else q).float()
     exact, moments = sums(phi.double() * scale, q)
     gram, found = sums((phi * scale).float(), q)
-    torch.testing.assert_close(gram.xtx, exact.xtx, rtol=1e-5, atol=1e-5 * float(exact.xtx.max()))
+    torch.testing.assert_close(
+        gram.matrix, exact.matrix, rtol=1e-5, atol=1e-5 * float(exact.matrix.max())
+    )
     for name, wanted in moments.tensors().items():
         atol = 1e-5 * float(wanted.abs().max())
         torch.testing.assert_close(found.tensors()[name], wanted, rtol=1e-5, atol=atol)
-    assert choose_lambda(gram, found).lambda_reg == pytest.approx(
-        choose_lambda(exact, moments).lambda_reg, rel=1e-3
+    assert choose_lambda(gram, found, meaning(q)).lambda_reg == pytest.approx(
+        choose_lambda(exact, moments, meaning(q)).lambda_reg, rel=1e-3
     )
 
 
@@ -204,7 +208,7 @@ def test_invariances(regression):
     assert choose(phi[order], q[order]).lambda_reg == pytest.approx(lam)
     rotation, _ = torch.linalg.qr(gradients(30, 30, seed=1))
     assert choose(phi @ rotation, q).lambda_reg == pytest.approx(lam)
-    assert choose_lambda(*sums(phi, q, block=7)).lambda_reg == pytest.approx(lam)
+    assert choose_lambda(*sums(phi, q, block=7), meaning(q)).lambda_reg == pytest.approx(lam)
     assert choose(phi, q) == choose(phi, q)
 
 
@@ -220,7 +224,7 @@ def test_weights_of_one_set_the_dimension():
     norms = phi.square().sum(1)
     samples = float(norms.sum() ** 2 / norms.square().sum())
     wanted = 1 / (1 / math.sqrt(samples) + 1 / 30)
-    assert (choice.rule, choice.weighted) == ("dimension", False)
+    assert (choice.rule, choice.power) == ("dimension", 0)
     assert effective_dimension(phi.T @ phi, choice.lambda_reg) == pytest.approx(wanted)
     assert 0 < wanted < 30
 
@@ -240,8 +244,8 @@ def test_the_ridge_of_a_regression_is_found_from_its_residuals(k, ridge):
     phi = gradients(500, k, decay=0.5)
     q = regression_residuals(phi, ridge)
     gram, moments = sums(phi, q)
-    values, vectors = torch.linalg.eigh(gram.xtx)
-    found = likeliest_ridge(values.clamp(min=0), vectors, 500, moments)
+    values = torch.linalg.eigvalsh(gram.matrix).clamp(min=0)
+    found = likeliest_ridge(values, gram, moments)
     assert ridge / 2 < found < ridge * 2
 
     def unlikely(gamma):  # -2 log likelihood of q, by its n x n covariance
@@ -252,7 +256,7 @@ def test_the_ridge_of_a_regression_is_found_from_its_residuals(k, ridge):
     assert unlikely(found) <= min(unlikely(found * 0.95), unlikely(found * 1.05))
     choice = choose(phi, q)
     alone = choose(phi, torch.ones(500)).lambda_reg
-    assert (choice.rule, choice.weighted) == ("residuals and dimension", False)
+    assert (choice.rule, choice.power) == ("residuals and dimension", 0)
     assert choice.lambda_reg == pytest.approx(math.sqrt(found * alone))
 
 
@@ -269,7 +273,7 @@ def test_a_network_that_has_fitted_nothing_gets_the_dimension_of_its_weighted_ma
     q = torch.linspace(0.3, 0.95, len(phi)).double()
     choice = choose(phi, q)
     assert choice.relative == pytest.approx(choice.lambda_reg * 30 / weighted(phi, q).trace())
-    assert (choice.rule, choice.weighted) == ("dimension", True)
+    assert (choice.rule, choice.power) == ("dimension", 1)
     squares = phi.square().sum(1) * q * (1 - q)
     wanted = math.sqrt(float(squares.sum() ** 2 / squares.square().sum()))
     found = effective_dimension(weighted(phi, q), choice.lambda_reg)
@@ -284,12 +288,12 @@ def test_a_mean_over_tokens_weighs_like_their_sum(tokens):
     """
     phi, q = trained(gradients(300, 60), 0.3)
     gram, moments = sums(phi, q)
-    longer = Moments(60, True)
+    longer = Moments(60, 1)
     longer.fitted, longer.explained = moments.fitted, moments.explained * tokens
-    exact = fit(gram.xtx / tokens, longer)
+    exact = fit(replace(gram, matrix=gram.matrix / tokens), longer)
     torch.testing.assert_close(
-        torch.linalg.inv(gram.xtx / tokens + exact * torch.eye(60)),
-        tokens * torch.linalg.inv(gram.xtx + fit(gram.xtx, moments) * torch.eye(60)),
+        torch.linalg.inv(gram.matrix / tokens + exact * torch.eye(60)),
+        tokens * torch.linalg.inv(gram.matrix + fit(gram, moments) * torch.eye(60)),
     )
 
 
@@ -331,8 +335,8 @@ SAME = torch.ones(9, 4).double()
 )
 def test_extreme_features_get_a_lambda_that_solves(phi, q):
     gram, moments = sums(phi, q)
-    choice = choose_lambda(gram, moments)
-    trace = float(gram.xtx.trace())
+    choice = choose_lambda(gram, moments, meaning(q))
+    trace = float(gram.matrix.trace())
     least = module.LEAST * trace / len(phi)
     assert least * (1 - 1e-9) <= choice.lambda_reg <= trace * (1 + 1e-9)
     with warnings.catch_warnings():
@@ -468,7 +472,7 @@ def test_rounding_to_half_precision_is_no_rank():
     phi = torch.randn(500, 6, generator=generator)
     phi[:, 5] = phi[:, 0] + phi[:, 1]
     half = phi.half().double()
-    gram = Gram(half.T @ half, 500, 2.0**-52, HALF_ROUNDING)
+    gram = Gram(half.T @ half, 500, 6, 2.0**-52, HALF_ROUNDING)
     with pytest.warns(SingularXtXWarning, match="rank 5"):
         solution = solve(gram, 0.0)
     exact = torch.linalg.pinv(phi.double().T @ phi.double(), hermitian=True, rtol=1e-9)
@@ -477,7 +481,7 @@ def test_rounding_to_half_precision_is_no_rank():
         warnings.simplefilter("error")
         full = torch.randn(500, 6, generator=generator) * torch.logspace(0, -3, 6)
         half = full.half().double()
-        well = solve(Gram(half.T @ half, 500, 2.0**-52), 0.0)
+        well = solve(Gram(half.T @ half, 500, 6, 2.0**-52), 0.0)
     assert (well.method, well.rank) == ("cholesky", 6)
 
 
