@@ -78,7 +78,7 @@ def sample_blocks(batch: np.ndarray[Any, Any], rows: int) -> list[Indices]:
     """The samples that are there in blocks of whole batches, each of ``rows`` samples or just more.
 
     batch : [n], which batch each sample was computed in, or -1. The blocks depend on nothing else.
-        A batch of more than twice ``rows`` is cut into several blocks.
+        A block of twice ``rows`` or more, as one large batch makes it, is cut evenly.
     """
     order = np.argsort(batch, kind="stable").astype(np.int64)
     order = order[np.searchsorted(batch[order], 0) :]

@@ -19,6 +19,7 @@ from lives import Server
 
 from fastproj.trak import distributed
 from fastproj.trak.distributed import DistributedError, Ranks
+from fastproj.trak.files import read_json
 from fastproj.trak.writer import read_scores, read_top_scores
 
 
@@ -69,6 +70,19 @@ def test_the_same_script_in_several_processes(tmp_path, server, whole, size, fee
     share = Counter(b.split()[0] for b in batches)
     assert len(share) == size
     assert max(share.values()) - min(share.values()) <= 4  # one batch for each pass over data
+
+
+def test_fewer_samples_than_dimensions_in_several_processes(tmp_path, server):
+    """The n x n matrix is put together from columns of several processes."""
+    found = []
+    for size in (1, 3):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        run(server, folder, size, options={"proj_dim": 40})
+        found.append(results(folder))
+        solved = read_json(folder / "store" / "models" / "1" / "solve.json")
+        assert (solved["form"], solved["n"]) == ("dual", N)
+    assert_same(*found)
 
 
 def test_beside_a_process_group_that_carries_nothing(tmp_path, server, whole):

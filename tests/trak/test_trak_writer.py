@@ -135,7 +135,7 @@ def test_blocks_of_samples_are_whole_batches():
     found = [inds.tolist() for inds in sample_blocks(shard, 4)]
     assert found == [[1, 2, 7, 4], [0, 5, 6, 8]]
     assert sample_blocks(np.full(3, -1, np.int32), 4) == []
-    assert [inds.tolist() for inds in sample_blocks(shard, 2)] == [[1, 2, 7], [4, 0, 5, 6], [8]]
+    assert [inds.tolist() for inds in sample_blocks(shard, 3)] == [[1, 2, 7], [4, 0, 5, 6], [8]]
     large = sample_blocks(np.zeros(11, np.int32), 4)  # a batch that is cut
     assert [inds.tolist() for inds in large] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
 
