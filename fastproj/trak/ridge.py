@@ -35,6 +35,7 @@ SINGULAR = 1e-3  # where the lowest leaves this share of dimensions unused, the 
 UNSURE, CONTRARY = 0.05, 0.25  # share of Q that are no probabilities: less is a few outliers
 SATURATED = 1e-3  # Q this near to 1 tells nothing of the curvature; nor do all samples where
 BLIND = 0.8  # more than this share of them are so
+FITTED = 0.1  # share of f^T (R f + Q) that must be left of its terms' sizes to trust its ridge
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
 
@@ -107,8 +108,8 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
     an effective dimension of ``sqrt(n')``, as many directions as n' samples let a linear expansion
     follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made. For other Q,
     it is that; for residuals of a regression, the geometric mean of that and of the ridge under
-    which they are likeliest. Where it isn't clear what Q are, it is a weighted geometric mean of
-    these: with no single sample does it change by a jump.
+    which they are likeliest. Where it isn't clear what Q are, or whether the network has fitted
+    anything, it is a weighted geometric mean of these: no sample changes it by a jump.
 
     Parameters
     ----------
@@ -117,9 +118,11 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
     q : what Q are.
     """
     trace = check_gram(gram) * gram.k
+    least, most = LEAST * trace / gram.n, MOST * trace
     ridge = fit(gram, moments) if q.probability > 0 else None
-    shares = {"training ridge": 0.0 if ridge is None else q.probability}
-    log_lambda = 0.0 if ridge is None else q.probability * math.log(MARGIN * ridge)
+    trust = 0.0 if ridge is None else q.probability * moments.fit_share()
+    shares = {"training ridge": trust}
+    log_lambda = trust * math.log(min(max(MARGIN * (ridge or 1.0), least), most))
     rest = 1 - shares["training ridge"]
     if rest > 0:
         values = torch.linalg.eigvalsh(gram.matrix).clamp(min=0)
@@ -131,7 +134,7 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
         shares["dimension"] = rest - shares["residuals"]
         log_lambda += shares["dimension"] * dimension
         log_lambda += shares["residuals"] * math.log(likeliest or 1.0)
-    lam = min(max(math.exp(log_lambda), LEAST * trace / gram.n), MOST * trace)
+    lam = min(max(math.exp(log_lambda), least), most)
     rule = " and ".join(name for name, share in shares.items() if share > 0)
     return Choice(lam, rule, q.probability, lam * gram.k / trace)
 
@@ -142,13 +145,14 @@ class Moments:
     power : the samples count by R^power, R the curvature of their loss.
     """
 
-    NAMES = ("quartic", "fitted", "explained", "correlated", "squares")
+    NAMES = ("quartic", "fitted", "explained", "opposed", "correlated", "squares")
 
     def __init__(self, proj_dim: int, power: float) -> None:
         self.power = power
         self.quartic = torch.zeros((), dtype=torch.float64)  # sum of |row|^4
         self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (W f + Q), W = R^power
         self.explained = torch.zeros((), dtype=torch.float64)  # f^T (W f + Q)
+        self.opposed = torch.zeros((), dtype=torch.float64)  # minus the negative terms of that
         self.correlated = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T Q
         self.squares = torch.zeros((), dtype=torch.float64)  # Q^T Q
         self.response = torch.zeros(0, dtype=torch.float64)  # [n]: fitted = S^T response, in order
@@ -172,12 +176,19 @@ class Moments:
                 target = weights * logit + q  # W times the working response of a Newton step
                 self.fitted += product(features, target)
                 self.explained += logit @ target
+                self.opposed += (-logit * target).clamp(min=0).sum()
                 self.response = torch.cat([self.response, target / weights.sqrt()])
             rows = weigh(features, q, self.power, self._buffer)
             scaled, exponent = in_range(rows)
             norms = torch.linalg.vector_norm(scaled, dim=1).double() * math.ldexp(1.0, exponent)
             self.quartic += norms.pow(4).sum()
             yield rows
+
+    def fit_share(self) -> float:
+        """1 where the network has fitted its samples, on the whole; 0 where it has not."""
+        explained = float(self.explained)
+        size = explained + 2 * float(self.opposed)  # of all terms
+        return between(explained / size, 0.0, FITTED) if explained > 0 else 0.0
 
     def tensors(self) -> Tensors:
         """The sums, to be stored and added up by name."""
@@ -190,7 +201,7 @@ class Moments:
         if "squares" not in tensors:  # of a store that kept Phi^T Q in the place of the other
             tensors = {**tensors, "correlated": tensors["fitted"], "squares": tensors["explained"]}
         for name in cls.NAMES:
-            setattr(made, name, tensors[name])
+            setattr(made, name, tensors.get(name, getattr(made, name)))
         made.response = tensors.get("response", made.response)
         return made
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,12 @@ import torch
 import trak_cases as cases
 
 import fastproj
-from fastproj.trak import ScoreComputer, SingularXtXWarning, StoreCorruptError
+from fastproj.trak import (
+    ImageClassificationModelOutput,
+    ScoreComputer,
+    SingularXtXWarning,
+    StoreCorruptError,
+)
 from fastproj.trak import ridge as module
 from fastproj.trak.ridge import (
     MARGIN,
@@ -312,6 +318,111 @@ def test_effective_dimension_and_quadrature():
     assert float(weights.sum()) == pytest.approx(float((low_rank @ start).square().sum()))
 
 
+# ---- what Q are ---------------------------------------------------------------------------------
+
+
+def scores_of(phi, q, probabilities=None):
+    """Scores of all samples on all others, [n, n], as finalising and scoring make them."""
+    made = meaning(q, probabilities)
+    moments = Moments(phi.shape[1], made.probability)
+    rows = torch.cat([part.clone() for part in moments.over([(phi, q)])])
+    gram = Gram(rows.T @ rows, *phi.shape, 2.0**-52)
+    solution = solve(gram, choose_lambda(gram, moments, made).lambda_reg)
+    return phi @ solution.apply(phi).T * q.unsqueeze(1)
+
+
+def rank_correlation(one, other):
+    """The mean over targets of Spearman's correlation."""
+    ranks = [torch.argsort(torch.argsort(s, 0), 0).double() for s in (one, other)]
+    ranks = [r - r.mean(0) for r in ranks]
+    return float(torch.cosine_similarity(*ranks, 0).mean())
+
+
+def jumps(phi, qs):
+    """1 minus the rank correlation of scores between neighbours of a path of Q."""
+    made = [scores_of(phi, q) for q in qs]
+    return [1 - rank_correlation(*pair) for pair in pairwise(made)]
+
+
+PATHS = {
+    "one text grows longer": lambda q, t: torch.cat([q[:-1], q[-1:] * 10 ** (2 * t)]),
+    "one is mislabelled": lambda q, t: torch.cat([q[:-1], 1.001 * t * torch.ones(1)]),
+    "one is negative": lambda q, t: torch.cat([q[:-1], (1 - 2 * t) * torch.ones(1) * 1e-3]),
+    "one rounds below zero": lambda q, t: torch.cat([q[:-1], (1 - 2 * t) * torch.ones(1) * 1e-7]),
+    "all grow": lambda q, t: q * 10 ** (2 * t),
+    "all shift": lambda q, t: q - t * 2 * q.mean(),
+    "weights of 1, and one of a loss": lambda q, t: torch.cat(
+        [torch.ones(len(q) - 1), 1 - t * torch.ones(1)]
+    ),
+    "weights grow beyond 1": lambda q, t: torch.ones(len(q)) * (1 + t * q),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_scores_change_by_no_jump(name):
+    """Along a path of Q no step of 400 changes the ranking; one rule passes over into another."""
+    phi, q = trained(gradients(120, 30), 0.5)
+    steps = [PATHS[name](q, t).double() for t in torch.linspace(0, 1, 401).tolist()]
+    assert max(jumps(phi, steps)) < 0.02
+
+
+@pytest.mark.parametrize("largest", [1.0, 1.001, 3.0, 1e3, 1e6])
+def test_one_long_text_leaves_the_others_their_scores(largest):
+    phi, q = trained(gradients(200, 30), 0.5)
+    q[7] = 0.999
+    other = q.clone()
+    other[7] = largest
+    others = torch.arange(200) != 7
+    exact, found = scores_of(phi, q)[others], scores_of(phi, other)[others]
+    assert rank_correlation(exact, found) > 0.99
+    assert meaning(other) == module.Meaning(1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("q", "probability", "residual"),
+    [
+        (torch.linspace(0, 1, 50), 1, 0),
+        (torch.linspace(-1e-7, 0.2, 50), 1, 0),
+        (
+            torch.full((50,), 1 - 2.0**-24, dtype=torch.float64),
+            0,
+            0,
+        ),  # a network that has fitted nothing
+        (torch.cat([torch.ones(30), torch.linspace(0, 0.9, 20)]), 1, 0),  # and one with outliers
+        (torch.ones(50), 0, 0),
+        (torch.full((50,), 2.5), 0, 0),
+        (torch.linspace(1, 40, 50), 0, 0),
+        (torch.linspace(-1, 1, 50), 0, 1),
+        (torch.linspace(-1, 1, 50) * 1e-6, 0, 1),
+        (torch.linspace(-1, 1, 50) * 1e6, 0, 1),
+        (torch.zeros(50), 1, 0),
+    ],
+)
+def test_what_q_are(q, probability, residual):
+    made = meaning(q)
+    assert (made.probability, made.residual) == (pytest.approx(probability, abs=1e-3), residual)
+    assert meaning(q, False) == module.Meaning(0.0, residual)
+    assert meaning(q, True) == module.Meaning(1.0, residual)
+
+
+def test_between_two_rules_lies_their_mean():
+    phi, _ = trained(gradients(200, 30), 0.5)
+    q = torch.linspace(-0.15, 0.5, 200).double()
+    made = meaning(q)
+    assert 0 < made.probability < 1
+    choice = choose(phi, q)
+    assert choice.power == made.probability
+    assert choice.rule.startswith("training ridge and ")
+    gram, moments = sums(phi, q)
+    rows = phi * (q.clamp(0, 1) * (1 - q.clamp(0, 1))).pow(made.probability / 2).unsqueeze(1)
+    torch.testing.assert_close(gram.matrix, rows.T @ rows, rtol=1e-3, atol=1e-3)
+    alone = [
+        choose_lambda(gram, moments, module.Meaning(p, made.residual)).lambda_reg
+        for p in (0.0, 1.0)
+    ]
+    assert min(alone) < choice.lambda_reg < max(alone)
+
+
 SAME = torch.ones(9, 4).double()
 
 
@@ -396,6 +507,30 @@ def test_scores_are_the_formula_with_the_curvature(tmp_path):
     solved = torch.linalg.solve(matrix, phi.T).T.numpy()
     found = made.saver.current_store["features"]
     np.testing.assert_allclose(found, solved, rtol=1e-3, atol=1e-4 * np.abs(solved).max())
+
+
+def test_a_checkpoint_whose_largest_q_passes_1(tmp_path):
+    """Of a task whose Q are probabilities times a factor, as a sum over tokens is."""
+    train, targets = cases.data(60), cases.data(5, seed=5)
+    model = cases.trained(0, train, steps=10)
+    largest = float(cases.q(model, train).max())
+
+    class Scaled(ImageClassificationModelOutput):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def get_out_to_loss_grad(self, *args):
+            return self.factor * super().get_out_to_loss_grad(*args)
+
+    found = []
+    for size in (0.999, 1.001):
+        made = fastproj.TRAKer(model, Scaled(size / largest), 60, tmp_path / str(size), proj_dim=20)
+        cases.featurize(made, model, 0, train)
+        made.finalize_features()
+        cases.score(made, model, 0, targets)
+        found.append(torch.from_numpy(np.array(made.finalize_scores("test"))))
+    assert rank_correlation(*found) > 0.99
 
 
 @pytest.mark.parametrize("declared", [None, True, False])
