@@ -23,8 +23,8 @@ class AbstractModelOutput(ABC):
     ``torch.func.functional_call`` takes. Gradients come from ``torch.func.vmap`` or, where that
     can't, from a loop; a ``BatchedModelOutput`` can also have the faster module hooks.
 
-    ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None is
-    yes where all Q of a checkpoint are in 0..1.
+    ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None
+    finds out from all Q of a checkpoint (``fastproj.trak.ridge.meaning``).
     """
 
     q_are_probabilities: bool | None = None
