@@ -466,8 +466,8 @@ class TRAKer:
         """Sum up the Gram matrix of each checkpoint, choose its lambda, and check that it solves.
 
         What is stored is the matrix itself (k x k; n x n where n < k): XtX, or Phi^T R Phi for
-        "auto"; the inverse is applied to the targets when scoring. So another ``lambda_reg`` needs no gradients again:
-        call this again with it.
+        "auto"; the inverse is applied to the targets when scoring. So another ``lambda_reg`` needs
+        no gradients again: call this again with it.
 
         Parameters
         ----------

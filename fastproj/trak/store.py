@@ -349,13 +349,15 @@ class Store:
                 parts = [self.read_shard(file.path, model_id, exp_name) for file in files]
                 tensors = joined(parts)
                 batches = [b for f in files for b in zip(f.keys, f.sizes, strict=True)]
-                merged = tensors and self._write_shard(model_id, exp_name, tensors, batches)
+                merged = None
+                if tensors is not None:
+                    merged = self._write_shard(model_id, exp_name, tensors, batches)
             except (GoneError, FileNotFoundError):  # merged by another process
                 self.forget_index(model_id, exp_name)
                 return False
             except StoreError:  # damaged, or no room: said by whoever can't do without
                 merged = None
-            if not merged:
+            if merged is None:
                 index.leave_alone(numbers)
                 return False
             index.moved(numbers, merged)
