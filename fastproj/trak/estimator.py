@@ -477,9 +477,9 @@ class TRAKer:
     ) -> None:
         """Sum up the Gram matrix of each checkpoint, choose its lambda, and check that it solves.
 
-        What is stored is the matrix itself (k x k): XtX, or Phi^T R Phi for "auto"; the inverse is
-        applied to the targets when scoring. So another ``lambda_reg`` needs no gradients again:
-        call this again with it.
+        What is stored is the matrix itself (k x k; n x n where n < k): XtX, or Phi^T R Phi for
+        "auto"; the inverse is applied to the targets when scoring. So another ``lambda_reg`` needs
+        no gradients again: call this again with it.
 
         Parameters
         ----------
@@ -720,7 +720,8 @@ class TRAKer:
         for model_id in ids:
             self._require_finalized(function, model_id)
         with progress("self-influence", len(ids) * self.train_set_size, "sample") as bar:
-            return self_scores(self.saver, ids, self._solution, bar.update).float().numpy()
+            scores = self_scores(self.saver, self.score_computer, ids, bar.update)
+            return scores.float().numpy()
 
     def _solution(self, model_id: int) -> Solution:
         """The factored system of a finalised checkpoint."""

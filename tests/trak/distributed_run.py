@@ -54,7 +54,7 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     train, targets = cases.data(N), cases.data(M, seed=5)
     # The first shows no training ridge, the second does: lambda is chosen by one rule and the other
     states = [net.state_dict() for net in (cases.net(0), cases.trained(1, train))]
-    traker = cases.make(model, Path(save_dir), N, proj_dim=6, **how.get("options", {}))
+    traker = cases.make(model, Path(save_dir), N, **{"proj_dim": 6, **how.get("options", {})})
     features, computed = traker._features, []
 
     def logged(batch: Any, model_id: int, inds: Any) -> torch.Tensor:

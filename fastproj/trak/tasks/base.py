@@ -30,8 +30,8 @@ class AbstractModelOutput(ABC):
     While one of the methods runs, ``model`` itself has these weights and buffers too: so
     ``model.encode(x)``, ``model.head.weight`` or ``model(x)`` are differentiated as well.
 
-    ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None is
-    yes where all Q of a checkpoint are in 0..1.
+    ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None
+    finds out from all Q of a checkpoint (``fastproj.trak.ridge.meaning``).
     ``model_holds_weights`` False leaves the model as it is: for tasks that need to see its own
     parameters, and call it by ``torch.func.functional_call`` alone.
     """
