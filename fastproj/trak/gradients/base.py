@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak import batches
+from fastproj.trak.gradients.eager import eagerly
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
 
@@ -31,7 +32,17 @@ class AbstractGradientComputer(ABC):
     dtype : accepted for TRAK's sake; gradients come in the dtype of the parameters.
     device : where batches and gradients are.
     grad_wrt : names of the parameters to differentiate by, or None for all.
+
+    Attributes
+    ----------
+    trusting : whether a batch may rest on what was checked for another one.
+    on_trust : whether what ``project`` returned last rests on that.
+    when_disproved : called where a check finds that results on trust may have been wrong.
     """
+
+    trusting: bool = True
+    on_trust: bool = False
+    when_disproved: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class AbstractGradientComputer(ABC):
 
     def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
         """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
+        self.on_trust = False
         self.check_dependence(batch)
         chunks = map(one_dtype, self.iter_per_sample_grads(batch))
         parts = [projector.project(grads, model_id=model_id).detach() for grads in chunks]
@@ -102,14 +114,26 @@ class AbstractGradientComputer(ABC):
     def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of each sample: the task's ``get_out_to_loss_grad``."""
         weights = {**self.fixed, **self.chosen}
-        out: Tensor = self.task.get_out_to_loss_grad(self.model, weights, self.buffers, batch)
+        with eagerly():
+            out: Tensor = self.task.get_out_to_loss_grad(
+                self.model, weights, self.buffers, own(batch)
+            )
+        return out
+
+    def outputs(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
+        """f of each sample as a function of the chosen parameters, [B]; of tasks for batches."""
+        with eagerly():
+            out: Tensor = self.task.outputs(
+                self.model, {**self.fixed, **chosen}, self.buffers, own(batch)
+            )
         return out
 
     def output(self, chosen: Grads, *sample: Any) -> Tensor:
         """f of one sample as a function of the chosen parameters, a scalar."""
-        out: Tensor = self.task.get_output(
-            self.model, {**self.fixed, **chosen}, self.buffers, *sample
-        )
+        with eagerly():
+            out: Tensor = self.task.get_output(
+                self.model, {**self.fixed, **chosen}, self.buffers, *own(sample)
+            )
         return out
 
     def gradient_of(self, sample: tuple[Any, ...]) -> dict[str, Tensor | None]:
@@ -121,6 +145,12 @@ class AbstractGradientComputer(ABC):
                 return dict.fromkeys(chosen)
             grads = torch.autograd.grad(out, list(chosen.values()), allow_unused=True)
         return {n: None if g is None else dense(g) for n, g in zip(chosen, grads, strict=True)}
+
+
+def own(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A copy of a batch: models may write to their inputs, and it is run several times."""
+    copy: tuple[Any, ...] = batches.map_leaves(torch.clone, batch)
+    return copy
 
 
 def one_dtype(grads: Grads) -> Grads:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, dense
 
-PROVEN_FIRST = 8  # of further structures, those whose number is a power of two are checked
+CHECKED_AGAIN = 16  # of a structure that was checked: this batch, and twice, four times ... that
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,7 @@ def weighted_gradient(
     part = batches.select(batch, rows)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
-        out = computer.task.outputs(
-            computer.model, {**computer.fixed, **chosen}, computer.buffers, part
-        )
+        out = computer.outputs(chosen, part)
         if not out.requires_grad:
             return {}
         grads = torch.autograd.grad(
@@ -76,26 +76,50 @@ def wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def worth_a_proof(number: int) -> bool:
-    """Whether to check the first batch of structure ``number``, counted from 1."""
-    return number <= PROVEN_FIRST or number & (number - 1) == 0
+def worth_a_proof(count: int) -> bool:
+    """Whether to check batch ``count`` of a structure, counted from 1."""
+    return count == 1 or (count >= CHECKED_AGAIN and count & (count - 1) == 0)
 
 
-def graph_of(out: Tensor) -> tuple[int, list[Tensor]]:
-    """A hash of the autograd graph behind ``out``, without shapes; and its leaves."""
+def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]]:
+    """A hash of a batch's shapes and of the autograd graph behind its outputs; the graph's leaves.
+
+    Of the graph's operations all that they note but tensors and sizes counts: dimensions, indices,
+    steps, flags. So a branch that rolls or transposes otherwise is another structure.
+    """
+    shapes = tuple((tuple(t.shape), t.dtype) for t in batches.leaves(batch))
     if out.grad_fn is None:
-        return 0, []
+        return hash((shapes, 0)), []
     nodes: list[Any] = [out.grad_fn]
     places: dict[Any, int] = {out.grad_fn: 0}
     kinds, leaves = [], []
     for node in nodes:  # which grows
-        kind: list[Any] = [node.name()]
-        for below, _ in node.next_functions:
+        name = node.name()
+        kind: list[Any] = [name]
+        for below, output in node.next_functions:
             if below is not None and below not in places:
                 places[below] = len(nodes)
                 nodes.append(below)
-            kind.append(None if below is None else places[below])
-        kinds.append(tuple(kind))
-        if kind[0] == "torch::autograd::AccumulateGrad":
+            kind.append(None if below is None else (places[below], output))
+        if name == "torch::autograd::AccumulateGrad":
             leaves.append(node.variable)
-    return hash(tuple(kinds)), leaves
+        else:
+            kind += (noted(getattr(node, attribute)) for attribute in attributes_of(type(node)))
+        kinds.append(tuple(kind))
+    return hash((shapes, tuple(kinds))), leaves
+
+
+@cache
+def attributes_of(kind: type) -> list[str]:
+    """The names of what an operation's node notes, but for tensors and what only says sizes."""
+    names = {name for name in dir(kind) if name.startswith("_saved_")}
+    return sorted(
+        name
+        for name in names
+        if "_raw" + name not in names | set(dir(kind)) and not name.endswith(("sizes", "size"))
+    )
+
+
+def noted(value: Any) -> Any:
+    """A hashable stand-in for a value that an operation notes."""
+    return value if isinstance(value, Hashable) else repr(value)
