@@ -4,6 +4,7 @@
         metadata.json                 what all features share: spec, seed, kind, proj_dim, model
         models/<model_id>/
             checkpoint.json           hash of the checkpoint's parameters and buffers
+            distrusted.json           gradients failed a check: shards on trust don't count
             train-*.safetensors       features, Q and indices of one featurized batch each
             weighted.safetensors      Phi^T R Phi, R = Q (1 - Q), once finalised with lambda "auto"
             xtx.safetensors           Phi^T Phi, once finalised with another
@@ -53,6 +54,7 @@ from fastproj.trak.files import (
 from fastproj.trak.writer import read_scores
 
 FORMAT = 3
+ON_TRUST = "on_trust"  # in a shard's metadata: its gradients rest on checks of some batches
 SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
 
 
@@ -289,8 +291,12 @@ class Store:
             index = ShardIndex.empty(n)
             folder = self.shard_dir(model_id, exp_name)
             role = "train" if exp_name is None else "target"
+            distrusted = self.distrusted(model_id)
             for path in sorted(folder.glob(f"{role}-*.safetensors")) if folder.exists() else []:
-                tensors = self.read_shard(path, model_id, exp_name, ("inds", "content"))
+                names = ("inds", "content")
+                tensors, metadata = self._read(path, model_id, exp_name, names)
+                if distrusted and ON_TRUST in metadata:
+                    continue
                 inds = tensors["inds"].numpy()
                 if len(inds) and (inds.min() < 0 or inds.max() >= n):
                     raise StoreMismatchError(
@@ -299,6 +305,15 @@ class Store:
                 index.add(path, inds, tensors["content"].numpy(), replace=exp_name is not None)
             self._indices[key] = index
         return self._indices[key]
+
+    def distrusted(self, model_id: int) -> bool:
+        """Whether gradients of a checkpoint have failed a check: see ``distrust``."""
+        return (self.model_dir(model_id) / "distrusted.json").exists()
+
+    def distrust(self, model_id: int, reason: str) -> None:
+        """Let what was kept on trust for a checkpoint not count any more, in any process."""
+        write_json(self.model_dir(model_id) / "distrusted.json", {"reason": reason})
+        self.forget()
 
     def forget(self) -> None:
         """Read the directory again at the next call: another process may have written to it."""
@@ -312,8 +327,12 @@ class Store:
         features: Tensor,
         out_to_loss: Tensor | None = None,
         exp_name: str | None = None,
+        on_trust: bool = False,
     ) -> None:
-        """Add the features [b, k] of the samples (or targets) ``inds`` [b], and their Q [b]."""
+        """Add the features [b, k] of the samples (or targets) ``inds`` [b], and their Q [b].
+
+        ``on_trust`` says that their gradients rest on checks of some batches: see ``distrust``.
+        """
         tensors: Tensors = {
             "inds": torch.from_numpy(inds.astype(np.int64)),
             "content": torch.from_numpy(content.astype(np.int64)),
@@ -329,7 +348,8 @@ class Store:
         place = int(inds.min()) if exp_name is None else index.next_place()
         role = "train" if exp_name is None else "target"
         path = folder / f"{role}-{place:012d}-{uuid.uuid4().hex[:12]}.safetensors"
-        write_safetensors(path, tensors, self._shard_identity(model_id, exp_name))
+        facts = {ON_TRUST: "True"} if on_trust else {}
+        write_safetensors(path, tensors, self._shard_identity(model_id, exp_name) | facts)
         index.add(path, inds, content, replace=exp_name is not None)
 
     def _shard_identity(self, model_id: int, exp_name: str | None) -> dict[str, str]:

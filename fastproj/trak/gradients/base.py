@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak import batches
-from fastproj.trak.gradients.eager import eagerly
+from fastproj.trak.gradients.running import plainly
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
 
@@ -35,9 +35,9 @@ class AbstractGradientComputer(ABC):
 
     Attributes
     ----------
-    trusting : whether a batch may rest on what was checked for another one.
-    on_trust : whether what ``project`` returned last rests on that.
-    when_disproved : called where a check finds that results on trust may have been wrong.
+    trusting : whether results may rest on checks of some of the batches.
+    on_trust : whether what ``project`` returned last does.
+    when_disproved : called where such a check fails: what was on trust may be wrong.
     """
 
     trusting: bool = True
@@ -114,7 +114,7 @@ class AbstractGradientComputer(ABC):
     def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of each sample: the task's ``get_out_to_loss_grad``."""
         weights = {**self.fixed, **self.chosen}
-        with eagerly():
+        with plainly():
             out: Tensor = self.task.get_out_to_loss_grad(
                 self.model, weights, self.buffers, own(batch)
             )
@@ -122,7 +122,7 @@ class AbstractGradientComputer(ABC):
 
     def outputs(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
         """f of each sample as a function of the chosen parameters, [B]; of tasks for batches."""
-        with eagerly():
+        with plainly():
             out: Tensor = self.task.outputs(
                 self.model, {**self.fixed, **chosen}, self.buffers, own(batch)
             )
@@ -130,7 +130,7 @@ class AbstractGradientComputer(ABC):
 
     def output(self, chosen: Grads, *sample: Any) -> Tensor:
         """f of one sample as a function of the chosen parameters, a scalar."""
-        with eagerly():
+        with plainly():
             out: Tensor = self.task.get_output(
                 self.model, {**self.fixed, **chosen}, self.buffers, *own(sample)
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer
@@ -80,7 +81,7 @@ class AutomaticGradientComputer(AbstractGradientComputer):
             warnings.warn(
                 f"TRAKer: gradient_computer {name!r} can't take this model, {self.name!r} is used "
                 f"instead, which is slower: {type(reason).__name__}: {first_line[:300]}",
-                stacklevel=6,
+                stacklevel=stack_to_caller(),
             )
         return result
 

@@ -31,6 +31,7 @@ from fastproj.trak.gradients.sinks import (
     Sink,
 )
 
+ALONE_FIRST = 4  # samples of the first batch that are checked each by itself
 STRUCTURES = 1 << 16  # remembered at most
 CALL_ENTRIES = 1 << 16  # of a gradient, that cost as much as calling a projector for fewer
 TELL_STRUCTURES = 32  # from here on it is worth a word that every other batch has one of its own
@@ -120,7 +121,13 @@ class HookGradientComputer(AbstractGradientComputer):
         if batches.size(batch) == 1:  # nothing to ascribe to a sample, nothing to check
             self._single(batch, make_sink(Counter()))
             return
-        proof = None if self._used and self.trusting else self._prove(batch)
+        self.on_trust = True
+        if not self.trusting:
+            raise HooksError(
+                "hooks: gradients of this checkpoint have failed a check before; expected "
+                'gradient_computer="auto", "func" or "loop"'
+            )
+        proof = None if self._used else self._prove(batch)
         plan, recorder, out, structure = self._forward(batch)
         if proof is None and worth_a_proof(self._structures[structure] + 1):
             del recorder, out  # plain autograd needs the memory
@@ -144,7 +151,6 @@ class HookGradientComputer(AbstractGradientComputer):
                     "parameter used outside of its module's forward, are samples mixed, or does "
                     "the model draw random numbers (dropout in training mode)?"
                 )
-        self.on_trust = self.on_trust or check is None
         if proof is None or proof.finite():
             self._count(structure)
 
@@ -191,7 +197,8 @@ class HookGradientComputer(AbstractGradientComputer):
     def _prove(self, batch: tuple[Any, ...]) -> Proof:
         """What the gradients of a batch must be, and with it which parameters f depends on."""
         self._proofs += 1
-        proof = prove(self, batch, seed=self._proofs)
+        alone = ALONE_FIRST if self._proofs == 1 else 1
+        proof = prove(self, batch, alone, seed=self._proofs)
         if not proof.sums and not self._dependent:
             raise self.no_dependence()
         self._dependent = True

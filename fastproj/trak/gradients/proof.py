@@ -28,13 +28,16 @@ class Proof:
         return all(bool(torch.isfinite(g).all()) for g in self.sums.values())
 
 
-def prove(computer: AbstractGradientComputer, batch: tuple[Any, ...], seed: int) -> Proof:
+def prove(
+    computer: AbstractGradientComputer, batch: tuple[Any, ...], alone: int, seed: int
+) -> Proof:
     """The weighted sum of the gradients of all samples of a batch, by plain autograd.
 
-    The batch is split at random into one sample alone and two halves. So a gradient that is lost or
-    doubled for any sample shows, and by the random weights also one that two samples share: hooks
-    ascribe it to another of them than autograd does. That outputs hang on what else is in the batch
-    shows as well, because the other computation never has the same samples together.
+    The batch is split at random into ``alone`` single samples and two halves of the others. So a
+    gradient that is lost or doubled for any sample shows, and by the random weights also one that
+    two samples share: hooks ascribe it to another of them than autograd does. That outputs hang on
+    what else is in the batch shows as well, because the other computation never has the same
+    samples together.
     """
     size = batches.size(batch)
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +47,7 @@ def prove(computer: AbstractGradientComputer, batch: tuple[Any, ...], seed: int)
     weights = weights.to(first.device)
     order = torch.randperm(size, generator=generator).to(first.device)
     sums: dict[str, Tensor] = {}
-    for rows in (order[:1], *order[1:].chunk(2)):
+    for rows in (*order[:alone].split(1), *order[alone:].chunk(2)):
         if not len(rows):
             continue
         for name, g in weighted_gradient(computer, batch, rows, weights[rows]).items():
@@ -104,13 +107,13 @@ def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]
         if name == "torch::autograd::AccumulateGrad":
             leaves.append(node.variable)
         else:
-            kind += (noted(getattr(node, attribute)) for attribute in attributes_of(type(node)))
+            kind += (noted(getattr(node, name)) for name in attributes_of(type(node)))  # type: ignore[arg-type]
         kinds.append(tuple(kind))
     return hash((shapes, tuple(kinds))), leaves
 
 
 @cache
-def attributes_of(kind: type) -> list[str]:
+def attributes_of(kind: Hashable) -> list[str]:
     """The names of what an operation's node notes, but for tensors and what only says sizes."""
     names = {name for name in dir(kind) if name.startswith("_saved_")}
     return sorted(
