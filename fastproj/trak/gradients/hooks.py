@@ -82,7 +82,8 @@ class HookGradientComputer(AbstractGradientComputer):
             )
         self._owned = owned_modules(model, set(self.names))
         self._used: set[str] = set()  # what f of some batch has been seen to depend on
-        self._structures: Counter[int] = Counter()  # how many batches each has had, once checked
+        self._structures: set[int] = set()  # of batches that were checked
+        self._batches = 0  # so far, of several samples
         self._proofs = 0
         self._plans: dict[Any, Plan] = {}
         if not hasattr(self, "_told"):
@@ -127,17 +128,18 @@ class HookGradientComputer(AbstractGradientComputer):
                 "hooks: gradients of this checkpoint have failed a check before; expected "
                 'gradient_computer="auto", "func" or "loop"'
             )
-        proof = None if self._used else self._prove(batch)
-        plan, recorder, out, structure = self._forward(batch)
-        if proof is None and worth_a_proof(self._structures[structure] + 1):
-            del recorder, out  # plain autograd needs the memory
+        self._batches += 1
+        proof = self._prove(batch) if worth_a_proof(self._batches) else None
+        plan, recorder, out, structure, leaves = self._forward(batch)
+        if proof is None and structure not in self._structures:
+            del recorder, out, leaves  # plain autograd needs the memory
             proof = self._prove(batch)
-            plan, recorder, out, structure = self._forward(batch)
+            plan, recorder, out, structure, leaves = self._forward(batch)
         sink = make_sink(recorder.uses)
         check = None
         if proof is not None:
             sink = check = CheckingSink(sink, proof, self.chosen)
-        recorder.backward(out, sink)
+        recorder.backward(out, leaves, sink)
         for name, values in self._rest(plan.rest, batch):
             sink.add(name, Piece(0, values))
         sink.close()
@@ -152,14 +154,14 @@ class HookGradientComputer(AbstractGradientComputer):
                     "the model draw random numbers (dropout in training mode)?"
                 )
         if proof is None or proof.finite():
-            self._count(structure)
+            self._remember(structure)
 
-    def _count(self, structure: int) -> None:
-        """Note a batch of a structure that was checked, now or before."""
-        if len(self._structures) > STRUCTURES:  # those that are forgotten are checked again
+    def _remember(self, structure: int) -> None:
+        """Note a structure that was checked, now or before."""
+        if len(self._structures) >= STRUCTURES:  # those that are forgotten are checked again
             self._structures.clear()
-        self._structures[structure] += 1
-        every, checked = self._structures.total(), len(self._structures)
+        self._structures.add(structure)
+        every, checked = self._batches, len(self._structures)
         if checked >= TELL_STRUCTURES and 2 * checked > every and "structures" not in self._told:
             self._told.add("structures")
             logger.warning(
@@ -211,8 +213,8 @@ class HookGradientComputer(AbstractGradientComputer):
             self._used |= names
             self._plans.clear()
 
-    def _forward(self, batch: tuple[Any, ...]) -> tuple[Plan, Recorder, Tensor, int]:
-        """The plan for a batch, its outputs with hooks listening, and its structure."""
+    def _forward(self, batch: tuple[Any, ...]) -> tuple[Plan, Recorder, Tensor, int, list[Tensor]]:
+        """The plan for a batch, its outputs with hooks listening, their structure and leaves."""
         while True:
             plan = self._plan(batch)
             unused = {
@@ -227,7 +229,7 @@ class HookGradientComputer(AbstractGradientComputer):
             reached = {id(leaf) for leaf in leaves}
             found = {name for name, p in unused.items() if id(p) in reached}
             if not found:
-                return plan, recorder, out, structure
+                return plan, recorder, out, structure, leaves
             self._use(found)  # as f of the batches before did not
 
     def _rest(self, names: list[str], batch: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:

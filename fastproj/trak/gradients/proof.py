@@ -13,8 +13,6 @@ from torch import Tensor
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, dense
 
-CHECKED_AGAIN = 16  # of a structure that was checked: this batch, and twice, four times ... that
-
 
 @dataclass(frozen=True)
 class Proof:
@@ -79,9 +77,12 @@ def wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def worth_a_proof(count: int) -> bool:
-    """Whether to check batch ``count`` of a structure, counted from 1."""
-    return count == 1 or (count >= CHECKED_AGAIN and count & (count - 1) == 0)
+def worth_a_proof(number: int) -> bool:
+    """Whether to check batch ``number``, counted from 1, even if it is like one before: 1, 2, 4 ...
+
+    Of like batches one may mix its samples, by its values, where another doesn't.
+    """
+    return number & (number - 1) == 0
 
 
 def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]]:
@@ -107,13 +108,14 @@ def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]
         if name == "torch::autograd::AccumulateGrad":
             leaves.append(node.variable)
         else:
-            kind += (noted(getattr(node, name)) for name in attributes_of(type(node)))  # type: ignore[arg-type]
+            of_kind: Any = type(node)
+            kind += (noted(getattr(node, saved)) for saved in attributes_of(of_kind))
         kinds.append(tuple(kind))
     return hash((shapes, tuple(kinds))), leaves
 
 
 @cache
-def attributes_of(kind: Hashable) -> list[str]:
+def attributes_of(kind: Any) -> list[str]:
     """The names of what an operation's node notes, but for tensors and what only says sizes."""
     names = {name for name in dir(kind) if name.startswith("_saved_")}
     return sorted(

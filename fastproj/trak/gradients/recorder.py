@@ -92,13 +92,15 @@ class Recorder:
             )
         return out
 
-    def backward(self, out: Tensor, sink: Sink) -> None:
-        """The backward of the sum of the outputs; every module's gradients go to the sink."""
-        anchors = list(self._anchors.values())
-        if not out.requires_grad or not anchors:
+    def backward(self, out: Tensor, leaves: list[Tensor], sink: Sink) -> None:
+        """The backward of the sum of the outputs; every module's gradients go to the sink.
+
+        leaves : of the graph behind ``out``: anchors, and inputs that the model differentiates by.
+        """
+        if not leaves:
             return
         self._sink = sink
-        torch.autograd.grad(out, anchors, torch.ones_like(out), allow_unused=True)
+        torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
 
     @contextmanager
     def _listen(self) -> Iterator[None]:
