@@ -504,7 +504,7 @@ def _first(
             if verdict:
                 continue
         if board is not None and each.control.write == board:
-            later = min(later + 1, 8)
+            later = min(later + 1, 63)  # what DEPBAR can count to
         stages += i in ends
         clocks += max(1, each.control.stall)
         if stages <= most:

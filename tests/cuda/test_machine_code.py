@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from compiled import ROOT, build_machine_code
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import build_machine_code  # noqa: E402
 
 Code, Control = build_machine_code.Code, build_machine_code.Control
 
