@@ -250,11 +250,12 @@ FASTPROJ_DEVICE void load_chunk(const ProjectParams& p, int b, int i, std::uint3
     }
 }
 
-// Writes chunk c of sample n of a tile; terms lie `term_bytes` apart.
+// Writes chunk c of sample n of a tile; terms lie `term_bytes` apart. `halves` chooses the bytes of
+// two words that are two 16-bit elements.
 template <class Op, int kTerms>
 FASTPROJ_DEVICE void store_chunk(const ProjectParams& p, std::uint32_t tile,
                                  std::uint32_t term_bytes, int n, int c,
-                                 const std::uint32_t (&raw)[8]) {
+                                 const std::uint32_t (&raw)[8], std::uint32_t halves = 0x5410) {
     const std::uint32_t first = tile + chunk_offset(n, c),
                         second = tile + (chunk_offset(n, c) ^ 64);
     if constexpr (Op::kIsBf16) {
@@ -269,8 +270,8 @@ FASTPROJ_DEVICE void store_chunk(const ProjectParams& p, std::uint32_t tile,
             return;
         }
     }
-    store_shared(first, pack_low(raw[0], raw[1]), pack_low(raw[2], raw[3]));
-    store_shared(second, pack_low(raw[4], raw[5]), pack_low(raw[6], raw[7]));
+    store_shared(first, pick_bytes(raw[0], raw[1], halves), pick_bytes(raw[2], raw[3], halves));
+    store_shared(second, pick_bytes(raw[4], raw[5], halves), pick_bytes(raw[6], raw[7], halves));
 }
 
 // ------------------------------------------------------------------------------- work and results

@@ -89,10 +89,12 @@ CUtensorMap encode(const BoxSource& source) {
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(source.stride_bytes)};
     const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(source.box_samples)};
     const cuuint32_t steps[2] = {1, 1};
-    // Zero fill and no arithmetic: the bits may be bf16 or fp16.
+    // Zero fill and no arithmetic: the bits may be bf16, fp16 or fp32.
+    const bool wide = source.element_bytes == 4;
     const CUresult code = encode_tiled()(
-        &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(source.base), sizes, strides,
-        box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        &map, wide ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
+        const_cast<void*>(source.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        wide ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (code != CUDA_SUCCESS) {
         throw std::runtime_error("fastproj._cuda: cuTensorMapEncodeTiled failed with code " +

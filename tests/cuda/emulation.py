@@ -29,7 +29,7 @@ DTYPES = {
 }
 KINDS = {"rademacher": 0, "gaussian": 1}
 VARIANTS = {"auto": 0, "simple": 1, "sm80": 2, "sm90": 3}
-LOADERS = ("tma", "cp.async", "vector", "scalar")
+LOADERS = ("tma", "cp.async", "vector", "scalar", "elements")
 
 _int64, _int32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
@@ -263,12 +263,14 @@ def kernel_facts(variant: str, kind: str, operand: str, terms: int, block_b: int
 
 @dataclass
 class Traffic:
-    """8-byte stores to shared memory by 16 lanes at once and the wavefronts that they take (as many
-    where no two lanes share a bank); 16-byte loads from global memory by 8 lanes, and the 32-byte
-    sectors that they touch."""
+    """8-byte stores to shared memory by 16 lanes at once, 16-byte reads of it by 8, and the
+    wavefronts that they take (as many where no two lanes share a bank); 16-byte loads from global
+    memory by 8 lanes, and the 32-byte sectors that they touch."""
 
     stores: int = 0
-    wavefronts: int = 0
+    store_wavefronts: int = 0
+    reads: int = 0
+    read_wavefronts: int = 0
     loads: int = 0
     sectors: int = 0
 
@@ -276,14 +278,19 @@ class Traffic:
 @contextmanager
 def traffic() -> Iterator[Traffic]:
     """What calls within the block moved; filled in at its end."""
-    counted, facts = Traffic(), (_int64 * 4)()
+    counted, facts = Traffic(), (_int64 * 6)()
     count = (_library.get() or library()).emulated_traffic
     count(1, facts)
     try:
         yield counted
     finally:
         count(0, facts)
-        counted.stores, counted.wavefronts, counted.loads, counted.sectors = facts
+        vars(counted).update(zip(vars(counted), facts, strict=True))
+
+
+def protect(address: int, length: int) -> int:
+    """Makes memory that any access to ends the process; 0 when it is done."""
+    return int(ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), 0))
 
 
 def project_transpose(
