@@ -14,7 +14,7 @@ from fastproj.kernels.aot import Case, Report
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import build_cuda
+import build_machine_code
 
 RESOURCES = Path(aot.__file__).parent / "RESOURCES.md"
 UNITS = {"sm_80": "mma", "sm_90": "wgmma", "gfx942": "mfma"}
@@ -95,7 +95,7 @@ def check_products_in_flight(case: Case, folder: Path) -> None:
     command = [str(tool), "-sass", str(binary)]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert sass.count("HGMMA") > 0
-    assert build_cuda.hazards(sass) == []
+    assert build_machine_code.hazards(sass) == []
 
 
 @pytest.mark.parametrize("case", [case for case, arch, _ in ESSENTIAL if arch == "sm_90"], ids=str)
