@@ -133,7 +133,7 @@ FASTPROJ_DEVICE void copy_elements(const ProjectParams& p, std::uint32_t to, con
 template <class C, bool kBoxes>
 FASTPROJ_DEVICE void convert90(const TensorMap& map, const ProjectParams& p, std::uint32_t tiles,
                                std::uint32_t full, std::uint32_t empty, Stages<C> next) {
-    constexpr int kBatch = kLeast<C::kChunks, 4>;  // chunks in registers at once
+    constexpr int kBatch = kLeast < C::kChunks, kBoxes ? 4 : 2 > ;  // chunks in registers at once
     const int thread = threadIdx.x, lane = thread & 31;
     const int c = thread & 7, first_sample = chunk_sample(thread >> 3);
     const std::uint32_t raw = tiles + C::kStages * C::kStageBytes;
@@ -172,10 +172,10 @@ FASTPROJ_DEVICE void convert90(const TensorMap& map, const ProjectParams& p, std
         filled.advance();
     };
 #pragma unroll 1
-    for (int lead = 0;;) {
+    for (int s = 0; s < C::kRawStages - 1; ++s) fill();
+#pragma unroll 1
+    for (;;) {
         fill();
-        if (++lead < C::kRawStages) continue;
-        lead = C::kRawStages;
         if (pending == 0) break;
         --pending;
         if constexpr (kBoxes) {

@@ -48,6 +48,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
             for (int i = 0; i < kSums; ++i) acc[m][i] = sum[m][i] = 0.0f;
         }
         auto fold = [&](int m) {
+            wgmma_sums(acc[m]);
 #pragma unroll
             for (int i = 0; i < kSums; ++i) {
                 sum[m][i] += acc[m][i];
@@ -126,6 +127,13 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
                                 }
                             }
                             wgmma_commit();
+                            // The next unit's words, one part behind each of the last products:
+                            // all at once, the tensor cores would run dry.
+                            const int part =
+                                (group - 8) * C::kTiles + m + decltype(generator)::kParts;
+                            if (decltype(generator)::kParts > 0 && part >= 0) {
+                                generator.prepare(key, part, block + 1, column);
+                            }
                         }
                         if (group & 1) generator.advance();
                     }
@@ -136,11 +144,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
                     }
                     if (!C::kUnroll) ring.advance();
                 }
-                // The next unit's words are made while the last products run.
-#pragma unroll
-                for (int m = 0; m < C::kTiles; ++m) {
-                    generator.start(key, m, block + 1, column + m * 64);
-                }
+                generator.turn();
                 if (C::kUnroll) ring.advance();
             }
             if (!C::kFoldStages) {
