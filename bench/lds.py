@@ -41,7 +41,7 @@ from bench.record import write_result
 from fastproj import TRAKer
 from fastproj.commands.arguments import positive
 from fastproj.trak import AbstractModelOutput
-from fastproj.trak.metrics import LDS, lds
+from fastproj.trak.evaluation.metrics import LDS, lds
 
 Scores = npt.NDArray[np.floating[Any]]
 Checkpoints = list[dict[str, Tensor]]

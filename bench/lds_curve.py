@@ -36,7 +36,7 @@ from tqdm import tqdm
 from bench import problems
 from bench.record import write_result
 from fastproj import TRAKer
-from fastproj.trak.metrics import LDS, lds, noise_ceiling
+from fastproj.trak.evaluation.metrics import LDS, lds, noise_ceiling
 
 Floats = npt.NDArray[np.float64]
 Checkpoint = dict[str, Tensor]

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from bench.record import in_fresh_process, write_result
 from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
-from fastproj.trak.features import BLOCK_ROWS
+from fastproj.trak.store.features import BLOCK_ROWS
 
 SHARD_ROWS = 512
 TOP_K = 100

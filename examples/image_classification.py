@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from fastproj import TRAKer
-from fastproj.trak.report import Page, write_report
+from fastproj.trak.evaluation.report import Page, write_report
 
 
 def load_data(train: int) -> tuple[TensorDataset, TensorDataset]:

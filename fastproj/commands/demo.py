@@ -32,11 +32,11 @@ from fastproj.testbed import ensembles
 from fastproj.testbed.digits import DigitsCNN, digits, ensemble_logits, patches
 from fastproj.testbed.ensembles import Ensemble, Training, random_halves, split
 from fastproj.trak.estimator import TRAKer
+from fastproj.trak.evaluation.metrics import LDS, lds, noise_ceiling, spearman
+from fastproj.trak.evaluation.report import Page, write_report
 from fastproj.trak.files import StoreError, make_dir, read_json, write_json
-from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
 from fastproj.trak.progress import progress, tracked
-from fastproj.trak.report import Page, write_report
-from fastproj.trak.solve import AUTO, Lambda, check_lambda
+from fastproj.trak.solving.solve import AUTO, Lambda, check_lambda
 from fastproj.trak.tasks import margins
 
 GROUP = 50  # models trained at once: few enough for a core's cache

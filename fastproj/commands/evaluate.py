@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 import fastproj
 from fastproj.commands.arguments import INTERRUPTED
-from fastproj.trak.correlation import METHODS
-from fastproj.trak.files import StoreError, write_atomic
-from fastproj.trak.metrics import (
+from fastproj.trak.evaluation.correlation import METHODS
+from fastproj.trak.evaluation.metrics import (
     LDS,
     LOO,
     brittleness,
@@ -30,15 +29,16 @@ from fastproj.trak.metrics import (
     noise_ceiling,
     row_blocks,
 )
-from fastproj.trak.retrain import (
+from fastproj.trak.evaluation.retrain import (
     GroundTruth,
     TrainingError,
     all_but,
     random_subsets,
     train_subsets,
 )
-from fastproj.trak.workers import WorkerError
-from fastproj.trak.writer import TopScores, load_array, load_scores
+from fastproj.trak.evaluation.workers import WorkerError
+from fastproj.trak.files import StoreError, write_atomic
+from fastproj.trak.store.scores import TopScores, load_array, load_scores
 
 RECIPE_HELP = (
     "how to train: a Python file, or a module's name, with train(indices, seed) -> model and "

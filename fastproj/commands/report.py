@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fastproj.trak.evaluation.report import Page, write_report
 from fastproj.trak.files import StoreError
-from fastproj.trak.report import Page, write_report
-from fastproj.trak.writer import load_array, load_scores
+from fastproj.trak.store.scores import load_array, load_scores
 
 
 def main(argv: Sequence[str] | None = None) -> int:

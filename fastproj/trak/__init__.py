@@ -4,15 +4,7 @@ from __future__ import annotations
 
 try:
     from fastproj.trak.estimator import TRAKer
-    from fastproj.trak.files import StoreCorruptError, StoreError
-    from fastproj.trak.gradients import (
-        AbstractGradientComputer,
-        FunctionalGradientComputer,
-        HookGradientComputer,
-        HooksError,
-        IterativeGradientComputer,
-    )
-    from fastproj.trak.metrics import (
+    from fastproj.trak.evaluation.metrics import (
         AUC,
         LDS,
         LOO,
@@ -24,15 +16,23 @@ try:
         most_helpful,
         noise_ceiling,
     )
-    from fastproj.trak.retrain import (
+    from fastproj.trak.evaluation.retrain import (
         GroundTruth,
         TrainingError,
         all_but,
         random_subsets,
         train_subsets,
     )
-    from fastproj.trak.solve import ScoreComputer, SingularXtXWarning
-    from fastproj.trak.store import NotReadyError, Store, StoreMismatchError
+    from fastproj.trak.files import StoreCorruptError, StoreError
+    from fastproj.trak.gradients import (
+        AbstractGradientComputer,
+        FunctionalGradientComputer,
+        HookGradientComputer,
+        HooksError,
+        IterativeGradientComputer,
+    )
+    from fastproj.trak.solving.solve import ScoreComputer, SingularXtXWarning
+    from fastproj.trak.store.store import NotReadyError, Store, StoreMismatchError
     from fastproj.trak.tasks import (
         AbstractModelOutput,
         BatchedModelOutput,

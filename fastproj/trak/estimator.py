@@ -30,7 +30,6 @@ from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.checkpoints import LoadedModel, load_state
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
 from fastproj.trak.files import Indices
-from fastproj.trak.finalizing import finalize, solution_of
 from fastproj.trak.gradients import (
     AbstractGradientComputer,
     count_params,
@@ -51,19 +50,20 @@ from fastproj.trak.inputs import (
     subclass_of,
 )
 from fastproj.trak.progress import progress
-from fastproj.trak.scoring import self_scores, target_chunks, write_scores
-from fastproj.trak.solve import AUTO, Lambda, ScoreComputer, Solution, check_lambda
-from fastproj.trak.store import (
+from fastproj.trak.solving.finalizing import finalize, solution_of
+from fastproj.trak.solving.scoring import self_scores, target_chunks, write_scores
+from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, Solution, check_lambda
+from fastproj.trak.store.scores import (
+    ScoresWriter,
+    TopWriter,
+    read_top_scores,
+)
+from fastproj.trak.store.store import (
     NotReadyError,
     Store,
     layout_fingerprint,
 )
 from fastproj.trak.tasks import describe_task, resolve_task
-from fastproj.trak.writer import (
-    ScoresWriter,
-    TopWriter,
-    read_top_scores,
-)
 
 MAX_SAMPLES = 1 << 48
 
@@ -98,8 +98,8 @@ class TRAKer:
     projector : an object with ``proj_dim`` (0: the gradients as they are) and
         ``project(grads, model_id=)``; None is ``fastproj.Projector``. Give it unscaled: features
         are divided by ``normalize_factor``, the square root of the number of parameters.
-    saver : a subclass of ``fastproj.trak.store.Store``, or None.
-    score_computer : a subclass of ``fastproj.trak.solve.ScoreComputer``, or None.
+    saver : a subclass of ``fastproj.trak.store.store.Store``, or None.
+    score_computer : a subclass of ``fastproj.trak.solving.solve.ScoreComputer``, or None.
     proj_dim : k, the dimension of the features, where ``projector`` is None.
     logging_level : of the logger "fastproj.trak".
     use_half_precision : store features as float16 with a scale per row (half the disk space; no
@@ -109,8 +109,9 @@ class TRAKer:
     grad_wrt : names of the parameters to take gradients by; "trainable" is those that have
         ``requires_grad``, None all.
     lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features and Q, and
-        weighs the samples by the curvature of their loss (see ``fastproj.trak.ridge``). A number is
-        added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean eigenvalue.
+        weighs the samples by the curvature of their loss (see ``fastproj.trak.solving.ridge``). A
+        number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean
+        eigenvalue.
     kind : "rademacher" | "gaussian", where ``projector`` is None.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
         yes where there are several. False: this process works by itself.

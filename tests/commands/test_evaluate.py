@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 
 from fastproj import cli
-from fastproj.trak.metrics import brittleness, lds, loo_correlation, mislabel_auc, noise_ceiling
-from fastproj.trak.recipe import load_recipe
-from fastproj.trak.retrain import GroundTruth, model_seed, random_subsets, samples_digest
+from fastproj.trak.evaluation.metrics import (
+    brittleness,
+    lds,
+    loo_correlation,
+    mislabel_auc,
+    noise_ceiling,
+)
+from fastproj.trak.evaluation.recipe import load_recipe
+from fastproj.trak.evaluation.retrain import GroundTruth, model_seed, random_subsets, samples_digest
 from tests.trak.recipe_files import RIDGE, trained, write_recipe
 
 

@@ -41,7 +41,7 @@ ELSEWHERE = {
         "trak/test_estimator.py",
         "test_fewer_samples_than_dimensions_warns_and_is_repeatable",
     ),
-    "half-precision XtX": ("trak/test_solve.py", "test_gram_of_blocks"),
+    "half-precision XtX": ("trak/solving/test_solve.py", "test_gram_of_blocks"),
     "half-precision features overflow": (
         "trak/test_estimator.py",
         "test_half_precision_storage_keeps_three_digits_at_any_scale",

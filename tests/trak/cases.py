@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fastproj
 from fastproj import TRAKer
-from fastproj.trak import features, finalizing, scoring, shards
+from fastproj.trak.solving import finalizing, scoring
+from fastproj.trak.store import features, shards
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from fastproj.trak.retrain import random_subsets, train_subsets
+from fastproj.trak.evaluation.retrain import random_subsets, train_subsets
 
 
 def main(recipe: Path, directory: Path, log: Path, die_at: int) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastproj.trak import shards
-from fastproj.trak.features import FeatureReader
+from fastproj.trak.store import shards
+from fastproj.trak.store.features import FeatureReader
 from tests.trak import cases
 
 SAMPLES = 60

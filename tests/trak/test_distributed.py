@@ -17,7 +17,7 @@ import torch
 from fastproj.trak import distributed
 from fastproj.trak.distributed import DistributedError, Ranks
 from fastproj.trak.files import read_json
-from fastproj.trak.writer import read_scores, read_top_scores
+from fastproj.trak.store.scores import read_scores, read_top_scores
 from tests.trak import cases
 from tests.trak.distributed_run import N
 from tests.trak.lives import Server

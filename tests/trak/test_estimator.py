@@ -19,7 +19,7 @@ from fastproj.trak import (
     SingularXtXWarning,
     StoreMismatchError,
 )
-from fastproj.trak.solve import System
+from fastproj.trak.solving.solve import System
 from tests.trak import cases
 
 N, M = 30, 6

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fastproj.trak.files import read_safetensors
-from fastproj.trak.shards import ShardFile
-from fastproj.trak.writer import read_scores, read_top_scores
+from fastproj.trak.store.scores import read_scores, read_top_scores
+from fastproj.trak.store.shards import ShardFile
 from tests.trak.killed_run import KINDS, STAGES
 from tests.trak.lives import Server
 

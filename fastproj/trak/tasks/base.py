@@ -31,7 +31,7 @@ class AbstractModelOutput(ABC):
     ``model.encode(x)``, ``model.head.weight`` or ``model(x)`` are differentiated as well.
 
     ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None
-    finds out from all Q of a checkpoint (``fastproj.trak.ridge.meaning``).
+    finds out from all Q of a checkpoint (``fastproj.trak.solving.ridge.meaning``).
     ``model_holds_weights`` False leaves the model as it is: for tasks that need to see its own
     parameters, and call it by ``torch.func.functional_call`` alone.
     """

@@ -10,10 +10,16 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from fastproj.trak import correlation, lds, metrics, noise_ceiling
-from fastproj.trak.correlation import METHODS, WeightedRanks, rank_correlation, spearman
-from fastproj.trak.metrics import brittleness, loo_correlation, mislabel_auc, most_helpful
-from fastproj.trak.writer import TopScores
+from fastproj.trak import lds, noise_ceiling
+from fastproj.trak.evaluation import correlation, metrics
+from fastproj.trak.evaluation.correlation import METHODS, WeightedRanks, rank_correlation, spearman
+from fastproj.trak.evaluation.metrics import (
+    brittleness,
+    loo_correlation,
+    mislabel_auc,
+    most_helpful,
+)
+from fastproj.trak.store.scores import TopScores
 
 
 def test_spearman_is_scipys_also_with_ties():

@@ -13,7 +13,7 @@ import pytest
 
 from fastproj.commands.report import main
 from fastproj.trak import lds
-from fastproj.trak.report import Page, png, render, to_uint8, write_report
+from fastproj.trak.evaluation.report import Page, png, render, to_uint8, write_report
 from tests.trak import cases
 
 VOID = {"meta", "img", "br"}  # HTML elements without an end tag that the page uses

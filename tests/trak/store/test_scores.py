@@ -11,9 +11,9 @@ import torch
 
 from fastproj import cli
 from fastproj.trak.distributed import Ranks
-from fastproj.trak.features import FeatureReader, read_ahead, sample_blocks
 from fastproj.trak.files import StoreCorruptError, StoreError
-from fastproj.trak.writer import (
+from fastproj.trak.store.features import FeatureReader, read_ahead, sample_blocks
+from fastproj.trak.store.scores import (
     STRIPE_BYTES,
     ScoresWriter,
     TopWriter,

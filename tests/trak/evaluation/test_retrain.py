@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastproj.trak.files import StoreCorruptError, StoreError
-from fastproj.trak.recipe import RecipeError, load_recipe, recipe_identity
-from fastproj.trak.retrain import (
+from fastproj.trak.evaluation.recipe import RecipeError, load_recipe, recipe_identity
+from fastproj.trak.evaluation.retrain import (
     GroundTruth,
     TrainingError,
     all_but,
     random_subsets,
     train_subsets,
 )
-from fastproj.trak.store import StoreMismatchError
-from fastproj.trak.workers import WorkerError
+from fastproj.trak.evaluation.workers import WorkerError
+from fastproj.trak.files import StoreCorruptError, StoreError
+from fastproj.trak.store.store import StoreMismatchError
 from tests.trak import killed_retraining
 from tests.trak.recipe_files import RIDGE, trained, write_recipe
 

@@ -10,8 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastproj.trak import ScoreComputer, SingularXtXWarning
-from fastproj.trak import solve as module
-from fastproj.trak.solve import Gram, extreme_eigenvalues, parse_lambda, solve
+from fastproj.trak.solving import solve as module
+from fastproj.trak.solving.solve import Gram, extreme_eigenvalues, parse_lambda, solve
 
 
 def features(n, k, seed=0):

@@ -21,8 +21,8 @@ from fastproj.trak import (
     SingularXtXWarning,
     StoreCorruptError,
 )
-from fastproj.trak import ridge as module
-from fastproj.trak.ridge import (
+from fastproj.trak.solving import ridge as module
+from fastproj.trak.solving.ridge import (
     MARGIN,
     Moments,
     choose_lambda,
@@ -32,7 +32,7 @@ from fastproj.trak.ridge import (
     meaning,
     quadratures,
 )
-from fastproj.trak.solve import HALF_ROUNDING, Gram, solve
+from fastproj.trak.solving.solve import HALF_ROUNDING, Gram, solve
 from tests import ROOT
 from tests.trak import cases
 

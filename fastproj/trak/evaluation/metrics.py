@@ -5,8 +5,8 @@
     brittleness      predictions that flip once what helped is gone  (arXiv 2202.00622, section 4.1)
     mislabel_auc     which training labels are wrong                 (arXiv 1703.04730, section 5.4)
 
-``fastproj.trak.retrain`` trains the models that the first three need. Scores may be memory-mapped:
-they are read in blocks of rows, never as a whole.
+``fastproj.trak.evaluation.retrain`` trains the models that the first three need. Scores may be
+memory-mapped: they are read in blocks of rows, never as a whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastproj.trak.correlation import (
+from fastproj.trak.evaluation.correlation import (
     METHODS,
     Estimate,
     Floats,
@@ -31,7 +31,7 @@ from fastproj.trak.correlation import (
     spearman,
 )
 from fastproj.trak.progress import progress, tracked
-from fastproj.trak.writer import TopScores
+from fastproj.trak.store.scores import TopScores
 
 BLOCK_BYTES = 1 << 26  # of scores held at once, as float64
 

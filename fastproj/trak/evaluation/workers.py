@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastproj.trak.recipe import Indices, Recipe, RecipeError, load_recipe
+from fastproj.trak.evaluation.recipe import Indices, Recipe, RecipeError, load_recipe
 
 GRACE = 10.0  # seconds that a worker may take to leave
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

@@ -28,6 +28,9 @@ import numpy.typing as npt
 import torch
 
 from fastproj.checks import check_integer
+from fastproj.trak.evaluation.metrics import Mask, as_indices, as_mask, check_places
+from fastproj.trak.evaluation.recipe import file_identity, recipe_identity
+from fastproj.trak.evaluation.workers import Outcome, Task, WorkerError, run_here, run_in_workers
 from fastproj.trak.files import (
     StoreError,
     make_dir,
@@ -38,11 +41,8 @@ from fastproj.trak.files import (
     write_json,
     write_safetensors,
 )
-from fastproj.trak.metrics import Mask, as_indices, as_mask, check_places
 from fastproj.trak.progress import progress
-from fastproj.trak.recipe import file_identity, recipe_identity
-from fastproj.trak.store import StoreMismatchError
-from fastproj.trak.workers import Outcome, Task, WorkerError, run_here, run_in_workers
+from fastproj.trak.store.store import StoreMismatchError
 
 FORMAT = 1
 GIVE_UP = 3  # failures in a row from the start, after which a recipe is taken to be broken
@@ -219,7 +219,7 @@ def train_subsets(
     Parameters
     ----------
     recipe : ``train(indices, seed) -> model`` and ``outputs(model) -> [m]``, in any of the forms
-        that ``fastproj.trak.recipe`` names.
+        that ``fastproj.trak.evaluation.recipe`` names.
     masks : bool [S, n], the samples to train each model on (``random_subsets``, ``all_but``).
     directory : where outputs are kept. One of another n, seed, recipe or identity is refused.
     repeats : R, how many models to train on each subset, from different seeds.

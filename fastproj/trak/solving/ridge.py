@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproj.trak.features import Buffer
 from fastproj.trak.files import Tensors
-from fastproj.trak.solve import Gram, check_gram, in_range, shifted
+from fastproj.trak.solving.solve import Gram, check_gram, in_range, shifted
+from fastproj.trak.store.features import Buffer
 
 LANCZOS_STEPS, MAX_STEPS = 20, 200
 SETTLED = 1e-9  # change of the ridge, relative, over so many steps

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastproj import TRAKer
 from fastproj.trak import ImageClassificationModelOutput, ScoreComputer, SingularXtXWarning
-from fastproj.trak import solve as module
 from fastproj.trak.files import read_safetensors, write_safetensors
-from fastproj.trak.ridge import Moments, choose_lambda, curvature, meaning
-from fastproj.trak.solve import Gram, Rows, System, solve
+from fastproj.trak.solving import solve as module
+from fastproj.trak.solving.ridge import Moments, choose_lambda, curvature, meaning
+from fastproj.trak.solving.solve import Gram, Rows, System, solve
 from tests.trak import cases
 
 M = 5

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
-from fastproj.trak.features import FeatureReader, block_rows, feature_stream, sample_blocks
-from fastproj.trak.finalizing import own_scores, solution_of
-from fastproj.trak.solve import ScoreComputer, Solution
-from fastproj.trak.store import Store
-from fastproj.trak.writer import Sink
+from fastproj.trak.solving.finalizing import own_scores, solution_of
+from fastproj.trak.solving.solve import ScoreComputer, Solution
+from fastproj.trak.store.features import FeatureReader, block_rows, feature_stream, sample_blocks
+from fastproj.trak.store.scores import Sink
+from fastproj.trak.store.store import Store
 
 TARGET_ROWS = 8192  # targets held at once while scoring
 WEIGHT_BYTES = 1 << 28  # of all checkpoints' targets held at once

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastproj.trak.evaluation.metrics import LDS
 from fastproj.trak.files import write_atomic
-from fastproj.trak.metrics import LDS
-from fastproj.trak.writer import TopScores
+from fastproj.trak.store.scores import TopScores
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --back: #ffffff; --soft: #667080;

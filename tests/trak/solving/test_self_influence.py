@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastproj.trak import NotReadyError, features
+from fastproj.trak import NotReadyError
+from fastproj.trak.store import features
 from tests.trak import cases
 
 

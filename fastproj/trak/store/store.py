@@ -17,7 +17,7 @@
 
 Every file is written under a temporary name, flushed to disk and renamed, so that it is there in
 full or not at all; nothing is ever written to again. Each carries a checksum. Small shards are
-merged into larger ones (``fastproj.trak.shards``).
+merged into larger ones (``fastproj.trak.store.shards``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastproj.trak.features import FeatureReader, block_rows, pack_half, sample_blocks
 from fastproj.trak.files import (
     GoneError,
     Indices,
@@ -54,9 +53,10 @@ from fastproj.trak.files import (
     write_json,
     write_safetensors,
 )
-from fastproj.trak.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
-from fastproj.trak.solve import System
-from fastproj.trak.writer import read_scores
+from fastproj.trak.solving.solve import System
+from fastproj.trak.store.features import FeatureReader, block_rows, pack_half, sample_blocks
+from fastproj.trak.store.scores import read_scores
+from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 
 FORMAT = 3
 SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json

@@ -16,9 +16,9 @@ import torch
 
 from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
 from fastproj.trak import files as module
-from fastproj.trak.features import pack_half, unpack
 from fastproj.trak.files import read_json, write_json
-from fastproj.trak.writer import load_scores, read_scores, read_top_scores
+from fastproj.trak.store.features import pack_half, unpack
+from fastproj.trak.store.scores import load_scores, read_scores, read_top_scores
 from tests.trak import cases
 
 N, M = 12, 3

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
-from fastproj.trak.features import Buffer, FeatureReader, block_rows, feature_stream, sample_blocks
 from fastproj.trak.files import Indices, StoreError, Tensors
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
-from fastproj.trak.ridge import Meaning, Moments, choose_lambda, curvature, meaning, weigh
-from fastproj.trak.solve import (
+from fastproj.trak.solving.ridge import Meaning, Moments, choose_lambda, curvature, meaning, weigh
+from fastproj.trak.solving.solve import (
     AUTO,
     HALF_ROUNDING,
     Gram,
@@ -28,7 +27,14 @@ from fastproj.trak.solve import (
     System,
     sum_dtype,
 )
-from fastproj.trak.store import Store
+from fastproj.trak.store.features import (
+    Buffer,
+    FeatureReader,
+    block_rows,
+    feature_stream,
+    sample_blocks,
+)
+from fastproj.trak.store.store import Store
 
 STEP = "finalize_features"
 SUMMARY = ("method", "lambda_reg", "n", "rank", "condition")  # of Solution.summary

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fastproj.trak import StoreCorruptError, shards
-from fastproj.trak import store as module
-from fastproj.trak.features import FeatureReader, sample_blocks
 from fastproj.trak.files import GoneError, read_safetensors, write_safetensors
-from fastproj.trak.shards import ShardFile, ShardIndex, joined, scan
+from fastproj.trak.store import store as module
+from fastproj.trak.store.features import FeatureReader, sample_blocks
+from fastproj.trak.store.shards import ShardFile, ShardIndex, joined, scan
 from tests.trak import cases, shards_run
 from tests.trak.lives import Server
 

@@ -1,0 +1,1 @@
+"""How good scores are: correlations with retrained models, mislabelled data, reports."""

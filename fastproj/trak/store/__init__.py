@@ -1,0 +1,1 @@
+"""What a run keeps on disk: features by checkpoint and sample, scores by experiment."""
