@@ -15,13 +15,14 @@ JOBS ?= auto
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
+SITE := build/site
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.hpp \
     csrc/cuda/*.cpp bench/*.cu tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py build_cuda.py build_machine_code.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all compat sanitize bench gpu format clean
+.PHONY: help demo test lint unit test-all compat sanitize bench gpu docs docs-links format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
@@ -32,6 +33,7 @@ help:
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
 	@echo "make gpu       all that needs a GPU, in four calls: gpu-first (build, half a minute of questions, targets), gpu-tests,"
 	@echo "               gpu-more (Triton, sanitizers), gpu-sweep; VENV= PYTHON=python3 installs nothing, OUT=folder keeps results"
+	@echo "make docs      build the pages and the API reference into $(SITE); docs-links also asks other sites"
 	@echo "make format    rewrite sources in the project's format"
 	@echo "make clean     remove builds and caches ($(VENV) stays)"
 
@@ -62,6 +64,12 @@ $(VENV)/.test: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
 $(VENV)/.bench: $(VENV)/.demo
 	@echo "== installing fastproj[trak,bench] into $(VENV) and compiling its kernels: a minute or two"
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,bench]"
+	@touch $@
+
+# The site's generator, beside the package that it documents.
+$(VENV)/.docs: $(VENV)/.demo constraints.txt
+	@echo "== installing Sphinx into $(VENV)"
+	@$(PIP) install -q -c constraints.txt sphinx myst-parser furo
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -111,7 +119,17 @@ sanitize: $(VENV)/.test
 	$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench
-	$(BIN)/python bench/project.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.project $(BENCH_ARGS)
+
+# A warning, such as of a link that leads nowhere, is an error.
+SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees
+docs: $(VENV)/.docs
+	$(SPHINX) . $(SITE)
+	$(BIN)/python docs/check_links.py $(SITE)
+	@echo "open $(SITE)/index.html"
+
+docs-links: $(VENV)/.docs
+	$(SPHINX) -b linkcheck . build/links
 
 # Everything that needs a GPU, in calls of at most 10 minutes each, the one that answers the most first. With `VENV=` they
 # use $(PYTHON) as it is and install nothing: `make gpu-first VENV= PYTHON=python3`. OUT= names a folder for logs and
@@ -144,8 +162,9 @@ OUT ?=
 GPU_LOGS := $(if $(OUT),$(OUT)/logs,build/gpu/logs)
 # Where CUDA's installer puts nvcc and compute-sanitizer, and PATH often doesn't say so.
 $(GPU_STEPS): export PATH := $(PATH):/usr/local/cuda/bin
-GPU_RUN = PYTHONPATH="$(CURDIR)/$(GPU_LIB)" PYTHONUNBUFFERED=1
-GPU_PYTEST = PYTHONSAFEPATH=1 $(GPU_RUN) $(1) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
+# The build comes first, then the root for bench and tests.
+GPU_RUN = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/$(GPU_LIB):$(CURDIR)" PYTHONUNBUFFERED=1
+GPU_PYTEST = $(GPU_RUN) $(1) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
     --continue-on-collection-errors -o faulthandler_timeout=100 -m gpu
 # Several processes where pytest-xdist is there: compiling for Triton and NumPy's truth take longer than the GPU does.
 # Eight at most, for the GPU's memory.
@@ -189,13 +208,13 @@ gpu-check: $(if $(VENV),$(VENV)/.test)
 gpu-build:
 	@arch=$${FASTPROJ_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}; \
 	FASTPROJ_CUDA=1 FASTPROJ_CUDA_ARCHS="$$arch" $(GPU_PYTHON) setup.py -q build --build-base build/gpu --build-lib $(GPU_LIB); \
-	case "$$arch" in *90*|*9.0*|*[Hh]opper*) $(GPU_RUN) $(GPU_PYTHON) bench/preflight.py --build build/gpu/wgmma_rate;; esac
-	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -m fastproj info
-	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
+	case "$$arch" in *90*|*9.0*|*[Hh]opper*) $(GPU_RUN) $(GPU_PYTHON) -m bench.preflight --build build/gpu/wgmma_rate;; esac
+	@$(GPU_RUN) $(GPU_PYTHON) -m fastproj info
+	@$(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
 
 # Half a minute: does it work, are these the right kernels, what can the card do?
 gpu-preflight:
-	@$(GPU_RUN) $(GPU_PYTHON) bench/preflight.py --output $(GPU_LOGS) --rate build/gpu/wgmma_rate
+	@$(GPU_RUN) $(GPU_PYTHON) -m bench.preflight --output $(GPU_LOGS) --rate build/gpu/wgmma_rate
 
 gpu-test-cuda:
 	$(call GPU_PYTEST,) $(GPU_JOBS) tests/cuda $(PYTEST_ARGS)
@@ -212,11 +231,11 @@ SANITIZER ?= compute-sanitizer
 gpu-memcheck gpu-racecheck gpu-synccheck: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 gpu-memcheck: ONLY := --report-api-errors no
 gpu-memcheck gpu-racecheck gpu-synccheck: gpu-%:
-	$(call GPU_PYTEST,$(SANITIZER) --tool $* $(ONLY) --error-exitcode 9) tests/cuda/test_cuda_sanitize.py $(PYTEST_ARGS)
+	$(call GPU_PYTEST,$(SANITIZER) --tool $* $(ONLY) --error-exitcode 9) tests/cuda/test_sanitize.py $(PYTEST_ARGS)
 
 # The families of CUDA kernels; the targets; other sizes while the time lasts. In a copy of the sources without the
 # repository, FASTPROJ_COMMIT names the commit in the results.
-GPU_BENCH = $(GPU_RUN) $(GPU_PYTHON) bench/project.py --device cuda
+GPU_BENCH = $(GPU_RUN) $(GPU_PYTHON) -m bench.project --device cuda
 gpu-ladder:
 	$(GPU_BENCH) --ladder --repeats 5 --max-seconds 1
 

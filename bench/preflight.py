@@ -1,6 +1,6 @@
 """The first half minute on a GPU: does it work, are these the right kernels, what can the card do?
 
-    python bench/preflight.py [--output FOLDER] [--rate build/gpu/wgmma_rate]
+    python -m bench.preflight [--output FOLDER] [--rate build/gpu/wgmma_rate]
 
 prints a line for each question, with what it means and what to do. `ok` is as it should be, `FAIL`
 is wrong (status 1), `SLOW` works, but slower than the kernels count on, `--` does not apply here.

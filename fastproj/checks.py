@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastproj.backends import registry
-from fastproj.spec import KINDS
+from fastproj.call import TERMS
+from fastproj.spec import KINDS, MAX_COLS, MatrixKey
 
 Grads = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 Rows = SupportsIndex | slice
 
-PRECISIONS = ("highest", "high", "medium")
+PRECISIONS = tuple(TERMS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SEED = 1 << 64
 MAX_STREAM = 1 << 32
@@ -63,10 +64,28 @@ def check_integer(
     return value
 
 
+def check_proj_dim(function: str, proj_dim: SupportsIndex) -> int:
+    """``proj_dim`` as an int, 1 to MAX_COLS. Raises TypeError or ValueError."""
+    return check_integer(function, "proj_dim", proj_dim, 1, MAX_COLS + 1)
+
+
 def check_kind(function: str, kind: str) -> None:
     """Raise ValueError unless ``kind`` is one of KINDS."""
     if kind not in KINDS:
         raise ValueError(f"{function}: received kind={kind!r}; expected one of {', '.join(KINDS)}")
+
+
+def check_key(
+    function: str,
+    seed: SupportsIndex,
+    kind: str,
+    stream: SupportsIndex,
+    stream_name: str = "stream",
+) -> MatrixKey:
+    """What names the matrix. Raises TypeError or ValueError, which call the stream so."""
+    seed = check_integer(function, "seed", seed, 0, MAX_SEED)
+    check_kind(function, kind)
+    return MatrixKey(kind, seed, check_integer(function, stream_name, stream, 0, MAX_STREAM))
 
 
 def check_precision(function: str, precision: str | None) -> str:
@@ -115,12 +134,6 @@ def check_scale(function: str, scale: object, proj_dim: int) -> float:
     if not abs(factor) < math.inf:
         raise ValueError(f"{function}: received scale={scale!r}; expected a finite number")
     return factor
-
-
-def signed_seed(function: str, seed: SupportsIndex) -> int:
-    """``seed`` checked, as the int64 with the same 64 bits (op schemas know only int64)."""
-    seed = check_integer(function, "seed", seed, 0, MAX_SEED)
-    return seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
 
 
 def check_device(function: str, device: torch.device | str) -> torch.device:
@@ -181,7 +194,8 @@ def check_input(function: str, name: str, t: object) -> Tensor:
     if t.is_nested:
         raise TypeError(
             f"{function}: received {name}, a nested {_name(t.dtype)} tensor; expected a strided "
-            f"tensor (torch.nested.to_padded_tensor({name}, 0.0) makes one)"
+            f"tensor (torch.nested.to_padded_tensor({name}, 0.0, output_size) makes one, with the "
+            "same output_size for all batches, since it decides which row of R an entry meets)"
         )
     if t.layout is not torch.strided:
         raise TypeError(

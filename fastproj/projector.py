@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastproj import checks, ops
 from fastproj.backends import registry
-from fastproj.spec import MAX_COLS, MAX_ROWS
+from fastproj.call import Call
+from fastproj.spec import MAX_ROWS
 
 
 class Projector:
@@ -43,7 +44,7 @@ class Projector:
         backend: str | None = None,
     ) -> None:
         self.grad_dim = checks.check_integer("Projector", "grad_dim", grad_dim, 1, MAX_ROWS + 1)
-        self.proj_dim = checks.check_integer("Projector", "proj_dim", proj_dim, 1, MAX_COLS + 1)
+        self.proj_dim = checks.check_proj_dim("Projector", proj_dim)
         self.seed = checks.check_integer("Projector", "seed", seed, 0, 1 << 64)
         checks.check_kind("Projector", kind)
         checks.check_scale("Projector", scale, self.proj_dim)
@@ -83,21 +84,26 @@ class Projector:
         TypeError, ValueError
             For anything it can't take, before ``out`` is touched.
         """
-        return ops.checked_project(
-            "Projector.project",
+        function = "Projector.project"
+        start = 0
+        if row_offset is not None:
+            start = checks.check_integer(function, "row_offset", row_offset, 0, MAX_ROWS)
+        call = Call(
+            checks.check_key(function, self.seed, self.kind, model_id, "model_id"),
+            start,
+            checks.check_scale(function, self.scale, self.proj_dim),
+            bool(accumulate),
+            checks.check_precision(function, self.precision),
+        )
+        return ops.project_call(
+            function,
             grads,
             self.proj_dim,
-            self.seed,
-            self.kind,
-            stream=model_id,
-            row_offset=row_offset,
+            call,
+            checks.check_backend(function, self.backend),
             out=out,
-            accumulate=accumulate,
-            scale=self.scale,
-            precision=self.precision,
-            backend=self.backend,
             grad_dim=self.grad_dim,
-            stream_name="model_id",
+            whole=row_offset is None,
         )
 
     def project_transpose(

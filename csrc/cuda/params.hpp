@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-namespace fastproj::cuda {
+#include "../call.hpp"
 
-// Input element types as the bindings number them.
-enum class Dtype : std::int32_t { kF32 = 0, kF64 = 1, kBf16 = 2, kF16 = 3, kI8 = 4 };
+namespace fastproj::cuda {
 
 constexpr int element_bytes(Dtype dtype) {
     return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 ? 1 : 2;
@@ -42,6 +41,7 @@ struct ProjectParams {
     std::int32_t rows, batch, cols;
     std::int32_t blocks;  // 512-row units that the piece touches
     std::int32_t splits, col_tiles, batch_tiles;
+    std::int32_t items;  // the product of the three
     std::int32_t loader, input;
     std::int32_t cluster;       // blocks that share what each fetches of G by multicast: 1 or 2
     std::int32_t tile_cluster;  // the same, where what is fetched are the tiles, else 1

@@ -18,14 +18,14 @@ namespace fastproj::cuda {
 template <class C>
 struct Stages {
     const ProjectParams& p;
-    int index, items, step;  // the item, how many there are, from one of this block to the next
+    int index, step;              // the item, from one of this block to the next
     int b = 0, row = 0, end = 0;  // the item's first sample, the stage's first row, the item's end
 
-    FASTPROJ_DEVICE Stages(const ProjectParams& params, int first, int count, int stride)
-        : p(params), index(first), items(count), step(stride) {
+    FASTPROJ_DEVICE Stages(const ProjectParams& params, int first, int stride)
+        : p(params), index(first), step(stride) {
         enter();
     }
-    FASTPROJ_DEVICE bool more() const { return index < items; }
+    FASTPROJ_DEVICE bool more() const { return index < p.items; }
     FASTPROJ_DEVICE void enter() {
         if (!more()) return;
         const WorkItem item = WorkItem::at(p, index);
@@ -98,7 +98,7 @@ FASTPROJ_DEVICE void copy_elements(const ProjectParams& p, std::uint32_t to, int
         const bool inside[2] = {static_cast<std::uint32_t>(i) < rows,
                                 static_cast<std::uint32_t>(i + 32) < rows};
         std::uintptr_t from = base + static_cast<std::uintptr_t>((b + first) * step_b + i * step_p);
-#pragma unroll kEnd ? 1 : C::kBlockB / 16
+#pragma unroll 1  // unrolled, its addresses would spill
         for (int n = 0; n < C::kBlockB; n += 16) {
 #pragma unroll
             for (int s = 0; s < 4; ++s) {  // samples 0, 1, 4 and 5 further on

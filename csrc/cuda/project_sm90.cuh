@@ -14,7 +14,7 @@ namespace fastproj::cuda {
 
 template <class C>
 FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std::uint32_t full,
-                               std::uint32_t empty, std::uint32_t table, int items, int item_step,
+                               std::uint32_t empty, std::uint32_t table, int item_step,
                                int first_item) {
     constexpr int kSums = C::kBlockB / 2;  // accumulators of one thread and tile
     const int thread = threadIdx.x - 128;
@@ -37,7 +37,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
     const std::uint64_t tiles_descriptor = wgmma_descriptor(tiles);
 
     Ring<C::kUnroll ? C::kUnits : C::kStages> ring;
-    for (int index = first_item; index < items; index += item_step) {
+    for (int index = first_item; index < p.items; index += item_step) {
         const WorkItem item = WorkItem::at(p, index);
         const int column =
             item.col_tile * C::kColumns + warpgroup * 64 * C::kTiles + warp * 16 + (lane >> 2);
@@ -194,13 +194,12 @@ FASTPROJ_DEVICE void project90(const TensorMap& map, const ProjectParams& p) {
     if (p.cluster == 2) cluster_sync();
 
     // The blocks of a cluster take neighbouring column tiles of the same rows and samples.
-    const int items = p.col_tiles * p.splits * p.batch_tiles;
     if (threadIdx.x < 128) {
         registers_decrease<C::kProducerRegisters>();
-        produce90<C>(map, p, tiles, full, empty, Stages<C>(p, blockIdx.x, items, gridDim.x));
+        produce90<C>(map, p, tiles, full, empty, Stages<C>(p, blockIdx.x, gridDim.x));
     } else {
         registers_increase<C::kConsumerRegisters>();
-        consume90<C>(p, tiles, full, empty, table, items, gridDim.x, blockIdx.x);
+        consume90<C>(p, tiles, full, empty, table, gridDim.x, blockIdx.x);
     }
     __syncwarp();
     // No block may leave while the other still writes to its shared memory.

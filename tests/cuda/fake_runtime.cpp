@@ -2,7 +2,7 @@
 // that knows, for each thread, whether a context is bound. As documented: cudaSetDevice binds the
 // primary context, cudaGetDevice does not; kernels and their attributes bind the one of the current
 // device; cuTensorMapEncodeTiled fails where none is bound. Writes down the calls in their order. A
-// C interface for ctypes (tests/cuda/test_cuda_context.py).
+// C interface for ctypes (tests/cuda/test_context.py).
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -115,13 +115,14 @@ Kernel transpose_kernel(Kind, int) { return any_kernel(); }
 // One call of the calling thread on `where`; `text` gets its trace, or what it threw. Ends with the
 // device that the thread is left with.
 extern "C" int fake_call(const char* what, int dtype, int where, char* text, int length) {
+    using namespace fastproj;
     using namespace fastproj::cuda;
     calls.clear();
     int code = 0;
     try {
         const std::string name = what;
         if (name == "project") {
-            ProjectCall call;
+            ProjectCall call{};
             call.grads = reinterpret_cast<const void*>(std::uintptr_t{256});
             call.dtype = static_cast<Dtype>(dtype);
             call.batch = call.cols = 64;
@@ -129,12 +130,12 @@ extern "C" int fake_call(const char* what, int dtype, int where, char* text, int
             call.out = reinterpret_cast<void*>(std::uintptr_t{256});
             project(where, nullptr, call, nullptr, std::int64_t{1} << 40);
         } else if (name == "project_transpose") {
-            TransposeCall call;
+            TransposeCall call{};
             call.dtype = static_cast<Dtype>(dtype);
             call.batch = call.cols = call.rows = 64;
             project_transpose(where, nullptr, call);
         } else if (name == "matrix") {
-            MatrixCall call;
+            MatrixCall call{};
             call.rows = call.cols = 64;
             matrix(where, nullptr, call);
         } else {

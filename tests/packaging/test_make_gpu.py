@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import ROOT
+
+from tests import ROOT
 
 CALLS = {
     "gpu-first": "gpu-build gpu-preflight gpu-ladder gpu-bench",
@@ -73,7 +74,7 @@ def test_every_step_runs_and_nothing_is_installed(tmp_path: Path) -> None:
     assert "pip" not in text
     assert "-m venv" not in text
     assert "setup.py -q build --build-base build/gpu --build-lib build/gpu/lib" in text
-    assert "bench/preflight.py --build build/gpu/wgmma_rate" in text
+    assert "-m bench.preflight --build build/gpu/wgmma_rate" in text
     pytests = [line for line in commands if "-m pytest" in line]
     assert len(pytests) == 6
     assert all("-m gpu" in line for line in pytests)
@@ -81,10 +82,10 @@ def test_every_step_runs_and_nothing_is_installed(tmp_path: Path) -> None:
     assert [line.split()[2] for line in tools] == ["memcheck", "racecheck", "synccheck"]
     assert all("--error-exitcode" in line for line in tools)
     assert ["--report-api-errors no" in line for line in tools] == [True, False, False]
-    assert [line for line in commands if "bench/project.py --device cuda" in line] == [
-        "bench/project.py --device cuda --ladder --repeats 5 --max-seconds 1",
-        "bench/project.py --device cuda --acceptance --budget 150",
-        "bench/project.py --device cuda --budget 360",
+    assert [line for line in commands if "-m bench.project --device cuda" in line] == [
+        "-m bench.project --device cuda --ladder --repeats 5 --max-seconds 1",
+        "-m bench.project --device cuda --acceptance --budget 150",
+        "-m bench.project --device cuda --budget 360",
     ]
     for step in told:
         assert (tmp_path / "build" / "gpu" / "logs" / f"{step}.log").is_file()
@@ -105,8 +106,8 @@ def test_a_call_takes_less_than_ten_minutes_and_says_so(tmp_path: Path, call: st
 
 def test_the_first_call_asks_the_first_questions_first(tmp_path: Path) -> None:
     _, _, commands = make(tmp_path, "gpu-first", say="90")
-    runs = [line for line in commands if line.startswith("bench/")]
-    assert runs[1] == "bench/preflight.py --output build/gpu/logs --rate build/gpu/wgmma_rate"
+    runs = [line for line in commands if line.startswith("-m bench.")]
+    assert runs[1] == "-m bench.preflight --output build/gpu/logs --rate build/gpu/wgmma_rate"
     assert "--ladder" in runs[2]
     makefile = (ROOT / "Makefile").read_text()
     limit = re.search(r"LIMIT_gpu-preflight := (\d+)", makefile)
@@ -122,7 +123,7 @@ def test_another_gpu_needs_no_wgmma(tmp_path: Path) -> None:
 def test_a_step_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     """Its limit is set to a second; it would end by itself only when the test's time is up."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    does = '[[ "$*" == *preflight.py\\ --output* ]] && { trap "" TERM; tail -f /dev/null; }'
+    does = '[[ "$*" == *preflight\\ --output* ]] && { trap "" TERM; tail -f /dev/null; }'
     python = stand_in(tmp_path / "python", f"{does}\necho 90")
     arguments = ["VENV=", f"PYTHON={python}", "LIMIT_gpu-preflight=1", "GPU_KILL=1"]
     done = subprocess.run(
@@ -150,14 +151,14 @@ def test_results_and_logs_go_to_the_folder_that_is_named(tmp_path: Path) -> None
     assert sorted(path.stem for path in (out / "logs").glob("*.log")) == sorted(
         CALLS["gpu-first"].split()
     )
-    assert f"bench/preflight.py --output {out}/logs --rate build/gpu/wgmma_rate" in commands
+    assert f"-m bench.preflight --output {out}/logs --rate build/gpu/wgmma_rate" in commands
 
 
 @pytest.mark.parametrize(
     ("fails", "call", "step"),
     [
         ("*setup.py*", "gpu-first", "gpu-build"),
-        ("*preflight.py\\ --output*", "gpu-first", "gpu-preflight"),
+        ("*preflight\\ --output*", "gpu-first", "gpu-preflight"),
         ("*tests/kernels", "gpu-more", "gpu-test-triton"),
         ("*racecheck*", "gpu-more", "gpu-racecheck"),
         ("*--ladder*", "gpu-first", "gpu-ladder"),
@@ -179,7 +180,7 @@ def test_a_call_that_fails_is_named_and_the_later_ones_run(tmp_path: Path) -> No
     assert status != 0
     assert "make gpu: failed: gpu-first\n" in output
     assert "make gpu-sweep: everything passed" in output
-    assert "bench/project.py --device cuda --budget 360" in commands
+    assert "-m bench.project --device cuda --budget 360" in commands
 
 
 def test_what_the_tests_import_is_what_the_first_step_asks_for() -> None:
@@ -187,13 +188,12 @@ def test_what_the_tests_import_is_what_the_first_step_asks_for() -> None:
     makefile = (ROOT / "Makefile").read_text()
     asked_for = re.search(r'missing = \[n for n in "([^"]+)"\.split\(\)', makefile)
     assert asked_for is not None
-    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), *ROOT.glob("*.py")]
-    packages = {path.parent.name for path in files if path.name == "__init__.py"}
-    here = {path.stem for path in files} | packages | {"bench", "fastproj"}
+    here = {path.stem for path in ROOT.glob("*.py")} | {"bench", "fastproj", "tests"}
     known = {*asked_for[1].split(), *here, *sys.stdlib_module_names}
     foreign = {
         f"{path.relative_to(ROOT)}: {name}"
-        for path in (ROOT / "tests").rglob("*.py")
+        for folder in ("tests", "bench")
+        for path in (ROOT / folder).rglob("*.py")
         for node in ast.parse(path.read_text()).body
         for name in imported(node)
         if name not in known and "kernels" not in path.parts  # those test triton itself

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak import batches
+from fastproj.trak.gradients.running import modules_named_twice, plainly, restored
+from fastproj.trak.tasks.base import BatchedModelOutput, run
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
+TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
 
 Grads = dict[str, Tensor]
 
@@ -31,7 +34,17 @@ class AbstractGradientComputer(ABC):
     dtype : accepted for TRAK's sake; gradients come in the dtype of the parameters.
     device : where batches and gradients are.
     grad_wrt : names of the parameters to differentiate by, or None for all.
+
+    Attributes
+    ----------
+    trusting : whether results may rest on checks of some of the batches.
+    on_trust : whether what ``project`` returned last does.
+    when_disproved : called where such a check fails: what was on trust may be wrong.
     """
+
+    trusting: bool = True
+    on_trust: bool = False
+    when_disproved: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -55,6 +68,7 @@ class AbstractGradientComputer(ABC):
         self.chosen = {name: params[name] for name in self.names}
         self.fixed = {name: p for name, p in params.items() if name not in self.chosen}
         self.buffers = dict(model.named_buffers())
+        self._named_twice = modules_named_twice(model)
         self._dependent = False  # whether f of any sample has been seen to depend on them
 
     @abstractmethod
@@ -69,6 +83,7 @@ class AbstractGradientComputer(ABC):
 
     def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
         """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
+        self.on_trust = False
         self.check_dependence(batch)
         chunks = map(one_dtype, self.iter_per_sample_grads(batch))
         parts = [projector.project(grads, model_id=model_id).detach() for grads in chunks]
@@ -78,7 +93,7 @@ class AbstractGradientComputer(ABC):
         """Raise ValueError if f of no sample has to do with the parameters; once per checkpoint."""
         rows = range(0 if self._dependent else batches.size(batch))
         for row in rows:
-            gradient = self.gradient_of(batches.select(batch, row))
+            gradient = self.gradient_of(batch, row)
             if any(g is not None for g in gradient.values()):
                 self._dependent = True
                 return
@@ -101,26 +116,46 @@ class AbstractGradientComputer(ABC):
 
     def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of each sample: the task's ``get_out_to_loss_grad``."""
-        weights = {**self.fixed, **self.chosen}
-        out: Tensor = self.task.get_out_to_loss_grad(self.model, weights, self.buffers, batch)
+        out: Tensor = self._of_task(self.task.get_out_to_loss_grad, self.chosen, batch)
+        return out
+
+    def outputs(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
+        """f of each sample as a function of the chosen parameters, [B]; of tasks for batches."""
+        out: Tensor = self._of_task(self.task.outputs, chosen, batch)
         return out
 
     def output(self, chosen: Grads, *sample: Any) -> Tensor:
         """f of one sample as a function of the chosen parameters, a scalar."""
-        out: Tensor = self.task.get_output(
-            self.model, {**self.fixed, **chosen}, self.buffers, *sample
-        )
+        out: Tensor = self._of_task(self.task.get_output, chosen, *sample)
         return out
 
-    def gradient_of(self, sample: tuple[Any, ...]) -> dict[str, Tensor | None]:
+    def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
+        """f of the sample of a batch of one, a scalar."""
+        if getattr(type(self.task), "get_output", None) is not BatchedModelOutput.get_output:
+            return self.output(chosen, *batches.select(batch, 0))
+        # The same without taking the batch dimension off, which not all parts can get back.
+        return self.outputs(chosen, batch).reshape(())
+
+    def _of_task(self, method: Callable[..., Any], chosen: Grads, *args: Any) -> Any:
+        """A method of the task with these parameters, on a copy of its arguments."""
+        with plainly(), restored(self._named_twice):
+            return run(method, self.model, {**self.fixed, **chosen}, self.buffers, *own(args))
+
+    def gradient_of(self, batch: tuple[Any, ...], row: int) -> dict[str, Tensor | None]:
         """The gradient of one sample by plain autograd; None where f has nothing to do with it."""
         chosen = {name: p.clone().requires_grad_() for name, p in self.chosen.items()}
         with torch.enable_grad():
-            out = self.output(chosen, *sample)
+            out = self.output_alone(chosen, batches.select(batch, slice(row, row + 1)))
             if not out.requires_grad:
                 return dict.fromkeys(chosen)
             grads = torch.autograd.grad(out, list(chosen.values()), allow_unused=True)
         return {n: None if g is None else dense(g) for n, g in zip(chosen, grads, strict=True)}
+
+
+def own(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A copy of a batch: models may write to their inputs, and it is run several times."""
+    copy: tuple[Any, ...] = batches.map_leaves(torch.clone, batch)
+    return copy
 
 
 def one_dtype(grads: Grads) -> Grads:
@@ -137,15 +172,26 @@ def dense(g: Tensor) -> Tensor:
     return g.to_dense() if g.is_sparse else g
 
 
-def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[str]:
+def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | str | None) -> list[str]:
     """The names of ``grad_wrt`` (None: all) in the order of ``model.named_parameters()``.
+
+    "trainable" is those that have ``requires_grad``.
 
     Raises ValueError for a name that the model lacks, or when nothing is left.
     """
     known = [name for name, _ in model.named_parameters()]
+    if grad_wrt == TRAINABLE:
+        grad_wrt = [name for name, p in model.named_parameters() if p.requires_grad]
+        if not grad_wrt:
+            raise ValueError(
+                'TRAKer: received grad_wrt="trainable" with a model of which no parameter has '
+                "requires_grad; expected requires_grad_(True) on those that were trained, or their "
+                "names (None is all parameters)"
+            )
     if isinstance(grad_wrt, str):
         raise TypeError(
-            f"TRAKer: received grad_wrt={grad_wrt!r}, a string; expected a list of parameter names"
+            f"TRAKer: received grad_wrt={grad_wrt!r}, a string; expected a list of parameter "
+            'names, or "trainable"'
         )
     listed = known if grad_wrt is None else list(grad_wrt)
     odd = [name for name in listed if not isinstance(name, str)]

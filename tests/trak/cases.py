@@ -1,0 +1,170 @@
+"""Small models and data, and TRAK written out in float64, for the tests of fastproj.trak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastproj
+from fastproj import TRAKer
+from fastproj.trak import features, finalizing, scoring, shards
+
+
+class Net(nn.Module):
+    """Convolution, batch norm with running statistics, dropout, a scalar parameter."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.drop = nn.Dropout(0.5)
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.fc = nn.Linear(3 * 5 * 5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm(self.conv(x))) * self.gain
+        return self.fc(self.drop(h).flatten(1))
+
+
+def net(seed: int = 0, dtype: torch.dtype = torch.float32) -> Net:
+    """A Net whose running statistics are not the initial ones."""
+    torch.manual_seed(seed)
+    model = Net()
+    model.train()
+    model(torch.randn(16, 1, 5, 5))
+    return model.to(dtype).eval()
+
+
+def trained(seed: int, train: tuple[Tensor, Tensor], steps: int = 30) -> Net:
+    """A Net that has fitted its training set: one that lambda "auto" finds a training ridge for."""
+    model = net(seed)
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(train[0]), train[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def data(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Images [n, 1, 5, 5] and labels [n] of 4 classes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 1, 5, 5, generator=generator).to(dtype)
+    return images, torch.randint(0, 4, (n,), generator=generator)
+
+
+def gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Margin gradients by plain autograd, one sample at a time, float64 [n, P]."""
+    rows = []
+    for image, label in zip(*batch, strict=True):
+        logits = model(image.unsqueeze(0))[0]
+        others = torch.cat([logits[:label], logits[label + 1 :]])
+        margin = logits[label] - others.logsumexp(0)
+        parts = torch.autograd.grad(margin, list(model.parameters()))
+        rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    return torch.stack(rows).double()
+
+
+def q(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """1 - p of the label, float64 [n]."""
+    with torch.no_grad():
+        logits = model(batch[0]).double()
+    return 1 - logits.softmax(1)[torch.arange(len(logits)), batch[1]]
+
+
+def projected(grads: Tensor, proj_dim: int, model_id: int, seed: int = 0) -> Tensor:
+    """Gradients times the materialised matrix, over sqrt(P), float64 [n, k]."""
+    size = grads.shape[1]
+    matrix = fastproj.matrix(size, proj_dim, seed, stream=model_id, dtype=torch.float64)
+    return grads @ matrix / size**0.5
+
+
+def explicit_trak(
+    models: list[nn.Module],
+    train: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor],
+    proj_dim: int,
+    lambda_reg: float,
+    seed: int = 0,
+) -> Tensor:
+    """The paper's formula with explicit inverses, float64 [n, m]."""
+    total, weight = torch.zeros(()), torch.zeros(())
+    for model_id, model in enumerate(models):
+        phi = projected(gradients(model, train), proj_dim, model_id, seed)
+        phi_target = projected(gradients(model, targets), proj_dim, model_id, seed)
+        inverse = torch.linalg.inv(phi.T @ phi + lambda_reg * torch.eye(proj_dim).double())
+        total = total + phi @ inverse @ phi_target.T
+        weight = weight + q(model, train)
+    count = len(models)
+    return (total / count) * (weight / count)[:, None]
+
+
+def small_blocks(setattr: Any = setattr) -> None:
+    """Blocks, parts of sums and chunks of targets so small that tests have several of each.
+
+    Shards are merged by twos.
+    """
+    setattr(features, "BLOCK_ROWS", 5)
+    setattr(shards, "FAN", 2)
+    setattr(scoring, "TARGET_ROWS", 2)
+    setattr(finalizing, "PART_ROWS", 5)
+    setattr(finalizing, "PART_ROWS_PER_DIM", 0)
+    setattr(finalizing, "PANEL_BYTES", 1)
+
+
+def make(model: nn.Module, save_dir: Path, n: int, **options: Any) -> TRAKer:
+    """A TRAKer on the CPU."""
+    settings = {"proj_dim": 8, "use_half_precision": False, "device": "cpu", **options}
+    return TRAKer(model, "image_classification", n, save_dir=save_dir, **settings)
+
+
+def featurize(
+    traker: TRAKer, model: nn.Module, model_id: int, train: tuple[Tensor, Tensor], batch: int = 7
+) -> None:
+    """One checkpoint over the whole training set."""
+    traker.load_checkpoint(model.state_dict(), model_id)
+    for rows in torch.arange(len(train[0])).split(batch):
+        traker.featurize((train[0][rows], train[1][rows]), num_samples=len(rows))
+
+
+def score(
+    traker: TRAKer,
+    model: nn.Module,
+    model_id: int,
+    targets: tuple[Tensor, Tensor],
+    exp_name: str = "test",
+) -> None:
+    """One checkpoint over all targets."""
+    traker.start_scoring_checkpoint(exp_name, model.state_dict(), model_id, len(targets[0]))
+    for rows in torch.arange(len(targets[0])).split(4):
+        traker.score((targets[0][rows], targets[1][rows]), num_samples=len(rows))
+
+
+def whole_run(
+    save_dir: Path,
+    models: list[nn.Module],
+    train: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor],
+    **options: Any,
+) -> np.ndarray:
+    """Everything from features to scores."""
+    traker = make(models[0], save_dir, len(train[0]), **options)
+    states = [
+        {name: t.clone() for name, t in model.state_dict().items()} for model in models
+    ]  # the first model is the one that checkpoints are loaded into
+    for model_id, state in enumerate(states):
+        traker.load_checkpoint(state, model_id)
+        for rows in torch.arange(len(train[0])).split(7):
+            traker.featurize((train[0][rows], train[1][rows]), num_samples=len(rows))
+    traker.finalize_features()
+    for model_id, state in enumerate(states):
+        traker.start_scoring_checkpoint("test", state, model_id, len(targets[0]))
+        traker.score(targets, num_samples=len(targets[0]))
+    scores = traker.finalize_scores("test")
+    models[0].load_state_dict(states[0])
+    return scores

@@ -1,0 +1,158 @@
+"""The k x k system against explicit linear algebra in float64."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fastproj.trak import ScoreComputer, SingularXtXWarning
+from fastproj.trak import solve as module
+from fastproj.trak.solve import Gram, extreme_eigenvalues, parse_lambda, solve
+
+
+def features(n, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, k, generator=generator, dtype=torch.float64)
+
+
+def gram(phi):
+    return Gram(phi.T @ phi, *phi.shape, 2.0**-52)
+
+
+@pytest.mark.parametrize("lambda_reg", [0.0, 0.3, "0.1*mean"])
+def test_solution_is_the_inverse(lambda_reg):
+    phi, targets = features(60, 12), features(5, 12, seed=1)
+    xtx = phi.T @ phi
+    lam = 0.1 * float(xtx.trace()) / 12 if isinstance(lambda_reg, str) else lambda_reg
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = solve(gram(phi), lambda_reg)
+    assert solution.method == "cholesky"
+    assert solution.lambda_reg == pytest.approx(lam)
+    exact = targets @ torch.linalg.inv(xtx + lam * torch.eye(12).double())
+    torch.testing.assert_close(solution.apply(targets), exact)
+
+
+def test_fewer_samples_than_dimensions_warns_and_takes_the_pseudo_inverse():
+    phi, targets = features(7, 20), features(3, 20, seed=1)
+    with pytest.warns(SingularXtXWarning, match=r"n=7 .*k=20 .*lambda_reg=0.* condition") as caught:
+        solution = solve(gram(phi), 0.0)
+    assert "proj_dim" in str(caught[0].message)
+    assert (solution.method, solution.rank, solution.condition) == ("pseudo-inverse", 7, math.inf)
+    exact = targets @ torch.linalg.pinv(phi) @ torch.linalg.pinv(phi).T
+    torch.testing.assert_close(solution.apply(targets), exact)
+
+
+def test_pseudo_inverse_is_the_limit_of_small_lambda():
+    phi = features(7, 20)
+    with pytest.warns(SingularXtXWarning):
+        limit = solve(gram(phi), 0.0)
+    small = solve(gram(phi), 1e-6)
+    targets = features(4, 7, seed=2) @ phi  # in the span of the features
+    torch.testing.assert_close(limit.apply(targets), small.apply(targets), rtol=1e-5, atol=1e-6)
+
+
+def test_repeated_dimensions_are_noticed_with_enough_samples():
+    phi = features(50, 6)
+    phi[:, 5] = phi[:, 0] + phi[:, 1]
+    with pytest.warns(SingularXtXWarning, match="rank 5"):
+        solution = solve(gram(phi), 0.0)
+    exact = torch.linalg.pinv(phi.T @ phi, hermitian=True, rtol=1e-12)
+    torch.testing.assert_close(solution.apply(torch.eye(6).double()), exact, rtol=1e-6, atol=1e-9)
+
+
+def test_a_ridge_makes_few_samples_quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert solve(gram(features(7, 20)), "1e-3*mean").method == "cholesky"
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e6])
+def test_condition_estimate(spread):
+    q, _ = torch.linalg.qr(features(30, 30))
+    values = torch.logspace(0, math.log10(spread), 30, dtype=torch.float64)
+    values[-1] = spread * 3  # a gap, so that power iteration converges
+    matrix = q @ torch.diag(values) @ q.T
+    matrix = (matrix + matrix.T) / 2
+    largest, smallest = extreme_eigenvalues(matrix, torch.linalg.cholesky(matrix))
+    estimate = largest / smallest
+    exact = float(torch.linalg.cond(matrix))
+    assert 0.8 * exact <= estimate <= exact * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("phi", "message"),
+    [
+        (torch.zeros(9, 4, dtype=torch.float64), "all 9 features are zero"),
+        (torch.full((9, 4), torch.inf, dtype=torch.float64), "not finite"),
+    ],
+)
+def test_hopeless_features_are_refused(phi, message):
+    with pytest.raises(ValueError, match=message):
+        solve(gram(phi), 0.0)
+
+
+def test_lambda_is_a_number_or_a_share_of_the_mean_eigenvalue():
+    assert parse_lambda(0.25) == 0.25
+    assert parse_lambda(3) == 3.0
+    assert parse_lambda("0.5*mean", 4.0) == 2.0
+    assert parse_lambda(" 1e-2 * mean ", 4.0) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    "bad", [-1.0, math.nan, math.inf, "0.5", "mean", "-1*mean", "x*mean", None, True, [1]]
+)
+def test_other_lambdas_are_refused(bad):
+    with pytest.raises(ValueError, match="lambda_reg"):
+        parse_lambda(bad)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])  # squares float32 hasn't
+def test_gram_of_blocks(monkeypatch, exact, scale):
+    monkeypatch.setattr(module, "EXACT_FLOPS", math.inf if exact else 0)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(module, "GRAM_TILE", 3)
+    phi = (features(100, 8) * scale).float()
+    phi[3] *= 1e4
+    result = ScoreComputer().gram(phi.split(37), 8, 100)
+    truth = phi.double().T @ phi.double()
+    assert (result.n, result.matrix.dtype) == (100, torch.float64)
+    assert torch.equal(result.matrix, result.matrix.T)
+    error = float((result.matrix - truth).abs().max() / truth.abs().max())
+    assert error < (1e-15 if exact else 16 * result.eps)
+    assert result.eps == (2.0**-52 if exact else 2.0**-23)
+
+
+class PrecisionOfProducts(TorchFunctionMode):
+    """Notes the matmul precision in force at each matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul):
+            self.seen.append(torch.get_float32_matmul_precision())
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_ignore_a_lowered_matmul_precision():
+    phi, weights = features(64, 32).float(), features(16, 32, seed=1).float()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with PrecisionOfProducts() as noted:
+            out = ScoreComputer().scores(phi, weights)
+            ScoreComputer().gram([phi], 32, 64)
+        assert noted.seen == ["highest", "highest"]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(
+        out.double(), phi.double() @ weights.double().T, rtol=1e-5, atol=1e-5
+    )
