@@ -108,8 +108,13 @@ FASTPROJ_DEVICE void copy_elements(const ProjectParams& p, std::uint32_t to, int
                     const std::uintptr_t at =
                         from + static_cast<std::uintptr_t>(half * 32 * step_p);
                     const bool valid = inside[half] && b + first + sample < p.batch;
-                    copy_element(to + ((sub * C::kBlockB + sample) * 64 + half * 32) * 4, at, valid,
-                                 kEnd ? last : 0);
+                    // As copy_element, which would compare addresses where no tensor ends.
+                    const bool cut = kEnd && at == last && (at & 2) == 0;
+                    copy_async_4(to + ((sub * C::kBlockB + sample) * 64 + half * 32) * 4,
+                                 reinterpret_cast<const void*>(at & ~std::uintptr_t{3}),
+                                 !valid ? 0
+                                 : cut  ? 2
+                                        : 4);
                 }
                 from += static_cast<std::uintptr_t>(step_b * (s == 3 ? 11 : s == 1 ? 3 : 1));
             }
