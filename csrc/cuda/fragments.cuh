@@ -227,12 +227,12 @@ FASTPROJ_DEVICE void split_floats(const std::uint32_t (&x)[8], std::uint32_t (&o
     }
 }
 
-// ------------------------------------------------------------------------------- G through
-// registers
+// ------------------------------------------------------------------------------- elements into
+// tiles
 
 // A tile of 64 rows is moved in chunks of 8 elements, 8 chunks a sample: chunk c is rows 4 c to 4 c
-// + 3 and the same 32 rows further on. So 8 threads read 128 contiguous bytes of fp32 with one
-// instruction: whole sectors, where two instructions for 32 bytes a thread would take half of each.
+// + 3 and the same 32 rows further on. So 8 threads take 128 contiguous bytes of fp32 with one
+// instruction: whole sectors and all banks once, where 32 bytes a thread would take half of each.
 
 // The sample of the q-th 8 threads. Two neighbours, whose stores go together, differ in bit 2: the
 // swizzle puts them in different banks.
