@@ -498,7 +498,7 @@ def test_unknown_kernel_is_refused():
     [
         ("fence_proxy_async();", ""),
         ("release(last, true);", ""),
-        ("barrier_arrive(full + ring.place * 8);", ""),
+        ("barrier_arrive(full + ring.place * 8);", "static_cast<void>(full);"),
         ("wgmma_wait<0>();\n            fold(", "fold("),
         ("barrier_wait(full + stage * 8, ring.parity);", "static_cast<void>(full);"),
         ("barrier_wait(empty + ring.place * 8, ring.parity ^ 1);", "static_cast<void>(empty);"),
