@@ -22,7 +22,7 @@ struct Config90 {
     // 64-row tiles in a stage.
     static constexpr int kSubtiles = BLOCK_B >= 64 ? 1 : kTerms > 1 ? 2 : 64 / BLOCK_B;
     static constexpr int kStageRows = 64 * kSubtiles;
-    static constexpr int kUnitStages = kBlockRows / kStageRows;
+    static constexpr int kUnitStages = kUnitRows / kStageRows;
     static constexpr int kTileBytes = BLOCK_B * 128;
     static constexpr int kTermBytes = kTileBytes * kSubtiles;
     static constexpr int kStageBytes = kTermBytes * kTerms;
@@ -53,7 +53,7 @@ struct Config90 {
     // Rows that one accumulator adds up before it is folded into a second one. The tensor cores
     // cut, they do not round; three terms promise fp32, so they are folded often.
     static constexpr int kFoldRows = kTerms == 1 ? 2048 : kTerms == 2 ? 1024 : 64;
-    static constexpr int kFoldUnits = kFoldRows < kBlockRows ? 1 : kFoldRows / kBlockRows;
+    static constexpr int kFoldUnits = kFoldRows < kUnitRows ? 1 : kFoldRows / kUnitRows;
     static constexpr bool kFoldGroups = kFoldRows == 64;
     // A rolled loop over stages that folds must drain in each: the compiler follows products in
     // flight through straight code only.

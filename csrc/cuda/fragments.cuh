@@ -301,9 +301,9 @@ struct WorkItem {
         const int rest = index / p.col_tiles;
         item.split = rest % p.splits;
         item.batch_tile = rest / p.splits;
-        item.first = static_cast<int>(static_cast<std::int64_t>(p.blocks) * item.split / p.splits);
+        item.first = static_cast<int>(static_cast<std::int64_t>(p.units) * item.split / p.splits);
         item.last =
-            static_cast<int>(static_cast<std::int64_t>(p.blocks) * (item.split + 1) / p.splits);
+            static_cast<int>(static_cast<std::int64_t>(p.units) * (item.split + 1) / p.splits);
         return item;
     }
 };

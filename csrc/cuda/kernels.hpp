@@ -84,6 +84,8 @@ Kernel find_sm80_rademacher_split(const KernelKey& key);
 Kernel find_sm80_gaussian(const KernelKey& key);
 Kernel find_sm80_gaussian_split(const KernelKey& key);
 
+Kernel transpose_kernel(Kind kind, int terms);  // the adjoint on tensor cores: 1 or 3 terms
+
 inline bool operator==(const KernelKey& a, const KernelKey& b) {
     return a.kind == b.kind && a.bf16 == b.bf16 && a.terms == b.terms && a.block_b == b.block_b;
 }

@@ -113,14 +113,14 @@ class CudaLauncher {
 
     Kernel find(Variant variant, const KernelKey& key) { return find_kernel(variant, key); }
 
-    void project90(const Kernel& kernel, int grid, int cluster, const BoxSource& source,
-                   const ProjectParams& params) {
+    void launch_sm90(const Kernel& kernel, int grid, int cluster, const BoxSource& source,
+                     const ProjectParams& params) {
         CUtensorMap map = encode(source);
         ProjectParams p = params;
         void* arguments[] = {&map, &p};
         launch("project sm90", kernel, grid, cluster, arguments);
     }
-    void project80(const Kernel& kernel, int grid, const ProjectParams& params) {
+    void launch_sm80(const Kernel& kernel, int grid, const ProjectParams& params) {
         one("project sm80", kernel, grid, params);
     }
     void project_simple(Kind kind, const SimpleParams& p) {

@@ -20,8 +20,8 @@ enum class Loader : std::int32_t {
     kElements = 4,  // sm_90a: asynchronous copies of one element: any alignment, any stride
 };
 
-// Rows of P in one unit of work: a Rademacher block, and 16 Gaussian ones.
-constexpr int kBlockRows = 512;
+// Rows of P in one unit of work: one Philox block of Rademacher, 16 of Gaussian.
+constexpr int kUnitRows = 512;
 // Columns of R in one column tile of the split-P arithmetic, whatever the kernel's own tile is: the
 // split must not depend on the kernel that the batch size selects.
 constexpr int kSplitColumns = 256;
@@ -36,10 +36,10 @@ struct ProjectParams {
     std::int32_t accumulate;         // add to dst
     std::uint32_t key0, key1;        // Philox key
     std::uint32_t counter2, stream;  // counter words 2 (without the lane) and 3
-    std::uint32_t first_block;       // counter word 0 of the first 512-row unit
+    std::uint32_t first_unit;        // counter word 0 of the first 512-row unit
     std::int32_t row_shift;          // rows of that unit that precede the piece, 0..511
     std::int32_t rows, batch, cols;
-    std::int32_t blocks;  // 512-row units that the piece touches
+    std::int32_t units;  // of 512 rows that the piece touches
     std::int32_t splits, col_tiles, batch_tiles;
     std::int32_t items;  // the product of the three
     std::int32_t loader, input;

@@ -157,7 +157,7 @@ inline int choose_block_b(Variant variant, Kind kind, int terms, std::int64_t ba
 
 // 512-row units that rows [offset, offset + rows) touch.
 inline std::int64_t units_of(std::int64_t offset, std::int64_t rows) {
-    return ceil_div(offset + rows, kBlockRows) - offset / kBlockRows;
+    return ceil_div(offset + rows, kUnitRows) - offset / kUnitRows;
 }
 
 // The fewest launches whose partial sums fit in the workspace, of equal size to a tile.
@@ -202,7 +202,7 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
             "project: variant sm90 was asked for, but this device or build has no sm_90a code");
     }
     plan.row_chunk = std::min(call.rows, kLaunchRows);
-    const std::int64_t shift = call.row_offset % kBlockRows;
+    const std::int64_t shift = call.row_offset % kUnitRows;
     const std::int64_t units =
         units_of(shift, std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows));
     plan.splits = choose_splits(call.key.kind, units, call.cols, device.multiprocessors);

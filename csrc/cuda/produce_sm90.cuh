@@ -30,8 +30,8 @@ struct Stages {
         if (!more()) return;
         const WorkItem item = WorkItem::at(p, index);
         b = item.batch_tile * C::kBlockB;
-        row = item.first * kBlockRows - p.row_shift;
-        end = item.last * kBlockRows - p.row_shift;
+        row = item.first * kUnitRows - p.row_shift;
+        end = item.last * kUnitRows - p.row_shift;
     }
     FASTPROJ_DEVICE void advance() {
         row += C::kStageRows;

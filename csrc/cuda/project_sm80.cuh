@@ -24,7 +24,7 @@ struct Config80 {
     static constexpr int kColumns = 8 * 16 * kTiles;
     static constexpr int kSubtiles = BLOCK_B < 64 && kTerms == 1 ? 64 / BLOCK_B : 1;
     static constexpr int kStageRows = 64 * kSubtiles;
-    static constexpr int kUnitStages = kBlockRows / kStageRows;
+    static constexpr int kUnitStages = kUnitRows / kStageRows;
     static constexpr int kTileBytes = BLOCK_B * 128;
     static constexpr int kTermBytes = kTileBytes * kSubtiles;
     static constexpr int kStageBytes = kTermBytes * kTerms;
@@ -58,7 +58,7 @@ struct Feeder80 {
         : p(params),
           tiles(at),
           b(item.batch_tile * C::kBlockB),
-          row(item.first * kBlockRows - params.row_shift),
+          row(item.first * kUnitRows - params.row_shift),
           thread(threadIdx.x),
           async(params.loader == static_cast<std::int32_t>(Loader::kCpAsync)),
           slots(async ? C::kStages : 2),
@@ -250,11 +250,12 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
         Generator<C::kind, typename C::Op, C::kTiles> generator;
         for (int i = 0; i < stages; i += C::kSpan) {
             const int in_unit = i % C::kUnitStages;
-            const std::uint32_t block = p.first_block + item.first + i / C::kUnitStages;
+            const std::uint32_t absolute = p.first_unit + item.first + i / C::kUnitStages;
             if (in_unit == 0) {
 #pragma unroll
-                for (int m = 0; m < C::kTiles; ++m) generator.start(key, m, block, column + m * 16);
-                if (C::kFoldRows > 64 && i / C::kUnitStages % (C::kFoldRows / kBlockRows) == 0)
+                for (int m = 0; m < C::kTiles; ++m)
+                    generator.start(key, m, absolute, column + m * 16);
+                if (C::kFoldRows > 64 && i / C::kUnitStages % (C::kFoldRows / kUnitRows) == 0)
                     fold();
             }
 #pragma unroll
@@ -269,7 +270,7 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
                     std::uint32_t a[C::kTiles][4][4];
 #pragma unroll
                     for (int m = 0; m < C::kTiles; ++m) {
-                        generator.fragments(key, m, half, group, block, column + m * 16, a[m]);
+                        generator.fragments(key, m, half, group, absolute, column + m * 16, a[m]);
                     }
 #pragma unroll
                     for (int t = C::kTerms - 1; t >= 0; --t) {  // small terms first

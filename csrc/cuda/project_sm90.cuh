@@ -74,14 +74,14 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
         std::uint32_t a[2][4][4];  // fragments: one set in use by the tensor cores
 #pragma unroll
         for (int m = 0; m < C::kTiles; ++m) {
-            generator.start(key, m, p.first_block + item.first, column + m * 64);
+            generator.start(key, m, p.first_unit + item.first, column + m * 64);
         }
         for (int period = item.first; period < item.last; period += C::kFoldUnits) {
             const int end =
                 C::kFoldUnits == 1 ? period + 1 : min(period + C::kFoldUnits, item.last);
             std::uint32_t last = 0;  // the stage that is still to be released
             for (int unit = period; unit < end; ++unit) {
-                const std::uint32_t block = p.first_block + unit;
+                const std::uint32_t absolute = p.first_unit + unit;
 #pragma unroll C::kUnrollStages
                 for (int s = 0; s < C::kUnitStages; ++s) {
                     const std::uint32_t stage =
@@ -105,7 +105,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
                                 wgmma_wait<1>();
                                 if (C::kFoldGroups) fold(m);
                             }
-                            generator.fragments(key, m, group & 1, group, block, column + m * 64,
+                            generator.fragments(key, m, group & 1, group, absolute, column + m * 64,
                                                 a[buffer]);
                             if (C::kTiles == 1 && wait) wgmma_wait<0>();
                             if (sub == 0 && m == C::kTiles - 1 && !C::kFoldStages) {
@@ -132,7 +132,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
                             const int part =
                                 (group - 8) * C::kTiles + m + decltype(generator)::kParts;
                             if (decltype(generator)::kParts > 0 && part >= 0) {
-                                generator.prepare(key, part, block + 1, column);
+                                generator.prepare(key, part, absolute + 1, column);
                             }
                         }
                         if (group & 1) generator.advance();

@@ -24,7 +24,7 @@ template <class Launcher>
 void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
                const ProjectCall& call, std::int64_t first_col, void* workspace) {
     const bool simple = plan.variant == Variant::kSimple;
-    const std::int64_t shift = call.row_offset % kBlockRows;
+    const std::int64_t shift = call.row_offset % kUnitRows;
     const std::int64_t units = units_of(shift, call.rows);
     const int splits = std::min<std::int64_t>(plan.splits, units);
     const bool reduce = simple || splits > 1;
@@ -39,7 +39,7 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         p.dst_stride_split = plan.workspace_row * call.batch;
         p.rows = call.rows;
         p.row_offset = call.row_offset;
-        p.first_unit = call.row_offset / kBlockRows;
+        p.first_unit = call.row_offset / kUnitRows;
         p.units = units;
         p.seed = call.key.seed;
         p.stream = call.key.stream;
@@ -70,18 +70,18 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
             p.scale = static_cast<float>(call.scale);
             p.accumulate = call.accumulate;
         }
-        const std::int64_t unit = call.row_offset / kBlockRows;
+        const std::int64_t unit = call.row_offset / kUnitRows;
         const std::int64_t block = call.key.kind == Kind::kRademacher ? unit : unit * 16;
         p.key0 = static_cast<std::uint32_t>(call.key.seed);
         p.key1 = static_cast<std::uint32_t>(call.key.seed >> 32);
         p.counter2 = counter2(call.key.kind, block, 0);
         p.stream = call.key.stream;
-        p.first_block = static_cast<std::uint32_t>(unit);
+        p.first_unit = static_cast<std::uint32_t>(unit);
         p.row_shift = static_cast<std::int32_t>(shift);
         p.rows = static_cast<std::int32_t>(call.rows);
         p.batch = static_cast<std::int32_t>(call.batch);
         p.cols = static_cast<std::int32_t>(call.cols);
-        p.blocks = static_cast<std::int32_t>(units);
+        p.units = static_cast<std::int32_t>(units);
         p.splits = splits;
         p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, kernel.columns));
         p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, plan.key.block_b));
@@ -104,9 +104,9 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
                           bytes};
                 if (call.batch == 1) source.stride_bytes = ceil_div(call.rows * bytes, 16) * 16;
             }
-            launcher.project90(kernel, blocks, plan.cluster, source, p);
+            launcher.launch_sm90(kernel, blocks, plan.cluster, source, p);
         } else {
-            launcher.project80(kernel, blocks, p);
+            launcher.launch_sm80(kernel, blocks, p);
         }
     }
     if (reduce) {
@@ -221,8 +221,8 @@ void run_transpose(Launcher& launcher, const TransposeCall& call) {
     p.out_stride_p = call.out_stride_p;
     p.rows = call.rows;
     p.row_offset = call.row_offset;
-    p.first_unit = call.row_offset / kBlockRows;
-    p.units = units_of(call.row_offset % kBlockRows, call.rows);
+    p.first_unit = call.row_offset / kUnitRows;
+    p.units = units_of(call.row_offset % kUnitRows, call.rows);
     p.scale = call.scale;
     p.seed = call.key.seed;
     p.stream = call.key.stream;

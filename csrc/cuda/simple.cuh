@@ -139,7 +139,7 @@ matrix_kernel(FASTPROJ_GRID_CONSTANT MatrixParams p) {
 
 constexpr int kSimpleBatch = 8;     // samples of a block
 constexpr int kSimpleColumns = 64;  // columns of a block; 4 threads a column, one for each lane
-constexpr int kSimpleShared = kSimpleBatch * kBlockRows * 8;
+constexpr int kSimpleShared = kSimpleBatch * kUnitRows * 8;
 
 template <Kind kKind>
 FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
@@ -159,11 +159,11 @@ FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
         for (int b = 0; b < kSimpleBatch; ++b) sum[b] = 0.0;
         for (std::int64_t unit = p.units * split / p.splits;
              unit < p.units * (split + 1) / p.splits; ++unit) {
-            const std::int64_t row = (p.first_unit + unit) * kBlockRows;
+            const std::int64_t row = (p.first_unit + unit) * kUnitRows;
             __syncthreads();
-            for (int at = threadIdx.x; at < kSimpleBatch * kBlockRows; at += kThreadsSimple) {
-                const int b = first_sample + at / kBlockRows;
-                const std::int64_t i = row + at % kBlockRows - p.row_offset;
+            for (int at = threadIdx.x; at < kSimpleBatch * kUnitRows; at += kThreadsSimple) {
+                const int b = first_sample + at / kUnitRows;
+                const std::int64_t i = row + at % kUnitRows - p.row_offset;
                 const bool inside = b < p.batch && i >= 0 && i < p.rows;
                 store_shared_f64(tile + at * 8,
                                  inside ? load_element(p.grads, p.input,
@@ -172,7 +172,7 @@ FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
             }
             __syncthreads();
 #pragma unroll 1
-            for (int start = 0; start < kBlockRows; start += W::kBlock) {
+            for (int start = 0; start < kUnitRows; start += W::kBlock) {
                 const Words words =
                     block_words(key, (row + start) / W::kBlock, lane, p.first_col + column);
 #pragma unroll
@@ -183,7 +183,7 @@ FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
                         const double entry = bits_float(entry_in_word<kKind>(words.w[w], at) << 16);
 #pragma unroll
                         for (int b = 0; b < kSimpleBatch; ++b) {
-                            sum[b] += entry * load_shared_f64(tile + (b * kBlockRows + at) * 8);
+                            sum[b] += entry * load_shared_f64(tile + (b * kUnitRows + at) * 8);
                         }
                     }
                 }
@@ -220,7 +220,7 @@ template <Kind kKind>
 struct TransposeSimple {
     static constexpr int kRows = kKind == Kind::kRademacher ? 512 : 32;
     static constexpr int kColumns = kKind == Kind::kRademacher ? 64 : 16;  // at a time
-    static constexpr int kWordBytes = kBlockRows / kRows * 4 * kColumns * 4 * 4;
+    static constexpr int kWordBytes = kUnitRows / kRows * 4 * kColumns * 4 * 4;
     static constexpr int kSharedBytes = kWordBytes + kSimpleBatch * kColumns * 8;
 };
 
@@ -235,13 +235,13 @@ FASTPROJ_DEVICE void transpose_simple_body(const TransposeParams& p) {
     const std::int64_t items = p.units * p.batch_tiles;
     for (std::int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const int first_sample = static_cast<int>(index % p.batch_tiles) * kSimpleBatch;
-        const std::int64_t row = (p.first_unit + index / p.batch_tiles) * kBlockRows;
+        const std::int64_t row = (p.first_unit + index / p.batch_tiles) * kUnitRows;
         double sum[2][kSimpleBatch];
 #pragma unroll
         for (int b = 0; b < kSimpleBatch; ++b) sum[0][b] = sum[1][b] = 0.0;
         for (int first = 0; first < p.cols; first += T::kColumns) {
             __syncthreads();
-            for (int at = threadIdx.x; at < kBlockRows / T::kRows * T::kColumns * 4;
+            for (int at = threadIdx.x; at < kUnitRows / T::kRows * T::kColumns * 4;
                  at += kThreadsSimple) {
                 const int lane = at & 3;
                 const int column = (at >> 2) % T::kColumns;

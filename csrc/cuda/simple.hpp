@@ -8,6 +8,5 @@ namespace fastproj::cuda {
 enum class SimpleKernel { kProject, kTranspose, kMatrix, kReduceFloat, kReduceDouble };
 
 Kernel simple_kernel(SimpleKernel which, Kind kind);
-Kernel transpose_kernel(Kind kind, int terms);  // 1 or 3
 
 }  // namespace fastproj::cuda

@@ -1,5 +1,5 @@
 // The adjoint with mma.sync.
-#include "simple.hpp"
+#include "kernels.hpp"
 #include "transpose_sm80.cuh"
 
 namespace fastproj::cuda {

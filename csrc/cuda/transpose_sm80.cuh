@@ -192,7 +192,7 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
             for (int n = 0; n < 2 * kPairs; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {  // D: rows of R down, samples across
-                    const std::int64_t row = unit * kBlockRows + warp * 64 + m * 16 + (lane >> 2) +
+                    const std::int64_t row = unit * kUnitRows + warp * 64 + m * 16 + (lane >> 2) +
                                              8 * (i >> 1) - p.row_offset;
                     const int b = first_sample + n * 8 + 2 * (lane & 3) + (i & 1);
                     if (row < 0 || row >= p.rows || b >= p.batch) continue;

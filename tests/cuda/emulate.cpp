@@ -73,8 +73,8 @@ struct EmulatedLauncher {
         key = k;
         return find_emulated(v, k);
     }
-    void project90(const Kernel& kernel, int grid, int cluster, const BoxSource& source,
-                   const ProjectParams& p) {
+    void launch_sm90(const Kernel& kernel, int grid, int cluster, const BoxSource& source,
+                     const ProjectParams& p) {
         const TensorMap map{static_cast<const unsigned char*>(source.base),
                             source.rows,
                             source.batch,
@@ -85,7 +85,7 @@ struct EmulatedLauncher {
         emulator::launch(grid, cluster, kernel.threads, kernel.shared_bytes,
                          [=]() { entry(map, p); });
     }
-    void project80(const Kernel& kernel, int grid, const ProjectParams& p) {
+    void launch_sm80(const Kernel& kernel, int grid, const ProjectParams& p) {
         const Entry80 entry = find_emulated(variant, key).entry80;
         emulator::launch(grid, 1, kernel.threads, kernel.shared_bytes, [=]() { entry(p); });
     }
