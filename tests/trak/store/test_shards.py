@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastproj.trak import StoreCorruptError, shards
+from fastproj.trak import StoreCorruptError
 from fastproj.trak.files import GoneError, read_safetensors, write_safetensors
+from fastproj.trak.store import shards
 from fastproj.trak.store import store as module
 from fastproj.trak.store.features import FeatureReader, sample_blocks
 from fastproj.trak.store.shards import ShardFile, ShardIndex, joined, scan
