@@ -1,0 +1,365 @@
+"""The sparse kind on GPUs: gathers in a fixed order, no atomics (spec v1; see ``fastproj.spec``).
+
+R is tiled by signed permutation matrices of ``2^LOG2`` rows and columns. 16 neighbouring columns, a
+chunk, read 16 neighbouring rows, xor-ed among each other. A *packed chunk* holds in 32 bits what
+that takes: bits 0..3 what rows are xor-ed by, 4..15 the number of the 16 rows in their tile, 16..31
+the signs of the columns. So column ``k`` reads row ``(packed ^ (k & 15)) & 0xffff`` of its tile.
+
+A program makes the packed chunks of four tiles of rows at a time, so that Philox calls fill its
+threads, and shares them among the samples of its batch tile.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+from .generate import philox4x32_10
+from .project import store_partial, widened
+
+_VARYING = [
+    "B",
+    "stride_b",
+    "stride_p",
+    "origin",
+    "n_rows",
+    "col_offset",
+    "tile",
+    "tag",
+    "stream_id",
+    "seed_low",
+    "seed_high",
+    "slot",
+    "n_tiles",
+    "tiles_per_split",
+]
+_VARYING_TRANSPOSE = [
+    "B",
+    "K",
+    "n_rows",
+    "stride_yb",
+    "stride_yk",
+    "stride_ob",
+    "stride_op",
+    "origin",
+    "scale",
+    "tile",
+    "tag",
+    "stream_id",
+    "seed_low",
+    "seed_high",
+]
+_VARYING_MATRIX = [
+    "n_rows",
+    "n_cols",
+    "stride_p",
+    "stride_k",
+    "origin",
+    "col_offset",
+    "tile",
+    "tag",
+    "stream_id",
+    "seed_low",
+    "seed_high",
+]
+
+
+@triton.jit
+def tile_words(tile, column, tag, which, stream_id, seed_low, seed_high):
+    """Philox words of tiles of rows (uint32) and ``column``, which broadcast together."""
+    zero = (tile ^ tile) + (column ^ column)
+    return philox4x32_10(
+        tile + zero,
+        column + zero,
+        (tag.to(tl.uint32) | which) + zero,
+        stream_id.to(tl.uint32) + zero,
+        seed_low.to(tl.uint32),
+        seed_high.to(tl.uint32),
+    )
+
+
+@triton.jit
+def mixed(x, LOG2: tl.constexpr):
+    """One step of the permutation, its own inverse."""
+    return x ^ (x >> ((LOG2 - 3) // 2))
+
+
+@triton.jit
+def row_chunks(h, a, b, d, e, LOG2: tl.constexpr):
+    """Which 16 rows of a tile the chunks ``h`` of a tile's columns read."""
+    MASK: tl.constexpr = (1 << (LOG2 - 4)) - 1
+    if LOG2 == 4:
+        return (h ^ h) + (a ^ a)
+    else:
+        x = mixed((h * (a | 1) + b) & MASK, LOG2)
+        return mixed((x * (d | 1) + e) & MASK, LOG2)
+
+
+@triton.jit
+def inverse(odd):
+    """The multiplicative inverse of an odd number modulo 2^32 (Newton's iteration)."""
+    x = odd * 3 ^ 2  # right in 5 bits
+    for _ in tl.static_range(3):
+        x = x * (2 - odd * x)
+    return x
+
+
+@triton.jit
+def column_chunks(x, a, b, d, e, LOG2: tl.constexpr):
+    """The chunk of columns that reads the 16 rows ``x``: the inverse of row_chunks."""
+    MASK: tl.constexpr = (1 << (LOG2 - 4)) - 1
+    if LOG2 == 4:
+        return (x ^ x) + (a ^ a)
+    else:
+        h = ((mixed(x, LOG2) - e) * inverse(d | 1)) & MASK
+        return ((mixed(h, LOG2) - b) * inverse(a | 1)) & MASK
+
+
+@triton.jit
+def packed_chunks(
+    tile,
+    column,
+    tag,
+    stream_id,
+    seed_low,
+    seed_high,
+    LOG2: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The packed chunks of columns ``column ..`` of tiles ``tile ..``, ``[BLOCK_K / 16, TILES]``.
+
+    column : uint32, a multiple of 64 and of BLOCK_K or the tile's columns, whichever is less.
+    """
+    CHUNKS: tl.constexpr = BLOCK_K // 16
+    IN_TILE: tl.constexpr = 1 << (LOG2 - 4)
+    t = (tile + tl.arange(0, TILES).to(tl.uint32))[None, :]
+    quad = (column // 64 + tl.arange(0, BLOCK_K // 64).to(tl.uint32))[:, None]
+    u0, u1, u2, u3 = tile_words(t, quad, tag, 1, stream_id, seed_low, seed_high)
+    u = tl.join(tl.join(u0, u1), tl.join(u2, u3))  # [BLOCK_K / 64, tile, word & 1, word >> 1]
+    u = tl.reshape(tl.permute(u, (0, 3, 2, 1)), (CHUNKS, TILES))
+    if IN_TILE >= CHUNKS:  # one tile of columns
+        c = (column >> LOG2) + tl.zeros((1, 1), tl.uint32)
+        a, b, d, e = tile_words(t, c, tag, 0, stream_id, seed_low, seed_high)
+        h = ((column >> 4) + tl.arange(0, CHUNKS).to(tl.uint32)) & (IN_TILE - 1)
+        x = row_chunks(h[:, None], a, b, d, e, LOG2)
+    else:
+        c = ((column >> LOG2) + tl.arange(0, CHUNKS // IN_TILE).to(tl.uint32))[:, None]
+        a, b, d, e = tile_words(t, c, tag, 0, stream_id, seed_low, seed_high)
+        h = tl.arange(0, IN_TILE).to(tl.uint32)[None, :, None]
+        x = row_chunks(h, a[:, None, :], b[:, None, :], d[:, None, :], e[:, None, :], LOG2)
+        x = tl.reshape(x, (CHUNKS, TILES))
+    return (u << 16) | (x << 4) | ((u >> 16) & 15)
+
+
+@triton.jit
+def by_column(packed, BLOCK_K: tl.constexpr):
+    """Packed chunks ``[BLOCK_K / 16]``, repeated for each of their columns: ``[BLOCK_K]``."""
+    chunks = tl.broadcast_to(packed[:, None], (BLOCK_K // 16, 16))
+    return tl.reshape(chunks, (BLOCK_K,))
+
+
+@triton.jit
+def signed(value, negative):
+    """-value where ``negative``."""
+    return tl.where(negative, -value, value)
+
+
+@triton.jit
+def entries_of_tile(
+    base, packed, row, stride_p, end, MASKED: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Each column's entry times its row of G, ``[BLOCK_B, BLOCK_K]``, in the dtype of the sums.
+
+    base : pointers to column 0 of the samples, ``[BLOCK_B, 1]``; row : G's column at the first row
+    of the tile, 64-bit; end : the first column of G that is not the program's.
+    """
+    p = by_column(packed, BLOCK_K)
+    i = (tl.arange(0, BLOCK_K) & 15).to(tl.uint32)
+    at = row + ((p ^ i) & 0xFFFF).to(tl.int64)
+    if MASKED:
+        mask = (at >= 0) & (at < end)
+        g = tl.load(base + (at * stride_p)[None, :], mask=mask[None, :], other=0.0)
+    else:
+        g = tl.load(base + (at * stride_p)[None, :])
+    if g.dtype != tl.float64:
+        g = widened(g)
+    return signed(g, (((p >> 16) >> i) & 1)[None, :] != 0)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def project_sjlt_kernel(
+    g_ptr,  # [B, P]
+    workspace_ptr,  # [slots, row tiles * BLOCK_B, width]
+    B,
+    stride_b: tl.int64,
+    stride_p: tl.int64,
+    origin: tl.int64,  # G's column at the first row of tile 0; negative when P starts inside it
+    n_rows: tl.int64,  # P
+    col_offset: tl.int64,
+    tile,  # number of tile 0, low 32 bits
+    tag,  # (tile >> 32) << 8 | (LOG2 - 4) << 4 | kind << 2
+    stream_id,
+    seed_low,
+    seed_high,
+    slot,  # of the first split
+    width,  # of the workspace: K, padded
+    n_tiles,
+    tiles_per_split,  # a multiple of 4
+    LOG2: tl.constexpr,  # of the tiles' rows and columns
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr,  # stride_p is 1
+    MASKED: tl.constexpr,  # tiles reach outside of G
+):
+    """Partial sums of G @ R. Grid: column tiles, row tiles, splits."""
+    SUM: tl.constexpr = workspace_ptr.dtype.element_ty
+    FOLD: tl.constexpr = 16  # times four tiles are summed by themselves, then added
+    origin = origin.to(tl.int64)
+    if UNIT_STRIDE:
+        stride_p = 1
+    else:
+        stride_p = stride_p.to(tl.int64)
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    b = tl.minimum(b, B - 1).to(tl.int64)[:, None]  # rows past B are never read
+    base = g_ptr + b * stride_b.to(tl.int64)
+    column = (tl.program_id(0) * BLOCK_K + col_offset).to(tl.uint32)
+    first = tl.program_id(2) * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, n_tiles)
+    end = tl.minimum(n_rows.to(tl.int64), origin + last.to(tl.int64) * (1 << LOG2))
+    total = tl.zeros((BLOCK_B, BLOCK_K), SUM)
+    part = tl.zeros((BLOCK_B, BLOCK_K), SUM)
+    for step in range(0, last - first, 4):
+        t = first + step
+        packed = packed_chunks(
+            tile.to(tl.uint32) + t.to(tl.uint32),
+            column,
+            tag,
+            stream_id,
+            seed_low,
+            seed_high,
+            LOG2,
+            BLOCK_K,
+            4,
+        )
+        even, odd = tl.split(tl.reshape(packed, (BLOCK_K // 16, 2, 2)))  # tiles 0, 2 and 1, 3
+        p0, p2 = tl.split(even)
+        p1, p3 = tl.split(odd)
+        for i in tl.static_range(4):
+            if i == 0:
+                p = p0
+            elif i == 1:
+                p = p1
+            elif i == 2:
+                p = p2
+            else:
+                p = p3
+            row = origin + (t + i).to(tl.int64) * (1 << LOG2)
+            part += entries_of_tile(base, p, row, stride_p, end, MASKED, BLOCK_K)
+        if step // 4 % FOLD == FOLD - 1:
+            total += part
+            part = tl.zeros((BLOCK_B, BLOCK_K), SUM)
+    total += part
+    store_partial(workspace_ptr, tl.trans(total), slot, width, BLOCK_B, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=_VARYING_TRANSPOSE)
+def project_transpose_sjlt_kernel(
+    y_ptr,  # [B, K]
+    out_ptr,  # [B, n_rows]
+    B,
+    K: tl.int64,
+    n_rows: tl.int64,
+    stride_yb: tl.int64,
+    stride_yk: tl.int64,
+    stride_ob: tl.int64,
+    stride_op: tl.int64,
+    origin: tl.int64,  # out's column at the first row of tile 0; negative inside the tile
+    scale: tl.int64,  # the bits of a float64
+    tile,
+    tag,
+    stream_id,
+    seed_low,
+    seed_high,
+    LOG2: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ROWS: tl.constexpr,  # rows to a program; a tile has a multiple of it
+):
+    """out = scale * y @ R.T. Grid: ROWS rows each, row tiles of y."""
+    SUM: tl.constexpr = out_ptr.dtype.element_ty
+    FOLD: tl.constexpr = 64
+    PARTS: tl.constexpr = (1 << LOG2) // ROWS
+    b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = (b < B)[:, None]
+    y_rows = y_ptr + b.to(tl.int64)[:, None] * stride_yb.to(tl.int64)
+    t = tile.to(tl.uint32) + (tl.program_id(0) // PARTS).to(tl.uint32)
+    row = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)  # within the tile
+    x = (tl.program_id(0) % PARTS * (ROWS // 16) + tl.arange(0, ROWS // 16)).to(tl.uint32)
+    total = tl.zeros((BLOCK_B, ROWS), SUM)
+    part = tl.zeros((BLOCK_B, ROWS), SUM)
+    tiles = (K.to(tl.int64) + (1 << LOG2) - 1) >> LOG2
+    for c in range(tiles):
+        c32 = tl.zeros((1,), tl.uint32) + c
+        a, shift, d, e = tile_words(t, c32, tag, 0, stream_id, seed_low, seed_high)
+        chunk = (c32 << (LOG2 - 4)) + column_chunks(x, a, shift, d, e, LOG2)
+        u0, u1, u2, u3 = tile_words(t, chunk >> 2, tag, 1, stream_id, seed_low, seed_high)
+        word = chunk & 3
+        u = tl.where(word < 2, tl.where(word == 0, u0, u1), tl.where(word == 2, u2, u3))
+        signs = by_column(u, ROWS)
+        i = (row.to(tl.uint32) ^ (signs >> 16)) & 15  # the column within the chunk
+        k = by_column(chunk, ROWS).to(tl.int64) * 16 + i.to(tl.int64)
+        y = tl.load(
+            y_rows + (k * stride_yk.to(tl.int64))[None, :],
+            mask=inside & (k < K)[None, :],
+            other=0.0,
+        )
+        if y.dtype != tl.float64:
+            y = widened(y)
+        part += signed(y, ((signs >> i) & 1)[None, :] != 0)
+        if c % FOLD == FOLD - 1:
+            total += part
+            part = tl.zeros((BLOCK_B, ROWS), SUM)
+    total += part
+    total *= scale.to(tl.int64).to(tl.float64, bitcast=True).to(SUM)
+    p = origin.to(tl.int64) + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    pointers = out_ptr + (
+        b.to(tl.int64)[:, None] * stride_ob.to(tl.int64) + (p * stride_op.to(tl.int64))[None, :]
+    )
+    tl.store(pointers, total, mask=inside & ((p >= 0) & (p < n_rows))[None, :])
+
+
+@triton.jit(do_not_specialize=_VARYING_MATRIX)
+def matrix_sjlt_kernel(
+    out_ptr,  # [n_rows, n_cols]
+    n_rows: tl.int64,
+    n_cols: tl.int64,
+    stride_p: tl.int64,
+    stride_k: tl.int64,
+    origin: tl.int64,  # out's row at the first row of tile 0; negative when out starts inside it
+    col_offset: tl.int64,  # out's column 0; this launch begins at its multiple of 64 below
+    tile,
+    tag,
+    stream_id,
+    seed_low,
+    seed_high,
+    LOG2: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """out = a block of R. Grid: tiles of 64 columns, ROWS rows each."""
+    PARTS: tl.constexpr = (1 << LOG2) // ROWS
+    column = ((col_offset.to(tl.int64) >> 6) + tl.program_id(0)).to(tl.uint32) * 64
+    t = tile.to(tl.uint32) + (tl.program_id(1) // PARTS).to(tl.uint32)
+    packed = packed_chunks(t, column, tag, stream_id, seed_low, seed_high, LOG2, 64, 1)
+    packed = by_column(tl.reshape(packed, (4,)), 64)
+    i = (tl.arange(0, 64) & 15).to(tl.uint32)
+    negative = (((packed >> 16) >> i) & 1) != 0
+    row = (tl.program_id(1) % PARTS * ROWS + tl.arange(0, ROWS)).to(tl.uint32)
+    found = ((packed ^ i) & 0xFFFF)[None, :] == row[:, None]  # [ROWS, 64]
+    r = tl.where(found, tl.where(negative, -1.0, 1.0)[None, :], 0.0)
+    p = origin.to(tl.int64) + tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = column.to(tl.int64) - col_offset.to(tl.int64) + tl.arange(0, 64)
+    pointers = out_ptr + (
+        (p * stride_p.to(tl.int64))[:, None] + (k * stride_k.to(tl.int64))[None, :]
+    )
+    inside = ((p >= 0) & (p < n_rows))[:, None] & ((k >= 0) & (k < n_cols))[None, :]
+    tl.store(pointers, r.to(out_ptr.dtype.element_ty), mask=inside)
