@@ -15,13 +15,14 @@ JOBS ?= auto
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
+SITE := build/site
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.hpp \
     csrc/cuda/*.cpp tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py build_cuda.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all compat sanitize bench gpu format clean
+.PHONY: help demo test lint unit test-all compat sanitize bench gpu docs docs-links format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
@@ -31,6 +32,7 @@ help:
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
 	@echo "make gpu       all that needs a GPU: build, tests, sanitizers, benchmark; VENV= PYTHON=python3 installs nothing"
+	@echo "make docs      build the pages and the API reference into $(SITE); docs-links also asks other sites"
 	@echo "make format    rewrite sources in the project's format"
 	@echo "make clean     remove builds and caches ($(VENV) stays)"
 
@@ -61,6 +63,12 @@ $(VENV)/.test: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
 $(VENV)/.bench: $(VENV)/.demo
 	@echo "== installing fastproj[trak,bench] into $(VENV) and compiling its kernels: a minute or two"
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,bench]"
+	@touch $@
+
+# The site's generator, beside the package that it documents.
+$(VENV)/.docs: $(VENV)/.demo constraints.txt
+	@echo "== installing Sphinx into $(VENV)"
+	@$(PIP) install -q -c constraints.txt sphinx myst-parser furo
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -110,7 +118,17 @@ sanitize: $(VENV)/.test
 	$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench
-	$(BIN)/python bench/project.py $(BENCH_ARGS)
+	$(BIN)/python -m bench.project $(BENCH_ARGS)
+
+# A warning, such as of a link that leads nowhere, is an error.
+SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees
+docs: $(VENV)/.docs
+	$(SPHINX) . $(SITE)
+	$(BIN)/python docs/check_links.py $(SITE)
+	@echo "open $(SITE)/index.html"
+
+docs-links: $(VENV)/.docs
+	$(SPHINX) -b linkcheck . build/links
 
 # Everything that needs a GPU, in one command and under 15 minutes: a build for this GPU in a folder of its own, tests,
 # sanitizers, benchmark. With `VENV=` it uses $(PYTHON) as it is and installs nothing: `make gpu VENV= PYTHON=python3`.
@@ -120,8 +138,9 @@ GPU_LIB := build/gpu/lib
 GPU_LOGS := build/gpu/logs
 # Where CUDA's installer puts nvcc and compute-sanitizer, and PATH often doesn't say so.
 gpu-build sanitize-gpu: export PATH := $(PATH):/usr/local/cuda/bin
-GPU_RUN = PYTHONPATH="$(CURDIR)/$(GPU_LIB)" PYTHONUNBUFFERED=1
-GPU_PYTEST = PYTHONSAFEPATH=1 $(GPU_RUN) timeout -k 10 $(1) $(2) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
+# The build comes first, then the root for bench and tests.
+GPU_RUN = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/$(GPU_LIB):$(CURDIR)" PYTHONUNBUFFERED=1
+GPU_PYTEST = $(GPU_RUN) timeout -k 10 $(1) $(2) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
     --continue-on-collection-errors -o faulthandler_timeout=100 -m gpu
 # Several processes where pytest-xdist is there: compiling for Triton and NumPy's truth take longer than the GPU does.
 # Eight at most, for the GPU's memory.
@@ -153,8 +172,8 @@ gpu-check: $(if $(VENV),$(VENV)/.test)
 gpu-build:
 	@arch=$${FASTPROJ_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}; \
 	FASTPROJ_CUDA=1 FASTPROJ_CUDA_ARCHS="$$arch" $(GPU_PYTHON) setup.py -q build --build-base build/gpu --build-lib $(GPU_LIB)
-	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -m fastproj info
-	@PYTHONSAFEPATH=1 $(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
+	@$(GPU_RUN) $(GPU_PYTHON) -m fastproj info
+	@$(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
 
 gpu-test-cuda:
 	$(call GPU_PYTEST,180,) $(GPU_JOBS) tests/cuda $(PYTEST_ARGS)
@@ -173,14 +192,14 @@ sanitize-gpu:
 	@failed=""; for tool in memcheck racecheck synccheck; do echo "== compute-sanitizer --tool $$tool"; \
 	    only=""; if [ $$tool = memcheck ]; then only="--report-api-errors no"; fi; \
 	    $(call GPU_PYTEST,60,$(SANITIZER) --tool $$tool $$only --error-exitcode 9) \
-	        tests/cuda/test_cuda_sanitize.py $(PYTEST_ARGS) || failed="$$failed $$tool"; \
+	        tests/cuda/test_sanitize.py $(PYTEST_ARGS) || failed="$$failed $$tool"; \
 	done; if [ -n "$$failed" ]; then echo "sanitize-gpu: failed:$$failed" >&2; exit 1; fi
 
 # The targets first, then other sizes while the budget lasts; then the families of CUDA kernels. In a copy of the sources
 # without the repository, FASTPROJ_COMMIT names the commit in the results.
 gpu-bench:
-	@failed=0; $(GPU_RUN) timeout -k 10 180 $(GPU_PYTHON) bench/project.py --device cuda $(GPU_BENCH_ARGS) || failed=1; \
-	$(GPU_RUN) timeout -k 10 60 $(GPU_PYTHON) bench/project.py --device cuda --ladder --repeats 5 --max-seconds 1 || failed=1; \
+	@failed=0; $(GPU_RUN) timeout -k 10 180 $(GPU_PYTHON) -m bench.project --device cuda $(GPU_BENCH_ARGS) || failed=1; \
+	$(GPU_RUN) timeout -k 10 60 $(GPU_PYTHON) -m bench.project --device cuda --ladder --repeats 5 --max-seconds 1 || failed=1; \
 	exit $$failed
 
 format: $(VENV)/.test

@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # Instruction sets beyond the baseline: name -> flags. csrc/cpu/isa_<name>.cpp is compiled alone, so
-# that no flag leaks into another file; dispatch.cpp is told by -DFASTPROJ_HAVE_<NAME>.
+# that no flag leaks into another file; machine.cpp is told by -DFASTPROJ_HAVE_<NAME>.
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 X86_ISAS: dict[str, list[str]] = {
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
@@ -213,7 +213,11 @@ def cpu_module(version: str) -> Module | Skipped:
     bind = [*base, *have, *includes, f'-DFASTPROJ_VERSION="{version}"']
     cpu = CSRC / "cpu"
     units = [Compile(cpu / f"isa_{isa}.cpp", [*base, *flags]) for isa, flags in isas.items()]
-    units += [Compile(cpu / "dispatch.cpp", [*base, *have]), Compile(cpu / "bindings.cpp", bind)]
+    units += [
+        Compile(source, bind if source.stem == "bindings" else [*base, *have])
+        for source in sorted(cpu.glob("*.cpp"))
+        if not source.stem.startswith("isa_")
+    ]
     link = [*compiler, *shared_flags(), "-pthread", *checks, *user_flags("LDFLAGS")]
     info = {"compiler": compiler_version(compiler), "isas": list(isas), "sanitize": sanitize}
     return Module(name, units, link, info)

@@ -1,7 +1,7 @@
 """Times TRAK's features: samples per second and peak memory, fastproj beside trak 0.3.2.
 
-    python bench/featurize.py               a ResNet-9 of 5.1M parameters, k = 2048, batches of 32
-    python bench/featurize.py --quick       k = 64, batches of 4: seconds, and no result file
+    python -m bench.featurize               a ResNet-9 of 5.1M parameters, k = 2048, batches of 32
+    python -m bench.featurize --quick       k = 64, batches of 4: seconds, and no result file
 
 Every provider runs in a process of its own, on the same model, data and number of threads, through
 its package's public calls: TRAKer(...), load_checkpoint, featurize. Times are of whole `featurize`
@@ -16,12 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,9 +28,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastproj.cli import positive
-from measure import write_result
-from resnet9 import resnet9
+from bench.record import in_fresh_process, write_result
+from bench.resnet9 import resnet9
+from fastproj.commands.arguments import positive
 
 TARGET_SPEEDUP = 5.0
 PROVIDERS = {
@@ -159,12 +157,8 @@ def work(provider: str, batch: int, proj_dim: int, repeats: int) -> dict[str, An
 
 def run_worker(provider: str, batch: int, proj_dim: int, repeats: int) -> dict[str, Any]:
     """``work`` in a fresh process."""
-    command = [sys.executable, str(Path(__file__)), "--worker", provider]
-    sizes = ["--batch", str(batch), "--proj-dim", str(proj_dim), "--repeats", str(repeats)]
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{provider} failed:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    sizes = ("--batch", batch, "--proj-dim", proj_dim, "--repeats", repeats)
+    result: dict[str, Any] = in_fresh_process("featurize", "--worker", provider, *sizes)
     return result
 
 

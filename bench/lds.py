@@ -1,7 +1,7 @@
 """LDS of TRAK scores on real data: fastproj with its defaults and over lambda, beside trak.
 
-    python bench/lds.py             all of cases.PROBLEMS at k = 128, 512, 2048
-    python bench/lds.py --quick     digits and breast cancer, smaller: about a minute
+    python -m bench.lds             all of problems.PROBLEMS at k = 128, 512, 2048
+    python -m bench.lds --quick     digits and breast cancer, smaller: about a minute
 
 For each problem it trains models on random halves (the ground truth), and a few on everything
 (the checkpoints that both libraries get), both kept in --cache. Then, for each k:
@@ -35,13 +35,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cases
-from cases import Problem
+from bench import problems
+from bench.problems import Problem
+from bench.record import write_result
 from fastproj import TRAKer
-from fastproj.cli import positive
+from fastproj.commands.arguments import positive
 from fastproj.trak import AbstractModelOutput
 from fastproj.trak.metrics import LDS, lds
-from measure import write_result
 
 Scores = npt.NDArray[np.floating[Any]]
 Checkpoints = list[dict[str, Tensor]]
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two problems, small sizes")
-    parser.add_argument("--problem", nargs="+", choices=list(cases.PROBLEMS))
+    parser.add_argument("--problem", nargs="+", choices=list(problems.PROBLEMS))
     parser.add_argument("--dims", type=positive, nargs="+", metavar="K", help="128 512 2048")
     parser.add_argument("--checkpoints", type=positive, default=5, metavar="M")
     parser.add_argument("--subsets", type=positive, metavar="S", help="random halves; 120")
@@ -67,15 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("build/bench-cache"), metavar="DIR")
     options = parser.parse_args(argv)
     logging.disable(logging.INFO)
-    names = options.problem or (["digits", "breast_cancer"] if options.quick else cases.PROBLEMS)
+    names = options.problem or (["digits", "breast_cancer"] if options.quick else problems.PROBLEMS)
     dims = options.dims or ((128, 512) if options.quick else DIMS)
     subsets = options.subsets or (60 if options.quick else 120)
     rows: list[dict[str, Any]] = []
     for name in names:
-        problem = cases.PROBLEMS[name]()
+        problem = problems.PROBLEMS[name]()
         if options.quick:
             problem = problem.with_training(epochs=problem.training.epochs // 3)
-        masks, runs = cases.ground_truth(problem, subsets, 1, options.cache)
+        masks, runs = problems.ground_truth(problem, subsets, 1, options.cache)
         checkpoints = kept_checkpoints(problem, options.checkpoints, options.cache)
         truth = masks.numpy(), runs.mean(0).numpy()
         for k in dims:
@@ -98,7 +98,7 @@ def kept_checkpoints(problem: Problem, count: int, cache: Path) -> Checkpoints:
     """Models trained on everything; trained once."""
     path = cache / f"{problem.name}-{problem.fingerprint()}-checkpoints-{count}.pt"
     if not path.exists():
-        torch.save(cases.checkpoints(problem, count), path.with_suffix(".part"))
+        torch.save(problems.checkpoints(problem, count), path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
     loaded: Checkpoints = torch.load(path)
     return loaded

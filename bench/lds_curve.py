@@ -1,6 +1,6 @@
 """LDS against the number of trained models: TRAK, datamodels and gradient inner products.
 
-    python bench/lds_curve.py [--problem digits] [--out bench/results]
+    python -m bench.lds_curve [--problem digits]
 
 What is scored on: models trained on random halves of the data, several retrainings of each. What
 competes, each point with its bootstrap interval:
@@ -33,10 +33,10 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-import cases
+from bench import problems
+from bench.record import write_result
 from fastproj import TRAKer
 from fastproj.trak.metrics import LDS, lds, noise_ceiling
-from measure import write_result
 
 Floats = npt.NDArray[np.float64]
 Checkpoint = dict[str, Tensor]
@@ -60,7 +60,7 @@ class Point:
 
 
 def trak_scores(
-    problem: cases.Problem,
+    problem: problems.Problem,
     checkpoints: Sequence[Checkpoint],
     counts: Sequence[int],
     folder: str,
@@ -89,7 +89,7 @@ def trak_scores(
 
 
 def tracin_scores(
-    problem: cases.Problem, checkpoints: Sequence[Checkpoint], counts: Sequence[int]
+    problem: problems.Problem, checkpoints: Sequence[Checkpoint], counts: Sequence[int]
 ) -> Iterator[tuple[int, Floats]]:
     """(M, scores [n, m]): ``grad loss(sample) . grad loss(target)``, the mean of M checkpoints."""
     model = problem.model()
@@ -138,18 +138,18 @@ def datamodel_scores(masks: npt.NDArray[np.bool_], outputs: Floats) -> Floats:
     return weights
 
 
-def curve(problem: cases.Problem, options: argparse.Namespace) -> dict[str, Any]:
+def curve(problem: problems.Problem, options: argparse.Namespace) -> dict[str, Any]:
     """All points of a problem, and the noise ceiling."""
     counts = [count for count in CHECKPOINTS if count <= options.checkpoints]
     sizes = [size for size in DATAMODELS if size <= options.datamodels]
     begun = time.perf_counter()
-    masks, runs = cases.ground_truth(
+    masks, runs = problems.ground_truth(
         problem, options.subsets, options.retrainings, options.cache, TRUTH_SEED
     )
-    others, made = cases.ground_truth(problem, max(sizes), 1, options.cache, DATAMODEL_SEED)
+    others, made = problems.ground_truth(problem, max(sizes), 1, options.cache, DATAMODEL_SEED)
     if (others[:, None] == masks).all(2).any():
         raise ValueError("a datamodel's subset is among those that the LDS is measured on")
-    checkpoints = cases.checkpoints(problem, max(counts))
+    checkpoints = problems.checkpoints(problem, max(counts))
     truth = runs.double().mean(0).numpy()  # [S, m]
     points: list[Point] = []
 
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--problem", nargs="+", choices=list(cases.PROBLEMS), default=["digits"])
+    parser.add_argument("--problem", nargs="+", choices=list(problems.PROBLEMS), default=["digits"])
     parser.add_argument("--checkpoints", type=int, default=max(CHECKPOINTS), help="at most")
     parser.add_argument("--datamodels", type=int, default=max(DATAMODELS), help="models, at most")
     parser.add_argument("--subsets", type=int, default=200, help="that the LDS is measured on")
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     results = []
     for name in options.problem:
-        problem = cases.PROBLEMS[name](**({"n": options.train} if options.train else {}))
+        problem = problems.PROBLEMS[name](**({"n": options.train} if options.train else {}))
         if options.epochs:
             problem = problem.with_training(epochs=options.epochs)
         results.append(curve(problem, options))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 import fastproj
-from providers.base import float64_product, relative_error
+from bench.providers.base import float64_product, relative_error
+from bench.record import in_fresh_process
 
 MIB = 2**20
 
@@ -27,11 +27,7 @@ def memory_growth(rows: int = 10**7, batch: int = 8, cols: int = 4096) -> dict[s
     """
     growth: dict[str, Any] = {"rows": rows, "batch": batch, "cols": cols}
     for kind in ("rademacher", "gaussian"):
-        command = [sys.executable, __file__, "memory", kind, str(rows), str(batch), str(cols)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"memory_growth: the measuring process failed:\n{done.stderr}")
-        growth[kind] = json.loads(done.stdout)
+        growth[kind] = in_fresh_process("limits", "memory", kind, rows, batch, cols)
     return growth
 
 

@@ -1,7 +1,7 @@
 """Finalising and scoring features that are larger than memory should hold: time, and peak memory.
 
-    python bench/out_of_core.py                                   # n = 131,072, k = 4096
-    python bench/out_of_core.py --samples 1000000 --repeats 1     # 8 GB of features
+    python -m bench.out_of_core                                   # n = 131,072, k = 4096
+    python -m bench.out_of_core --samples 1000000 --repeats 1     # 8 GB of features
 
 Synthetic features are written as `TRAKer.featurize` writes them (float16, 512 samples a file).
 `finalize_features`, lambda included, `finalize_scores` and `finalize_scores(top_k=100)` then run in
@@ -18,8 +18,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,10 +30,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.record import in_fresh_process, write_result
 from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
 from fastproj.trak.features import BLOCK_ROWS
-from measure import write_result
 
 SHARD_ROWS = 512
 TOP_K = 100
@@ -192,11 +190,10 @@ def main() -> None:
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure in a fresh process."""
-    command = [sys.executable, __file__, "--measure", str(folder)]
+    words: list[object] = ["--measure", folder.resolve()]
     for name in ("samples", "proj_dim", "targets", "repeats"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        words += [f"--{name.replace('_', '-')}", getattr(options, name)]
+    found: dict[str, Any] = in_fresh_process("out_of_core", *words)
     return found
 
 

@@ -1,12 +1,12 @@
 """Times the projection: fastproj, torch.matmul with a stored R, and TRAK, side by side.
 
-    python bench/project.py                  the whole table, P = 10^6, K = 4096
-    python bench/project.py --quick          small sizes, under a minute
-    python bench/project.py --acceptance     the project's targets, each PASS, FAIL or N-A
-    python bench/project.py --device cuda    on a GPU: the targets, then B, K and P around them
-    python bench/project.py --device cuda --quick            the targets alone, minutes
-    python bench/project.py --device cuda --full             every B, K, P, dtype and kind, hours
-    python bench/project.py --device cuda --ladder           the families of CUDA kernels
+    python -m bench.project                  the whole table, P = 10^6, K = 4096
+    python -m bench.project --quick          small sizes, under a minute
+    python -m bench.project --acceptance     the project's targets, each PASS, FAIL or N-A
+    python -m bench.project --device cuda    on a GPU: the targets, then B, K and P around them
+    python -m bench.project --device cuda --quick            the targets alone, minutes
+    python -m bench.project --device cuda --full             every B, K, P, dtype and kind, hours
+    python -m bench.project --device cuda --ladder           the families of CUDA kernels
 
 All providers of a case are prepared, checked against float64 and warmed up, then called in turns;
 times are medians. No time is reported for a result that is wrong. GF/s = 2 B P K / time.
@@ -21,12 +21,13 @@ from collections.abc import Sequence
 
 import torch
 
-import gpu
-from acceptance import FAIL, Target, as_dicts, run_acceptance
-from fastproj.cli import positive
-from measure import Row, table_of, time_case, write_result
-from providers import Case, all_providers
-from providers.stored import peak_name
+from bench import project_gpu
+from bench.providers import Case, all_providers
+from bench.providers.stored import peak_name
+from bench.record import write_result
+from bench.targets import FAIL, Target, as_dicts, run_acceptance
+from bench.timing import Row, table_of, time_case
+from fastproj.commands.arguments import positive
 
 PEAKS = (peak_name("fp32"), peak_name("bf16"))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"--provider {' '.join(options.provider)}: none; see --list", file=sys.stderr)
             return 2
     if options.device == "cuda":
-        return gpu.run(options, providers)
+        return project_gpu.run(options, providers)
 
     batches = options.batch or ([8, 32] if quick else [8, 32, 64, 128])
     all_rows = options.rows or [65536 if quick else 10**6]

@@ -1,5 +1,6 @@
 // The projection matrix, spec v1, for host and device: R[p, k] as a pure function of
-// (kind, seed, stream, p, k), and of block for the sparse kind. The readable truth is fastproj/spec.py; both reproduce tests/data.
+// (kind, seed, stream, p, k), and of block for the sparse kind. The readable truth is
+// fastproj/spec.py; both reproduce tests/data.
 #pragma once
 
 #include <cstdint>
@@ -164,7 +165,8 @@ FASTPROJ_HOST_DEVICE int sjlt_entry(const MatrixKey& key, std::int64_t p, std::u
     return sjlt_negative(packed, k & 15u) != 0 ? -1 : 1;
 }
 
-// R[p, k] as bf16 bits, of the dense kinds. `table` is kGaussTable or a copy of it in the caller's address space.
+// R[p, k] as bf16 bits, of the dense kinds. `table` is kGaussTable or a copy of it in the caller's
+// address space.
 FASTPROJ_HOST_DEVICE std::uint32_t entry_bf16(const MatrixKey& key, std::int64_t p, std::uint32_t k,
                                               const std::uint16_t* table) {
     const Words words = block_words(key, p >> block_rows_log2(key.kind), row_lane(p), k);

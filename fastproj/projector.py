@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastproj import checks, ops
 from fastproj.backends import registry
-from fastproj.spec import MAX_COLS, MAX_ROWS
+from fastproj.call import Call
+from fastproj.spec import MAX_ROWS
 
 
 class Projector:
@@ -23,7 +24,7 @@ class Projector:
     ----------
     grad_dim : P, the number of gradient entries per sample, 1 <= P <= 2^56.
     proj_dim : K, 1 <= K <= 2^32.
-    seed, kind, scale, precision, backend : as in ``fastproj.project``.
+    seed, kind, block, scale, precision, backend : as in ``fastproj.project``.
 
     Raises
     ------
@@ -38,14 +39,16 @@ class Projector:
         seed: SupportsIndex = 0,
         kind: str = "rademacher",
         *,
+        block: SupportsIndex | None = None,
         scale: str | float | None = "jl",
         precision: str | None = None,
         backend: str | None = None,
     ) -> None:
         self.grad_dim = checks.check_integer("Projector", "grad_dim", grad_dim, 1, MAX_ROWS + 1)
-        self.proj_dim = checks.check_integer("Projector", "proj_dim", proj_dim, 1, MAX_COLS + 1)
+        self.proj_dim = checks.check_proj_dim("Projector", proj_dim)
         self.seed = checks.check_integer("Projector", "seed", seed, 0, 1 << 64)
         checks.check_kind("Projector", kind)
+        self.block = checks.check_block("Projector", kind, block, self.proj_dim) or None
         checks.check_scale("Projector", scale, self.proj_dim)
         checks.check_precision("Projector", precision)
         checks.check_backend("Projector", backend)
@@ -83,21 +86,29 @@ class Projector:
         TypeError, ValueError
             For anything it can't take, before ``out`` is touched.
         """
-        return ops.checked_project(
-            "Projector.project",
+        function = "Projector.project"
+        start = 0
+        if row_offset is not None:
+            start = checks.check_integer(function, "row_offset", row_offset, 0, MAX_ROWS)
+        key = checks.check_key(
+            function, self.seed, self.kind, model_id, "model_id", block=self.block
+        )
+        call = Call(
+            key,
+            start,
+            checks.check_scale(function, self.scale, self.proj_dim, key.block),
+            bool(accumulate),
+            checks.check_precision(function, self.precision),
+        )
+        return ops.project_call(
+            function,
             grads,
             self.proj_dim,
-            self.seed,
-            self.kind,
-            stream=model_id,
-            row_offset=row_offset,
+            call,
+            checks.check_backend(function, self.backend),
             out=out,
-            accumulate=accumulate,
-            scale=self.scale,
-            precision=self.precision,
-            backend=self.backend,
             grad_dim=self.grad_dim,
-            stream_name="model_id",
+            whole=row_offset is None,
         )
 
     def project_transpose(
@@ -137,6 +148,7 @@ class Projector:
             self._rows(function, rows),
             self.seed,
             self.kind,
+            block=self.block,
             stream=model_id,
             scale=self.scale,
             out=out,
@@ -165,6 +177,7 @@ class Projector:
             self.proj_dim if cols is None else cols,
             self.seed,
             self.kind,
+            block=self.block,
             stream=model_id,
             dtype=dtype,
             device=device,
@@ -181,6 +194,6 @@ class Projector:
     def __repr__(self) -> str:
         return (
             f"Projector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, seed={self.seed}, "
-            f"kind={self.kind!r}, scale={self.scale!r}, precision={self.precision!r}, "
+            f"kind={self.kind!r}, block={self.block}, scale={self.scale!r}, precision={self.precision!r}, "
             f"backend={self.backend!r})"
         )

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dense import DTYPES, KINDS, integers, matmul_bound, normals, relative_error, stored
 from torch import Tensor
 
 import fastproj
 from fastproj import checks
 from fastproj.backends import reference, registry
 from fastproj.spec import matrix_block
+from tests.dense import DTYPES, KINDS, integers, matmul_bound, normals, relative_error, stored
 
 ONLY_TO_ROUNDING = {"reference"}
 FLOAT32_LIKE = [torch.float32, torch.bfloat16, torch.float16]

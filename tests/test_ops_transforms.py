@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from dense import KINDS, integers, normals, stored
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -17,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fastproj
-from fastproj import ops
+from fastproj import torch_ops
+from tests.dense import KINDS, integers, normals, stored
 
 SEED = 2**64 - 5  # as an op argument it is the int64 -5
 
@@ -194,18 +194,16 @@ def test_out_is_refused_under_a_transform(backend: str, device: str) -> None:
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(backend: str, device: str, kind: str, needs_grad: bool) -> None:
-    key = (-5, kind, 3, 7)
-    how = ("highest", backend)
+    call = (7, 0.5, "highest", backend, kind, -5, 3)
     a = normals((4, 10)).to(device)
     b = normals((4, 6)).to(device).T.contiguous().T
     out = torch.zeros(4, 6, device=device)
     pieces = [a.clone().requires_grad_(needs_grad), b.clone().requires_grad_(needs_grad)]
-    opcheck(ops._project_op, (pieces, 6, *key, 0.5, *how))
-    opcheck(ops._project_transpose_op, (pieces[0], 6, *key, 0.5, *how))
-    opcheck(ops._project_into_op, ([a, b], out, *key, 0.5, True, *how))
-    opcheck(ops._project_transpose_into_op, (a, out, *key, 0.5, *how))
-    place = torch.device(device)
-    opcheck(ops._matrix_op, (5, 6, 7, 8, -5, kind, 3, torch.float32, place, backend))
+    opcheck(torch_ops._project_op, (pieces, 6, *call))
+    opcheck(torch_ops._project_transpose_op, (pieces[0], 6, *call))
+    opcheck(torch_ops._project_into_op, ([a, b], out, True, *call))
+    opcheck(torch_ops._project_transpose_into_op, (a, out, *call))
+    opcheck(torch_ops._matrix_op, (5, 6, 8, torch.float32, torch.device(device), *call))
 
 
 class _Names(TorchDispatchMode):

@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from dense import KINDS, integers
 
 import fastproj
+from tests.dense import KINDS, integers
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dense import DTYPES, KINDS, integers, matmul_bound, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fastproj
+from tests.dense import DTYPES, KINDS, integers, matmul_bound, stored
 
 # Sizes around the blocks of spec and kernels: 1, 8, 16, 32, 64, 512, and what lies between.
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 511, 512, 513, 1025]))

@@ -1,4 +1,4 @@
-"""The matrix: known answers for every backend through one body, and what DESIGN claims of it."""
+"""The matrix: known answers for every backend through one body, and the figures of its pages."""
 
 from __future__ import annotations
 

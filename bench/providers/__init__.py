@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from providers import basic_projector, generated, others_gpu, ours, ours_gpu, stored
-from providers.base import Case, Inputs, Prepared, Provider
+from bench.providers import basic_projector, generated, others_gpu, ours, ours_gpu, stored
+from bench.providers.base import Case, Inputs, Prepared, Provider
 
 __all__ = ["Case", "Inputs", "Prepared", "Provider", "all_providers"]
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from providers.base import Case, Inputs, Prepared, Provider, relative_error
+from bench.providers.base import Case, Inputs, Prepared, Provider, relative_error
 
 NAME = "TRAK BasicProjector"
 TRAK_KINDS = {"rademacher": "rademacher", "gaussian": "normal"}

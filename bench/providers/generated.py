@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from providers.base import CHECK_COLUMNS, Case, Inputs, Prepared, Provider, relative_error
+from bench.providers.base import CHECK_COLUMNS, Case, Inputs, Prepared, Provider, relative_error
 
 NAME = "torch.matmul R in blocks"
 BLOCK_BYTES = 256 << 20  # of R, as large as helps

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from providers.base import Case, Inputs, Prepared, Provider
+from bench.providers.base import Case, Inputs, Prepared, Provider
 
 FAST_JL = "fast_jl"
 SJLT = "sjlt"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import fastproj
+from bench.providers.base import Case, Inputs, Prepared, Provider
 from fastproj.backends import cpu
-from providers.base import Case, Inputs, Prepared, Provider
 
 PRECISIONS = ("highest", "high", "medium")
 PROBE_ROWS = 16384
-# A result worse than this is wrong, not rounded: DESIGN section 4 with a margin of four.
+# A result worse than this is wrong, not rounded: docs/projection.md with a margin of four.
 BOUNDS = {"highest": 2e-6, "high": 6e-5, "medium": 1.6e-2}
 
 

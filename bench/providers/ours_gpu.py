@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import fastproj
+from bench.providers.base import Case, Inputs, Prepared, Provider
 from fastproj.backends import cuda, registry
-from providers.base import Case, Inputs, Prepared, Provider
 
 BACKENDS = ("cuda", "triton")
 PRECISIONS = ("highest", "high", "medium")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastproj
-from providers.base import Case, Inputs, Prepared, Provider, relative_error
+from bench.providers.base import Case, Inputs, Prepared, Provider, relative_error
 
 BOUNDS = {"fp32": 1e-5, "tf32": 4e-3, "bf16": 1.6e-2}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}

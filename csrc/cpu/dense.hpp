@@ -12,7 +12,7 @@ namespace fastproj::cpu {
 namespace {
 
 constexpr int kPartRows = 128;  // rows expanded at a time: one word of each Rademacher call
-constexpr int kParts = kGroupRows / kPartRows;
+constexpr int kParts = kPanelRows / kPartRows;
 
 template <class T>
 using Vector = std::conditional_t<std::is_same_v<T, double>, Simd::D, Simd::F>;
@@ -24,7 +24,7 @@ inline void store_entries(Simd::F entries, double* to) {
     for (int i = 0; i < Simd::kLanes; ++i) to[i] = entries[i];
 }
 
-// Expands tile[r, c] = R[group * 512 + part * 128 + r, strip column c] for a strip of kStripVectors
+// Expands tile[r, c] = R[panel * 512 + part * 128 + r, strip column c] for a strip of kStripVectors
 // vectors of columns. One unit of work is one word: rows 8i + 2 lane and the next, of one vector.
 template <Kind kKind, int kStripVectors>
 class Expander {
@@ -34,16 +34,16 @@ class Expander {
 
     explicit Expander(ColumnWords& words) : words_(words) {}
 
-    // Makes the random words of a part; parts 0 to 3 of a group and strip come in order.
-    void prepare(std::int64_t group, int part, int first_vector) {
+    // Makes the random words of a part; parts 0 to 3 of a panel and strip come in order.
+    void prepare(std::int64_t panel, int part, int first_vector) {
         part_ = part;
         if constexpr (kKind == Kind::kRademacher) {
             if (part != 0) return;  // one call holds the words of all four
-            words_.set_block(group);
+            words_.set_block(panel);
             for (int v = 0; v < kStripVectors; ++v) words_.get_all(first_vector + v, held_[v][0]);
         } else {
             for (int sub = 0; sub < 4; ++sub) {
-                words_.set_block(group * 16 + part * 4 + sub);
+                words_.set_block(panel * 16 + part * 4 + sub);
                 for (int v = 0; v < kStripVectors; ++v) {
                     words_.get_all(first_vector + v, held_[v][sub]);
                 }
@@ -100,7 +100,7 @@ void multiply_part(const T* tile, const T* g, T* partial, int every, Fill&& fill
             row[v] = reinterpret_cast<const V*>(tile)[r * kVectors + v];
         }
         for (int b = 0; b < kBatch; ++b) {
-            const T x = g[b * kGroupRows + r];
+            const T x = g[b * kPanelRows + r];
             for (int v = 0; v < kVectors; ++v) acc[b][v] += row[v] * x;
         }
         if ((r & (every - 1)) == 0) fill();
@@ -111,7 +111,7 @@ void multiply_part(const T* tile, const T* g, T* partial, int every, Fill&& fill
 }
 
 inline std::size_t dense_scratch_bytes(int batch, int cols) {
-    const std::size_t per_row = (kGroupRows + kStripCols) * sizeof(double);
+    const std::size_t per_row = (kPanelRows + kStripCols) * sizeof(double);
     return ColumnWords::bytes(pad_columns(cols)) + static_cast<std::size_t>(batch) * per_row +
            2 * static_cast<std::size_t>(kPartRows) * kStripCols * sizeof(double) + 5 * 64;
 }
@@ -125,7 +125,7 @@ void project_dense(const ProjectTile& tile) {
     Arena arena(tile.scratch);
     const int cols = pad_columns(tile.cols);
     ColumnWords words(tile.key, tile.col_begin, cols, arena.take<char>(ColumnWords::bytes(cols)));
-    T* g = arena.take<T>(static_cast<std::size_t>(tile.batch) * kGroupRows);
+    T* g = arena.take<T>(static_cast<std::size_t>(tile.batch) * kPanelRows);
     T* partial = arena.take<T>(static_cast<std::size_t>(tile.batch) * kStripCols);
     T* now = arena.take<T>(static_cast<std::size_t>(kPartRows) * kStripCols);
     T* next = arena.take<T>(static_cast<std::size_t>(kPartRows) * kStripCols);
@@ -134,21 +134,21 @@ void project_dense(const ProjectTile& tile) {
     const int blocks = tile.batch / kBatch;
     const int every = blocks >= 4 ? 4 : blocks >= 2 ? 2 : 1;
 
-    expander.prepare(tile.group_begin, 0, 0);
+    expander.prepare(tile.panel_begin, 0, 0);
     expander.expand(now);
-    for (std::int64_t group = tile.group_begin; group < tile.group_end; ++group) {
+    for (std::int64_t panel = tile.panel_begin; panel < tile.panel_end; ++panel) {
         for (int b = 0; b < tile.batch; ++b) {
-            load_group(*tile.source, tile.batch_begin + b, group, g + b * kGroupRows);
+            load_panel(*tile.source, tile.batch_begin + b, panel, g + b * kPanelRows);
         }
         for (int c = 0; c < cols; c += kStripCols) {
             std::memset(partial, 0, static_cast<std::size_t>(tile.batch) * kStripCols * sizeof(T));
             for (int part = 0; part < kParts; ++part) {
                 if (part + 1 < kParts) {
-                    expander.prepare(group, part + 1, c / Simd::kLanes);
+                    expander.prepare(panel, part + 1, c / Simd::kLanes);
                 } else if (c + kStripCols < cols) {
-                    expander.prepare(group, 0, c / Simd::kLanes + kStripVectors);
+                    expander.prepare(panel, 0, c / Simd::kLanes + kStripVectors);
                 } else {
-                    expander.prepare(group + 1, 0, 0);
+                    expander.prepare(panel + 1, 0, 0);
                 }
                 int unit = 0;
                 const auto fill = [&] {
@@ -158,15 +158,15 @@ void project_dense(const ProjectTile& tile) {
                 const T* x = g + part * kPartRows;
                 int b = 0;
                 for (; b + kBatch <= tile.batch; b += kBatch) {
-                    multiply_part<T, kBatch>(now, x + b * kGroupRows, partial + b * kStripCols,
+                    multiply_part<T, kBatch>(now, x + b * kPanelRows, partial + b * kStripCols,
                                              every, fill);
                 }
                 for (; b + 2 <= tile.batch; b += 2) {
-                    multiply_part<T, 2>(now, x + b * kGroupRows, partial + b * kStripCols, every,
+                    multiply_part<T, 2>(now, x + b * kPanelRows, partial + b * kStripCols, every,
                                         idle);
                 }
                 for (; b < tile.batch; ++b) {
-                    multiply_part<T, 1>(now, x + b * kGroupRows, partial + b * kStripCols, every,
+                    multiply_part<T, 1>(now, x + b * kPanelRows, partial + b * kStripCols, every,
                                         idle);
                 }
                 while (unit < StripExpander::kUnits) fill();
@@ -217,7 +217,7 @@ void transpose_tile(const TransposeTile& tile) {
     using V = Vector<T>;
     constexpr int kVectors = kColumnPad / kVectorLanes<T>;
     constexpr int kRows = 4;
-    std::memset(tile.out, 0, static_cast<std::size_t>(tile.batch) * kGroupRows * sizeof(double));
+    std::memset(tile.out, 0, static_cast<std::size_t>(tile.batch) * kPanelRows * sizeof(double));
     for (std::int64_t c = 0; c < tile.cols; c += kColumnPad) {
         Arena arena(tile.scratch);
         ColumnWords words(tile.key, static_cast<std::uint32_t>(c), kColumnPad,
@@ -225,12 +225,12 @@ void transpose_tile(const TransposeTile& tile) {
         T* entries = arena.take<T>(static_cast<std::size_t>(kPartRows) * kColumnPad);
         Expander<kKind, kDotStripVectors> expander(words);
         for (int part = 0; part < kParts; ++part) {
-            expander.prepare(tile.group, part, 0);
+            expander.prepare(tile.panel, part, 0);
             expander.expand(entries);
             for (int b = 0; b < tile.batch; ++b) {
                 V y[kVectors];
                 std::memcpy(y, static_cast<const T*>(tile.y) + b * tile.y_ld + c, sizeof y);
-                double* out = tile.out + b * kGroupRows + part * kPartRows;
+                double* out = tile.out + b * kPanelRows + part * kPartRows;
                 for (int r = 0; r < kPartRows; r += kRows) {
                     for (int i = 0; i < kRows; ++i) {
                         const V* row = reinterpret_cast<const V*>(entries + (r + i) * kColumnPad);
@@ -260,7 +260,7 @@ void matrix_tile(const MatrixTile& tile) {
     ColumnWords words(tile.key, tile.col_begin, kColumnPad, tile.scratch);
     Expander<kKind, kDotStripVectors> expander(words);
     for (int part = 0; part < kParts; ++part) {
-        expander.prepare(tile.group, part, 0);
+        expander.prepare(tile.panel, part, 0);
         expander.expand(tile.tile + part * kPartRows * kColumnPad);
     }
 }

@@ -16,9 +16,9 @@ namespace {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 1024;  // 16 rows of 64 bytes
 constexpr int kStepRows = 32;     // rows of R that one tile holds, two to a 32-bit cell
-constexpr int kGroupSteps = kGroupRows / kStepRows;
-constexpr int kChunkGroups = 4;  // groups that one fp32 tile adds up
-constexpr int kChunkSteps = kChunkGroups * kGroupSteps;
+constexpr int kPanelSteps = kPanelRows / kStepRows;
+constexpr int kChunkPanels = 4;  // panels that one fp32 tile adds up
+constexpr int kChunkSteps = kChunkPanels * kPanelSteps;
 constexpr int kTileA = 6, kTileB = 7, kTileShortA = 5;
 constexpr int kLanes = Simd::kLanes;
 
@@ -190,11 +190,11 @@ inline void gauss_bf16_pair(__m512i& x, __m512i& y) {
 
 // ---- Tiles of R -------------------------------------------------------------------------------
 
-// The groups and vectors of columns that one block of term rows goes through: all groups of a
+// The panels and vectors of columns that one block of term rows goes through: all panels of a
 // chunk for kStrips vectors, then for the next ones.
 struct Range {
-    std::int64_t group_begin;
-    int groups;
+    std::int64_t panel_begin;
+    int panels;
     int vectors;
 };
 
@@ -204,7 +204,7 @@ class TileMaker {
   public:
     TileMaker(ColumnWords& words, const Range& range) : words_(words), range_(range) {
         if constexpr (kKind == Kind::kRademacher) {
-            words_.set_block(range_.group_begin);
+            words_.set_block(range_.panel_begin);
             for (int i = 0; i < kFetches; ++i) fetch(i);
         }
     }
@@ -215,29 +215,29 @@ class TileMaker {
             make_rademacher(tiles);
         } else {
             make_gaussian(tiles);
-            if (step_ + 1 == kGroupSteps) next_group();
+            if (step_ + 1 == kPanelSteps) next_panel();
         }
-        step_ = (step_ + 1) % kGroupSteps;
+        step_ = (step_ + 1) % kPanelSteps;
     }
 
   private:
     static constexpr int kFetches = 2 * kStrips;  // two lanes each, see ColumnWords::get
-    static constexpr int kFetchEvery = kGroupSteps / kFetches;
+    static constexpr int kFetchEvery = kPanelSteps / kFetches;
     using Words = Simd::U[kStrips][4][4];
 
-    void next_group() {
-        if (++group_ < range_.groups) return;
-        group_ = 0;
+    void next_panel() {
+        if (++panel_ < range_.panels) return;
+        panel_ = 0;
         vector_ = vector_ + kStrips < range_.vectors ? vector_ + kStrips : 0;
     }
 
-    // group_ and vector_ are one group ahead: a step makes tiles of the words at hand and fetches
-    // some of the group to come, so that the work is even.
+    // panel_ and vector_ are one panel ahead: a step makes tiles of the words at hand and fetches
+    // some of the panel to come, so that the work is even.
     void make_rademacher(char* tiles) {
         if (step_ == 0) {
             fetched_ ^= 1;
-            next_group();
-            words_.set_block(range_.group_begin + group_);
+            next_panel();
+            words_.set_block(range_.panel_begin + panel_);
         }
         const Words& words = words_of_[fetched_ ^ 1];
         const int j = step_ / 4, first_bit = step_ % 4 * 4;
@@ -259,7 +259,7 @@ class TileMaker {
     }
 
     void make_gaussian(char* tiles) {
-        words_.set_block((range_.group_begin + group_) * kGroupSteps + step_);
+        words_.set_block((range_.panel_begin + panel_) * kPanelSteps + step_);
         for (int strip = 0; strip < kStrips; ++strip) {
             Simd::U w[4][4];
             words_.get_all(vector_ + strip, w);
@@ -283,7 +283,7 @@ class TileMaker {
 
     ColumnWords& words_;
     const Range range_;
-    int group_ = 0, vector_ = 0, step_ = 0;
+    int panel_ = 0, vector_ = 0, step_ = 0;
     int fetched_ = 0;  // which words_of_ is being filled
     Words words_of_[2];
 };
@@ -354,7 +354,7 @@ void multiply_chunk(const Block& block, ColumnWords& words, const Range& range) 
     alignas(64) float sums[kTiles * kStrips * kTileRows * kLanes];
     TileMaker<kKind, kStrips> maker(words, range);
     for (int step = 0; step < kAhead; ++step) maker.make(made[step]);
-    const int steps = range.groups * kGroupSteps;
+    const int steps = range.panels * kPanelSteps;
     for (int v = 0; v < range.vectors; v += kStrips) {
         unroll(tiles,
                [&](auto m) { unroll(strips, [&](auto s) { zero_tile<m * kStrips + s>(); }); });
@@ -430,7 +430,7 @@ void project_tiles(const ProjectTile& tile) {
         kTerms == 3 ? kMaxTiles : ceil_div(term_tiles, ceil_div(term_tiles, kMaxTiles));
     const std::size_t packed = static_cast<std::size_t>(term_tiles) * kChunkSteps * kTileBytes / 2;
     auto* a = arena.take<std::uint16_t>(packed);
-    float* g = arena.take<float>(kChunkGroups * kGroupRows);
+    float* g = arena.take<float>(kChunkPanels * kPanelRows);
     double* unscale = arena.take<double>(static_cast<std::size_t>(tile.batch));
     if (term_rows % kTileRows != 0) std::memset(a, 0, packed * sizeof *a);
     // [block][step][tile of the block][16 rows][32 bf16]: a block reads its tiles in order.
@@ -442,15 +442,15 @@ void project_tiles(const ProjectTile& tile) {
                        kStepRows;
     };
 
-    for (std::int64_t group = tile.group_begin; group < tile.group_end; group += kChunkGroups) {
-        const std::int64_t left = tile.group_end - group;
-        const Range range{group, static_cast<int>(left < kChunkGroups ? left : kChunkGroups),
+    for (std::int64_t panel = tile.panel_begin; panel < tile.panel_end; panel += kChunkPanels) {
+        const std::int64_t left = tile.panel_end - panel;
+        const Range range{panel, static_cast<int>(left < kChunkPanels ? left : kChunkPanels),
                           cols / kLanes};
         for (int b = 0; b < tile.batch; ++b) {
-            for (int i = 0; i < range.groups; ++i) {
-                load_group(*tile.source, tile.batch_begin + b, group + i, g + i * kGroupRows);
+            for (int i = 0; i < range.panels; ++i) {
+                load_panel(*tile.source, tile.batch_begin + b, panel + i, g + i * kPanelRows);
             }
-            unscale[b] = pack_row<kTerms>(g, range.groups * kGroupSteps, [=](int t, int step) {
+            unscale[b] = pack_row<kTerms>(g, range.panels * kPanelSteps, [=](int t, int step) {
                 return tile_row(b * kTerms + t, step);
             });
         }
@@ -472,14 +472,14 @@ void project_tiles(const ProjectTile& tile) {
 
 template <Kind kKind>
 void project_amx(const ProjectTile& tile) {
-    const DType dtype = tile.source->dtype;
-    if (dtype == DType::kBFloat16) {
+    const Dtype dtype = tile.source->pieces[0].dtype;
+    if (dtype == Dtype::kBf16) {
         project_tiles<kKind, 1>(tile);  // exact
-    } else if (dtype == DType::kFloat16) {
+    } else if (dtype == Dtype::kF16) {
         project_tiles<kKind, 2>(tile);  // exact: 16 bits hold the 11 of float16
-    } else if (tile.precision == Precision::kMedium) {
+    } else if (tile.terms == 1) {
         project_tiles<kKind, 1>(tile);
-    } else if (tile.precision == Precision::kHigh) {
+    } else if (tile.terms == 2) {
         project_tiles<kKind, 2>(tile);
     } else {
         project_tiles<kKind, 3>(tile);
@@ -490,7 +490,7 @@ std::size_t amx_scratch_bytes(int batch, int cols) {
     const auto term_tiles = static_cast<std::size_t>(ceil_div(3 * batch, kTileRows));
     const std::size_t amx = ColumnWords::bytes(pad_columns(cols)) +
                             term_tiles * kChunkSteps * kTileBytes +
-                            kChunkGroups * kGroupRows * sizeof(float) +
+                            kChunkPanels * kPanelRows * sizeof(float) +
                             static_cast<std::size_t>(batch) * sizeof(double) + 4 * 64;
     const std::size_t dense = dense_scratch_bytes(batch, cols);  // float64
     return amx > dense ? amx : dense;

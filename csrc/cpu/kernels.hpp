@@ -6,51 +6,39 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../spec.hpp"
+#include "../call.hpp"
 
 namespace fastproj::cpu {
 
-enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kInt8 = 4 };
-enum class Precision : int { kHighest = 0, kHigh = 1, kMedium = 2 };
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 constexpr int kNumIsas = 4;
 
-// All kernels walk P in groups of 512 rows aligned to multiples of 512: one Rademacher block or
-// sixteen Gaussian ones. Rows of a group outside the input count as zeros.
-constexpr int kGroupRows = 512;
+// All kernels walk P in panels of 512 rows aligned to multiples of 512: one Rademacher block or
+// sixteen Gaussian ones. Rows of a panel outside the input count as zeros.
+constexpr int kPanelRows = 512;
 // Column slabs and workspaces are padded to this many columns, so no kernel needs a column mask.
 constexpr int kColumnPad = 64;
 
-// A tensor [batch, rows]; strides are in elements, not bytes.
-struct Piece {
-    const void* data;
-    std::int64_t rows;
-    std::int64_t stride_batch;
-    std::int64_t stride_row;
-};
-
-// The concatenation of pieces along their rows; row 0 of the first piece is matrix row row_offset.
+// G [batch, rows]: the pieces side by side; row 0 of the first is matrix row row_offset.
 struct Source {
-    const Piece* pieces;
+    const View* pieces;
     const std::int64_t* piece_begin;  // num_pieces + 1 running totals of rows
     int num_pieces;
-    DType dtype;
-    std::int64_t batch;
     std::int64_t rows;
     std::int64_t row_offset;
 };
 
-// acc[b, c] += sum over the rows of groups [group_begin, group_end) of G[batch_begin + b, p] *
+// acc[b, c] += sum over the rows of panels [panel_begin, panel_end) of G[batch_begin + b, p] *
 // R[p, col_begin + c], for batch x cols; columns up to the next multiple of kColumnPad may be
 // written too. acc is [batch, acc_ld] double.
 struct ProjectTile {
     const Source* source;
     MatrixKey key;
-    Precision precision;
+    int terms;
     std::int64_t batch_begin;
     int batch;
-    std::int64_t group_begin;
-    std::int64_t group_end;
+    std::int64_t panel_begin;
+    std::int64_t panel_end;
     std::uint32_t col_begin;
     int cols;
     double* acc;
@@ -58,7 +46,7 @@ struct ProjectTile {
     void* scratch;  // scratch_bytes(batch, cols), aligned to 64
 };
 
-// out[b, r] = sum over c < cols of Y[b, c] * R[row_begin + r, c], for rows of one group. Y is
+// out[b, r] = sum over c < cols of Y[b, c] * R[row_begin + r, c], for rows of one panel. Y is
 // [batch, y_ld] of float or double, zero beyond cols up to a multiple of kColumnPad.
 struct TransposeTile {
     MatrixKey key;
@@ -66,15 +54,15 @@ struct TransposeTile {
     std::int64_t y_ld;
     int batch;
     std::int64_t cols;
-    std::int64_t group;
-    double* out;  // [batch, kGroupRows]
+    std::int64_t panel;
+    double* out;  // [batch, kPanelRows]
     void* scratch;
 };
 
-// tile[r, c] = R[group * 512 + r, col_begin + c] as float, for kGroupRows x kColumnPad.
+// tile[r, c] = R[panel * 512 + r, col_begin + c] as float, for kPanelRows x kColumnPad.
 struct MatrixTile {
     MatrixKey key;
-    std::int64_t group;
+    std::int64_t panel;
     std::uint32_t col_begin;
     float* tile;
     void* scratch;

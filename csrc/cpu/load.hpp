@@ -1,4 +1,4 @@
-// Reading gradients: any dtype, stride and split into pieces, into a contiguous group of 512 rows.
+// Reading gradients: any dtype, stride and split into pieces, into a contiguous panel of 512 rows.
 // Included by each instruction set's translation unit; everything here is local to it.
 #pragma once
 
@@ -62,26 +62,23 @@ inline void copy_rows(const double* from, std::int64_t stride, int n, double* to
     for (int i = 0; i < n; ++i) to[i] = from[i * stride];
 }
 
-inline void load_rows(DType dtype, const Piece& piece, std::int64_t b, std::int64_t row, int n,
-                      double* to) {
-    // The double kernel is only ever given float64 input: see dispatch.cpp.
-    (void)dtype;
-    const auto* base = static_cast<const double*>(piece.data);
-    copy_rows(base + b * piece.stride_batch + row * piece.stride_row, piece.stride_row, n, to);
+inline void load_rows(const View& piece, std::int64_t b, std::int64_t row, int n, double* to) {
+    // The double kernel is only ever given float64 input: see project.cpp.
+    const std::int64_t at = b * piece.stride[0] + row * piece.stride[1];
+    copy_rows(static_cast<const double*>(piece.data) + at, piece.stride[1], n, to);
 }
 
-inline void load_rows(DType dtype, const Piece& piece, std::int64_t b, std::int64_t row, int n,
-                      float* to) {
-    const std::int64_t at = b * piece.stride_batch + row * piece.stride_row;
-    switch (dtype) {
-        case DType::kBFloat16:
-            copy_rows(static_cast<const BFloat16*>(piece.data) + at, piece.stride_row, n, to);
+inline void load_rows(const View& piece, std::int64_t b, std::int64_t row, int n, float* to) {
+    const std::int64_t at = b * piece.stride[0] + row * piece.stride[1];
+    switch (piece.dtype) {
+        case Dtype::kBf16:
+            copy_rows(static_cast<const BFloat16*>(piece.data) + at, piece.stride[1], n, to);
             return;
-        case DType::kFloat16:
-            copy_rows(static_cast<const Float16*>(piece.data) + at, piece.stride_row, n, to);
+        case Dtype::kF16:
+            copy_rows(static_cast<const Float16*>(piece.data) + at, piece.stride[1], n, to);
             return;
         default:
-            copy_rows(static_cast<const float*>(piece.data) + at, piece.stride_row, n, to);
+            copy_rows(static_cast<const float*>(piece.data) + at, piece.stride[1], n, to);
             return;
     }
 }
@@ -111,16 +108,16 @@ void load_span(const Source& source, std::int64_t b, std::int64_t row_begin, std
         const std::int64_t end =
             source.piece_begin[lo + 1] < last ? source.piece_begin[lo + 1] : last;
         if (end <= row) continue;  // an empty piece
-        load_rows(source.dtype, source.pieces[lo], b, row - source.piece_begin[lo],
-                  static_cast<int>(end - row), to + (row - first));
+        load_rows(source.pieces[lo], b, row - source.piece_begin[lo], static_cast<int>(end - row),
+                  to + (row - first));
         row = end;
     }
 }
 
-// to[0..512) = the rows of batch element b in this group.
+// to[0..512) = the rows of batch element b in this panel.
 template <class T>
-void load_group(const Source& source, std::int64_t b, std::int64_t group, T* to) {
-    load_span(source, b, group * kGroupRows, kGroupRows, to);
+void load_panel(const Source& source, std::int64_t b, std::int64_t panel, T* to) {
+    load_span(source, b, panel * kPanelRows, kPanelRows, to);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace fastproj::cpu {
 namespace {
 
 constexpr int kSteps = 8;              // four-bit fields of a word
-constexpr int kWordsPerGroup = 4 * 4;  // four lanes, four words each
+constexpr int kWordsPerPanel = 4 * 4;  // four lanes, four words each
 
 // The first of the four rows (8 apart) that field `step` of word j of a lane covers.
 constexpr int field_row(int j, int lane, int step) {
@@ -23,7 +23,7 @@ constexpr int kLookupVectors = kColumnPad / Simd::kLanes;
 
 template <class Policy>
 constexpr std::size_t table_floats(int batch) {
-    return static_cast<std::size_t>(kWordsPerGroup) * kSteps * Policy::kEntries *
+    return static_cast<std::size_t>(kWordsPerPanel) * kSteps * Policy::kEntries *
            static_cast<std::size_t>(batch);
 }
 
@@ -31,18 +31,18 @@ template <class Policy>
 std::size_t project_scratch_bytes(int batch, int cols) {
     const std::size_t lookup = ColumnWords::bytes(pad_columns(cols)) +
                                table_floats<Policy>(batch) * sizeof(float) +
-                               kGroupRows * sizeof(float) + 3 * 64;
+                               kPanelRows * sizeof(float) + 3 * 64;
     const std::size_t dense = dense_scratch_bytes(batch, cols);
     return lookup > dense ? lookup : dense;
 }
 
-// The tables of one group for a block of batch rows, in the order that accumulate reads them:
+// The tables of one panel for a block of batch rows, in the order that accumulate reads them:
 // [word][step][batch row][entry].
 template <class Policy>
-void build_tables(const ProjectTile& tile, std::int64_t group, int first, int batch, float* g,
+void build_tables(const ProjectTile& tile, std::int64_t panel, int first, int batch, float* g,
                   float* tables) {
     for (int b = 0; b < batch; ++b) {
-        load_group(*tile.source, tile.batch_begin + first + b, group, g);
+        load_panel(*tile.source, tile.batch_begin + first + b, panel, g);
         float* to = tables + b * Policy::kEntries;
         for (int j = 0; j < 4; ++j) {
             for (int lane = 0; lane < 4; ++lane) {
@@ -56,10 +56,10 @@ void build_tables(const ProjectTile& tile, std::int64_t group, int first, int ba
     }
 }
 
-// words: [word][vector] of one group and strip, kLookupVectors to a word; adds up 128 sums of four
+// words: [word][vector] of one panel and strip, kLookupVectors to a word; adds up 128 sums of four
 // rows in fp32 before they go to the double accumulators.
 template <class Policy, int kBatch>
-void accumulate_group(const Simd::U* words, const float* tables, double* acc, std::int64_t acc_ld) {
+void accumulate_panel(const Simd::U* words, const float* tables, double* acc, std::int64_t acc_ld) {
     constexpr int kVectors = Policy::vectors_for(kBatch);
     static_assert(kLookupVectors % kVectors == 0);
     for (int v = 0; v < kLookupVectors; v += kVectors) {
@@ -67,7 +67,7 @@ void accumulate_group(const Simd::U* words, const float* tables, double* acc, st
         for (int b = 0; b < kBatch; ++b) {
             for (int i = 0; i < kVectors; ++i) sum[b][i] = Simd::F{};
         }
-        for (int word = 0; word < kWordsPerGroup; ++word) {
+        for (int word = 0; word < kWordsPerPanel; ++word) {
             Policy::template accumulate<kBatch, kVectors>(
                 words + word * kLookupVectors + v,
                 tables + word * kSteps * kBatch * Policy::kEntries, sum);
@@ -80,11 +80,11 @@ void accumulate_group(const Simd::U* words, const float* tables, double* acc, st
     }
 }
 
-using AccumulateGroup = void (*)(const Simd::U*, const float*, double*, std::int64_t);
+using AccumulatePanel = void (*)(const Simd::U*, const float*, double*, std::int64_t);
 
 template <class Policy, int... kBatches>
-constexpr AccumulateGroup accumulate_group_for(int batch, std::integer_sequence<int, kBatches...>) {
-    constexpr AccumulateGroup table[] = {accumulate_group<Policy, kBatches + 1>...};
+constexpr AccumulatePanel accumulate_panel_for(int batch, std::integer_sequence<int, kBatches...>) {
+    constexpr AccumulatePanel table[] = {accumulate_panel<Policy, kBatches + 1>...};
     return table[batch - 1];
 }
 
@@ -94,17 +94,17 @@ void project_lookup(const ProjectTile& tile) {
     const int cols = pad_columns(tile.cols);
     ColumnWords columns(tile.key, tile.col_begin, cols, arena.take<char>(ColumnWords::bytes(cols)));
     float* tables = arena.take<float>(table_floats<Policy>(tile.batch));
-    float* g = arena.take<float>(kGroupRows);
+    float* g = arena.take<float>(kPanelRows);
     constexpr std::integer_sequence sizes = std::make_integer_sequence<int, Policy::kMaxBatch>();
 
-    for (std::int64_t group = tile.group_begin; group < tile.group_end; ++group) {
+    for (std::int64_t panel = tile.panel_begin; panel < tile.panel_end; ++panel) {
         for (int b = 0; b < tile.batch; b += Policy::kMaxBatch) {
             const int n = tile.batch - b < Policy::kMaxBatch ? tile.batch - b : Policy::kMaxBatch;
-            build_tables<Policy>(tile, group, b, n, g, tables + table_floats<Policy>(b));
+            build_tables<Policy>(tile, panel, b, n, g, tables + table_floats<Policy>(b));
         }
-        columns.set_block(group);
+        columns.set_block(panel);
         for (int c = 0; c < cols; c += kColumnPad) {
-            Simd::U words[kWordsPerGroup][kLookupVectors];
+            Simd::U words[kWordsPerPanel][kLookupVectors];
             for (int v = 0; v < kLookupVectors; ++v) {
                 Simd::U w[4][4];
                 columns.get_all(c / Simd::kLanes + v, w);
@@ -115,7 +115,7 @@ void project_lookup(const ProjectTile& tile) {
             for (int b = 0; b < tile.batch; b += Policy::kMaxBatch) {
                 const int n =
                     tile.batch - b < Policy::kMaxBatch ? tile.batch - b : Policy::kMaxBatch;
-                accumulate_group_for<Policy>(n, sizes)(words[0], tables + table_floats<Policy>(b),
+                accumulate_panel_for<Policy>(n, sizes)(words[0], tables + table_floats<Policy>(b),
                                                        tile.acc + b * tile.acc_ld + c, tile.acc_ld);
             }
         }

@@ -62,8 +62,8 @@ struct Simd {
         const __m256i index = _mm256_xor_si256(word, lane);  // vpermps takes 3 bits of it
         const float* from = rows + (packed & 0xfff0u);
         for (std::uint32_t i = 0; i < 2; ++i) {
-            const __m256 value = _mm256_permutevar8x32_ps(
-                _mm256_loadu_ps(from + (8 * i ^ (packed & 8u))), index);
+            const __m256 value =
+                _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + (8 * i ^ (packed & 8u))), index);
             const __m256i sign = _mm256_sllv_epi32(
                 word, _mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(15 - 8 * i)), lane));
             const __m256 sign_bit = _mm256_and_ps((__m256)sign, _mm256_set1_ps(-0.0f));

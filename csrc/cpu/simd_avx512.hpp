@@ -46,16 +46,14 @@ struct Simd {
     static Chunk load_chunk(const float* sums) { return _mm512_loadu_ps(sums); }
     static void store_chunk(Chunk sum, float* sums) { _mm512_storeu_ps(sums, sum); }
     static void add_chunk(const float* rows, const std::uint32_t* packed, Chunk& sum) {
-        const __m512i lane =
-            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        const __m512i index = _mm512_xor_si512(
-            _mm512_broadcastd_epi32(_mm_loadu_si32(packed)), lane);  // vpermps takes 4 bits of it
+        const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i index = _mm512_xor_si512(_mm512_broadcastd_epi32(_mm_loadu_si32(packed)),
+                                               lane);  // vpermps takes 4 bits of it
         __mmask16 negative;
         std::memcpy(&negative, reinterpret_cast<const char*>(packed) + 2, sizeof negative);
         const __m512 value =
             _mm512_permutexvar_ps(index, _mm512_loadu_ps(rows + (*packed & 0xfff0u)));
-        sum = _mm512_add_ps(sum,
-                            _mm512_mask_xor_ps(value, negative, value, _mm512_set1_ps(-0.0f)));
+        sum = _mm512_add_ps(sum, _mm512_mask_xor_ps(value, negative, value, _mm512_set1_ps(-0.0f)));
     }
 
     // to[4 i + j] = words[j][i]

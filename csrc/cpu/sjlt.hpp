@@ -93,8 +93,8 @@ inline void sjlt_table(const MatrixKey& key, std::int64_t tile, std::uint32_t co
         for (int i = 0; i < kLanes && h < chunks; ++i) {
             const Words p{{found[0][i], found[1][i], found[2][i], found[3][i]}};
             std::uint32_t place = (first + h) & mask;
-            const std::uint32_t stop = h + (mask + 1 - place) < chunks ? h + (mask + 1 - place)
-                                                                       : chunks;
+            const std::uint32_t stop =
+                h + (mask + 1 - place) < chunks ? h + (mask + 1 - place) : chunks;
             for (; h + kLanes <= stop; h += kLanes, place += kLanes) {
                 U x = ((lane + place) * (p.w[0] | 1u) + p.w[1]) & mask;
                 x ^= x >> s;
@@ -151,15 +151,16 @@ void add_tiles(const double* const* rows, const std::uint32_t* table, std::int64
 template <class T>
 const T* rows_in_place(const Source& source, std::int64_t b, std::int64_t row_begin,
                        std::int64_t count) {
-    if (source.dtype != (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32)) {
-        return nullptr;
-    }
+    constexpr Dtype kInPlace = std::is_same_v<T, double> ? Dtype::kF64 : Dtype::kF32;
     const std::int64_t first = row_begin - source.row_offset;
     if (first < 0 || first + count > source.rows) return nullptr;
     const int at = piece_of(source, first);
-    const Piece& piece = source.pieces[at];
-    if (piece.stride_row != 1 || first + count > source.piece_begin[at + 1]) return nullptr;
-    return static_cast<const T*>(piece.data) + b * piece.stride_batch +
+    const View& piece = source.pieces[at];
+    if (piece.dtype != kInPlace || piece.stride[1] != 1 ||
+        first + count > source.piece_begin[at + 1]) {
+        return nullptr;
+    }
+    return static_cast<const T*>(piece.data) + b * piece.stride[0] +
            (first - source.piece_begin[at]);
 }
 

@@ -16,20 +16,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastproj.spec import MatrixKey
+from fastproj.call import Call, view
 
 NAME = "cpu"
 ISA_VARIABLE = "FASTPROJ_CPU_ISA"
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.int8: 4,
-}
-_KINDS = {"rademacher": 0, "gaussian": 1}
-_PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 _forced_isa: ContextVar[str | None] = ContextVar("fastproj_forced_isa", default=None)
 
 
@@ -44,6 +35,12 @@ def _extension() -> ModuleType | str:
             "(e.g. `apt-get install g++`) and reinstall fastproj"
         )
     return _cpu
+
+
+def _module() -> ModuleType:
+    extension = _extension()
+    assert not isinstance(extension, str)
+    return extension
 
 
 def unavailable() -> str | None:
@@ -122,75 +119,19 @@ def describe() -> dict[str, str]:
     }
 
 
-def _key(key: MatrixKey) -> tuple[int, int, int]:
-    return _KINDS[key.kind], key.seed, key.stream
-
-
-def _strided(tensor: Tensor) -> tuple[int, int, int, int]:
-    return (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.stride(0), tensor.stride(1))
-
-
-def project(
-    pieces: list[Tensor],
-    out: Tensor,
-    *,
-    key: MatrixKey,
-    row_offset: int,
-    scale: float,
-    accumulate: bool,
-    precision: str,
-) -> None:
+def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
-    extension = _extension()
-    assert not isinstance(extension, str)
-    extension.project(
-        [(g.data_ptr(), g.shape[1], g.stride(0), g.stride(1)) for g in pieces],
-        _DTYPES[pieces[0].dtype],
-        out.shape[0],
-        row_offset,
-        _key(key),
-        out.shape[1],
-        scale,
-        accumulate,
-        _PRECISIONS[precision],
-        _strided(out),
-        _isa(),
-        torch.get_num_threads(),
+    _module().project(
+        [view(g) for g in pieces], view(out), call.numbers(), _isa(), torch.get_num_threads()
     )
 
 
-def project_transpose(
-    y: Tensor, out: Tensor, *, key: MatrixKey, row_offset: int, scale: float, precision: str
-) -> None:
+def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
-    extension = _extension()
-    assert not isinstance(extension, str)
     y = y.to(out.dtype)  # exact: to float32 from half precision, [B, K] only
-    extension.project_transpose(
-        (y.data_ptr(), y.shape[1], y.stride(0), y.stride(1)),
-        _DTYPES[y.dtype],
-        y.shape[0],
-        row_offset,
-        out.shape[1],
-        _key(key),
-        scale,
-        _strided(out),
-        _isa(),
-        torch.get_num_threads(),
-    )
+    _module().project_transpose(view(y), view(out), call.numbers(), _isa(), torch.get_num_threads())
 
 
-def matrix(out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
-    extension = _extension()
-    assert not isinstance(extension, str)
-    extension.matrix(
-        _key(key),
-        row_offset,
-        out.shape[0],
-        col_offset,
-        out.shape[1],
-        _strided(out),
-        _isa(),
-        torch.get_num_threads(),
-    )
+    _module().matrix(view(out), call.numbers(), col_offset, _isa(), torch.get_num_threads())

@@ -18,21 +18,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastproj.call import DTYPES, KIND_NUMBERS, TERMS, Call
 from fastproj.spec import MatrixKey
 
 NAME = "cuda"
 VARIANT_VARIABLE = "FASTPROJ_CUDA_VARIANT"
 VARIANTS = ("auto", "simple", "sm80", "sm90")
 
-_DTYPES = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.int8: 4,
-}
-_KINDS = {"rademacher": 0, "gaussian": 1}
-_TERMS = {"highest": 3, "high": 2, "medium": 1}
 _forced_variant: ContextVar[str | None] = ContextVar("fastproj_forced_variant", default=None)
 
 
@@ -153,64 +145,55 @@ def plan(
     aligned : rows that start at multiples of 16 bytes, as in a dense tensor whose row is one.
     """
     facts = _module().plan(
-        batch, rows, cols, _DTYPES[dtype], _KINDS[kind], _TERMS[precision], arch, multiprocessors,
-        aligned, _variant(),
+        batch, rows, cols, DTYPES[dtype], KIND_NUMBERS[kind], TERMS[precision], arch,
+        multiprocessors, aligned, _variant(),
     )  # fmt: skip
     return {name: str(value) for name, value in facts.items()}
 
 
 def _key(key: MatrixKey) -> tuple[int, int, int]:
-    return _KINDS[key.kind], key.seed, key.stream
+    return KIND_NUMBERS[key.kind], key.seed, key.stream
 
 
-def _stream(device: torch.device) -> int:
+def _cuda_stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-def project(
-    pieces: list[Tensor],
-    out: Tensor,
-    *,
-    key: MatrixKey,
-    row_offset: int,
-    scale: float,
-    accumulate: bool,
-    precision: str,
-) -> None:
+def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P].
 
     Pieces are projected one after another at their row offsets, each added to ``out``.
     """
     described = [(g.data_ptr(), g.shape[1], g.stride(0), g.stride(1)) for g in pieces if g.shape[1]]
     if not described:  # a sum of nothing
-        if not accumulate:
+        if not call.accumulate:
             out.zero_()
         return
     extension, device = _module(), out.device
     index = device.index if device.index is not None else torch.cuda.current_device()
-    dtype, terms, variant = _DTYPES[pieces[0].dtype], _TERMS[precision], _variant()
+    dtype, terms, variant = DTYPES[pieces[0].dtype], TERMS[call.precision], _variant()
     batch, proj_dim = out.shape
     with torch.cuda.device(device):
         bytes_needed = extension.project_workspace(
-            index, described, dtype, batch, proj_dim, _KINDS[key.kind], row_offset, terms, variant
+            index,
+            described,
+            dtype,
+            batch,
+            proj_dim,
+            KIND_NUMBERS[call.key.kind],
+            call.row_offset,
+            terms,
+            variant,
         )
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device)
         extension.project(
-            index, _stream(device), described, dtype, batch, out.data_ptr(), proj_dim,
-            out.stride(0), out.stride(1), _key(key), row_offset, scale, accumulate, terms, variant,
-            workspace.data_ptr(), bytes_needed,
+            index, _cuda_stream(device), described, dtype, batch, out.data_ptr(), proj_dim,
+            out.stride(0), out.stride(1), _key(call.key), call.row_offset, call.scale,
+            call.accumulate, terms, variant, workspace.data_ptr(), bytes_needed,
         )  # fmt: skip
 
 
-def project_transpose(
-    y: Tensor,
-    out: Tensor,
-    *,
-    key: MatrixKey,
-    row_offset: int,
-    scale: float,
-    precision: str,
-) -> None:
+def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
     if out.numel() == 0:
         return
@@ -218,13 +201,13 @@ def project_transpose(
     index = device.index if device.index is not None else torch.cuda.current_device()
     with torch.cuda.device(device):
         _module().project_transpose(
-            index, _stream(device), y.data_ptr(), _DTYPES[y.dtype], y.shape[0], y.shape[1],
+            index, _cuda_stream(device), y.data_ptr(), DTYPES[y.dtype], y.shape[0], y.shape[1],
             y.stride(0), y.stride(1), out.data_ptr(), out.shape[1], out.stride(0), out.stride(1),
-            _key(key), row_offset, scale, _TERMS[precision], _variant(),
+            _key(call.key), call.row_offset, call.scale, TERMS[call.precision], _variant(),
         )  # fmt: skip
 
 
-def matrix(out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
     if out.numel() == 0:
         return
@@ -232,6 +215,6 @@ def matrix(out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> 
     index = device.index if device.index is not None else torch.cuda.current_device()
     with torch.cuda.device(device):
         _module().matrix(
-            index, _stream(device), out.data_ptr(), _DTYPES[out.dtype], out.shape[0], out.shape[1],
-            out.stride(0), out.stride(1), _key(key), row_offset, col_offset,
+            index, _cuda_stream(device), out.data_ptr(), DTYPES[out.dtype], out.shape[0],
+            out.shape[1], out.stride(0), out.stride(1), _key(call.key), call.row_offset, col_offset,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastproj.call import Call
 from fastproj.spec import MatrixKey, matrix_block
 
 NAME = "reference"
@@ -54,47 +55,36 @@ def _block(key: MatrixKey, row: int, rows: int, col: int, cols: int, like: Tenso
     return torch.from_numpy(block).to(like.device, torch.float64)
 
 
-def project(
-    pieces: list[Tensor],
-    out: Tensor,
-    *,
-    key: MatrixKey,
-    row_offset: int,
-    scale: float,
-    accumulate: bool,
-    precision: str,
-) -> None:
+def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
     for col, col_stop in _spans(out.shape[1], BLOCK_COLS):
         total = out.new_zeros((out.shape[0], col_stop - col), dtype=torch.float64)
-        row = row_offset
+        row = call.row_offset
         for piece in pieces:
             for p, p_stop in _spans(piece.shape[1], BLOCK_ROWS, row):
-                block = _block(key, row + p, p_stop - p, col, col_stop - col, piece)
+                block = _block(call.key, row + p, p_stop - p, col, col_stop - col, piece)
                 total += piece[:, p:p_stop].double() @ block
             row += piece.shape[1]
-        total *= scale
-        if accumulate:
+        total *= call.scale
+        if call.accumulate:
             total += out[:, col:col_stop]
         out[:, col:col_stop] = total
 
 
-def project_transpose(
-    y: Tensor, out: Tensor, *, key: MatrixKey, row_offset: int, scale: float, precision: str
-) -> None:
+def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
-    for p, p_stop in _spans(out.shape[1], BLOCK_ROWS, row_offset):
+    for p, p_stop in _spans(out.shape[1], BLOCK_ROWS, call.row_offset):
         total = out.new_zeros((out.shape[0], p_stop - p), dtype=torch.float64)
         for col, col_stop in _spans(y.shape[1], BLOCK_COLS):
-            block = _block(key, row_offset + p, p_stop - p, col, col_stop - col, y)
+            block = _block(call.key, call.row_offset + p, p_stop - p, col, col_stop - col, y)
             total += y[:, col:col_stop].double() @ block.T
-        out[:, p:p_stop] = total * scale
+        out[:, p:p_stop] = total * call.scale
 
 
-def matrix(out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
-    for p, p_stop in _spans(out.shape[0], BLOCK_ROWS, row_offset):
+    for p, p_stop in _spans(out.shape[0], BLOCK_ROWS, call.row_offset):
         for col, col_stop in _spans(out.shape[1], BLOCK_COLS):
             out[p:p_stop, col:col_stop] = _block(
-                key, row_offset + p, p_stop - p, col_offset + col, col_stop - col, out
+                call.key, call.row_offset + p, p_stop - p, col_offset + col, col_stop - col, out
             )

@@ -1,7 +1,7 @@
 """Which backend runs a call: the one asked for, or else the first that can.
 
 The order is cuda, triton, cpu, reference; where the GPU backends were measured, the faster of them
-comes first (``dispatch``).
+comes first (``measured``).
 
 Every adapter module ``fastproj.backends.<name>`` has NAME, unavailable(), unsupported(),
 project(), project_transpose(), matrix() and describe().
@@ -19,8 +19,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from fastproj.backends import dispatch
-from fastproj.spec import MatrixKey
+from fastproj.backends import measured
+from fastproj.call import Call
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # in order of preference
 ENVIRONMENT = "FASTPROJ_BACKEND"
@@ -39,32 +39,13 @@ class Backend(Protocol):
     def unsupported(self, device_type: str, dtype: torch.dtype, kind: str) -> str | None:
         """None where it takes such input, else the reason in one line."""
 
-    def project(
-        self,
-        pieces: list[Tensor],
-        out: Tensor,
-        *,
-        key: MatrixKey,
-        row_offset: int,
-        scale: float,
-        accumulate: bool,
-        precision: str,
-    ) -> None:
+    def project(self, pieces: list[Tensor], out: Tensor, call: Call) -> None:
         """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
 
-    def project_transpose(
-        self,
-        y: Tensor,
-        out: Tensor,
-        *,
-        key: MatrixKey,
-        row_offset: int,
-        scale: float,
-        precision: str,
-    ) -> None:
+    def project_transpose(self, y: Tensor, out: Tensor, call: Call) -> None:
         """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
 
-    def matrix(self, out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+    def matrix(self, out: Tensor, call: Call, col_offset: int) -> None:
         """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
 
     def describe(self) -> dict[str, str]:
@@ -138,8 +119,8 @@ def choose(
     asked = os.environ.get(ENVIRONMENT) or None
     hint = None
     if asked is None and shape is not None and device_type == "cuda" and min(shape) > 0:
-        arch = dispatch.arch_of(torch.cuda.current_device() if index is None else index)
-        hint = dispatch.look_up(arch, dtype, kind, precision, *shape)
+        arch = measured.arch_of(torch.cuda.current_device() if index is None else index)
+        hint = measured.look_up(arch, dtype, kind, precision, *shape)
     return _choose(device_type, dtype, kind, asked, ENVIRONMENT, hint)
 
 
@@ -162,7 +143,7 @@ def _choose(
     kind: str,
     asked: str | None,
     asked_by: str,
-    hint: dispatch.Hint | None,
+    hint: measured.Hint | None,
 ) -> Backend:
     wanted = f"{kind} with {str(dtype).removeprefix('torch.')} on {device_type}"
     check_usable(asked, asked_by)

@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastproj.call import Call, terms_of
 from fastproj.kernels import OLDEST_TRITON
-from fastproj.spec import MatrixKey
 
 NAME = "triton"
 _OLDEST = ".".join(map(str, OLDEST_TRITON))
@@ -119,9 +119,9 @@ def plan(
     from fastproj.kernels import config
     from fastproj.kernels import plan as planner
 
-    terms = {"highest": 3, "high": 2, "medium": 1}[precision] if dtype == torch.float32 else 1
     name = str(dtype).removeprefix("torch.")
     samples, columns = min(batch, planner.MAX_BATCH), min(cols, planner.MAX_COLUMNS)
+    terms = terms_of(dtype, precision)
     tiles = config.choose(arch, name, kind, terms, samples, columns)
     item = 8 if dtype == torch.float64 else 4
     groups = planner.plan([rows], 0, columns, kind, multiprocessors, item)
@@ -144,27 +144,16 @@ def plan(
     return {name: str(value) for name, value in facts.items()}
 
 
-def project(
-    pieces: list[Tensor],
-    out: Tensor,
-    *,
-    key: MatrixKey,
-    row_offset: int,
-    scale: float,
-    accumulate: bool,
-    precision: str,
-) -> None:
+def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
-    _launch().project(pieces, out, key, row_offset, scale, accumulate, precision)
+    _launch().project(pieces, out, *call)
 
 
-def project_transpose(
-    y: Tensor, out: Tensor, *, key: MatrixKey, row_offset: int, scale: float, precision: str
-) -> None:
+def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
-    _launch().project_transpose(y, out, key, row_offset, scale, precision)
+    _launch().project_transpose(y, out, call.key, call.row_offset, call.scale, call.precision)
 
 
-def matrix(out: Tensor, *, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
-    _launch().matrix(out, key, row_offset, col_offset)
+    _launch().matrix(out, call.key, call.row_offset, col_offset)

@@ -12,7 +12,8 @@ from typing import SupportsIndex
 
 from torch import Tensor
 
-from fastproj import ops
+from fastproj import checks, ops
+from fastproj.call import Call
 
 __all__ = [
     "project_normal_8",
@@ -48,20 +49,8 @@ def _project(
     if not isinstance(input, Tensor) or input.dim() != 2:
         got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
         raise TypeError(f"{name}: received input {got}; expected a Tensor [B, F]")
-    return ops.checked_project(
-        name,
-        input.detach(),
-        N,
-        seed,
-        kind,
-        stream=0,
-        row_offset=0,
-        out=None,
-        accumulate=False,
-        scale=None,
-        precision=None,
-        backend=None,
-    )
+    call = Call(checks.check_key(name, seed, kind, 0), precision="")
+    return ops.project_call(name, input.detach(), checks.check_proj_dim(name, N), call)
 
 
 def project_rademacher_8(

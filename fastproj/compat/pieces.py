@@ -10,7 +10,8 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from fastproj import ops
+from fastproj import checks, ops
+from fastproj.call import Call
 
 KINDS = {"rademacher": "rademacher", "normal": "gaussian"}
 
@@ -72,25 +73,17 @@ def project_pieces(
             f"{function}: received gradients of {total} entries per sample; "
             f"expected {grad_dim}, what the projector was made for"
         )
+    proj_dim = checks.check_proj_dim(function, proj_dim)
+    key = checks.check_key(function, seed, kind, stream)
+    call = Call(key, row_offset, checks.check_scale(function, scale, proj_dim), precision="")
     y: Tensor | None = None
     for _, group in groupby(pieces, key=lambda piece: piece.dtype):
         run = list(group)
-        part = ops.checked_project(
-            function,
-            run[0] if len(run) == 1 and run[0].dim() == 2 else run,
-            proj_dim,
-            seed,
-            kind,
-            stream=stream,
-            row_offset=row_offset,
-            out=None,
-            accumulate=False,
-            scale=scale,
-            precision=None,
-            backend=None,
+        part = ops.project_call(
+            function, run[0] if len(run) == 1 and run[0].dim() == 2 else run, proj_dim, call
         )
         y = part if y is None else y + part
-        row_offset += sum(width(piece) for piece in run)
+        call = call._replace(row_offset=call.row_offset + sum(width(piece) for piece in run))
     if y is None:
         raise ValueError(f"{function}: received no gradients; expected a tensor or a dict of them")
     return y

@@ -7,7 +7,7 @@ is that of a Newton step (from which the paper derives TRAK, and then leaves R o
     phi(z) (Phi^T R Phi + gamma I)^-1 Phi^T Q
 
 for a training ridge gamma that nobody tells, but that shows in how far the network has fitted its
-training set. docs/trak.md derives the rule and compares it with others.
+training set. docs/research/lambda.md derives the rule and compares it with others.
 """
 
 from __future__ import annotations

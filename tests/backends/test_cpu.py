@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastproj.backends import cpu, reference
+from fastproj.call import Call
 from fastproj.spec import MatrixKey, matrix_block
 
 KINDS = ["rademacher", "gaussian"]
@@ -21,7 +22,7 @@ SHAPES = [
     (5, 9000, 100, 0),
     (2, 513, 2500, 511),
 ]
-# 2-norm of the error over that of the result, for float32 input: DESIGN's term counts
+# 2-norm of the error over that of the result, for float32 input: docs/projection.md's promises
 PRECISION_BOUND = {"highest": 1e-6, "high": 2.0**-16, "medium": 2.0**-8}
 
 pytestmark = pytest.mark.skipif(
@@ -35,8 +36,7 @@ def run(grads, proj_dim, key, *, row_offset=0, precision="highest", **kwargs):
     out = kwargs.pop("out", None)
     if out is None:
         out = torch.full((pieces[0].shape[0], proj_dim), torch.nan, dtype=dtype)
-    options = {"scale": 1.0, "accumulate": False, **kwargs}
-    cpu.project(pieces, out, key=key, row_offset=row_offset, precision=precision, **options)
+    cpu.project(pieces, out, Call(key, row_offset, precision=precision, **kwargs))
     return out
 
 
@@ -63,8 +63,8 @@ def test_matrix_equals_reference(isa, kind, dtype):
     ):
         got = torch.full((rows, cols), 99, dtype=dtype)
         expected = got.clone()
-        cpu.matrix(got, key=key, row_offset=row_offset, col_offset=col_offset)
-        reference.matrix(expected, key=key, row_offset=row_offset, col_offset=col_offset)
+        cpu.matrix(got, Call(key, row_offset), col_offset)
+        reference.matrix(expected, Call(key, row_offset), col_offset)
         assert torch.equal(got, expected)
 
 
@@ -245,8 +245,7 @@ def test_transpose(isa, kind, dtype):
     for batch, rows, proj_dim, row_offset in SHAPES[:5]:
         y = torch.randint(-8, 9, (batch, proj_dim)).to(dtype) + 0.5
         out = torch.full((batch, rows), torch.nan, dtype=dtype)
-        options = {"key": key, "row_offset": row_offset, "scale": 1.0, "precision": "highest"}
-        cpu.project_transpose(y, out, **options)
+        cpu.project_transpose(y, out, Call(key, row_offset))
         block = matrix_block(key, row_offset, row_offset + rows, 0, proj_dim)
         expected = y.double() @ torch.from_numpy(np.asarray(block, dtype=np.float64)).T
         if kind == "rademacher":

@@ -1,7 +1,7 @@
 """What nvcc makes of csrc/cuda: registers, spills, instructions in the main loop.
 
 It reads the objects of the build, and the reports that the build keeps beside them.
-``python tests/cuda/compiled.py`` rewrites ``resources.txt``, the committed table.
+``python -m tests.cuda.compiled`` rewrites ``resources.txt``, the committed table.
 """
 
 from __future__ import annotations
@@ -9,20 +9,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import emulation
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import build_cuda  # noqa: E402
-import build_native  # noqa: E402
+import build_cuda
+import build_native
+from tests.cuda import emulation
 
 TABLE = Path(__file__).with_name("resources.txt")
 ARCHS = ("80", "86", "89", "90a", "100", "120")
@@ -230,7 +226,7 @@ def write_table() -> None:
     pairs += [(unit, "90a") for unit in SM90_UNITS]
     functions = [function for pair in pairs for function in inspect(*pair)]
     head = [
-        f"# Made by `python tests/cuda/compiled.py` with nvcc {toolkit()}. slots: instructions in",
+        f"# Made by `python -m tests.cuda.compiled` with nvcc {toolkit()}. slots: instructions in",
         "# the main loop per warp, k16 step and 64 columns (issue slots); fold: those of them that",
         "# add accumulators up. Kernels of one or two terms fold outside the loop.",
         "# kernel                    arch registers spills  shared  slots  fold",

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 DTYPES = {
     torch.float32: 0,
     torch.float64: 1,

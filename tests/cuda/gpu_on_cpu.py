@@ -1,7 +1,7 @@
 """A pytest plugin: tests of the CUDA backend that are written for a GPU, run on the emulation.
 
 `cuda` tensors are CPU tensors, the backend's three functions are those of emulation.py. So the
-tests themselves are known to be right before they meet a GPU: test_cuda_gpu_tests.py runs them.
+tests themselves are known to be right before they meet a GPU: test_gpu_tests.py runs them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import emulation
 import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastproj.backends import cuda, registry
-
-TERMS = {"highest": 3, "high": 2, "medium": 1}
+from fastproj.call import TERMS, Call
+from tests.cuda import emulation
 
 
 class OnCpu(TorchFunctionMode):
@@ -32,57 +31,31 @@ class OnCpu(TorchFunctionMode):
         return function(*map(moved, args), **kwargs)
 
 
-def project(
-    pieces: list[Tensor],
-    out: Tensor,
-    *,
-    key: Any,
-    row_offset: int,
-    scale: float,
-    accumulate: bool,
-    precision: str,
-) -> None:
+def settings(call: Call) -> dict[str, Any]:
+    """What the emulation's functions call the parts of a call."""
+    return {**call.key.__dict__, "row_offset": call.row_offset}
+
+
+def product(call: Call) -> dict[str, Any]:
+    terms = TERMS[call.precision]
+    return {**settings(call), "scale": call.scale, "terms": terms, "variant": cuda._variant()}
+
+
+def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """The adapter's project, on the emulation."""
     for piece in pieces:
-        emulation.project(
-            piece,
-            out.shape[1],
-            kind=key.kind,
-            seed=key.seed,
-            stream=key.stream,
-            row_offset=row_offset,
-            scale=scale,
-            terms=TERMS[precision],
-            variant=cuda._variant(),
-            out=out,
-            accumulate=accumulate,
-        )
-        row_offset += piece.shape[1]
-        accumulate = True
+        emulation.project(piece, out.shape[1], out=out, accumulate=call.accumulate, **product(call))
+        call = call._replace(row_offset=call.row_offset + piece.shape[1], accumulate=True)
 
 
-def project_transpose(
-    y: Tensor, out: Tensor, *, key: Any, row_offset: int, scale: float, precision: str
-) -> None:
+def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """The adapter's project_transpose, on the emulation."""
-    emulation.project_transpose(
-        y,
-        out.shape[1],
-        kind=key.kind,
-        seed=key.seed,
-        stream=key.stream,
-        row_offset=row_offset,
-        scale=scale,
-        terms=TERMS[precision],
-        variant=cuda._variant(),
-        out=out,
-    )
+    emulation.project_transpose(y, out.shape[1], out=out, **product(call))
 
 
-def matrix(out: Tensor, *, key: Any, row_offset: int, col_offset: int) -> None:
+def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """The adapter's matrix, on the emulation."""
-    offsets = {"row_offset": row_offset, "col_offset": col_offset}
-    emulation.matrix(out, kind=key.kind, seed=key.seed, stream=key.stream, **offsets)
+    emulation.matrix(out, col_offset=col_offset, **settings(call))
 
 
 # Before test modules are imported: they ask for the GPU then.

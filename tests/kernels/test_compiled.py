@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import triton
 
+import build_cuda
 from fastproj.kernels import aot
 from fastproj.kernels.aot import Case, Report
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import build_cuda
 
 RESOURCES = Path(aot.__file__).parent / "RESOURCES.md"
 UNITS = {"sm_80": "mma", "sm_90": "wgmma", "gfx942": "mfma"}

@@ -1,4 +1,4 @@
-"""The cases of kernel_cases.py on a GPU, and what only a GPU can show."""
+"""The cases of the interpreter on a GPU, and what only a GPU can show."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 pytestmark = pytest.mark.gpu
 
 if torch.cuda.is_available():
-    from dense import integers, normals, relative_error, stored
-    from kernel_cases import *  # noqa: F403  every case, collected here with the mark
     from torch import Tensor
 
     import fastproj
     from fastproj.kernels import config
+    from tests.dense import integers, normals, relative_error, stored
+    from tests.kernels.cases import *  # noqa: F403  every case, collected here with the mark
 
 KINDS = ["rademacher", "gaussian"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).parent / "kernel_cases.py"
+CASES = Path(__file__).parent / "cases.py"
 GROUPS = {"rademacher": "not gaussian", "gaussian": "gaussian"}
 
 

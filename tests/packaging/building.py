@@ -10,7 +10,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 NOT_SOURCE = (
     ".git", ".venv*", "build", "dist", "*.egg-info", "*.so", "_build_info.py", "__pycache__",
     ".*_cache", ".hypothesis", "results",

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from building import Built, Venv, copy_sources, environment, pip_wheel, run
+
+from tests.packaging.building import Built, Venv, copy_sources, environment, pip_wheel, run
 
 
 @pytest.fixture(scope="session")

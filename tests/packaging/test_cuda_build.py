@@ -1,20 +1,17 @@
 """The build of fastproj._cuda: when it is made, for which architectures, and what stops it.
 
-nvcc is a script here; tests/cuda/test_cuda_compiled.py has the real one.
+nvcc is a script here; tests/cuda/test_compiled.py has the real one.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from building import ROOT
-
-sys.path.insert(0, str(ROOT))
 
 import build_cuda
 import build_native
+from tests import ROOT
 
 CUDA_12_4 = {"50", "60", "70", "75", "80", "86", "87", "89", "90"}
 CUDA_13 = {"75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121"}

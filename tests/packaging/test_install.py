@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from building import ROOT, Built, Venv, attempt, copy_sources, environment, pip_wheel, run
+
+from tests import ROOT
+from tests.packaging.building import (
+    Built,
+    Venv,
+    attempt,
+    copy_sources,
+    environment,
+    pip_wheel,
+    run,
+)
 
 PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation")
 
@@ -59,7 +69,7 @@ def test_a_compile_error_fails_the_build(tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler here")
     sources = copy_sources(tmp_path / "sources")
-    with open(sources / "csrc" / "cpu" / "dispatch.cpp", "a", encoding="utf-8") as file:
+    with open(sources / "csrc" / "cpu" / "machine.cpp", "a", encoding="utf-8") as file:
         file.write("\nint broken(\n")
     env = environment(MAX_JOBS="1")
     # A folder of objects that compile would only take time: the broken unit is the only one left.
@@ -67,7 +77,7 @@ def test_a_compile_error_fails_the_build(tmp_path: Path) -> None:
         path.write_text("")
     done = attempt(*PIP_WHEEL, "-w", tmp_path / "wheel", sources, cwd=tmp_path, env=env)
     assert done.returncode != 0
-    assert "dispatch.cpp" in done.stdout
+    assert "machine.cpp" in done.stdout
     assert "fastproj._cpu did not compile" in done.stdout
     assert not list(tmp_path.glob("wheel/*.whl"))
 

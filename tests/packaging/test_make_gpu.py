@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from building import ROOT
+
+from tests import ROOT
 
 STEPS = "gpu-build gpu-test-cuda gpu-test-triton gpu-test-rest sanitize-gpu gpu-bench".split()
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -63,8 +64,8 @@ def test_every_step_runs_and_nothing_is_installed(tmp_path: Path) -> None:
     tools = [line.split()[2] for line in commands if line.startswith("sanitizer")]
     assert tools == ["memcheck", "racecheck", "synccheck"]
     assert all("--error-exitcode" in line for line in commands if line.startswith("sanitizer"))
-    assert [line for line in commands if "bench/project.py --device cuda" in line][1:] == [
-        "bench/project.py --device cuda --ladder --repeats 5 --max-seconds 1"
+    assert [line for line in commands if "-m bench.project --device cuda" in line][1:] == [
+        "-m bench.project --device cuda --ladder --repeats 5 --max-seconds 1"
     ]
     for step in STEPS:
         assert (tmp_path / "build" / "gpu" / "logs" / f"{step}.log").is_file()
@@ -95,13 +96,12 @@ def test_what_the_tests_import_is_what_the_first_step_asks_for() -> None:
     makefile = (ROOT / "Makefile").read_text()
     asked_for = re.search(r'missing = \[n for n in "([^"]+)"\.split\(\)', makefile)
     assert asked_for is not None
-    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), *ROOT.glob("*.py")]
-    packages = {path.parent.name for path in files if path.name == "__init__.py"}
-    here = {path.stem for path in files} | packages | {"fastproj"}
+    here = {path.stem for path in ROOT.glob("*.py")} | {"bench", "fastproj", "tests"}
     known = {*asked_for[1].split(), *here, *sys.stdlib_module_names}
     foreign = {
         f"{path.relative_to(ROOT)}: {name}"
-        for path in (ROOT / "tests").rglob("*.py")
+        for folder in ("tests", "bench")
+        for path in (ROOT / folder).rglob("*.py")
         for node in ast.parse(path.read_text()).body
         for name in imported(node)
         if name not in known and "kernels" not in path.parts  # those test triton itself

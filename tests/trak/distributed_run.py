@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import trak_cases as cases
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
+
+from tests.trak import cases
 
 N, M = 33, 7
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import trak_cases as cases
-
 import fastproj.trak.estimator
+from tests.trak import cases
 
 N, M = 12, 4
 STAGES = ("featurizing", "finalising", "scoring")

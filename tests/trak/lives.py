@@ -3,7 +3,7 @@
     with Server() as server:
         codes = server.run("module:function", [arguments of process 0, arguments of process 1], log)
 
-Started as a script it is that server: a line of JSON in, a line of JSON out.
+Started as a program it is that server: a line of JSON in, a line of JSON out.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from tests import ROOT
+
 
 class Server:
     """The warm process; one for many runs."""
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, "-m", __name__],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -77,7 +80,7 @@ def warm_up() -> None:
     import torch.distributed
 
     torch.set_num_threads(1)
-    cases = importlib.import_module("trak_cases")
+    cases = importlib.import_module("tests.trak.cases")
     with tempfile.TemporaryDirectory() as folder:
         cases.whole_run(Path(folder), [cases.net()], cases.data(20), cases.data(3))
 

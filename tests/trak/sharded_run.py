@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_run import launch
 from torch import nn
 
 import fastproj
 from fastproj.trak.sharded import project_sharded
+from tests.trak.distributed_run import launch
 
 SHAPES = {"a": (7, 5), "b": (3,), "c": (2, 3, 4), "d": ()}
 P = 7 * 5 + 3 + 2 * 3 * 4 + 1

@@ -1,0 +1,180 @@
+"""The benchmark on a GPU: which cases, what fits into its memory, tables, targets and results."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.providers import Case, Provider
+from bench.providers.stored import peak_name
+from bench.record import write_result
+from bench.targets import FAIL, Target, as_dicts, list_of
+from bench.targets_gpu import memory_targets, rate_targets
+from bench.timing import GpuTimer, Row, table_of, time_case
+from fastproj.backends import measured
+
+BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
+COLS = (512, 2048, 4096, 8192, 16384)
+ROWS = (10**6, 10**7, 10**8)
+DTYPES = ("bfloat16", "float32", "float16")
+KINDS = ("rademacher", "gaussian")
+DEVICE = "cuda"
+PEAKS = (peak_name("bf16"),)
+SQUARE = 8192
+# Gradients may take this much of the memory that is free: R, other providers' copies and the
+# results need the rest.
+SHARE_OF_GRADS = 0.4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case: grads [batch, rows] of dtype, cols columns."""
+
+    kind: str
+    dtype: str
+    batch: int
+    rows: int
+    cols: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.dtype} B={self.batch} P={self.rows} K={self.cols}"
+
+
+def target_shapes() -> list[Shape]:
+    """What the targets are about; P = 10^7, K = 4096."""
+    batches = (8, 16, 32, 64, 128, 256, 512)
+    shapes = [Shape("rademacher", "bfloat16", batch, 10**7, 4096) for batch in batches]
+    shapes += [Shape("rademacher", "float32", batch, 10**7, 4096) for batch in (16, 64)]
+    return shapes + [Shape("gaussian", "bfloat16", batch, 10**7, 4096) for batch in (64, 256)]
+
+
+def sweep_shapes() -> list[Shape]:
+    """B, K and P, one after the other, around B = 64, P = 10^7, K = 4096."""
+    shapes: list[Shape] = []
+    for dtype, kind in itertools.product(DTYPES, KINDS):
+        shapes += [Shape(kind, dtype, batch, 10**7, 4096) for batch in BATCHES]
+        shapes += [Shape(kind, dtype, 64, 10**7, cols) for cols in COLS]
+        shapes += [Shape(kind, dtype, 64, rows, 4096) for rows in ROWS]
+    return shapes
+
+
+def shapes_of(options: argparse.Namespace) -> list[Shape]:
+    """The cases asked for, each once: what the options name, else the targets (and the sweeps)."""
+    named = (options.kind, options.dtype, options.batch, options.rows, options.cols)
+    if any(named) or options.full:
+        lists = zip(named, (KINDS, DTYPES, BATCHES, ROWS, COLS), strict=True)
+        if not options.full:
+            lists = zip(named, (KINDS[:1], DTYPES[:1], (64,), (10**7,), (4096,)), strict=True)
+        return [Shape(*words) for words in itertools.product(*(some or all for some, all in lists))]
+    if options.ladder:
+        return [Shape("rademacher", "bfloat16", 64, 10**7, 4096)]
+    targets = target_shapes()
+    only = options.quick or options.acceptance
+    return list(dict.fromkeys(targets if only else [*targets, *sweep_shapes()]))
+
+
+def fitting_rows(shape: Shape, free_bytes: int) -> tuple[int, str]:
+    """Rows of the shape whose gradients fit, and the reason where that is not all of them."""
+    each = shape.batch * getattr(torch, shape.dtype).itemsize
+    fits = int(SHARE_OF_GRADS * free_bytes) // each
+    if fits >= shape.rows:
+        return shape.rows, ""
+    gib = each * shape.rows / 2**30
+    return fits // 512 * 512, f"fewer rows: G [B, P] would take {gib:.3g} GiB"
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written in a second by a copy of 1 GiB on the current GPU."""
+    source = torch.ones(1 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    timer = GpuTimer()
+    target.copy_(source)
+    return 2 * source.numel() / median(timer(lambda: target.copy_(source)) for _ in range(10))
+
+
+def make_case(options: argparse.Namespace, shape: Shape, free_bytes: int) -> Case:
+    """The case of a shape, with as many rows as fit."""
+    rows, cut = fitting_rows(shape, free_bytes)
+    return Case(
+        batch=shape.batch,
+        rows=rows,
+        cols=shape.cols,
+        kind=shape.kind,
+        dtype=getattr(torch, shape.dtype),
+        stored_bytes=int((options.stored_gib or 16.0) * 2**30),
+        trak_rows=0,
+        max_seconds=options.max_seconds,
+        square=options.square or SQUARE,
+        device=DEVICE,
+        cut=cut,
+    )
+
+
+def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
+    """`python -m bench.project --device cuda`; 1 for a wrong result or a missed target."""
+    if not torch.cuda.is_available():
+        print("bench: this torch finds no GPU; --device cpu needs none")
+        return 2
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        said.append(text)
+
+    begun = time.monotonic()
+    arch = measured.arch_of(torch.cuda.current_device())
+    bandwidth = copy_bandwidth()
+    say(f"{torch.cuda.get_device_name()}, {arch}; a copy moves {bandwidth / 1e12:.2f} TB/s")
+    rows: list[Row] = []
+    not_run: list[str] = []
+    stopped = ""
+
+    def write(targets: Sequence[Target] = ()) -> Path | None:
+        """After every case: what is there when a kernel hangs is what there is to look at."""
+        if options.no_write:
+            return None
+        name = "project-gpu" + "-quick" * options.quick + "-ladder" * options.ladder
+        content: dict[str, Any] = {
+            "options": vars(options),
+            "copy_bytes_per_second": bandwidth,
+            "rows": [row.as_dict() for row in rows],
+            "targets": as_dicts(targets),
+            "not_run": not_run,
+            "stopped": stopped,
+        }
+        return write_result(name, content, "\n".join(said))
+
+    for shape in shapes_of(options):
+        if time.monotonic() - begun > options.budget:
+            not_run.append(str(shape))
+            continue
+        try:
+            torch.cuda.empty_cache()
+            case = make_case(options, shape, torch.cuda.mem_get_info()[0])
+            found = time_case(case, providers, options.repeats or 10)
+        except RuntimeError as error:  # of a kernel: CUDA takes no more calls after it
+            stopped = f"{shape}: {' '.join(str(error).split())[:300]}"
+            say(f"\nSTOPPED at {stopped}")
+            break
+        say(table_of(found, PEAKS))
+        rows += found
+        write()
+    targets = rate_targets(rows, arch)
+    if not options.ladder and not stopped:
+        targets += memory_targets()
+    say(list_of(targets))
+    if not_run:
+        say(f"\nnot run, --budget {options.budget:g} s was used up: {'; '.join(not_run)}")
+    path = write(targets)
+    if path is not None:
+        print(f"\nwrote {path}")
+    wrong = bool(stopped) or any(row.wrong for row in rows)
+    return 1 if wrong or any(target.verdict == FAIL for target in targets) else 0

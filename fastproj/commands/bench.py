@@ -1,0 +1,76 @@
+"""``fastproj bench``: this machine against a stored matrix, in under a minute."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import fastproj
+from fastproj.backends import registry
+from fastproj.commands.arguments import positive
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj bench``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fastproj bench",
+        description="Times fastproj against torch.matmul with the matrix in memory; every row is "
+        "checked against float64 first. The full benchmark is `python -m bench.project` in the "
+        "sources.",
+    )
+    parser.add_argument("--batch", type=positive, nargs="+", default=[8, 32], metavar="B")
+    parser.add_argument("--rows", type=positive, default=65536, metavar="P", help="default 65536")
+    parser.add_argument("--cols", type=positive, default=1024, metavar="K", help="default 1024")
+    parser.add_argument("--kind", choices=["rademacher", "gaussian"], default="rademacher")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed calls, default 5")
+    return run(parser.parse_args(argv))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check and time every batch; 1 where a result is wrong."""
+    rows, cols, kind = options.rows, options.cols, options.kind
+    try:
+        used = registry.choose("cpu", torch.float32, kind).NAME
+        stored = fastproj.matrix(rows, cols, kind=kind)  # [P, K]
+    except ValueError as refusal:  # FASTPROJ_BACKEND or FASTPROJ_CPU_ISA names what can't run here
+        print(f"fastproj bench: {refusal}", file=sys.stderr)
+        return 2
+    print(
+        f"P = {rows}, K = {cols}, {kind}, float32 in, backend {used}, "
+        f"{torch.get_num_threads()} threads, median of {options.repeats}\n"
+        f"{'':<28}{'B':>5}{'ms':>10}{'GF/s':>9}{'against float64':>18}"
+    )
+    status = 0
+    generator = torch.Generator().manual_seed(0)
+    for batch in options.batch:
+        grads = torch.randn(batch, rows, generator=generator)  # [B, P]
+        exact = grads.double() @ stored.double()  # [B, K]
+
+        project = partial(fastproj.project, grads, cols, kind=kind, scale=None, backend=used)
+        providers: list[tuple[str, Callable[[], Tensor], float]] = [
+            ("torch.matmul, stored matrix", partial(torch.matmul, grads, stored), 1e-4),
+            ("fastproj highest", partial(project, precision="highest"), 1e-5),
+            ("fastproj high", partial(project, precision="high"), 1e-3),
+            ("fastproj medium", partial(project, precision="medium"), 3e-2),
+        ]
+        for name, call, bound in providers:
+            error = float((call().double() - exact).norm() / exact.norm())
+            if not error <= bound:
+                print(f"{name:<28}{batch:>5}   WRONG: error {error:.1e}, allowed {bound:.0e}")
+                status = 1
+                continue
+            seconds = []
+            for _ in range(options.repeats):
+                start = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - start)
+            rate = 2e-9 * batch * rows * cols / median(seconds)
+            print(f"{name:<28}{batch:>5}{1e3 * median(seconds):>10.2f}{rate:>9.0f}{error:>18.1e}")
+    return status

@@ -1,0 +1,144 @@
+"""``fastproj info``: what this machine can do, and what it lacks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+
+import fastproj
+from fastproj.backends import registry
+from fastproj.commands import plan
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj info``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fastproj info", description="What this machine can do, and what it lacks."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--plan",
+        nargs=4,
+        metavar=("B", "P", "K", "DTYPE"),
+        help="the tiles, stages, splits, grid and workspace that the GPU backends would use for "
+        "gradients [B, P] of DTYPE (fp32, bf16, fp16, fp64) and K columns",
+    )
+    parser.add_argument(
+        "--kind", default="rademacher", choices=["rademacher", "gaussian"], help="of the plan"
+    )
+    parser.add_argument(
+        "--precision", default="highest", choices=["highest", "high", "medium"], help="of the plan"
+    )
+    options = parser.parse_args(argv)
+    return print_info(options) if options.plan is None else plan.print_plans(options)
+
+
+def collect_info() -> dict[str, Any]:
+    """All that `fastproj info` prints, as plain values."""
+    backends: dict[str, dict[str, Any]] = {}
+    for name in registry.NAMES:
+        reason = registry.unavailable(name)
+        details = {} if reason else registry.load(name).describe()
+        backends[name] = {"usable": reason is None, "reason": reason or "", "details": details}
+    optional: dict[str, str] = {}
+    for package in ("safetensors", "tqdm", "scikit-learn", "scipy", "triton"):
+        try:
+            optional[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            optional[package] = ""
+    return {
+        "fastproj": fastproj.__version__,
+        "spec_version": fastproj.SPEC_VERSION,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": backends,
+        "built": built(),
+        "optional": optional,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FASTPROJ_")},
+    }
+
+
+def print_info(options: argparse.Namespace) -> int:
+    """Print what ``collect_info`` finds."""
+    info = collect_info()
+    if options.json:
+        print(json.dumps(info, indent=2))
+        return 0
+    precision = info["float32_matmul_precision"]
+    rows = [
+        ("fastproj", f"{info['fastproj']}, matrix spec {info['spec_version']}"),
+        ("python", info["python"]),
+        ("torch", f'{info["torch"]}, {info["threads"]} threads, default precision "{precision}"'),
+        ("numpy", info["numpy"]),
+        ("cpu", f"{info['cpu']}, {info['cores']} cores"),
+        ("gpu", ", ".join(info["gpus"]) or "none that this torch can use"),
+    ]
+    print_rows(rows)
+    print("\nbackends, in the order in which they are tried")
+    for name, backend in info["backends"].items():
+        state = "usable" if backend["usable"] else f"not usable: {backend['reason']}"
+        print(f"  {name:<11}{state}")
+        details = [(key, value) for key, value in backend["details"].items() if value]
+        print_rows(details, " " * 13)
+    print("\ncompiled modules of this installation")
+    for name, module in info["built"].items():
+        facts = [str(module.get("compiler", "")), " ".join(module.get("isas", []))]
+        facts += [" ".join(f"sm_{arch}" for arch in module.get("archs", []))]
+        made = "; ".join(fact for fact in facts if fact)
+        print(f"  _{name:<10}{made if module['built'] else 'not built: ' + module['reason']}")
+    print("\noptional packages")
+    print_rows([(name, found or "not installed") for name, found in info["optional"].items()], "  ")
+    if info["environment"]:
+        print("\nenvironment")
+        print_rows(list(info["environment"].items()), "  ")
+    return 0
+
+
+def print_rows(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
+    """Two columns, the first as wide as it needs to be."""
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    for name, value in rows:
+        print(f"{indent}{name:<{width}}{value}")
+
+
+def built() -> dict[str, dict[str, Any]]:
+    """What the build recorded about each compiled module; empty for a tree that was never built."""
+    try:
+        record: dict[str, dict[str, Any]] = importlib.import_module("fastproj._build_info").BUILT
+    except ModuleNotFoundError:
+        return {}
+    return record
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's name, or its architecture where the system doesn't say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

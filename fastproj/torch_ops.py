@@ -1,0 +1,474 @@
+"""What torch needs to know of the operations: custom ops, shapes, derivatives, vmap; and the way
+from checked arguments to a backend.
+
+A call that nothing needs to see (no derivative, no trace, no transform) goes straight to the
+backend. Every other goes through an op, whose schema takes plain numbers and strings: ``_flat``
+and ``_call`` turn a ``Call`` into these and back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastproj.backends import registry
+from fastproj.call import Call
+from fastproj.checks import MAX_SEED, check_memory, result_dtype
+from fastproj.spec import MatrixKey
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+# ---- a call as an op's arguments ---------------------------------------------------------------
+# The precision stays as given ("" = default), so that a compiled graph follows torch's when it
+# runs. The row offset comes first and is the only one that the rules below look at.
+
+_CALL_SCHEMA = (
+    "SymInt row_offset, float scale, str precision, str backend, "
+    "str kind, SymInt seed, SymInt stream, SymInt block"
+)
+
+
+def _flat(call: Call, backend: str) -> tuple[Any, ...]:
+    """The arguments of an op that say what ``call`` says: schemas know int64, so the seed is the
+    one with the same 64 bits.
+    """
+    kind, seed, stream, block = call.key.kind, call.key.seed, call.key.stream, call.key.block
+    seed = seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
+    return call.row_offset, call.scale, call.precision, backend, kind, seed, stream, block
+
+
+def _call(
+    row_offset: int,
+    scale: float,
+    precision: str,
+    backend: str,
+    kind: str,
+    seed: int,
+    stream: int,
+    block: int,
+) -> tuple[Call, str]:
+    key = MatrixKey(kind, seed & (MAX_SEED - 1), stream, block)
+    return Call(key, row_offset, scale, precision=precision), backend
+
+
+# ---- the way to a backend ----------------------------------------------------------------------
+
+_TORCH_FP32_PRECISION = {"bf16": "medium", "tf32": "high"}  # torch >= 2.9; the rest are exact
+
+
+def _resolved(call: Call, device_type: str) -> Call:
+    """``call`` with a precision: its own, or torch's for float32 matmuls on this kind of device.
+
+    Where torch's newer per-device settings are in use, its older word for all of them is refused.
+    """
+    if call.precision:
+        return call
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        place = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+        precision = _TORCH_FP32_PRECISION.get(place.matmul.fp32_precision, "highest")
+    return Call(call.key, call.row_offset, call.scale, call.accumulate, precision)
+
+
+def _fill(pieces: list[Tensor], out: Tensor, call: Call, backend: str) -> None:
+    dtype, device = pieces[0].dtype, pieces[0].device
+    call = _resolved(call, device.type)
+    chosen = registry.choose(
+        device.type,
+        dtype,
+        call.key.kind,
+        backend,
+        shape=(out.shape[0], out.shape[1]),
+        precision=call.precision,
+        index=device.index,
+    )
+    if out.shape[0] != 0:
+        chosen.project(pieces, out, call)
+
+
+def _project(pieces: list[Tensor], proj_dim: int, call: Call, backend: str) -> Tensor:
+    first = pieces[0]
+    out = first.new_empty((first.shape[0], proj_dim), dtype=result_dtype(first.dtype))
+    _fill(pieces, out, call, backend)
+    return out
+
+
+def _project_into(pieces: list[Tensor], out: Tensor, call: Call, backend: str) -> None:
+    check_memory("project", out, pieces, "grads")
+    _fill(pieces, out, call, backend)
+
+
+def _fill_transpose(y: Tensor, out: Tensor, call: Call, backend: str) -> None:
+    chosen = registry.choose(y.device.type, y.dtype, call.key.kind, backend)
+    if out.numel() != 0:
+        chosen.project_transpose(y, out, _resolved(call, y.device.type))
+
+
+def _project_transpose(y: Tensor, rows: int, call: Call, backend: str) -> Tensor:
+    out = y.new_empty((y.shape[0], rows), dtype=result_dtype(y.dtype))
+    _fill_transpose(y, out, call, backend)
+    return out
+
+
+def _project_transpose_into(y: Tensor, out: Tensor, call: Call, backend: str) -> None:
+    check_memory("project_transpose", out, [y], "y")
+    _fill_transpose(y, out, call, backend)
+
+
+def _matrix(
+    rows: int,
+    cols: int,
+    col_offset: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    call: Call,
+    backend: str,
+) -> Tensor:
+    out = torch.empty((rows, cols), dtype=dtype, device=device)
+    if out.is_meta:
+        return out
+    chosen = registry.choose(out.device.type, dtype, call.key.kind, backend)
+    if out.numel() != 0:
+        chosen.matrix(out, call, col_offset)
+    return out
+
+
+# ---- the ops -----------------------------------------------------------------------------------
+
+
+_project_op = torch.library.custom_op(
+    "fastproj::project",
+    lambda pieces, proj_dim, *flat: _project(pieces, proj_dim, *_call(*flat)),
+    mutates_args=(),
+    schema=f"(Tensor[] pieces, SymInt proj_dim, {_CALL_SCHEMA}) -> Tensor",
+)
+
+
+def _accumulating(accumulate: bool, call: Call, backend: str) -> tuple[Call, str]:
+    return call._replace(accumulate=accumulate), backend
+
+
+_project_into_op = torch.library.custom_op(
+    "fastproj::project_into",
+    lambda pieces, out, accumulate, *flat: _project_into(
+        pieces, out, *_accumulating(accumulate, *_call(*flat))
+    ),
+    mutates_args=("out",),
+    schema=f"(Tensor[] pieces, Tensor(a!) out, bool accumulate, {_CALL_SCHEMA}) -> ()",
+)
+_project_transpose_op = torch.library.custom_op(
+    "fastproj::project_transpose",
+    lambda y, rows, *flat: _project_transpose(y, rows, *_call(*flat)),
+    mutates_args=(),
+    schema=f"(Tensor y, SymInt rows, {_CALL_SCHEMA}) -> Tensor",
+)
+_project_transpose_into_op = torch.library.custom_op(
+    "fastproj::project_transpose_into",
+    lambda y, out, *flat: _project_transpose_into(y, out, *_call(*flat)),
+    mutates_args=("out",),
+    schema=f"(Tensor y, Tensor(a!) out, {_CALL_SCHEMA}) -> ()",
+)
+_matrix_op = torch.library.custom_op(
+    "fastproj::matrix",
+    lambda rows, cols, col_offset, dtype, device, *flat: _matrix(
+        rows, cols, col_offset, dtype, device, *_call(*flat)
+    ),
+    mutates_args=(),
+    schema="(SymInt rows, SymInt cols, SymInt col_offset, ScalarType dtype, Device device, "
+    f"{_CALL_SCHEMA}) -> Tensor",
+)
+
+
+# ---- shapes for tracing, derivatives, vmap -----------------------------------------------------
+
+
+@_project_op.register_fake
+def _(pieces: list[Tensor], proj_dim: int, *flat: object) -> Tensor:
+    first = pieces[0]
+    return first.new_empty((first.shape[0], proj_dim), dtype=result_dtype(first.dtype))
+
+
+@_project_transpose_op.register_fake
+def _(y: Tensor, rows: int, *flat: object) -> Tensor:
+    return y.new_empty((y.shape[0], rows), dtype=result_dtype(y.dtype))
+
+
+@_project_into_op.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+@_project_transpose_into_op.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+@_matrix_op.register_fake
+def _(
+    rows: int, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, *flat: object
+) -> Tensor:
+    return torch.empty((rows, cols), dtype=dtype, device=device)
+
+
+def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pieces, ctx.proj_dim, *ctx.flat = inputs
+    ctx.sizes = [piece.shape[1] for piece in pieces]
+    ctx.dtype = pieces[0].dtype
+
+
+def _project_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    gradients = _piece_gradients(_project_transpose_op, ctx, grad, ctx.needs_input_grad[0])
+    return (gradients, None, *[None] * len(ctx.flat))
+
+
+def _piece_gradients(transpose: Any, ctx: Any, grad: Tensor, needed: Any) -> list[Tensor | None]:
+    """dL/dG_i = scale * dL/dY @ R[rows of piece i].T, in the dtype of the pieces."""
+    row, *rest = ctx.flat
+    gradients: list[Tensor | None] = []
+    for size, wanted in zip(ctx.sizes, needed, strict=True):
+        gradients.append(transpose(grad, size, row, *rest).to(ctx.dtype) if wanted else None)
+        row = row + size
+    return gradients
+
+
+def _project_transpose_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, ctx.rows, *ctx.flat = inputs
+    ctx.proj_dim, ctx.dtype = y.shape[1], y.dtype
+
+
+def _project_transpose_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """dL/dY = scale * dL/dG @ R[rows], in the dtype of y."""
+    y = _project_op([grad], ctx.proj_dim, *ctx.flat)
+    return (y.to(ctx.dtype), None, *[None] * len(ctx.flat))
+
+
+_project_op.register_autograd(_project_backward, setup_context=_project_setup)
+_project_transpose_op.register_autograd(
+    _project_transpose_backward, setup_context=_project_transpose_setup
+)
+
+
+def _fold(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """``t`` [B, p] mapped over ``dim`` as [size * B, p]; an unmapped one is repeated."""
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.reshape(size * t.shape[1], t.shape[2])
+
+
+def _unfold(t: Tensor, size: int) -> Tensor:
+    """``t`` [size * B, n] as [size, B, n]."""
+    return t.view(size, t.shape[0] // size, t.shape[1])
+
+
+def _project_vmap(run: Any, size: int, dims: Any, pieces: Any, *rest: Any) -> tuple[Tensor, int]:
+    """``run`` once for all ``size`` members: they become rows of one batch."""
+    folded = [_fold(t, dim, size) for t, dim in zip(pieces, dims, strict=True)]
+    return _unfold(run(folded, *rest), size), 0
+
+
+def _transpose_vmap(run: Any, size: int, dim: Any, y: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    return _unfold(run(_fold(y, dim, size), *rest), size), 0
+
+
+if hasattr(_project_op, "register_vmap"):  # torch >= 2.5; for torch.vmap inside torch.compile
+    _project_op.register_vmap(
+        lambda info, dims, *args: _project_vmap(_project_op, info.batch_size, dims[0], *args)
+    )
+    _project_transpose_op.register_vmap(
+        lambda info, dims, *args: _transpose_vmap(
+            _project_transpose_op, info.batch_size, dims[0], *args
+        )
+    )
+
+
+class _ProjectFunction(torch.autograd.Function):
+    """project under torch.func transforms and forward mode, where a custom op's rule is not used.
+
+    Arguments: proj_dim, the flat call, then the pieces.
+    """
+
+    @staticmethod
+    def forward(proj_dim: int, flat: Any, *pieces: Tensor) -> Tensor:
+        return _project_op(list(pieces), proj_dim, *flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        proj_dim, flat, *pieces = inputs
+        _project_setup(ctx, (pieces, proj_dim, *flat), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gradients = _piece_gradients(_run_transpose, ctx, grad, ctx.needs_input_grad[2:])
+        return (None, None, *gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """Linear: the sum of each tangent's projection, at its own rows."""
+        row, *rest = ctx.flat
+        total = None
+        for size, tangent in zip(ctx.sizes, tangents[2:], strict=True):
+            if tangent is not None:
+                y = _run_project([tangent], ctx.proj_dim, row, *rest)
+                total = y if total is None else total + y
+            row = row + size
+        assert total is not None  # jvp is called only where an input has a tangent
+        return total
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        proj_dim, flat, *pieces = args
+        return _project_vmap(_run_project, info.batch_size, in_dims[2:], pieces, proj_dim, *flat)
+
+
+class _ProjectTransposeFunction(torch.autograd.Function):
+    """project_transpose in the same places. Arguments: the number of rows, the flat call, y."""
+
+    @staticmethod
+    def forward(rows: int, flat: Any, y: Tensor) -> Tensor:
+        return _project_transpose_op(y, rows, *flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        rows, flat, y = inputs
+        _project_transpose_setup(ctx, (y, rows, *flat), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, None, _run_project([grad], ctx.proj_dim, *ctx.flat).to(ctx.dtype)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _run_transpose(tangents[2], ctx.rows, *ctx.flat)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        rows, flat, y = args
+        return _transpose_vmap(_run_transpose, info.batch_size, in_dims[2], y, rows, *flat)
+
+
+# ---- straight to the backend, or through an op -------------------------------------------------
+
+
+def is_direct(tensors: list[Tensor]) -> bool:
+    """Whether nothing needs to see this call: no derivative, trace, mode, lazy bit or subclass."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or _in_transform()
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) not in _PLAIN or (grad and t.requires_grad) or t.is_meta or t.is_neg():
+            return False
+    return True
+
+
+def _in_transform() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is under way.
+
+    Raises NotImplementedError for forward mode inside torch.compile, where the op would silently
+    lose the tangent; without fullgraph=True, torch.compile answers by running this eagerly.
+    """
+    forward = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():
+        if forward:
+            raise NotImplementedError(
+                "fastproj: received a call in forward-mode differentiation inside torch.compile; "
+                "expected one outside it (torch.compiler.disable on the caller does that)"
+            )
+        return False  # torch.vmap is served by the ops' own rule there
+    return forward or torch._C._are_functorch_transforms_active()
+
+
+def _run_project(pieces: list[Tensor], proj_dim: int, *flat: Any) -> Tensor:
+    if is_direct(pieces):
+        return _project(pieces, proj_dim, *_call(*flat))
+    return _trace_project(pieces, proj_dim, *flat)
+
+
+def _trace_project(pieces: list[Tensor], proj_dim: int, *flat: Any) -> Tensor:
+    if _in_transform():
+        return _ProjectFunction.apply(proj_dim, flat, *pieces)
+    return _project_op(pieces, proj_dim, *flat)
+
+
+def _run_transpose(y: Tensor, rows: int, *flat: Any) -> Tensor:
+    if is_direct([y]):
+        return _project_transpose(y, rows, *_call(*flat))
+    return _trace_transpose(y, rows, *flat)
+
+
+def _trace_transpose(y: Tensor, rows: int, *flat: Any) -> Tensor:
+    if _in_transform():
+        return _ProjectTransposeFunction.apply(rows, flat, y)
+    return _project_transpose_op(y, rows, *flat)
+
+
+def project(pieces: list[Tensor], proj_dim: int, call: Call, backend: str) -> Tensor:
+    """scale * cat(pieces, 1) @ R[row_offset:, :K], a new tensor [B, K]."""
+    if is_direct(pieces):
+        return _project(pieces, proj_dim, call, backend)
+    return _trace_project(pieces, proj_dim, *_flat(call, backend))
+
+
+def project_transpose(y: Tensor, rows: int, call: Call, backend: str) -> Tensor:
+    """scale * y @ R[row_offset:].T, a new tensor [B, rows]."""
+    if is_direct([y]):
+        return _project_transpose(y, rows, call, backend)
+    return _trace_transpose(y, rows, *_flat(call, backend))
+
+
+def project_into(
+    function: str, pieces: list[Tensor], out: Tensor, call: Call, backend: str
+) -> None:
+    """``out`` [B, K] overwritten, or added to. ``function`` is named in messages."""
+    if _is_direct_into(function, out, pieces):
+        _project_into(pieces, out, call, backend)
+        _note_written(out)
+    else:
+        _project_into_op(pieces, out, call.accumulate, *_flat(call, backend))
+
+
+def project_transpose_into(function: str, y: Tensor, out: Tensor, call: Call, backend: str) -> None:
+    """``out`` [B, n] overwritten. ``function`` is named in messages."""
+    if _is_direct_into(function, out, [y]):
+        _project_transpose_into(y, out, call, backend)
+        _note_written(out)
+    else:
+        _project_transpose_into_op(y, out, *_flat(call, backend))
+
+
+def matrix(
+    rows: int,
+    cols: int,
+    col_offset: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    call: Call,
+    backend: str,
+) -> Tensor:
+    """R[row_offset:, col_offset:], a new tensor [rows, cols]."""
+    if is_direct([]):
+        return _matrix(rows, cols, col_offset, dtype, device, call, backend)
+    return _matrix_op(rows, cols, col_offset, dtype, device, *_flat(call, backend))
+
+
+def _is_direct_into(function: str, out: Tensor, inputs: list[Tensor]) -> bool:
+    """``is_direct``, where ``out`` is written. Raises ValueError where torch can't follow that."""
+    if _in_transform():
+        raise ValueError(
+            f"{function}: received out= under a torch.func transform or forward-mode "
+            "differentiation, which can't follow it; call without out="
+        )
+    return is_direct([out, *inputs])
+
+
+def _note_written(out: Tensor) -> None:
+    """What an op does by itself: autograd sees that saved copies of ``out`` are stale."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)

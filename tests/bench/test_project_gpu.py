@@ -1,0 +1,362 @@
+"""The GPU benchmark where there is no GPU: cases, checks, tables, targets, and what it writes.
+
+``gpu_stand_in`` runs all of it on the CPU: events are clocks, and both backends are `cpu`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import types
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastproj
+from bench import project, project_gpu, record, targets_gpu, timing
+from bench.providers import Case, Inputs, others_gpu, ours_gpu
+from bench.timing import Row
+from fastproj.backends import registry
+from tests import ROOT
+
+
+class Event:
+    """torch.cuda.Event by the clock."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, stop: Event) -> float:
+        return 1e3 * (stop.at - self.at) + 1e-6
+
+
+@pytest.fixture
+def gpu_stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine that seems to have an H100; returns where results go."""
+    device = types.SimpleNamespace(
+        name="Stand-in", multi_processor_count=132, total_memory=80 << 30
+    )
+    stand_ins = {
+        "is_available": lambda: True,
+        "Event": Event,
+        "mem_get_info": lambda: (64 << 20, 80 << 30),
+        "empty_cache": lambda: None,
+        "current_device": lambda: 0,
+        "get_device_name": lambda index=0: device.name,
+        "get_device_properties": lambda index=0: device,
+        "get_device_capability": lambda index=0: (9, 0),
+    }
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    class Timer(timing.GpuTimer):
+        def __init__(self) -> None:
+            self.room = torch.empty(1024)
+
+    def project(grads: torch.Tensor, **options: Any) -> torch.Tensor:
+        return fastproj.project(grads, **{**options, "backend": "cpu"})
+
+    monkeypatch.setattr(timing, "GpuTimer", Timer)
+    monkeypatch.setattr(project_gpu, "copy_bandwidth", lambda: 3e12)
+    monkeypatch.setattr(project_gpu, "memory_targets", list)
+    monkeypatch.setattr(project_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(registry, "unavailable", lambda name: None)
+    monkeypatch.setattr(ours_gpu, "fastproj", types.SimpleNamespace(project=project))
+    monkeypatch.setattr(ours_gpu, "PROBE_ROWS", 64)
+    return tmp_path
+
+
+SMALL = "--device cuda --rows 3000 --cols 512 --batch 8 --repeats 2 --square 256".split()
+
+
+def bench(*words: str) -> int:
+    return project.main([*SMALL, *words])
+
+
+def test_all_of_it_runs_checks_and_writes(
+    gpu_stand_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--dtype", "float32", "bfloat16", "--kind", "rademacher", "gaussian") == 0
+    out = capsys.readouterr().out
+    (path,) = gpu_stand_in.glob("*-project-gpu.json")
+    content = json.loads(path.read_text())
+    assert path.with_suffix(".txt").read_text().strip() in out
+    assert content["gpu"]["arch"] == "sm_90"
+    assert content["gpu"]["name"] == "Stand-in"
+    assert content["copy_bytes_per_second"] == 3e12
+    rows = content["rows"]
+    assert not any(row["wrong"] for row in rows)
+    timed = {row["provider"] for row in rows if row["seconds"]}
+    assert timed == {
+        "torch peak bf16",
+        "torch peak tf32",
+        "torch.matmul stored R bf16",
+        "torch.matmul stored R tf32",
+        "torch.matmul R in blocks",
+        *(f"fastproj {b} {p}" for b in ("cuda", "triton") for p in ("highest", "high", "medium")),
+    }
+    for row in rows:
+        if row["seconds"]:
+            assert len(row["seconds"]) == 2
+            assert row["error"] is not None
+        else:
+            assert row["note"]
+    notes = {row["provider"]: row["note"] for row in rows}
+    assert notes["fast_jl"].startswith("not importable")
+    assert {target["verdict"] for target in content["targets"]} == {"N-A"}  # P is too small
+    assert "cuda against stored R, B = 64" in out
+
+
+def test_a_wrong_result_is_not_timed_and_fails(
+    gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(grads: torch.Tensor, **options: Any) -> torch.Tensor:
+        return fastproj.project(grads, **{**options, "backend": "cpu"}) * 1.001
+
+    monkeypatch.setattr(ours_gpu, "fastproj", types.SimpleNamespace(project=wrong))
+    assert bench("--provider", "fastproj cuda highest", "--no-write") == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_kernel_that_fails_costs_its_own_row_only(
+    gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(grads: torch.Tensor, **options: Any) -> torch.Tensor:
+        if options["backend"] == "cuda":
+            raise RuntimeError("launch of project sm90\n failed")
+        if options["precision"] == "high":
+            raise torch.cuda.OutOfMemoryError("no room")
+        return fastproj.project(grads, **{**options, "backend": "cpu"})
+
+    monkeypatch.setattr(ours_gpu, "fastproj", types.SimpleNamespace(project=failing))
+    assert bench("--dtype", "float32") == 1
+    (path,) = gpu_stand_in.glob("*.json")
+    rows = {row["provider"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["fastproj cuda highest"]["note"] == "FAILED: launch of project sm90 failed"
+    assert rows["fastproj cuda highest"]["wrong"]
+    assert rows["fastproj triton high"]["note"] == "skipped: its memory does not fit"
+    assert len(rows["fastproj triton highest"]["seconds"]) == 2
+
+
+def test_a_dead_gpu_ends_the_run_and_keeps_what_there_is(
+    gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = project_gpu.time_case
+
+    def dies(case: Any, *rest: Any) -> Any:
+        if case.batch == 2:
+            raise RuntimeError("an illegal memory access was encountered")
+        return real(case, *rest)
+
+    monkeypatch.setattr(project_gpu, "time_case", dies)
+    assert bench("--batch", "1", "2", "3", "--provider", "blocks") == 1
+    assert "STOPPED at rademacher bfloat16 B=2 P=3000 K=512: an ill" in capsys.readouterr().out
+    (path,) = gpu_stand_in.glob("*.json")
+    content = json.loads(path.read_text())
+    assert [row["batch"] for row in content["rows"]] == [1]
+    assert "illegal memory access" in content["stopped"]
+
+
+def test_the_ladder_names_each_family(
+    gpu_stand_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--ladder", "--provider", "fastproj", "--no-write") == 0
+    out = capsys.readouterr().out
+    for variant in ("simple", "sm80", "sm90"):
+        assert f"fastproj cuda {variant} highest" in out
+
+
+def test_the_budget_is_kept_and_what_it_cost_is_said(
+    gpu_stand_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--batch", "1", "2", "--budget", "0", "--no-write") == 0
+    assert "not run, --budget 0 s was used up: rademacher bfloat16 B=1" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert bench() == 2
+    assert "finds no GPU" in capsys.readouterr().out
+
+
+# ---- cases -------------------------------------------------------------------------------------
+
+
+def shapes(*words: str) -> list[Any]:
+    return project_gpu.shapes_of(project.build_parser().parse_args(["--device", "cuda", *words]))
+
+
+def test_cases() -> None:
+    quick = shapes("--quick")
+    assert len(quick) == 11
+    assert shapes("--acceptance") == quick
+    everything = shapes()
+    assert everything[: len(quick)] == quick
+    assert len(everything) == len(set(everything)) == 6 * (8 + 4 + 2)
+    assert len(shapes("--full")) == 2 * 3 * 8 * 3 * 5
+    assert len(shapes("--full", "--dtype", "float32", "--batch", "8", "64")) == 2 * 2 * 3 * 5
+    (one,) = shapes("--batch", "3")
+    assert str(one) == "rademacher bfloat16 B=3 P=10000000 K=4096"
+    assert len(shapes("--ladder")) == 1
+
+
+def test_gradients_that_do_not_fit_lose_rows_and_say_so() -> None:
+    shape = project_gpu.Shape("rademacher", "bfloat16", 512, 10**8, 4096)
+    rows, reason = project_gpu.fitting_rows(shape, 80 * 2**30)
+    assert rows % 512 == 0
+    assert rows * 512 * 2 <= 0.4 * 80 * 2**30
+    assert reason == "fewer rows: G [B, P] would take 95.4 GiB"
+    assert project_gpu.fitting_rows(
+        project_gpu.Shape("gaussian", "float32", 8, 10**6, 512), 80 * 2**30
+    ) == (
+        10**6,
+        "",
+    )
+
+
+# ---- other packages ----------------------------------------------------------------------------
+
+
+def prepared(prepare: Any, dtype: torch.dtype = torch.float32, **other: int) -> Any:
+    sizes = {"batch": 8, "rows": 2000, "cols": 512, **other}
+    case = Case(kind="rademacher", dtype=dtype, stored_bytes=1, trak_rows=0, max_seconds=1, **sizes)
+    return prepare(case, Inputs(case))
+
+
+def test_fast_jl_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def kernel(grads: torch.Tensor, proj_dim: int, seed: int, num_sms: int) -> torch.Tensor:
+        calls.append((grads.dtype, num_sms))
+        return fastproj.project(grads, proj_dim, scale=None, seed=seed)
+
+    fake = types.ModuleType("fast_jl")
+    for tile in (8, 16, 32):
+        setattr(fake, f"project_rademacher_{tile}", kernel)
+    monkeypatch.setitem(sys.modules, "fast_jl", fake)
+    device = types.SimpleNamespace(multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    ready = prepared(others_gpu.prepare_fast_jl, torch.bfloat16)
+    assert ready.error(ready.call()) <= ready.bound
+    assert ready.error(ready.call() * 2) > ready.bound
+    assert calls[0] == (torch.float16, 108)
+    assert "float16" in ready.note
+    assert "multiples of 512" in prepared(others_gpu.prepare_fast_jl, cols=500)
+    assert "multiples of 8" in prepared(others_gpu.prepare_fast_jl, batch=9)
+
+
+def test_sjlt_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SJLTProjection:
+        def __init__(self, original_dim: int, proj_dim: int, c: int) -> None:
+            generator = torch.Generator().manual_seed(0)
+            self.columns = torch.randint(proj_dim, (original_dim,), generator=generator)
+            self.signs = torch.randint(2, (original_dim,), generator=generator) * 2.0 - 1
+            self.proj_dim = proj_dim
+
+        def __call__(self, grads: torch.Tensor) -> torch.Tensor:
+            out = grads.new_zeros((grads.shape[0], self.proj_dim))
+            return out.index_add_(1, self.columns, grads * self.signs)
+
+    fake = types.ModuleType("sjlt")
+    fake.SJLTProjection = SJLTProjection  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sjlt", fake)
+    ready = prepared(others_gpu.prepare_sjlt)
+    assert ready.error(ready.call()) <= ready.bound
+
+
+# ---- targets -----------------------------------------------------------------------------------
+
+
+def row(provider: str, rate: float, batch: int, **other: Any) -> Any:
+    facts = {"kind": "rademacher", "dtype": "bfloat16", "cols": 4096, "case_rows": 10**7, **other}
+    return Row(provider, batch=batch, rows=10**6, flops=1e9 * rate, seconds=[1.0], **facts)
+
+
+def verdicts(rows: list[Any], arch: str = "sm_90") -> dict[str, tuple[float | None, str]]:
+    return {t.what: (t.figure, t.verdict) for t in targets_gpu.rate_targets(rows, arch)}
+
+
+def test_targets_from_rates() -> None:
+    rows = [
+        row("fastproj cuda highest", 300.0, 16),
+        row("torch.matmul stored R bf16", 100.0, 16),
+        row("fast_jl", 16.0, 16),
+        row("fastproj triton highest", 179.0, 16),
+        row("torch.matmul R in blocks", 5.0, 16),
+        row("fastproj cuda highest", 700.0, 64),
+        row("torch.matmul stored R bf16", 701.0, 64),
+        row("torch peak bf16", 900.0, 64),
+        row("fastproj cuda highest", 200.0, 64, dtype="float32", error=1e-7),
+        row("fastproj cuda high", 320.0, 64, dtype="float32", error=1e-5),
+        row("torch.matmul stored R tf32", 250.0, 64, dtype="float32", error=3e-4),
+        row("fastproj cuda highest", 240.0, 64, kind="gaussian"),
+    ]
+    found = verdicts(rows)
+    assert found["cuda against stored R, B = 16"] == (3.0, "PASS")
+    assert found["cuda against fast_jl, B = 16"] == (18.75, "FAIL")
+    assert found["cuda against stored R, B = 8"] == (None, "N-A")
+    assert found["cuda against stored R, B = 64"][1] == "FAIL"
+    assert found["cuda against the bf16 peak, B = 64"][1] == "PASS"
+    assert found["cuda float32 highest against bf16, B = 64"][1] == "FAIL"
+    assert found["cuda float32 high against bf16, B = 64"][1] == "PASS"
+    assert found["cuda float32 highest against a TF32 matmul, B = 64"][1] == "FAIL"
+    assert found["cuda float32 high, error over that of TF32, B = 64"][1] == "PASS"
+    assert found["cuda Gaussian against Rademacher, B = 64"][1] == "PASS"
+    assert found["triton rademacher bfloat16 against cuda, B = 16"][1] == "FAIL"
+    assert found["triton rademacher bfloat16 against R in blocks, B = 16"][1] == "PASS"
+
+
+def test_targets_judge_nothing_elsewhere_or_on_small_problems() -> None:
+    rows = [row("fastproj cuda highest", 1.0, 16), row("torch.matmul stored R bf16", 100.0, 16)]
+    assert verdicts(rows)["cuda against stored R, B = 16"] == (0.01, "FAIL")
+    assert verdicts(rows, "sm_80")["cuda against stored R, B = 16"] == (0.01, "N-A")
+    small = [row(r.provider, 1.0, 16, case_rows=10**6) for r in rows]
+    assert verdicts(small)["cuda against stored R, B = 16"] == (None, "N-A")
+    other = [row("fastproj cuda highest", 10.0, 16), row("fastproj triton highest", 8.5, 16)]
+    what = "triton rademacher bfloat16 against cuda, B = 16"
+    assert verdicts(other)[what] == (0.85, "PASS")
+    assert verdicts(other, "sm_80")[what] == (0.85, "FAIL")
+
+
+# ---- the table of measurements -------------------------------------------------------------------
+
+
+def test_a_result_becomes_the_table_that_backends_are_chosen_by(gpu_stand_in: Path) -> None:
+    from fastproj.backends import measured
+
+    assert bench("--dtype", "float32", "bfloat16") == 0
+    (result,) = gpu_stand_in.glob("*.json")
+    table = gpu_stand_in / "measured.json"
+    table.write_text(measured.TABLE.read_text())
+    command = [sys.executable, "-m", "bench.measured_table", "--table", table]
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    done = run([*command, result])
+    assert done.returncode == 0, done.stderr
+    content = json.loads(table.read_text())
+    assert content["architectures"]["sm_90"]["source"] == result.name
+    rows = measured.parse(content)["sm_90"]
+    assert {(m.dtype, m.terms, m.batch, m.cols) for m in rows} == {
+        ("float32", 1, 8, 512),
+        ("float32", 2, 8, 512),
+        ("float32", 3, 8, 512),
+        ("bfloat16", 1, 8, 512),
+    }
+    assert all({name for name, _ in m.rates} == {"cuda", "triton"} for m in rows)
+    empty = gpu_stand_in / "empty.json"
+    empty.write_text('{"rows": []}')
+    done = run([*command, empty])
+    assert done.returncode == 1
+    assert "no shape on which cuda and triton were both timed" in done.stderr

@@ -1,0 +1,77 @@
+"""fastproj info: what it prints, as text and as JSON, and the plans."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import fastproj
+from fastproj import cli
+from fastproj.backends import registry
+
+
+def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert fastproj.__version__ in out
+    for name in registry.NAMES:
+        assert name in out
+
+
+def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["spec_version"] == fastproj.SPEC_VERSION
+    usable = [name for name, backend in found["backends"].items() if backend["usable"]]
+    assert usable == fastproj.available_backends()
+    for backend in found["backends"].values():
+        assert backend["usable"] == (backend["reason"] == "")
+
+
+def test_plan_is_a_table_for_each_gpu_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["info", "--plan", "64", "1e7", "4096", "bf16"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "B = 64, P = 10000000, K = 4096, bfloat16, rademacher, highest" in out
+    for name in ("sm_80", "sm_90", "sm_120", "gfx942", "BLOCK_B", "grid", "stages", "splits of P"):
+        assert name in out
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_plan_as_json_holds_what_the_kernels_choose(capsys: pytest.CaptureFixture[str]) -> None:
+    from fastproj.backends import cuda
+
+    words = ["--json", "--kind", "gaussian", "--precision", "high"]
+    assert cli.main(["info", "--plan", "33", "10**6", "512", "fp32", *words]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    for plan in plans:
+        facts = plan["facts"]
+        if plan["backend"] == "cuda" and cuda.not_built():
+            assert "fastproj._cuda is not built" in plan["reason"]
+            continue
+        assert facts["terms"] == "2"
+        assert int(facts["workspace bytes"]) <= 64 << 20
+        assert facts["grid"]
+    (hopper,) = [p for p in plans if p["backend"] == "triton" and p["arch"] == "sm_90"][:1]
+    assert hopper["facts"]["matrix unit"] == "wgmma"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["0", "10", "10", "fp32"], "received '0'; expected an integer of at least 1"),
+        (["1", "1.5e0", "10", "fp32"], "received '1.5e0'"),
+        (["1", "ten", "10", "fp32"], "received 'ten'; expected an integer of at least 1"),
+        (["1.5", "10", "10", "fp32"], "received '1.5'; expected"),
+        (["1", "1e400", "10", "fp32"], "received '1e400'; expected"),
+        (["1", "10", "10**400", "fp32"], "received '10**400'; expected"),
+        (["1", "10", "10", "int8"], "received DTYPE 'int8'; expected float32, fp32"),
+    ],
+)
+def test_plan_names_a_wrong_word(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["info", "--plan", *words]) == 2
+    assert said in capsys.readouterr().err

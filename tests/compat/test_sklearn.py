@@ -1,0 +1,159 @@
+"""The scikit-learn transformer."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import DataDimensionalityWarning, NotFittedError
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import fastproj
+from fastproj.compat.sklearn import FastRandomProjection
+from tests.compat.bounds import assert_keeps_inner_products
+from tests.compat.packages import load
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.DataDimensionalityWarning")
+@parametrize_with_checks(
+    [
+        FastRandomProjection(n_components=3, random_state=0),
+        FastRandomProjection(n_components=30, kind="gaussian", random_state=0),
+    ]
+)
+def test_scikit_learns_own_checks(estimator, check) -> None:
+    check(estimator)
+
+
+def data(n: int = 12, features: int = 300, dtype: type = np.float64) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((n, features)).astype(dtype)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_transform_is_the_documented_matrix(kind: str, dtype: type) -> None:
+    X = data(dtype=dtype)
+    t = FastRandomProjection(40, kind=kind, random_state=7).fit(X)
+    assert (t.n_components_, t.n_features_in_, t.seed_) == (40, 300, 7)
+    R = fastproj.matrix(300, 40, 7, kind, dtype=torch.float64).numpy()
+    Y = t.transform(X)
+    assert Y.dtype == dtype
+    np.testing.assert_allclose(Y, X.astype(np.float64) @ R / 40**0.5, atol=1e-5)
+    np.testing.assert_array_equal(Y, pickle.loads(pickle.dumps(t)).transform(X))
+    np.testing.assert_array_equal(Y, copy.deepcopy(t).transform(X))
+    np.testing.assert_array_equal(Y, clone(t).fit_transform(X))
+    np.testing.assert_array_equal(Y[::2], t.transform(X[::2]))
+    np.testing.assert_array_equal(Y, t.transform(np.asfortranarray(X)))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.DataDimensionalityWarning")
+@pytest.mark.parametrize(("features", "components"), [(20, 5), (5, 20), (9, 9), (600, 64)])
+def test_inverse_transform_is_the_pseudo_inverse(
+    features: int, components: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastproj.compat.sketch.BLOCK", 40)  # several blocks
+    X = data(6, features)
+    t = FastRandomProjection(components, kind="gaussian", random_state=1)
+    if components > features:
+        with pytest.warns(DataDimensionalityWarning, match=r"n_components=20 and X \[6, 5\]"):
+            t.fit(X)
+    t.fit(X)
+    A = fastproj.matrix(features, components, 1, "gaussian", dtype=torch.float64).numpy()
+    Y = t.transform(X)
+    back = t.inverse_transform(Y)
+    np.testing.assert_allclose(back, Y @ np.linalg.pinv(A / components**0.5), atol=1e-9)
+    np.testing.assert_allclose(t.transform(back), Y, atol=1e-9)  # sklearn's promise
+    if components > features:
+        np.testing.assert_allclose(back, X, atol=1e-9)
+    eager = clone(t).set_params(compute_inverse_components=True).fit(X)
+    monkeypatch.delattr("fastproj.compat.sklearn.gram")  # all is there
+    np.testing.assert_array_equal(eager.inverse_transform(Y), back)
+    np.testing.assert_array_equal(eager.inverse_transform(scipy.sparse.csr_array(Y)), back)
+
+
+@pytest.mark.parametrize("container", [scipy.sparse.csr_array, scipy.sparse.csc_matrix])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sparse_input_gives_what_dense_gives(
+    container: type, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastproj.compat.sklearn.DENSE", 700)  # blocks of two rows, one of one
+    X = data(13, dtype=dtype)
+    X[X < 1] = 0
+    t = FastRandomProjection(40, random_state=7).fit(container(X))
+    assert (t.n_features_in_, t.n_components_) == (300, 40)
+    Y = t.transform(container(X))
+    assert Y.dtype == dtype
+    np.testing.assert_array_equal(Y, t.transform(X))
+
+
+def test_names_and_frames() -> None:
+    pandas = load("pandas")
+    frame = pandas.DataFrame(data(), columns=[f"f{i}" for i in range(300)])
+    t = FastRandomProjection(4, random_state=7).set_output(transform="pandas").fit(frame)
+    Y = t.transform(frame)
+    assert list(Y.columns) == [f"fastrandomprojection{i}" for i in range(4)]
+    np.testing.assert_array_equal(Y.to_numpy(), clone(t).fit(data()).transform(data()))
+    with pytest.raises(ValueError, match="feature names"):
+        t.transform(frame.rename(columns={"f0": "g0"}))
+
+
+def test_in_a_grid_search() -> None:
+    pipeline = make_pipeline(FastRandomProjection(3, random_state=0), Ridge())
+    search = GridSearchCV(pipeline, {"fastrandomprojection__n_components": [2, 30]}, cv=2)
+    X = data(40)
+    search.fit(X, X[:, 0])
+    assert search.best_estimator_[0].n_components_ in (2, 30)
+
+
+def test_auto_is_the_lemmas_dimension() -> None:
+    X = data(20, 2000)
+    t = FastRandomProjection(eps=0.5, random_state=0).fit(X)
+    assert t.n_components_ == int(4 * np.log(20) / (0.5**2 / 2 - 0.5**3 / 3))
+    assert list(t.get_feature_names_out()[:2]) == ["fastrandomprojection0", "fastrandomprojection1"]
+    with pytest.raises(ValueError, match=r"eps=0.1 and X \[20, 300\].*larger eps"):
+        FastRandomProjection().fit(data(20, 300))
+    with pytest.raises(ValueError, match="expected an int >= 1 or 'auto'"):
+        FastRandomProjection("many").fit(X)
+    with pytest.raises(ValueError, match="proj_dim=0"):
+        FastRandomProjection(0).fit(X)
+    for wrong in (3.7, True, None):
+        with pytest.raises(TypeError, match=f"proj_dim={wrong}"):
+            FastRandomProjection(wrong).fit(X)
+    with pytest.raises(ValueError, match="received seed=-1"):
+        FastRandomProjection(3, random_state=-1).fit(X)
+    with pytest.raises(ValueError, match="received kind='sparse'"):
+        FastRandomProjection(3, kind="sparse").fit(X)
+    assert FastRandomProjection(np.int64(3), random_state=2**40).fit(X).seed_ == 2**40
+    with pytest.raises(ValueError, match=r"received X \[20, 2000\]; expected \[n, "):
+        t.inverse_transform(X)
+    with pytest.raises(NotFittedError):
+        FastRandomProjection(3).transform(X)
+
+
+def test_random_states_draw_seeds() -> None:
+    X = data()
+    seeds = {
+        FastRandomProjection(3, random_state=state).fit(X).seed_
+        for state in (np.random.RandomState(0), np.random.RandomState(1), 5)
+    }
+    assert len(seeds) == 3
+    state = np.random.RandomState(0)
+    first = FastRandomProjection(3, random_state=state).fit(X).seed_
+    assert FastRandomProjection(3, random_state=state).fit(X).seed_ != first
+
+
+def test_in_a_pipeline_it_keeps_inner_products() -> None:
+    X = data(10, 5000)
+    t = make_pipeline(StandardScaler(), FastRandomProjection(4096, random_state=3))
+    Y = torch.from_numpy(t.fit_transform(X))
+    scaled = torch.from_numpy(StandardScaler().fit_transform(X))
+    assert_keeps_inner_products(scaled, Y * 4096**0.5, 4096)

@@ -1,0 +1,266 @@
+"""Several processes (gloo over loopback): the work is shared out, the scores are the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastproj.trak import distributed
+from fastproj.trak.distributed import DistributedError, Ranks
+from fastproj.trak.writer import read_scores, read_top_scores
+from tests.trak import cases
+from tests.trak.distributed_run import N
+from tests.trak.lives import Server
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory):
+    """The results of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(server, folder, 1)
+    return results(folder)
+
+
+def run(server, folder, size, codes=None, **how):
+    """Run distributed_run in ``size`` processes; what they printed, and the batches computed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log, printed = folder / "log", folder / "printed"
+    log.touch()
+    arguments = [[folder / "store", log, rank, size, port, how] for rank in range(size)]
+    found = server.run("tests.trak.distributed_run:main", arguments, printed)
+    assert found == (codes or [0] * size), printed.read_text()
+    return printed.read_text(), log.read_text().splitlines()
+
+
+def results(folder):
+    top = read_top_scores(folder / "store" / "scores" / "test.top.safetensors")
+    scores = np.array(read_scores(folder / "store" / "scores" / "test.mmap"))
+    return [scores, *vars(top).values()]
+
+
+def assert_same(found, wanted):
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("feed", ["plain", "inds", "remaining"])
+def test_the_same_script_in_several_processes(tmp_path, server, whole, size, feed):
+    _, batches = run(server, tmp_path, size, feed=feed)
+    assert_same(results(tmp_path), whole)  # bit for bit
+    assert len(batches) == len({b.split(" ", 1)[1] for b in batches}) == 2 * (9 + 4)
+    share = Counter(b.split()[0] for b in batches)
+    assert len(share) == size
+    assert max(share.values()) - min(share.values()) <= 4  # one batch for each pass over data
+
+
+def test_beside_a_process_group_that_carries_nothing(tmp_path, server, whole):
+    """As beside nccl: what goes between TRAKer's processes has a group of its own."""
+    _, batches = run(server, tmp_path, 2, backend="fake")
+    assert_same(results(tmp_path), whole)
+    assert {b.split()[0] for b in batches} == {"0", "1"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl needs a GPU for each process")
+def test_on_gpus_beside_nccl(tmp_path, server, whole):
+    _, batches = run(server, tmp_path, 2, backend="nccl", options={"device": "cuda"})
+    found, wanted = results(tmp_path)[0], whole[0]
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-2 * np.abs(wanted).max())  # TF32
+    assert {b.split()[0] for b in batches} == {"0", "1"}
+
+
+def test_samples_that_a_sampler_shared_out(tmp_path, server, whole):
+    """Other batches than in one process: features, XtX and scores agree to rounding."""
+    _, batches = run(server, tmp_path, 2, feed="sampler")
+    per_rank = Counter(b.split()[0] for b in batches)
+    assert per_rank["0"] == per_rank["1"]
+    largest = np.abs(whole[0]).max()
+    np.testing.assert_allclose(results(tmp_path)[0], whole[0], rtol=1e-5, atol=1e-6 * largest)
+
+
+def test_a_sampler_without_inds_is_refused(tmp_path, server):
+    printed, batches = run(server, tmp_path, 2, codes=[1, 1], feed="sampler by number")
+    assert "ValueError: featurize: rank 1 was given other data than rank 0" in printed
+    assert "ValueError: featurize: rank 0 was given other data than rank 1" in printed
+    assert not batches
+
+
+def test_each_rank_its_own_checkpoints(tmp_path, server, whole):
+    """TRAK's SLURM pattern inside one launch; the calls need not even be equally many."""
+    _, batches = run(server, tmp_path, 2, feed="own checkpoints")
+    assert_same(results(tmp_path), whole)
+    assert {tuple(b.split()[::2]) for b in batches if "featurize" in b} == {("0", "0"), ("1", "1")}
+
+
+@pytest.mark.parametrize("stage", ["featurize", "score"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path, server, whole, stage, size):
+    codes = [1, -signal.SIGKILL, 1][:size]
+    printed, _ = run(server, tmp_path, size, codes=codes, die=[1, stage])
+    assert printed.count("DistributedError: ") == size - 1
+    assert f"another of the {size} processes is gone" in printed
+    assert "run the same command again to go on" in printed
+    _, batches = run(server, tmp_path, 5 - size)  # any number of processes goes on
+    assert_same(results(tmp_path), whole)
+    batches = [b.split(" ", 1)[1] for b in batches]  # of both runs; the one that died isn't logged
+    assert len(batches) == len(set(batches)) == 2 * (9 + 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "step"), [("gram", "finalize_features"), ("scores", "finalize_scores")]
+)
+def test_a_rank_that_fails_makes_all_fail(tmp_path, server, whole, method, step):
+    printed, _ = run(server, tmp_path, 3, codes=[1, 1, 1], fail=[1, method])
+    assert printed.count(f"DistributedError: {step}: rank 1 failed: OSError: no such luck") == 2
+    assert not list((tmp_path / "store").rglob(".*.tmp"))
+    run(server, tmp_path, 3)
+    assert_same(results(tmp_path), whole)
+
+
+def test_starting_afresh_sets_old_features_aside_once(tmp_path, server, whole):
+    run(server, tmp_path, 2, options={"projector_seed": 0})
+    printed, batches = run(server, tmp_path, 3, options={"load_from_save_dir": False})
+    assert len(batches) == 2 * 2 * (9 + 4)
+    assert len(list((tmp_path / "store" / "models").glob("*.replaced-*"))) == 2
+    assert printed.count("was moved to") == 2
+    assert_same(results(tmp_path), whole)
+
+
+def test_processes_that_are_to_work_alone(tmp_path, server, whole):
+    """Each does everything, at once and in one save_dir, and neither harms the other."""
+    _, batches = run(server, tmp_path, 2, options=ALONE)
+    assert {b.split()[0] for b in batches} == {"0", "1"}
+    assert_same(results(tmp_path), whole)
+
+
+ALONE = {"distributed": False}  # the processes know nothing of each other
+
+
+def test_processes_apart_with_the_same_samples_in_other_batches(tmp_path, server, whole):
+    """Two writers of each checkpoint at once, of shards that overlap."""
+    _, batches = run(server, tmp_path, 2, options=ALONE, feed="inds", batch_size=[4, 3])
+    assert {b.split()[0] for b in batches if b.split()[1] == "featurize"} == {"0", "1"}
+    largest = np.abs(whole[0]).max()
+    np.testing.assert_allclose(results(tmp_path)[0], whole[0], rtol=1e-5, atol=1e-6 * largest)
+    assert not list((tmp_path / "store").rglob(".*.tmp"))
+
+
+def test_processes_apart_with_samples_of_their_own(tmp_path, server, whole):
+    _, batches = run(server, tmp_path, 3, options=ALONE, feed="inds", only="featurize")
+    assert len(batches) == len({b.split(" ", 1)[1] for b in batches}) == 2 * 9
+    _, batches = run(server, tmp_path, 1)
+    assert sum("featurize" in b for b in batches) == 2 * 9  # none again
+    assert_same(results(tmp_path), whole)
+
+
+def test_distributed_without_processes(tmp_path):
+    with pytest.raises(ValueError, match=r"distributed=True.*torchrun --nproc-per-node"):
+        cases.make(cases.net(), tmp_path, N, distributed=True)
+
+
+def test_the_example_under_torchrun(tmp_path):
+    """The command of the documentation, and the same script in one process."""
+    script = Path(__file__).parents[2] / "examples" / "distributed.py"
+    sizes = ["--train", "60", "--targets", "4", "--proj-dim", "16"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, script, "--out", tmp_path / name, *sizes]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("scores [60, 4]") == 1  # rank 0 speaks
+        found.append(np.array(read_scores(tmp_path / name / "scores" / "held_out.mmap")))
+    np.testing.assert_array_equal(*found)
+
+
+class Alike(Ranks):
+    """One of two ranks, of which the other does the same."""
+
+    def meet(self, step, value):
+        return [(step, value)] * 2
+
+
+def test_a_slower_rank_takes_the_same_steps(tmp_path):
+    """What a faster rank has finalised meanwhile must not change what a slower one waits for."""
+    train = cases.data(10)
+    model = cases.net()
+
+    class Slower(Alike):
+        steps = 0
+
+        def meet(self, step, value):
+            self.steps += 1
+            return super().meet(step, [0, 1] if value == [1] else value)
+
+    counts = []
+    for name in ("neither", "one finalised"):
+        traker = cases.make(model, tmp_path / name, 10)
+        for model_id in (0, 1):
+            cases.featurize(traker, model, model_id, train)
+        if name == "one finalised":
+            traker.finalize_features(model_ids=[0], lambda_reg=1)
+        traker.ranks = Slower(1, 2)
+        traker.finalize_features(lambda_reg=1)
+        counts.append(traker.ranks.steps)
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_process_group_that_was_begun_here_is_ended(monkeypatch):
+    ended, at_exit = [], []
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    dist = distributed.dist
+    begun = iter([False, True])
+    monkeypatch.setattr(dist, "is_initialized", lambda: next(begun))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "new_group", lambda *_, **__: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(distributed.atexit, "register", at_exit.append)
+    assert distributed.ranks_of_this_run(None).size == 2
+    assert not ended
+    for function in at_exit:
+        function()
+    assert ended == [True]
+
+
+def test_each_rank_sums_its_own_parts_of_xtx(tmp_path, monkeypatch):
+    cases.small_blocks(monkeypatch.setattr)
+    model = cases.net()
+    traker = cases.make(model, tmp_path, 21)
+    cases.featurize(traker, model, 0, cases.data(21))
+    summed = []
+    monkeypatch.setattr(traker.saver, "write_gram", lambda *args: summed.append(args[-1]))
+    traker.ranks = Alike(1, 2)
+    traker.finalize_features(lambda_reg=1)
+    assert summed == [1]  # of 0, 1 and 2
+
+
+def test_ranks_that_call_other_things_are_told_so():
+    class Apart(Ranks):
+        def meet(self, step, value):
+            return [("score", value), (step, value)]
+
+    with pytest.raises(DistributedError, match="rank 0 is in score while rank 1 is in finalize"):
+        Apart(1, 2).gather("finalize_features", None)

@@ -1,0 +1,116 @@
+"""Per-sample gradients: vectorised, looped and plain autograd agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastproj.trak import (
+    FunctionalGradientComputer,
+    HookGradientComputer,
+    ImageClassificationModelOutput,
+    IterativeGradientComputer,
+)
+from fastproj.trak.gradients import base as module
+from tests.trak import cases
+
+COMPUTERS = [FunctionalGradientComputer, HookGradientComputer, IterativeGradientComputer]
+
+
+def flat(grads):
+    return torch.cat([g.reshape(len(g), -1) for g in grads.values()], 1)
+
+
+@pytest.mark.parametrize("computer", COMPUTERS)
+def test_gradients_are_those_of_autograd(computer):
+    model, batch = cases.net(dtype=torch.float64), cases.data(9, dtype=torch.float64)
+    grads = computer(model, ImageClassificationModelOutput()).compute_per_sample_grad(batch)
+    assert list(grads) == [name for name, _ in model.named_parameters()]
+    assert all(grads[name].shape == (9, *p.shape) for name, p in model.named_parameters())
+    torch.testing.assert_close(flat(grads), cases.gradients(model, batch))
+
+
+@pytest.mark.parametrize("computer", COMPUTERS)
+def test_grad_wrt_selects_in_the_order_of_the_model(computer):
+    model, batch = cases.net(dtype=torch.float64), cases.data(5, dtype=torch.float64)
+    task = ImageClassificationModelOutput()
+    every = computer(model, task).compute_per_sample_grad(batch)
+    some = computer(model, task, grad_wrt=["fc.bias", "conv.weight"]).compute_per_sample_grad(batch)
+    assert list(some) == ["conv.weight", "fc.bias"]
+    for name, g in some.items():
+        torch.testing.assert_close(g, every[name])
+
+
+@pytest.mark.parametrize("names", [["fc.wieght"], []])
+def test_unknown_or_empty_grad_wrt_is_refused(names):
+    with pytest.raises(ValueError, match="grad_wrt") as error:
+        FunctionalGradientComputer(cases.net(), ImageClassificationModelOutput(), grad_wrt=names)
+    assert not names or "'fc.weight'" in str(error.value)
+    with pytest.raises(TypeError, match="a string"):
+        FunctionalGradientComputer(cases.net(), ImageClassificationModelOutput(), grad_wrt="fc")
+
+
+def test_chunks_follow_one_another_and_respect_the_limit(monkeypatch):
+    model, batch = cases.net(dtype=torch.float64), cases.data(10, dtype=torch.float64)
+    computer = FunctionalGradientComputer(model, ImageClassificationModelOutput())
+    per_sample = sum(p.numel() * 8 for p in model.parameters())
+    monkeypatch.setattr(module, "GRAD_BYTES", 3 * per_sample + 1)
+    chunks = list(computer.iter_per_sample_grads(batch))
+    assert [len(chunk["fc.bias"]) for chunk in chunks] == [3, 3, 3, 1]
+    torch.testing.assert_close(torch.cat([flat(c) for c in chunks]), cases.gradients(model, batch))
+    monkeypatch.setattr(module, "GRAD_BYTES", 1)
+    assert computer.samples_at_once() == 1
+
+
+def test_tied_parameters_count_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4, bias=False)
+            self.b = nn.Linear(4, 4, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    torch.manual_seed(0)
+    model = Tied().double()
+    batch = (torch.randn(3, 4).double(), torch.tensor([0, 1, 2]))
+    computer = FunctionalGradientComputer(model, ImageClassificationModelOutput())
+    grads = computer.compute_per_sample_grad(batch)
+    assert list(grads) == ["a.weight"]
+    torch.testing.assert_close(flat(grads), cases.gradients(model, batch))
+
+
+def test_works_under_no_grad_and_leaves_the_model_alone():
+    model, batch = cases.net(), cases.data(4)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    computer = FunctionalGradientComputer(model, ImageClassificationModelOutput())
+    with torch.no_grad():
+        grads = computer.compute_per_sample_grad(batch)
+    torch.testing.assert_close(
+        flat(grads).double(), cases.gradients(model, batch), rtol=1e-4, atol=1e-5
+    )
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("computer", [HookGradientComputer, IterativeGradientComputer])
+def test_sparse_gradients_of_embeddings_are_those_of_dense_ones(computer):
+    class Bag(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words = nn.Embedding(10, 6, sparse=sparse)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.words(ids)).mean(1))
+
+    batch = torch.arange(12).reshape(4, 3) % 5, torch.tensor([0, 1, 3, 2])
+    task = ImageClassificationModelOutput()
+    sparse, dense = (
+        computer(Bag(sparse), task).compute_per_sample_grad(batch) for sparse in (True, False)
+    )
+    torch.testing.assert_close(flat(sparse), flat(dense))

@@ -1,0 +1,720 @@
+"""Module hooks: every kind of layer and every way to use it gives autograd's gradients."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import permutations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastproj
+from fastproj import Projector
+from fastproj.trak import (
+    AbstractModelOutput,
+    FunctionalGradientComputer,
+    HookGradientComputer,
+    HooksError,
+    ImageClassificationModelOutput,
+    IterativeGradientComputer,
+    batches,
+)
+from fastproj.trak.gradients import (
+    AutomaticGradientComputer,
+    hooks,
+    resolve_gradient_computer,
+    rules,
+)
+from tests.trak import cases
+
+TASK = ImageClassificationModelOutput()
+CLASSES = 3
+N = 5
+
+
+class Classifier(nn.Module):
+    """A layer, tanh, and a linear head on the mean over the middle dimensions."""
+
+    def __init__(self, layer, width, call=None):
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(width, CLASSES)
+        self.call = call or (lambda layer, x: layer(x))
+
+    def forward(self, x):
+        h = torch.tanh(self.call(self.layer, x))
+        h = h.flatten(1)
+        return self.head(h.unflatten(1, (-1, self.head.in_features)).mean(1))
+
+
+class Twice(nn.Module):
+    """One layer called three times, and a weight that two layers share."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Linear(4, 4)
+        self.other = nn.Linear(4, 4, bias=False)
+        self.other.weight = self.again.weight
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.tanh(self.again(x))
+        return self.other(x)
+
+
+class TimeMajor(nn.Module):
+    """Samples in dimension 1 inside, and all positions of all samples in one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.major = nn.Linear(4, 4)
+        self.folded = nn.Linear(4, 4)
+
+    def forward(self, x):  # [B, T, 4]
+        h = torch.tanh(self.major(x.transpose(0, 1))).transpose(0, 1)
+        return self.folded(h.reshape(-1, 4)).view(h.shape)
+
+
+class Positions(nn.Module):
+    """Embeddings of positions and a parameter, the same for all samples; T = N on purpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 4, padding_idx=2)
+        self.places = nn.Embedding(N, 4)
+        self.pairs = nn.Embedding(2 * N, 2)  # a bias for each pair of places: [T, T, 2]
+        self.start = nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, ids):  # [B, T]
+        place = torch.arange(ids.shape[1])
+        h = self.words(ids) + self.places(place.unsqueeze(0))
+        h = torch.tanh(torch.cat([self.start.expand(len(ids), -1, -1), h], 1))[:, 1:]
+        bias = self.pairs(place[:, None] + place)  # [T, T, 2]
+        weights = (h @ h.transpose(1, 2) + bias.sum(2)).softmax(-1)
+        return weights @ h + self.start
+
+
+class TiedPairs(Positions):
+    """The biases of pairs once more, looked up by sample: two uses, seen to in two ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Embedding(2 * N, 2)
+        self.again.weight = self.pairs.weight
+
+    def forward(self, ids):
+        return super().forward(ids) * self.again(ids).repeat(1, 1, 2)
+
+
+class InPlace(nn.Module):
+    """Outputs that later operations write to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = F.relu(self.first(x), inplace=True)
+        out = self.second(h)
+        out += 2 * x
+        return out.sigmoid_()
+
+
+class LoRA(nn.Module):
+    """A frozen layer with a low-rank adapter beside it."""
+
+    def __init__(self, width, rank):
+        super().__init__()
+        self.base = nn.Linear(width, width)
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + 0.5 * self.up(self.down(x))
+
+
+class Lookup(nn.Module):
+    """Parameters of its own and of a submodule that is read, not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+        self.table = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(x * self.scale, self.table.weight.T, self.table.bias)
+
+
+class Branches(nn.Module):
+    """Looks at values, as vmap can't."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return x * self.scale if bool((x > -100).all()) else x
+
+
+def floats(*shape):
+    return torch.randn(N, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def ids(high, *shape):
+    return torch.randint(0, high, (N, *shape), generator=torch.Generator().manual_seed(3))
+
+
+def conv(kind, *arguments, **options):
+    return lambda: kind(*arguments, **options)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(4, 6), floats(4), 6),
+    "linear-3d": (lambda: nn.Linear(4, 6), floats(3, 4), 6),
+    "linear-4d": (lambda: nn.Linear(4, 6, bias=False), floats(2, 3, 4), 6),
+    "conv1d": (conv(nn.Conv1d, 4, 6, 3, stride=2, padding=1), floats(4, 8), 6),
+    "conv2d": (conv(nn.Conv2d, 2, 6, 3, padding=1), floats(2, 4, 4), 6),
+    "conv2d-groups": (
+        conv(nn.Conv2d, 4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+        floats(4, 5, 6),
+        6,
+    ),
+    "conv2d-depthwise": (conv(nn.Conv2d, 6, 6, 3, groups=6, bias=False), floats(6, 4, 4), 6),
+    "conv2d-same": (conv(nn.Conv2d, 2, 6, 4, padding="same"), floats(2, 5, 5), 6),
+    "conv2d-circular": (
+        conv(nn.Conv2d, 2, 6, 3, padding=1, padding_mode="circular"),
+        floats(2, 4, 4),
+        6,
+    ),
+    "conv3d": (conv(nn.Conv3d, 2, 4, 2, stride=(1, 2, 1)), floats(2, 3, 4, 3), 4),
+    "conv-transpose": (conv(nn.ConvTranspose2d, 2, 6, 3), floats(2, 3, 3), 6),
+    "embedding": (lambda: nn.Embedding(7, 6), ids(7, 4), 6),
+    "embedding-padding": (lambda: nn.Embedding(4, 6, padding_idx=1), ids(4, 9), 6),
+    "embedding-one-token": (lambda: nn.Embedding(4, 6), ids(4), 6),
+    "embedding-bag": (lambda: nn.EmbeddingBag(7, 6, mode="sum"), ids(7, 4), 6),
+    "layer-norm": (lambda: nn.LayerNorm(4), floats(3, 4), 4),
+    "layer-norm-2d": (lambda: nn.LayerNorm((3, 4)), floats(2, 3, 4), 4),
+    "layer-norm-flat": (lambda: nn.LayerNorm(4), floats(4), 4),
+    "rms-norm": (lambda: nn.RMSNorm(4), floats(3, 4), 4),
+    "group-norm": (lambda: nn.GroupNorm(2, 4), floats(4, 3, 3), 4),
+    "instance-norm": (lambda: nn.InstanceNorm2d(4, affine=True), floats(4, 3, 3), 4),
+    "batch-norm-1d": (lambda: nn.BatchNorm1d(4), floats(4), 4),
+    "batch-norm-2d": (lambda: nn.BatchNorm2d(4), floats(4, 3, 3), 4),
+    "prelu": (lambda: nn.PReLU(4), floats(4, 3), 4),
+    "lstm": (lambda: nn.LSTM(4, 6, batch_first=True), floats(3, 4), 6, lambda m, x: m(x)[0]),
+    "encoder-layer": (
+        lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+        floats(3, 4),
+        4,
+    ),
+    "attention": (
+        lambda: nn.MultiheadAttention(4, 2),
+        floats(3, 4),
+        4,
+        lambda m, x: m(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1),
+    ),
+    "weight-norm": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)),
+        floats(3, 4),
+        6,
+    ),
+    "twice": (Twice, floats(3, 4), 4),
+    "time-major": (TimeMajor, floats(3, 4), 4),
+    "positions": (Positions, ids(9, N), 4),
+    "tied-pairs": (TiedPairs, ids(9, N), 4),
+    "in-place": (InPlace, floats(3, 4), 4),
+    "lora": (lambda: LoRA(4, 2), floats(3, 4), 4),
+    "lookup": (Lookup, floats(3, 4), 4),
+    "branches": (Branches, floats(3, 4), 4),
+}
+
+
+def build(name):
+    """A model in eval mode and float64, and its batch."""
+    make, x, width, *call = LAYERS[name]
+    torch.manual_seed(0)
+    model = Classifier(make(), width, *call).double()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.eval(), (x, torch.arange(N) % CLASSES)
+
+
+def flat(grads):
+    return torch.cat([g.reshape(len(g), -1) for g in grads.values()], 1)
+
+
+@pytest.mark.parametrize("pieces", ["whole", "pieces"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_gives_the_gradients_of_autograd(name, pieces, monkeypatch):
+    model, batch = build(name)
+    if pieces == "pieces":
+        monkeypatch.setattr(rules, "PIECE_BYTES", N * 8 * 20)
+        monkeypatch.setattr(rules, "PATCH_BYTES", 2 * 8 * 100)
+    exact = flat(IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch))
+    computer = HookGradientComputer(model, TASK)
+    torch.testing.assert_close(flat(computer.compute_per_sample_grad(batch)), exact)
+    projector = Projector(exact.shape[1], 7, seed=4, scale=None)
+    matrix = fastproj.matrix(exact.shape[1], 7, 4, stream=2, dtype=torch.float64)
+    torch.testing.assert_close(computer.project(batch, projector, 2), exact @ matrix)
+
+
+@pytest.mark.parametrize("name", ["linear-3d", "positions", "twice", "conv2d"])
+def test_other_batch_sizes_and_shapes_after_the_first(name):
+    model, batch = build(name)
+    computer = HookGradientComputer(model, TASK)
+    computer.compute_per_sample_grad(batch)
+    loop = IterativeGradientComputer(model, TASK)
+    for rows in (slice(0, 1), slice(1, 3), [4, 0, 0, 1, 2, 3, 4]):
+        part = batches.select(batch, rows)
+        torch.testing.assert_close(
+            flat(computer.compute_per_sample_grad(part)), flat(loop.compute_per_sample_grad(part))
+        )
+    if name == "linear-3d":
+        longer = (torch.cat([batch[0], -batch[0]], 1), batch[1])
+        torch.testing.assert_close(
+            flat(computer.compute_per_sample_grad(longer)),
+            flat(loop.compute_per_sample_grad(longer)),
+        )
+
+
+def test_adapters_alone():
+    model, batch = build("lora")
+    names = ["layer.down.weight", "layer.up.weight"]
+    grads = HookGradientComputer(model, TASK, grad_wrt=names).compute_per_sample_grad(batch)
+    exact = IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    assert list(grads) == names
+    for name in names:
+        torch.testing.assert_close(grads[name], exact[name])
+
+
+class Recorded(Projector):
+    """A projector that notes what it is given."""
+
+    def project(self, grads, *args, **kwargs):
+        self.seen = [*getattr(self, "seen", []), grads.shape]
+        return super().project(grads, *args, **kwargs)
+
+
+def test_no_more_than_a_layer_is_in_memory_at_once(monkeypatch):
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(32, 32) for _ in range(6)), nn.Linear(32, 3))
+    batch = (floats(32).float(), torch.arange(N) % CLASSES)
+    total = sum(p.numel() for p in model.parameters())
+    projector = Recorded(total, 8, scale=None)
+    computer = HookGradientComputer(model, TASK)
+    computer.project(batch, projector, 0)
+    assert max(shape[1] for shape in projector.seen) == 32 * 32
+    monkeypatch.setattr(rules, "PIECE_BYTES", N * 4 * 100)
+    projector.seen = []
+    computer.project(batch, projector, 0)
+    assert max(shape[1] for shape in projector.seen) <= 100
+    assert sum(shape[1] for shape in projector.seen) == total
+
+
+def test_embeddings_stay_sparse():
+    """Only rows that are looked up are projected, each for the samples that look it up."""
+    model = Classifier(nn.Embedding(1000, 6), 6).eval()
+    x = torch.tensor([[5, 5, 7, 8], [7, 8, 7, 8], [999, 5, 0, 0]])
+    batch = (x, torch.tensor([0, 1, 2]))
+    projector = Recorded(sum(p.numel() for p in model.parameters()), 8, scale=None)
+    HookGradientComputer(model, TASK).project(batch, projector, 0)
+    table = [shape for shape in projector.seen if shape != (3, 18) and shape != (3, 3)]
+    # token 0 of sample 2; 5 of samples 0 and 2; 7 and 8 of samples 0 and 1, together; 999 of 2
+    assert sorted(table) == sorted([(1, 6), (2, 6), (2, 12), (1, 6)])
+
+
+def test_a_shared_layer_is_projected_once():
+    model, batch = build("twice")
+    projector = Recorded(sum(p.numel() for p in model.parameters()), 8, scale=None)
+    HookGradientComputer(model, TASK).project(batch, projector, 0)
+    assert sorted(shape[1] for shape in projector.seen) == [3, 4, 12, 16]
+
+
+def test_the_model_is_left_as_it_was():
+    model, batch = build("encoder-layer")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    torch.backends.mha.set_fastpath_enabled(True)
+    HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Mixing(nn.Module):
+    """Batch statistics in eval mode: a sample's output depends on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(self.fc(x).unsqueeze(-1).expand(-1, -1, 3) * torch.arange(1, 4)).mean(2)
+
+
+class Elsewhere(nn.Module):
+    """A weight that is also used where no hook sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.tanh(self.fc(x)) @ self.fc.weight
+
+
+UNFIT = {"mixing": Mixing, "elsewhere": Elsewhere}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_hooks_cannot_see_is_refused_and_automatic_goes_on_without_them(name):
+    torch.manual_seed(0)
+    model = Classifier(UNFIT[name](), 4).double().eval()
+    batch = (floats(4), torch.arange(N) % CLASSES)
+    with pytest.raises(HooksError, match=r"layer\.(fc|norm)"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    automatic = AutomaticGradientComputer(model, TASK)
+    with pytest.warns(UserWarning, match="'hooks' can't take this model"):
+        grads = automatic.compute_per_sample_grad(batch)
+    exact = IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    torch.testing.assert_close(flat(grads), flat(exact))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        automatic.compute_per_sample_grad(batch)
+
+
+class OneSample(AbstractModelOutput):
+    """A task in trak's form, that looks at values."""
+
+    def get_output(self, model, weights, buffers, image, label):
+        logits = torch.func.functional_call(model, (weights, buffers), image.unsqueeze(0))[0]
+        return logits[label] if bool(logits[label] > 0) else 2 * logits[label]
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        return torch.ones(len(batch[1]))
+
+
+def test_automatic_ends_at_the_loop():
+    model, batch = build("linear")
+    with pytest.raises(HooksError, match="outputs"):
+        HookGradientComputer(model, OneSample())
+    automatic = AutomaticGradientComputer(model, OneSample())
+    assert automatic.name == "func"
+    with pytest.warns(UserWarning, match="'func' can't take this model, 'loop' is used"):
+        grads = automatic.compute_per_sample_grad(batch)
+    exact = IterativeGradientComputer(model, OneSample()).compute_per_sample_grad(batch)
+    torch.testing.assert_close(flat(grads), flat(exact))
+
+
+def test_a_bad_batch_does_not_cost_the_hooks():
+    model, batch = build("linear")
+    automatic = AutomaticGradientComputer(model, TASK)
+    with pytest.raises(RuntimeError, match="shape"):
+        automatic.compute_per_sample_grad((batch[0][:, :2], batch[1]))
+    assert automatic.name == "hooks"
+    automatic.compute_per_sample_grad(batch)
+    assert automatic.name == "hooks"
+    with pytest.raises(RuntimeError, match="shape"):
+        automatic.compute_per_sample_grad((batch[0][:, :2], batch[1]))
+    assert automatic.name == "hooks"
+
+
+def test_a_new_checkpoint_is_checked_anew():
+    model, batch = build("linear")
+    automatic = AutomaticGradientComputer(model, TASK)
+    automatic.compute_per_sample_grad(batch)
+    model.layer.forward = lambda x: F.linear(x, model.layer.weight) * 2 + model.head.weight[0, 0]
+    automatic.load_model_params(model)
+    with pytest.warns(UserWarning, match="head.weight"):
+        grads = automatic.compute_per_sample_grad(batch)
+    exact = IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    torch.testing.assert_close(flat(grads), flat(exact))
+
+
+def test_a_first_sample_of_nan_is_left_to_the_estimator():
+    model, batch = build("conv2d")
+    images = batch[0].clone()
+    images[0, 0, 0, 0] = torch.nan
+    grads = flat(HookGradientComputer(model, TASK).compute_per_sample_grad((images, batch[1])))
+    assert not torch.isfinite(grads[0]).all()
+    exact = flat(IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch))
+    torch.testing.assert_close(grads[1:], exact[1:])
+
+
+def test_after_a_first_sample_of_nan_the_next_is_checked():
+    torch.manual_seed(0)
+    model = Classifier(Elsewhere(), 4).double().eval()
+    x, labels = floats(4), torch.arange(N) % CLASSES
+    computer = HookGradientComputer(model, TASK)
+    computer.compute_per_sample_grad((x * torch.nan, labels))
+    with pytest.raises(HooksError, match=r"layer\.fc"):
+        computer.compute_per_sample_grad((x, labels))
+
+
+class Experts(nn.Module):
+    """A layer that only some samples go through; the first does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.usual = nn.Linear(4, 4)
+        self.rare = nn.Linear(4, 4)
+
+    def forward(self, x):
+        out = self.usual(x)
+        chosen = x[:, 0] > 1e3
+        if bool(chosen.any()):
+            out = out + self.rare(x) * chosen.unsqueeze(1)
+        return out
+
+
+def test_a_layer_that_the_first_samples_do_not_use_is_not_forgotten():
+    torch.manual_seed(0)
+    model = Classifier(Experts(), 4).double().eval()
+    x, labels = floats(4), torch.arange(N) % CLASSES
+    other = x.clone()
+    other[2, 0] = 2e3
+    computer = HookGradientComputer(model, TASK)
+    grads = computer.compute_per_sample_grad((x, labels))
+    assert not grads["layer.rare.weight"].any()
+    with pytest.raises(HooksError, match=r"layer\.rare was called more often"):
+        computer.compute_per_sample_grad((other, labels))
+    automatic = AutomaticGradientComputer(model, TASK)
+    automatic.compute_per_sample_grad((x, labels))
+    with pytest.warns(UserWarning, match="'loop' is used instead"):
+        found = automatic.compute_per_sample_grad((other, labels))
+    exact = IterativeGradientComputer(model, TASK).compute_per_sample_grad((other, labels))
+    torch.testing.assert_close(flat(found), flat(exact))
+
+
+def test_whole_model_runs_are_said(caplog):
+    """A parameter of the model itself, here `gain`, leaves only torch.func on the whole model."""
+    model, batch = cases.net(dtype=torch.float64), cases.data(4, dtype=torch.float64)
+    HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    assert "'gain' takes another run of the whole model" in caplog.text
+
+
+class Scaled(nn.Module):
+    """Scalar parameters of blocks, of the model and of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(cases.net(seed) for seed in range(2))
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0 + i)) for i in range(4))
+
+    def forward(self, x):
+        out = sum(scale * block(x) for scale, block in zip(self.scales, self.blocks, strict=False))
+        return out * self.temperature + self.scales[2] - self.scales[3] * out
+
+
+def test_scalar_parameters_are_said_once_for_all_batches_and_checkpoints(tmp_path, caplog):
+    """Once for a TRAKer, in one message."""
+    model, train = Scaled().eval(), cases.data(12)
+    traker = cases.make(model, tmp_path, 12)
+    for model_id in range(3):
+        cases.featurize(traker, model, model_id, train, batch=5)
+    traker.finalize_features()
+    for model_id in range(3):
+        cases.score(traker, model, model_id, train)
+    assert len([r for r in caplog.records if "takes another run" in r.getMessage()]) == 1
+
+
+def test_loops_over_samples_are_said(caplog):
+    model, batch = build("branches")
+    HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    assert "vmap can't take Branches, a loop over the samples does" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(dtype):
+    model, (x, labels) = build("encoder-layer")
+    exact = flat(IterativeGradientComputer(model, TASK).compute_per_sample_grad((x, labels)))
+    model.to(dtype)
+    projector = Projector(exact.shape[1], 16, scale=None)
+    features = HookGradientComputer(model, TASK).project((x.to(dtype), labels), projector, 0)
+    assert features.dtype == torch.float32
+    truth = exact @ fastproj.matrix(exact.shape[1], 16, dtype=torch.float64)
+    assert float((features - truth).norm() / truth.norm()) < 60 * torch.finfo(dtype).eps
+
+
+def test_names_of_computers():
+    assert resolve_gradient_computer("hooks") is HookGradientComputer
+    assert resolve_gradient_computer("func") is FunctionalGradientComputer
+    assert resolve_gradient_computer("loop") is IterativeGradientComputer
+    assert resolve_gradient_computer(None) is AutomaticGradientComputer
+    assert resolve_gradient_computer(FunctionalGradientComputer) is FunctionalGradientComputer
+    with pytest.raises(ValueError, match="'vmap'; expected 'auto', 'hooks', 'func', 'loop'"):
+        resolve_gradient_computer("vmap")
+
+
+# ---- what is checked, and when -------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """A layer, and then what ``mix`` makes of its outputs [B, 4], the weight and the inputs."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.mix = mix
+
+    def forward(self, x):
+        return self.mix(torch.tanh(self.fc(x)), self.fc.weight, x)
+
+
+def large(x):
+    return (x[:, :1] > 1).to(x.dtype)  # [B, 1]
+
+
+# Each leaves the first sample of a batch alone.
+BEYOND_THE_FIRST = {
+    "neighbours": lambda h, w, x: torch.cat([h[:1], h[1:] + 0.3 * h[1:].flip(0)]),
+    "constants of the batch": lambda h, w, x: h + (h - h.mean(0)).detach() * (x != x[:1]),
+    "a weight used elsewhere": lambda h, w, x: h + large(x) * (x @ w),
+    "a weight used twice": lambda h, w, x: h + large(x) * F.linear(x, w),
+}
+
+
+def inputs(seed, rows):
+    """Inputs of which some rows pass for ``large``."""
+    x = torch.randn(N, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x[:, 0] = 0
+    x[rows, 0] = 2
+    return x
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", BEYOND_THE_FIRST)
+def test_samples_other_than_the_first_are_checked(name, seed):
+    torch.manual_seed(seed)
+    model = Classifier(Mixed(BEYOND_THE_FIRST[name]), 4).double().eval()
+    batch = (inputs(seed, slice(1, N)), torch.arange(N) % CLASSES)
+    with pytest.raises(HooksError, match=r"layer.*samples mixed"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    with pytest.warns(UserWarning, match="'hooks' can't take this model"):
+        grads = AutomaticGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    exact = IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    torch.testing.assert_close(flat(grads), flat(exact))
+
+
+@pytest.mark.parametrize(("receiver", "giver"), permutations(range(N), 2))
+def test_any_two_samples_that_are_mixed_are_noticed(receiver, giver):
+    def mix(h, w, x):
+        takes, gives = (x[:, 0] == 2).to(h.dtype), (x[:, 0] == 3).to(h.dtype)
+        return h + 0.3 * takes.outer(gives) @ h
+
+    torch.manual_seed(0)
+    model = Classifier(Mixed(mix), 4).double().eval()
+    x = inputs(0, [])
+    x[receiver, 0], x[giver, 0] = 2, 3
+    with pytest.raises(HooksError, match=r"layer\.fc"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad((x, torch.arange(N) % CLASSES))
+
+
+def when_large(usual, other):
+    return lambda h, w, x: other(h, w, x) if bool(large(x).any()) else usual(h, w, x)
+
+
+@pytest.mark.parametrize("name", BEYOND_THE_FIRST)
+def test_another_graph_is_checked_anew(name):
+    """The second batch takes a branch that the first didn't."""
+    torch.manual_seed(0)
+    model = Classifier(Mixed(when_large(lambda h, w, x: h, BEYOND_THE_FIRST[name])), 4)
+    model.double().eval()
+    labels = torch.arange(N) % CLASSES
+    computer = HookGradientComputer(model, TASK)
+    computer.compute_per_sample_grad((inputs(0, []), labels))
+    with pytest.raises(HooksError, match=r"layer\.fc"):
+        computer.compute_per_sample_grad((inputs(0, slice(1, N)), labels))
+    computer.compute_per_sample_grad((inputs(1, []), labels))
+
+
+class Either(nn.Module):
+    """Two layers that are both called, one of which is used: which, hangs on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return (self.one(x), self.two(x))[int(bool(large(x).any()))]
+
+
+def test_a_layer_that_a_later_batch_uses_is_seen(monkeypatch):
+    """Also where nothing but the first batch is checked."""
+    monkeypatch.setattr(hooks, "worth_a_proof", lambda number: number == 1)
+    torch.manual_seed(0)
+    model = Classifier(Either(), 4).double().eval()
+    labels = torch.arange(N) % CLASSES
+    computer, loop = HookGradientComputer(model, TASK), IterativeGradientComputer(model, TASK)
+    for x in (inputs(0, []), inputs(0, range(N)), inputs(1, [])):
+        found = computer.compute_per_sample_grad((x, labels))
+        torch.testing.assert_close(flat(found), flat(loop.compute_per_sample_grad((x, labels))))
+
+
+def test_after_a_single_sample_the_first_batch_of_several_is_checked():
+    torch.manual_seed(0)
+    model = Classifier(Mixed(lambda h, w, x: h + 0.3 * h.roll(1, 0) * (len(x) > 1)), 4)
+    model.double().eval()
+    x, labels = floats(4), torch.arange(N) % CLASSES
+    computer = HookGradientComputer(model, TASK)
+    computer.compute_per_sample_grad((x[:1], labels[:1]))
+    with pytest.raises(HooksError, match=r"layer\.fc"):
+        computer.compute_per_sample_grad((x, labels))
+
+
+def test_random_numbers_are_noticed():
+    torch.manual_seed(0)
+    model = Classifier(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), 4).double().train()
+    with pytest.raises(HooksError, match="random numbers"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad(
+            (floats(4), torch.arange(N) % CLASSES)
+        )
+
+
+class Counted(nn.Module):
+    """Counts the samples that come by."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.samples = 0
+        self.branch = 0
+
+    def forward(self, x):
+        self.samples += len(x)
+        h = self.fc(x)
+        for _ in range(self.branch):
+            h = torch.tanh(h)
+        return h
+
+
+def test_the_check_costs_a_batch_once_for_a_checkpoint():
+    torch.manual_seed(0)
+    layer = Counted()
+    model = Classifier(layer, 4).double().eval()
+    x, labels = floats(4).repeat(40, 1), torch.arange(40 * N) % CLASSES
+    computer = HookGradientComputer(model, TASK)
+
+    def samples():
+        layer.samples = 0
+        computer.compute_per_sample_grad((x, labels))
+        return layer.samples - len(x)
+
+    first = samples()
+    assert len(x) <= first < 1.2 * len(x)  # each sample once more, and a few to find dimensions
+    assert samples() == 0
+    computer.load_model_params(model)
+    assert samples() == first
+    checked = []
+    for layer.branch in range(1, 70):  # every batch with another graph
+        extra = samples()
+        assert extra == 0 or extra >= len(x)
+        checked += [layer.branch + 1] if extra else []  # graphs are counted from 1
+    assert checked == [2, 3, 4, 5, 6, 7, 8, 16, 32, 64]

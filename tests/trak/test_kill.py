@@ -1,0 +1,96 @@
+"""kill -9 all through a run, and a restart each time: nothing is lost, nothing is done twice."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fastproj.trak.files import read_safetensors
+from fastproj.trak.writer import read_scores, read_top_scores
+from tests.trak.killed_run import KINDS, STAGES
+from tests.trak.lives import Server
+
+KILLS = 20  # in each stage
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as running:
+        yield running
+
+
+def results(folder):
+    top = read_top_scores(folder / "scores" / "test.top.safetensors")
+    return [np.array(read_scores(folder / "scores" / "test.mmap")), *vars(top).values()]
+
+
+def there(folder):
+    """The batches that are on disk, as killed_run names them."""
+    found = set()
+    for path in folder.glob("models/*/train-*.safetensors"):
+        found.add(f"featurize {path.parent.name} {first_sample(path)}")
+    for path in folder.glob("models/*/targets/test/target-*.safetensors"):
+        found.add(f"score {path.parents[2].name} {first_sample(path)}")
+    return found
+
+
+def first_sample(path):
+    return int(read_safetensors(path, ("inds",))[0]["inds"][0])
+
+
+def names(folder):
+    """All files; what is random in a shard's name is left out."""
+    return sorted(
+        re.sub(r"-[0-9a-f]{12}\.", "-*.", path.relative_to(folder).as_posix())
+        for path in folder.rglob("*")
+    )
+
+
+def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
+    def live(name, stage="", kind="", die_at=0):
+        folder, log = tmp_path / name, tmp_path / f"{name}.log"
+        function = "tests.trak.killed_run:main"
+        (code,) = server.run(function, [[folder, log, stage, kind, die_at]], tmp_path / "printed")
+        assert code in (0, -signal.SIGKILL), (tmp_path / "printed").read_text()
+        return code, [line.split(" ", 1) for line in log.read_text().splitlines()]
+
+    code, lines = live("whole")
+    assert code == 0
+    moments = {}
+    for stage, *counts in (text.split() for word, text in lines if word == "end"):
+        moments |= {(stage, kind): int(n) for kind, n in zip(KINDS, counts, strict=True)}
+    once = [text for word, text in lines if word == "compute"]
+    assert len(once) == len(set(once)) == 2 * 3 + 2 * 2
+
+    rng = random.Random(0)
+    killed = Counter()
+    seen = 0
+    kept: set[str] = set()
+    for stage in STAGES:
+        while killed[stage] < KILLS:
+            kind = rng.choice(KINDS)
+            code, lines = live("killed", stage, kind, rng.randint(1, moments[stage, kind]))
+            life, seen = lines[seen:], len(lines)
+            if code:
+                begun = [text for word, text in life if word == "begin"]
+                killed[begun[-1]] += 1
+            computed = [text for word, text in life if word == "compute"]
+            assert not kept & set(computed)  # nothing is done twice ...
+            kept = there(tmp_path / "killed")
+            assert set(computed[:-1]) <= kept  # ... but the batch in flight
+    assert sum(killed.values()) >= 50
+    assert min(killed[stage] for stage in STAGES) >= KILLS
+
+    code, lines = live("killed")
+    assert code == 0
+    assert {text for word, text in lines if word == "compute"} == set(once)
+    for found, wanted in zip(
+        results(tmp_path / "killed"), results(tmp_path / "whole"), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+    assert names(tmp_path / "killed") == names(tmp_path / "whole")

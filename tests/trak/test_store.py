@@ -1,0 +1,401 @@
+"""The store: damage is found and named, a refusing disk loses nothing, writers don't collide."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
+from fastproj.trak import files as module
+from fastproj.trak.features import pack_half, unpack
+from fastproj.trak.files import read_json, write_json
+from fastproj.trak.writer import load_scores, read_scores, read_top_scores
+from tests.trak import cases
+
+N, M = 12, 3
+
+
+@pytest.fixture
+def model():
+    return cases.net()
+
+
+@pytest.fixture
+def train():
+    return cases.data(N)
+
+
+@pytest.fixture
+def finished(tmp_path, model, train):
+    """A directory with everything in it, and its scores."""
+    scores = np.array(cases.whole_run(tmp_path, [model], train, cases.data(M, seed=5)))
+    cases.make(model, tmp_path, N).finalize_scores("test", top_k=2)
+    return tmp_path, scores
+
+
+def read_all(folder, model):
+    """Everything that reads a store; what was there before it is made again."""
+    read_scores(folder / "scores" / "test.mmap")
+    read_top_scores(folder / "scores" / "test.top.safetensors")
+    return np.array(cases.make(model, folder, N).finalize_scores("test"))
+
+
+FILES = [
+    "metadata.json",
+    "models/0/checkpoint.json",
+    "models/0/solve.json",
+    "models/0/weighted.safetensors",
+    "models/0/train-*.safetensors",
+    "models/0/targets/test/target-*.safetensors",
+    "experiments/test.json",
+    "scores/test.mmap",
+    "scores/test.top.safetensors",
+]
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_flipped_bits_are_found_and_named(finished, model, pattern):
+    folder, scores = finished
+    path = sorted(folder.glob(pattern))[0]
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    header = range(min(len(whole), 40))
+    places = {*header, len(whole) - 1, *rng.integers(len(whole), size=60).tolist()}
+    for place in sorted(places):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(StoreCorruptError) as error:
+            read_all(folder, model)
+        assert str(path) in str(error.value)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(read_all(folder, model), scores)
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_truncated_files_are_found_and_named(finished, model, pattern):
+    folder, _ = finished
+    path = sorted(folder.glob(pattern))[-1]
+    whole = path.read_bytes()
+    for length in (0, 1, 7, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(StoreCorruptError, match=r"is damaged.*Delete the file and") as error:
+            read_all(folder, model)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_deleting_a_file_and_repeating_the_run_restores_it(finished, model, train, pattern):
+    folder, scores = finished
+    for path in folder.glob(pattern):
+        path.unlink()
+    again = cases.whole_run(folder, [model], train, cases.data(M, seed=5))
+    cases.make(model, folder, N).finalize_scores("test", top_k=2)
+    assert list(folder.glob(pattern))
+    np.testing.assert_allclose(again, scores, rtol=1e-5, atol=1e-6 * np.abs(scores).max())
+
+
+def test_every_shard_says_what_it_is(finished):
+    folder, _ = finished
+    path = next(folder.glob("models/0/train-*"))
+    tensors, metadata = module.read_safetensors(path, None)
+    assert set(tensors) == {"grads", "inds", "content", "out_to_loss"}
+    wanted = {"spec_version": "1", "seed": "0", "kind": "rademacher", "proj_dim": "8"}
+    wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "3"}
+    assert wanted.items() <= metadata.items()
+    assert {"parameter_layout", "checkpoint", "checksum.grads", "checksum.inds"} <= set(metadata)
+
+
+def test_a_shard_of_another_run_is_refused(finished, model, train, tmp_path_factory):
+    folder, _ = finished
+    other = tmp_path_factory.mktemp("other")
+    cases.whole_run(other, [model], train, train, projector_seed=4)
+    shutil.copy(next(other.glob("models/0/train-*")), folder / "models" / "0")
+    with pytest.raises(StoreMismatchError, match="seed '4'; this run has '0'"):
+        read_all(folder, model)
+
+
+# ---- a disk that refuses ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_failed_write_loses_the_batch_and_nothing_else(
+    tmp_path, model, train, monkeypatch, call, code
+):
+    traker = cases.make(model, tmp_path, N)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((train[0][:5], train[1][:5]), num_samples=5)
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    rest = (train[0][5:], train[1][5:])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        wanted = "no room for .* bytes free" if code == errno.ENOSPC else os.strerror(code)
+        with pytest.raises(StoreError, match=wanted):
+            traker.featurize(rest, num_samples=N - 5)
+    assert not list(tmp_path.rglob(".*"))
+    assert len(list(tmp_path.glob("models/0/train-*"))) == 1
+    traker.featurize(rest, num_samples=N - 5)  # the same traker goes on where it was
+    traker.finalize_features()
+    assert traker.saver.index(0).done.all()
+
+
+def test_no_room_for_scores_is_said_before_they_are_computed(finished, model, monkeypatch):
+    folder, scores = finished
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    traker = cases.make(model, folder, N)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", refuse)
+        with pytest.raises(StoreError, match=r"no room for .*test.mmap \(144 bytes"):
+            traker.finalize_scores("test")
+    assert {p.name for p in (folder / "scores").iterdir()} == {"test.mmap", "test.top.safetensors"}
+    np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
+
+
+def test_a_save_dir_that_cannot_be(tmp_path, model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"can't make the directory .*file.*may write to"):
+        cases.make(model, tmp_path / "file" / "results", N)
+
+
+def test_an_interrupted_scoring_leaves_the_old_scores(finished, model, monkeypatch):
+    folder, scores = finished
+    traker = cases.make(model, folder, N)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(traker.score_computer, "scores", stop)
+    with pytest.raises(KeyboardInterrupt):
+        traker.finalize_scores("test")
+    assert {p.name for p in (folder / "scores").iterdir()} == {"test.mmap", "test.top.safetensors"}
+    np.testing.assert_array_equal(np.load(folder / "scores" / "test.mmap"), scores)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB of one's own; ``remount`` changes its options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount; the tests with a limit on file sizes don't")
+
+    def remount(options):
+        subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+    yield folder, remount
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk, model, train, tmp_path):
+    folder, remount = small_disk
+    targets = cases.data(M, seed=5)
+    options = {"proj_dim": 500, "lambda_reg": "1*mean"}
+    whole = cases.whole_run(tmp_path / "whole", [model], train, targets, **options)
+    traker = cases.make(model, folder / "store", N, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    for room in (256, 512):
+        fill(folder, leave=12 << 10)
+        with pytest.raises(StoreError, match=r"no room for .*train-.* bytes free.*go on"):
+            one_by_one(traker, train)
+        assert not list(folder.rglob(".*.tmp"))
+        remount(f"size={2 * room}k")
+    done = traker.saver.index(0).done
+    assert 0 < done.sum() < N
+    remount("size=20m")
+    traker = cases.make(model, folder / "store", N, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    features, computed = traker._features, []
+
+    def counted(batch, model_id, inds):
+        computed.extend(inds)
+        return features(batch, model_id, inds)
+
+    traker._features = counted
+    traker.featurize(train, num_samples=N)
+    assert sorted(computed) == np.flatnonzero(~done).tolist()
+    fill(folder, leave=100 << 10)
+    with pytest.raises(StoreError, match=r"no room for .*xtx.safetensors"):
+        traker.finalize_features()
+    (folder / "fill").unlink()
+    traker.finalize_features()
+    cases.score(traker, model, 0, targets)
+    fill(folder, leave=0)
+    with pytest.raises(StoreError, match=r"no room for .*test.mmap"):
+        traker.finalize_scores("test")
+    assert not list((folder / "store" / "scores").iterdir())
+    (folder / "fill").unlink()
+    found = traker.finalize_scores("test")
+    np.testing.assert_allclose(found, whole, rtol=1e-3, atol=1e-4 * np.abs(whole).max())
+
+
+def one_by_one(traker, train):
+    """A shard for each sample."""
+    for i in range(N):
+        traker.featurize((train[0][i : i + 1], train[1][i : i + 1]), inds=[i])
+
+
+def fill(folder, leave):
+    """Use up a disk but for ``leave`` bytes."""
+    (folder / "fill").unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free
+    (folder / "fill").write_bytes(b"x" * max(0, free - leave))
+
+
+def test_a_read_only_disk(small_disk, model, train):
+    folder, remount = small_disk
+    remount("size=20m")
+    store = folder / "store"
+    scores = np.array(cases.whole_run(store, [model], train, cases.data(M, seed=5)))
+    left = module.temporary_path(store / "models" / "0" / "left")
+    left.with_name(left.name.replace(f".{os.getpid()}.", f".{2**30}.")).touch()
+    half = cases.make(model, folder / "half", N)
+    half.load_checkpoint(model.state_dict(), 0)
+    remount("ro")
+    with pytest.raises(StoreError, match=r"can't make the directory .* \(Read-only file system"):
+        cases.make(model, folder / "new", N)
+    with pytest.raises(StoreError, match=r"can't write .*train-.* \(Read-only file system\); not"):
+        half.featurize(train, num_samples=N)
+    done = cases.make(model, store, N)  # what is there can be read
+    done.load_checkpoint(model.state_dict(), 0)
+    assert done.saver.current_store["grads"].shape == (N, 8)
+    np.testing.assert_array_equal(read_scores(store / "scores" / "test.mmap"), scores)
+    with pytest.raises(StoreError, match=r"can't write .*test.mmap \(Read-only file system"):
+        done.finalize_scores("test")
+    remount("rw")
+    half.featurize(train, num_samples=N)
+    np.testing.assert_array_equal(done.finalize_scores("test"), scores)
+
+
+def test_a_limit_on_the_size_of_files(tmp_path, model, train):
+    traker = cases.make(model, tmp_path, N, proj_dim=500)
+    traker.load_checkpoint(model.state_dict(), 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))
+    try:
+        with pytest.raises(StoreError, match=r"can't write .*train-.* \(File too large\); nothing"):
+            traker.featurize(train, num_samples=N)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.rglob(".*.tmp"))
+    traker.featurize(train, num_samples=N)
+    assert traker.saver.index(0).done.all()
+
+
+# ---- several writers ----------------------------------------------------------------------------
+
+
+def test_two_writers_of_one_checkpoint(finished, model, train, tmp_path_factory):
+    """Both compute everything, in other batches, and neither knows of the other."""
+    _, scores = finished
+    folder = tmp_path_factory.mktemp("two")
+    trakers = [cases.make(model, folder, N) for _ in range(2)]
+    for traker in trakers:
+        traker.load_checkpoint(model.state_dict(), 0)
+    for step in range(3):
+        for traker, size in zip(trakers, (4, 3), strict=True):
+            rows = slice(step * size, (step + 1) * size)
+            traker.featurize((train[0][rows], train[1][rows]), inds=range(N)[rows])
+    trakers[0].finalize_features()
+    cases.score(trakers[1], model, 0, cases.data(M, seed=5))
+    assert sum(1 for _ in folder.glob("models/0/train-*")) == 6
+    found = trakers[0].finalize_scores("test")
+    np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-6 * np.abs(scores).max())
+
+
+def test_left_over_temporary_files_go_when_their_process_is_gone(tmp_path, model):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    traker = cases.make(model, tmp_path, N)
+    traker.load_checkpoint(model.state_dict(), 0)
+    folder = tmp_path / "models" / "0"
+    dead, live = module.temporary_path(folder / "a"), module.temporary_path(folder / "b")
+    dead = dead.with_name(dead.name.replace(f".{os.getpid()}.", f".{int(gone.stdout)}."))
+    foreign = folder / f".c.elsewhere.{int(gone.stdout)}.0.tmp"
+    for path in (dead, live, foreign):
+        path.write_bytes(b"")
+    traker.load_checkpoint(model.state_dict(), 0)
+    assert (dead.exists(), live.exists(), foreign.exists()) == (False, True, True)
+
+
+# ---- formats ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-40, 1e-20, 1e-4, 1.0, 1e6, 1e37])
+def test_half_precision_keeps_eleven_bits(dtype, scale):
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(5, 64, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    rows[2] = 0
+    packed = pack_half(rows)
+    assert packed["grads"].dtype == torch.float16
+    back = unpack(packed)
+    assert back.dtype == torch.float32
+    largest = rows.double().abs().amax(1, keepdim=True)
+    # Half a unit in the last of 11 bits, or of what is left 2^-29 below the row's largest entry;
+    # the last term is float32's own smallest step.
+    bound = rows.double().abs() * 2.0**-11 + largest * 2.0**-39 + 2.0**-149
+    assert bool(((back.double() - rows.double()).abs() <= bound).all())
+
+
+def test_json_round_trip(tmp_path):
+    path = tmp_path / "a.json"
+    content = {"a": 1, "seed": 2**64 - 1, "list": [0.1, 1e-300], "name": "ü"}
+    write_json(path, content)
+    assert read_json(path) == content
+    path.write_text("[]")
+    with pytest.raises(StoreCorruptError, match=r"a\.json"):
+        read_json(path)
+
+
+def test_temporary_files_of_others_are_left_alone(tmp_path):
+    for name in (".notes.tmp", ".a.b.tmp", ".tmp"):
+        (tmp_path / name).write_text("not ours")
+        cases.make(cases.net(), tmp_path, 10)
+        assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("damage", ["its end", "behind its end", "its middle"])
+def test_damaged_scores_are_not_taken_for_another_programs(tmp_path, damage):
+    traker_scores = cases.whole_run(tmp_path, [cases.net()], cases.data(10), cases.data(3))
+    path = tmp_path / "scores" / "test.mmap"
+    np.testing.assert_array_equal(load_scores(path), traker_scores)
+    content = bytearray(path.read_bytes())
+    if damage == "its end":
+        content[-1] ^= 1
+    elif damage == "behind its end":
+        content += b"x"
+    else:
+        content[-200] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreCorruptError, match=re.escape(path.name)):
+        load_scores(path)
+
+
+def test_a_file_that_goes_while_it_is_opened_is_named(tmp_path, monkeypatch):
+    """safe_open opens it twice; torch, which does the second, raises a RuntimeError."""
+    path = tmp_path / "part.safetensors"
+    module.write_safetensors(path, {"x": torch.ones(3)}, {})
+
+    def vanishing(path, **_):
+        path.unlink()
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode")
+
+    monkeypatch.setattr(module, "safe_open", vanishing)
+    with pytest.raises(StoreError, match="is gone"):
+        module.read_safetensors(path, None)
