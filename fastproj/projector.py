@@ -194,6 +194,6 @@ class Projector:
     def __repr__(self) -> str:
         return (
             f"Projector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, seed={self.seed}, "
-            f"kind={self.kind!r}, block={self.block}, scale={self.scale!r}, precision={self.precision!r}, "
-            f"backend={self.backend!r})"
+            f"kind={self.kind!r}, block={self.block}, scale={self.scale!r}, "
+            f"precision={self.precision!r}, backend={self.backend!r})"
         )
