@@ -227,7 +227,8 @@ def check_input(function: str, name: str, t: object) -> Tensor:
     if t.is_nested:
         raise TypeError(
             f"{function}: received {name}, a nested {_name(t.dtype)} tensor; expected a strided "
-            f"tensor (torch.nested.to_padded_tensor({name}, 0.0) makes one)"
+            f"tensor (torch.nested.to_padded_tensor({name}, 0.0, output_size) makes one, with the "
+            "same output_size for all batches, since it decides which row of R an entry meets)"
         )
     if t.layout is not torch.strided:
         raise TypeError(

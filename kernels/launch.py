@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastproj.call import Call, terms_of
 from fastproj.spec import MatrixKey, gauss_table
 
 from . import config, plan
@@ -28,7 +29,6 @@ from .transpose import project_transpose_kernel
 # Decided when Triton is imported: TRITON_INTERPRET=1 runs kernels in NumPy, on CPU tensors.
 INTERPRETED = not isinstance(reduce_kernel, triton.runtime.jit.JITFunction)
 
-TERMS = {"highest": 3, "high": 2, "medium": 1}
 REDUCE_BLOCK = 512
 MAX_GRID = 65535  # programs in the second dimension of a grid
 
@@ -80,11 +80,6 @@ def _seed(key: MatrixKey) -> dict[str, int]:
     }
 
 
-def terms_of(dtype: torch.dtype, precision: str) -> int:
-    """How many 16-bit terms one value of ``dtype`` is multiplied as."""
-    return TERMS[precision] if dtype == torch.float32 else 1
-
-
 def _alignment(piece: Tensor, origin: int) -> int:
     """Bytes to which every row of ``piece`` is aligned at every panel's start: 16, 8, 4 or 1."""
     size = piece.element_size()
@@ -98,35 +93,19 @@ cached_plan = lru_cache(maxsize=256)(
 )
 
 
-def project(
-    pieces: list[Tensor],
-    out: Tensor,
-    key: MatrixKey,
-    row_offset: int,
-    scale: float,
-    accumulate: bool,
-    precision: str,
-) -> None:
+def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
     with _guard(out):
         for b in range(0, out.shape[0], plan.MAX_BATCH):
             rows = [piece[b : b + plan.MAX_BATCH] for piece in pieces]
             for k in range(0, out.shape[1], plan.MAX_COLUMNS):
                 part = out[b : b + plan.MAX_BATCH, k : k + plan.MAX_COLUMNS]
-                _project_part(rows, part, key, row_offset, k, scale, accumulate, precision)
+                _project_part(rows, part, call, k)
 
 
-def _project_part(
-    pieces: list[Tensor],
-    out: Tensor,
-    key: MatrixKey,
-    row_offset: int,
-    col_offset: int,
-    scale: float,
-    accumulate: bool,
-    precision: str,
-) -> None:
+def _project_part(pieces: list[Tensor], out: Tensor, call: Call, col_offset: int) -> None:
     """``project`` for at most plan.MAX_BATCH rows and plan.MAX_COLUMNS columns."""
+    key, row_offset, scale, accumulate, precision = call
     B, K = out.shape
     dtype = pieces[0].dtype
     terms = terms_of(dtype, precision)
@@ -209,10 +188,9 @@ def _project_part(
         accumulate = True
 
 
-def project_transpose(
-    y: Tensor, out: Tensor, key: MatrixKey, row_offset: int, scale: float, precision: str
-) -> None:
+def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
+    key, row_offset, scale, _, precision = call
     n_rows = out.shape[1]
     dtype = str(y.dtype).removeprefix("torch.")
     block_b, block_k, num_warps = config.choose_transpose(dtype, key.kind, out.shape[0])
@@ -254,8 +232,9 @@ def project_transpose(
             )
 
 
-def matrix(out: Tensor, key: MatrixKey, row_offset: int, col_offset: int) -> None:
+def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
+    key, row_offset = call.key, call.row_offset
     block_k, num_warps = 64, 4
     most = MAX_GRID * plan.PANEL
     with _guard(out):

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fastproj.spec import KINDS
+
 PANEL = 512  # rows of R
 BLOCK_ROWS = {"rademacher": 512, "gaussian": 32}  # rows that share a spec block number
-KIND_NUMBER = {"rademacher": 0, "gaussian": 1}
 
 WORKSPACE_BYTES = 56 << 20  # for partial sums, at any shape
 MAX_BATCH = 128  # rows of G in one launch; larger batches take several
@@ -32,7 +33,7 @@ class Counter:
     @classmethod
     def at(cls, kind: str, row: int) -> Counter:
         block = row // BLOCK_ROWS[kind]
-        return cls(signed32(block), (block >> 32) << 8 | KIND_NUMBER[kind] << 2)
+        return cls(signed32(block), (block >> 32) << 8 | KINDS.index(kind) << 2)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,5 @@
 // fastproj._cuda: raw pointers, shapes, strides and a stream handle in; nothing of torch.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <tuple>
+#include "../bindings.hpp"
 
 #include "launch.hpp"
 
@@ -13,10 +10,6 @@ namespace {
 using namespace fastproj;
 using namespace fastproj::cuda;
 
-using Key = std::tuple<int, std::uint64_t, std::uint32_t>;  // kind, seed, stream
-// Address, rows, stride over samples, stride over rows.
-using Piece = std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>;
-
 Variant variant_of(const std::string& name) {
     for (const Variant v : {Variant::kAuto, Variant::kSimple, Variant::kSm80, Variant::kSm90}) {
         if (name == variant_name(v)) return v;
@@ -24,30 +17,11 @@ Variant variant_of(const std::string& name) {
     throw py::value_error("variant: received '" + name + "'; expected auto, simple, sm80 or sm90");
 }
 
-ProjectCall project_call(const Piece& piece, int dtype, std::int64_t batch, std::uintptr_t out,
-                         std::int64_t cols, std::int64_t out_stride_b, std::int64_t out_stride_k,
-                         const Key& key, std::int64_t row_offset, double scale, bool accumulate,
-                         int terms, const std::string& variant) {
-    ProjectCall call;
-    call.grads = reinterpret_cast<const void*>(std::get<0>(piece));
-    call.rows = std::get<1>(piece);
-    call.stride_b = std::get<2>(piece);
-    call.stride_p = std::get<3>(piece);
-    call.dtype = static_cast<Dtype>(dtype);
-    call.batch = batch;
-    call.out = reinterpret_cast<void*>(out);
-    call.cols = cols;
-    call.out_stride_b = out_stride_b;
-    call.out_stride_k = out_stride_k;
-    call.kind = static_cast<Kind>(std::get<0>(key));
-    call.seed = std::get<1>(key);
-    call.stream = std::get<2>(key);
-    call.row_offset = row_offset;
-    call.scale = scale;
-    call.accumulate = accumulate;
-    call.terms = terms;
-    call.variant = variant_of(variant);
-    return call;
+ProjectCall project_call(const View& piece, const View& out, const Call& call,
+                         const std::string& variant) {
+    return {call,           piece.data,      piece.dtype,     piece.shape[0],
+            piece.shape[1], piece.stride[0], piece.stride[1], out.data,
+            out.shape[1],   out.stride[0],   out.stride[1],   variant_of(variant)};
 }
 
 py::dict plan_dict(const DeviceInfo& device, const ProjectCall& call) {
@@ -81,6 +55,7 @@ py::dict plan_dict(const DeviceInfo& device, const ProjectCall& call) {
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Random projection on NVIDIA GPUs. See fastproj/backends/cuda.py for the tensors.";
     m.attr("__version__") = FASTPROJ_VERSION;
+    const py::call_guard<py::gil_scoped_release> unlocked;
 
     m.def(
         "count",
@@ -119,12 +94,16 @@ PYBIND11_MODULE(_cuda, m) {
         [](std::int64_t batch, std::int64_t rows, std::int64_t cols, int dtype, int kind, int terms,
            int arch, int multiprocessors, bool aligned, const std::string& variant,
            std::int64_t row_offset) {
-            DeviceInfo device{arch / 10, arch % 10, multiprocessors, arch == 90};
+            const DeviceInfo device{arch / 10, arch % 10, multiprocessors, arch == 90};
             // Only the address modulo 16 matters: an odd row stride stands for what is not aligned.
-            const Piece piece{256, rows, aligned ? ceil_div(rows, 8) * 8 : rows | 1, 1};
-            return plan_dict(device,
-                             project_call(piece, dtype, batch, 0, cols, cols, 1, Key{kind, 0, 0},
-                                          row_offset, 1.0, false, terms, variant));
+            const std::int64_t stride = aligned ? ceil_div(rows, 8) * 8 : rows | 1;
+            const View piece{reinterpret_cast<void*>(256),
+                             static_cast<Dtype>(dtype),
+                             {batch, rows},
+                             {stride, 1}};
+            const View out{nullptr, Dtype::kF32, {batch, cols}, {cols, 1}};
+            const Call call{{static_cast<Kind>(kind), 0, 0}, row_offset, 1.0, false, terms};
+            return plan_dict(device, project_call(piece, out, call, variant));
         },
         py::arg("batch"), py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("kind"),
         py::arg("terms"), py::arg("arch"), py::arg("multiprocessors"), py::arg("aligned") = true,
@@ -132,85 +111,49 @@ PYBIND11_MODULE(_cuda, m) {
         "What a call of this shape would use: a pure function, for any architecture.");
     m.def(
         "project_workspace",
-        [](int device, const std::vector<Piece>& pieces, int dtype, std::int64_t batch,
-           std::int64_t cols, int kind, std::int64_t row_offset, int terms,
+        [](int device, const std::vector<View>& pieces, const View& out, Call call,
            const std::string& variant) {
             const DeviceInfo info = device_info(device);
             std::int64_t most = 0;
-            for (const Piece& piece : pieces) {
-                const ProjectCall call =
-                    project_call(piece, dtype, batch, 0, cols, cols, 1, Key{kind, 0, 0}, row_offset,
-                                 1.0, false, terms, variant);
-                most = std::max(most, plan_project(info, call).workspace_bytes);
-                row_offset += call.rows;
+            for (const View& piece : pieces) {
+                const ProjectCall one = project_call(piece, out, call, variant);
+                most = std::max(most, plan_project(info, one).workspace_bytes);
+                call.row_offset += one.rows;
             }
             return most;
         },
         "Bytes of workspace that project() needs for these pieces.");
     m.def(
         "project",
-        [](int device, std::uintptr_t stream, const std::vector<Piece>& pieces, int dtype,
-           std::int64_t batch, std::uintptr_t out, std::int64_t cols, std::int64_t out_stride_b,
-           std::int64_t out_stride_k, const Key& key, std::int64_t row_offset, double scale,
-           bool accumulate, int terms, const std::string& variant, std::uintptr_t workspace,
+        [](int device, std::uintptr_t cuda_stream, const std::vector<View>& pieces, const View& out,
+           Call call, const std::string& variant, std::uintptr_t workspace,
            std::int64_t workspace_bytes) {
-            for (const Piece& piece : pieces) {
-                const ProjectCall call =
-                    project_call(piece, dtype, batch, out, cols, out_stride_b, out_stride_k, key,
-                                 row_offset, scale, accumulate, terms, variant);
-                project(device, reinterpret_cast<void*>(stream), call,
+            for (const View& piece : pieces) {
+                const ProjectCall one = project_call(piece, out, call, variant);
+                project(device, reinterpret_cast<void*>(cuda_stream), one,
                         reinterpret_cast<void*>(workspace), workspace_bytes);
-                row_offset += call.rows;
-                accumulate = true;
+                call.row_offset += one.rows;
+                call.accumulate = true;
             }
         },
-        py::call_guard<py::gil_scoped_release>(),
-        "out (+)= scale * G @ R on a stream: returns once the kernels are queued.");
+        unlocked, "out (+)= scale * G @ R on a stream: returns once the kernels are queued.");
     m.def(
         "project_transpose",
-        [](int device, std::uintptr_t stream, std::uintptr_t y, int dtype, std::int64_t batch,
-           std::int64_t cols, std::int64_t y_stride_b, std::int64_t y_stride_k, std::uintptr_t out,
-           std::int64_t rows, std::int64_t out_stride_b, std::int64_t out_stride_p, const Key& key,
-           std::int64_t row_offset, double scale, int terms, const std::string& variant) {
-            TransposeCall call;
-            call.y = reinterpret_cast<const void*>(y);
-            call.dtype = static_cast<Dtype>(dtype);
-            call.batch = batch;
-            call.cols = cols;
-            call.y_stride_b = y_stride_b;
-            call.y_stride_k = y_stride_k;
-            call.out = reinterpret_cast<void*>(out);
-            call.rows = rows;
-            call.out_stride_b = out_stride_b;
-            call.out_stride_p = out_stride_p;
-            call.kind = static_cast<Kind>(std::get<0>(key));
-            call.seed = std::get<1>(key);
-            call.stream = std::get<2>(key);
-            call.row_offset = row_offset;
-            call.scale = scale;
-            call.terms = terms;
-            call.variant = variant_of(variant);
-            project_transpose(device, reinterpret_cast<void*>(stream), call);
+        [](int device, std::uintptr_t cuda_stream, const View& y, const View& out, const Call& call,
+           const std::string& variant) {
+            project_transpose(
+                device, reinterpret_cast<void*>(cuda_stream),
+                {call, y.data, y.dtype, y.shape[0], y.shape[1], y.stride[0], y.stride[1], out.data,
+                 out.shape[1], out.stride[0], out.stride[1], variant_of(variant)});
         },
-        py::call_guard<py::gil_scoped_release>(), "out = scale * y @ R.T on a stream.");
+        unlocked, "out = scale * y @ R.T on a stream.");
     m.def(
         "matrix",
-        [](int device, std::uintptr_t stream, std::uintptr_t out, int dtype, std::int64_t rows,
-           std::int64_t cols, std::int64_t stride_n, std::int64_t stride_m, const Key& key,
-           std::int64_t row_offset, std::int64_t col_offset) {
-            MatrixCall call;
-            call.out = reinterpret_cast<void*>(out);
-            call.dtype = static_cast<Dtype>(dtype);
-            call.rows = rows;
-            call.cols = cols;
-            call.stride_n = stride_n;
-            call.stride_m = stride_m;
-            call.kind = static_cast<Kind>(std::get<0>(key));
-            call.seed = std::get<1>(key);
-            call.stream = std::get<2>(key);
-            call.row_offset = row_offset;
-            call.col_offset = col_offset;
-            matrix(device, reinterpret_cast<void*>(stream), call);
+        [](int device, std::uintptr_t cuda_stream, const View& out, const Call& call,
+           std::int64_t col_offset) {
+            matrix(device, reinterpret_cast<void*>(cuda_stream),
+                   {call, out.data, out.dtype, out.shape[0], out.shape[1], out.stride[0],
+                    out.stride[1], col_offset});
         },
-        py::call_guard<py::gil_scoped_release>(), "A block of R on a stream.");
+        unlocked, "A block of R on a stream.");
 }

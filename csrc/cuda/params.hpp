@@ -3,10 +3,9 @@
 
 #include <cstdint>
 
-namespace fastproj::cuda {
+#include "../call.hpp"
 
-// Input element types as the bindings number them.
-enum class Dtype : std::int32_t { kF32 = 0, kF64 = 1, kBf16 = 2, kF16 = 3, kI8 = 4 };
+namespace fastproj::cuda {
 
 constexpr int element_bytes(Dtype dtype) {
     return dtype == Dtype::kF64 ? 8 : dtype == Dtype::kF32 ? 4 : dtype == Dtype::kI8 ? 1 : 2;

@@ -46,8 +46,8 @@ struct DeviceInfo {
     bool sm90a = false;  // code for sm_90a was compiled in and runs here
 };
 
-// G [batch, rows] of one piece, and the result [batch, cols].
-struct ProjectCall {
+// A call with its tensors: G [batch, rows] of one piece, and the result [batch, cols].
+struct ProjectCall : Call {
     const void* grads = nullptr;
     Dtype dtype = Dtype::kF32;
     std::int64_t batch = 0, rows = 0;
@@ -55,13 +55,6 @@ struct ProjectCall {
     void* out = nullptr;  // float, or double when grads is
     std::int64_t cols = 0;
     std::int64_t out_stride_b = 0, out_stride_k = 1;
-    Kind kind = Kind::kRademacher;
-    std::uint64_t seed = 0;
-    std::uint32_t stream = 0;
-    std::int64_t row_offset = 0;
-    double scale = 1.0;
-    bool accumulate = false;
-    int terms = 1;  // of fp32 input: 3, 2, 1 for highest, high, medium
     Variant variant = Variant::kAuto;
 };
 
@@ -210,10 +203,10 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     const std::int64_t shift = call.row_offset % kBlockRows;
     const std::int64_t units =
         units_of(shift, std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows));
-    plan.splits = choose_splits(call.kind, units, call.cols, device.multiprocessors);
+    plan.splits = choose_splits(call.key.kind, units, call.cols, device.multiprocessors);
 
     if (plan.variant == Variant::kSimple) {
-        plan.key = {call.kind, false, 0, 8};
+        plan.key = {call.key.kind, false, 0, 8};
         plan.col_chunk = std::min<std::int64_t>(call.cols, 1 << 16);
         plan.workspace_row = plan.col_chunk;
         plan.splits = std::min<std::int64_t>(
@@ -223,8 +216,8 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     }
 
     const int terms = sixteen ? 1 : call.terms;
-    plan.key = {call.kind, call.dtype != Dtype::kF16, terms,
-                choose_block_b(plan.variant, call.kind, terms, call.batch)};
+    plan.key = {call.key.kind, call.dtype != Dtype::kF16, terms,
+                choose_block_b(plan.variant, call.key.kind, terms, call.batch)};
 
     // Alignment. The copy engine needs an aligned tensor; the other 16-byte loads also need pieces
     // that start at multiples of 8 rows of R (fp32: 4) to be aligned.

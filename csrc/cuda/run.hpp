@@ -39,8 +39,8 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         p.row_offset = call.row_offset;
         p.first_unit = call.row_offset / kBlockRows;
         p.units = units;
-        p.seed = call.seed;
-        p.stream = call.stream;
+        p.seed = call.key.seed;
+        p.stream = call.key.stream;
         p.batch = static_cast<std::int32_t>(call.batch);
         p.cols = static_cast<std::int32_t>(call.cols);
         p.first_col = static_cast<std::int32_t>(first_col);
@@ -48,7 +48,7 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, 64));
         p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, 8));
         p.input = static_cast<std::int32_t>(call.dtype);
-        launcher.project_simple(call.kind, p);
+        launcher.project_simple(call.key.kind, p);
     } else {
         const Kernel kernel = launcher.find(plan.variant, plan.key);
         ProjectParams p{};
@@ -69,11 +69,11 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
             p.accumulate = call.accumulate;
         }
         const std::int64_t unit = call.row_offset / kBlockRows;
-        const std::int64_t block = call.kind == Kind::kRademacher ? unit : unit * 16;
-        p.key0 = static_cast<std::uint32_t>(call.seed);
-        p.key1 = static_cast<std::uint32_t>(call.seed >> 32);
-        p.counter2 = counter2(call.kind, block, 0);
-        p.stream = call.stream;
+        const std::int64_t block = call.key.kind == Kind::kRademacher ? unit : unit * 16;
+        p.key0 = static_cast<std::uint32_t>(call.key.seed);
+        p.key1 = static_cast<std::uint32_t>(call.key.seed >> 32);
+        p.counter2 = counter2(call.key.kind, block, 0);
+        p.stream = call.key.stream;
         p.first_block = static_cast<std::uint32_t>(unit);
         p.row_shift = static_cast<std::int32_t>(shift);
         p.rows = static_cast<std::int32_t>(call.rows);
@@ -163,19 +163,16 @@ void run_project(Launcher& launcher, const DeviceInfo& device, const ProjectCall
     }
 }
 
-struct MatrixCall {
+struct MatrixCall : Call {
     void* out = nullptr;
     Dtype dtype = Dtype::kF32;
     std::int64_t rows = 0, cols = 0, stride_n = 0, stride_m = 1;
-    Kind kind = Kind::kRademacher;
-    std::uint64_t seed = 0;
-    std::uint32_t stream = 0;
-    std::int64_t row_offset = 0, col_offset = 0;
+    std::int64_t col_offset = 0;
 };
 
 template <class Launcher>
 void run_matrix(Launcher& launcher, const MatrixCall& call) {
-    const std::int64_t height = block_rows(call.kind);
+    const std::int64_t height = block_rows(call.key.kind);
     MatrixParams p{};
     p.out = call.out;
     p.stride_n = call.stride_n;
@@ -185,26 +182,20 @@ void run_matrix(Launcher& launcher, const MatrixCall& call) {
     p.row_offset = call.row_offset;
     p.first_block = call.row_offset / height;
     p.blocks = ceil_div(call.row_offset + call.rows, height) - p.first_block;
-    p.seed = call.seed;
-    p.stream = call.stream;
+    p.seed = call.key.seed;
+    p.stream = call.key.stream;
     p.col_offset = static_cast<std::uint32_t>(call.col_offset);
     p.out_dtype = static_cast<std::int32_t>(call.dtype);
-    launcher.matrix(call.kind, p);
+    launcher.matrix(call.key.kind, p);
 }
 
 // out [batch, rows] = scale * y [batch, cols] @ R[row_offset : row_offset + rows, :cols].T
-struct TransposeCall {
+struct TransposeCall : Call {
     const void* y = nullptr;
     Dtype dtype = Dtype::kF32;
     std::int64_t batch = 0, cols = 0, y_stride_b = 0, y_stride_k = 1;
     void* out = nullptr;  // float, or double when y is
     std::int64_t rows = 0, out_stride_b = 0, out_stride_p = 1;
-    Kind kind = Kind::kRademacher;
-    std::uint64_t seed = 0;
-    std::uint32_t stream = 0;
-    std::int64_t row_offset = 0;
-    double scale = 1.0;
-    int terms = 3;
     Variant variant = Variant::kAuto;
 };
 
@@ -224,8 +215,8 @@ void run_transpose(Launcher& launcher, const TransposeCall& call) {
     p.first_unit = call.row_offset / kBlockRows;
     p.units = units_of(call.row_offset % kBlockRows, call.rows);
     p.scale = call.scale;
-    p.seed = call.seed;
-    p.stream = call.stream;
+    p.seed = call.key.seed;
+    p.stream = call.key.stream;
     p.sign_mask = kSignMask;
     p.batch = static_cast<std::int32_t>(call.batch);
     p.cols = static_cast<std::int32_t>(call.cols);
@@ -233,12 +224,12 @@ void run_transpose(Launcher& launcher, const TransposeCall& call) {
     p.input = static_cast<std::int32_t>(call.dtype);
     p.out_dtype = static_cast<std::int32_t>(call.dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32);
     if (simple) {
-        launcher.transpose_simple(call.kind, p);
+        launcher.transpose_simple(call.key.kind, p);
     } else {
         // One term is exact for bf16; fp16 needs two, and gets the three of fp32.
         const int terms =
             call.dtype == Dtype::kBf16 || (call.dtype == Dtype::kF32 && call.terms == 1) ? 1 : 3;
-        launcher.transpose80(call.kind, terms, p);
+        launcher.transpose80(call.key.kind, terms, p);
     }
 }
 

@@ -18,8 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastproj.call import DTYPES, KIND_NUMBERS, TERMS, Call
-from fastproj.spec import MatrixKey
+from fastproj.call import DTYPES, KIND_NUMBERS, TERMS, Call, view
 
 NAME = "cuda"
 VARIANT_VARIABLE = "FASTPROJ_CUDA_VARIANT"
@@ -151,12 +150,13 @@ def plan(
     return {name: str(value) for name, value in facts.items()}
 
 
-def _key(key: MatrixKey) -> tuple[int, int, int]:
-    return KIND_NUMBERS[key.kind], key.seed, key.stream
+def _index(t: Tensor) -> int:
+    index = t.device.index
+    return index if index is not None else torch.cuda.current_device()
 
 
-def _cuda_stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)
+def _cuda_stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
 
 
 def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
@@ -164,57 +164,34 @@ def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
 
     Pieces are projected one after another at their row offsets, each added to ``out``.
     """
-    described = [(g.data_ptr(), g.shape[1], g.stride(0), g.stride(1)) for g in pieces if g.shape[1]]
-    if not described:  # a sum of nothing
+    views = [view(g) for g in pieces if g.shape[1]]
+    if not views:  # a sum of nothing
         if not call.accumulate:
             out.zero_()
         return
-    extension, device = _module(), out.device
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    dtype, terms, variant = DTYPES[pieces[0].dtype], TERMS[call.precision], _variant()
-    batch, proj_dim = out.shape
-    with torch.cuda.device(device):
-        bytes_needed = extension.project_workspace(
-            index,
-            described,
-            dtype,
-            batch,
-            proj_dim,
-            KIND_NUMBERS[call.key.kind],
-            call.row_offset,
-            terms,
-            variant,
-        )
-        workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=device)
-        extension.project(
-            index, _cuda_stream(device), described, dtype, batch, out.data_ptr(), proj_dim,
-            out.stride(0), out.stride(1), _key(call.key), call.row_offset, call.scale,
-            call.accumulate, terms, variant, workspace.data_ptr(), bytes_needed,
-        )  # fmt: skip
+    extension, index = _module(), _index(out)
+    arguments = views, view(out), call.numbers(), _variant()
+    with torch.cuda.device(index):
+        size = extension.project_workspace(index, *arguments)
+        workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+        extension.project(index, _cuda_stream(index), *arguments, workspace.data_ptr(), size)
 
 
 def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
     if out.numel() == 0:
         return
-    device = out.device
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    with torch.cuda.device(device):
+    index = _index(out)
+    with torch.cuda.device(index):
         _module().project_transpose(
-            index, _cuda_stream(device), y.data_ptr(), DTYPES[y.dtype], y.shape[0], y.shape[1],
-            y.stride(0), y.stride(1), out.data_ptr(), out.shape[1], out.stride(0), out.stride(1),
-            _key(call.key), call.row_offset, call.scale, TERMS[call.precision], _variant(),
-        )  # fmt: skip
+            index, _cuda_stream(index), view(y), view(out), call.numbers(), _variant()
+        )
 
 
 def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
     if out.numel() == 0:
         return
-    device = out.device
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    with torch.cuda.device(device):
-        _module().matrix(
-            index, _cuda_stream(device), out.data_ptr(), DTYPES[out.dtype], out.shape[0],
-            out.shape[1], out.stride(0), out.stride(1), _key(call.key), call.row_offset, col_offset,
-        )  # fmt: skip
+    index = _index(out)
+    with torch.cuda.device(index):
+        _module().matrix(index, _cuda_stream(index), view(out), call.numbers(), col_offset)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Protocol, cast
@@ -103,7 +104,7 @@ def choose(
     kind: str,
     backend: str | None = None,
     *,
-    shape: tuple[int, int] | None = None,
+    shape: Sequence[int] | None = None,
     precision: str = "highest",
     index: int | None = None,
 ) -> Backend:
@@ -120,7 +121,8 @@ def choose(
     hint = None
     if asked is None and shape is not None and device_type == "cuda" and min(shape) > 0:
         arch = measured.arch_of(torch.cuda.current_device() if index is None else index)
-        hint = measured.look_up(arch, dtype, kind, precision, *shape)
+        batch, cols = shape
+        hint = measured.look_up(arch, dtype, kind, precision, batch, cols)
     return _choose(device_type, dtype, kind, asked, ENVIRONMENT, hint)
 
 

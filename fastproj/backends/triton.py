@@ -146,14 +146,14 @@ def plan(
 
 def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
-    _launch().project(pieces, out, *call)
+    _launch().project(pieces, out, call)
 
 
 def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
-    _launch().project_transpose(y, out, call.key, call.row_offset, call.scale, call.precision)
+    _launch().project_transpose(y, out, call)
 
 
 def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
-    _launch().matrix(out, call.key, call.row_offset, col_offset)
+    _launch().matrix(out, call, col_offset)

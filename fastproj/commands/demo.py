@@ -25,7 +25,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import fastproj
 from fastproj.commands.arguments import INTERRUPTED
@@ -35,6 +34,7 @@ from fastproj.testbed.ensembles import Ensemble, Training, random_halves, split
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.files import StoreError, make_dir, read_json, write_json
 from fastproj.trak.metrics import LDS, lds, noise_ceiling, spearman
+from fastproj.trak.progress import progress, tracked
 from fastproj.trak.report import Page, write_report
 from fastproj.trak.solve import AUTO, Lambda, check_lambda
 from fastproj.trak.tasks import margins
@@ -136,9 +136,7 @@ def attribute(
         lambda_reg=settings.lambda_reg,
         logging_level=logging.WARNING,
     )
-    with tqdm(
-        desc="featurizing", total=settings.train * len(checkpoints), unit="sample", leave=False
-    ) as bar:
+    with progress("featurizing", settings.train * len(checkpoints), "sample") as bar:
         for model_id, checkpoint in enumerate(checkpoints):
             traker.load_checkpoint(checkpoint, model_id)
             for rows in torch.arange(settings.train).split(250):
@@ -146,7 +144,8 @@ def attribute(
                 traker.featurize(batch, num_samples=len(rows))
                 bar.update(len(rows))
     traker.finalize_features()
-    for model_id, checkpoint in enumerate(tqdm(checkpoints, desc="scoring", leave=False)):
+    scored = tracked(checkpoints, "scoring", len(checkpoints), "checkpoint")
+    for model_id, checkpoint in enumerate(scored):
         traker.start_scoring_checkpoint("held_out", checkpoint, model_id, settings.targets)
         traker.score((data.target_images, data.target_labels), num_samples=settings.targets)
     return traker.finalize_scores("held_out")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+
+from fastproj.trak.progress import progress
 
 Ensemble = dict[str, Tensor]  # parameter name -> [M, *shape]
 # (parameters of M models, a batch of training samples for each [M, b]) -> the sum of the M losses
@@ -70,11 +71,11 @@ def train_ensemble(
     groups = torch.arange(len(members)).split(group)
     threads = torch.get_num_threads()
     stopped = threading.Event()
-    bar = tqdm(desc=what, total=len(groups) * training.epochs, unit="epoch", leave=False)
+    bar = progress(what, len(groups) * training.epochs, "epoch")
 
     def count_epoch() -> None:
         if not stopped.is_set():
-            bar.update()
+            bar.update(1)
 
     with bar, ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:

@@ -8,7 +8,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
+
+from fastproj.trak.progress import progress
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -115,7 +116,7 @@ def mean_correlation(
     per_column = np.empty(width)
     total, weight = np.zeros(n_boot), np.zeros(n_boot)
     step = max(1, BLOCK_BYTES // (100 * size))
-    with tqdm(desc=what, total=width * n_boot, unit="", leave=False, disable=None) as bar:
+    with progress(what, width * n_boot, "correlation") as bar:
         for begin in range(0, width, step):
             part = slice(begin, begin + step)
             pairs = METHODS[method](x[:, part], y[:, part])

@@ -150,8 +150,8 @@ class Turns:
             raise ValueError(
                 f"{step}: rank {others[0]} was given other data than rank {self.ranks.rank} as the "
                 "first num_samples samples; expected the same loader in all processes (fastproj "
-                "shares its batches out; seed a loader that shuffles or augments alike), or inds= "
-                "with the samples' numbers where a sampler has shared them out"
+                "shares its batches out; no shuffling, and random augmentation seeded alike), or "
+                "inds= with the samples' numbers where a sampler has shared them out"
             )
         self.taking = not others
         if any(f[4] != facts[4] for _, f in every):  # someone else is writing: count all batches

@@ -25,6 +25,7 @@ from fastproj.checks import check_integer
 from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
+from fastproj.trak.checkpoints import LoadedModel, load_state
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
 from fastproj.trak.files import Indices
 from fastproj.trak.finalizing import finalize, solution_of
@@ -34,16 +35,14 @@ from fastproj.trak.gradients import (
     resolve_gradient_computer,
 )
 from fastproj.trak.inputs import (
+    as_groups,
     as_indices,
     as_model_ids,
-    changed_since,
     check_finite,
     check_indices,
     check_mode,
     check_model,
     check_projector,
-    load_state,
-    parameter_versions,
     projector_kind,
     resolve_device,
     subclass_of,
@@ -55,7 +54,6 @@ from fastproj.trak.store import (
     NotReadyError,
     Store,
     layout_fingerprint,
-    model_digest,
 )
 from fastproj.trak.tasks import describe_task, resolve_task
 from fastproj.trak.writer import (
@@ -105,7 +103,8 @@ class TRAKer:
         overflow or underflow). Gradients, projection and solution keep their precision.
     proj_max_batch_size : accepted for TRAK's sake; any batch size works.
     projector_seed : 0 <= seed < 2^64, where ``projector`` is None.
-    grad_wrt : names of the parameters to take gradients by; None is all.
+    grad_wrt : names of the parameters to take gradients by; "trainable" is those that have
+        ``requires_grad``, None all.
     lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features and Q, and
         weighs the samples by the curvature of their loss (see ``fastproj.trak.ridge``). A number is
         added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean eigenvalue.
@@ -137,7 +136,7 @@ class TRAKer:
         use_half_precision: bool = True,
         proj_max_batch_size: int = 32,
         projector_seed: SupportsIndex = 0,
-        grad_wrt: Iterable[str] | None = None,
+        grad_wrt: Iterable[str] | str | None = None,
         lambda_reg: Lambda = AUTO,
         *,
         kind: str = "rademacher",
@@ -150,7 +149,7 @@ class TRAKer:
             "TRAKer", "train_set_size", train_set_size, 1, MAX_SAMPLES
         )
         self.lambda_reg = check_lambda(lambda_reg)
-        names = parameter_names(model, grad_wrt)
+        names = self.gradient_names = parameter_names(model, grad_wrt)
         self.grad_wrt = None if grad_wrt is None else names
         self.num_params_for_grad = count_params(model, names)
         device = resolve_device(device, model)
@@ -203,6 +202,8 @@ class TRAKer:
         self._last_ind = 0
         self._warned: set[int] = set()
         self._told_autocast = False
+        self._told_mixed: set[str | None] = set()  # of the training set (None) or an experiment
+        self._lists = batches.Lists()
 
     # ---- featurizing ----------------------------------------------------------------------------
 
@@ -211,6 +212,8 @@ class TRAKer:
         checkpoint: Mapping[str, Any],
         model_id: SupportsIndex,
         _allow_featurizing_already_registered: bool = False,
+        *,
+        strict: bool = True,
     ) -> None:
         """Load a state_dict into the model, and make ``model_id`` the one that is featurized.
 
@@ -223,6 +226,9 @@ class TRAKer:
             the projection matrix.
         _allow_featurizing_already_registered : accepted for TRAK's sake; as in trak 0.3.2, a
             model_id that is there is gone on with, whatever this says.
+        strict : False takes a checkpoint that lacks something, such as the adapters that peft's
+            ``save_pretrained`` keeps: what is missing stays as the model has it now, which is
+            logged. What gradients are taken by (``grad_wrt``) must be there.
 
         Raises
         ------
@@ -230,7 +236,7 @@ class TRAKer:
             Where the checkpoint's keys or shapes don't fit the model; StoreMismatchError where
             ``model_id`` was featurized from another checkpoint.
         """
-        model_id = self._load("load_checkpoint", checkpoint, model_id)
+        model_id = self._load("load_checkpoint", checkpoint, model_id, strict)
         self._register(model_id)
         done = self.saver.index(model_id).done
         if done.any():
@@ -242,10 +248,11 @@ class TRAKer:
             )
         self._turns = Turns(self.ranks, done, ("featurize", model_id, None))
         self._loaded_for = "featurize"
+        self._beside: int | None = None  # another checkpoint that content is compared with
 
     def _register(self, model_id: int) -> None:
         """Enter a checkpoint into the store; what is set aside first is so once, by rank 0."""
-        checkpoint = self._digest
+        checkpoint = self._loaded.digest
         every = [("load_checkpoint", model_id)]
         if not self.saver.load_from_save_dir:
             every = self.ranks.meet("load_checkpoint", model_id)
@@ -257,24 +264,18 @@ class TRAKer:
             self.saver._fresh.add(model_id)
         self.saver.register(model_id, checkpoint)
 
-    def _load(self, function: str, checkpoint: Mapping[str, Any], model_id: SupportsIndex) -> int:
+    def _load(
+        self, function: str, checkpoint: Mapping[str, Any], model_id: SupportsIndex, strict: bool
+    ) -> int:
         """Check and load a checkpoint; returns the model_id."""
         model_id = check_integer(function, "model_id", model_id, 0, 1 << 32)
         self._loaded_for = None
-        load_state(function, self.model, checkpoint)
+        load_state(function, self.model, checkpoint, strict, self.gradient_names)
         self.model.eval()
+        self._loaded = LoadedModel(self.model)
         self.gradient_computer.load_model_params(self.model)
         self._last_ind = 0
-        self._versions = parameter_versions(self.model)
-        self._digest = model_digest(self.model)
         return model_id
-
-    def _check_unchanged(self, function: str) -> None:
-        """Raise ValueError if the model isn't the checkpoint any more that was loaded."""
-        if parameter_versions(self.model) != self._versions:
-            if model_digest(self.model) != self._digest:
-                raise changed_since(function, self.model, self._versions)
-            self._versions = parameter_versions(self.model)  # loaded again, by another TRAKer
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -292,7 +293,12 @@ class TRAKer:
 
         Parameters
         ----------
-        batch : tuple or list of tensors [B, ...], as the task takes it.
+        batch : what a loader gives: a tuple, list, namedtuple, dict or dataclass of tensors
+            [B, ...], as the task takes it, or nests of these. Beside them there may be lists with
+            one entry for each sample (strings, tensors of unequal lengths), strings and numbers
+            that all samples share, and objects that hold the batch's samples: batches of PyTorch
+            Geometric, or any with a length and ``select(rows)``. B is the first dimension of the
+            first tensor; without one, what an object says, or the number of inds or num_samples.
         inds : integers [B], the samples' places in the training set; or
         num_samples : B, for samples that follow those of the last call.
 
@@ -318,13 +324,16 @@ class TRAKer:
         content = batches.content_ids(batch, len(inds))
         done = index.done[inds]
         self._check_content(model_id, inds[done], index.content[inds[done]], content[done])
+        self._compare_batch(model_id, inds, content)
         new = ~done
         if new.any():
-            q = self._out_to_loss(batch)  # of the whole batch: a task may compare its samples
+            with self._loaded.guarded("featurize"):
+                q = self._out_to_loss(batch)  # of the whole batch: a task may compare its samples
             if done.any():
                 rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
                 batch, q = batches.select(batch, rows), q[rows]
-            features = self._features(batch, model_id, inds[new])
+            with self._loaded.guarded("featurize"):
+                features = self._features(batch, model_id, inds[new])
             check_finite("featurize", "Q", q, inds[new])
             self.saver.write_shard(model_id, inds[new], content[new], features, q)
         self._advance(num_samples, inds)
@@ -377,21 +386,23 @@ class TRAKer:
                 "num_samples; expected exactly one of them"
             )
         check_mode(function, self.model)
-        self._check_unchanged(function)
-        prepared, size = batches.prepare(function, batch, self.device)
-        if hasattr(self.task, "check_batch"):
-            self.task.check_batch(prepared)
         if inds is None:
             count = check_integer(function, "num_samples", num_samples or 0, 0, MAX_SAMPLES)
-            if count != size:
-                raise ValueError(
-                    f"{function}: received num_samples={count} with a batch of {size} samples; "
-                    "expected the two to agree (the last batch of a loader is often smaller)"
-                )
             places = np.arange(self._last_ind, self._last_ind + count)
         else:
             places = as_indices(function, inds)
+            count = len(places)
+        prepared, size = batches.prepare(function, batch, self.device, count, self._lists)
+        if hasattr(self.task, "check_batch"):
+            self.task.check_batch(prepared)
+        if inds is None and count != size:
+            raise ValueError(
+                f"{function}: received num_samples={count} with a batch of {size} samples; "
+                "expected the two to agree (the last batch of a loader is often smaller)"
+            )
         check_indices(function, places, size, total)
+        if size:
+            self._loaded.check(function, lambda: self._out_to_loss(prepared))
         return prepared, places
 
     def _check_content(
@@ -404,8 +415,9 @@ class TRAKer:
             warnings.warn(
                 f"featurize: sample {inds[other][0]} of model_id {model_id} was featurized from "
                 "other data than this batch holds. What is in save_dir is kept: fine if the loader "
-                "augments; otherwise the order or the data set has changed, and a new save_dir or "
-                "load_from_save_dir=False is what you want",
+                "augments at random; if it shuffles, or the data set has changed, samples are "
+                "mixed up: use shuffle=False, or inds= with the samples' numbers in the data set, "
+                "and load_from_save_dir=False or a new save_dir",
                 stacklevel=3,
             )
 
@@ -419,7 +431,7 @@ class TRAKer:
         """Q of a batch, float32 [B]."""
         with self._own_dtype():
             q: Tensor = self.gradient_computer.compute_loss_grad(batch).detach()
-        size = next(batches.leaves(batch)).shape[0]
+        size = batches.size(batch)
         if q.numel() != size:
             raise ValueError(
                 f"featurize: the task's get_out_to_loss_grad returned {list(q.shape)} for a batch "
@@ -465,9 +477,9 @@ class TRAKer:
     ) -> None:
         """Sum up the Gram matrix of each checkpoint, choose its lambda, and check that it solves.
 
-        What is stored is the matrix itself (k x k): XtX, or Phi^T R Phi for "auto"; the inverse is
-        applied to the targets when scoring. So another ``lambda_reg`` needs no gradients again:
-        call this again with it.
+        What is stored is the matrix itself (k x k; n x n where n < k): XtX, or Phi^T R Phi for
+        "auto"; the inverse is applied to the targets when scoring. So another ``lambda_reg`` needs
+        no gradients again: call this again with it.
 
         Parameters
         ----------
@@ -494,6 +506,8 @@ class TRAKer:
             lambda_reg = self.lambda_reg
         check_lambda(lambda_reg)
         probabilities = getattr(self.task, "q_are_probabilities", None)
+        if ranks.first:
+            self._compare_content(function, ids)
         finalize(self.saver, self.score_computer, ids, lambda_reg, ranks, probabilities)
         self._last_ind = 0
 
@@ -505,8 +519,17 @@ class TRAKer:
         checkpoint: Mapping[str, Any],
         model_id: SupportsIndex,
         num_targets: SupportsIndex,
+        *,
+        groups: Any = None,
+        reduction: str = "sum",
+        strict: bool = True,
     ) -> None:
         """Load a checkpoint to compute features of targets with; ``num_samples`` counts from 0.
+
+        With ``groups``, ``finalize_scores`` gives one score for each set of targets instead of one
+        for each target:
+
+            tau(g)_i = sum of tau(z_j)_i over the targets j with groups[j] == g
 
         Parameters
         ----------
@@ -514,24 +537,30 @@ class TRAKer:
         checkpoint : state_dict, the one that ``model_id`` was featurized with.
         model_id : the number of the checkpoint.
         num_targets : m, the number of targets.
+        groups : None, or integers [m]: the group 0..G-1 that each target is in, at least one in
+            each. The same for all checkpoints of an experiment.
+        reduction : "sum", or "mean": divided by the number of targets in the group.
+        strict : as for ``load_checkpoint``.
 
         Raises
         ------
         NotReadyError
             Before ``finalize_features`` of this checkpoint.
         ValueError
-            For another checkpoint than the one that was featurized, another number of targets than
-            the experiment has, or a name that can't name files.
+            For another checkpoint than the one that was featurized, another number of targets or
+            other groups than the experiment has, or a name that can't name files.
         """
         function = "start_scoring_checkpoint"
         num_targets = check_integer(function, "num_targets", num_targets, 1, MAX_SAMPLES)
+        grouping = as_groups(function, groups, reduction, num_targets)
         self.saver.experiment_path(exp_name)
         model_id = check_integer(function, "model_id", model_id, 0, 1 << 32)
         self.saver.forget()
         self._require_finalized(function, model_id)
-        self._load(function, checkpoint, model_id)
-        self.saver.check_checkpoint(model_id, self._digest)
-        self.saver.start_experiment(exp_name, model_id, num_targets)
+        self._load(function, checkpoint, model_id, strict)
+        expected = "expected the checkpoint, or the model_id, that was featurized"
+        self.saver.check_checkpoint(model_id, self._loaded.digest, expected)
+        self.saver.start_experiment(exp_name, model_id, num_targets, grouping)
         done = self.saver.index(model_id, exp_name).done
         self._turns = Turns(self.ranks, done, ("score", model_id, exp_name))
         self._exp_name = exp_name
@@ -578,8 +607,10 @@ class TRAKer:
             if not new.all():
                 rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
                 batch = batches.select(batch, rows)
-            self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
-            features = self._features(batch, model_id, inds[new])
+            with self._loaded.guarded("score"):
+                self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
+            with self._loaded.guarded("score"):
+                features = self._features(batch, model_id, inds[new])
             self.saver.write_shard(model_id, inds[new], content[new], features, exp_name=exp_name)
         self._advance(num_samples, inds)
 
@@ -604,7 +635,8 @@ class TRAKer:
         Returns
         -------
         float32 [n_train, n_targets], memory-mapped from ``save_dir/scores/<exp_name>.mmap`` (which
-        ``numpy.load`` reads). Entry [i, j] > 0: training sample i raises the output of target j.
+        ``numpy.load`` reads). Entry [i, j] > 0: training sample i raises the output of target j,
+        or, where ``start_scoring_checkpoint`` was given groups, the outputs of group j together.
         With ``top_k``: ``TopScores``, kept in ``save_dir/scores/<exp_name>.top.safetensors``.
 
         Raises
@@ -619,7 +651,7 @@ class TRAKer:
         facts_given = (exp_name, model_ids, allow_skip, top_k)
         ranks = self.ranks if self.ranks.agree(function, facts_given) else Ranks()
         self.saver.forget()
-        n_targets = self.saver.num_targets(exp_name)
+        n_columns = self.saver.num_columns(exp_name)
         ids = []
         for model_id in self._model_ids("finalize_scores", model_ids):
             try:
@@ -634,8 +666,10 @@ class TRAKer:
             raise NotReadyError(
                 f"finalize_scores: no checkpoint in {self.save_dir} is ready for {exp_name!r}"
             )
-        self._check_same_targets(exp_name, ids)
-        shape = (self.train_set_size, n_targets)
+        if ranks.first:
+            self._compare_content(function, ids, exp_name)
+            self._compare_content(function, ids)
+        shape = (self.train_set_size, n_columns)
         facts = {"exp_name": exp_name, "model_ids": ids}
         path = self.saver.scores_path(exp_name)
         sink: ScoresWriter | TopWriter = ScoresWriter(path, shape, ranks, facts)
@@ -686,7 +720,8 @@ class TRAKer:
         for model_id in ids:
             self._require_finalized(function, model_id)
         with progress("self-influence", len(ids) * self.train_set_size, "sample") as bar:
-            return self_scores(self.saver, ids, self._solution, bar.update).float().numpy()
+            scores = self_scores(self.saver, self.score_computer, ids, bar.update)
+            return scores.float().numpy()
 
     def _solution(self, model_id: int) -> Solution:
         """The factored system of a finalised checkpoint."""
@@ -742,15 +777,45 @@ class TRAKer:
                 "score for them, or pass allow_skip=True"
             )
 
-    def _check_same_targets(self, exp_name: str, ids: list[int]) -> None:
-        """Warn where two checkpoints were scored on different data."""
-        first = self.saver.index(ids[0], exp_name).content
+    def _compare_content(self, function: str, ids: list[int], exp_name: str | None = None) -> None:
+        """Warn, once, where a sample or target held other data under another checkpoint."""
+        first = self.saver.index(ids[0], exp_name)
         for model_id in ids[1:]:
-            other = np.flatnonzero(self.saver.index(model_id, exp_name).content != first)
-            if len(other):
-                warnings.warn(
-                    f"finalize_scores: target {other[0]} of {exp_name!r} held other data under "
-                    f"model_id {model_id} than under {ids[0]}; their scores are averaged as if it "
-                    "were the same target. Score it again under both if that was not meant",
-                    stacklevel=3,
-                )
+            index = self.saver.index(model_id, exp_name)
+            both = np.flatnonzero(first.done & index.done)
+            other = both[first.content[both] != index.content[both]]
+            self._tell_mixed(function, other, len(both), (model_id, ids[0]), exp_name)
+
+    def _compare_batch(self, model_id: int, inds: Indices, content: Indices) -> None:
+        """The same for the batch at hand, against a checkpoint that is there already."""
+        if self._beside is None:
+            others = (i for i in self.saver.ids() if i != model_id)
+            self._beside = next((i for i in others if self.saver.index(i).done.any()), model_id)
+        if self._beside != model_id:
+            index = self.saver.index(self._beside)
+            both = index.done[inds]
+            other = inds[both][index.content[inds[both]] != content[both]]
+            ids = (model_id, self._beside)
+            self._tell_mixed("featurize", other, int(both.sum()), ids, None)
+
+    def _tell_mixed(
+        self, function: str, other: Indices, of: int, ids: tuple[int, int], exp_name: str | None
+    ) -> None:
+        if not len(other) or exp_name in self._told_mixed:
+            return
+        self._told_mixed.add(exp_name)
+        what = "sample" if exp_name is None else "target"
+        inside = "" if exp_name is None else f" of {exp_name!r}"
+        again = (
+            "load_from_save_dir=False, load_checkpoint and featurize again for all checkpoints"
+            if exp_name is None
+            else "score again under all checkpoints"
+        )
+        warnings.warn(
+            f"{function}: {what} {other[0]}{inside} held other data under model_id {ids[0]} than "
+            f"under {ids[1]}, as {len(other)} of {of} {what}s did; their scores are averaged as if "
+            f"they were the same. If the loader shuffles, {what}s are mixed up: use shuffle=False, "
+            f"or inds= with the {what}s' numbers in the data set, and {again}. If it augments at "
+            f"random, the {what}s are the same and nothing is wrong",
+            stacklevel=4,
+        )

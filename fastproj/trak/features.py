@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastproj.trak.files import Indices, Tensors
+from fastproj.trak.files import GoneError, Indices, Tensors
 
 HALF_EXPONENT = 15  # half-precision rows are scaled so that their largest entry is in [2^14, 2^15)
 EXACT_EXPONENT = 126  # up to here, 2^exponent is a normal float32
-BLOCK_ROWS = 2048  # samples held at once while finalising and scoring
+BLOCK_ROWS = 2048  # samples held at once while finalising and scoring,
+BLOCK_BYTES = 1 << 26  # unless their features are more than this
+TRIES = 100  # to read what other processes keep moving
 BLOCKS_EXPECTED = 2  # that the system is told to start reading
 SERIAL_ENTRIES = 32768  # up to here, torch's elementwise operations stay in their thread
 
@@ -67,16 +69,20 @@ def unpacked_dtype(grads: Tensor) -> torch.dtype:
     return torch.float64 if grads.dtype == torch.float64 else torch.float32
 
 
-def sample_blocks(shard: np.ndarray[Any, Any], rows: int | None = None) -> list[Indices]:
-    """The samples that are there in blocks of whole shards, each of ``rows`` samples or just more.
+def block_rows(proj_dim: int) -> int:
+    """How many samples of so many dimensions are held at once."""
+    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * proj_dim)))
 
-    shard : [n], which shard each sample is in, or -1. The blocks depend on nothing else.
-    rows : None is BLOCK_ROWS.
+
+def sample_blocks(batch: np.ndarray[Any, Any], rows: int) -> list[Indices]:
+    """The samples that are there in blocks of whole batches, each of ``rows`` samples or just more.
+
+    batch : [n], which batch each sample was computed in, or -1. The blocks depend on nothing else.
+        A block of twice ``rows`` or more, as one large batch makes it, is cut evenly.
     """
-    rows = BLOCK_ROWS if rows is None else rows
-    order = np.argsort(shard, kind="stable").astype(np.int64)
-    order = order[np.searchsorted(shard[order], 0) :]
-    sizes = np.unique(shard[order], return_counts=True)[1]
+    order = np.argsort(batch, kind="stable").astype(np.int64)
+    order = order[np.searchsorted(batch[order], 0) :]
+    sizes = np.unique(batch[order], return_counts=True)[1]
     ends, size, end = [], 0, 0
     for count in sizes.tolist():
         size, end = size + count, end + count
@@ -85,7 +91,8 @@ def sample_blocks(shard: np.ndarray[Any, Any], rows: int | None = None) -> list[
             size = 0
     if size:
         ends.append(end)
-    return np.split(order, ends[:-1]) if ends else []
+    blocks = np.split(order, ends[:-1]) if ends else []
+    return [part for b in blocks for part in np.array_split(b, max(1, len(b) // rows))]
 
 
 class FeatureReader:
@@ -108,8 +115,43 @@ class FeatureReader:
     def read(self, inds: Indices, buffer: Buffer | None = None) -> tuple[Tensor, Tensor | None]:
         """Features [b, k] and Q [b] (None for targets) of the samples ``inds`` [b], in order.
 
-        The features are in ``buffer`` where one is given, until its next use.
+        The features are in ``buffer`` where one is given, until its next use. Where another process
+        has merged shards meanwhile, it looks again where the samples are.
         """
+        return self._again(lambda: self._read(inds, buffer), inds)
+
+    def read_q(self, inds: Indices) -> Tensor:
+        """Q of the samples ``inds`` [b], float32 [b]; the features aren't read."""
+        return self._again(lambda: self._read_q(inds), inds)
+
+    def _again(self, read: Callable[[], Item], inds: Indices) -> Item:
+        """What ``read`` gives, once its files stay for so long."""
+        for _ in range(TRIES):
+            try:
+                return read()
+            except GoneError:
+                before = self.index
+                self.store.forget_index(self.model_id, self.exp_name)
+                self.index = self.store.index(self.model_id, self.exp_name)
+                same = self.index.content[inds] == before.content[inds]
+                if not (same & self.index.done[inds]).all():
+                    raise
+        return read()
+
+    def _read_q(self, inds: Indices) -> Tensor:
+        q = torch.empty(len(inds), dtype=torch.float32)
+        shards = self.index.shard[inds]
+        order = np.argsort(shards, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            if len(places):
+                path = self.index.shards[int(shards[places[0]])].path
+                names = ("out_to_loss",)
+                stored = self.store.read_shard(path, self.model_id, self.exp_name, names)
+                rows = torch.from_numpy(self.index.row[inds[places]].astype(np.int64))
+                q[torch.from_numpy(places)] = stored["out_to_loss"][rows].float()
+        return q
+
+    def _read(self, inds: Indices, buffer: Buffer | None) -> tuple[Tensor, Tensor | None]:
         shards = self.index.shard[inds]
         order = np.argsort(shards, kind="stable")
         ends = np.flatnonzero(np.diff(shards[order])) + 1
@@ -139,7 +181,7 @@ class FeatureReader:
         if not hasattr(os, "posix_fadvise"):
             return
         for number in np.unique(self.index.shard[inds]).tolist():
-            path = self.index.shards[number]
+            path = self.index.shards[number].path
             if path in self._expected:
                 continue
             self._expected.add(path)
@@ -152,12 +194,13 @@ class FeatureReader:
 
     def _rows(self, number: int, rows: np.ndarray[Any, Any]) -> Tensors:
         """The given rows of a shard; only their pages are read once the shard is checked."""
-        path = self.index.shards[number]
+        path = self.index.shards[number].path
         check = path not in self._checked
         tensors: Tensors = self.store.read_shard(path, self.model_id, self.exp_name, check=check)
         self._checked.add(path)
-        if len(rows) == len(tensors["inds"]) and (np.diff(rows) == 1).all():
-            return tensors
+        if len(rows) and (np.diff(rows) == 1).all():
+            run = slice(int(rows[0]), int(rows[-1]) + 1)
+            return {name: t[run] for name, t in tensors.items()}
         chosen = torch.from_numpy(rows.astype(np.int64))
         return {name: t[chosen] for name, t in tensors.items()}
 

@@ -44,6 +44,10 @@ class StoreCorruptError(StoreError):
     """A file is damaged."""
 
 
+class GoneError(StoreError):
+    """A file went while it was to be read."""
+
+
 def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
     """Make ``path`` with what ``write(file)`` writes, ``size`` bytes, in full or not at all."""
     temporary = temporary_path(path)
@@ -176,7 +180,7 @@ def read_safetensors(
     except (FileNotFoundError, RuntimeError) as error:  # torch's, where safe_open opens it again
         if path.exists():
             raise
-        raise StoreError(f"{path} is gone; expected nobody to delete it during the run") from error
+        raise GoneError(f"{path} is gone; expected nobody to delete it during the run") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     stored = metadata.pop("checksum", "")
@@ -228,6 +232,8 @@ def corrupt(path: Path, reason: str) -> StoreCorruptError:
         "target": "score the same targets again: only what the file held is computed again",
         "xtx": "call finalize_features again",
         "weighted": "call finalize_features again",
+        "kernel": "call finalize_features again",
+        "kernel_weighted": "call finalize_features again",
         "part": "call finalize_features again",
         "solve": "call finalize_features again",
     }.get(re.split(r"[-.]", path.name)[0], "run the same calls again")

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
-from fastproj.trak.features import FeatureReader, feature_stream, sample_blocks
+from fastproj.trak.features import Buffer, FeatureReader, block_rows, feature_stream, sample_blocks
 from fastproj.trak.files import Indices, StoreError, Tensors
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
-from fastproj.trak.ridge import Moments, are_probabilities, choose_lambda
-from fastproj.trak.solve import AUTO, HALF_ROUNDING, Gram, Lambda, ScoreComputer, Solution
+from fastproj.trak.ridge import Meaning, Moments, choose_lambda, curvature, meaning, weigh
+from fastproj.trak.solve import (
+    AUTO,
+    HALF_ROUNDING,
+    Gram,
+    Lambda,
+    Rows,
+    ScoreComputer,
+    Solution,
+    System,
+    sum_dtype,
+)
 from fastproj.trak.store import Store
 
 STEP = "finalize_features"
@@ -22,6 +35,8 @@ SUMMARY = ("method", "lambda_reg", "n", "rank", "condition")  # of Solution.summ
 MAX_PARTS = 16  # that a Gram matrix is kept in until it is whole
 PART_ROWS = 4096  # samples in a part, at least;
 PART_ROWS_PER_DIM = 8  # and so many times k, for a part (8 k^2 bytes) to be smaller than they are
+PANEL_BYTES = 1 << 28  # of features that all others are multiplied with, in the dual
+OUTSIDE = 1e-5  # by which rounding may put a probability outside 0..1
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -37,45 +52,60 @@ def finalize(
     """Sum up the matrix that lambda is added to, choose lambda where it is "auto", and keep it.
 
     "auto" is added to Phi^T R Phi where Q are probabilities, otherwise, as every lambda that is
-    given, to XtX. ``probabilities`` says whether they are; None looks at them.
+    given, to XtX. ``probabilities`` says whether they are; None looks at them. Where n < k, the
+    n x n matrix of the dual system takes their place.
     """
-    weighted: list[int] = []
+    meanings: dict[int, Meaning] = {}
     with ranks.together(STEP):
-        if ranks.first and lambda_reg == AUTO and probabilities is not False:
-            weighted = [i for i in model_ids if curved(i, store.out_to_loss(i), probabilities)]
-    weighted = ranks.gather(STEP, weighted)[0]
-    missing = [i for i in model_ids if not store.has_gram(i, i in weighted)]
+        if ranks.first and lambda_reg == AUTO:
+            meanings = {i: q_meaning(i, store.out_to_loss(i), probabilities) for i in model_ids}
+    meanings = ranks.gather(STEP, meanings)[0]
+    dual = computer.forms_dual(store.train_set_size, store.proj_dim)
+    power = {i: meanings[i].probability if i in meanings else 0.0 for i in model_ids}
+    systems = {i: System(power[i], dual) for i in model_ids}
+    missing = [i for i in model_ids if not store.has_gram(i, systems[i])]
     # Rank 0's list: it may be writing while others still look.
     todo = ranks.gather(STEP, missing)[0]
     mine = len(todo) * store.train_set_size // ranks.size
     with progress("finalising features", mine, "sample") as bar:
         for model_id in todo:
-            sum_gram(store, computer, model_id, model_id in weighted, ranks, bar.update)
+            sum_gram(store, computer, model_id, systems[model_id], ranks, bar.update)
     with ranks.together(STEP):
         for model_id in model_ids if ranks.first else ():
-            keep_lambda(store, computer, model_id, model_id in weighted, lambda_reg)
+            q = meanings.get(model_id)
+            keep_lambda(store, computer, model_id, systems[model_id], lambda_reg, q)
 
 
-def curved(model_id: int, q: Tensor, probabilities: bool | None) -> bool:
-    """Whether Q [n] are probabilities; ValueError where the task says so and they can't be."""
+def q_meaning(model_id: int, q: Tensor, probabilities: bool | None) -> Meaning:
+    """What Q [n] are; ValueError where the task says probabilities and they can't be."""
     low, high = float(q.min()), float(q.max())
-    if probabilities and not 0 <= low <= high <= 1:
+    if probabilities and not -OUTSIDE <= low <= high <= 1 + OUTSIDE:
         raise ValueError(
             f"{STEP}: model_id {model_id} has Q from {low:g} to {high:g}; expected 0..1, since the "
             "task's q_are_probabilities is True (None finds out; False takes Q for residuals)"
         )
-    return bool(probabilities) or are_probabilities(q)
+    return meaning(q, probabilities)
 
 
 def keep_lambda(
-    store: Store, computer: ScoreComputer, model_id: int, weighted: bool, lambda_reg: Lambda
+    store: Store,
+    computer: ScoreComputer,
+    model_id: int,
+    system: System,
+    lambda_reg: Lambda,
+    q: Meaning | None,
 ) -> None:
     """Choose a checkpoint's lambda where it is "auto", check that it solves, and store it."""
-    gram, moments = read_gram(store, model_id, weighted)
+    gram, moments = read_gram(store, model_id, system)
     value = lambda_reg
-    facts: dict[str, Any] = {"lambda": lambda_reg, "weighted": weighted}
-    if lambda_reg == AUTO:
-        choice = choose_lambda(gram, moments)
+    facts: dict[str, Any] = {
+        "lambda": lambda_reg,
+        "weighted": system.weighted,
+        "power": system.power,
+        "form": "dual" if system.dual else "primal",
+    }
+    if q is not None:
+        choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
         logger.info(
             "model_id %d: lambda %.3g (%.3g * mean) chosen by %s",
@@ -87,25 +117,69 @@ def keep_lambda(
     solution = computer.solve(gram, value)
     store.write_solve(model_id, {**facts, **solution.summary()})
     logger.info(
-        "model_id %d: lambda %.3g, condition estimate %.1e",
+        "model_id %d: lambda %.3g, condition estimate %.1e (%s)",
         model_id,
         solution.lambda_reg,
         solution.condition,
+        f"{len(gram.matrix)} x {len(gram.matrix)}, {facts['form']}",
     )
 
 
 def solution_of(store: Store, computer: ScoreComputer, model_id: int) -> Solution:
     """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
+    return solved(store, computer, model_id)[0]
+
+
+def solved(store: Store, computer: ScoreComputer, model_id: int) -> tuple[Solution, Gram]:
+    """The factored system of a finalised checkpoint, and its matrix."""
+    system = store.read_system(model_id)
     stored = store.read_solve(model_id)
-    gram, _ = read_gram(store, model_id, stored["weighted"])
-    return computer.solve_again(gram, {name: stored[name] for name in SUMMARY})
+    sums, n, eps = store.read_gram(model_id, system)
+    gram = gram_of(store, system, sums, n, eps)
+    solution = computer.solve_again(gram, {name: stored[name] for name in SUMMARY})
+    if system.dual:
+        rows = stored_rows(store, model_id, system, sums["order"].numpy())
+        solution = replace(solution, rows=rows)
+    return solution, gram
 
 
-def read_gram(store: Store, model_id: int, weighted: bool) -> tuple[Gram, Moments]:
-    """XtX of a checkpoint, or Phi^T R Phi, and what was summed up beside it."""
-    sums, n, eps = store.read_gram(model_id, weighted)
+def own_scores(store: Store, computer: ScoreComputer, model_id: int) -> Tensor:
+    """``phi (S^T S + lambda I)^-1 phi`` of each training sample, float64 [n], by the dual."""
+    system = store.read_system(model_id)
+    solution, gram = solved(store, computer, model_id)
+    order = store.read_gram(model_id, system)[0]["order"]
+    weights = curvature(store.out_to_loss(model_id), system.power)
+    out = torch.empty(gram.n, dtype=torch.float64)
+    out[order] = solution.on_own_rows(gram.matrix) / weights[order]
+    return out
+
+
+def read_gram(store: Store, model_id: int, system: System) -> tuple[Gram, Moments]:
+    """The Gram matrix of a checkpoint, and what was summed up beside it."""
+    sums, n, eps = store.read_gram(model_id, system)
+    return gram_of(store, system, sums, n, eps), Moments.of(sums, system.power)
+
+
+def gram_of(store: Store, system: System, sums: Tensors, n: int, eps: float) -> Gram:
+    """A Gram matrix as it was stored."""
     rounding = HALF_ROUNDING if store.half else 0.0
-    return Gram(sums["xtx"], n, eps, rounding), Moments.of(sums, weighted)
+    return Gram(sums["kernel" if system.dual else "xtx"], n, store.proj_dim, eps, rounding)
+
+
+def stored_rows(store: Store, model_id: int, system: System, order: Indices) -> Rows:
+    """The rows of a dual system: stored features, weighted, read again at each pass."""
+    reader = FeatureReader(store, model_id)
+    places = np.empty(store.train_set_size, np.int64)
+    places[order] = np.arange(len(order))
+    blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
+
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        buffer = Buffer()
+        for inds, _, features, q in feature_stream([reader], blocks):
+            assert q is not None  # training shards have it
+            yield torch.from_numpy(places[inds]), weigh(features, q, system.power, buffer)
+
+    return Rows(len(order), stream)
 
 
 # ---- sums over all samples ----------------------------------------------------------------------
@@ -115,58 +189,150 @@ def sum_gram(
     store: Store,
     computer: ScoreComputer,
     model_id: int,
-    weighted: bool,
+    system: System,
     ranks: Ranks,
     advance: Callable[[int], Any],
 ) -> None:
-    """Sum up and store Phi^T Phi of a checkpoint, or Phi^T R Phi, shared out over ranks.
+    """Sum up and store the Gram matrix of a checkpoint, shared out over ranks.
 
-    The parts that it is summed from, and their order, depend on the shards alone: so the sum is
-    the same, bit for bit, for any number of ranks, and whether or not it was interrupted.
+    The parts that it is made from, and their order, depend on the batches alone: so it is the same,
+    bit for bit, for any number of ranks, and whether or not it was interrupted.
     """
-    parts = gram_parts(sample_blocks(store.index(model_id).shard), store.proj_dim)
     reader = FeatureReader(store, model_id)
+    blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
+    parts = (panels if system.dual else gram_parts)(blocks, store.proj_dim)
 
-    def write(blocks: Sequence[Indices], part: int | None) -> None:
-        moments = Moments(store.proj_dim, weighted)
-        rows = moments.over(counted(feature_stream([reader], blocks), advance))
-        gram = computer.gram(rows, store.proj_dim, store.train_set_size)
-        sums = {"xtx": gram.xtx, **moments.tensors()}
-        store.write_gram(model_id, sums, gram.n, gram.eps, weighted, part)
+    def write(number: int, part: int | None) -> None:
+        if system.dual:
+            before = [block for blocks in parts[:number] for block in blocks]
+            made = kernel_part(reader, computer, system, before, parts[number], advance)
+        else:
+            made = gram_part(reader, computer, system, parts[number], advance)
+        store.write_gram(model_id, *made, system, part)
 
     with ranks.together(STEP):
         if len(parts) == 1:
             if ranks.first:
-                write(parts[0], None)
+                write(0, None)
             return
         for number in range(ranks.rank, len(parts), ranks.size):
-            if not store.has_gram(model_id, weighted, number):
-                write(parts[number], number)
+            if not store.has_gram(model_id, system, number):
+                write(number, number)
     with ranks.together(STEP):
-        if ranks.first and not store.has_gram(model_id, weighted):  # else a process apart was first
+        if ranks.first and not store.has_gram(model_id, system):  # else a process apart was first
             try:
-                total = add_parts(store, model_id, weighted, len(parts))
+                total = (join_parts if system.dual else add_parts)(
+                    store, model_id, system, len(parts)
+                )
             except StoreError:
-                if not store.has_gram(model_id, weighted):
+                if not store.has_gram(model_id, system):
                     raise
             else:
-                store.write_gram(model_id, *total, weighted)
+                store.write_gram(model_id, *total, system)
         if ranks.first:
-            store.remove_parts(model_id, weighted)
+            store.remove_parts(model_id, system)
+
+
+def gram_part(
+    reader: FeatureReader,
+    computer: ScoreComputer,
+    system: System,
+    blocks: Sequence[Indices],
+    advance: Callable[[int], Any],
+) -> tuple[Tensors, int, float]:
+    """The sums over the samples of some blocks, their number, and how exact they are."""
+    store = reader.store
+    moments = Moments(store.proj_dim, system.power)
+    rows = moments.over(counted(feature_stream([reader], blocks), advance))
+    gram = computer.gram(rows, store.proj_dim, store.train_set_size)
+    return {"xtx": gram.matrix, **moments.tensors()}, gram.n, gram.eps
 
 
 def add_parts(
-    store: Store, model_id: int, weighted: bool, count: int
+    store: Store, model_id: int, system: System, count: int
 ) -> tuple[Tensors, int, float]:
     """The sums of all parts, in order, how many samples they are of, and how exact."""
-    total, n, eps = store.read_gram(model_id, weighted, 0)
+    total, n, eps = store.read_gram(model_id, system, 0)
     total = {name: t.clone() for name, t in total.items()}
     for number in range(1, count):
-        part, rows, _ = store.read_gram(model_id, weighted, number)
+        part, rows, _ = store.read_gram(model_id, system, number)
         n += rows
         for name, t in part.items():
             total[name] += t
     return total, n, eps
+
+
+def kernel_part(
+    reader: FeatureReader,
+    computer: ScoreComputer,
+    system: System,
+    before: Sequence[Indices],
+    blocks: Sequence[Indices],
+    advance: Callable[[int], Any],
+) -> tuple[Tensors, int, float]:
+    """The columns of S S^T of some samples, down from its first row to theirs.
+
+    Their rows stay in memory, while those of the blocks before them pass by.
+    """
+    store = reader.store
+    n, k = store.train_set_size, store.proj_dim
+    order = np.concatenate(blocks)
+    moments = Moments(k, system.power)
+    panel = torch.empty(0)
+    end = 0
+    for rows in moments.over(counted(feature_stream([reader], blocks), advance)):
+        if not len(panel):
+            panel = torch.empty(len(order), k, dtype=rows.dtype)
+        elif rows.dtype == torch.float64 and panel.dtype != rows.dtype:
+            panel = panel.double()
+        panel[end : end + len(rows)] = rows
+        end += len(rows)
+    start = sum(map(len, before))
+    columns = torch.empty(start + len(order), len(order), dtype=torch.float64)
+    buffer = Buffer()
+    end = 0
+    for _, _, features, q in feature_stream([reader], before):
+        assert q is not None  # training shards have it
+        rows = weigh(features, q, system.power, buffer)
+        columns[end : end + len(rows)] = computer.kernel(rows, panel, n)
+        end += len(rows)
+    for low in range(0, len(order), block_rows(k)):
+        rows = panel[low : low + block_rows(k)]
+        columns[end : end + len(rows)] = computer.kernel(rows, panel, n)
+        end += len(rows)
+    own = columns[start:]  # as exact on both sides of its diagonal, which rounding need not be
+    own.copy_((own + own.mT) / 2)
+    sums = {
+        "kernel": columns,
+        "order": torch.from_numpy(order),
+        "response": moments.response,
+        **moments.tensors(),
+    }
+    return sums, len(order), torch.finfo(sum_dtype(float(n) * n * k)).eps
+
+
+def join_parts(
+    store: Store, model_id: int, system: System, count: int
+) -> tuple[Tensors, int, float]:
+    """S S^T of the columns that all parts hold, and what belongs to it, as ``add_parts``."""
+    size = store.train_set_size
+    kernel = torch.empty(size, size, dtype=torch.float64)
+    total: Tensors = {}
+    eps, end = 0.0, 0
+    for number in range(count):
+        part, n, eps = store.read_gram(model_id, system, number)
+        columns = part.pop("kernel")
+        kernel[: end + n, end : end + n] = columns
+        kernel[end : end + n, :end] = columns[:end].mT
+        end += n
+        for name, t in part.items():
+            if name not in total:
+                total[name] = t.clone()
+            elif name in ("order", "response"):
+                total[name] = torch.cat([total[name], t])
+            else:
+                total[name] += t
+    return {"kernel": kernel, **total}, end, eps
 
 
 def counted(
@@ -183,7 +349,16 @@ def counted(
 def gram_parts(blocks: Sequence[Indices], proj_dim: int) -> list[list[Indices]]:
     """The blocks in at most MAX_PARTS runs: what a Gram matrix is shared out and kept by."""
     total = sum(len(rows) for rows in blocks)
-    size = max(-(-total // MAX_PARTS), PART_ROWS, PART_ROWS_PER_DIM * proj_dim)
+    return runs(blocks, max(-(-total // MAX_PARTS), PART_ROWS, PART_ROWS_PER_DIM * proj_dim))
+
+
+def panels(blocks: Sequence[Indices], proj_dim: int) -> list[list[Indices]]:
+    """The blocks in runs of PANEL_BYTES: what the matrix of a dual system is shared out by."""
+    return runs(blocks, max(1, PANEL_BYTES // (4 * proj_dim)))
+
+
+def runs(blocks: Sequence[Indices], size: int) -> list[list[Indices]]:
+    """The blocks in runs of ``size`` samples, or just more."""
     parts: list[list[Indices]] = [[]]
     for rows in blocks:
         if sum(len(r) for r in parts[-1]) >= size:

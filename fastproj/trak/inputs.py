@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,12 +44,20 @@ def check_model(model: Any) -> None:
             "TRAKer: received a model of torch.jit, which can't be called with other weights; "
             "expected the module that it was made from"
         )
-    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    meta = [name for name, t in tensors if t.is_meta]
     if meta:
+        fillable = set(meta) <= set(model.state_dict())
         raise ValueError(
             f"TRAKer: received a model with {', '.join(meta[:3])}{' ...' if len(meta) > 3 else ''} "
-            "on the meta device, without values; expected a model in memory "
-            '(model.to_empty(device="cpu") before load_checkpoint fills it)'
+            "on the meta device, without values; expected a model in memory ("
+            + (
+                'model.to_empty(device="cpu") before load_checkpoint fills it'
+                if fillable
+                else "made outside of torch.device('meta'): no checkpoint fills "
+                f"{', '.join(name for name in meta if name not in model.state_dict())}"
+            )
+            + ")"
         )
 
 
@@ -96,79 +103,6 @@ def projector_kind(projector: Any) -> str:
     return str(getattr(kind, "value", kind))
 
 
-def load_state(function: str, model: nn.Module, checkpoint: Any) -> None:
-    """``model.load_state_dict``, refused before the model is touched if it can't fit."""
-    if not isinstance(checkpoint, Mapping):
-        raise TypeError(
-            f"{function}: received a checkpoint of type {type(checkpoint).__name__}; expected a "
-            "state_dict (model.state_dict(), or torch.load of one)"
-        )
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in checkpoint]
-    unknown = [key for key in checkpoint if key not in wanted]
-    shapes = [
-        f"{key} {list(checkpoint[key].shape)} for {list(t.shape)}"
-        for key, t in wanted.items()
-        if key in checkpoint
-        and hasattr(t, "shape")
-        and getattr(checkpoint[key], "shape", t.shape) != t.shape
-    ]
-    # Modules may rename keys as they load; only they can say whether it fits then.
-    hooked = any(module._load_state_dict_pre_hooks for module in model.modules())
-    if (missing or unknown or shapes) and not hooked:
-        found = [
-            f"{what}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
-            for what, keys in (
-                ("missing", missing),
-                ("not in the model", unknown),
-                ("other shapes", shapes),
-            )
-            if keys
-        ]
-        raise ValueError(
-            f"{function}: received a checkpoint that doesn't fit the model ({'; '.join(found)}); "
-            f"expected the keys and shapes of model.state_dict(){hint(missing, unknown)}"
-        )
-    other = [
-        f"{key} of type {type(checkpoint[key]).__name__}"
-        for key, t in wanted.items()
-        if isinstance(t, Tensor) and key in checkpoint and not isinstance(checkpoint[key], Tensor)
-    ]
-    if other:
-        raise TypeError(
-            f"{function}: received a checkpoint with {', '.join(other[:3])}; expected tensors"
-        )
-    model.load_state_dict(checkpoint)
-
-
-def hint(missing: list[str], unknown: list[str]) -> str:
-    """How the state_dict may be had from what was given instead, for messages."""
-    for key in ("state_dict", "model_state_dict", "model"):
-        if key in unknown:
-            return f" (checkpoint[{key!r}]?)"
-    for prefix in ("module.", "_orig_mod."):
-        if missing and {prefix + key for key in missing} <= set(unknown):
-            return f" (its keys begin with {prefix!r}, of a wrapped model: remove that)"
-    return ""
-
-
-def parameter_versions(model: nn.Module) -> list[tuple[int, int]]:
-    """What changes where a parameter is replaced or written to."""
-    return [(id(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
-
-
-def changed_since(function: str, model: nn.Module, versions: list[tuple[int, int]]) -> ValueError:
-    """What to say of a model that isn't the checkpoint any more that was loaded."""
-    named = zip(model.named_parameters(), parameter_versions(model), versions, strict=False)
-    changed = [name for (name, _), a, b in named if a != b] or ["parameters"]
-    return ValueError(
-        f"{function}: {', '.join(changed[:3])}{' ...' if len(changed) > 3 else ''} of the model "
-        "have changed since the checkpoint was loaded, and features would be kept as those of that "
-        "checkpoint; expected load_checkpoint or start_scoring_checkpoint after every change (of "
-        "another TRAKer on the same model, too)"
-    )
-
-
 def check_mode(function: str, model: nn.Module) -> None:
     """Raise ValueError where dropout or batch statistics are on: outputs would be others each time.
 
@@ -210,9 +144,14 @@ def as_indices(function: str, inds: Any) -> Indices:
             "each sample, in an array, tensor, list or range"
         )
     if array.dtype.kind not in "iu" and array.size:
+        cure = ""
+        if array.dtype == bool:
+            cure = " (a mask over the whole set becomes integers by numpy.flatnonzero)"
+        elif array.dtype.kind == "f" and (array == np.floor(array)).all():
+            cure = " (inds.astype(int) of whole numbers)"
         raise TypeError(
-            f"{function}: received inds of dtype {array.dtype}; expected integers (a mask becomes "
-            "integers by numpy.flatnonzero)"
+            f"{function}: received inds of dtype {array.dtype}; expected integers, the samples' "
+            f"numbers{cure}"
         )
     return array.reshape(-1).astype(np.int64)
 
@@ -238,13 +177,42 @@ def check_indices(function: str, inds: Indices, size: int, total: int) -> None:
         )
 
 
+Grouping = tuple[list[int], str]  # the group of each target, and "sum" | "mean"
+
+
+def as_groups(function: str, groups: Any, reduction: str, total: int) -> Grouping | None:
+    """The groups of ``total`` targets. Raises TypeError or ValueError."""
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"{function}: received reduction={reduction!r}; expected 'sum' or 'mean'")
+    if groups is None:
+        return None
+    array = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
+    renumber = "numpy.unique(groups, return_inverse=True)[1] numbers them so"
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"{function}: received groups of dtype {array.dtype}; expected integers from 0, one "
+            f"for each target ({renumber})"
+        )
+    if array.shape != (total,):
+        raise ValueError(
+            f"{function}: received groups {list(array.shape)} for num_targets={total}; expected "
+            f"[{total}], the group of each target"
+        )
+    if array.min() < 0 or len(np.unique(array)) != array.max() + 1:
+        raise ValueError(
+            f"{function}: received groups from {array.min()} to {array.max()}, of which "
+            f"{len(np.unique(array))} have a target; expected 0..G-1, each with one ({renumber})"
+        )
+    return array.tolist(), reduction
+
+
 IF_COMPUTED = (
     "finite gradients (is the input NaN or inf, or does the model overflow on it?). Nothing of the "
     "batch was kept"
 )
 IF_STORED = (
     "finite features (did another program write them to save_dir, or a subclass of Store?). "
-    "Featurize these samples again under load_from_save_dir=False"
+    "Featurize this checkpoint again under load_from_save_dir=False"
 )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from fastproj.trak.correlation import (
     METHODS,
@@ -31,6 +30,7 @@ from fastproj.trak.correlation import (
     percentiles,
     spearman,
 )
+from fastproj.trak.progress import progress, tracked
 from fastproj.trak.writer import TopScores
 
 BLOCK_BYTES = 1 << 26  # of scores held at once, as float64
@@ -459,7 +459,7 @@ def mislabel_auc(
         return (of_bad / len(bad) - (len(bad) + 1) / 2) / len(good)
 
     means = np.empty(n_boot)
-    for b in tqdm(range(n_boot), desc="bootstrap", leave=False, disable=None):
+    for b in tracked(range(n_boot), "bootstrap", n_boot, "sample"):
         drawn = [group[rng.integers(len(group), size=len(group))] for group in (bad, good)]
         means[b] = area(np.bincount(np.concatenate(drawn), minlength=n))
     low, high = percentiles(means, confidence)
@@ -568,7 +568,7 @@ def row_blocks(
     """(rows, scores[rows] or its ``columns`` as float64), some BLOCK_BYTES at a time, finite."""
     n, m = scores.shape
     step = max(1, BLOCK_BYTES // (8 * max(1, m)))
-    with tqdm(desc="reading scores", total=n, unit="sample", leave=False, disable=None) as bar:
+    with progress("reading scores", n, "sample") as bar:
         for begin in range(0, n, step):
             rows = slice(begin, min(begin + step, n))
             part = scores[rows] if columns is None else scores[rows][:, columns]

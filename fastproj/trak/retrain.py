@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm.auto import tqdm
 
 from fastproj.checks import check_integer
 from fastproj.trak.files import (
@@ -41,6 +39,7 @@ from fastproj.trak.files import (
     write_safetensors,
 )
 from fastproj.trak.metrics import Mask, as_indices, as_mask, check_places
+from fastproj.trak.progress import progress
 from fastproj.trak.recipe import file_identity, recipe_identity
 from fastproj.trak.store import StoreMismatchError
 from fastproj.trak.workers import Outcome, Task, WorkerError, run_here, run_in_workers
@@ -48,7 +47,6 @@ from fastproj.trak.workers import Outcome, Task, WorkerError, run_here, run_in_w
 FORMAT = 1
 GIVE_UP = 3  # failures in a row from the start, after which a recipe is taken to be broken
 MAX_SEED = 1 << 63
-LOG_SECONDS = 30.0  # between progress lines where there is no terminal
 
 Floats = npt.NDArray[np.float64]
 
@@ -332,19 +330,11 @@ class Run:
         if self.n_targets is None and len(todo) < len(planned):
             there = next(p for p in planned if p.name not in todo)
             self.n_targets = len(self.read(there.samples, there.run))
-        terminal = sys.stderr.isatty()
-        with tqdm(
-            desc="training",
-            total=len(planned),
-            initial=len(planned) - len(todo),
-            unit="model",
-            mininterval=0.1 if terminal else LOG_SECONDS,
-            leave=not terminal,
-        ) as bar:
+        with progress("training", len(planned), "model", len(planned) - len(todo)) as bar:
 
             def report(task: Task, outcome: Outcome) -> None:
                 self.keep(todo[task.name], outcome)
-                bar.update()
+                bar.update(1)
 
             tasks: Iterator[Task] = (
                 Task(p.name, np.flatnonzero(p.mask), model_seed(self.seed, p.samples, p.run))

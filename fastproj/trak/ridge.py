@@ -22,16 +22,34 @@ from torch import Tensor
 
 from fastproj.trak.features import Buffer
 from fastproj.trak.files import Tensors
-from fastproj.trak.solve import Gram, check_gram, in_range
+from fastproj.trak.solve import Gram, check_gram, in_range, shifted
 
 LANCZOS_STEPS, MAX_STEPS = 20, 200
-SETTLED = 1e-4  # change of the ridge, relative, over so many steps
-TINY = 1e-12  # Q nearer to 0 or 1 counts as this near: a logit of 28
+SETTLED = 1e-9  # change of the ridge, relative, over so many steps
+TINY = 1e-12  # Q nearer to 0, or negative, counts as this near: a logit of 28
+CEILING = 1 - 1e-4  # Q above it counts as it, a logit of -9: one far above 1 is no other than at 1
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
 STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
 LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T R Phi;
 SINGULAR = 1e-3  # where the lowest leaves this share of dimensions unused, the matrix is singular
+UNSURE, CONTRARY = 0.05, 0.25  # share of Q that are no probabilities: less is a few outliers
+SATURATED = 1e-3  # Q this near to 1 tells nothing of the curvature; nor do all samples where
+BLIND = 0.8  # more than this share of them are so
+FITTED = 0.1  # share of f^T (R f + Q) that must be left of its terms' sizes to trust its ridge
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the Q of a checkpoint are, by all of them; a single one changes it by O(1 / n) at most.
+
+    probability : 1 where Q are 1 - p of a logistic loss, 0 where they aren't; the curvature enters
+        to this power.
+    residual : 1 where Q scatter around 0, as the residuals of a regression do; 0 where they don't.
+    """
+
+    probability: float
+    residual: float
 
 
 @dataclass(frozen=True)
@@ -39,8 +57,8 @@ class Choice:
     """A lambda, the matrix that it is added to, and what it was chosen by."""
 
     lambda_reg: float
-    rule: str  # "training ridge" | "residuals and dimension" | "dimension"
-    weighted: bool  # whether that is Phi^T R Phi instead of XtX
+    rule: str  # of "training ridge", "residuals", "dimension"; several are averaged: "... and ..."
+    power: float  # of R in Phi^T R^power Phi; 0 is XtX
     relative: float  # lambda / mean eigenvalue of the matrix
 
     def summary(self) -> dict[str, Any]:
@@ -48,91 +66,152 @@ class Choice:
         return asdict(self)
 
 
-def are_probabilities(q: Tensor) -> bool:
-    """Whether Q [n] can be 1 - p: all of it in 0..1, and not 1 throughout."""
-    return bool(((q >= 0) & (q <= 1)).all()) and bool((q < 1).any())
+def meaning(q: Tensor, probabilities: bool | None = None) -> Meaning:
+    """What Q [n] are, continuously in each of them.
+
+    Residuals have signs; weights and sums over tokens are above 1. So the share of |Q| that is
+    negative and the mean of what exceeds 1 say how far Q is from 1 - p: up to UNSURE they are
+    outliers, from CONTRARY on it is none. No entry counts for more than the mean |Q|, and none
+    for more than 1. Q of 1 throughout, a task without a loss, has no curvature either.
+
+    probabilities : what the task says Q are; None leaves it to Q.
+    """
+    q = q.double()
+    size = q.abs()
+    cap = size.mean()
+    total = float(size.clamp(max=cap).sum())
+    negative = float((-q).clamp(min=0).clamp(max=cap).sum()) / total if total else 0.0
+    excess = float((q - 1).clamp(0, 1).mean())
+    blind = float((1 - (1 - q).abs() / SATURATED).clamp(min=0).mean())
+    residual = between(negative, UNSURE, CONTRARY)
+    if probabilities is not None:
+        return Meaning(float(probabilities), residual)
+    against = max(between(negative + excess, UNSURE, CONTRARY), between(blind, BLIND, 1.0))
+    return Meaning(1 - against, residual)
 
 
-def choose_lambda(gram: Gram, moments: Moments) -> Choice:
+def between(x: float, low: float, high: float) -> float:
+    """0 up to ``low``, 1 from ``high`` on, linear in between."""
+    return min(max((x - low) / (high - low), 0.0), 1.0)
+
+
+def curvature(q: Tensor, power: float) -> Tensor:
+    """``(Q (1 - Q))^power``, float64 [n]: the weights of samples; of Q as if within 0..1."""
+    q = q.double().clamp(TINY, CEILING)
+    return (q * (1 - q)).pow(power)
+
+
+def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
     """Choose the ridge that is added to a Gram matrix, Phi^T R Phi where Q are probabilities.
 
     There it is MARGIN times the training ridge (``fit``). Where features and Q show none, it leaves
     an effective dimension of ``sqrt(n')``, as many directions as n' samples let a linear expansion
     follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made. For other Q,
-    the residuals of a regression, it is the geometric mean of that and of the ridge under which
-    they are likeliest.
+    it is that; for residuals of a regression, the geometric mean of that and of the ridge under
+    which they are likeliest. Where it isn't clear what Q are, or whether the network has fitted
+    anything, it is a weighted geometric mean of these: no sample changes it by a jump.
 
     Parameters
     ----------
     gram : of all n samples.
     moments : what was summed up beside it.
+    q : what Q are.
     """
-    trace = check_gram(gram) * len(gram.xtx)
-    ridge = fit(gram.xtx, moments) if moments.weighted else None
-    if ridge is not None:
-        rule, lam = "training ridge", MARGIN * ridge
-    else:
-        values, vectors = torch.linalg.eigh(gram.xtx)
-        values = values.clamp(min=0)
-        rule, lam = "dimension", dimension_ridge(values, trace**2 / float(moments.quartic))
-        likeliest = None if moments.weighted else likeliest_ridge(values, vectors, gram.n, moments)
-        if likeliest is not None:
-            rule, lam = "residuals and dimension", math.sqrt(lam * likeliest)
-    lam = min(max(lam, LEAST * trace / gram.n), MOST * trace)
-    return Choice(lam, rule, moments.weighted, lam * len(gram.xtx) / trace)
+    trace = check_gram(gram) * gram.k
+    least, most = LEAST * trace / gram.n, MOST * trace
+    ridge = fit(gram, moments) if q.probability > 0 else None
+    trust = 0.0 if ridge is None else q.probability * moments.fit_share()
+    shares = {"training ridge": trust}
+    log_lambda = trust * math.log(min(max(MARGIN * (ridge or 1.0), least), most))
+    rest = 1 - shares["training ridge"]
+    if rest > 0:
+        values = torch.linalg.eigvalsh(gram.matrix).clamp(min=0)
+        samples = trace**2 / float(moments.quartic)
+        dimension = math.log(dimension_ridge(values, samples, gram.k))
+        signed = q.residual * (1 - q.probability)
+        likeliest = likeliest_ridge(values, gram, moments) if signed > 0 else None
+        shares["residuals"] = 0.0 if likeliest is None else signed / 2
+        shares["dimension"] = rest - shares["residuals"]
+        log_lambda += shares["dimension"] * dimension
+        log_lambda += shares["residuals"] * math.log(likeliest or 1.0)
+    lam = min(max(math.exp(log_lambda), least), most)
+    rule = " and ".join(name for name, share in shares.items() if share > 0)
+    return Choice(lam, rule, q.probability, lam * gram.k / trace)
 
 
 class Moments:
     """What one pass over the samples adds up beside a Gram matrix; parts add up to the whole.
 
-    weighted : whether the samples count by R, the curvature of their loss.
+    power : the samples count by R^power, R the curvature of their loss.
     """
 
-    NAMES = ("quartic", "fitted", "explained")
+    NAMES = ("quartic", "fitted", "explained", "opposed", "correlated", "squares")
 
-    def __init__(self, proj_dim: int, weighted: bool) -> None:
-        self.weighted = weighted
+    def __init__(self, proj_dim: int, power: float) -> None:
+        self.power = power
         self.quartic = torch.zeros((), dtype=torch.float64)  # sum of |row|^4
-        self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (R f + Q), or Phi^T Q
-        self.explained = torch.zeros((), dtype=torch.float64)  # f^T (R f + Q), or Q^T Q
+        self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (W f + Q), W = R^power
+        self.explained = torch.zeros((), dtype=torch.float64)  # f^T (W f + Q)
+        self.opposed = torch.zeros((), dtype=torch.float64)  # minus the negative terms of that
+        self.correlated = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T Q
+        self.squares = torch.zeros((), dtype=torch.float64)  # Q^T Q
+        self.response = torch.zeros(0, dtype=torch.float64)  # [n]: fitted = S^T response, in order
         self._buffer = Buffer()
 
     def over(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """Adds up (features [b, k], Q [b]); yields the rows whose Gram matrix is wanted.
 
-        These are the features, times sqrt(R) where they are weighted; their memory is used again
+        These are the features, times sqrt(W) where they are weighted; their memory is used again
         for the next ones.
         """
         for features, q in blocks:
-            rows, q = features, q.double()
-            if not self.weighted:
-                self.fitted += product(features, q)
-                self.explained += q @ q
-            else:
-                q = q.clamp(TINY, 1 - TINY)
-                curvature = q * (1 - q)  # R
+            q = q.double()
+            if self.power < 1:
+                self.correlated += product(features, q)
+                self.squares += q @ q
+            if self.power > 0:
+                weights = curvature(q, self.power)  # W
+                q = q.clamp(TINY, CEILING)
                 logit = torch.log1p(-q) - q.log()  # f, for Q = 1 - sigmoid(f)
-                target = curvature * logit + q  # R times the working response of a Newton step
+                target = weights * logit + q  # W times the working response of a Newton step
                 self.fitted += product(features, target)
                 self.explained += logit @ target
-                rows = self._buffer.take((len(q), features.shape[1]), features.dtype)
-                torch.mul(features, curvature.sqrt().to(features).unsqueeze(1), out=rows)
+                self.opposed += (-logit * target).clamp(min=0).sum()
+                self.response = torch.cat([self.response, target / weights.sqrt()])
+            rows = weigh(features, q, self.power, self._buffer)
             scaled, exponent = in_range(rows)
             norms = torch.linalg.vector_norm(scaled, dim=1).double() * math.ldexp(1.0, exponent)
             self.quartic += norms.pow(4).sum()
             yield rows
+
+    def fit_share(self) -> float:
+        """1 where the network has fitted its samples, on the whole; 0 where it has not."""
+        explained = float(self.explained)
+        size = explained + 2 * float(self.opposed)  # of all terms
+        return between(explained / size, 0.0, FITTED) if explained > 0 else 0.0
 
     def tensors(self) -> Tensors:
         """The sums, to be stored and added up by name."""
         return {name: getattr(self, name) for name in self.NAMES}
 
     @classmethod
-    def of(cls, tensors: Tensors, weighted: bool) -> Moments:
-        """From what ``tensors`` gave."""
-        made = cls(0, weighted)
+    def of(cls, tensors: Tensors, power: float) -> Moments:
+        """From what ``tensors`` gave, and in the dual ``response``."""
+        made = cls(0, power)
+        if "squares" not in tensors:  # of a store that kept Phi^T Q in the place of the other
+            tensors = {**tensors, "correlated": tensors["fitted"], "squares": tensors["explained"]}
         for name in cls.NAMES:
-            setattr(made, name, tensors[name])
+            setattr(made, name, tensors.get(name, getattr(made, name)))
+        made.response = tensors.get("response", made.response)
         return made
+
+
+def weigh(features: Tensor, q: Tensor, power: float, buffer: Buffer) -> Tensor:
+    """The rows of S: ``features [b, k]`` times the square root of their weights, in ``buffer``."""
+    if power == 0:
+        return features
+    rows = buffer.take((len(q), features.shape[1]), features.dtype)
+    return torch.mul(features, curvature(q, power).sqrt().to(features).unsqueeze(1), out=rows)
 
 
 def product(features: Tensor, vector: Tensor) -> Tensor:
@@ -142,7 +221,7 @@ def product(features: Tensor, vector: Tensor) -> Tensor:
     return (scaled.mT @ (vector / size).to(scaled)).double() * math.ldexp(size, exponent)
 
 
-def fit(weighted: Tensor, moments: Moments) -> float | None:
+def fit(gram: Gram, moments: Moments) -> float | None:
     """The ridge at which regression on the gradients fits the training set as the network does.
 
     One Newton step of logistic regression from the network's own outputs f, at ridge gamma, has the
@@ -158,24 +237,37 @@ def fit(weighted: Tensor, moments: Moments) -> float | None:
 
     Parameters
     ----------
-    weighted : H, float64 [k, k].
+    gram : H [k, k], or its dual.
     """
-    unit = float(weighted.trace()) / len(weighted)
+    unit = gram.trace / gram.k
     explained = float(moments.explained)
     if not explained > 0 or not unit > 0:
         return None
     log_ridge = math.inf
-    for nodes, weights in quadratures(weighted, moments.fitted):
+    for nodes, weights in spectrum(gram, moments):
         before, log_ridge = log_ridge, crossing(nodes / unit, weights / unit, explained)
         if log_ridge > LOWEST and abs(log_ridge - before) < SETTLED:
             break
     if log_ridge >= HIGHEST:
         return None
     at_least, ridge = log_ridge <= LOWEST, math.exp(log_ridge) * unit
-    unused = 1 - effective_dimension(weighted, ridge) / len(weighted)
+    unused = 1 - effective_dimension(gram.matrix, ridge) / gram.k
     if unused <= 0 or (at_least and unused > SINGULAR):
         return None
     return ridge / unused
+
+
+def spectrum(gram: Gram, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
+    """(nodes, weights), ever more of them, with ``u^T g(H) u ~ sum weights g(nodes)``.
+
+    u = S^T b is ``moments.fitted``, b its ``response``: in the dual, ``u^T g(S^T S) u`` is
+    ``b^T K g(K) b`` with K = S S^T.
+    """
+    if not gram.dual:
+        yield from quadratures(gram.matrix, moments.fitted)
+        return
+    for nodes, weights in quadratures(gram.matrix, moments.response):
+        yield nodes, weights * nodes
 
 
 def crossing(nodes: Tensor, weights: Tensor, wanted: float) -> float:
@@ -230,25 +322,26 @@ def quadratures(matrix: Tensor, start: Tensor) -> Iterator[tuple[Tensor, Tensor]
 
 
 def effective_dimension(matrix: Tensor, ridge: float) -> float:
-    """``trace A (A + ridge I)^-1`` of a positive semi-definite A, float64 [k, k]."""
-    k = len(matrix)
-    shifted = matrix + ridge * torch.eye(k, dtype=matrix.dtype)
-    factor, info = torch.linalg.cholesky_ex(shifted)
+    """``trace A (A + ridge I)^-1`` of a positive semi-definite A, float64 [r, r]."""
+    size = len(matrix)
+    factor, info = torch.linalg.cholesky_ex(shifted(matrix, ridge))
     if int(info):
         values = torch.linalg.eigvalsh(matrix).clamp(min=0)
         return float((values / (values + ridge)).sum())
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(k, dtype=matrix.dtype), upper=False)
-    return max(0.0, k - ridge * float(inverse.square().sum()))
+    eye = torch.eye(size, dtype=matrix.dtype)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return max(0.0, size - ridge * float(inverse.square().sum()))
 
 
-def dimension_ridge(values: Tensor, samples: float) -> float:
-    """The ridge at which a matrix has an effective dimension of ``sqrt(samples)``.
+def dimension_ridge(values: Tensor, samples: float, k: int) -> float:
+    """The ridge at which a k x k matrix has an effective dimension of ``sqrt(samples)``.
 
-    Less where k is not many times that: the harmonic sum with k. values : eigenvalues, [k].
+    Less where k is not many times that: the harmonic sum with k. values : its eigenvalues, in any
+    order; those that are zero may be left out.
     """
-    wanted = 1 / (1 / math.sqrt(samples) + 1 / len(values))
+    wanted = 1 / (1 / math.sqrt(samples) + 1 / k)
     low, high = math.log(1e-12), math.log(1e12)
-    unit = float(values.mean())
+    unit = float(values.sum()) / k
     while high - low > 1e-9:
         middle = (low + high) / 2
         dimension = float((values / (values + math.exp(middle) * unit)).sum())
@@ -256,32 +349,30 @@ def dimension_ridge(values: Tensor, samples: float) -> float:
     return math.exp(low) * unit
 
 
-def likeliest_ridge(values: Tensor, vectors: Tensor, n: int, moments: Moments) -> float | None:
+def likeliest_ridge(values: Tensor, gram: Gram, moments: Moments) -> float | None:
     """The ridge gamma under which the residuals Q of a regression on the features are likeliest.
 
     Of n values with covariance ``s (Phi Phi^T / gamma + I)``, ridge regression leaves residuals
-    with covariance ``s gamma (Phi Phi^T + gamma I)^-1``; s is the likeliest for each gamma. None
-    where the best gamma is none or any amount, and for Q = 1 throughout, the weight of a task that
-    has no other.
+    with covariance ``s gamma (Phi Phi^T + gamma I)^-1``; s is the likeliest for each gamma. So
+    ``-2 log likelihood = n log(Q^T Q + |Phi^T Q|^2 / gamma) - log det(Phi Phi^T / gamma + I)`` and
+    a constant: of the matrix, it needs the eigenvalues alone. None where the best gamma is none or
+    any amount, and where Q are all zero.
 
     Parameters
     ----------
-    values, vectors : eigenvalues [k] and eigenvectors [k, k] of Phi^T Phi.
+    values : eigenvalues of Phi^T Phi, in any order; those that are zero may be left out.
     """
-    total = float(moments.explained)
-    if total == n or not total > 0:
+    total = float(moments.squares)
+    if not total > 0:
         return None
-    known = values > float(values[-1]) * 1e-12
-    values = values[known]
-    parts = (vectors[:, known].mT @ moments.fitted).square() / values  # of |Q|^2, in each direction
-    rest = max(0.0, total - float(parts.sum()))
-    unit = float(values.sum()) / len(vectors)
+    unit = float(values.sum()) / gram.k
+    values = values[values > float(values.max()) * 1e-12] / unit
+    correlated = float(moments.correlated.square().sum()) / unit / total
     count = 1 + round((HIGHEST - LOWEST) / math.log(10) * STEPS_PER_DECADE)
     ridges = torch.linspace(LOWEST, HIGHEST, count, dtype=torch.float64).exp().tolist()
-    unlikely = []
-    for ridge in ridges:
-        shares = values / (ridge * unit) + 1
-        scale = (float(parts @ shares) + rest) / total
-        unlikely.append(n * math.log(scale) - float(shares.log().sum()))
+    unlikely = [
+        gram.n * math.log1p(correlated / ridge) - float((values / ridge).log1p().sum())
+        for ridge in ridges
+    ]
     best = min(range(count), key=unlikely.__getitem__)
     return ridges[best] * unit if 0 < best < count - 1 else None

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
-from fastproj.trak.features import FeatureReader, feature_stream, sample_blocks
+from fastproj.trak.features import FeatureReader, block_rows, feature_stream, sample_blocks
+from fastproj.trak.finalizing import own_scores, solution_of
 from fastproj.trak.solve import ScoreComputer, Solution
 from fastproj.trak.store import Store
 from fastproj.trak.writer import Sink
@@ -39,7 +40,8 @@ def write_scores(
     advance : told the number of training samples done, for each chunk of targets.
     """
     readers = [FeatureReader(store, model_id) for model_id in model_ids]
-    blocks = sample_blocks(readers[0].index.shard)[ranks.rank :: ranks.size]
+    rows_at_once = block_rows(store.proj_dim)
+    blocks = sample_blocks(readers[0].index.order(), rows_at_once)[ranks.rank :: ranks.size]
     with ranks.together("finalize_scores"):
         total = q_total = torch.empty(0)
         for columns in target_chunks(store, exp_name, len(model_ids)):
@@ -63,8 +65,8 @@ def write_scores(
 
 def self_scores(
     store: Store,
+    computer: ScoreComputer,
     model_ids: Sequence[int],
-    solution_of: Callable[[int], Solution],
     advance: Callable[[int], Any],
 ) -> Tensor:
     """The score of each training sample on itself, float64 [n]: the diagonal that scores of the
@@ -73,21 +75,26 @@ def self_scores(
     total = torch.zeros(store.train_set_size, dtype=torch.float64)
     q_total = torch.zeros_like(total)
     for model_id in model_ids:
-        solution = solution_of(model_id)
+        q_total += store.out_to_loss(model_id).double()
+        if store.read_system(model_id).dual:
+            total += own_scores(store, computer, model_id)
+            advance(len(total))
+            continue
+        solution = solution_of(store, computer, model_id)
         reader = FeatureReader(store, model_id)
-        blocks = sample_blocks(reader.index.shard)
-        for rows, _, features, q in feature_stream([reader], blocks):
-            assert q is not None  # training shards have it
+        blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
+        for rows, _, features, _ in feature_stream([reader], blocks):
             inds = torch.from_numpy(rows)
             total[inds] += (solution.apply(features) * features.double()).sum(1).cpu()
-            q_total[inds] += q.double()
             advance(len(rows))
     return total * q_total / len(model_ids) ** 2
 
 
 def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:
-    """The targets in pieces whose features, under all checkpoints, fit into WEIGHT_BYTES."""
-    n_targets = store.num_targets(exp_name)
+    """The targets (or groups of them) in pieces whose features, under all checkpoints, fit into
+    WEIGHT_BYTES.
+    """
+    n_targets = store.num_columns(exp_name)
     step = WEIGHT_BYTES // (4 * store.proj_dim * checkpoints)
     step = max(1, min(step, TARGET_ROWS))
     return [range(low, min(low + step, n_targets)) for low in range(0, n_targets, step)]
@@ -101,7 +108,25 @@ def target_weights(
     solution_of: Callable[[int], Solution],
 ) -> Tensor:
     """The targets' features times the inverse, [m', k], in the features' dtype."""
-    targets, _ = FeatureReader(store, model_id, exp_name).read(
-        np.arange(columns.start, columns.stop)
-    )
+    targets = target_features(store, model_id, exp_name, columns)
     return solution_of(model_id).apply(targets).to(targets.dtype)
+
+
+def target_features(store: Store, model_id: int, exp_name: str, columns: range) -> Tensor:
+    """The features of targets, or their sums or means over the groups ``columns``, [m', k]."""
+    reader = FeatureReader(store, model_id, exp_name)
+    grouping = store.grouping(exp_name)
+    if grouping is None:
+        return reader.read(np.arange(columns.start, columns.stop))[0]
+    groups = np.asarray(grouping[0], np.int64) - columns.start
+    members = np.flatnonzero((groups >= 0) & (groups < len(columns)))
+    step = max(1, min(WEIGHT_BYTES // (8 * store.proj_dim), TARGET_ROWS))
+    total = torch.zeros(len(columns), store.proj_dim, dtype=torch.float64)
+    dtype = torch.float32
+    for rows in np.split(members, range(step, len(members), step)):
+        features, _ = reader.read(rows)
+        dtype = features.dtype
+        total.index_add_(0, torch.from_numpy(groups[rows]), features.double())
+    if grouping[1] == "mean":
+        total /= torch.from_numpy(np.bincount(groups[members], minlength=len(columns))).unsqueeze(1)
+    return total.to(dtype)

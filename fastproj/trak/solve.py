@@ -1,11 +1,17 @@
-"""The k x k system of TRAK: Phi^T Phi + lambda I, factored once and applied to targets."""
+"""The system of TRAK, S^T S + lambda I, factored once and applied to targets.
+
+S [n, k] are the features, each times the square root of its sample's weight. Where n >= k, the
+system is k x k (primal). Where n < k, everything is done with S S^T, which is n x n (dual):
+
+    (S^T S + lambda I)^-1 = (I - S^T (S S^T + lambda I)^-1 S) / lambda
+"""
 
 from __future__ import annotations
 
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +20,13 @@ import torch
 from torch import Tensor
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
-BLOCK_ROWS = 2048  # rows per float32 product before it is folded into the float64 sum
+BLOCK_ROWS = 2048  # terms of a float32 product before it is folded into the float64 sum
 GRAM_TILE = 512  # columns of XtX at once: half of the products are those of the other half
 SAFE_EXPONENT = 32  # up to 2^32 and down to 2^-32, squares and their small terms are float32's
 POWER_STEPS = 12
 HALF_ROUNDING = 2.0**-11  # of features kept as float16, relative to each entry
+
+KXK = ("gram", "solve")  # methods of ScoreComputer that take or give the k x k system
 
 AUTO = "auto"
 Lambda = float | str
@@ -29,45 +37,122 @@ class SingularXtXWarning(UserWarning):
 
 
 @dataclass(frozen=True)
+class System:
+    """Which matrix lambda is added to.
+
+    power : samples are weighted by R^power, R the curvature of their loss: 0 is XtX.
+    dual : whether it is S S^T, [n, n], instead of S^T S, [k, k].
+    """
+
+    power: float = 0.0
+    dual: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the samples have weights."""
+        return self.power > 0
+
+
+@dataclass(frozen=True)
 class Gram:
-    """Phi^T Phi of ``n`` samples, float64 [k, k], exact to about ``eps`` of its largest entry.
+    """S^T S [k, k], or S S^T [n, n] where n < k; float64, exact to about ``eps`` of its largest.
 
     ``rounding`` is how exact each feature was before, relative to itself.
     """
 
-    xtx: Tensor
+    matrix: Tensor
     n: int
+    k: int
     eps: float
     rounding: float = 0.0
 
     @property
+    def dual(self) -> bool:
+        """Whether the matrix is S S^T."""
+        return len(self.matrix) != self.k
+
+    @property
+    def trace(self) -> float:
+        """The sum of the eigenvalues, which is the same for both."""
+        return float(self.matrix.trace())
+
+    @property
     def spurious(self) -> float:
-        """What the features' rounding adds to eigenvalues of XtX that are 0 without it, at most.
+        """What the features' rounding adds to eigenvalues that are 0 without it, at most.
 
         Independent errors of ``rounding`` times the entries add a matrix of that share's square,
         with the largest eigenvalue of a Wishart matrix, (1 + sqrt(k / n))^2 times its diagonal.
         """
-        spread = (1 + math.sqrt(len(self.xtx) / max(self.n, 1))) ** 2
-        return self.rounding**2 * float(self.xtx.diagonal().max()) * spread
+        own = len(self.matrix)
+        other = max(self.k if self.dual else self.n, 1)
+        spread = (1 + math.sqrt(own / other)) ** 2
+        return self.rounding**2 * float(self.matrix.diagonal().max()) * spread
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The n rows of S, of which there are fewer than dimensions; they stay where they are.
+
+    count : n.
+    stream : begins a pass over them: (places [b] among the n, rows [b, k]), each row once.
+    """
+
+    count: int
+    stream: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """(XtX + lambda I)^-1, as a Cholesky factor or, where that is singular, a pseudo-inverse."""
+    """(S^T S + lambda I)^-1, as a Cholesky factor or, where that is singular, a pseudo-inverse.
 
-    factor: Tensor  # float64 [k, k]: lower triangle of Cholesky, or the pseudo-inverse itself
+    factor : float64, the lower triangle of Cholesky, or what stands between the rows and targets:
+        the pseudo-inverse itself [k, k]; in the dual (S S^T)^+ (S S^T + lambda I)^+, [n, n].
+    rows : S, which the dual needs to be applied.
+    """
+
+    factor: Tensor
     method: str  # "cholesky" | "pseudo-inverse"
     lambda_reg: float
     n: int
     rank: int
     condition: float
+    dual: bool = False
+    rows: Rows | None = None
 
     def apply(self, targets: Tensor) -> Tensor:
-        """``targets [m, k] @ (XtX + lambda I)^-1``, float64 [m, k]."""
-        rows = targets.to(self.factor)
+        """``targets [m, k] @ (S^T S + lambda I)^-1``, float64 [m, k].
+
+        The dual goes twice over the rows and holds nothing larger than the targets, [n, m] and
+        [n, n].
+        """
+        targets = targets.to(self.factor)
+        if self.dual:
+            return self._apply_dual(targets)
         if self.method == "cholesky":
-            return torch.cholesky_solve(rows.mT, self.factor).mT
-        return rows @ self.factor
+            return torch.cholesky_solve(targets.mT, self.factor).mT
+        return targets @ self.factor
+
+    def _apply_dual(self, targets: Tensor) -> Tensor:
+        assert self.rows is not None
+        products = self.factor.new_empty(self.rows.count, len(targets))  # S T^T, [n, m]
+        for places, rows in self.rows.stream():
+            products[places] = rows.to(targets) @ targets.mT
+        if self.method == "cholesky":
+            shares, out = -torch.cholesky_solve(products, self.factor), targets.clone()
+        else:
+            shares, out = self.factor @ products, torch.zeros_like(targets)
+        for places, rows in self.rows.stream():
+            out.addmm_(shares[places].mT, rows.to(targets))
+        return out.div_(self.lambda_reg) if self.method == "cholesky" else out
+
+    def on_own_rows(self, kernel: Tensor) -> Tensor:
+        """``s (S^T S + lambda I)^-1 s`` of each row s of S, float64 [n], in the dual.
+
+        kernel : S S^T, [n, n]. No term is lost to cancellation, however small a row's weight.
+        """
+        if self.method == "cholesky":
+            return (kernel * torch.cholesky_inverse(self.factor)).sum(1)
+        return ((kernel @ self.factor) * kernel).sum(1)
 
     def summary(self) -> dict[str, Any]:
         """What is worth storing beside the result."""
@@ -97,8 +182,7 @@ class ScoreComputer:
         float64 throughout where that is cheap; otherwise float32 products of at most BLOCK_ROWS
         rows, added up in float64. Only the upper triangle is computed, in tiles.
         """
-        exact = float(n) * proj_dim * proj_dim <= EXACT_FLOPS
-        dtype = torch.float64 if exact else torch.float32
+        dtype = sum_dtype(float(n) * proj_dim * proj_dim)
         total = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=self.device)  # [k, k]
         seen = 0
         with full_precision():
@@ -110,19 +194,42 @@ class ScoreComputer:
                         tile = part[:, i : i + GRAM_TILE].mT @ part[:, i:]
                         total[i : i + GRAM_TILE, i:].add_(tile, alpha=math.ldexp(1.0, 2 * exponent))
         total = total.triu_() + total.triu(1).mT
-        eps = torch.finfo(torch.float64 if exact else torch.float32).eps
-        return Gram(total.cpu(), seen, eps)
+        return Gram(total.cpu(), seen, proj_dim, torch.finfo(dtype).eps)
+
+    def forms_dual(self, n: int, proj_dim: int) -> bool:
+        """Whether ``kernel`` [n, n] is used instead of ``gram`` [k, k]: where n < k.
+
+        Not where a subclass has a ``gram`` or ``solve`` of its own, which take k x k.
+        """
+        own = any(getattr(type(self), name) is not getattr(ScoreComputer, name) for name in KXK)
+        return n < proj_dim and not own
+
+    def kernel(self, rows: Tensor, panel: Tensor, n: int) -> Tensor:
+        """``rows [b, k] @ panel [p, k].T``, float64 [b, p], a part of S S^T [n, n].
+
+        float64 throughout where S S^T is cheap; otherwise float32 products over BLOCK_ROWS
+        dimensions, added up in float64.
+        """
+        dtype = sum_dtype(float(n) * n * rows.shape[1])
+        rows, exponent = in_range(rows)
+        panel, panel_exponent = in_range(panel)
+        total = torch.zeros(len(rows), len(panel), dtype=torch.float64, device=self.device)
+        with full_precision():
+            pieces = (t.split(BLOCK_ROWS, 1) for t in (rows, panel))  # of [b, k] and [p, k]
+            for left, right in zip(*pieces, strict=True):
+                total += left.to(self.device, dtype) @ right.to(self.device, dtype).mT
+        return (total * math.ldexp(1.0, exponent) * math.ldexp(1.0, panel_exponent)).cpu()
 
     def solve(self, gram: Gram, lambda_reg: Lambda) -> Solution:
-        """Factor ``gram.xtx + lambda I``; see ``solve``."""
+        """Factor ``gram.matrix + lambda I``; see ``solve``."""
         return solve(gram, lambda_reg)
 
     def solve_again(self, gram: Gram, summary: Mapping[str, Any]) -> Solution:
         """What ``solve`` gave when ``Solution.summary`` was ``summary``, not judged again."""
         if summary["method"] == "cholesky" and type(self).solve is ScoreComputer.solve:
-            factor, info = torch.linalg.cholesky_ex(shifted(gram.xtx, summary["lambda_reg"]))
+            factor, info = torch.linalg.cholesky_ex(shifted(gram.matrix, summary["lambda_reg"]))
             if int(info) == 0:
-                return Solution(factor, **summary)
+                return Solution(factor, **summary, dual=gram.dual)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # solve has said it
             return self.solve(gram, summary["lambda_reg"])
@@ -149,15 +256,22 @@ def in_range(block: Tensor) -> tuple[Tensor, int]:
     return (block.double() * math.ldexp(1.0, -exponent)).float(), exponent
 
 
+def sum_dtype(flops: float) -> torch.dtype:
+    """What a Gram matrix of so many multiply-adds is computed in."""
+    return torch.float64 if flops <= EXACT_FLOPS else torch.float32
+
+
 def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
-    """Factor ``XtX + lambda I`` by Cholesky; where it is singular, warn and use a pseudo-inverse.
+    """Factor ``S^T S + lambda I`` by Cholesky; where it is singular, warn and use a pseudo-inverse.
 
     The pseudo-inverse is the limit of lambda -> 0 for targets in the span of the features, so the
     scores are well defined (and the same everywhere) where plain inversion gives arbitrary ones.
+    In the dual, what is factored is ``S S^T + lambda I``; rank and condition are those of the k x k
+    system all the same.
 
     Parameters
     ----------
-    gram : XtX and how exact it is.
+    gram : S^T S or S S^T, and how exact it is.
     lambda_reg : see ``parse_lambda``.
 
     Raises
@@ -165,22 +279,28 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
     ValueError
         For features that are zero or not finite, or a lambda that makes no sense.
     """
-    xtx, k = gram.xtx, gram.xtx.shape[0]
+    matrix, k = gram.matrix, gram.k
     mean = check_gram(gram)
     lam = parse_lambda(lambda_reg, mean)
-    system = shifted(xtx, lam)
-    factor, info = torch.linalg.cholesky_ex(system)
-    largest, smallest = extreme_eigenvalues(system, factor) if int(info) == 0 else (mean, 0.0)
-    condition = largest / smallest if smallest > 0 else math.inf
+    system = shifted(matrix, lam)
     floor = 0.0 if lam > 0 else gram.spurious  # below it, an eigenvalue may be all rounding
-    certain = lam > 0 or (gram.n >= k and smallest > floor)
-    if certain and condition * gram.eps * math.sqrt(k) < 1:
-        return Solution(factor, "cholesky", lam, gram.n, k, condition)
+    if lam > 0 or gram.n >= k:
+        factor, info = torch.linalg.cholesky_ex(system)
+        largest, smallest = extreme_eigenvalues(system, factor) if int(info) == 0 else (mean, 0.0)
+        if gram.dual and smallest > 0:
+            smallest = lam  # of k - n dimensions
+        condition = largest / smallest if smallest > 0 else math.inf
+        certain = lam > 0 or smallest > floor
+        if certain and condition * gram.eps * math.sqrt(k) < 1:
+            return Solution(factor, "cholesky", lam, gram.n, k, condition, gram.dual)
 
     values, vectors = torch.linalg.eigh(system)  # ascending
     kept = values > max(float(values[-1]) * gram.eps * k, floor)
     rank = int(kept.sum())
-    scaled = vectors[:, kept] / values[kept].sqrt()
+    divisors = values[kept]
+    if gram.dual:  # S^T [(S S^T) (S S^T + lambda I)]^+ S; lambda alone is too small to be kept
+        divisors = divisors * (divisors - lam)
+    scaled = vectors[:, kept] / divisors.sqrt()
     condition = float(values[-1] / values[kept][0]) if rank == k else math.inf
     warnings.warn(
         f"TRAK's XtX is singular: n={gram.n} samples, k={k} dimensions, "
@@ -190,24 +310,25 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
         SingularXtXWarning,
         stacklevel=3,
     )
-    return Solution(scaled @ scaled.mT, "pseudo-inverse", lam, gram.n, rank, condition)
+    inverse = scaled @ scaled.mT
+    return Solution(inverse, "pseudo-inverse", lam, gram.n, rank, condition, gram.dual)
 
 
-def shifted(xtx: Tensor, lam: float) -> Tensor:
-    """``XtX + lambda I``, [k, k]."""
-    system = xtx.clone()
+def shifted(matrix: Tensor, lam: float) -> Tensor:
+    """``matrix + lambda I``, of a square matrix."""
+    system = matrix.clone()
     system.diagonal().add_(lam)
     return system
 
 
 def check_gram(gram: Gram) -> float:
-    """The mean eigenvalue of XtX; raises ValueError where XtX is not finite, or zero."""
-    if not bool(torch.isfinite(gram.xtx).all()):
+    """The mean of the k eigenvalues of S^T S; ValueError where it is not finite, or zero."""
+    if not bool(torch.isfinite(gram.matrix).all()):
         raise ValueError(
             f"solve: XtX of {gram.n} features has entries that are not finite; expected finite "
             "features (a feature that is inf or NaN, or near the largest float32)"
         )
-    mean = float(gram.xtx.diagonal().mean())
+    mean = gram.trace / gram.k
     if mean == 0:
         raise ValueError(
             f"solve: all {gram.n} features are zero; expected gradients that are not all zero "

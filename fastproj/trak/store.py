@@ -4,7 +4,7 @@
         metadata.json                 what all features share: spec, seed, kind, proj_dim, model
         models/<model_id>/
             checkpoint.json           hash of the checkpoint's parameters and buffers
-            train-*.safetensors       features, Q and indices of one featurized batch each
+            train-*.safetensors       features, Q and indices of one featurized batch or several
             weighted.safetensors      Phi^T R Phi, R = Q (1 - Q), once finalised with lambda "auto"
             xtx.safetensors           Phi^T Phi, once finalised with another
             part-*.safetensors        one of these, of some of the samples, while finalising
@@ -15,7 +15,8 @@
         scores/<exp_name>.top.safetensors   the best and worst training samples of each target
 
 Every file is written under a temporary name, flushed to disk and renamed, so that it is there in
-full or not at all; nothing is ever written to again. Each carries a checksum.
+full or not at all; nothing is ever written to again. Each carries a checksum. Small shards are
+merged into larger ones (``fastproj.trak.shards``).
 """
 
 from __future__ import annotations
@@ -27,29 +28,33 @@ import re
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastproj.trak.features import FeatureReader, pack_half, sample_blocks
+from fastproj.trak.features import FeatureReader, block_rows, pack_half, sample_blocks
 from fastproj.trak.files import (
+    GoneError,
     Indices,
+    StoreError,
     Tensors,
     corrupt,
     digest,
     make_dir,
     read_json,
     read_safetensors,
+    remove_quietly,
     remove_stale,
     tensor_digest,
     write_json,
     write_safetensors,
 )
+from fastproj.trak.shards import ShardFile, ShardIndex, alone, joined, scan
+from fastproj.trak.solve import System
 from fastproj.trak.writer import read_scores
 
 FORMAT = 3
@@ -62,46 +67,6 @@ class StoreMismatchError(ValueError):
 
 class NotReadyError(RuntimeError):
     """A step was called before the one that it builds on."""
-
-
-@dataclass
-class ShardIndex:
-    """Which shard each of n samples is in: its place in ``shards``, or -1."""
-
-    shard: npt.NDArray[np.int32]  # [n]
-    row: npt.NDArray[np.int32]  # [n], which of the shard's rows
-    content: Indices  # [n], content ids (batches.content_ids)
-    shards: list[Path] = field(default_factory=list)
-
-    @classmethod
-    def empty(cls, n: int) -> ShardIndex:
-        """An index of n samples, none of them there."""
-        return cls(np.full(n, -1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int64))
-
-    @property
-    def done(self) -> npt.NDArray[np.bool_]:
-        """Which samples are there, [n]."""
-        return self.shard >= 0
-
-    def next_place(self) -> int:
-        """A number for the next shard's name that sorts behind those that are there."""
-        return 1 + max((int(path.name.split("-")[1]) for path in self.shards), default=-1)
-
-    def content_digest(self) -> str:
-        """Hash of what all samples contain: features of other data have another."""
-        return tensor_digest(torch.from_numpy(self.content))
-
-    def layout_digest(self) -> str:
-        """Hash of the shards' names: what decides the order in which features are read."""
-        return digest("/".join(path.name for path in self.shards).encode())
-
-    def add(self, path: Path, inds: Indices, content: Indices, replace: bool) -> None:
-        """Enter the rows of a shard; ``replace`` says whether it wins over what is there."""
-        new = np.arange(len(inds)) if replace else np.flatnonzero(self.shard[inds] < 0)
-        self.shard[inds[new]] = len(self.shards)
-        self.row[inds[new]] = new
-        self.content[inds[new]] = content[new]
-        self.shards.append(path)
 
 
 class Store:
@@ -225,10 +190,17 @@ class Store:
             write_json(path, {"model_id": model_id, "checkpoint": checkpoint})
         self._checkpoints[model_id] = self.check_checkpoint(model_id, checkpoint)
         remove_stale(folder)
-        self._indices.pop((model_id, None), None)
+        self.forget_index(model_id)
+        self._tidy(model_id, None)
         self.current_model_id = model_id
 
-    def check_checkpoint(self, model_id: int, checkpoint: str) -> str:
+    def check_checkpoint(
+        self,
+        model_id: int,
+        checkpoint: str,
+        expected: str = "use another model_id or save_dir (load_from_save_dir=False starts this "
+        "model_id afresh)",
+    ) -> str:
         """Raise unless ``model_id`` was featurized from this checkpoint; returns its hash."""
         path = self.model_dir(model_id) / "checkpoint.json"
         if not path.exists():
@@ -240,23 +212,42 @@ class Store:
         if stored != checkpoint:
             raise StoreMismatchError(
                 f"TRAKer: model_id {model_id} in {self.save_dir} belongs to a checkpoint with hash "
-                f"{stored}, received one with hash {checkpoint}. Nothing was changed; use another "
-                "model_id or save_dir (load_from_save_dir=False starts this model_id afresh)"
+                f"{stored}, received one with hash {checkpoint}. Nothing was changed; {expected}"
             )
         return str(stored)
 
-    def start_experiment(self, exp_name: str, model_id: int, num_targets: int) -> None:
-        """Make ``model_id`` current for an experiment; raises if that has other num_targets."""
+    def start_experiment(
+        self,
+        exp_name: str,
+        model_id: int,
+        num_targets: int,
+        grouping: tuple[list[int], str] | None = None,
+    ) -> None:
+        """Make ``model_id`` current for an experiment; raises if that has other targets or groups.
+
+        grouping : the group of each target, and "sum" | "mean"; None scores each target.
+        """
         path = self.experiment_path(exp_name)
+        facts: dict[str, Any] = {"num_targets": num_targets}
+        if grouping is not None:
+            facts["groups"], facts["reduction"] = grouping
         if not path.exists():
-            write_json(path, {"num_targets": num_targets})
+            write_json(path, facts)
         stored = read_json(path)["num_targets"]
         if stored != num_targets:
             raise StoreMismatchError(
                 f"TRAKer: experiment {exp_name!r} in {self.save_dir} has {stored} targets, "
                 f"received num_targets={num_targets}. Nothing was changed; use another exp_name"
             )
+        if self.grouping(exp_name) != grouping:
+            raise StoreMismatchError(
+                f"TRAKer: experiment {exp_name!r} in {self.save_dir} has "
+                f"{describe_grouping(self.grouping(exp_name))}, received "
+                f"{describe_grouping(grouping)}. Nothing was changed; use the same groups= and "
+                "reduction= for all checkpoints, or another exp_name"
+            )
         remove_stale(self.shard_dir(model_id, exp_name))
+        self._tidy(model_id, exp_name)
         self.current_model_id = model_id
 
     def num_targets(self, exp_name: str) -> int:
@@ -269,6 +260,17 @@ class Store:
                 f"{known}); call start_scoring_checkpoint and score first"
             )
         return int(read_json(path)["num_targets"])
+
+    def grouping(self, exp_name: str) -> tuple[list[int], str] | None:
+        """The group of each target of an experiment, and how scores of a group are reduced."""
+        self.num_targets(exp_name)
+        facts = read_json(self.experiment_path(exp_name))
+        return (facts["groups"], facts["reduction"]) if "groups" in facts else None
+
+    def num_columns(self, exp_name: str) -> int:
+        """The number of scores for each training sample: of targets, or of groups of them."""
+        grouping = self.grouping(exp_name)
+        return self.num_targets(exp_name) if grouping is None else 1 + max(grouping[0])
 
     def experiment_path(self, exp_name: str) -> Path:
         """The experiment's JSON file; raises ValueError for a name that can't be one's."""
@@ -286,19 +288,27 @@ class Store:
         key = (model_id, exp_name)
         if key not in self._indices:
             n = self.train_set_size if exp_name is None else self.num_targets(exp_name)
-            index = ShardIndex.empty(n)
-            folder = self.shard_dir(model_id, exp_name)
-            role = "train" if exp_name is None else "target"
-            for path in sorted(folder.glob(f"{role}-*.safetensors")) if folder.exists() else []:
-                tensors = self.read_shard(path, model_id, exp_name, ("inds", "content"))
-                inds = tensors["inds"].numpy()
-                if len(inds) and (inds.min() < 0 or inds.max() >= n):
-                    raise StoreMismatchError(
-                        f"TRAKer: {path} holds sample {inds.max()}; expected samples below {n}"
-                    )
-                index.add(path, inds, tensors["content"].numpy(), replace=exp_name is not None)
-            self._indices[key] = index
+            found: list[tuple[ShardFile, Indices, Indices]] = []
+
+            def read(path: Path) -> None:
+                with suppress(GoneError, FileNotFoundError):  # its batches are in another file
+                    names = ("inds", "content")
+                    tensors, metadata = self._read(path, model_id, exp_name, names)
+                    inds = tensors["inds"].numpy()
+                    if len(inds) and (inds.min() < 0 or inds.max() >= n):
+                        raise StoreMismatchError(
+                            f"TRAKer: {path} holds sample {inds.max()}; expected samples below {n}"
+                        )
+                    file = ShardFile.of(path, metadata, len(inds), path.stat().st_size)
+                    found.append((file, inds, tensors["content"].numpy()))
+
+            scan(self.shard_dir(model_id, exp_name), role_of(exp_name), read)
+            self._indices[key] = ShardIndex.of(n, found, replace=exp_name is not None)
         return self._indices[key]
+
+    def forget_index(self, model_id: int, exp_name: str | None = None) -> None:
+        """Look again, at the next call, where the samples of ``model_id`` are."""
+        self._indices.pop((model_id, exp_name), None)
 
     def forget(self) -> None:
         """Read the directory again at the next call: another process may have written to it."""
@@ -327,10 +337,68 @@ class Store:
         # Names sort in the order that decides between two shards with the same sample: among
         # training shards (equal by construction) the first wins, among target shards the last.
         place = int(inds.min()) if exp_name is None else index.next_place()
-        role = "train" if exp_name is None else "target"
-        path = folder / f"{role}-{place:012d}-{uuid.uuid4().hex[:12]}.safetensors"
-        write_safetensors(path, tensors, self._shard_identity(model_id, exp_name))
-        index.add(path, inds, content, replace=exp_name is not None)
+        key = f"{place:012d}-{uuid.uuid4().hex[:12]}"
+        file = self._write_shard(model_id, exp_name, tensors, ((key, len(inds)),))
+        index.add(file, inds, content, replace=exp_name is not None)
+        self._merge(model_id, exp_name)
+
+    def _write_shard(
+        self,
+        model_id: int,
+        exp_name: str | None,
+        tensors: Tensors,
+        batches: Iterable[tuple[str, int]],
+    ) -> ShardFile:
+        """Write a file of the batches with these keys and numbers of rows, in this order."""
+        keys, sizes = zip(*batches, strict=True)
+        folder, role = self.shard_dir(model_id, exp_name), role_of(exp_name)
+        key = keys[0]
+        if len(keys) > 1:
+            key = f"{key.split('-')[0]}-{uuid.uuid4().hex[:12]}"
+        path = folder / f"{role}-{key}.safetensors"
+        file = ShardFile(path, keys, sizes, sum(t.nbytes for t in tensors.values()))
+        identity = self._shard_identity(model_id, exp_name)
+        write_safetensors(path, tensors, identity | {"batches": file.batches})
+        return file
+
+    def _tidy(self, model_id: int, exp_name: str | None) -> None:
+        """Finish what a process that was killed, or an earlier version, left in many files."""
+        index = self.index(model_id, exp_name)
+        for path in index.redundant:
+            remove_quietly(path)
+        index.redundant.clear()
+        while self._merge(model_id, exp_name):
+            pass
+
+    def _merge(self, model_id: int, exp_name: str | None) -> bool:
+        """Merge small files where there are enough; whether any were. Nothing depends on it."""
+        index = self.index(model_id, exp_name)
+        numbers = index.mergeable()
+        if not numbers:
+            return False
+        files = [index.shards[number] for number in numbers]
+        with alone(self.shard_dir(model_id, exp_name)) as free:
+            if not free:
+                return False
+            try:
+                parts = [self.read_shard(file.path, model_id, exp_name) for file in files]
+                tensors = joined(parts)
+                batches = [b for f in files for b in zip(f.keys, f.sizes, strict=True)]
+                merged = None
+                if tensors is not None:
+                    merged = self._write_shard(model_id, exp_name, tensors, batches)
+            except (GoneError, FileNotFoundError):  # merged by another process
+                self.forget_index(model_id, exp_name)
+                return False
+            except StoreError:  # damaged, or no room: said by whoever can't do without
+                merged = None
+            if merged is None:
+                index.leave_alone(numbers)
+                return False
+            index.moved(numbers, merged)
+            for file in files:
+                remove_quietly(file.path)
+        return True
 
     def _shard_identity(self, model_id: int, exp_name: str | None) -> dict[str, str]:
         """What a shard of this run must say of itself."""
@@ -383,17 +451,16 @@ class Store:
     ) -> Iterator[tuple[Indices, Tensor, Tensor | None]]:
         """(inds [b], features [b, k], Q [b] or None) of all samples, block by block."""
         reader = FeatureReader(self, model_id, exp_name)
-        for inds in sample_blocks(reader.index.shard):
+        for inds in sample_blocks(reader.index.order(), block_rows(self.proj_dim)):
             yield inds, *reader.read(inds)
 
     def out_to_loss(self, model_id: int) -> Tensor:
         """Q of all training samples, float32 [n]; NaN where a sample is not featurized."""
-        index = self.index(model_id)
+        reader = FeatureReader(self, model_id)
         out = torch.full((self.train_set_size,), torch.nan, dtype=torch.float32)
-        for number, path in enumerate(index.shards):
-            tensors = self.read_shard(path, model_id, None, ("inds", "out_to_loss"))
-            mine = torch.from_numpy(index.shard[tensors["inds"].numpy()] == number)
-            out[tensors["inds"][mine]] = tensors["out_to_loss"][mine].float()
+        inds = np.flatnonzero(reader.index.done)
+        q = reader.read_q(inds)
+        out[torch.from_numpy(inds)] = q
         return out
 
     def matrix(self, model_id: int, exp_name: str | None = None) -> Tensor:
@@ -414,23 +481,25 @@ class Store:
         """Whether a lambda and its matrix, of the features that are there now, were stored."""
         if not self.solve_path(model_id).exists():
             return False
-        return self.has_gram(model_id, self.read_solve(model_id)["weighted"])
+        return self.has_gram(model_id, self.read_system(model_id))
 
-    def gram_path(self, model_id: int, weighted: bool, part: int | None = None) -> Path:
+    def gram_path(self, model_id: int, system: System, part: int | None = None) -> Path:
         """The file of a Gram matrix, or of a part; processes that see other shards have others."""
-        name = "weighted" if weighted else "xtx"
+        name = gram_name(system)
         if part is not None:
             layout = self.index(model_id).layout_digest()[:12]
             name = f"part-{name}-{layout}-{part:04d}"
         return self.model_dir(model_id) / f"{name}.safetensors"
 
-    def has_gram(self, model_id: int, weighted: bool, part: int | None = None) -> bool:
+    def has_gram(self, model_id: int, system: System, part: int | None = None) -> bool:
         """Whether a Gram matrix, or a part, of the features that are there now was stored."""
-        path = self.gram_path(model_id, weighted, part)
+        path = self.gram_path(model_id, system, part)
         if not path.exists():
             return False
         _, metadata = self._read(path, model_id, None, ())
-        return metadata.get("content") == self.index(model_id).content_digest()
+        power = float(metadata.get("power", system.weighted))  # 0 or 1 where nothing is said
+        same = metadata.get("content") == self.index(model_id).content_digest()
+        return same and power == system.power
 
     def write_gram(
         self,
@@ -438,26 +507,28 @@ class Store:
         sums: Tensors,
         n: int,
         eps: float,
-        weighted: bool,
+        system: System,
         part: int | None = None,
     ) -> None:
-        """Keep sums over n samples: ``xtx``, float64 [k, k], and what belongs to it."""
-        facts = {"n": str(n), "eps": repr(eps), "content": self.index(model_id).content_digest()}
-        path = self.gram_path(model_id, weighted, part)
+        """Keep sums over n samples, float64: ``xtx`` [k, k], or of a dual system ``kernel`` [n, n]
+        and ``order`` [n], the samples of its rows; and what belongs to them.
+        """
+        facts = {"n": str(n), "eps": repr(eps), "power": repr(system.power)}
+        facts["content"] = self.index(model_id).content_digest()
+        path = self.gram_path(model_id, system, part)
         write_safetensors(path, sums, self._shard_identity(model_id, None) | facts)
 
     def read_gram(
-        self, model_id: int, weighted: bool, part: int | None = None
+        self, model_id: int, system: System, part: int | None = None
     ) -> tuple[Tensors, int, float]:
         """(sums, n, eps) as written."""
-        path = self.gram_path(model_id, weighted, part)
+        path = self.gram_path(model_id, system, part)
         tensors, metadata = self._read(path, model_id, None, None)
         return tensors, int(metadata["n"]), float(metadata["eps"])
 
-    def remove_parts(self, model_id: int, weighted: bool) -> None:
+    def remove_parts(self, model_id: int, system: System) -> None:
         """Remove the parts of a Gram matrix, which is whole now."""
-        name = "weighted" if weighted else "xtx"
-        for path in self.model_dir(model_id).glob(f"part-{name}-*.safetensors"):
+        for path in self.model_dir(model_id).glob(f"part-{gram_name(system)}-*.safetensors"):
             path.unlink(missing_ok=True)
 
     def solve_path(self, model_id: int) -> Path:
@@ -476,6 +547,12 @@ class Store:
         if missing:
             raise corrupt(path, f"it lacks {', '.join(missing)}")
         return summary
+
+    def read_system(self, model_id: int) -> System:
+        """Which matrix the lambda that is stored is added to."""
+        summary = self.read_solve(model_id)
+        power = summary.get("power", float(summary["weighted"]))  # 0 or 1 where nothing is said
+        return System(power, summary.get("form") == "dual")
 
     def scores_path(self, exp_name: str) -> Path:
         """The file of the final scores."""
@@ -526,11 +603,42 @@ class CurrentStore(Mapping[str, Any]):
         return len(self.NAMES) + len(self.store.experiments)
 
 
+def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
+    """A grouping in words, for messages."""
+    if grouping is None:
+        return "no groups"
+    groups, reduction = grouping
+    return f"groups {str(groups)[:60]}{'...' if len(str(groups)) > 60 else ''} by {reduction}"
+
+
+def role_of(exp_name: str | None) -> str:
+    """What the names of shards begin with."""
+    return "train" if exp_name is None else "target"
+
+
+def gram_name(system: System) -> str:
+    """What the file of a Gram matrix is called."""
+    if system.dual:
+        return "kernel_weighted" if system.weighted else "kernel"
+    return "weighted" if system.weighted else "xtx"
+
+
 def model_digest(model: nn.Module) -> str:
     """Hash of all parameters and buffers of a model, with their names."""
+    return combined_digest(model_digests(model))
+
+
+def model_digests(model: nn.Module) -> dict[str, str]:
+    """The hash of each parameter and buffer, by name."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor_digest(t) for name, t in named}
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """Hash of several hashes and their names."""
     h = hashlib.blake2b(digest_size=16)
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        h.update(f"{name}:{tensor_digest(t)};".encode())
+    for name, value in digests.items():
+        h.update(f"{name}:{value};".encode())
     return h.hexdigest()
 
 

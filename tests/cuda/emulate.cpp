@@ -159,7 +159,7 @@ struct EmulatedProject {
 int emulated_project(const EmulatedProject* c, std::int64_t* plan_out, int plan_only, char* message,
                      int length) {
     return guarded(message, length, [&]() {
-        ProjectCall call;
+        ProjectCall call{};
         call.grads = c->grads;
         call.dtype = static_cast<Dtype>(c->dtype);
         call.batch = c->batch;
@@ -170,9 +170,9 @@ int emulated_project(const EmulatedProject* c, std::int64_t* plan_out, int plan_
         call.cols = c->cols;
         call.out_stride_b = c->out_stride_b;
         call.out_stride_k = c->out_stride_k;
-        call.kind = static_cast<Kind>(c->kind);
-        call.seed = c->seed;
-        call.stream = static_cast<std::uint32_t>(c->stream);
+        call.key.kind = static_cast<Kind>(c->kind);
+        call.key.seed = c->seed;
+        call.key.stream = static_cast<std::uint32_t>(c->stream);
         call.row_offset = c->row_offset;
         call.scale = c->scale;
         call.accumulate = c->accumulate != 0;
@@ -237,7 +237,7 @@ struct EmulatedTranspose {
 
 int emulated_transpose(const EmulatedTranspose* c, char* message, int length) {
     return guarded(message, length, [&]() {
-        TransposeCall call;
+        TransposeCall call{};
         call.y = c->y;
         call.dtype = static_cast<Dtype>(c->dtype);
         call.batch = c->batch;
@@ -248,9 +248,9 @@ int emulated_transpose(const EmulatedTranspose* c, char* message, int length) {
         call.rows = c->rows;
         call.out_stride_b = c->out_stride_b;
         call.out_stride_p = c->out_stride_p;
-        call.kind = static_cast<Kind>(c->kind);
-        call.seed = c->seed;
-        call.stream = static_cast<std::uint32_t>(c->stream);
+        call.key.kind = static_cast<Kind>(c->kind);
+        call.key.seed = c->seed;
+        call.key.stream = static_cast<std::uint32_t>(c->stream);
         call.row_offset = c->row_offset;
         call.scale = c->scale;
         call.terms = c->terms;
@@ -271,16 +271,16 @@ struct EmulatedMatrix {
 
 int emulated_matrix(const EmulatedMatrix* c, char* message, int length) {
     return guarded(message, length, [&]() {
-        MatrixCall call;
+        MatrixCall call{};
         call.out = c->out;
         call.dtype = static_cast<Dtype>(c->dtype);
         call.rows = c->rows;
         call.cols = c->cols;
         call.stride_n = c->stride_n;
         call.stride_m = c->stride_m;
-        call.kind = static_cast<Kind>(c->kind);
-        call.seed = c->seed;
-        call.stream = static_cast<std::uint32_t>(c->stream);
+        call.key.kind = static_cast<Kind>(c->kind);
+        call.key.seed = c->seed;
+        call.key.stream = static_cast<std::uint32_t>(c->stream);
         call.row_offset = c->row_offset;
         call.col_offset = c->col_offset;
         emulator::machine().random.seed(static_cast<unsigned>(c->order));

@@ -81,8 +81,9 @@ def test_module_reports_no_gpu_where_there_is_none():
 def test_calls_without_a_gpu_name_the_failing_one():
     if cuda._module().count()[0]:
         return
+    call = Call(MatrixKey("rademacher", 0, 0)).numbers()
     with pytest.raises(RuntimeError, match="cudaGetDeviceProperties"):
-        cuda._module().matrix(0, 0, 0, 0, 1, 1, 1, 1, (0, 0, 0), 0, 0)
+        cuda._module().matrix(0, 0, (0, 0, 1, 1, 1, 1), call, 0)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastproj.call import Call
 from fastproj.kernels import config, launch, plan
 from fastproj.spec import MatrixKey
 
@@ -76,7 +77,7 @@ def test_project_compiles_once_for_a_bucket(launched: Launched) -> None:
     ):
         grads = torch.empty((B, P), dtype=torch.bfloat16)
         key = MatrixKey("rademacher", seed, stream)
-        launch.project([grads], torch.empty((B, 256)), key, offset, 1.0, False, "highest")
+        launch.project([grads], torch.empty((B, 256)), Call(key, offset))
     names = [name for name, _, _ in launched]
     assert names.count("reduce_kernel") == 3
     assert variants(launch.reduce_kernel) == 1
@@ -94,9 +95,11 @@ def test_other_kernels(launched: Launched) -> None:
         for key in (MatrixKey(kind, 1, 2), MatrixKey(kind, 2**64 - 1, 2**32 - 1)):
             for B, n, row in ((3, 1000, 100), (1, 1, 0), (16, 2000, 2**50)):
                 y = torch.empty((B, 70))
-                launch.project_transpose(y, torch.empty((B, n)), key, row, 0.5, "high")
+                launch.project_transpose(
+                    y, torch.empty((B, n)), Call(key, row, 0.5, precision="high")
+                )
             for n, m, column in ((100, 1, 2**32 - 1), (1, 300, 0)):
-                launch.matrix(torch.empty((n, m)), key, 5, column)
+                launch.matrix(torch.empty((n, m)), Call(key, 5), column)
     assert variants(launch.project_transpose_kernel) == 2
     assert variants(launch.matrix_kernel) == 2
 
@@ -107,7 +110,7 @@ def test_grids_stay_within_their_limits(launched: Launched, kind: str, dtype: to
     """The second dimension of a grid has at most 65535 programs: more samples, more launches."""
     B = {torch.float32: 33 * 65535, torch.float64: 65535 + 7}[dtype]
     y, out = torch.empty((B, 1), dtype=dtype), torch.empty((B, 2), dtype=dtype)
-    launch.project_transpose(y, out, MatrixKey(kind, 1, 2), 0, 0.5, "high")
+    launch.project_transpose(y, out, Call(MatrixKey(kind, 1, 2), 0, 0.5, precision="high"))
     grids = [grid for _, grid, _ in launched]
     assert len(grids) > 1
     assert max(grid[1] for grid in grids) <= 65535
@@ -122,12 +125,12 @@ def test_unaligned(launched: Launched) -> None:
     flat = torch.empty((4, 40_000), dtype=torch.bfloat16)
     out = torch.empty((4, 64))
     key = MatrixKey("rademacher", 0, 0)
-    launch.project([flat[:, 77:]], out, key, 77, 1.0, False, "highest")
-    launch.project([flat[:, 77:]], out, key, 78, 1.0, False, "highest")
+    launch.project([flat[:, 77:]], out, Call(key, 77))
+    launch.project([flat[:, 77:]], out, Call(key, 78))
     launch.project(
-        [torch.empty((4, 30_001), dtype=torch.bfloat16)], out, key, 0, 1.0, False, "high"
+        [torch.empty((4, 30_001), dtype=torch.bfloat16)], out, Call(key, precision="high")
     )
-    launch.project([flat.T.contiguous().T], out, key, 0, 1.0, False, "highest")
+    launch.project([flat.T.contiguous().T], out, Call(key))
     main = [call[2] for call in launched if call[0] != "reduce_kernel" and not call[2]["MASKED"]]
     assert [(call["ALIGNED"], call["CONTIGUOUS"]) for call in main] == [
         (16, True),
@@ -141,7 +144,7 @@ def test_pin_reaches_the_kernel(launched: Launched) -> None:
     grads = torch.empty((64, 4096), dtype=torch.bfloat16)
     with config.pin(BLOCK_K=128, num_warps=4):
         launch.project(
-            [grads], torch.empty((64, 512)), MatrixKey("rademacher", 0, 0), 0, 1.0, False, "high"
+            [grads], torch.empty((64, 512)), Call(MatrixKey("rademacher", 0, 0), precision="high")
         )
     _, grid, arguments = launched[0]
     assert (arguments["BLOCK_K"], arguments["num_warps"], arguments["NUM_WARPS"]) == (128, 4, 4)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastproj
 from fastproj import TRAKer
-from fastproj.trak import features, finalizing, scoring
+from fastproj.trak import features, finalizing, scoring, shards
 
 
 class Net(nn.Module):
@@ -105,11 +105,16 @@ def explicit_trak(
 
 
 def small_blocks(setattr: Any = setattr) -> None:
-    """Blocks, parts of sums and chunks of targets so small that tests have several of each."""
+    """Blocks, parts of sums and chunks of targets so small that tests have several of each.
+
+    Shards are merged by twos.
+    """
     setattr(features, "BLOCK_ROWS", 5)
+    setattr(shards, "FAN", 2)
     setattr(scoring, "TARGET_ROWS", 2)
     setattr(finalizing, "PART_ROWS", 5)
     setattr(finalizing, "PART_ROWS_PER_DIM", 0)
+    setattr(finalizing, "PANEL_BYTES", 1)
 
 
 def make(model: nn.Module, save_dir: Path, n: int, **options: Any) -> TRAKer:

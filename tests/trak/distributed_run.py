@@ -37,6 +37,7 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     how["fail"] : [rank, method] lets a method of the score computer fail there.
     how["batch_size"] : one for each rank.
     how["backend"] : a process group of this backend is there before TRAKer is made.
+    how["groups"] : of the targets.
     how["only"] : "featurize" lets each rank featurize every size-th batch of its, and no more.
     log : the computed batches are appended to it.
     """
@@ -53,7 +54,7 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     train, targets = cases.data(N), cases.data(M, seed=5)
     # The first shows no training ridge, the second does: lambda is chosen by one rule and the other
     states = [net.state_dict() for net in (cases.net(0), cases.trained(1, train))]
-    traker = cases.make(model, Path(save_dir), N, proj_dim=6, **how.get("options", {}))
+    traker = cases.make(model, Path(save_dir), N, **{"proj_dim": 6, **how.get("options", {})})
     features, computed = traker._features, []
 
     def logged(batch: Any, model_id: int, inds: Any) -> torch.Tensor:
@@ -107,8 +108,10 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
         return
     traker.finalize_features()
     for model_id, state in enumerate(states):
-        traker.start_scoring_checkpoint("test", state, model_id, M)
+        groups = how.get("groups")
+        traker.start_scoring_checkpoint("test", state, model_id, M, groups=groups)
         go(traker.score, targets, 2)
     scores = traker.finalize_scores("test")
-    assert scores.shape == (N, M)
-    assert traker.finalize_scores("test", top_k=3).helpful_indices.shape == (M, 3)
+    columns = 1 + max(how["groups"]) if "groups" in how else M
+    assert scores.shape == (N, columns)
+    assert traker.finalize_scores("test", top_k=3).helpful_indices.shape == (columns, 3)

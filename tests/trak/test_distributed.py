@@ -16,6 +16,7 @@ import torch
 
 from fastproj.trak import distributed
 from fastproj.trak.distributed import DistributedError, Ranks
+from fastproj.trak.files import read_json
 from fastproj.trak.writer import read_scores, read_top_scores
 from tests.trak import cases
 from tests.trak.distributed_run import N
@@ -69,6 +70,26 @@ def test_the_same_script_in_several_processes(tmp_path, server, whole, size, fee
     share = Counter(b.split()[0] for b in batches)
     assert len(share) == size
     assert max(share.values()) - min(share.values()) <= 4  # one batch for each pass over data
+
+
+def test_groups_of_targets_in_several_processes(tmp_path, server, whole):
+    groups = [1, 0, 1, 2, 0, 1, 1]
+    run(server, tmp_path, 2, groups=groups)
+    wanted = np.stack([whole[0][:, np.array(groups) == g].sum(1) for g in range(3)], 1)
+    np.testing.assert_allclose(results(tmp_path)[0], wanted, atol=1e-5 * np.abs(whole[0]).max())
+
+
+def test_fewer_samples_than_dimensions_in_several_processes(tmp_path, server):
+    """The n x n matrix is put together from columns of several processes."""
+    found = []
+    for size in (1, 3):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        run(server, folder, size, options={"proj_dim": 40})
+        found.append(results(folder))
+        solved = read_json(folder / "store" / "models" / "1" / "solve.json")
+        assert (solved["form"], solved["n"]) == ("dual", N)
+    assert_same(*found)
 
 
 def test_beside_a_process_group_that_carries_nothing(tmp_path, server, whole):

@@ -19,6 +19,7 @@ from fastproj.trak import (
     SingularXtXWarning,
     StoreMismatchError,
 )
+from fastproj.trak.solve import System
 from tests.trak import cases
 
 N, M = 30, 6
@@ -289,7 +290,7 @@ def test_new_features_make_a_finalised_checkpoint_unfinished(tmp_path, models, t
     assert not again.saver.is_finalized(0)
     again.finalize_features(lambda_reg="1*mean")
     phi = cases.projected(cases.gradients(models[0], other), 8, 0)
-    torch.testing.assert_close(again.saver.read_gram(0, weighted=False)[0]["xtx"], phi.T @ phi)
+    torch.testing.assert_close(again.saver.read_gram(0, System())[0]["xtx"], phi.T @ phi)
 
 
 # ---- targets ------------------------------------------------------------------------------------

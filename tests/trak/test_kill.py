@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fastproj.trak.files import read_safetensors
+from fastproj.trak.shards import ShardFile
 from fastproj.trak.writer import read_scores, read_top_scores
 from tests.trak.killed_run import KINDS, STAGES
 from tests.trak.lives import Server
@@ -33,21 +34,25 @@ def there(folder):
     """The batches that are on disk, as killed_run names them."""
     found = set()
     for path in folder.glob("models/*/train-*.safetensors"):
-        found.add(f"featurize {path.parent.name} {first_sample(path)}")
+        found |= {f"featurize {path.parent.name} {first}" for first in first_samples(path)}
     for path in folder.glob("models/*/targets/test/target-*.safetensors"):
-        found.add(f"score {path.parents[2].name} {first_sample(path)}")
+        found |= {f"score {path.parents[2].name} {first}" for first in first_samples(path)}
     return found
 
 
-def first_sample(path):
-    return int(read_safetensors(path, ("inds",))[0]["inds"][0])
+def first_samples(path):
+    """The first sample of each batch of a shard."""
+    tensors, metadata = read_safetensors(path, ("inds",))
+    sizes = ShardFile.of(path, metadata, len(tensors["inds"]), 0).sizes
+    return [int(part[0]) for part in tensors["inds"].split(sizes)]
 
 
 def names(folder):
-    """All files; what is random in a shard's name is left out."""
+    """All files but shards, which the batches of lives that end are merged into in other ways."""
     return sorted(
-        re.sub(r"-[0-9a-f]{12}\.", "-*.", path.relative_to(folder).as_posix())
+        path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
+        if not re.match(r"(train|target)-", path.name)
     )
 
 
@@ -94,3 +99,7 @@ def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
     ):
         np.testing.assert_array_equal(found, wanted)
     assert names(tmp_path / "killed") == names(tmp_path / "whole")
+    assert there(tmp_path / "killed") == there(tmp_path / "whole") == set(once)
+    for kind, most in (("train", 2), ("target", 2)):  # files of each kind in each of four folders
+        shards = [path.parent for path in (tmp_path / "killed").rglob(f"{kind}-*")]
+        assert max(Counter(shards).values()) <= most

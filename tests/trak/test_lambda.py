@@ -7,22 +7,29 @@ import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 import fastproj
-from fastproj.trak import ScoreComputer, SingularXtXWarning, StoreCorruptError
+from fastproj.trak import (
+    ImageClassificationModelOutput,
+    ScoreComputer,
+    SingularXtXWarning,
+    StoreCorruptError,
+)
 from fastproj.trak import ridge as module
 from fastproj.trak.ridge import (
     MARGIN,
     Moments,
-    are_probabilities,
     choose_lambda,
     effective_dimension,
     fit,
     likeliest_ridge,
+    meaning,
     quadratures,
 )
 from fastproj.trak.solve import HALF_ROUNDING, Gram, solve
@@ -53,13 +60,13 @@ def trained(grads, ridge):
 
 def sums(phi, q, block=64):
     """(Gram, Moments) as finalising makes them."""
-    moments = Moments(phi.shape[1], are_probabilities(q))
+    moments = Moments(phi.shape[1], meaning(q).probability)
     blocks = zip(phi.split(block), q.split(block), strict=True)
     return ScoreComputer().gram(moments.over(blocks), phi.shape[1], len(phi)), moments
 
 
 def choose(phi, q):
-    return choose_lambda(*sums(phi, q))
+    return choose_lambda(*sums(phi, q), meaning(q))
 
 
 def weighted(phi, q):
@@ -69,7 +76,7 @@ def weighted(phi, q):
 
 def training_ridge(phi, q):
     choice = choose(phi, q)
-    assert (choice.rule, choice.weighted) == ("training ridge", True)
+    assert (choice.rule, choice.power) == ("training ridge", 1)
     return choice.lambda_reg / MARGIN
 
 
@@ -91,9 +98,9 @@ def test_the_training_ridge_is_found_through_a_projection(k):
 def test_the_fit_is_the_root_of_its_equation():
     phi, q = trained(gradients(500, 300), 0.3)
     gram, moments = sums(phi, q)
-    values, vectors = torch.linalg.eigh(gram.xtx)
+    values, vectors = torch.linalg.eigh(gram.matrix)
     parts = (vectors.T @ moments.fitted).square()
-    found = fit(gram.xtx, moments)  # gamma / (1 - d(gamma) / k), of which gamma solves the equation
+    found = fit(gram, moments)  # gamma / (1 - d(gamma) / k), of which gamma solves the equation
     low, high = 1e-9, 1e9
     while high / low > 1 + 1e-12:
         middle = math.sqrt(low * high)
@@ -111,18 +118,19 @@ def test_the_fit_is_found_where_eigenvalues_span_eight_decades(relative):
     matrix = (vectors * values) @ vectors.T
     parts = gradients(1, size, seed=2, decay=0)[0] * values**0.3
     ridge = relative * float(values.mean())
-    moments = Moments(size, True)
+    moments = Moments(size, 1)
     moments.fitted = vectors @ parts
     moments.explained = (parts.square() / (values + ridge)).sum()
     exact = ridge / (1 - float((values / (values + ridge)).sum()) / size)
-    assert fit((matrix + matrix.T) / 2, moments) == pytest.approx(exact, rel=1e-4)
+    gram = Gram((matrix + matrix.T) / 2, size, size, 2.0**-52)
+    assert fit(gram, moments) == pytest.approx(exact, rel=1e-4)
 
 
 def test_fewer_samples_than_dimensions_that_fit_worse_than_the_network_show_no_ridge():
     phi, q = trained(gradients(30, 60), 0.3)
     gram, moments = sums(phi, q)
     moments.explained = moments.explained * 1e6
-    assert fit(gram.xtx, moments) is None
+    assert fit(gram, moments) is None
 
 
 def test_where_features_fit_worse_than_the_network_the_limit_is_used():
@@ -130,9 +138,9 @@ def test_where_features_fit_worse_than_the_network_the_limit_is_used():
     phi = grads @ fastproj.matrix(200, 20, 0, stream=0, dtype=torch.float64)
     gram, moments = sums(phi, q)
     start = moments.fitted
-    assert float(start @ torch.linalg.solve(gram.xtx, start)) < float(moments.explained)
-    limit = 20 / float(torch.linalg.inv(gram.xtx).trace())  # of ridge / (1 - d(ridge) / k)
-    assert fit(gram.xtx, moments) == pytest.approx(limit, rel=1e-5)
+    assert float(start @ torch.linalg.solve(gram.matrix, start)) < float(moments.explained)
+    limit = 20 / float(torch.linalg.inv(gram.matrix).trace())  # of ridge / (1 - d(ridge) / k)
+    assert fit(gram, moments) == pytest.approx(limit, rel=1e-5)
 
 
 def test_what_is_summed_up():
@@ -140,17 +148,17 @@ def test_what_is_summed_up():
     gram, moments = sums(phi, q)
     f = torch.log((1 - q) / q)
     target = q * (1 - q) * f + q
-    torch.testing.assert_close(gram.xtx, weighted(phi, q))
+    torch.testing.assert_close(gram.matrix, weighted(phi, q))
     torch.testing.assert_close(moments.fitted, phi.T @ target)
     torch.testing.assert_close(moments.explained, f @ target)
     rows = phi * (q * (1 - q)).sqrt().unsqueeze(1)
     torch.testing.assert_close(moments.quartic, rows.square().sum(1).square().sum())
     residuals = q - q.mean()
     gram, moments = sums(phi, residuals)
-    torch.testing.assert_close(gram.xtx, phi.T @ phi)
+    torch.testing.assert_close(gram.matrix, phi.T @ phi)
     torch.testing.assert_close(moments.quartic, phi.square().sum(1).square().sum())
-    torch.testing.assert_close(moments.fitted, phi.T @ residuals)
-    torch.testing.assert_close(moments.explained, residuals @ residuals)
+    torch.testing.assert_close(moments.correlated, phi.T @ residuals)
+    torch.testing.assert_close(moments.squares, residuals @ residuals)
 
 
 @pytest.mark.parametrize("regression", [False, True])
@@ -160,12 +168,14 @@ def test_sums_of_float32_leave_no_range(regression, scale):
     q = (q * 1e6 if regression else q).float()
     exact, moments = sums(phi.double() * scale, q)
     gram, found = sums((phi * scale).float(), q)
-    torch.testing.assert_close(gram.xtx, exact.xtx, rtol=1e-5, atol=1e-5 * float(exact.xtx.max()))
+    torch.testing.assert_close(
+        gram.matrix, exact.matrix, rtol=1e-5, atol=1e-5 * float(exact.matrix.max())
+    )
     for name, wanted in moments.tensors().items():
         atol = 1e-5 * float(wanted.abs().max())
         torch.testing.assert_close(found.tensors()[name], wanted, rtol=1e-5, atol=atol)
-    assert choose_lambda(gram, found).lambda_reg == pytest.approx(
-        choose_lambda(exact, moments).lambda_reg, rel=1e-3
+    assert choose_lambda(gram, found, meaning(q)).lambda_reg == pytest.approx(
+        choose_lambda(exact, moments, meaning(q)).lambda_reg, rel=1e-3
     )
 
 
@@ -202,7 +212,7 @@ def test_invariances(regression):
     assert choose(phi[order], q[order]).lambda_reg == pytest.approx(lam)
     rotation, _ = torch.linalg.qr(gradients(30, 30, seed=1))
     assert choose(phi @ rotation, q).lambda_reg == pytest.approx(lam)
-    assert choose_lambda(*sums(phi, q, block=7)).lambda_reg == pytest.approx(lam)
+    assert choose_lambda(*sums(phi, q, block=7), meaning(q)).lambda_reg == pytest.approx(lam)
     assert choose(phi, q) == choose(phi, q)
 
 
@@ -218,7 +228,7 @@ def test_weights_of_one_set_the_dimension():
     norms = phi.square().sum(1)
     samples = float(norms.sum() ** 2 / norms.square().sum())
     wanted = 1 / (1 / math.sqrt(samples) + 1 / 30)
-    assert (choice.rule, choice.weighted) == ("dimension", False)
+    assert (choice.rule, choice.power) == ("dimension", 0)
     assert effective_dimension(phi.T @ phi, choice.lambda_reg) == pytest.approx(wanted)
     assert 0 < wanted < 30
 
@@ -238,8 +248,8 @@ def test_the_ridge_of_a_regression_is_found_from_its_residuals(k, ridge):
     phi = gradients(500, k, decay=0.5)
     q = regression_residuals(phi, ridge)
     gram, moments = sums(phi, q)
-    values, vectors = torch.linalg.eigh(gram.xtx)
-    found = likeliest_ridge(values.clamp(min=0), vectors, 500, moments)
+    values = torch.linalg.eigvalsh(gram.matrix).clamp(min=0)
+    found = likeliest_ridge(values, gram, moments)
     assert ridge / 2 < found < ridge * 2
 
     def unlikely(gamma):  # -2 log likelihood of q, by its n x n covariance
@@ -250,7 +260,7 @@ def test_the_ridge_of_a_regression_is_found_from_its_residuals(k, ridge):
     assert unlikely(found) <= min(unlikely(found * 0.95), unlikely(found * 1.05))
     choice = choose(phi, q)
     alone = choose(phi, torch.ones(500)).lambda_reg
-    assert (choice.rule, choice.weighted) == ("residuals and dimension", False)
+    assert (choice.rule, choice.power) == ("residuals and dimension", 0)
     assert choice.lambda_reg == pytest.approx(math.sqrt(found * alone))
 
 
@@ -267,7 +277,7 @@ def test_a_network_that_has_fitted_nothing_gets_the_dimension_of_its_weighted_ma
     q = torch.linspace(0.3, 0.95, len(phi)).double()
     choice = choose(phi, q)
     assert choice.relative == pytest.approx(choice.lambda_reg * 30 / weighted(phi, q).trace())
-    assert (choice.rule, choice.weighted) == ("dimension", True)
+    assert (choice.rule, choice.power) == ("dimension", 1)
     squares = phi.square().sum(1) * q * (1 - q)
     wanted = math.sqrt(float(squares.sum() ** 2 / squares.square().sum()))
     found = effective_dimension(weighted(phi, q), choice.lambda_reg)
@@ -282,12 +292,12 @@ def test_a_mean_over_tokens_weighs_like_their_sum(tokens):
     """
     phi, q = trained(gradients(300, 60), 0.3)
     gram, moments = sums(phi, q)
-    longer = Moments(60, True)
+    longer = Moments(60, 1)
     longer.fitted, longer.explained = moments.fitted, moments.explained * tokens
-    exact = fit(gram.xtx / tokens, longer)
+    exact = fit(replace(gram, matrix=gram.matrix / tokens), longer)
     torch.testing.assert_close(
-        torch.linalg.inv(gram.xtx / tokens + exact * torch.eye(60)),
-        tokens * torch.linalg.inv(gram.xtx + fit(gram.xtx, moments) * torch.eye(60)),
+        torch.linalg.inv(gram.matrix / tokens + exact * torch.eye(60)),
+        tokens * torch.linalg.inv(gram.matrix + fit(gram, moments) * torch.eye(60)),
     )
 
 
@@ -304,6 +314,116 @@ def test_effective_dimension_and_quadrature():
     *_, (nodes, weights) = quadratures(low_rank, low_rank @ start)
     assert len(nodes) <= 5
     assert float(weights.sum()) == pytest.approx(float((low_rank @ start).square().sum()))
+
+
+# ---- what Q are ---------------------------------------------------------------------------------
+
+
+def scores_of(phi, q, probabilities=None):
+    """Scores of all samples on all others, [n, n], as finalising and scoring make them."""
+    made = meaning(q, probabilities)
+    moments = Moments(phi.shape[1], made.probability)
+    rows = torch.cat([part.clone() for part in moments.over([(phi, q)])])
+    gram = Gram(rows.T @ rows, *phi.shape, 2.0**-52)
+    solution = solve(gram, choose_lambda(gram, moments, made).lambda_reg)
+    return phi @ solution.apply(phi).T * q.unsqueeze(1)
+
+
+def rank_correlation(one, other):
+    """The mean over targets of Spearman's correlation."""
+    ranks = [torch.argsort(torch.argsort(s, 0), 0).double() for s in (one, other)]
+    ranks = [r - r.mean(0) for r in ranks]
+    return float(torch.cosine_similarity(*ranks, 0).mean())
+
+
+def jumps(phi, qs):
+    """1 minus the rank correlation of scores between neighbours of a path of Q."""
+    made = [scores_of(phi, q) for q in qs]
+    return [1 - rank_correlation(*pair) for pair in pairwise(made)]
+
+
+PATHS = {
+    "one text grows longer": lambda q, t: torch.cat([q[:-1], q[-1:] * 10 ** (2 * t)]),
+    "one is mislabelled": lambda q, t: torch.cat([q[:-1], 1.001 * t * torch.ones(1)]),
+    "one is negative": lambda q, t: torch.cat([q[:-1], (1 - 2 * t) * torch.ones(1) * 1e-3]),
+    "one rounds below zero": lambda q, t: torch.cat([q[:-1], (1 - 2 * t) * torch.ones(1) * 1e-7]),
+    "all grow": lambda q, t: q * 10 ** (2 * t),
+    "all shift": lambda q, t: q - t * 2 * q.mean(),
+    "weights of 1, and one of a loss": lambda q, t: torch.cat(
+        [torch.ones(len(q) - 1), 1 - t * torch.ones(1)]
+    ),
+    "weights grow beyond 1": lambda q, t: torch.ones(len(q)) * (1 + t * q),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_scores_change_by_no_jump(name):
+    """Along a path of Q rules pass over into each other: the finer the steps, the less in each."""
+    phi, q = trained(gradients(120, 30), 0.5)
+    path = torch.linspace(0, 1, 201).tolist()
+    for _ in range(2):  # the steep part again, in finer steps
+        found = jumps(phi, [PATHS[name](q, t).double() for t in path])
+        steepest = found.index(max(found))
+        low, high = path[steepest : steepest + 2]
+        path = torch.linspace(low, high, 41, dtype=torch.float64).tolist()
+    assert max(jumps(phi, [PATHS[name](q, t).double() for t in path])) < 1e-3
+
+
+@pytest.mark.parametrize("largest", [1.0, 1.001, 3.0, 1e3, 1e6])
+def test_one_long_text_leaves_the_others_their_scores(largest):
+    phi, q = trained(gradients(200, 30), 0.5)
+    q[7] = 0.999
+    other = q.clone()
+    other[7] = largest
+    others = torch.arange(200) != 7
+    exact, found = scores_of(phi, q)[others], scores_of(phi, other)[others]
+    assert rank_correlation(exact, found) > 0.99
+    assert meaning(other) == module.Meaning(1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("q", "probability", "residual"),
+    [
+        (torch.linspace(0, 1, 50), 1, 0),
+        (torch.linspace(-1e-7, 0.2, 50), 1, 0),
+        (
+            torch.full((50,), 1 - 2.0**-24, dtype=torch.float64),
+            0,
+            0,
+        ),  # a network that has fitted nothing
+        (torch.cat([torch.ones(30), torch.linspace(0, 0.9, 20)]), 1, 0),  # and one with outliers
+        (torch.ones(50), 0, 0),
+        (torch.full((50,), 2.5), 0, 0),
+        (torch.linspace(1, 40, 50), 0, 0),
+        (torch.linspace(-1, 1, 50), 0, 1),
+        (torch.linspace(-1, 1, 50) * 1e-6, 0, 1),
+        (torch.linspace(-1, 1, 50) * 1e6, 0, 1),
+        (torch.zeros(50), 1, 0),
+    ],
+)
+def test_what_q_are(q, probability, residual):
+    made = meaning(q)
+    assert (made.probability, made.residual) == (pytest.approx(probability, abs=1e-3), residual)
+    assert meaning(q, False) == module.Meaning(0.0, residual)
+    assert meaning(q, True) == module.Meaning(1.0, residual)
+
+
+def test_between_two_rules_lies_their_mean():
+    phi, _ = trained(gradients(200, 30), 0.5)
+    q = torch.linspace(-0.15, 0.5, 200).double()
+    made = meaning(q)
+    assert 0 < made.probability < 1
+    choice = choose(phi, q)
+    assert choice.power == made.probability
+    assert choice.rule.startswith("training ridge and ")
+    gram, moments = sums(phi, q)
+    rows = phi * (q.clamp(0, 1) * (1 - q.clamp(0, 1))).pow(made.probability / 2).unsqueeze(1)
+    torch.testing.assert_close(gram.matrix, rows.T @ rows, rtol=1e-3, atol=1e-3)
+    alone = [
+        choose_lambda(gram, moments, module.Meaning(p, made.residual)).lambda_reg
+        for p in (0.0, 1.0)
+    ]
+    assert min(alone) < choice.lambda_reg < max(alone)
 
 
 SAME = torch.ones(9, 4).double()
@@ -329,8 +449,8 @@ SAME = torch.ones(9, 4).double()
 )
 def test_extreme_features_get_a_lambda_that_solves(phi, q):
     gram, moments = sums(phi, q)
-    choice = choose_lambda(gram, moments)
-    trace = float(gram.xtx.trace())
+    choice = choose_lambda(gram, moments, meaning(q))
+    trace = float(gram.matrix.trace())
     least = module.LEAST * trace / len(phi)
     assert least * (1 - 1e-9) <= choice.lambda_reg <= trace * (1 + 1e-9)
     with warnings.catch_warnings():
@@ -390,6 +510,30 @@ def test_scores_are_the_formula_with_the_curvature(tmp_path):
     solved = torch.linalg.solve(matrix, phi.T).T.numpy()
     found = made.saver.current_store["features"]
     np.testing.assert_allclose(found, solved, rtol=1e-3, atol=1e-4 * np.abs(solved).max())
+
+
+def test_a_checkpoint_whose_largest_q_passes_1(tmp_path):
+    """Of a task whose Q are probabilities times a factor, as a sum over tokens is."""
+    train, targets = cases.data(60), cases.data(5, seed=5)
+    model = cases.trained(0, train, steps=10)
+    largest = float(cases.q(model, train).max())
+
+    class Scaled(ImageClassificationModelOutput):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def get_out_to_loss_grad(self, *args):
+            return self.factor * super().get_out_to_loss_grad(*args)
+
+    found = []
+    for size in (0.999, 1.001):
+        made = fastproj.TRAKer(model, Scaled(size / largest), 60, tmp_path / str(size), proj_dim=20)
+        cases.featurize(made, model, 0, train)
+        made.finalize_features()
+        cases.score(made, model, 0, targets)
+        found.append(torch.from_numpy(np.array(made.finalize_scores("test"))))
+    assert rank_correlation(*found) > 0.99
 
 
 @pytest.mark.parametrize("declared", [None, True, False])
@@ -466,7 +610,7 @@ def test_rounding_to_half_precision_is_no_rank():
     phi = torch.randn(500, 6, generator=generator)
     phi[:, 5] = phi[:, 0] + phi[:, 1]
     half = phi.half().double()
-    gram = Gram(half.T @ half, 500, 2.0**-52, HALF_ROUNDING)
+    gram = Gram(half.T @ half, 500, 6, 2.0**-52, HALF_ROUNDING)
     with pytest.warns(SingularXtXWarning, match="rank 5"):
         solution = solve(gram, 0.0)
     exact = torch.linalg.pinv(phi.double().T @ phi.double(), hermitian=True, rtol=1e-9)
@@ -475,7 +619,7 @@ def test_rounding_to_half_precision_is_no_rank():
         warnings.simplefilter("error")
         full = torch.randn(500, 6, generator=generator) * torch.logspace(0, -3, 6)
         half = full.half().double()
-        well = solve(Gram(half.T @ half, 500, 2.0**-52), 0.0)
+        well = solve(Gram(half.T @ half, 500, 6, 2.0**-52), 0.0)
     assert (well.method, well.rank) == ("cholesky", 6)
 
 

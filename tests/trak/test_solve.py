@@ -20,7 +20,7 @@ def features(n, k, seed=0):
 
 
 def gram(phi):
-    return Gram(phi.T @ phi, len(phi), 2.0**-52)
+    return Gram(phi.T @ phi, *phi.shape, 2.0**-52)
 
 
 @pytest.mark.parametrize("lambda_reg", [0.0, 0.3, "0.1*mean"])
@@ -121,9 +121,9 @@ def test_gram_of_blocks(monkeypatch, exact, scale):
     phi[3] *= 1e4
     result = ScoreComputer().gram(phi.split(37), 8, 100)
     truth = phi.double().T @ phi.double()
-    assert (result.n, result.xtx.dtype) == (100, torch.float64)
-    assert torch.equal(result.xtx, result.xtx.T)
-    error = float((result.xtx - truth).abs().max() / truth.abs().max())
+    assert (result.n, result.matrix.dtype) == (100, torch.float64)
+    assert torch.equal(result.matrix, result.matrix.T)
+    error = float((result.matrix - truth).abs().max() / truth.abs().max())
     assert error < (1e-15 if exact else 16 * result.eps)
     assert result.eps == (2.0**-52 if exact else 2.0**-23)
 

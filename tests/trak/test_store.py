@@ -230,8 +230,8 @@ def test_a_full_disk(small_disk, model, train, tmp_path):
     traker._features = counted
     traker.featurize(train, num_samples=N)
     assert sorted(computed) == np.flatnonzero(~done).tolist()
-    fill(folder, leave=100 << 10)
-    with pytest.raises(StoreError, match=r"no room for .*xtx.safetensors"):
+    fill(folder, leave=4 << 10)
+    with pytest.raises(StoreError, match=r"no room for .*kernel.safetensors"):
         traker.finalize_features()
     (folder / "fill").unlink()
     traker.finalize_features()

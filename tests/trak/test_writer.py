@@ -130,12 +130,14 @@ def test_extremes_are_those_of_the_whole(tmp_path, top_k, ties):
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def test_blocks_of_samples_are_whole_shards():
+def test_blocks_of_samples_are_whole_batches():
     shard = np.array([2, 0, 0, -1, 1, 2, 2, 0, 3], np.int32)
     found = [inds.tolist() for inds in sample_blocks(shard, 4)]
     assert found == [[1, 2, 7, 4], [0, 5, 6, 8]]
-    assert [inds.tolist() for inds in sample_blocks(shard, 1)] == [[1, 2, 7], [4], [0, 5, 6], [8]]
     assert sample_blocks(np.full(3, -1, np.int32), 4) == []
+    assert [inds.tolist() for inds in sample_blocks(shard, 3)] == [[1, 2, 7], [4, 0, 5, 6], [8]]
+    large = sample_blocks(np.zeros(11, np.int32), 4)  # a batch that is cut
+    assert [inds.tolist() for inds in large] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
 
 
 class Shards:
@@ -151,7 +153,7 @@ class Shards:
         return SimpleNamespace(
             shard=np.repeat(np.arange(len(self.rows)), self.rows),
             row=np.concatenate([np.arange(size) for size in self.rows]),
-            shards=list(range(len(self.rows))),
+            shards=[SimpleNamespace(path=number) for number in range(len(self.rows))],
         )
 
     def read_shard(self, number, model_id, exp_name, check):

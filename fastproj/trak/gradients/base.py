@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak import batches
+from fastproj.trak.tasks.base import BatchedModelOutput, run
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
+TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
 
 Grads = dict[str, Tensor]
 
@@ -78,7 +80,7 @@ class AbstractGradientComputer(ABC):
         """Raise ValueError if f of no sample has to do with the parameters; once per checkpoint."""
         rows = range(0 if self._dependent else batches.size(batch))
         for row in rows:
-            gradient = self.gradient_of(batches.select(batch, row))
+            gradient = self.gradient_of(batch, row)
             if any(g is not None for g in gradient.values()):
                 self._dependent = True
                 return
@@ -102,21 +104,30 @@ class AbstractGradientComputer(ABC):
     def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of each sample: the task's ``get_out_to_loss_grad``."""
         weights = {**self.fixed, **self.chosen}
-        out: Tensor = self.task.get_out_to_loss_grad(self.model, weights, self.buffers, batch)
+        method = self.task.get_out_to_loss_grad
+        out: Tensor = run(method, self.model, weights, self.buffers, batch)
         return out
 
     def output(self, chosen: Grads, *sample: Any) -> Tensor:
         """f of one sample as a function of the chosen parameters, a scalar."""
-        out: Tensor = self.task.get_output(
-            self.model, {**self.fixed, **chosen}, self.buffers, *sample
-        )
+        weights = {**self.fixed, **chosen}
+        out: Tensor = run(self.task.get_output, self.model, weights, self.buffers, *sample)
         return out
 
-    def gradient_of(self, sample: tuple[Any, ...]) -> dict[str, Tensor | None]:
+    def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
+        """f of the sample of a batch of one, a scalar."""
+        if getattr(type(self.task), "get_output", None) is not BatchedModelOutput.get_output:
+            return self.output(chosen, *batches.select(batch, 0))
+        # The same without taking the batch dimension off, which not all parts can get back.
+        weights = {**self.fixed, **chosen}
+        out: Tensor = run(self.task.outputs, self.model, weights, self.buffers, batch)
+        return out.reshape(())
+
+    def gradient_of(self, batch: tuple[Any, ...], row: int) -> dict[str, Tensor | None]:
         """The gradient of one sample by plain autograd; None where f has nothing to do with it."""
         chosen = {name: p.clone().requires_grad_() for name, p in self.chosen.items()}
         with torch.enable_grad():
-            out = self.output(chosen, *sample)
+            out = self.output_alone(chosen, batches.select(batch, slice(row, row + 1)))
             if not out.requires_grad:
                 return dict.fromkeys(chosen)
             grads = torch.autograd.grad(out, list(chosen.values()), allow_unused=True)
@@ -137,15 +148,26 @@ def dense(g: Tensor) -> Tensor:
     return g.to_dense() if g.is_sparse else g
 
 
-def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | None) -> list[str]:
+def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | str | None) -> list[str]:
     """The names of ``grad_wrt`` (None: all) in the order of ``model.named_parameters()``.
+
+    "trainable" is those that have ``requires_grad``.
 
     Raises ValueError for a name that the model lacks, or when nothing is left.
     """
     known = [name for name, _ in model.named_parameters()]
+    if grad_wrt == TRAINABLE:
+        grad_wrt = [name for name, p in model.named_parameters() if p.requires_grad]
+        if not grad_wrt:
+            raise ValueError(
+                'TRAKer: received grad_wrt="trainable" with a model of which no parameter has '
+                "requires_grad; expected requires_grad_(True) on those that were trained, or their "
+                "names (None is all parameters)"
+            )
     if isinstance(grad_wrt, str):
         raise TypeError(
-            f"TRAKer: received grad_wrt={grad_wrt!r}, a string; expected a list of parameter names"
+            f"TRAKer: received grad_wrt={grad_wrt!r}, a string; expected a list of parameter "
+            'names, or "trainable"'
         )
     listed = known if grad_wrt is None else list(grad_wrt)
     odd = [name for name in listed if not isinstance(name, str)]

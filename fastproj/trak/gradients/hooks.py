@@ -273,8 +273,8 @@ def sees_samples(layout: Layout, shapes: tuple[list[Any], list[Any]]) -> bool:
 
 
 def shapes_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Shapes and dtypes of a batch's samples."""
-    return tuple((tuple(t.shape[1:]), t.dtype) for t in batches.leaves(batch))
+    """Shapes and dtypes of a batch's samples; other parts count by their content."""
+    return batches.structure(batch)
 
 
 def owned_modules(model: nn.Module, chosen: set[str]) -> list[Owned]:

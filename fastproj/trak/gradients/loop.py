@@ -16,6 +16,6 @@ class IterativeGradientComputer(AbstractGradientComputer):
         size = batches.size(batch)
         grads = {name: p.new_empty(size, *p.shape) for name, p in self.chosen.items()}
         for row in range(size):
-            for name, g in self.gradient_of(batches.select(batch, row)).items():
+            for name, g in self.gradient_of(batch, row).items():
                 grads[name][row] = 0.0 if g is None else g
         return grads

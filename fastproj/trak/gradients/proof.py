@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, dense
+from fastproj.trak.tasks.base import run
 
 PROVEN_FIRST = 8  # of further structures, those whose number is a power of two are checked
 
@@ -38,9 +39,9 @@ def prove(computer: AbstractGradientComputer, batch: tuple[Any, ...], seed: int)
     generator = torch.Generator().manual_seed(seed)
     weights = 0.5 + torch.rand(size, generator=generator, dtype=torch.float64)
     weights *= torch.randint(0, 2, (size,), generator=generator) * 2 - 1
-    first = next(batches.leaves(batch))
-    weights = weights.to(first.device)
-    order = torch.randperm(size, generator=generator).to(first.device)
+    device = next(iter(computer.chosen.values())).device
+    weights = weights.to(device)
+    order = torch.randperm(size, generator=generator).to(device)
     sums: dict[str, Tensor] = {}
     for rows in (order[:1], *order[1:].chunk(2)):
         if not len(rows):
@@ -60,9 +61,8 @@ def weighted_gradient(
     part = batches.select(batch, rows)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
-        out = computer.task.outputs(
-            computer.model, {**computer.fixed, **chosen}, computer.buffers, part
-        )
+        together = {**computer.fixed, **chosen}
+        out = run(computer.task.outputs, computer.model, together, computer.buffers, part)
         if not out.requires_grad:
             return {}
         grads = torch.autograd.grad(

@@ -19,6 +19,7 @@ from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError, by_samp
 from fastproj.trak.gradients.local import local_gradients
 from fastproj.trak.gradients.rules import Workspace, rule_for
 from fastproj.trak.gradients.sinks import Piece, Sink
+from fastproj.trak.tasks.base import run
 
 Dims = list[BatchDim | None]
 
@@ -84,7 +85,7 @@ class Recorder:
     ) -> Tensor:
         """f of each sample of a batch, [B], with hooks listening."""
         with torch.enable_grad(), no_fast_path(), self._listen():
-            out: Tensor = task.outputs(model, weights, buffers, batch)
+            out: Tensor = run(task.outputs, model, weights, buffers, batch)
         if out.shape != (self.size,):
             raise HooksError(
                 f"hooks: {type(task).__name__}.outputs returned {list(out.shape)} for a batch of "

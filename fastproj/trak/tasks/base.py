@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastproj.checks import describe
 from fastproj.trak import batches
+
+SMALL_BYTES = 1 << 16  # of a buffer that each call of a task gets a copy of
+COPYING: ContextVar[bool] = ContextVar("COPYING", default=True)
 
 Params = Mapping[str, Tensor]
 Batch = tuple[Any, ...]
@@ -23,19 +27,26 @@ class AbstractModelOutput(ABC):
     ``torch.func.functional_call`` takes. Gradients come from ``torch.func.vmap`` or, where that
     can't, from a loop; a ``BatchedModelOutput`` can also have the faster module hooks.
 
-    ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None is
-    yes where all Q of a checkpoint are in 0..1.
+    While one of the methods runs, ``model`` itself has these weights and buffers too: so
+    ``model.encode(x)``, ``model.head.weight`` or ``model(x)`` are differentiated as well.
+
+    ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None
+    finds out from all Q of a checkpoint (``fastproj.trak.ridge.meaning``).
+    ``model_holds_weights`` False leaves the model as it is: for tasks that need to see its own
+    parameters, and call it by ``torch.func.functional_call`` alone.
     """
 
     q_are_probabilities: bool | None = None
+    model_holds_weights: ClassVar[bool] = True
 
     @abstractmethod
     def get_output(self, model: Any, weights: Params, buffers: Params, *sample: Any) -> Tensor:
         """f(z; theta) of one sample, a scalar.
 
         sample : the parts of the batch without their batch dimension; the model wants it back
-            (``image.unsqueeze(0)``). Runs under ``torch.func.vmap``: no ``.item()``, no branching
-            on values.
+            (``image.unsqueeze(0)``). Of a list by sample it is the entry, of an object that holds
+            samples one that holds this one. Runs under ``torch.func.vmap``: no ``.item()``, no
+            branching on values.
         """
 
     @abstractmethod
@@ -64,6 +75,43 @@ class BatchedModelOutput(AbstractModelOutput):
 def call(model: Any, weights: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
     """``model(*args, **kwargs)`` with the given weights and buffers in place of its own."""
     return functional_call(model, (dict(weights or {}), dict(buffers or {})), args, kwargs)
+
+
+class Holder(nn.Module):
+    """A function of a model as a module around it, for ``functional_call``."""
+
+    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        """The function's result."""
+        return self.function(*args)
+
+
+def holding(
+    model: nn.Module, weights: Params, buffers: Params, function: Callable[..., Any], *args: Any
+) -> Any:
+    """``function(*args)`` while the model has the given weights and buffers in place of its own."""
+    tensors = {f"model.{name}": t for name, t in {**weights, **buffers}.items()}
+    return functional_call(Holder(model, function), tensors, args)
+
+
+def run(
+    method: Callable[..., Any], model: nn.Module, weights: Params, buffers: Params, *args: Any
+) -> Any:
+    """``method(model, weights, buffers, *args)`` of a task, with the weights in the model too.
+
+    Small buffers are copies: what the model writes to them is gone afterwards, and each call begins
+    with those of the checkpoint.
+    """
+    task = getattr(method, "__self__", None)
+    if COPYING.get():
+        buffers = {n: t.clone() if t.nbytes <= SMALL_BYTES else t for n, t in buffers.items()}
+    if not getattr(task, "model_holds_weights", True):
+        return method(model, weights, buffers, *args)
+    return holding(model, weights, buffers, method, model, weights, buffers, *args)
 
 
 def logits_of(task: str, output: Any) -> Tensor:

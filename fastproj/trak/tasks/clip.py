@@ -64,6 +64,8 @@ class CLIPModelOutput(BatchedModelOutput):
     seed : of the choice of S pairs among those of the loader.
     """
 
+    model_holds_weights = False  # embeddings are found by the model's own parameters
+
     def __init__(
         self,
         temperature: float | None = None,

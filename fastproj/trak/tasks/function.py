@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastproj.checks import describe
 from fastproj.trak import batches
-from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, call
+from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, holding
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class FunctionModelOutput(BatchedModelOutput):
 
     Parameters
     ----------
-    output : ``output(model, batch) -> Tensor [B]``, f of each sample. ``model`` is to be called as
-        the module would be (it has no other attributes: it carries the weights in question), and
-        ``batch`` is the tuple or dict that ``featurize`` got. Samples must not be mixed.
+    output : ``output(model, batch) -> Tensor [B]``, f of each sample. ``model`` is TRAKer's, with
+        the weights in question: all of its methods, submodules and parameters may be used.
+        ``batch`` is what ``featurize`` got (a list as a tuple). Samples must not be mixed.
     loss : ``loss(f) -> Tensor [B]``, the training loss as a function of the outputs [B], for
         Q = -dL/df; for a log-odds it is ``lambda f: torch.nn.functional.softplus(-f)``. None is the
         loss -f: Q = 1.
@@ -30,18 +30,18 @@ class FunctionModelOutput(BatchedModelOutput):
     ``TRAKer(task=function)`` is the same as ``TRAKer(task=FunctionModelOutput(function))``.
     """
 
-    output: Callable[[Callable[..., Any], Any], Tensor]
+    output: Callable[[Any, Any], Tensor]
     loss: Callable[[Tensor], Tensor] | None = None
+
+    model_holds_weights: ClassVar[bool] = False  # ``outputs`` itself sees to it
 
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """The function of a batch, [B]."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return call(model, weights, buffers, *args, **kwargs)
-
-        given = batch[0] if len(batch) == 1 and isinstance(batch[0], Mapping) else batch
-        out = self.output(run, given)
-        size = next(batches.leaves(batch)).shape[0]
+        given = batch
+        if len(batch) == 1 and (isinstance(batch[0], Mapping) or batches.holds_samples(batch[0])):
+            given = batch[0]
+        out = holding(model, weights, buffers, self.output, model, given)
+        size = batches.size(batch)
         if not isinstance(out, Tensor) or out.shape not in ((size,), (size, 1)):
             received = describe(out) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproj.checks import describe
 from fastproj.trak.tasks.base import (
     Batch,
     BatchedModelOutput,
@@ -16,10 +15,9 @@ from fastproj.trak.tasks.base import (
     call,
     check_temperature,
     describe_parts,
-    is_index,
     logits_of,
 )
-from fastproj.trak.tasks.margin import classification_q, margins
+from fastproj.trak.tasks.margin import check_labels, classification_q, margins
 
 NAME = "image_classification"
 
@@ -43,17 +41,12 @@ class ImageClassificationModelOutput(BatchedModelOutput):
     def check_batch(self, batch: Batch) -> None:
         """Images and integer labels [B]."""
         parts = as_pair(batch)
-        if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        if len(parts) != 2 or not isinstance(parts[0], Tensor):
             raise ValueError(
                 f"{NAME}: received a batch of {len(batch)} parts ({describe_parts(batch)}); "
                 "expected (images [B, ...], labels [B]) or a dict with labels and one more entry"
             )
-        labels = parts[1]
-        if labels.dim() != 1 or not is_index(labels):
-            raise ValueError(
-                f"{NAME}: received labels {describe(labels)}; expected [B] class "
-                "numbers, int64 (argmax(1) turns one-hot rows into them)"
-            )
+        check_labels(NAME, parts[1])
 
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """The margins of a batch, [B]."""

@@ -68,10 +68,10 @@ class TokenModelOutput(BatchedModelOutput):
                 f"expected {self.expected}"
             )
         for what, t in (("labels", labels), *((("input_ids", ids),) if ids is not None else ())):
-            if not is_index(t) or t.dim() != 2:
+            if not isinstance(t, Tensor) or not is_index(t) or t.dim() != 2:
                 raise ValueError(
                     f"{self.name}: received {what} {describe(t)}; expected token numbers [B, T], "
-                    "int64"
+                    f"int64{token_cure(what, t)}"
                 )
         empty = (~(self.targets(labels) != IGNORE_INDEX).any(1)).nonzero()
         if len(empty):
@@ -183,6 +183,21 @@ class Seq2SeqModelOutput(TokenModelOutput):
             inputs["decoder_input_ids"] = shift(labels=labels)
         output = call(model, weights, buffers, **inputs, **without_cache(model))
         return logits_of(self.name, output), labels
+
+
+def token_cure(what: str, t: Any) -> str:
+    """How token numbers [B, T] come from something of another form, or nothing."""
+    if not isinstance(t, Tensor):
+        return " (a padded tensor, as a tokenizer gives with padding=True, return_tensors='pt')"
+    if t.dtype == torch.bool and t.dim() == 2 and what == "labels":
+        return f" (input_ids.masked_fill(~labels, {IGNORE_INDEX}) where True marks what counts)"
+    if t.dim() == 3 and t.shape[2] == 1 and is_index(t):
+        return f" ({what}.squeeze(2))"
+    if t.dim() == 1 and what == "labels":
+        return "; class numbers [B] go with task='text_classification'"
+    if t.dim() == 2 and t.is_floating_point():
+        return f" ({what}.long() if these are token numbers)"
+    return ""
 
 
 def token_margins(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproj.checks import describe
 from fastproj.trak.tasks.base import (
     Batch,
     BatchedModelOutput,
@@ -16,10 +15,9 @@ from fastproj.trak.tasks.base import (
     call,
     check_temperature,
     describe_parts,
-    is_index,
     logits_of,
 )
-from fastproj.trak.tasks.margin import classification_q, margins
+from fastproj.trak.tasks.margin import check_labels, classification_q, margins
 
 NAME = "text_classification"
 TUPLES = {
@@ -54,10 +52,7 @@ class TextClassificationModelOutput(BatchedModelOutput):
                 "expected (input_ids, token_type_ids, attention_mask, labels), (input_ids, "
                 "attention_mask, labels), or a dict with labels and the model's inputs"
             )
-        if not is_index(labels) or labels.dim() != 1:
-            raise ValueError(
-                f"{NAME}: received labels {describe(labels)}; expected [B] class numbers, int64"
-            )
+        check_labels(NAME, labels)
 
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """The margins of a batch, [B]."""

@@ -1,0 +1,388 @@
+"""Checkpoints: how they get into the model, and whether it still is the one that was loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastproj.trak.files import tensor_digest
+from fastproj.trak.store import combined_digest, model_digests
+from fastproj.trak.tasks.base import COPYING, SMALL_BYTES
+
+COPIED_BYTES = 1 << 26  # of buffers kept to be put back, the smallest first
+SETTLING = 16  # times that rows are brought to their largest norm, until nothing changes
+
+logger = logging.getLogger("fastproj.trak")
+
+
+# ---- loading ------------------------------------------------------------------------------------
+
+
+def load_state(
+    function: str,
+    model: nn.Module,
+    checkpoint: Any,
+    strict: bool = True,
+    grad_wrt: Collection[str] = (),
+) -> None:
+    """``model.load_state_dict``, refused before the model is touched if it can't fit.
+
+    Adapters as peft saves them, without their name in the keys, are recognised.
+
+    strict : False takes a checkpoint that lacks something, unless that is in ``grad_wrt``: it
+        stays as the model has it, which is said.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise TypeError(
+            f"{function}: received a checkpoint of type {type(checkpoint).__name__}; expected a "
+            "state_dict (model.state_dict(), or torch.load of one)"
+        )
+    wanted = model.state_dict()
+    checkpoint = with_adapter_names(model, wanted, checkpoint)
+    lacking = [key for key in wanted if key not in checkpoint]
+    missing = lacking if strict else [key for key in lacking if key in set(grad_wrt)]
+    unknown = [key for key in checkpoint if key not in wanted]
+    shapes = [
+        f"{key} {list(checkpoint[key].shape)} for {list(t.shape)}"
+        for key, t in wanted.items()
+        if key in checkpoint
+        and hasattr(t, "shape")
+        and getattr(checkpoint[key], "shape", t.shape) != t.shape
+    ]
+    # Modules may rename keys as they load; only they can say whether it fits then.
+    hooked = any(module._load_state_dict_pre_hooks for module in model.modules())
+    nothing = not strict and len(lacking) == len(wanted)
+    if nothing or ((missing or unknown or shapes) and not hooked):
+        found = [
+            f"{what}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+            for what, keys in (
+                ("missing" if strict else "missing, of what gradients are taken by", missing),
+                ("not in the model", unknown),
+                ("other shapes", shapes),
+                ("nothing of the model in it", [type(checkpoint).__name__] if nothing else []),
+            )
+            if keys
+        ]
+        wrt = set(grad_wrt)
+        partial = strict and not unknown and not shapes and not wrt & set(lacking)
+        raise ValueError(
+            f"{function}: received a checkpoint that doesn't fit the model ({'; '.join(found)}); "
+            f"expected the keys and shapes of model.state_dict()"
+            f"{hint(checkpoint, missing, unknown)}"
+            + (", or strict=False where the model holds the rest already" if partial else "")
+        )
+    other = [
+        f"{key} of type {type(checkpoint[key]).__name__}"
+        for key, t in wanted.items()
+        if isinstance(t, Tensor) and key in checkpoint and not isinstance(checkpoint[key], Tensor)
+    ]
+    if other:
+        raise TypeError(
+            f"{function}: received a checkpoint with {', '.join(other[:3])}; expected tensors"
+        )
+    result = model.load_state_dict(checkpoint, strict=strict)
+    if strict:
+        return
+    if result.unexpected_keys or set(result.missing_keys) & set(grad_wrt):  # of modules with hooks
+        raise ValueError(
+            f"{function}: received a checkpoint that doesn't fit the model "
+            f"({', '.join([*result.unexpected_keys, *result.missing_keys][:5])}); part of it is "
+            "loaded. Expected the keys of model.state_dict()"
+        )
+    kept = not_loaded(wanted, result.missing_keys)
+    if kept:
+        logger.warning(
+            "%s: the checkpoint lacks %d of %d entries, which stay as the model has them: %s%s",
+            function,
+            len(kept),
+            len(wanted),
+            ", ".join(kept[:5]),
+            " ..." if len(kept) > 5 else "",
+        )
+
+
+def not_loaded(wanted: Mapping[str, Any], missing: Collection[str]) -> list[str]:
+    """Which of the missing keys don't share their tensor with one that was loaded."""
+
+    def memory(t: Any) -> Any:
+        return (t.data_ptr(), t.shape) if isinstance(t, Tensor) and t.numel() else None
+
+    loaded = {memory(t) for key, t in wanted.items() if key not in missing} - {None}
+    return [key for key in missing if memory(wanted.get(key)) not in loaded]
+
+
+def with_adapter_names(
+    model: nn.Module, wanted: Mapping[str, Any], checkpoint: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """A checkpoint with the keys of the model where peft saved adapters under shorter ones.
+
+    peft leaves an adapter's name out of ``lora_A.<name>.weight``, and ``modules_to_save.<name>``.
+    """
+    if all(key in wanted for key in checkpoint):
+        return checkpoint
+    names: set[str] = set()
+    for module in model.modules():
+        if isinstance(getattr(module, "peft_config", None), Mapping):
+            active: Any = getattr(module, "active_adapters", None) or module.peft_config
+            names.update(map(str, active() if callable(active) else active))
+    names = names or {"default"}
+    short: dict[str, list[str]] = {}
+    for key in wanted:
+        parts = key.split(".")
+        if names & set(parts):
+            left = ".".join(part for part in parts if part not in names | {"modules_to_save"})
+            # Magnitudes of DoRA became modules after they were first saved as parameters.
+            for name in {left, left.removesuffix(".weight") if "magnitude" in left else left}:
+                short.setdefault(name, []).append(key)
+    return {
+        short[key][0] if key not in wanted and len(short.get(key, ())) == 1 else key: value
+        for key, value in checkpoint.items()
+    }
+
+
+def hint(checkpoint: Mapping[str, Any], missing: list[str], unknown: list[str]) -> str:
+    """How the state_dict may be had from what was given instead, for messages."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if key in unknown and isinstance(checkpoint[key], Mapping):
+            return f" (checkpoint[{key!r}]?)"
+    for prefix in ("module.", "_orig_mod."):
+        if missing and {prefix + key for key in missing} <= set(unknown):
+            return f" (its keys begin with {prefix!r}, of a wrapped model: remove that)"
+    return ""
+
+
+# ---- what was loaded ----------------------------------------------------------------------------
+
+Versions = dict[str, tuple[int, int]]
+
+
+class LoadedModel:
+    """A model as it was when a checkpoint had been loaded: it must stay so while features are made.
+
+    Rows of an ``nn.Embedding(max_norm=)`` are brought to that norm here, as its forward would do
+    with those it looks up; the forward is then kept from writing to them.
+
+    Buffers that the model's own forward writes to in eval mode (caches, counters) are put back
+    where tasks don't get copies, so that features don't depend on the order of batches.
+
+    Attributes
+    ----------
+    digest : hash of all parameters and buffers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        settle_norms(model)
+        self._hashes = model_digests(model)
+        self.digest = combined_digest(self._hashes)
+        self._versions = versions(model)
+        self._persistent = set(model.state_dict())
+        self._written: set[str] = set()  # buffers, by the model's own forward
+        self._copies: dict[str, Tensor] = {}
+        room = COPIED_BYTES
+        for name, t in sorted(model.named_buffers(), key=lambda named: named[1].nbytes):
+            room -= t.nbytes
+            if room >= 0:
+                self._copies[name] = t.detach().clone()
+
+    def check(self, function: str, run: Callable[[], Any]) -> None:
+        """Raise ValueError if the model isn't the checkpoint any more that was loaded.
+
+        run : calls the model once, to see which buffers it writes to by itself.
+        """
+        changed = self._changed()
+        if set(changed) <= self._written:
+            self._put_back(changed)
+        elif set(changed) <= set(self._copies):
+            received = {name: t.detach().clone() for name, t in self.model.named_buffers()}
+            self._put_back(changed)
+            token = COPYING.set(False)
+            try:
+                with self.guarded(function), torch.no_grad():
+                    run()
+            finally:
+                COPYING.reset(token)
+            if not set(changed) <= self._written:
+                self._put_back(changed, received)
+                raise self._changed_since(function, changed)
+        else:
+            raise self._changed_since(function, changed)
+
+    @contextmanager
+    def guarded(self, function: str) -> Iterator[None]:
+        """Within the block the model is called; what it writes to by itself is put back.
+
+        Raises ValueError where its forward changes parameters.
+        """
+        changed: list[str] = []
+        try:
+            with no_renorm(self.model):
+                yield
+        finally:
+            changed = self._changed()
+            for name in [name for name in changed if name not in self._hashes]:
+                made = named_tensors(self.model)[name].detach()  # by its first forward
+                self._hashes[name], self._copies[name] = tensor_digest(made), made.clone()
+            caches = [name for name in changed if name in self._copies]
+            self._put_back(caches)
+        for name in caches:
+            if name not in self._written:
+                self._written.add(name)
+                logger.info(
+                    "%s: the model writes to its buffer %s in eval mode; features are those at the "
+                    "checkpoint's value",
+                    function,
+                    name,
+                )
+        rest = [name for name in changed if name not in caches]
+        if rest:
+            raise ValueError(
+                f"{function}: {listed(rest)} of the model have been changed by its own forward, "
+                "in eval mode: the features would be those of another model than the checkpoint. "
+                "Nothing of the batch was kept; expected a forward that leaves them as they are, "
+                "or a checkpoint taken after one (model.state_dict(), where a second forward "
+                "changes nothing more)"
+            )
+
+    def _changed(self) -> list[str]:
+        """The names of parameters and buffers that are not as they were loaded."""
+        now = versions(self.model)
+        small = self._small_buffers()
+        if now == self._versions and self._same(small):
+            return []
+        tensors = named_tensors(self.model)
+        names = []
+        for name in {**self._versions, **now}:
+            if now.get(name) == self._versions.get(name) and name not in small:
+                continue
+            if name not in tensors or tensor_digest(tensors[name]) != self._hashes.get(name):
+                names.append(name)
+        if not names:
+            self._versions = now  # loaded again, by another TRAKer
+        return names
+
+    def _small_buffers(self) -> dict[str, Tensor]:
+        """Those compared by value: what batch norm does to its statistics shows in no version."""
+        return {
+            name: t.detach()
+            for name, t in self.model.named_buffers()
+            if name in self._copies and t.nbytes <= SMALL_BYTES
+        }
+
+    def _same(self, buffers: dict[str, Tensor]) -> bool:
+        """Whether these buffers have the values that they were loaded with."""
+        groups: dict[Any, list[str]] = {}
+        for name, t in buffers.items():
+            groups.setdefault((t.device, t.dtype), []).append(name)
+        return all(
+            all(buffers[name].shape == self._copies[name].shape for name in names)
+            and same_bits(joined(buffers, names), joined(self._copies, names))
+            for names in groups.values()
+        )
+
+    def _put_back(self, names: Collection[str], values: Mapping[str, Tensor] | None = None) -> None:
+        """Give buffers the values that they had, or others."""
+        for name in names:
+            path, _, own = name.rpartition(".")
+            buffers = self.model.get_submodule(path)._buffers
+            here, kept = buffers.get(own), (values or self._copies).get(name)
+            if kept is None:  # it was gone
+                buffers[own] = None
+                continue
+            if here is None or here.shape != kept.shape or here.dtype != kept.dtype:
+                buffers[own] = kept.clone()
+            else:
+                with torch.no_grad():
+                    here.copy_(kept)
+        now = versions(self.model)
+        if values is None:
+            self._versions.update({name: now[name] for name in names})
+
+    def _changed_since(self, function: str, changed: list[str]) -> ValueError:
+        """What to say of a model that isn't the checkpoint any more that was loaded."""
+        beside = [name for name in changed if name not in self._persistent]
+        said = (
+            f"{function}: {listed(changed)} of the model have changed since the "
+            "checkpoint was loaded, and features would be kept as those of that checkpoint; "
+            "expected "
+        )
+        if beside:
+            return ValueError(
+                f"{said}{listed(beside)}, which no state_dict holds, as before (copy.deepcopy(model"
+                ") is a model for other uses; a new process makes this one anew)"
+            )
+        return ValueError(
+            f"{said}load_checkpoint or start_scoring_checkpoint of it after every change (of "
+            "another TRAKer on the same model, or by a forward in training mode, too)"
+        )
+
+
+def listed(names: list[str]) -> str:
+    """A few names, for messages."""
+    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+
+
+def joined(tensors: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    """Several tensors in one row."""
+    return torch.cat([tensors[name].reshape(-1) for name in names])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN equal to NaN."""
+    return torch.equal(a, b) or (
+        a.is_floating_point()
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+    )
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def versions(model: nn.Module) -> Versions:
+    """What changes where a parameter or buffer is replaced or written to."""
+    return {
+        name: (id(t), 0 if t.is_inference() else t._version)
+        for name, t in named_tensors(model).items()
+    }
+
+
+def bounded(model: nn.Module) -> list[Any]:
+    """The embeddings that write to their weights: those with ``max_norm``."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    ]
+
+
+def settle_norms(model: nn.Module) -> None:
+    """Bring all rows of embeddings to their ``max_norm``, until doing so changes nothing."""
+    for module in bounded(model):
+        weight = module.weight.detach()
+        rows = torch.arange(len(weight), device=weight.device)
+        for _ in range(SETTLING):
+            before = weight.clone()
+            torch.embedding_renorm_(weight, rows, module.max_norm, module.norm_type)
+            if torch.equal(weight, before):
+                break
+
+
+@contextmanager
+def no_renorm(model: nn.Module) -> Iterator[None]:
+    """Within the block, embeddings don't write to their weights, whose rows are settled."""
+    modules = [(module, module.max_norm) for module in bounded(model)]
+    try:
+        for module, _ in modules:
+            module.max_norm = None
+        yield
+    finally:
+        for module, norm in modules:
+            module.max_norm = norm
