@@ -19,8 +19,8 @@ SITE := build/site
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/*.hpp \
-    csrc/cuda/*.cpp tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
-BUILD_INPUTS = setup.py build_native.py build_cuda.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
+    csrc/cuda/*.cpp bench/*.cu tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
+BUILD_INPUTS = setup.py build_native.py build_cuda.py build_machine_code.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
 .PHONY: help demo test lint unit test-all compat sanitize bench gpu docs docs-links format clean
 
@@ -31,7 +31,8 @@ help:
 	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
-	@echo "make gpu       all that needs a GPU: build, tests, sanitizers, benchmark; VENV= PYTHON=python3 installs nothing"
+	@echo "make gpu       all that needs a GPU, in four calls: gpu-first (build, half a minute of questions, targets), gpu-tests,"
+	@echo "               gpu-more (Triton, sanitizers), gpu-sweep; VENV= PYTHON=python3 installs nothing, OUT=folder keeps results"
 	@echo "make docs      build the pages and the API reference into $(SITE); docs-links also asks other sites"
 	@echo "make format    rewrite sources in the project's format"
 	@echo "make clean     remove builds and caches ($(VENV) stays)"
@@ -130,35 +131,70 @@ docs: $(VENV)/.docs
 docs-links: $(VENV)/.docs
 	$(SPHINX) -b linkcheck . build/links
 
-# Everything that needs a GPU, in one command and under 15 minutes: a build for this GPU in a folder of its own, tests,
-# sanitizers, benchmark. With `VENV=` it uses $(PYTHON) as it is and installs nothing: `make gpu VENV= PYTHON=python3`.
-# A step that fails, or that a hanging kernel stops, is named at the end; the later ones still run.
+# Everything that needs a GPU, in calls of at most 10 minutes each, the one that answers the most first. With `VENV=` they
+# use $(PYTHON) as it is and install nothing: `make gpu-first VENV= PYTHON=python3`. OUT= names a folder for logs and
+# results. A step that fails, or that its time limit stops, is named at the end; the later ones still run. `make gpu` is
+# all the calls, one after another.
+GPU_CALLS := gpu-first gpu-tests gpu-more gpu-sweep
+STEPS_gpu-first := gpu-build gpu-preflight gpu-ladder gpu-bench
+STEPS_gpu-tests := gpu-build gpu-test-cuda gpu-test-rest
+STEPS_gpu-more := gpu-build gpu-test-triton gpu-memcheck gpu-racecheck gpu-synccheck
+STEPS_gpu-sweep := gpu-build gpu-bench-all
+# Seconds of each step. The build is incremental: it costs a second when it is there. A step that takes no notice of its
+# end is killed GPU_KILL seconds later.
+GPU_KILL := 10
+LIMIT_gpu-build := 150
+LIMIT_gpu-preflight := 45
+LIMIT_gpu-ladder := 60
+LIMIT_gpu-bench := 180
+LIMIT_gpu-test-cuda := 180
+LIMIT_gpu-test-rest := 120
+LIMIT_gpu-test-triton := 180
+LIMIT_gpu-memcheck := 60
+LIMIT_gpu-racecheck := 60
+LIMIT_gpu-synccheck := 60
+LIMIT_gpu-bench-all := 400
+GPU_STEPS := $(sort $(foreach call,$(GPU_CALLS),$(STEPS_$(call))))
+
 GPU_PYTHON = $(if $(VENV),$(BIN)/python,$(PYTHON))
 GPU_LIB := build/gpu/lib
-GPU_LOGS := build/gpu/logs
+OUT ?=
+GPU_LOGS := $(if $(OUT),$(OUT)/logs,build/gpu/logs)
 # Where CUDA's installer puts nvcc and compute-sanitizer, and PATH often doesn't say so.
-gpu-build sanitize-gpu: export PATH := $(PATH):/usr/local/cuda/bin
+$(GPU_STEPS): export PATH := $(PATH):/usr/local/cuda/bin
 # The build comes first, then the root for bench and tests.
 GPU_RUN = PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/$(GPU_LIB):$(CURDIR)" PYTHONUNBUFFERED=1
-GPU_PYTEST = $(GPU_RUN) timeout -k 10 $(1) $(2) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
+GPU_PYTEST = $(GPU_RUN) $(1) $(GPU_PYTHON) -m pytest -q -p no:cacheprovider \
     --continue-on-collection-errors -o faulthandler_timeout=100 -m gpu
 # Several processes where pytest-xdist is there: compiling for Triton and NumPy's truth take longer than the GPU does.
 # Eight at most, for the GPU's memory.
 GPU_JOBS = $$($(GPU_PYTHON) -c 'import importlib.util as u, os; \
     print(f"-n{min(8, max(1, len(os.sched_getaffinity(0)) // 2))}" if u.find_spec("xdist") else "")')
-GPU_STEPS := gpu-build gpu-test-cuda gpu-test-triton gpu-test-rest sanitize-gpu gpu-bench
-GPU_BENCH_ARGS ?= --budget 130
-.PHONY: gpu-check $(GPU_STEPS)
+.PHONY: gpu-check $(GPU_CALLS) $(GPU_STEPS)
 
-gpu: gpu-check
-	@mkdir -p $(GPU_LOGS); failed=""; \
-	for step in $(GPU_STEPS); do \
-	    echo "== $$step"; start=$$SECONDS; verdict=passed; \
-	    $(MAKE) --no-print-directory $$step 2>&1 | tee $(GPU_LOGS)/$$step.log || { verdict=FAILED; failed="$$failed $$step"; }; \
-	    echo "== $$step $$verdict after $$((SECONDS - start)) s; its output is in $(GPU_LOGS)/$$step.log"; \
-	done; \
+gpu:
+	@failed=""; \
+	for call in $(GPU_CALLS); do $(MAKE) --no-print-directory $$call || failed="$$failed $$call"; done; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi; \
 	echo "make gpu: everything passed"
+
+# What benchmarks write goes to $(OUT) too, after each step: a call may be cut off.
+$(GPU_CALLS): gpu-check
+	@mkdir -p $(GPU_LOGS); touch $(GPU_LOGS)/.$@; failed=""; most=0; \
+	for limit in $(foreach step,$(STEPS_$@),$(LIMIT_$(step))); do most=$$((most + limit + $(GPU_KILL))); done; \
+	echo "== $@: $(STEPS_$@); at most $$most s"; \
+	limits=($(foreach step,$(STEPS_$@),$(LIMIT_$(step)))); \
+	for step in $(STEPS_$@); do \
+	    echo "== $$step: at most $${limits[0]} s"; start=$$SECONDS; verdict=passed; \
+	    timeout -k $(GPU_KILL) $${limits[0]} $(MAKE) --no-print-directory $$step 2>&1 | tee $(GPU_LOGS)/$$step.log \
+	        || { verdict=FAILED; failed="$$failed $$step"; }; \
+	    limits=("$${limits[@]:1}"); \
+	    if [ -n "$(OUT)" ] && [ -d bench/results ]; then \
+	        find bench/results -type f -newer $(GPU_LOGS)/.$@ -exec cp -p {} "$(OUT)" ';'; fi; \
+	    echo "== $$step $$verdict after $$((SECONDS - start)) s; its output is in $(GPU_LOGS)/$$step.log"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make $@: failed:$$failed" >&2; exit 1; fi; \
+	echo "make $@: everything passed"
 
 gpu-check: $(if $(VENV),$(VENV)/.test)
 	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; \
@@ -168,39 +204,46 @@ gpu-check: $(if $(VENV),$(VENV)/.test)
 	    import torch; \
 	    torch.cuda.is_available() or sys.exit("make gpu: this torch finds no GPU here; nothing was tested")'
 
-# For this GPU alone: half a minute instead of several.
+# For this GPU alone: half a minute instead of several. Then the micro-kernel that gpu-preflight runs.
 gpu-build:
 	@arch=$${FASTPROJ_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}; \
-	FASTPROJ_CUDA=1 FASTPROJ_CUDA_ARCHS="$$arch" $(GPU_PYTHON) setup.py -q build --build-base build/gpu --build-lib $(GPU_LIB)
+	FASTPROJ_CUDA=1 FASTPROJ_CUDA_ARCHS="$$arch" $(GPU_PYTHON) setup.py -q build --build-base build/gpu --build-lib $(GPU_LIB); \
+	case "$$arch" in *90*|*9.0*|*[Hh]opper*) $(GPU_RUN) $(GPU_PYTHON) -m bench.preflight --build build/gpu/wgmma_rate;; esac
 	@$(GPU_RUN) $(GPU_PYTHON) -m fastproj info
 	@$(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'
 
+# Half a minute: does it work, are these the right kernels, what can the card do?
+gpu-preflight:
+	@$(GPU_RUN) $(GPU_PYTHON) -m bench.preflight --output $(GPU_LOGS) --rate build/gpu/wgmma_rate
+
 gpu-test-cuda:
-	$(call GPU_PYTEST,180,) $(GPU_JOBS) tests/cuda $(PYTEST_ARGS)
+	$(call GPU_PYTEST,) $(GPU_JOBS) tests/cuda $(PYTEST_ARGS)
 
 gpu-test-triton:
-	$(call GPU_PYTEST,180,) $(GPU_JOBS) tests/kernels $(PYTEST_ARGS)
+	$(call GPU_PYTEST,) $(GPU_JOBS) tests/kernels $(PYTEST_ARGS)
 
 gpu-test-rest:
-	$(call GPU_PYTEST,120,) $(GPU_JOBS) --ignore tests/cuda --ignore tests/kernels tests $(PYTEST_ARGS)
+	$(call GPU_PYTEST,) $(GPU_JOBS) --ignore tests/cuda --ignore tests/kernels tests $(PYTEST_ARGS)
 
 # Without torch's memory cache every tensor has its own allocation, so an access beyond it shows. Calls that fail are
 # Python exceptions in the tests; the sanitizer would also count those by which CUDA and torch only look what is there.
 SANITIZER ?= compute-sanitizer
-sanitize-gpu: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
-sanitize-gpu:
-	@failed=""; for tool in memcheck racecheck synccheck; do echo "== compute-sanitizer --tool $$tool"; \
-	    only=""; if [ $$tool = memcheck ]; then only="--report-api-errors no"; fi; \
-	    $(call GPU_PYTEST,60,$(SANITIZER) --tool $$tool $$only --error-exitcode 9) \
-	        tests/cuda/test_sanitize.py $(PYTEST_ARGS) || failed="$$failed $$tool"; \
-	done; if [ -n "$$failed" ]; then echo "sanitize-gpu: failed:$$failed" >&2; exit 1; fi
+gpu-memcheck gpu-racecheck gpu-synccheck: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-memcheck: ONLY := --report-api-errors no
+gpu-memcheck gpu-racecheck gpu-synccheck: gpu-%:
+	$(call GPU_PYTEST,$(SANITIZER) --tool $* $(ONLY) --error-exitcode 9) tests/cuda/test_sanitize.py $(PYTEST_ARGS)
 
-# The targets first, then other sizes while the budget lasts; then the families of CUDA kernels. In a copy of the sources
-# without the repository, FASTPROJ_COMMIT names the commit in the results.
+# The families of CUDA kernels; the targets; other sizes while the time lasts. In a copy of the sources without the
+# repository, FASTPROJ_COMMIT names the commit in the results.
+GPU_BENCH = $(GPU_RUN) $(GPU_PYTHON) -m bench.project --device cuda
+gpu-ladder:
+	$(GPU_BENCH) --ladder --repeats 5 --max-seconds 1
+
 gpu-bench:
-	@failed=0; $(GPU_RUN) timeout -k 10 180 $(GPU_PYTHON) -m bench.project --device cuda $(GPU_BENCH_ARGS) || failed=1; \
-	$(GPU_RUN) timeout -k 10 60 $(GPU_PYTHON) -m bench.project --device cuda --ladder --repeats 5 --max-seconds 1 || failed=1; \
-	exit $$failed
+	$(GPU_BENCH) --acceptance --budget 150
+
+gpu-bench-all:
+	$(GPU_BENCH) --budget 360 $(BENCH_ARGS)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -1,10 +1,11 @@
-"""How `fastproj._cuda` is built: which nvcc, which architectures, and what ptxas must not say.
+"""The CUDA toolchain: which nvcc, which disassembler, which architectures and their flags.
 
-``build_native`` runs the compilers; everything here is a function of what they print.
+``build_native`` runs the compilers; ``build_machine_code`` reads what they made.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -16,7 +17,6 @@ from pathlib import Path
 
 OLDEST_NVCC = (12, 4)
 OLDEST_ARCH = 80  # the first whose tensor cores multiply bf16
-SM90_REGISTERS = 168  # of a thread, in kernels that move registers from one warpgroup to another
 # Built where nothing else is asked for: each that this nvcc knows, with PTX of the last one.
 OURS = ("80", "86", "89", "90a", "100", "120")
 # What TORCH_CUDA_ARCH_LIST may say instead of numbers.
@@ -109,6 +109,22 @@ def nvcc_problem(nvcc: str, command: Sequence[str]) -> str | None:
     )
 
 
+def find_disassembler(nvcc: str | None) -> str | None:
+    """A cuobjdump: beside nvcc, in CUDA's own folders, on PATH, or the one in Triton's wheel."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(nvcc).resolve().parent] if nvcc else []
+    folders += [Path(home, "bin") for home in homes if home]
+    for folder in folders:
+        if (folder / "cuobjdump").is_file():
+            return str(folder / "cuobjdump")
+    found = shutil.which("cuobjdump")
+    triton = importlib.util.find_spec("triton") if found is None else None
+    if triton is not None and triton.origin is not None:
+        inside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(inside) if inside.is_file() else None
+    return found
+
+
 # -------------------------------------------------------------------------------- the architectures
 
 
@@ -190,174 +206,3 @@ def choose_archs(known: set[str]) -> tuple[list[Arch], list[str]]:
     if not archs:
         raise ArchError(f"{variable}: received {text!r}: {'; '.join(notes) or 'no architecture'}")
     return archs, notes
-
-
-# ---------------------------------------------------------------------------------- ptxas's report
-
-
-@dataclass(frozen=True)
-class Function:
-    """One kernel in a report of ptxas -v; `name` is mangled, sizes are bytes."""
-
-    name: str
-    arch: str
-    registers: int
-    stack: int
-    spills: int
-
-
-def read_report(report: str) -> list[Function]:
-    """Every kernel that a report of ptxas -v speaks of."""
-    found = []
-    for block in re.split(r"(?=Compiling entry function ')", report)[1:]:
-        head = re.match(r"Compiling entry function '(\S+)' for 'sm_(\w+)'", block)
-        registers = re.search(r"Used (\d+) registers", block)
-        frame = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
-        )
-        if head is None or registers is None or frame is None:
-            raise ValueError(f"a report of ptxas -v that this build can't read:\n{block[:500]}")
-        stack, stores, loads = map(int, frame.groups())
-        found.append(Function(head[1], head[2], int(registers[1]), stack, stores + loads))
-    return found
-
-
-def faults(report: str) -> list[str]:
-    """What makes a build fail: spilled registers, and wgmma that ptxas serialised (C75xx).
-
-    And a wgmma kernel that starts with fewer registers than its warpgroups share out among
-    themselves: its consumers would wait forever.
-    """
-    functions = read_report(report)
-    found = [
-        f"{function.name} for sm_{function.arch} spills registers: {function.spills} bytes"
-        for function in functions
-        if function.spills
-    ]
-    found += [
-        f"{function.name} for sm_90a starts with {function.registers} registers a thread; "
-        f"csrc/cuda/project_sm90.cuh counts on {SM90_REGISTERS}"
-        for function in functions
-        if "_sm90_kernel" in function.name
-        and function.arch == "90a"
-        and function.registers != SM90_REGISTERS
-    ]
-    found += [f"ptxas: {line}" for line in re.findall(r"\(C75\d+\)[^\n]*", report)]
-    return found
-
-
-# ------------------------------------------------------------------------------- the machine code
-
-# What writes no vector register, whatever its first operand is.
-_NO_RESULT = frozenset(
-    "BAR BRA BSSY BSYNC DEPBAR EXIT FSETP ISETP LOP3P MEMBAR NOP PLOP3 R2UR RED ST STG STS SYNCS "
-    "UTMALDG VOTEU WARPGROUP WARPSYNC".split()
-)
-_VECTOR = re.compile(r"\bR(\d+)\b")
-_BRANCH = re.compile(r"\bBRA(?:\.\S+)? .*?(0x[0-9a-f]+)$")
-
-Instructions = list[tuple[int, str]]  # address, text
-
-
-def find_disassembler(nvcc: str) -> str | None:
-    """The toolkit's cuobjdump: beside nvcc, in CUDA's own folder, or on PATH."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    folders = [Path(nvcc).resolve().parent, *(Path(home, "bin") for home in homes if home)]
-    for folder in folders:
-        if (folder / "cuobjdump").is_file():
-            return str(folder / "cuobjdump")
-    return shutil.which("cuobjdump")
-
-
-def read_sass(text: str) -> dict[str, Instructions]:
-    """The instructions of every kernel in what `cuobjdump -sass` prints."""
-    functions: dict[str, Instructions] = {}
-    current: Instructions = []
-    for line in text.splitlines():
-        if header := re.match(r"\s*Function : (\S+)", line):
-            current = functions.setdefault(header[1], [])
-        elif instruction := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
-            current.append((int(instruction[1], 16), instruction[2].strip()))
-    return functions
-
-
-def _touched(text: str) -> tuple[set[int], set[int]]:
-    """Vector registers that an instruction writes and reads."""
-    name, _, rest = re.sub(r"^@!?U?P\w+ ", "", text).partition(" ")
-    operands = [operand.strip() for operand in rest.split(",")]
-    base = name.split(".")[0]
-    # A comparison's or a carry's predicate stands before the result.
-    first = next((i for i, each in enumerate(operands) if not re.match(r"!?U?PT?\d*$", each)), 0)
-    width = 4 if ".128" in name else 1
-    if re.search(r"\.64\b", name) or re.match(r"IMAD\.WIDE|DADD|DMUL|DFMA", name):
-        width = 2
-    written: set[int] = set()
-    read: set[int] = set()
-    for i, operand in enumerate(operands):
-        for match in _VECTOR.finditer(operand):
-            number = int(match[1])
-            if i == first and "[" not in operand and base not in _NO_RESULT:
-                written.update(range(number, number + width))
-            else:
-                stored = width if base.startswith("ST") and "[" not in operand else 1
-                read.update(range(number, number + stored))
-    return written, read
-
-
-def _unfinished(code: Instructions) -> list[str]:
-    """Instructions that touch what a wgmma in flight still reads or writes.
-
-    In the order of the code; a loop with products is gone through twice.
-    """
-    position = {address: i for i, (address, _) in enumerate(code)}
-    repeated: set[int] = set()
-    found: list[str] = []
-    groups: list[tuple[set[int], set[int]]] = []  # sums and fragments of a committed group
-    sums: set[int] = set()
-    fragments: set[int] = set()
-    i = 0
-    while i < len(code):
-        address, text = code[i]
-        i += 1
-        if product := re.search(r"\bHGMMA\.64x(\d+)x\d+\S* R(\d+), (?:R(\d+)|gdesc)", text):
-            count, sum_, fragment = product[1], product[2], product[3]
-            sums.update(range(int(sum_), int(sum_) + int(count) // 2))
-            if fragment:
-                fragments.update(range(int(fragment), int(fragment) + 4))
-            if "gsb0" in text:
-                groups.append((sums, fragments))
-                sums, fragments = set(), set()
-            continue
-        if wait := re.search(r"\bWARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", text):
-            groups = groups[max(0, len(groups) - int(wait[1], 16)) :]
-            continue
-        written, read = _touched(text)
-        for busy_sums, busy_fragments in [*groups, (sums, fragments)]:
-            if written & (busy_sums | busy_fragments) or read & busy_sums:
-                found.append(f"{address:#x} {text}")
-                break
-        branch = _BRANCH.search(text)
-        start = position.get(int(branch[1], 16)) if branch else None
-        if start is not None and start < i and address not in repeated:
-            repeated.add(address)
-            if any("HGMMA" in line for _, line in code[start:i]):
-                i = start
-    return found
-
-
-def hazards(sass: str) -> list[str]:
-    """What `cuobjdump -sass` shows of registers that are touched while a wgmma uses them.
-
-    The tensor cores read fragments, and read and write sums, until `wgmma.wait_group` has waited
-    for them (PTX ISA, wgmma.wait_group). ptxas before CUDA 13.3 does not always see to that: see
-    the release notes of 13.3.
-    """
-    found = []
-    for name, code in read_sass(sass).items():
-        wrong = _unfinished(code)
-        if wrong:
-            found.append(
-                f"{name} touches registers that a wgmma in flight uses, {len(wrong)} times; "
-                f"first {wrong[0]}"
-            )
-    return found

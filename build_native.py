@@ -38,6 +38,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
 import build_cuda
+import build_machine_code
 from build_cuda import run
 
 ROOT = Path(__file__).resolve().parent
@@ -349,7 +350,9 @@ def build_module(module: Module, folder: Path, output: Path, *targets: str) -> N
             f"too old, set CXX to g++ >= 9 or clang++ >= 10; {leave_out}=0 leaves the module out"
         )
     reports = sorted(folder.glob("*.cu.o.txt"))
-    faults = [fault for report in reports for fault in build_cuda.faults(report.read_text())]
+    faults = [
+        fault for report in reports for fault in build_machine_code.faults(report.read_text())
+    ]
     check_machine_code(
         module,
         output,
@@ -361,8 +364,8 @@ def build_module(module: Module, folder: Path, output: Path, *targets: str) -> N
     disassembler = build_cuda.find_disassembler(module.units[0].command[0])
     if disassembler is None:
         print(
-            f"{module.name}: no cuobjdump beside nvcc, in CUDA_HOME or on PATH, so it was not "
-            "checked that nothing touches registers while a wgmma uses them",
+            f"{module.name}: no cuobjdump beside nvcc, in CUDA_HOME, on PATH or in Triton's wheel, "
+            "so it was not checked that nothing touches registers while a wgmma uses them",
             file=sys.stderr,
             flush=True,
         )
@@ -376,13 +379,13 @@ def build_module(module: Module, folder: Path, output: Path, *targets: str) -> N
 
 
 def wgmma_faults(unit: Path, disassembler: str) -> list[str]:
-    """build_cuda.hazards of a compiled unit, kept beside it: disassembling takes seconds."""
+    """The hazards of a compiled unit, kept beside it: disassembling takes seconds."""
     kept = unit.with_name(unit.name + ".hazards.txt")
     if not kept.is_file() or kept.stat().st_mtime_ns < unit.stat().st_mtime_ns:
         works, sass = run([disassembler, "-arch", "sm_90a", "-sass", str(unit)])
         if not works:
             raise BuildError(f"{disassembler} can't read {unit}: {sass[-300:]}")
-        kept.write_text("\n".join(build_cuda.hazards(sass)))
+        kept.write_text("\n".join(build_machine_code.hazards(sass)))
     return kept.read_text().splitlines()
 
 

@@ -68,6 +68,7 @@ class Report:
     loop: dict[str, int]  # opcodes of the main loop
     waits: int  # waits for wgmma in the loop
     groups: int  # wgmma groups committed in the loop
+    in_flight: int | None  # copies of tiles of G that the loop leaves on their way when it waits
 
 
 def target(arch: str) -> GPUTarget:
@@ -252,7 +253,16 @@ def inspect_nvidia(case: Case, arch: str) -> Report:
         loop,
         sum("WARPGROUP.DEPBAR" in line for line in body),
         sum("WARPGROUP.ARRIVE" in line for line in body),
+        _in_flight(body),
     )
+
+
+def _in_flight(body: list[str]) -> int | None:
+    """The fewest groups of cp.async that a wait in a loop leaves; None where there are none."""
+    if not any("LDGDEPBAR" in line for line in body):
+        return None
+    waits = [re.search(r"\bDEPBAR\.LE SB\d, (0x[0-9a-f]+)", line) for line in body]
+    return min((int(wait[1], 16) for wait in waits if wait), default=None)
 
 
 def _in_registers(ttgir: str, constants: dict[str, Any]) -> bool:
@@ -293,6 +303,7 @@ def inspect_amd(case: Case, arch: str) -> Report:
         {},
         0,
         0,
+        None,
     )
 
 
@@ -326,16 +337,17 @@ def markdown(reports: list[Report]) -> str:
     yes = {True: "yes", False: "no", None: ""}
     rows = [
         "| kernel | B, K | tiles | arch | registers | spills (in loop) | shared, bytes "
-        "| matrix unit | R in registers | instructions per entry |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| matrix unit | R in registers | instructions per entry | copies in flight |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in reports:
         size = "" if r.case.operation in ("matrix", "reduce") else f"{r.case.B}, {r.case.K}"
         count = "" if r.per_entry is None else f"{r.per_entry:.2f}"
+        copies = "" if r.in_flight is None else r.in_flight
         rows.append(
             f"| {r.case} | {size} | {r.tiles} | {r.arch} | {r.registers} "
             f"| {r.spills} ({r.spills_in_loop}) | {r.shared} | {r.matrix_instruction} "
-            f"| {yes[r.register_operand]} | {count} |"
+            f"| {yes[r.register_operand]} | {count} | {copies} |"
         )
     return "\n".join(rows)
 
@@ -366,8 +378,9 @@ _PREFACE = """# What the compiled kernels use
 Made by `python -m fastproj.kernels.aot --output kernels/RESOURCES.md` with Triton
 {version}, without a GPU. Counts from compiled code, not timings. *Instructions per entry*: what a
 thread issues in the main loop for each entry of R that it makes (an entry then serves B products).
-*Spills*: local-memory instructions (NVIDIA) or spilled registers (AMD). What can't be read off is
-left empty.
+*Spills*: local-memory instructions (NVIDIA) or spilled registers (AMD). *Copies in flight*: tiles
+of G that are still on their way after the main loop has waited for some; with 0 it waits for what
+it has just asked for. What can't be read off is left empty.
 
 """
 

@@ -17,6 +17,11 @@ ENVIRONMENT = "FASTPROJ_TRITON_CONFIG"
 # Triton's default is about to change; nothing here depends on it beyond the last bit of a scale.
 OPTIONS = {"enable_fp_fusion": True}
 
+# With two stages, Triton asks for the next iteration's tiles of G at the end of an iteration, and
+# waits for them at once. Programs that share a multiprocessor hide that. One that fills it alone
+# asks for them an iteration earlier.
+DEEP = 3
+
 
 @dataclass(frozen=True)
 class Config:
@@ -109,7 +114,11 @@ def _choose(
         # A loop iteration takes 128 rows, or the code grows beyond the instruction cache.
         if bucket <= 32 or narrow == 64:
             return Config(min(bucket, 64), narrow, 128, 4, 2)
-        return Config(bucket if unit == "wgmma" else 64, 128, 128, 8, 2)
+        # On sm_90 two programs with 64 rows of 16 bits fit; with a third stage one would.
+        alone = unit == "mma" or (unit == "wgmma" and (bucket == 128 or dtype == "float32"))
+        return Config(
+            bucket if unit == "wgmma" else 64, 128, 128, 8, DEEP if alone and direct else 2
+        )
     if bucket == 16:
         if unit == "wgmma" and dtype != "float32" and narrow == 128:
             # Making entries is the limit; 256 rows leave registers for four programs at once.
@@ -125,7 +134,9 @@ def _choose(
         return Config(64, 128, rows, 8, 2)
     if unit == "wgmma" and K > 128:
         # 256 columns read G half as often as 128; two accumulators of 64 rows fill the registers.
-        return Config(min(bucket, 64), 256, rows, 8, 2)
+        # Three terms of 64 rows would spill one of them in the loop with a third stage.
+        spills = terms == 3 and bucket > 32
+        return Config(min(bucket, 64), 256, rows, 8, DEEP if direct and not spills else 2)
     return Config(min(bucket, 64), 128, rows, 4, 2)
 
 

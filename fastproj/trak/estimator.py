@@ -14,6 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -25,11 +26,13 @@ from fastproj.checks import check_integer
 from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
+from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.checkpoints import LoadedModel, load_state
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
 from fastproj.trak.files import Indices
 from fastproj.trak.finalizing import finalize, solution_of
 from fastproj.trak.gradients import (
+    AbstractGradientComputer,
     count_params,
     parameter_names,
     resolve_gradient_computer,
@@ -337,7 +340,7 @@ class TRAKer:
             with self._loaded.guarded("featurize"):
                 features = self._features(batch, model_id, inds[new])
             check_finite("featurize", "Q", q, inds[new])
-            self.saver.write_shard(model_id, inds[new], content[new], features, q)
+            self._write(model_id, inds[new], content[new], features, q)
         self._advance(num_samples, inds)
 
     def _is_mine(
@@ -454,6 +457,9 @@ class TRAKer:
     def _features(self, batch: tuple[Any, ...], model_id: int, inds: Indices) -> Tensor:
         """Scaled features of a batch, [B, k]; the gradients are projected chunk by chunk."""
         computer = self.gradient_computer
+        if isinstance(computer, AbstractGradientComputer):
+            computer.trusting = not self.saver.distrusted(model_id)
+            computer.when_disproved = partial(self._distrust, model_id)
         with self._own_dtype():
             if hasattr(computer, "project"):
                 features = computer.project(batch, self.projector, model_id).detach()
@@ -470,6 +476,38 @@ class TRAKer:
         )
         check_finite("TRAKer", "features", features, inds)
         return features
+
+    def _write(
+        self,
+        model_id: int,
+        inds: Indices,
+        content: Indices,
+        features: Tensor,
+        q: Tensor | None = None,
+        exp_name: str | None = None,
+    ) -> None:
+        """Keep the features that were computed last, and whether they were taken on trust."""
+        on_trust = bool(getattr(self.gradient_computer, "on_trust", False))
+        self.saver.write_shard(model_id, inds, content, features, q, exp_name, on_trust)
+
+    def _distrust(self, model_id: int) -> None:
+        """Let what was kept on trust not count: a check has found the gradients to be wrong."""
+        names = [None, *self.saver.experiments]
+        before = [self.saver.index(model_id, name).done for name in names]
+        self.saver.distrust(model_id, "hooks: gradients that were not plain autograd's")
+        for name, done in zip(names, before, strict=True):
+            lost = np.flatnonzero(done & ~self.saver.index(model_id, name).done)
+            if len(lost):
+                warnings.warn(
+                    f"TRAKer: {len(lost)} {'training samples' if name is None else 'targets'} of "
+                    f"model_id {model_id}{'' if name is None else f' in {name!r}'} "
+                    f"({', '.join(map(str, lost[:10]))}{' ...' if len(lost) > 10 else ''}) were "
+                    "computed by module hooks, and a check has just found such gradients to be "
+                    "wrong for another batch. They count as not computed now: call "
+                    f"{'featurize' if name is None else 'score'} for them again, after what is "
+                    "going on (a script that is run again does)",
+                    stacklevel=stack_to_caller(),
+                )
 
     def finalize_features(
         self,
@@ -613,7 +651,7 @@ class TRAKer:
                 self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
             with self._loaded.guarded("score"):
                 features = self._features(batch, model_id, inds[new])
-            self.saver.write_shard(model_id, inds[new], content[new], features, exp_name=exp_name)
+            self._write(model_id, inds[new], content[new], features, exp_name=exp_name)
         self._advance(num_samples, inds)
 
     def finalize_scores(

@@ -30,6 +30,7 @@ if sys.platform != "win32":
 
 FAN = 16  # files that are merged into one
 LARGE = 1 << 22  # bytes of a file that stays as it is
+ON_TRUST = "on_trust"  # in a file's metadata: its gradients rest on checks of some batches
 MOST_BATCHES = 1 << 14  # in a file: their names are in its header
 
 
@@ -41,19 +42,23 @@ class ShardFile:
     keys: tuple[str, ...]
     sizes: tuple[int, ...]
     bytes: int
+    on_trust: bool = False  # see Store.distrust
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, str], rows: int, size: int) -> ShardFile:
         """From a file's metadata; one that says nothing of batches holds one, named as it is."""
         if "batches" not in metadata:
-            return cls(path, (path.stem.split("-", 1)[1],), (rows,), size)
+            return cls(path, (path.stem.split("-", 1)[1],), (rows,), size, ON_TRUST in metadata)
         batches = [batch.split(":") for batch in metadata["batches"].split(",")]
-        return cls(path, tuple(key for key, _ in batches), tuple(int(n) for _, n in batches), size)
+        keys, sizes = tuple(key for key, _ in batches), tuple(int(n) for _, n in batches)
+        return cls(path, keys, sizes, size, ON_TRUST in metadata)
 
     @property
-    def batches(self) -> str:
-        """What the file's metadata say of its batches."""
-        return ",".join(f"{key}:{n}" for key, n in zip(self.keys, self.sizes, strict=True))
+    def facts(self) -> dict[str, str]:
+        """What the file's metadata say of it."""
+        pairs = zip(self.keys, self.sizes, strict=True)
+        facts = {"batches": ",".join(f"{key}:{n}" for key, n in pairs)}
+        return facts | {ON_TRUST: "True"} if self.on_trust else facts
 
     @property
     def rank(self) -> tuple[int, str]:
@@ -61,9 +66,9 @@ class ShardFile:
         return len(self.keys), self.path.name
 
     @property
-    def level(self) -> int:
+    def level(self) -> tuple[bool, int]:
         """Files of one level are merged."""
-        return int(np.emath.logn(FAN, len(self.keys)) + 1e-9)
+        return self.on_trust, int(np.emath.logn(FAN, len(self.keys)) + 1e-9)
 
     @property
     def large(self) -> bool:
@@ -81,7 +86,9 @@ class ShardIndex:
     content: Indices  # [n], content ids (batches.content_ids)
     shards: list[ShardFile] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    small: dict[int, list[int]] = field(default_factory=dict)  # places of files, by level
+    small: dict[tuple[bool, int], list[int]] = field(
+        default_factory=dict
+    )  # places of files, by level
     redundant: list[Path] = field(default_factory=list)  # files with nothing of their own
 
     @classmethod

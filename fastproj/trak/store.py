@@ -4,6 +4,7 @@
         metadata.json                 what all features share: spec, seed, kind, proj_dim, model
         models/<model_id>/
             checkpoint.json           hash of the checkpoint's parameters and buffers
+            distrusted.json           gradients failed a check: shards on trust don't count
             train-*.safetensors       features, Q and indices of one featurized batch or several
             weighted.safetensors      Phi^T R Phi, R = Q (1 - Q), once finalised with lambda "auto"
             xtx.safetensors           Phi^T Phi, once finalised with another
@@ -53,7 +54,7 @@ from fastproj.trak.files import (
     write_json,
     write_safetensors,
 )
-from fastproj.trak.shards import ShardFile, ShardIndex, alone, joined, scan
+from fastproj.trak.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 from fastproj.trak.solve import System
 from fastproj.trak.writer import read_scores
 
@@ -288,12 +289,15 @@ class Store:
         key = (model_id, exp_name)
         if key not in self._indices:
             n = self.train_set_size if exp_name is None else self.num_targets(exp_name)
+            distrusted = self.distrusted(model_id)
             found: list[tuple[ShardFile, Indices, Indices]] = []
 
             def read(path: Path) -> None:
                 with suppress(GoneError, FileNotFoundError):  # its batches are in another file
                     names = ("inds", "content")
                     tensors, metadata = self._read(path, model_id, exp_name, names)
+                    if distrusted and ON_TRUST in metadata:
+                        return
                     inds = tensors["inds"].numpy()
                     if len(inds) and (inds.min() < 0 or inds.max() >= n):
                         raise StoreMismatchError(
@@ -310,6 +314,15 @@ class Store:
         """Look again, at the next call, where the samples of ``model_id`` are."""
         self._indices.pop((model_id, exp_name), None)
 
+    def distrusted(self, model_id: int) -> bool:
+        """Whether gradients of a checkpoint have failed a check: see ``distrust``."""
+        return (self.model_dir(model_id) / "distrusted.json").exists()
+
+    def distrust(self, model_id: int, reason: str) -> None:
+        """Let what was kept on trust for a checkpoint not count any more, in any process."""
+        write_json(self.model_dir(model_id) / "distrusted.json", {"reason": reason})
+        self.forget()
+
     def forget(self) -> None:
         """Read the directory again at the next call: another process may have written to it."""
         self._indices.clear()
@@ -322,8 +335,12 @@ class Store:
         features: Tensor,
         out_to_loss: Tensor | None = None,
         exp_name: str | None = None,
+        on_trust: bool = False,
     ) -> None:
-        """Add the features [b, k] of the samples (or targets) ``inds`` [b], and their Q [b]."""
+        """Add the features [b, k] of the samples (or targets) ``inds`` [b], and their Q [b].
+
+        ``on_trust`` says that their gradients rest on checks of some batches: see ``distrust``.
+        """
         tensors: Tensors = {
             "inds": torch.from_numpy(inds.astype(np.int64)),
             "content": torch.from_numpy(content.astype(np.int64)),
@@ -338,7 +355,7 @@ class Store:
         # training shards (equal by construction) the first wins, among target shards the last.
         place = int(inds.min()) if exp_name is None else index.next_place()
         key = f"{place:012d}-{uuid.uuid4().hex[:12]}"
-        file = self._write_shard(model_id, exp_name, tensors, ((key, len(inds)),))
+        file = self._write_shard(model_id, exp_name, tensors, ((key, len(inds)),), on_trust)
         index.add(file, inds, content, replace=exp_name is not None)
         self._merge(model_id, exp_name)
 
@@ -348,6 +365,7 @@ class Store:
         exp_name: str | None,
         tensors: Tensors,
         batches: Iterable[tuple[str, int]],
+        on_trust: bool,
     ) -> ShardFile:
         """Write a file of the batches with these keys and numbers of rows, in this order."""
         keys, sizes = zip(*batches, strict=True)
@@ -356,9 +374,9 @@ class Store:
         if len(keys) > 1:
             key = f"{key.split('-')[0]}-{uuid.uuid4().hex[:12]}"
         path = folder / f"{role}-{key}.safetensors"
-        file = ShardFile(path, keys, sizes, sum(t.nbytes for t in tensors.values()))
+        file = ShardFile(path, keys, sizes, sum(t.nbytes for t in tensors.values()), on_trust)
         identity = self._shard_identity(model_id, exp_name)
-        write_safetensors(path, tensors, identity | {"batches": file.batches})
+        write_safetensors(path, tensors, identity | file.facts)
         return file
 
     def _tidy(self, model_id: int, exp_name: str | None) -> None:
@@ -386,7 +404,8 @@ class Store:
                 batches = [b for f in files for b in zip(f.keys, f.sizes, strict=True)]
                 merged = None
                 if tensors is not None:
-                    merged = self._write_shard(model_id, exp_name, tensors, batches)
+                    trust = files[0].on_trust  # as all of them
+                    merged = self._write_shard(model_id, exp_name, tensors, batches, trust)
             except (GoneError, FileNotFoundError):  # merged by another process
                 self.forget_index(model_id, exp_name)
                 return False

@@ -7,7 +7,6 @@ It reads the objects of the build, and the reports that the build keeps beside t
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import build_cuda
+import build_machine_code
 import build_native
 from tests.cuda import emulation
 
@@ -92,21 +92,8 @@ def objects() -> Path:
 
 @cache
 def disassembler() -> str | None:
-    """cuobjdump of the toolkit, or the one in Triton's wheel."""
-    compiler = nvcc()
-    if compiler is not None:
-        beside = Path(compiler).resolve().parent / "cuobjdump"
-        if beside.is_file():
-            return str(beside)
-    found = shutil.which("cuobjdump")
-    if found is None:
-        import importlib.util
-
-        spec = importlib.util.find_spec("triton")
-        if spec is not None and spec.origin is not None:
-            inside = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-            found = str(inside) if inside.is_file() else None
-    return found
+    """The cuobjdump that the build would use."""
+    return build_cuda.find_disassembler(nvcc())
 
 
 def report(unit: str) -> str:
@@ -135,7 +122,7 @@ def kernel_name(mangled: str) -> str | None:
 def resources(text: str, arch: str) -> list[Function]:
     """The kernels for `arch` in a report of ptxas -v."""
     found = []
-    for function in build_cuda.read_report(text):
+    for function in build_machine_code.read_report(text):
         name = kernel_name(function.name)
         assert name is not None
         if function.arch == arch and (arch == "90a" or "sm90" not in name):
@@ -153,25 +140,23 @@ def sass(unit: str, arch: str) -> str:
 
 
 @cache
-def disassemble(unit: str, arch: str) -> dict[str, build_cuda.Instructions]:
-    """Instructions (address, text) of each kernel of a unit for one architecture."""
-    return build_cuda.read_sass(sass(unit, arch))
+def disassemble(unit: str, arch: str) -> dict[str, build_machine_code.Instructions]:
+    """Instructions of each kernel of a unit for one architecture."""
+    return build_machine_code.read_sass(sass(unit, arch))
 
 
-def main_loop(instructions: list[tuple[int, str]]) -> list[str]:
+def main_loop(instructions: build_machine_code.Instructions) -> list[str]:
     """The innermost loop that holds products."""
-    products = [address for address, text in instructions if re.search(r"\bH(G)?MMA\b", text)]
+    products = [each.address for each in instructions if each.base in ("HMMA", "HGMMA")]
     loops = []
-    for address, text in instructions:
-        target = re.search(r"\bBRA(?:\.\S+)? .*?(0x[0-9a-f]+)$", text)
-        if target and int(target[1], 16) <= address:
-            start = int(target[1], 16)
-            inside = sum(start <= product <= address for product in products)
+    for each in instructions:
+        if each.target is not None and each.target <= each.address:
+            inside = sum(each.target <= product <= each.address for product in products)
             if inside:
-                loops.append((inside / (address - start), start, address))
+                loops.append((inside / (each.address - each.target), each.target, each.address))
     assert loops, "no loop with products"
     _, start, end = max(loops)
-    return [text for address, text in instructions if start <= address <= end]
+    return [each.text for each in instructions if start <= each.address <= end]
 
 
 def inspect(unit: str, arch: str) -> list[Function]:
@@ -183,7 +168,7 @@ def inspect(unit: str, arch: str) -> list[Function]:
     result = []
     for function in functions:
         code = by_name[function.name]
-        texts = [text for _, text in code]
+        texts = [each.text for each in code]
         body = main_loop(code)
         words = Counter(re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0] for text in body)
         terms = int(function.name.split(" x")[1][0])

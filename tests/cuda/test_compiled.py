@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-import build_cuda
+import build_machine_code
 import build_native
 from tests import ROOT
 from tests.cuda import compiled, emulation
@@ -35,7 +35,7 @@ UNITS = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS]
 @pytest.mark.parametrize(("unit", "arch"), UNITS)
 def test_no_spills_and_nothing_serialised(unit, arch):
     report = compiled.report(unit)
-    assert build_cuda.faults(report) == []
+    assert build_machine_code.faults(report) == []
     functions = compiled.resources(report, arch)
     assert functions
     for function in functions:
@@ -85,7 +85,7 @@ def test_products_stay_in_flight(unit):
 @pytest.mark.parametrize("unit", compiled.SM90_UNITS)
 def test_registers_of_products_in_flight_are_left_alone(unit):
     assert compiled.sass(unit, "90a").count("HGMMA") > 0
-    assert build_cuda.hazards(compiled.sass(unit, "90a")) == []
+    assert build_machine_code.hazards(compiled.sass(unit, "90a")) == []
 
 
 def listing(*lines: str) -> str:
@@ -115,7 +115,7 @@ WAIT, WAIT_FOR_ALL_BUT_ONE = (f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in (0, 1)
     ],
 )
 def test_touched_registers_are_found(lines, wrong):
-    found = build_cuda.hazards(listing(*lines))
+    found = build_machine_code.hazards(listing(*lines))
     assert [text.rpartition("first ")[2].split()[0] for text in found] == [wrong] * bool(wrong)
 
 

@@ -1,4 +1,4 @@
-"""Every kernel once, on problems small enough for compute-sanitizer: `make sanitize-gpu`.
+"""Every kernel once, on problems small enough for compute-sanitizer: `make gpu-more`.
 
 Tiles, loaders, splits, clusters and ragged edges as in real use; sums of small integers are exact,
 so results count too. Triton's kernels run here as well, where Triton is usable.

@@ -241,7 +241,8 @@ PLACE = re.compile(rf"(?<![\w./-])((?:{'|'.join(CODE)}|\.ci|\.github)/[\w./*<>-]
 ELSEWHERE = {
     "recipe.py", "script.py", "train.py", "trouble.py", "log.txt",
     "checkpoint.json", "metadata.json", "solve.json", "results.json", "retrain.json",
-    "retrained.json", "fastproj/_build_info.py", "bench/results/<day>-<commit>-project-gpu.json",
+    "retrained.json", "distrusted.json", "preflight.json", "fastproj/_build_info.py",
+    "bench/results/<day>-<commit>-project-gpu.json",
     "bench/results/<file>-project-gpu.json",
     "_dattri/func/projection.py", "less/data_selection/collect_grad_reps.py", "trak/traker.py",
 }  # fmt: skip
@@ -282,6 +283,7 @@ def test_no_page_refers_to_a_document_that_is_not_there() -> None:
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    targets |= set(re.search(r"^GPU_CALLS := (.*)$", makefile, re.MULTILINE)[1].split())
     for where, text in prose():
         for command in re.findall(r"`(?:\w+=\S+ )*make ([a-z-]+)[ `]", text):
             assert command in targets, f"{where}: make {command}"
@@ -364,7 +366,7 @@ def words_of_the_code() -> set[str]:
 # Names of other projects, of instructions and of tools, that no code here spells.
 FOREIGN = {
     "GaussianRandomProjection", "RandomProjectionParams", "TracInCPFastRandProj",
-    "data_selection", "get_info", "p_image", "p_text",
+    "data_selection", "get_info", "p_image", "p_text", "save_pretrained",
 }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import triton
 
-import build_cuda
-from fastproj.kernels import aot
+import build_machine_code
+from fastproj.kernels import aot, config
 from fastproj.kernels.aot import Case, Report
 
 RESOURCES = Path(aot.__file__).parent / "RESOURCES.md"
@@ -60,6 +60,11 @@ def check(report: Report) -> None:
         assert report.loop["HGMMA"] >= 4 * report.waits
     if case.aligned == 16 and not case.masked and report.arch.startswith("sm_"):
         assert report.loop["LDGSTS"] > 0  # G goes to shared memory by itself
+        chosen = config.choose(
+            report.arch, case.dtype, case.kind, case.terms, case.B, case.K, direct=True
+        )
+        assert report.in_flight is not None
+        assert (report.in_flight > 0) == (chosen.num_stages > 2)
         if report.arch == "sm_90" and case.kind == "rademacher" and case.dtype != "float32":
             assert report.loop.get("STS", 0) == 0  # and nothing else does
 
@@ -82,16 +87,50 @@ def test_all_compiled(case: Case, arch: str) -> None:
     check(inspect(case, arch))
 
 
-def check_products_in_flight(case: Case, folder: Path) -> None:
-    """ptxas before CUDA 13.3 may reuse a fragment's registers while a wgmma still reads them."""
-    compiled, _, _ = aot.compile_case(case, "sm_90")
+def disassemble(case: Case, arch: str, folder: Path) -> str:
+    """What cuobjdump prints of a case's machine code."""
+    compiled, _, _ = aot.compile_case(case, arch)
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [str(tool), "-sass", str(binary)]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def clocks_to_arrive(case: Case, arch: str, folder: Path) -> tuple[int, int]:
+    """Issue clocks that the main loop leaves a copy before it waits for it, and of an iteration."""
+    (code,) = build_machine_code.read_sass(disassemble(case, arch, folder)).values()
+    loops = build_machine_code.stage_loops(build_machine_code.Code(code))
+    (loop,) = [loop for loop in loops if loop.products]
+    groups = [wait.after.clocks for wait in loop.waits if wait.load.base == "LDGDEPBAR"]
+    return min(groups), loop.clocks * len(loop.ends)
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        (Case("project", B=64), "sm_90"),
+        (Case("project", dtype="float32", terms=2), "sm_90"),
+        (Case("project", "gaussian"), "sm_80"),
+    ],
+    ids=str,
+)
+def test_tiles_are_asked_for_an_iteration_ahead(
+    case: Case, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one program fills a multiprocessor, nothing else hides the wait for memory."""
+    clocks, iteration = clocks_to_arrive(case, arch, tmp_path)
+    assert clocks >= iteration
+    monkeypatch.setenv(config.ENVIRONMENT, "num_stages=2")
+    clocks, iteration = clocks_to_arrive(case, arch, tmp_path)
+    assert clocks < iteration / 10  # what it was: waits for what it has just asked for
+
+
+def check_products_in_flight(case: Case, folder: Path) -> None:
+    """ptxas before CUDA 13.3 may reuse a fragment's registers while a wgmma still reads them."""
+    sass = disassemble(case, "sm_90", folder)
     assert sass.count("HGMMA") > 0
-    assert build_cuda.hazards(sass) == []
+    assert build_machine_code.hazards(sass) == []
 
 
 @pytest.mark.parametrize("case", [case for case, arch, _ in ESSENTIAL if arch == "sm_90"], ids=str)

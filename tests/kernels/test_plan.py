@@ -111,13 +111,13 @@ def test_configurations(arch: str, kind: str) -> None:
 
 def test_pins(monkeypatch: pytest.MonkeyPatch) -> None:
     free = config.choose("sm_90", "bfloat16", "rademacher", 1, 64, 4096)
-    assert free == Config(64, 256, 256, 8, 2)
-    assert str(free) == "BLOCK_B=64,BLOCK_K=256,STEP_ROWS=256,num_warps=8,num_stages=2"
+    assert free == Config(64, 256, 256, 8, 3)
+    assert str(free) == "BLOCK_B=64,BLOCK_K=256,STEP_ROWS=256,num_warps=8,num_stages=3"
     monkeypatch.setenv(config.ENVIRONMENT, "BLOCK_K=128, num_warps=4")
     pinned = config.choose("sm_90", "bfloat16", "rademacher", 1, 64, 4096)
-    assert pinned == Config(64, 128, 256, 4, 2)
-    with config.pin(num_stages=3):
-        assert config.choose("sm_90", "bfloat16", "rademacher", 1, 64, 4096).num_stages == 3
+    assert pinned == Config(64, 128, 256, 4, 3)
+    with config.pin(num_stages=4):
+        assert config.choose("sm_90", "bfloat16", "rademacher", 1, 64, 4096).num_stages == 4
     with pytest.raises(ValueError, match="'BLOCK_Q=1'; expected name=integer with a name of BLOCK"):
         config.parse("BLOCK_Q=1")
     with pytest.raises(ValueError, match=r"BLOCK_K=100.*expected"), config.pin(BLOCK_K=100):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import build_cuda
+import build_machine_code
 import build_native
 from tests import ROOT
 
@@ -199,19 +200,21 @@ SERIALISED = (
 
 
 def test_reports_are_read() -> None:
-    good, worn = build_cuda.read_report(REPORT.format(spills=4))
+    good, worn = build_machine_code.read_report(REPORT.format(spills=4))
     assert (good.name, good.arch, good.registers, good.spills) == ("_Z4goodv", "80", 168, 0)
     assert (worn.name, worn.arch, worn.registers, worn.spills) == ("_Z4wornv", "90a", 255, 12)
-    assert build_cuda.faults(REPORT.format(spills=4)) == [
+    assert build_machine_code.faults(REPORT.format(spills=4)) == [
         "_Z4wornv for sm_90a spills registers: 12 bytes"
     ]
-    assert len(build_cuda.faults(SERIALISED)) == 1
+    assert len(build_machine_code.faults(SERIALISED)) == 1
     starved = REPORT.format(spills=0).replace(" 8 bytes spill loads", " 0 bytes spill loads")
-    assert build_cuda.faults(starved) == []
-    (fault,) = build_cuda.faults(starved.replace("_Z4wornv", "_Z20project_x_sm90_kernel"))
+    assert build_machine_code.faults(starved) == []
+    (fault,) = build_machine_code.faults(starved.replace("_Z4wornv", "_Z20project_x_sm90_kernel"))
     assert "starts with 255 registers a thread" in fault
     with pytest.raises(ValueError, match="can't read"):
-        build_cuda.read_report("ptxas info : Compiling entry function 'x' for 'sm_80'\nnonsense\n")
+        build_machine_code.read_report(
+            "ptxas info : Compiling entry function 'x' for 'sm_80'\nnonsense\n"
+        )
 
 
 @pytest.mark.parametrize("report", [REPORT.format(spills=4), SERIALISED], ids=["spill", "serial"])

@@ -14,7 +14,13 @@ import pytest
 
 from tests import ROOT
 
-STEPS = "gpu-build gpu-test-cuda gpu-test-triton gpu-test-rest sanitize-gpu gpu-bench".split()
+CALLS = {
+    "gpu-first": "gpu-build gpu-preflight gpu-ladder gpu-bench",
+    "gpu-tests": "gpu-build gpu-test-cuda gpu-test-rest",
+    "gpu-more": "gpu-build gpu-test-triton gpu-memcheck gpu-racecheck gpu-synccheck",
+    "gpu-sweep": "gpu-build gpu-bench-all",
+}
+TEN_MINUTES = 600
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
@@ -24,19 +30,29 @@ def stand_in(path: Path, body: str) -> Path:
     return path
 
 
-def make(folder: Path, *, fails: str = "", say: str = "") -> tuple[int, str, list[str]]:
+def make(
+    folder: Path,
+    target: str = "gpu",
+    *,
+    fails: str = "",
+    say: str = "",
+    does: str = "",
+    out: str = "",
+) -> tuple[int, str, list[str]]:
     """Status, output and the commands of `make gpu` in a folder with nothing but the Makefile.
 
-    fails : a pattern (of bash) of commands that exit with 1; say : what Python prints.
+    fails : a pattern (of bash) of commands that exit with 1; say : what Python prints;
+    does : what Python does before that, in bash.
     """
     shutil.copy(ROOT / "Makefile", folder)
     log = folder / "commands"
     judge = f'[[ -n "{fails}" && "$*" == {fails or "x"} ]] && exit 1\necho "{say}"; exit 0'
-    python = stand_in(folder / "python", f'echo "$*" >> {log}\n{judge}')
+    python = stand_in(folder / "python", f'echo "$*" >> {log}\n{does}\n{judge}')
     sanitizer = stand_in(folder / "sanitizer", f'echo "sanitizer $*" >> {log}\n{judge}')
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("FASTPROJ", "MAKE"))}
+    dropped = ("FASTPROJ", "MAKE", "OUT")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     done = subprocess.run(
-        ["make", "gpu", "VENV=", f"PYTHON={python}", f"SANITIZER={sanitizer}"],
+        ["make", target, "VENV=", f"PYTHON={python}", f"SANITIZER={sanitizer}", f"OUT={out}"],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -50,45 +66,121 @@ def make(folder: Path, *, fails: str = "", say: str = "") -> tuple[int, str, lis
 def test_every_step_runs_and_nothing_is_installed(tmp_path: Path) -> None:
     status, output, commands = make(tmp_path, say="90")
     assert status == 0, output
-    assert [line for line in output.splitlines() if "passed after" in line] == [
-        line for line in output.splitlines() if line.startswith("==") and " after " in line
-    ]
-    assert [s for s in STEPS if f"== {s} passed" in output] == STEPS
+    told = re.findall(r"^== (\S+) passed after", output, re.MULTILINE)
+    assert told == " ".join(CALLS.values()).split()
+    assert "FAILED" not in output
     assert "make gpu: everything passed" in output
     text = "\n".join(commands)
     assert "pip" not in text
     assert "-m venv" not in text
     assert "setup.py -q build --build-base build/gpu --build-lib build/gpu/lib" in text
+    assert "-m bench.preflight --build build/gpu/wgmma_rate" in text
     pytests = [line for line in commands if "-m pytest" in line]
+    assert len(pytests) == 6
     assert all("-m gpu" in line for line in pytests)
-    tools = [line.split()[2] for line in commands if line.startswith("sanitizer")]
-    assert tools == ["memcheck", "racecheck", "synccheck"]
-    assert all("--error-exitcode" in line for line in commands if line.startswith("sanitizer"))
-    assert [line for line in commands if "-m bench.project --device cuda" in line][1:] == [
-        "-m bench.project --device cuda --ladder --repeats 5 --max-seconds 1"
+    tools = [line for line in commands if line.startswith("sanitizer")]
+    assert [line.split()[2] for line in tools] == ["memcheck", "racecheck", "synccheck"]
+    assert all("--error-exitcode" in line for line in tools)
+    assert ["--report-api-errors no" in line for line in tools] == [True, False, False]
+    assert [line for line in commands if "-m bench.project --device cuda" in line] == [
+        "-m bench.project --device cuda --ladder --repeats 5 --max-seconds 1",
+        "-m bench.project --device cuda --acceptance --budget 150",
+        "-m bench.project --device cuda --budget 360",
     ]
-    for step in STEPS:
+    for step in told:
         assert (tmp_path / "build" / "gpu" / "logs" / f"{step}.log").is_file()
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_takes_less_than_ten_minutes_and_says_so(tmp_path: Path, call: str) -> None:
+    """By its steps' limits, each with the 10 seconds after which it is killed."""
+    status, output, _ = make(tmp_path, call, say="90")
+    assert status == 0, output
+    steps = re.findall(r"^== (\S+): at most (\d+) s$", output, re.MULTILINE)
+    assert [step for step, _ in steps] == CALLS[call].split()
+    most = sum(int(limit) + 10 for _, limit in steps)
+    assert f"== {call}: {CALLS[call]}; at most {most} s\n" in output
+    assert most < TEN_MINUTES
+    assert f"make {call}: everything passed" in output
+
+
+def test_the_first_call_asks_the_first_questions_first(tmp_path: Path) -> None:
+    _, _, commands = make(tmp_path, "gpu-first", say="90")
+    runs = [line for line in commands if line.startswith("-m bench.")]
+    assert runs[1] == "-m bench.preflight --output build/gpu/logs --rate build/gpu/wgmma_rate"
+    assert "--ladder" in runs[2]
+    makefile = (ROOT / "Makefile").read_text()
+    limit = re.search(r"LIMIT_gpu-preflight := (\d+)", makefile)
+    assert limit is not None
+    assert int(limit[1]) <= 45
+
+
+def test_another_gpu_needs_no_wgmma(tmp_path: Path) -> None:
+    _, _, commands = make(tmp_path, "gpu-build", say="89")
+    assert not [line for line in commands if "preflight" in line]
+
+
+def test_a_step_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    """Its limit is set to a second; it would end by itself only when the test's time is up."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    does = '[[ "$*" == *preflight\\ --output* ]] && { trap "" TERM; tail -f /dev/null; }'
+    python = stand_in(tmp_path / "python", f"{does}\necho 90")
+    arguments = ["VENV=", f"PYTHON={python}", "LIMIT_gpu-preflight=1", "GPU_KILL=1"]
+    done = subprocess.run(
+        ["make", "gpu-first", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "== gpu-preflight FAILED after" in done.stdout
+    assert "== gpu-bench passed after" in done.stdout
+    assert "make gpu-first: failed: gpu-preflight\n" in done.stderr
+
+
+def test_results_and_logs_go_to_the_folder_that_is_named(tmp_path: Path) -> None:
+    """What a benchmark writes is copied after its step, even where the step fails."""
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "old.json").touch()
+    out = tmp_path / "out"
+    does = (
+        f'case "$*" in *--ladder*) echo 1 > {tmp_path}/bench/results/ladder.json; exit 1;; '
+        f"*--acceptance*) echo 2 > {tmp_path}/bench/results/targets.json;; esac"
+    )
+    status, output, commands = make(tmp_path, "gpu-first", say="90", does=does, out=str(out))
+    assert "make gpu-first: failed: gpu-ladder\n" in output
+    assert status != 0
+    assert sorted(path.name for path in out.glob("*.json")) == ["ladder.json", "targets.json"]
+    assert sorted(path.stem for path in (out / "logs").glob("*.log")) == sorted(
+        CALLS["gpu-first"].split()
+    )
+    assert f"-m bench.preflight --output {out}/logs --rate build/gpu/wgmma_rate" in commands
+
+
 @pytest.mark.parametrize(
-    ("fails", "step"),
+    ("fails", "call", "step"),
     [
-        ("*setup.py*", "gpu-build"),
-        ("*tests/kernels", "gpu-test-triton"),
-        ("*racecheck*", "sanitize-gpu"),
-        ("*--ladder*", "gpu-bench"),
+        ("*setup.py*", "gpu-first", "gpu-build"),
+        ("*preflight\\ --output*", "gpu-first", "gpu-preflight"),
+        ("*tests/kernels", "gpu-more", "gpu-test-triton"),
+        ("*racecheck*", "gpu-more", "gpu-racecheck"),
+        ("*--ladder*", "gpu-first", "gpu-ladder"),
     ],
 )
 def test_a_step_that_fails_is_named_and_the_later_ones_run(
-    tmp_path: Path, fails: str, step: str
+    tmp_path: Path, fails: str, call: str, step: str
 ) -> None:
-    status, output, commands = make(tmp_path, fails=fails, say="90")
+    status, output, _ = make(tmp_path, call, fails=fails, say="90")
     assert status != 0
     assert f"== {step} FAILED" in output
-    assert f"make gpu: failed: {step}\n" in output
-    assert sum(f"== {other} passed" in output for other in STEPS) == len(STEPS) - 1
-    assert any("--ladder" in line for line in commands)
+    assert f"make {call}: failed: {step}\n" in output
+    passed = re.findall(r"^== (\S+) passed after", output, re.MULTILINE)
+    assert passed == [other for other in CALLS[call].split() if other != step]
+
+
+def test_a_call_that_fails_is_named_and_the_later_ones_run(tmp_path: Path) -> None:
+    status, output, commands = make(tmp_path, fails="*--ladder*", say="90")
+    assert status != 0
+    assert "make gpu: failed: gpu-first\n" in output
+    assert "make gpu-sweep: everything passed" in output
+    assert "-m bench.project --device cuda --budget 360" in commands
 
 
 def test_what_the_tests_import_is_what_the_first_step_asks_for() -> None:

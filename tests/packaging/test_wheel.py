@@ -41,6 +41,7 @@ def test_sdist_holds_the_sources_and_nothing_built(built: Built) -> None:
     assert {
         "build_native.py",
         "build_cuda.py",
+        "build_machine_code.py",
         "pyproject.toml",
         "LICENSE",
         "constraints.txt",

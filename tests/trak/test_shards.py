@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shards_run
 import torch
 
 from fastproj.trak import StoreCorruptError, shards
@@ -17,7 +16,7 @@ from fastproj.trak import store as module
 from fastproj.trak.features import FeatureReader, sample_blocks
 from fastproj.trak.files import GoneError, read_safetensors, write_safetensors
 from fastproj.trak.shards import ShardFile, ShardIndex, joined, scan
-from tests.trak import cases
+from tests.trak import cases, shards_run
 from tests.trak.lives import Server
 
 N = 40
@@ -292,7 +291,7 @@ def test_writers_and_a_reader_at_once(tmp_path, monkeypatch, locks):
     opened(folder, shards_run.SAMPLES)
     with Server() as server:
         jobs = [["write", folder, 0, 2], ["write", folder, 1, 2], ["write", folder, 0, 3]]
-        codes = server.run("shards_run:main", [*jobs, ["read", folder]], log)
+        codes = server.run("tests.trak.shards_run:main", [*jobs, ["read", folder]], log)
     assert codes == [0] * 4, log.read_text()
     store = opened(folder, shards_run.SAMPLES)
     assert_whole(store, shards_run.SAMPLES)

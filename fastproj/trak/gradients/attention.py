@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastproj.trak.gradients.running import vectorised
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
         sys.modules.get("transformers.masking_utils"), "ALL_MASK_ATTENTION_FUNCTIONS", {}
     )
     usual = masks.get("eager")
-    with no_fast_path(), sdpa_kernel(SDPBackend.MATH):
+    with no_fast_path(), vectorised(model):
         try:
             for config in configs.values():
                 config._attn_implementation = "eager"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak import batches
+from fastproj.trak.gradients.running import plainly
 from fastproj.trak.tasks.base import BatchedModelOutput, run
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
@@ -33,7 +34,17 @@ class AbstractGradientComputer(ABC):
     dtype : accepted for TRAK's sake; gradients come in the dtype of the parameters.
     device : where batches and gradients are.
     grad_wrt : names of the parameters to differentiate by, or None for all.
+
+    Attributes
+    ----------
+    trusting : whether results may rest on checks of some of the batches.
+    on_trust : whether what ``project`` returned last does.
+    when_disproved : called where such a check fails: what was on trust may be wrong.
     """
+
+    trusting: bool = True
+    on_trust: bool = False
+    when_disproved: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -71,6 +82,7 @@ class AbstractGradientComputer(ABC):
 
     def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
         """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
+        self.on_trust = False
         self.check_dependence(batch)
         chunks = map(one_dtype, self.iter_per_sample_grads(batch))
         parts = [projector.project(grads, model_id=model_id).detach() for grads in chunks]
@@ -103,15 +115,17 @@ class AbstractGradientComputer(ABC):
 
     def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of each sample: the task's ``get_out_to_loss_grad``."""
-        weights = {**self.fixed, **self.chosen}
-        method = self.task.get_out_to_loss_grad
-        out: Tensor = run(method, self.model, weights, self.buffers, batch)
+        out: Tensor = self._of_task(self.task.get_out_to_loss_grad, self.chosen, batch)
+        return out
+
+    def outputs(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
+        """f of each sample as a function of the chosen parameters, [B]; of tasks for batches."""
+        out: Tensor = self._of_task(self.task.outputs, chosen, batch)
         return out
 
     def output(self, chosen: Grads, *sample: Any) -> Tensor:
         """f of one sample as a function of the chosen parameters, a scalar."""
-        weights = {**self.fixed, **chosen}
-        out: Tensor = run(self.task.get_output, self.model, weights, self.buffers, *sample)
+        out: Tensor = self._of_task(self.task.get_output, chosen, *sample)
         return out
 
     def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
@@ -119,9 +133,12 @@ class AbstractGradientComputer(ABC):
         if getattr(type(self.task), "get_output", None) is not BatchedModelOutput.get_output:
             return self.output(chosen, *batches.select(batch, 0))
         # The same without taking the batch dimension off, which not all parts can get back.
-        weights = {**self.fixed, **chosen}
-        out: Tensor = run(self.task.outputs, self.model, weights, self.buffers, batch)
-        return out.reshape(())
+        return self.outputs(chosen, batch).reshape(())
+
+    def _of_task(self, method: Callable[..., Any], chosen: Grads, *args: Any) -> Any:
+        """A method of the task with these parameters, on a copy of its arguments."""
+        with plainly():
+            return run(method, self.model, {**self.fixed, **chosen}, self.buffers, *own(args))
 
     def gradient_of(self, batch: tuple[Any, ...], row: int) -> dict[str, Tensor | None]:
         """The gradient of one sample by plain autograd; None where f has nothing to do with it."""
@@ -132,6 +149,12 @@ class AbstractGradientComputer(ABC):
                 return dict.fromkeys(chosen)
             grads = torch.autograd.grad(out, list(chosen.values()), allow_unused=True)
         return {n: None if g is None else dense(g) for n, g in zip(chosen, grads, strict=True)}
+
+
+def own(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A copy of a batch: models may write to their inputs, and it is run several times."""
+    copy: tuple[Any, ...] = batches.map_leaves(torch.clone, batch)
+    return copy
 
 
 def one_dtype(grads: Grads) -> Grads:

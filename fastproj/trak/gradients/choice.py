@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer
-from fastproj.trak.gradients.layout import HooksError
 from fastproj.trak.gradients.loop import IterativeGradientComputer
 
 NAMES: dict[str, type[AbstractGradientComputer]] = {
@@ -26,7 +26,8 @@ class AutomaticGradientComputer(AbstractGradientComputer):
     """Module hooks, or ``torch.func`` where they can't, or a loop where that can't either.
 
     Tasks without batched outputs start at ``torch.func``. Every step down is a warning that says
-    why; what a step gives up is speed and memory, not accuracy.
+    why; what a step gives up is speed and memory, not accuracy. A batch that none can take raises
+    what the last one says, and costs no step.
     """
 
     def load_model_params(self, model: nn.Module) -> None:
@@ -35,7 +36,6 @@ class AutomaticGradientComputer(AbstractGradientComputer):
         if not hasattr(self, "_left"):
             batched = hasattr(self.task, "outputs")
             self._left = ["hooks", "func", "loop"] if batched else ["func", "loop"]
-            self._proven = False
             self._computer = self._make(self._left[0])
         else:
             self._computer.load_model_params(model)
@@ -63,25 +63,25 @@ class AutomaticGradientComputer(AbstractGradientComputer):
         refused: list[tuple[str, Exception]] = []
         for name in self._left:
             computer = self._make(name) if refused else self._computer
+            computer.trusting, computer.when_disproved = self.trusting, self.when_disproved
             try:
                 result = use(computer)
-            except torch.cuda.OutOfMemoryError:
+            except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                may_refuse = refused or not self._proven or isinstance(error, HooksError)
-                if name == self._left[-1] or not may_refuse:
+                if name == self._left[-1]:
                     raise
                 refused.append((name, error))
             else:
                 break
+        self.on_trust = computer.on_trust
         self._left, self._computer = self._left[len(refused) :], computer
-        self._proven = True
         for name, reason in refused:
             first_line = str(reason).strip().partition("\n")[0]
             warnings.warn(
                 f"TRAKer: gradient_computer {name!r} can't take this model, {self.name!r} is used "
                 f"instead, which is slower: {type(reason).__name__}: {first_line[:300]}",
-                stacklevel=6,
+                stacklevel=stack_to_caller(),
             )
         return result
 

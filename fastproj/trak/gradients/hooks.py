@@ -6,8 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fastproj.projector import Projector
@@ -17,7 +20,7 @@ from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import tell_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
-from fastproj.trak.gradients.proof import Proof, graph_of, prove, worth_a_proof
+from fastproj.trak.gradients.proof import Proof, prove, structure_of, worth_a_proof
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
 from fastproj.trak.gradients.rules import Workspace, rule_for
 from fastproj.trak.gradients.sinks import (
@@ -27,6 +30,11 @@ from fastproj.trak.gradients.sinks import (
     ProjectingSink,
     Sink,
 )
+
+ALONE_FIRST = 4  # samples of the first batch that are checked each by itself
+STRUCTURES = 1 << 16  # remembered at most
+CALL_ENTRIES = 1 << 16  # of a gradient, that cost as much as calling a projector for fewer
+TELL_STRUCTURES = 32  # from here on it is worth a word that every other batch has one of its own
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -55,7 +63,8 @@ class HookGradientComputer(AbstractGradientComputer):
     The task must be a ``BatchedModelOutput``. Where the batch dimension is inside the model is
     found by running batches of 2 and 3 copies of a sample; a module that other samples call more
     often is an error. After each ``load_model_params``, the gradients of all samples of the first
-    batch, and of the first of each new structure, are checked against plain autograd (``proof``).
+    batch of each structure (shapes, control flow) are checked against plain autograd, and now and
+    then those of a later one (``proof``). Of a batch of one sample they are plain autograd's.
 
     Raises
     ------
@@ -73,7 +82,9 @@ class HookGradientComputer(AbstractGradientComputer):
             )
         self._owned = owned_modules(model, set(self.names))
         self._used: set[str] = set()  # what f of some batch has been seen to depend on
-        self._structures: set[Any] = set()  # of the batches so far
+        self._structures: set[int] = set()  # of batches that were checked
+        self._batches = 0  # so far, of several samples
+        self._proofs = 0
         self._plans: dict[Any, Plan] = {}
         if not hasattr(self, "_told"):
             self._told: set[str] = set()  # what has been said once
@@ -92,6 +103,7 @@ class HookGradientComputer(AbstractGradientComputer):
         """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
         if not isinstance(projector, Projector):  # no row offsets: whole gradients, in chunks
             return super().project(batch, projector, model_id)
+        self.on_trust = False
         sinks: list[ProjectingSink] = []
 
         def sink(uses: Counter[str]) -> Sink:
@@ -107,37 +119,91 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def _run(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
         """Send the pieces of all gradients of a batch to a sink."""
-        proof = None if self._structures else self._prove(batch)
-        plan, recorder, out, structure = self._forward(batch)
-        new = structure not in self._structures
-        if new and proof is None and worth_a_proof(len(self._structures) + 1):
-            del recorder, out  # plain autograd needs the memory
+        if batches.size(batch) == 1:  # nothing to ascribe to a sample, nothing to check
+            self._single(batch, make_sink(Counter()))
+            return
+        self.on_trust = True
+        if not self.trusting:
+            raise HooksError(
+                "hooks: gradients of this checkpoint have failed a check before; expected "
+                'gradient_computer="auto", "func" or "loop"'
+            )
+        self._batches += 1
+        proof = self._prove(batch) if worth_a_proof(self._batches) else None
+        plan, recorder, out, structure, leaves = self._forward(batch)
+        if proof is None and structure not in self._structures:
+            del recorder, out, leaves  # plain autograd needs the memory
             proof = self._prove(batch)
-            plan, recorder, out, structure = self._forward(batch)
+            plan, recorder, out, structure, leaves = self._forward(batch)
         sink = make_sink(recorder.uses)
         check = None
-        if proof is not None and proof.finite():
+        if proof is not None:
             sink = check = CheckingSink(sink, proof, self.chosen)
-        recorder.backward(out, sink)
+        recorder.backward(out, leaves, sink)
         for name, values in self._rest(plan.rest, batch):
             sink.add(name, Piece(0, values))
         sink.close()
         if check is not None:
             wrong = check.wrong()
             if wrong:
+                if self.when_disproved is not None:
+                    self.when_disproved()
                 raise HooksError(
                     f"hooks: the gradient by {listed(wrong)} is not that of plain autograd; is the "
                     "parameter used outside of its module's forward, are samples mixed, or does "
                     "the model draw random numbers (dropout in training mode)?"
                 )
-        if new and (proof is None or check is not None):
-            self._structures.add(structure)
+        if proof is None or proof.finite():
+            self._remember(structure)
+
+    def _remember(self, structure: int) -> None:
+        """Note a structure that was checked, now or before."""
+        if len(self._structures) >= STRUCTURES:  # those that are forgotten are checked again
+            self._structures.clear()
+        self._structures.add(structure)
+        every, checked = self._batches, len(self._structures)
+        if checked >= TELL_STRUCTURES and 2 * checked > every and "structures" not in self._told:
+            self._told.add("structures")
+            logger.warning(
+                "hooks: %d of %d batches had shapes or a control flow that no batch before had, "
+                "and were checked against plain autograd, which doubles what their gradients cost. "
+                "Batches of one size and samples padded to a few lengths (multiples of 64, say) "
+                "are checked once each",
+                checked,
+                every,
+            )
+
+    def _single(self, batch: tuple[Any, ...], sink: Sink) -> None:
+        """Send the gradient of a batch of one sample to a sink: plain autograd's, by parameter."""
+        chosen = {name: p.detach().requires_grad_() for name, p in self.chosen.items()}
+        with torch.enable_grad():
+            out = self.outputs(chosen, batch)
+        found = set()
+
+        def arrived(name: str, leaf: Tensor) -> None:
+            grad, leaf.grad = leaf.grad, None  # which lets go of it
+            assert grad is not None
+            found.add(name)
+            for piece in whole_pieces(grad):
+                sink.add(name, piece)
+
+        if out.requires_grad:
+            for name, leaf in chosen.items():
+                leaf.register_post_accumulate_grad_hook(partial(arrived, name))
+            out.sum().backward(inputs=list(chosen.values()))
+        sink.close()
+        if not found and not self._dependent:
+            raise self.no_dependence()
+        self._dependent = True
 
     def _prove(self, batch: tuple[Any, ...]) -> Proof:
         """What the gradients of a batch must be, and with it which parameters f depends on."""
-        proof = prove(self, batch, seed=len(self._structures))
-        if not proof.sums and not self._used:
+        self._proofs += 1
+        alone = ALONE_FIRST if self._proofs == 1 else 1
+        proof = prove(self, batch, alone, seed=self._proofs)
+        if not proof.sums and not self._dependent:
             raise self.no_dependence()
+        self._dependent = True
         self._use(set(proof.sums))
         return proof
 
@@ -147,8 +213,8 @@ class HookGradientComputer(AbstractGradientComputer):
             self._used |= names
             self._plans.clear()
 
-    def _forward(self, batch: tuple[Any, ...]) -> tuple[Plan, Recorder, Tensor, Any]:
-        """The plan for a batch, its outputs with hooks listening, and its structure."""
+    def _forward(self, batch: tuple[Any, ...]) -> tuple[Plan, Recorder, Tensor, int, list[Tensor]]:
+        """The plan for a batch, its outputs with hooks listening, their structure and leaves."""
         while True:
             plan = self._plan(batch)
             unused = {
@@ -156,15 +222,14 @@ class HookGradientComputer(AbstractGradientComputer):
                 for name, p in self.chosen.items()
                 if name not in self._used
             }
-            weights = {**self.fixed, **self.chosen, **unused}
             size = batches.size(batch)
             with Recorder(plan.hooked, size, plan.layouts, self._told, self._work) as recorder:
-                out = recorder.outputs(self.task, self.model, weights, self.buffers, batch)
-            graph, leaves = graph_of(out)
+                out = recorder.outputs(self, {**self.chosen, **unused}, batch)
+            structure, leaves = structure_of(batch, out)
             reached = {id(leaf) for leaf in leaves}
             found = {name for name, p in unused.items() if id(p) in reached}
             if not found:
-                return plan, recorder, out, (shapes_of(batch), size > 1, graph)
+                return plan, recorder, out, structure, leaves
             self._use(found)  # as f of the batches before did not
 
     def _rest(self, names: list[str], batch: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
@@ -212,6 +277,8 @@ class HookGradientComputer(AbstractGradientComputer):
         rest: set[str] = set()
         while True:
             layouts, failed = self._try(list(left.values()), batch)
+            if not failed:
+                failed = self._not_for_each(list(left.values()), layouts, batch)
             root = left.get("")
             if root is not None and ("" in failed or not rule_for(root.module, set(root.names))):
                 rest |= set(left.pop("").names.values())
@@ -237,16 +304,38 @@ class HookGradientComputer(AbstractGradientComputer):
             )
         return Plan([*left.values(), *idle], layouts, unseen)
 
+    def _not_for_each(
+        self, hooked: list[Owned], layouts: dict[str, list[Layout]], batch: tuple[Any, ...]
+    ) -> list[str]:
+        """The modules whose outputs are shared, where one for each sample is not as good.
+
+        The model may repeat such an output itself, or take row 0 of it.
+        """
+        shared = [owned for owned in hooked if shares(layouts[owned.path])]
+        if not shared:
+            return []
+        copies = batches.select(batch, [0] * SIZES[0])
+        exact = self.outputs(self.chosen, copies)
+
+        def unfit(some: list[Owned]) -> bool:
+            try:
+                with Recorder(some, SIZES[0], layouts) as recorder:
+                    out = recorder.outputs(self, self.chosen, copies)
+            except (RuntimeError, ValueError, IndexError, AssertionError):
+                return True
+            return not torch.allclose(out, exact, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+        return [owned.path for owned in shared if unfit([owned])] if unfit(shared) else []
+
     def _try(
         self, hooked: list[Owned], batch: tuple[Any, ...]
     ) -> tuple[dict[str, list[Layout]], list[str]]:
         """The layouts of all calls of these modules, and which of them can't be hooked."""
-        weights = {**self.fixed, **self.chosen}
         calls = []
         for size in SIZES:
             copies = batches.select(batch, [0] * size)
             with Recorder(hooked, size, None) as recorder:
-                recorder.outputs(self.task, self.model, weights, self.buffers, copies)
+                recorder.outputs(self, self.chosen, copies)
                 calls.append(recorder.shapes)
         layouts: dict[str, list[Layout]] = {}
         failed = []
@@ -270,6 +359,11 @@ def sees_samples(layout: Layout, shapes: tuple[list[Any], list[Any]]) -> bool:
         where is not SHARED or shape is None or (len(shape) > 1 and shape[0] == 1)
         for where, shape in zip(layout.outputs, shapes[1], strict=True)
     )
+
+
+def shares(calls: list[Layout]) -> bool:
+    """Whether some output of a module is the same for all samples."""
+    return any(SHARED in layout.outputs for layout in calls)
 
 
 def shapes_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -297,6 +391,21 @@ def hand_up(left: dict[str, Owned], path: str, model: nn.Module, but: set[str]) 
     if names:
         parent = left.setdefault(above, Owned(above, model.get_submodule(above), {}))
         parent.names.update(names)
+
+
+def whole_pieces(grad: Tensor) -> Iterator[Piece]:
+    """The gradient of one sample by one parameter; of an embedding's, the rows looked up."""
+    if grad.is_sparse:
+        grad = grad.to_dense()
+    flat = grad.reshape(len(grad), -1) if grad.dim() > 1 else grad.reshape(1, -1)
+    width = flat.shape[1]
+    rows = (flat != 0).any(1).nonzero().flatten().cpu().numpy()
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+    if len(rows) * width + len(runs) * CALL_ENTRIES > flat.numel():
+        runs = [np.arange(len(flat))]
+    for run in runs:
+        start = int(run[0])
+        yield Piece(start * width, flat[start : start + len(run)].reshape(1, -1))
 
 
 def listed(names: list[str]) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from fastproj.trak.gradients.base import dense
 from fastproj.trak.gradients.layout import SHARED, BatchDim
+from fastproj.trak.gradients.running import vectorised
 from fastproj.trak.gradients.sinks import Piece
 
 logger = logging.getLogger("fastproj.trak")
@@ -46,29 +47,37 @@ def local_gradients(
     wanted = [place for place, g in zip(places, grads, strict=True) if g is not None]
     given = [g for g in grads if g is not None]
 
-    def gradient(inputs: list[Tensor], slopes: list[Tensor]) -> dict[str, Tensor]:
-        leaves = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+    def outputs(own: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        leaves = [a.detach().clone() if isinstance(a, Tensor) else a for a in arguments]
         for i, x in zip(batched, inputs, strict=True):
-            leaves[i] = alone(x, dims[i])
+            leaves[i] = alone(x, dims[i]).clone()  # which the module may write to
         args, kwargs = pytree.tree_unflatten(leaves, spec)
+        found = pytree.tree_leaves(functional_call(module, own, args, kwargs, tie_weights=False))
+        return [found[place] for place in wanted]
 
-        def outputs(own: dict[str, Tensor]) -> list[Tensor]:
-            found = pytree.tree_leaves(
-                functional_call(module, own, args, kwargs, tie_weights=False)
-            )
-            return [found[place] for place in wanted]
-
-        made, pull, *_ = vjp(outputs, params)
+    def vectorised_gradient(inputs: list[Tensor], slopes: list[Tensor]) -> dict[str, Tensor]:
+        made, pull, *_ = vjp(lambda own: outputs(own, inputs), params)
         (result,) = pull([s.reshape(y.shape) for s, y in zip(slopes, made, strict=True)])
         return dict(result)
 
+    def gradient(inputs: list[Tensor], slopes: list[Tensor]) -> dict[str, Tensor]:
+        own = {name: p.detach().requires_grad_() for name, p in params.items()}
+        with torch.enable_grad():
+            pairs = zip(outputs(own, inputs), slopes, strict=True)
+            made = [(y, s.reshape(y.shape)) for y, s in pairs if y.requires_grad]
+        if not made:
+            return {name: torch.zeros_like(p) for name, p in params.items()}
+        results, cotangents = zip(*made, strict=True)
+        found = torch.autograd.grad(results, list(own.values()), cotangents, allow_unused=True)
+        return {
+            name: torch.zeros_like(p) if g is None else dense(g)
+            for (name, p), g in zip(own.items(), found, strict=True)
+        }
+
     inputs = [arguments[i].detach() for i in batched]
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        torch.no_grad(),
-    ):  # but for the parameters in question, which vjp sees to
+    with vectorised(module), torch.no_grad():  # but for the parameters, which vjp sees to
         try:
-            found = vmap(gradient)(inputs, given)
+            found = vmap(vectorised_gradient)(inputs, given)
         except (RuntimeError, ValueError) as error:  # e.g. it branches on values
             tell_loop(told, type(module).__name__, error)
             rows = [gradient([x[b] for x in inputs], [g[b] for g in given]) for b in range(size)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,9 +12,6 @@ from torch import Tensor
 
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, dense
-from fastproj.trak.tasks.base import run
-
-PROVEN_FIRST = 8  # of further structures, those whose number is a power of two are checked
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,16 @@ class Proof:
         return all(bool(torch.isfinite(g).all()) for g in self.sums.values())
 
 
-def prove(computer: AbstractGradientComputer, batch: tuple[Any, ...], seed: int) -> Proof:
+def prove(
+    computer: AbstractGradientComputer, batch: tuple[Any, ...], alone: int, seed: int
+) -> Proof:
     """The weighted sum of the gradients of all samples of a batch, by plain autograd.
 
-    The batch is split at random into one sample alone and two halves. So a gradient that is lost or
-    doubled for any sample shows, and by the random weights also one that two samples share: hooks
-    ascribe it to another of them than autograd does. That outputs hang on what else is in the batch
-    shows as well, because the other computation never has the same samples together.
+    The batch is split at random into ``alone`` single samples and two halves of the others. So a
+    gradient that is lost or doubled for any sample shows, and by the random weights also one that
+    two samples share: hooks ascribe it to another of them than autograd does. That outputs hang on
+    what else is in the batch shows as well, because the other computation never has the same
+    samples together.
     """
     size = batches.size(batch)
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +45,7 @@ def prove(computer: AbstractGradientComputer, batch: tuple[Any, ...], seed: int)
     weights = weights.to(device)
     order = torch.randperm(size, generator=generator).to(device)
     sums: dict[str, Tensor] = {}
-    for rows in (order[:1], *order[1:].chunk(2)):
+    for rows in (*order[:alone].split(1), *order[alone:].chunk(2)):
         if not len(rows):
             continue
         for name, g in weighted_gradient(computer, batch, rows, weights[rows]).items():
@@ -61,8 +63,7 @@ def weighted_gradient(
     part = batches.select(batch, rows)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
-        together = {**computer.fixed, **chosen}
-        out = run(computer.task.outputs, computer.model, together, computer.buffers, part)
+        out = computer.outputs(chosen, part)
         if not out.requires_grad:
             return {}
         grads = torch.autograd.grad(
@@ -77,25 +78,53 @@ def wide(t: Tensor) -> torch.dtype:
 
 
 def worth_a_proof(number: int) -> bool:
-    """Whether to check the first batch of structure ``number``, counted from 1."""
-    return number <= PROVEN_FIRST or number & (number - 1) == 0
+    """Whether to check batch ``number``, counted from 1, even if it is like one before: 1, 2, 4 ...
+
+    Of like batches one may mix its samples, by its values, where another doesn't.
+    """
+    return number & (number - 1) == 0
 
 
-def graph_of(out: Tensor) -> tuple[int, list[Tensor]]:
-    """A hash of the autograd graph behind ``out``, without shapes; and its leaves."""
+def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]]:
+    """A hash of a batch's shapes and of the autograd graph behind its outputs; the graph's leaves.
+
+    Of the graph's operations all that they note but tensors and sizes counts: dimensions, indices,
+    steps, flags. So a branch that rolls or transposes otherwise is another structure.
+    """
+    shapes = tuple((tuple(t.shape), t.dtype) for t in batches.leaves(batch))
     if out.grad_fn is None:
-        return 0, []
+        return hash((shapes, 0)), []
     nodes: list[Any] = [out.grad_fn]
     places: dict[Any, int] = {out.grad_fn: 0}
     kinds, leaves = [], []
     for node in nodes:  # which grows
-        kind: list[Any] = [node.name()]
-        for below, _ in node.next_functions:
+        name = node.name()
+        kind: list[Any] = [name]
+        for below, output in node.next_functions:
             if below is not None and below not in places:
                 places[below] = len(nodes)
                 nodes.append(below)
-            kind.append(None if below is None else places[below])
-        kinds.append(tuple(kind))
-        if kind[0] == "torch::autograd::AccumulateGrad":
+            kind.append(None if below is None else (places[below], output))
+        if name == "torch::autograd::AccumulateGrad":
             leaves.append(node.variable)
-    return hash(tuple(kinds)), leaves
+        else:
+            of_kind: Any = type(node)
+            kind += (noted(getattr(node, saved)) for saved in attributes_of(of_kind))
+        kinds.append(tuple(kind))
+    return hash((shapes, tuple(kinds))), leaves
+
+
+@cache
+def attributes_of(kind: Any) -> list[str]:
+    """The names of what an operation's node notes, but for tensors and what only says sizes."""
+    names = {name for name in dir(kind) if name.startswith("_saved_")}
+    return sorted(
+        name
+        for name in names
+        if "_raw" + name not in names | set(dir(kind)) and not name.endswith(("sizes", "size"))
+    )
+
+
+def noted(value: Any) -> Any:
+    """A hashable stand-in for a value that an operation notes."""
+    return value if isinstance(value, Hashable) else repr(value)

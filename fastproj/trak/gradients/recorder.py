@@ -14,12 +14,11 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils import _pytree as pytree
 
 from fastproj.trak.gradients.attention import no_fast_path
-from fastproj.trak.gradients.base import Grads
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError, by_sample, tree_shapes
 from fastproj.trak.gradients.local import local_gradients
 from fastproj.trak.gradients.rules import Workspace, rule_for
 from fastproj.trak.gradients.sinks import Piece, Sink
-from fastproj.trak.tasks.base import run
 
 Dims = list[BatchDim | None]
 
@@ -81,25 +80,27 @@ class Recorder:
             handle.remove()
 
     def outputs(
-        self, task: Any, model: nn.Module, weights: Grads, buffers: Grads, batch: tuple[Any, ...]
+        self, computer: AbstractGradientComputer, weights: Grads, batch: tuple[Any, ...]
     ) -> Tensor:
         """f of each sample of a batch, [B], with hooks listening."""
         with torch.enable_grad(), no_fast_path(), self._listen():
-            out: Tensor = run(task.outputs, model, weights, buffers, batch)
+            out = computer.outputs(weights, batch)
         if out.shape != (self.size,):
             raise HooksError(
-                f"hooks: {type(task).__name__}.outputs returned {list(out.shape)} for a batch of "
-                f"{self.size}; expected [{self.size}]"
+                f"hooks: {type(computer.task).__name__}.outputs returned {list(out.shape)} for a "
+                f"batch of {self.size}; expected [{self.size}]"
             )
         return out
 
-    def backward(self, out: Tensor, sink: Sink) -> None:
-        """The backward of the sum of the outputs; every module's gradients go to the sink."""
-        anchors = list(self._anchors.values())
-        if not out.requires_grad or not anchors:
+    def backward(self, out: Tensor, leaves: list[Tensor], sink: Sink) -> None:
+        """The backward of the sum of the outputs; every module's gradients go to the sink.
+
+        leaves : of the graph behind ``out``: anchors, and inputs that the model differentiates by.
+        """
+        if not leaves:
             return
         self._sink = sink
-        torch.autograd.grad(out, anchors, torch.ones_like(out), allow_unused=True)
+        torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
 
     @contextmanager
     def _listen(self) -> Iterator[None]:
@@ -153,9 +154,12 @@ class Recorder:
         tensors: list[Tensor] = []
         places: list[int] = []
         dims: list[BatchDim] = []
+        several = sum(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves) > 1
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or not leaf.requires_grad:
                 continue
+            if several:  # one output may be made from another, whose gradient would hold its own
+                leaves[i] = leaf = leaf.clone()
             where = layout.outputs[i]
             if where is SHARED:  # [1, ...], as embeddings of positions are: one for each sample
                 leaves[i] = leaf = leaf.expand(self.size, *leaf.shape[1:]).contiguous()
@@ -166,6 +170,7 @@ class Recorder:
         call = Call(
             owned,
             layout.inputs,
+            layout.outputs,
             (args, kwargs),
             self.size,
             len(leaves),
@@ -186,7 +191,8 @@ class Recorder:
                     self._sink.add(owned.names[name], piece)
             call.arguments = ((), {})  # let go of the activations
 
-        register_multi_grad_hook(tensors, done, mode="all")
+        if tensors:
+            register_multi_grad_hook(tensors, done, mode="all")
         return pytree.tree_unflatten(leaves, spec)
 
 
@@ -196,6 +202,7 @@ class Call:
 
     owned: Owned
     dims: Dims
+    outputs: Dims
     arguments: Any
     size: int
     n_outputs: int
@@ -209,13 +216,14 @@ class Call:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise HooksError(f"hooks: {self.owned.path} is in training mode, where samples mix")
         leaves, _ = pytree.tree_flatten(self.arguments)
-        found = rule_for(module, names)
+        rule = rule_for(module, names)
         single = len(leaves) == 1 and len(grads) == 1 and self.n_outputs == 1
-        if found is not None and single and grads[0] is not None:
-            rule, least = found
-            x = sample_first(leaves[0], self.dims[0], self.size)
-            if x.dim() >= least:
-                yield from rule(module, x.detach(), grads[0], names, self.work)
+        if rule is not None and single and grads[0] is not None:
+            x, g = sample_first(leaves[0], self.dims[0], self.size), grads[0]
+            if rule.by_rows:
+                x, g = by_row(x, self.dims[0]), by_row(g, self.outputs[0])
+            if x.dim() >= rule.least and (not rule.by_rows or x.dim() == g.dim()):
+                yield from rule.pieces(module, x.detach(), g, names, self.work)
                 return
         arguments = [
             sample_first(leaf, where, self.size) if where is not SHARED else leaf
@@ -232,6 +240,16 @@ class Call:
             self.size,
             self.told,
         )
+
+
+def by_row(t: Tensor, where: BatchDim | None) -> Tensor:
+    """[B, n, ...] of a tensor with the samples first, n = 1 unless it was folded.
+
+    0-dimensional where the layer's batch isn't its first dimension: its rule can't be used then.
+    """
+    if where is not SHARED and where.dim != 0:
+        return t.new_empty(())
+    return t if where is not SHARED and where.folded else t.unsqueeze(1)
 
 
 def sample_first(t: Any, where: BatchDim | None, size: int) -> Tensor:

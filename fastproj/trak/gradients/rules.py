@@ -1,7 +1,8 @@
 """Per-sample gradients of single layers, from the layer's input and the gradient by its output.
 
-A rule takes the layer, its input x [B, ...] and g = df/dy [B, ...] with the samples first, and
-yields (name of the parameter in the layer, Piece). It holds at most about PIECE_BYTES of gradients
+A rule takes the layer, its input x [B, ...] and g = df/dy [B, ...] with the samples first (by rows:
+[B, n, ...], n rows of the layer's batch for each sample), and yields (name of the parameter in the
+layer, Piece). It holds at most about PIECE_BYTES of gradients
 at once: a large layer comes in pieces. What it yields may lie in the workspace, and is to be used
 before the next is asked for.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,8 +81,8 @@ def products(name: str, left: Tensor, right: Tensor, work: Workspace) -> Pieces:
 
 
 def convolution(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
-    """``y = conv(x, W) + b`` in 1 to 3 dimensions: g times the patches of x, summed over places."""
-    g = g.flatten(2)  # [B, O, L]
+    """``y = conv(x, W) + b``, x [B, n, C, ...] in 1 to 3 dimensions: g times the patches of x."""
+    g = g.transpose(1, 2).flatten(2)  # [B, O, n L]
     if "weight" in names:
         yield from kernel_gradients(layer, x, g, work)
     if "bias" in names:
@@ -94,7 +95,8 @@ def kernel_gradients(layer: Any, x: Tensor, g: Tensor, work: Workspace) -> Piece
     groups = layer.groups
     fan_in = layer.weight[0].numel()  # C / groups * kernel
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    padded = F.pad(x.flatten(0, 1), layer._reversed_padding_repeated_twice, mode=mode)
+    x = padded.unflatten(0, x.shape[:2])
     g = g.view(size, groups, out_channels // groups, places)
     item = g.element_size()
     samples = max(1, PATCH_BYTES // (groups * fan_in * places * item))
@@ -109,7 +111,7 @@ def kernel_gradients(layer: Any, x: Tensor, g: Tensor, work: Workspace) -> Piece
     for group in range(0, groups, group_step):
         of_groups = slice(group, group + group_step)
         for channel in range(0, per_group, channel_step):
-            part = g[:, of_groups, channel : channel + channel_step]  # [B, G, o, L]
+            part = g[:, of_groups, channel : channel + channel_step]  # [B, G, o, n L]
             values = work.take("gradients", g, *part.shape[:3], fan_in)
             for start in range(0, size, samples):
                 rows = slice(start, start + samples)
@@ -120,24 +122,26 @@ def kernel_gradients(layer: Any, x: Tensor, g: Tensor, work: Workspace) -> Piece
 
 
 def patches_of(layer: Any, x: Tensor, work: Workspace) -> Tensor:
-    """The inputs of each output of a convolution of padded x: [B, groups, fan_in, places]."""
-    size, channels = x.shape[:2]
+    """The inputs of each output of a convolution of padded x: [B, groups, fan_in, n places]."""
+    size, rows, channels = x.shape[:3]
     x = x.contiguous()
     lengths, strides = [], []
     for i, kernel in enumerate(layer.kernel_size):
         reach = layer.dilation[i] * (kernel - 1) + 1
-        lengths.append((x.shape[2 + i] - reach) // layer.stride[i] + 1)
-        strides.append(x.stride(2 + i))
+        lengths.append((x.shape[3 + i] - reach) // layer.stride[i] + 1)
+        strides.append(x.stride(3 + i))
     view = x.as_strided(
-        (size, channels, *layer.kernel_size, *lengths),
+        (size, channels, *layer.kernel_size, rows, *lengths),
         (
-            *x.stride()[:2],
+            x.stride(0),
+            x.stride(2),
             *(s * d for s, d in zip(strides, layer.dilation, strict=True)),
+            x.stride(1),
             *(s * d for s, d in zip(strides, layer.stride, strict=True)),
         ),
     )
     patches = work.take("patches", x, *view.shape).copy_(view)
-    return patches.view(size, layer.groups, -1, math.prod(lengths))
+    return patches.view(size, layer.groups, -1, rows * math.prod(lengths))
 
 
 def embedding(layer: Any, ids: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
@@ -206,40 +210,61 @@ def middle_sum(t: Tensor, last: int) -> Tensor:
 
 def batch_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
     """``y = (x - mean) / sqrt(var + eps) * w + b`` with the running mean and variance."""
-    g = g.unsqueeze(-1).flatten(2)  # [B, C, L]
+    g = by_channel(g)
     if "weight" in names:
         scale = torch.rsqrt(layer.running_var + layer.eps)
-        xhat = (x.unsqueeze(-1).flatten(2) - layer.running_mean[:, None]) * scale[:, None]
-        yield "weight", Piece(0, (g * xhat).sum(2))
+        xhat = (by_channel(x) - layer.running_mean[:, None]) * scale[:, None]
+        yield "weight", Piece(0, (g * xhat).sum((1, 3)))
     if "bias" in names:
-        yield "bias", Piece(0, g.sum(2))
+        yield "bias", Piece(0, g.sum((1, 3)))
 
 
 def group_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Pieces:
-    """``y = xhat * w + b`` by channel, xhat normalised over groups of channels."""
+    """``y = xhat * w + b`` by channel, xhat normalised over groups of channels of a row."""
+    g = by_channel(g)
     if "weight" in names:
-        xhat = F.group_norm(x, layer.num_groups, None, None, layer.eps)
-        yield "weight", Piece(0, (g * xhat).unsqueeze(-1).flatten(2).sum(2))
+        xhat = F.group_norm(x.flatten(0, 1), layer.num_groups, None, None, layer.eps)
+        yield "weight", Piece(0, (g * by_channel(xhat.view(x.shape))).sum((1, 3)))
     if "bias" in names:
-        yield "bias", Piece(0, g.unsqueeze(-1).flatten(2).sum(2))
+        yield "bias", Piece(0, g.sum((1, 3)))
 
 
-# Layers by their forward, so that a subclass that changes it has no rule; their parameters; the
-# smallest number of dimensions of a sample-first input.
-RULES: dict[Any, tuple[Rule, set[str], int]] = {
-    nn.Linear.forward: (linear, {"weight", "bias"}, 2),
-    nn.Conv1d.forward: (convolution, {"weight", "bias"}, 3),
-    nn.Conv2d.forward: (convolution, {"weight", "bias"}, 4),
-    nn.Conv3d.forward: (convolution, {"weight", "bias"}, 5),
-    nn.LayerNorm.forward: (layer_norm, {"weight", "bias"}, 2),
-    nn.RMSNorm.forward: (rms_norm, {"weight"}, 2),
-    nn.GroupNorm.forward: (group_norm, {"weight", "bias"}, 2),
-    nn.Embedding.forward: (embedding, {"weight"}, 1),
+def by_channel(t: Tensor) -> Tensor:
+    """[B, n, C, ...] as [B, n, C, L]."""
+    return t.unsqueeze(-1).flatten(3)
+
+
+class LayerRule(NamedTuple):
+    """How a kind of layer is seen to.
+
+    names : the parameters that the rule knows.
+    least : the smallest number of dimensions of a sample-first input.
+    by_rows : the rule takes [B, n, ...] of a layer whose first dimension is its batch.
+    """
+
+    pieces: Rule
+    names: frozenset[str]
+    least: int
+    by_rows: bool = False
+
+
+BOTH = frozenset({"weight", "bias"})
+
+# Layers by their forward, so that a subclass that changes it has no rule.
+RULES: dict[Any, LayerRule] = {
+    nn.Linear.forward: LayerRule(linear, BOTH, 2),
+    nn.Conv1d.forward: LayerRule(convolution, BOTH, 4, by_rows=True),
+    nn.Conv2d.forward: LayerRule(convolution, BOTH, 5, by_rows=True),
+    nn.Conv3d.forward: LayerRule(convolution, BOTH, 6, by_rows=True),
+    nn.LayerNorm.forward: LayerRule(layer_norm, BOTH, 2),
+    nn.RMSNorm.forward: LayerRule(rms_norm, frozenset({"weight"}), 2),
+    nn.GroupNorm.forward: LayerRule(group_norm, BOTH, 3, by_rows=True),
+    nn.Embedding.forward: LayerRule(embedding, frozenset({"weight"}), 1),
 }
 
 
-def rule_for(layer: nn.Module, names: set[str]) -> tuple[Rule, int] | None:
-    """The rule for a layer by these of its parameters, and its inputs' least dimensions, or None.
+def rule_for(layer: nn.Module, names: set[str]) -> LayerRule | None:
+    """The rule for a layer by these of its parameters, or None.
 
     None also for a layer that its rule does not describe: a forward of its own, a parameter that
     is computed from others, batch statistics.
@@ -251,11 +276,10 @@ def rule_for(layer: nn.Module, names: set[str]) -> tuple[Rule, int] | None:
     if isinstance(layer, nn.modules.batchnorm._BatchNorm) and forward is (
         nn.modules.batchnorm._BatchNorm.forward
     ):
-        found = (batch_norm, {"weight", "bias"}, 2) if layer.track_running_stats else None
+        running = layer.track_running_stats
+        found = LayerRule(batch_norm, BOTH, 3, by_rows=True) if running else None
     if type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils":
-        found = (transposed_linear, {"weight", "bias"}, 2)
+        found = LayerRule(transposed_linear, BOTH, 2)
     if isinstance(layer, nn.Embedding) and (layer.max_norm or layer.scale_grad_by_freq):
         found = None
-    if found is None or not names <= found[1]:
-        return None
-    return found[0], found[2]
+    return found if found is not None and names <= found.names else None

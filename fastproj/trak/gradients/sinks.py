@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -124,6 +125,7 @@ class CheckingSink:
     def __init__(self, sink: Sink, proof: Proof, params: Mapping[str, Tensor]) -> None:
         self.sink = sink
         self.weights = proof.weights
+        self.finite = True
         self.params = params
         self.sizes = {name: float(g.norm()) for name, g in proof.sums.items()}
         self.left = {name: g.view(-1) for name, g in proof.sums.items()}
@@ -133,6 +135,7 @@ class CheckingSink:
         self.sink.add(name, piece)
         weights = self.weights if piece.rows is None else self.weights[piece.rows]
         part = weights.to(piece.values.dtype) @ piece.values
+        self.finite = self.finite and bool(torch.isfinite(part).all())
         if name not in self.left:  # f of this batch doesn't depend on it
             self.left[name] = part.new_zeros(self.params[name].numel())
         self.left[name][piece.start : piece.start + len(part)] -= part
@@ -142,7 +145,13 @@ class CheckingSink:
         self.sink.close()
 
     def wrong(self) -> list[str]:
-        """The parameters whose gradient isn't the known one, by more than rounding."""
+        """The parameters whose gradient isn't the known one, by more than rounding.
+
+        None where neither is finite, which is another's to say.
+        """
+        infinite = [n for n, size in self.sizes.items() if not math.isfinite(size)]
+        if infinite:
+            return infinite if self.finite else []
         total = sum(size**2 for size in self.sizes.values()) ** 0.5
         found = []
         for name, left in self.left.items():

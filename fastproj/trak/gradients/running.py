@@ -1,0 +1,71 @@
+"""How models are run where their gradients are taken: what PyTorch would do otherwise, and why."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Within the block, models run as they are written, and every parameter is in the graph.
+
+    What ``torch.compile`` made runs without its compiled code: compiling again for hooks, for
+    ``torch.func`` and for each batch size would take minutes. (Before torch 2.6 it isn't switched
+    off.) Reentrant checkpoints keep their activations: their graph lacks the parameters inside,
+    whose gradients ``torch.autograd.grad`` takes for zero.
+    """
+    checkpoints: Any = torch.utils.checkpoint
+    usual = checkpoints.CheckpointFunction
+    checkpoints.CheckpointFunction = KeptActivations
+    try:
+        with eager_stance():
+            yield
+    finally:
+        checkpoints.CheckpointFunction = usual
+
+
+class KeptActivations:
+    """Stands for ``torch.utils.checkpoint.CheckpointFunction``."""
+
+    @staticmethod
+    def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        """The function itself."""
+        return function(*args)
+
+
+def eager_stance() -> AbstractContextManager[Any]:
+    """``torch.compiler.set_stance("force_eager")`` where anything may have been compiled."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None or "torch._dynamo" not in sys.modules:  # importing it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = set_stance("force_eager")
+    return stance
+
+
+@contextmanager
+def vectorised(module: nn.Module) -> Iterator[None]:
+    """Within the block, ``torch.func.vmap`` can follow ``module`` where there is a way.
+
+    Fused attention has no rule for it, and oneDNN's recurrent layers have no gradient of theirs in
+    eval mode. That other operations are run sample by sample is PyTorch's affair, not the user's.
+    """
+    recurrent = any(isinstance(m, nn.RNNBase) for m in module.modules())
+    tell = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda _: None)
+    with plainly(), sdpa_kernel(SDPBackend.MATH):
+        onednn: Any = torch.backends.mkldnn
+        enabled = onednn.enabled
+        onednn.enabled = enabled and not recurrent
+        tell(False)
+        try:
+            yield
+        finally:
+            tell(True)
+            onednn.enabled = enabled

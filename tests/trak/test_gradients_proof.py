@@ -1,0 +1,255 @@
+"""Nothing that plain autograd would not say is stored, whatever the batches are like."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fastproj.trak import HooksError, NotReadyError
+from tests.trak import cases
+
+N = 12
+
+
+class TimeMajor(nn.Module):
+    """Rows of one dimension by place, then by sample: hooks ascribe them to other samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.mix = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, ids):  # [B, T]
+        size, length = ids.shape
+        rows = self.mix(self.words(ids).transpose(0, 1).reshape(-1, 8)).tanh()
+        return self.head(rows.view(length, size, 8).mean(0))
+
+
+class Switched(nn.Module):
+    """Mixes the samples of a batch where ``mixes`` says so of it."""
+
+    def __init__(self, mixes):
+        super().__init__()
+        self.mixes = mixes
+        self.body = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        places = torch.arange(len(x))
+        return self.head(h + 0.3 * h[places.flip(0) if self.mixes(x) else places])
+
+
+class Rolled(Switched):
+    """Rolls along one dimension or another: the same operations, with other arguments."""
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        return self.head(h + 0.3 * (h.roll(1, 0) if self.mixes(x) else h.roll(1, 1)))
+
+
+class Branching(Switched):
+    """Takes a branch for a whole batch by what its samples are together."""
+
+    def forward(self, x):
+        return self.head((self.body(x) if x.sum() > 0 else x).tanh())
+
+
+def marked(x):
+    return bool((x == 7).any())
+
+
+def floats(n=N, seed=0):
+    return torch.randn(n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def make(model, save_dir, n=N, **options):
+    traker = cases.make(model, save_dir, n, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    return traker
+
+
+def featurize(traker, model, x, sizes):
+    labels = torch.arange(len(x)) % 4
+    begin = 0
+    for size in sizes:
+        rows = slice(begin, begin + size)
+        traker.featurize((x[rows], labels[rows]), inds=range(begin, begin + size))
+        begin += size
+
+
+def truth(model, x):
+    batch = (x, torch.arange(len(x)) % 4)
+    return cases.projected(cases.gradients(model, batch), 8, 0)
+
+
+def fitted(model):
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p, 0, 0.5)
+    return model.double().eval()
+
+
+def test_the_first_batch_of_several_is_checked_however_many_of_one_came_before(tmp_path):
+    model = fitted(TimeMajor())
+    generator = torch.Generator().manual_seed(0)
+    traker = cases.make(model, tmp_path, 22)
+    traker.load_checkpoint(model.state_dict(), 0)
+    sizes = [(1, length) for length in range(20, 0, -1)] + [(2, 10)]
+    shapes = [torch.randint(20, shape, generator=generator) for shape in sizes]
+    data = [(ids, torch.arange(len(ids)) % 4) for ids in shapes]
+    for batch in data[:-1]:
+        traker.featurize(batch, num_samples=1)
+    with pytest.warns(UserWarning, match="'hooks' can't take this model"):
+        traker.featurize(data[-1], num_samples=2)
+    wanted = [cases.projected(cases.gradients(model, batch), 8, 0) for batch in data]
+    torch.testing.assert_close(traker.saver.matrix(0), torch.cat(wanted))
+
+
+def test_every_structure_of_several_samples_is_checked(tmp_path):
+    """Each batch has another shape, and the last is the first that mixes its samples."""
+
+    class Late(TimeMajor):
+        def forward(self, ids):
+            return super().forward(ids) if ids.shape[1] == 20 else self.apart(ids)
+
+        def apart(self, ids):
+            return self.head(self.mix(self.words(ids)).tanh().mean(1))
+
+    model = fitted(Late())
+    traker = cases.make(model, tmp_path, 40)
+    traker.load_checkpoint(model.state_dict(), 0)
+    labels = torch.tensor([0, 1])
+    for length in range(1, 20):
+        ids = torch.full((2, length), length % 19) + torch.tensor([[0], [1]])
+        traker.featurize((ids, labels), num_samples=2)
+    ids = torch.tensor([[1], [2]]).expand(2, 20)
+    with pytest.warns(UserWarning, match="38 training samples of model_id 0"):
+        traker.featurize((ids, labels), num_samples=2)
+    wanted = cases.projected(cases.gradients(model, (ids, labels)), 8, 0)
+    torch.testing.assert_close(traker.saver.matrix(0)[38:], wanted)
+
+
+@pytest.mark.parametrize("kind", [Switched, Rolled])
+def test_mixing_by_values_is_noticed_or_another_structure(kind, tmp_path):
+    """16 batches of one shape; the last 4 hold a sample that makes the model mix them."""
+    model = fitted(kind(marked))
+    x = floats(64)
+    x[48::4, 0] = 7
+    traker = make(model, tmp_path, 64)
+    with pytest.warns(UserWarning, match="count as not computed now"):
+        featurize(traker, model, x, [4] * 16)
+    stored = traker.saver.index(0).done
+    assert stored[60:].all()
+    assert not stored[:48].any()
+    with pytest.raises(NotReadyError, match="lacks 60 of 64 training samples"):
+        traker.finalize_features()
+    again = make(model, tmp_path, 64)  # in a new process
+    with pytest.warns(UserWarning, match="have failed a check before"):
+        featurize(again, model, x, [4] * 16)
+    torch.testing.assert_close(again.saver.matrix(0), truth(model, x))
+    again.finalize_features()
+
+
+def test_with_hooks_alone_what_is_doubtful_is_taken_back_and_hooks_refuse(tmp_path):
+    model = fitted(Switched(marked))
+    x = floats()
+    x[8] = 7
+    traker = make(model, tmp_path, gradient_computer="hooks")
+    featurize(traker, model, x, [1, 3, 4])
+    with (
+        pytest.warns(UserWarning, match=r"7 training samples of model_id 0 \(1, 2, 3"),
+        pytest.raises(HooksError, match="samples mixed"),
+    ):
+        traker.featurize((x[8:10], torch.tensor([0, 1])), inds=range(8, 10))
+    assert traker.saver.index(0).done.nonzero()[0].tolist() == [0]
+    for one in (traker, make(model, tmp_path, gradient_computer="hooks")):
+        with pytest.raises(HooksError, match=r'failed a check before; expected .*"loop"'):
+            one.featurize((x[1:4], torch.tensor([1, 2, 3])), inds=range(1, 4))
+    other = make(model, tmp_path, gradient_computer="loop")
+    featurize(other, model, x, [12])
+    torch.testing.assert_close(other.saver.matrix(0), truth(model, x))
+
+
+def test_what_is_found_while_scoring_counts_for_the_training_samples(tmp_path):
+    model = fitted(Switched(marked))
+    x = floats()
+    traker = make(model, tmp_path)
+    featurize(traker, model, x, [4, 4, 4])
+    traker.finalize_features()
+    targets = floats(6, seed=1)
+    targets[2] = 7
+    scorer = cases.make(model, tmp_path, N)  # in a new process
+    scorer.start_scoring_checkpoint("test", model.state_dict(), 0, 6)
+    with pytest.warns(UserWarning, match="12 training samples of model_id 0"):
+        scorer.score((targets, torch.arange(6) % 4), num_samples=6)
+    torch.testing.assert_close(scorer.saver.matrix(0, "test"), truth(model, targets))
+    with pytest.raises(NotReadyError, match="lacks 12 of 12 training samples"):
+        scorer.finalize_scores("test")
+
+
+def test_the_new_samples_of_a_half_done_batch_are_a_batch_of_their_own(tmp_path):
+    model = fitted(Switched(lambda x: len(x) == 2))
+    x = floats()
+    traker = make(model, tmp_path)
+    featurize(traker, model, x, [4])
+    labels = torch.arange(N) % 4
+    with pytest.warns(UserWarning, match="4 training samples"):
+        traker.featurize((x[2:6], labels[2:6]), inds=range(2, 6))  # 4 and 5 are new
+    torch.testing.assert_close(traker.saver.matrix(0)[4:6], truth(model, x)[4:6])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_branches_by_the_sum_of_a_batch_are_never_stored(seed, tmp_path):
+    """By chance the parts that a batch is checked in may all take its branch."""
+    model = fitted(Branching(None))
+    x = floats(seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            featurize(make(model, tmp_path), model, x, [6, 4, 2])
+            features = cases.make(model, tmp_path, N).saver.matrix(0)
+            stored = ~features.isnan().any(1)
+            torch.testing.assert_close(features[stored], cases_of(model, x)[stored])
+    assert stored.all()
+
+
+def cases_of(model, x):
+    """``truth`` of a model that leaves some parameters unused for some samples."""
+    rows = []
+    for place, row in enumerate(x):
+        logits = model(row.unsqueeze(0))[0]
+        label = place % 4
+        others = torch.cat([logits[:label], logits[label + 1 :]])
+        margin = logits[label] - others.logsumexp(0)
+        parts = torch.autograd.grad(margin, list(model.parameters()), materialize_grads=True)
+        rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    return cases.projected(torch.stack(rows), 8, 0)
+
+
+def test_a_check_that_is_not_finite_proves_nothing_of_finite_gradients(tmp_path):
+    """Autograd says NaN, the rule of the layer does not look."""
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.body(x)
+            root = (x[:, :1] * self.head.weight[0, 0] * 0).abs().sqrt()  # slope infinite at 0
+            return self.head(h) + root
+
+    model = fitted(Hidden())
+    traker = make(model, tmp_path)
+    with (
+        pytest.warns(UserWarning, match="can't take this model"),
+        pytest.raises(ValueError, match="features of samples 0, 1, 2"),
+    ):
+        featurize(traker, model, floats(), [4])
+    assert not traker.saver.index(0).done.any()
