@@ -166,9 +166,7 @@ def signed(value, negative):
 
 
 @triton.jit
-def entries_of_tile(
-    base, packed, row, stride_p, end, MASKED: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def entries_of_tile(base, packed, row, stride_p, end, MASKED: tl.constexpr, BLOCK_K: tl.constexpr):
     """Each column's entry times its row of G, ``[BLOCK_B, BLOCK_K]``, in the dtype of the sums.
 
     base : pointers to column 0 of the samples, ``[BLOCK_B, 1]``; row : G's column at the first row
