@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .generate import philox4x32_10
-from .project import store_partial, widened
+from .project import widened
 
 _VARYING = [
     "B",
@@ -30,8 +30,9 @@ _VARYING = [
     "seed_low",
     "seed_high",
     "slot",
-    "n_tiles",
-    "tiles_per_split",
+    "n_groups",
+    "group_step",
+    "groups_per_split",
 ]
 _VARYING_TRANSPOSE = [
     "B",
@@ -48,6 +49,7 @@ _VARYING_TRANSPOSE = [
     "stream_id",
     "seed_low",
     "seed_high",
+    "part",
 ]
 _VARYING_MATRIX = [
     "n_rows",
@@ -61,6 +63,7 @@ _VARYING_MATRIX = [
     "stream_id",
     "seed_low",
     "seed_high",
+    "part",
 ]
 
 
@@ -116,6 +119,12 @@ def column_chunks(x, a, b, d, e, LOG2: tl.constexpr):
 
 
 @triton.jit
+def packed_chunk(u, h, a, b, d, e, LOG2: tl.constexpr):
+    """Chunk ``h`` of a tile's columns, packed; u : its word of signs."""
+    return (u << 16) | (row_chunks(h, a, b, d, e, LOG2) << 4) | ((u >> 16) & 15)
+
+
+@triton.jit
 def packed_chunks(
     tile,
     column,
@@ -127,29 +136,28 @@ def packed_chunks(
     BLOCK_K: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The packed chunks of columns ``column ..`` of tiles ``tile ..``, ``[BLOCK_K / 16, TILES]``.
+    """The packed chunks of columns ``column ..`` of tiles ``tile ..``, ``[BLOCK_K / 32, TILES]``.
 
-    column : uint32, a multiple of 64 and of BLOCK_K or the tile's columns, whichever is less.
+    column : uint32, a multiple of 64. Two neighbouring chunks stand in 64 bits, the first one low.
+    A thread makes the four chunks of 64 columns of a tile, the words of their tile included:
+    nothing is exchanged among threads before the end, and there in one step.
     """
-    CHUNKS: tl.constexpr = BLOCK_K // 16
-    IN_TILE: tl.constexpr = 1 << (LOG2 - 4)
     t = (tile + tl.arange(0, TILES).to(tl.uint32))[None, :]
     quad = (column // 64 + tl.arange(0, BLOCK_K // 64).to(tl.uint32))[:, None]
     u0, u1, u2, u3 = tile_words(t, quad, tag, 1, stream_id, seed_low, seed_high)
-    u = tl.join(tl.join(u0, u1), tl.join(u2, u3))  # [BLOCK_K / 64, tile, word & 1, word >> 1]
-    u = tl.reshape(tl.permute(u, (0, 3, 2, 1)), (CHUNKS, TILES))
-    if IN_TILE >= CHUNKS:  # one tile of columns
-        c = (column >> LOG2) + tl.zeros((1, 1), tl.uint32)
-        a, b, d, e = tile_words(t, c, tag, 0, stream_id, seed_low, seed_high)
-        h = ((column >> 4) + tl.arange(0, CHUNKS).to(tl.uint32)) & (IN_TILE - 1)
-        x = row_chunks(h[:, None], a, b, d, e, LOG2)
-    else:
-        c = ((column >> LOG2) + tl.arange(0, CHUNKS // IN_TILE).to(tl.uint32))[:, None]
-        a, b, d, e = tile_words(t, c, tag, 0, stream_id, seed_low, seed_high)
-        h = tl.arange(0, IN_TILE).to(tl.uint32)[None, :, None]
-        x = row_chunks(h, a[:, None, :], b[:, None, :], d[:, None, :], e[:, None, :], LOG2)
-        x = tl.reshape(x, (CHUNKS, TILES))
-    return (u << 16) | (x << 4) | ((u >> 16) & 15)
+    c = (quad << 6) >> LOG2
+    a, b, d, e = tile_words(t, c, tag, 0, stream_id, seed_low, seed_high)
+    h = quad << 2
+    u0 = packed_chunk(u0, h, a, b, d, e, LOG2)
+    u1 = packed_chunk(u1, h | 1, a, b, d, e, LOG2)
+    if LOG2 == 5:  # 64 columns are two tiles'
+        a, b, d, e = tile_words(t, c | 1, tag, 0, stream_id, seed_low, seed_high)
+    u2 = packed_chunk(u2, h | 2, a, b, d, e, LOG2)
+    u3 = packed_chunk(u3, h | 3, a, b, d, e, LOG2)
+    low = u0.to(tl.uint64) | (u1.to(tl.uint64) << 32)
+    high = u2.to(tl.uint64) | (u3.to(tl.uint64) << 32)
+    u = tl.join(low, high)  # [BLOCK_K / 64, tile, pair]
+    return tl.reshape(tl.permute(u, (0, 2, 1)), (BLOCK_K // 32, TILES))
 
 
 @triton.jit
@@ -166,23 +174,52 @@ def signed(value, negative):
 
 
 @triton.jit
-def entries_of_tile(base, packed, row, stride_p, end, MASKED: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Each column's entry times its row of G, ``[BLOCK_B, BLOCK_K]``, in the dtype of the sums.
+def by_column_of_four(packed, BLOCK_K: tl.constexpr):
+    """packed_chunks of four tiles to each tile's, repeated for each of the chunks' columns.
 
-    base : pointers to column 0 of the samples, ``[BLOCK_B, 1]``; row : G's column at the first row
-    of the tile, 64-bit; end : the first column of G that is not the program's.
+    Returns four of ``[BLOCK_K / 2]``; one exchange among threads for all.
     """
-    p = by_column(packed, BLOCK_K)
-    i = (tl.arange(0, BLOCK_K) & 15).to(tl.uint32)
-    at = row + ((p ^ i) & 0xFFFF).to(tl.int64)
-    if MASKED:
-        mask = (at >= 0) & (at < end)
-        g = tl.load(base + (at * stride_p)[None, :], mask=mask[None, :], other=0.0)
+    chunks = tl.broadcast_to(packed[:, None, :], (BLOCK_K // 32, 16, 4))
+    even, odd = tl.split(tl.reshape(chunks, (BLOCK_K // 2, 2, 2)))  # tiles 0, 2 and 1, 3
+    p0, p2 = tl.split(even)
+    p1, p3 = tl.split(odd)
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def add_tile(
+    part,
+    base,
+    p,
+    first,
+    last,
+    stride_p,
+    UNIT_STRIDE: tl.constexpr,
+    MASKED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """part ``[BLOCK_B, COLUMNS]`` and each column's entry times its row of G.
+
+    base : pointers to the tile's first row of the samples, ``[BLOCK_B, 1]``; p : packed chunks by
+    column; first, last : the rows of the tile that G has, where MASKED.
+    """
+    i = (tl.arange(0, COLUMNS) & 15).to(tl.uint32)
+    row = ((p ^ i) & 0xFFFF).to(tl.int32)  # 32-bit offsets from a 64-bit base
+    if UNIT_STRIDE:
+        pointers = base + row[None, :]
     else:
-        g = tl.load(base + (at * stride_p)[None, :])
-    if g.dtype != tl.float64:
-        g = widened(g)
-    return signed(g, (((p >> 16) >> i) & 1)[None, :] != 0)
+        pointers = base + (row.to(tl.int64) * stride_p)[None, :]
+    if MASKED:
+        g = tl.load(pointers, mask=((row >= first) & (row < last))[None, :], other=0.0)
+    else:
+        g = tl.load(pointers)
+    # A product with +1 or -1 is exact: one fused multiply-add, no sign to flip before.
+    sign = (((p << (15 - i)) & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+    if g.dtype == tl.float64:
+        part += sign.to(tl.float64)[None, :] * g
+    else:
+        part += sign[None, :] * widened(g)
+    return part
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -192,43 +229,42 @@ def project_sjlt_kernel(
     B,
     stride_b: tl.int64,
     stride_p: tl.int64,
-    origin: tl.int64,  # G's column at the first row of tile 0; negative when P starts inside it
+    origin: tl.int64,  # G's column at the first row of group 0; negative when P starts inside it
     n_rows: tl.int64,  # P
     col_offset: tl.int64,
-    tile,  # number of tile 0, low 32 bits
+    tile,  # number of group 0's first tile, low 32 bits: a multiple of 4
     tag,  # (tile >> 32) << 8 | (LOG2 - 4) << 4 | kind << 2
     stream_id,
     seed_low,
     seed_high,
     slot,  # of the first split
     width,  # of the workspace: K, padded
-    n_tiles,
-    tiles_per_split,  # a multiple of 4
+    n_groups,  # of four tiles
+    group_step,  # group i starts 4 * group_step * i tiles after group 0
+    groups_per_split,
     LOG2: tl.constexpr,  # of the tiles' rows and columns
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,  # stride_p is 1
-    MASKED: tl.constexpr,  # tiles reach outside of G
+    MASKED: tl.constexpr,  # groups reach outside of G
 ):
     """Partial sums of G @ R. Grid: column tiles, row tiles, splits."""
     SUM: tl.constexpr = workspace_ptr.dtype.element_ty
-    FOLD: tl.constexpr = 16  # times four tiles are summed by themselves, then added
-    origin = origin.to(tl.int64)
-    if UNIT_STRIDE:
-        stride_p = 1
-    else:
-        stride_p = stride_p.to(tl.int64)
+    ROWS: tl.constexpr = 1 << LOG2
+    n_rows = n_rows.to(tl.int64)
+    stride_p = stride_p.to(tl.int64)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     b = tl.minimum(b, B - 1).to(tl.int64)[:, None]  # rows past B are never read
-    base = g_ptr + b * stride_b.to(tl.int64)
+    samples = g_ptr + b * stride_b.to(tl.int64)
     column = (tl.program_id(0) * BLOCK_K + col_offset).to(tl.uint32)
-    first = tl.program_id(2) * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, n_tiles)
-    end = tl.minimum(n_rows.to(tl.int64), origin + last.to(tl.int64) * (1 << LOG2))
-    total = tl.zeros((BLOCK_B, BLOCK_K), SUM)
-    part = tl.zeros((BLOCK_B, BLOCK_K), SUM)
-    for step in range(0, last - first, 4):
-        t = first + step
+    first = tl.program_id(2) * groups_per_split
+    last = tl.minimum(first + groups_per_split, n_groups)
+    # The columns of even chunks and those of odd ones: both are in one word of packed_chunks.
+    HALF: tl.constexpr = BLOCK_K // 2
+    total_even = tl.zeros((BLOCK_B, HALF), SUM)
+    total_odd = tl.zeros((BLOCK_B, HALF), SUM)
+    for group in range(first, last):
+        t = group * group_step * 4
         packed = packed_chunks(
             tile.to(tl.uint32) + t.to(tl.uint32),
             column,
@@ -240,25 +276,46 @@ def project_sjlt_kernel(
             BLOCK_K,
             4,
         )
-        even, odd = tl.split(tl.reshape(packed, (BLOCK_K // 16, 2, 2)))  # tiles 0, 2 and 1, 3
-        p0, p2 = tl.split(even)
-        p1, p3 = tl.split(odd)
-        for i in tl.static_range(4):
-            if i == 0:
+        p0, p1, p2, p3 = by_column_of_four(packed, BLOCK_K)
+        # Four tiles are summed by themselves and then added: the error of long sums stays bounded.
+        even = tl.zeros((BLOCK_B, HALF), SUM)
+        odd = tl.zeros((BLOCK_B, HALF), SUM)
+        start = origin.to(tl.int64) + t.to(tl.int64) * ROWS
+        for j in tl.static_range(4):
+            if j == 0:
                 p = p0
-            elif i == 1:
+            elif j == 1:
                 p = p1
-            elif i == 2:
+            elif j == 2:
                 p = p2
             else:
                 p = p3
-            row = origin + (t + i).to(tl.int64) * (1 << LOG2)
-            part += entries_of_tile(base, p, row, stride_p, end, MASKED, BLOCK_K)
-        if step // 4 % FOLD == FOLD - 1:
-            total += part
-            part = tl.zeros((BLOCK_B, BLOCK_K), SUM)
-    total += part
-    store_partial(workspace_ptr, tl.trans(total), slot, width, BLOCK_B, BLOCK_K)
+            row = start + j * ROWS
+            if UNIT_STRIDE:
+                base = samples + row
+            else:
+                base = samples + row * stride_p
+            low = p.to(tl.uint32)
+            high = (p >> 32).to(tl.uint32)
+            if MASKED:
+                if (row + ROWS > 0) & (row < n_rows):
+                    a = tl.maximum(-row, 0).to(tl.int32)
+                    z = tl.minimum(n_rows - row, ROWS).to(tl.int32)
+                    even = add_tile(even, base, low, a, z, stride_p, UNIT_STRIDE, True, HALF)
+                    odd = add_tile(odd, base, high, a, z, stride_p, UNIT_STRIDE, True, HALF)
+            else:
+                even = add_tile(even, base, low, 0, ROWS, stride_p, UNIT_STRIDE, False, HALF)
+                odd = add_tile(odd, base, high, 0, ROWS, stride_p, UNIT_STRIDE, False, HALF)
+        total_even += even
+        total_odd += odd
+    split = (slot + tl.program_id(2)).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    i = tl.arange(0, HALF)
+    k = tl.program_id(0) * BLOCK_K + i // 16 * 32 + i % 16
+    to = workspace_ptr + split * (tl.num_programs(1) * BLOCK_B) * width
+    to += rows[:, None] * width + k[None, :]
+    tl.store(to, total_even)
+    tl.store(to + 16, total_odd)
 
 
 @triton.jit(do_not_specialize=_VARYING_TRANSPOSE)
@@ -272,13 +329,14 @@ def project_transpose_sjlt_kernel(
     stride_yk: tl.int64,
     stride_ob: tl.int64,
     stride_op: tl.int64,
-    origin: tl.int64,  # out's column at the first row of tile 0; negative inside the tile
+    origin: tl.int64,  # out's column at the first row of program 0; can be negative
     scale: tl.int64,  # the bits of a float64
-    tile,
+    tile,  # of program 0
     tag,
     stream_id,
     seed_low,
     seed_high,
+    part,  # rows // ROWS of its tile that stand before program 0's
     LOG2: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ROWS: tl.constexpr,  # rows to a program; a tile has a multiple of it
@@ -290,11 +348,12 @@ def project_transpose_sjlt_kernel(
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = (b < B)[:, None]
     y_rows = y_ptr + b.to(tl.int64)[:, None] * stride_yb.to(tl.int64)
-    t = tile.to(tl.uint32) + (tl.program_id(0) // PARTS).to(tl.uint32)
-    row = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)  # within the tile
-    x = (tl.program_id(0) % PARTS * (ROWS // 16) + tl.arange(0, ROWS // 16)).to(tl.uint32)
+    part += tl.program_id(0)
+    t = tile.to(tl.uint32) + (part // PARTS).to(tl.uint32)
+    row = part % PARTS * ROWS + tl.arange(0, ROWS)  # within the tile
+    x = (part % PARTS * (ROWS // 16) + tl.arange(0, ROWS // 16)).to(tl.uint32)
     total = tl.zeros((BLOCK_B, ROWS), SUM)
-    part = tl.zeros((BLOCK_B, ROWS), SUM)
+    some = tl.zeros((BLOCK_B, ROWS), SUM)
     tiles = (K.to(tl.int64) + (1 << LOG2) - 1) >> LOG2
     for c in range(tiles):
         c32 = tl.zeros((1,), tl.uint32) + c
@@ -313,11 +372,11 @@ def project_transpose_sjlt_kernel(
         )
         if y.dtype != tl.float64:
             y = widened(y)
-        part += signed(y, ((signs >> i) & 1)[None, :] != 0)
+        some += signed(y, ((signs >> i) & 1)[None, :] != 0)
         if c % FOLD == FOLD - 1:
-            total += part
-            part = tl.zeros((BLOCK_B, ROWS), SUM)
-    total += part
+            total += some
+            some = tl.zeros((BLOCK_B, ROWS), SUM)
+    total += some
     total *= scale.to(tl.int64).to(tl.float64, bitcast=True).to(SUM)
     p = origin.to(tl.int64) + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pointers = out_ptr + (
@@ -333,25 +392,29 @@ def matrix_sjlt_kernel(
     n_cols: tl.int64,
     stride_p: tl.int64,
     stride_k: tl.int64,
-    origin: tl.int64,  # out's row at the first row of tile 0; negative when out starts inside it
+    origin: tl.int64,  # out's row at the first row of the first programs; can be negative
     col_offset: tl.int64,  # out's column 0; this launch begins at its multiple of 64 below
-    tile,
+    tile,  # of the first programs
     tag,
     stream_id,
     seed_low,
     seed_high,
+    part,  # rows // ROWS of that tile that stand before theirs
     LOG2: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """out = a block of R. Grid: tiles of 64 columns, ROWS rows each."""
     PARTS: tl.constexpr = (1 << LOG2) // ROWS
     column = ((col_offset.to(tl.int64) >> 6) + tl.program_id(0)).to(tl.uint32) * 64
-    t = tile.to(tl.uint32) + (tl.program_id(1) // PARTS).to(tl.uint32)
+    part += tl.program_id(1)
+    t = tile.to(tl.uint32) + (part // PARTS).to(tl.uint32)
     packed = packed_chunks(t, column, tag, stream_id, seed_low, seed_high, LOG2, 64, 1)
-    packed = by_column(tl.reshape(packed, (4,)), 64)
-    i = (tl.arange(0, 64) & 15).to(tl.uint32)
+    packed = tl.reshape(tl.broadcast_to(packed[:, None, :], (2, 32, 1)), (64,))
+    i = tl.arange(0, 64).to(tl.uint32)
+    packed = (packed >> ((i & 16) * 2).to(tl.uint64)).to(tl.uint32)
+    i &= 15
     negative = (((packed >> 16) >> i) & 1) != 0
-    row = (tl.program_id(1) % PARTS * ROWS + tl.arange(0, ROWS)).to(tl.uint32)
+    row = (part % PARTS * ROWS + tl.arange(0, ROWS)).to(tl.uint32)
     found = ((packed ^ i) & 0xFFFF)[None, :] == row[:, None]  # [ROWS, 64]
     r = tl.where(found, tl.where(negative, -1.0, 1.0)[None, :], 0.0)
     p = origin.to(tl.int64) + tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
