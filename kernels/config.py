@@ -98,10 +98,11 @@ def choose(
 
     arch : "sm_90", "gfx942"; dtype : "float32", "bfloat16", "float16" or "float64".
     direct : G can be copied to shared memory as it is, in units of 4 bytes or more. Else it passes
-    through registers, of which fewer are left. BLOCK_B is the same for both.
+    through registers, of which fewer are left. Of kind sjlt: loads need no mask. BLOCK_B is the
+    same for both.
     """
     if kind == "sjlt":
-        config = _choose_sjlt(unit(arch), dtype, B, K)
+        config = _choose_sjlt(unit(arch), dtype, B, K, direct)
     elif kind in ("rademacher", "gaussian"):
         config = _choose(unit(arch), dtype, kind, terms, batch_bucket(B), K, direct)
     else:
@@ -115,17 +116,20 @@ def choose(
     return config
 
 
-def _choose_sjlt(unit: str, dtype: str, B: int, K: int) -> Config:
+def _choose_sjlt(unit: str, dtype: str, B: int, K: int, direct: bool) -> Config:
     """The sparse kind: no matrix unit, no operand in shared memory."""
     columns = plan.sjlt_columns(K)
     # Rows of G share a program's hashing and signs, while their sums fit: 32 floats to a thread
     # leave a multiprocessor's registers for 16 warps; rows beyond 16 would save little.
-    room = SJLT_SUMS // (2 if dtype == "float64" else 1)
-    rows = min(next((n for n in (1, 2, 4, 8) if n >= B), 16), max(1, room // columns))
+    words = 2 if dtype == "float64" else 1
+    most = max(1, SJLT_SUMS // (words * columns))
+    rows = min(next((n for n in (1, 2, 4, 8) if n >= B), 16), most)
     threads = 32 * (2 if unit == "mfma" else 1)
     # One Philox call of each sort to a thread, or 32 sums: what takes more threads.
     calls = columns // 64 * plan.PANEL_TILES
-    warps = max(calls // threads, rows * columns // (32 * threads), 1)
+    warps = max(calls // threads, words * rows * columns // (32 * threads), 1)
+    if not direct:  # masks take registers
+        columns = max(64, columns // 2)
     return Config(rows, columns, plan.PANEL_TILES, min(warps, 512 // threads), 1)
 
 

@@ -127,7 +127,7 @@ def _project_part(
             piece = pieces[launch.piece]
             if key.kind == "sjlt":
                 launch_sjlt.project_panels(
-                    piece, workspace, launch, call, configs[True], K, col_offset
+                    piece, workspace, launch, call, configs[not launch.masked], K, col_offset
                 )
             else:
                 _project_panels(piece, workspace, launch, call, configs, K, col_offset)
