@@ -155,6 +155,8 @@ def _specialise_sjlt(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[s
         )
         constants |= {"BLOCK_B": chosen.BLOCK_B, "BLOCK_K": chosen.BLOCK_K}
         constants |= {"UNIT_STRIDE": True, "MASKED": case.masked}
+        halves = case.dtype in ("bfloat16", "float16") and case.aligned >= 4
+        constants["PAIRS"] = halves and not case.masked
         pointers = {"g_ptr": POINTER[case.dtype], "workspace_ptr": sums}
         return project_sjlt_kernel, constants, pointers, chosen.num_warps, chosen.num_stages
     if case.operation == "transpose":
@@ -379,6 +381,7 @@ def cases() -> list[Case]:
     table += [Case("project", "sjlt", dtype, B=8, block=1024) for dtype in ("float32", "float64")]
     table += [Case("project", "sjlt", "float16", B=8, block=1024)]
     table += [Case("project", "sjlt", B=8, block=1024, masked=True)]
+    table += [Case("project", "sjlt", B=8, block=1024, aligned=1)]
     table += [Case("transpose", "sjlt", dtype, block=1024) for dtype in ("float32", "bfloat16")]
     table += [Case("matrix", "sjlt", "float32", block=1024)]
     return [*table, Case("reduce", dtype="float32")]

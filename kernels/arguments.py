@@ -33,3 +33,11 @@ def seeds(key: MatrixKey) -> dict[str, int]:
         "seed_low": signed32(key.seed),
         "seed_high": signed32(key.seed >> 32),
     }
+
+
+def alignment(piece: Tensor, origin: int) -> int:
+    """Bytes to which every row of ``piece`` is aligned at every panel's start: 16, 8, 4 or 1."""
+    size = piece.element_size()
+    address = piece.data_ptr() + origin * size
+    stride = piece.stride(0) * size
+    return next((n for n in (16, 8, 4) if address % n == 0 and stride % n == 0), 1)

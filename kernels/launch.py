@@ -19,7 +19,7 @@ from fastproj.call import Call, terms_of
 from fastproj.spec import gauss_table
 
 from . import config, launch_sjlt, plan
-from .arguments import MAX_GRID, double_bits, guard, seeds
+from .arguments import MAX_GRID, alignment, double_bits, guard, seeds
 from .entries import matrix_kernel
 from .project import project_gaussian_kernel, project_rademacher_kernel, reduce_kernel
 from .transpose import project_transpose_kernel
@@ -59,14 +59,6 @@ def magnitudes(device: torch.device, half: bool) -> Tensor:
     """The 512 Gaussian magnitudes on ``device``, as the bits of fp16 or bf16, int16."""
     table = torch.from_numpy(gauss_table().copy())
     return table.to(torch.float16 if half else torch.bfloat16).view(torch.int16).to(device)
-
-
-def _alignment(piece: Tensor, origin: int) -> int:
-    """Bytes to which every row of ``piece`` is aligned at every panel's start: 16, 8, 4 or 1."""
-    size = piece.element_size()
-    address = piece.data_ptr() + origin * size
-    stride = piece.stride(0) * size
-    return next((n for n in (16, 8, 4) if address % n == 0 and stride % n == 0), 1)
 
 
 cached_plan = lru_cache(maxsize=256)(
@@ -167,7 +159,7 @@ def _project_panels(
     facts = device_facts(piece.device)
     contiguous = piece.stride(1) == 1 or piece.shape[1] == 1
     whole = contiguous and not launch.masked
-    aligned = _alignment(piece, launch.origin) if whole else 1
+    aligned = alignment(piece, launch.origin) if whole else 1
     chosen = configs[aligned > 1]
     counter = plan.Counter.at(key.kind, launch.panel * plan.PANEL)
     kernel[(-(-K // chosen.BLOCK_K), workspace.shape[1] // chosen.BLOCK_B, launch.splits)](

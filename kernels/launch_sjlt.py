@@ -13,7 +13,7 @@ from torch import Tensor
 from fastproj.call import Call
 
 from . import config, plan
-from .arguments import MAX_GRID, double_bits, guard, seeds
+from .arguments import MAX_GRID, alignment, double_bits, guard, seeds
 from .config import Config
 from .sjlt import matrix_sjlt_kernel, project_sjlt_kernel, project_transpose_sjlt_kernel
 
@@ -35,6 +35,8 @@ def project_panels(
     counter = plan.Counter.at(
         key.kind, launch.panel * plan.panel_rows(key.kind, key.block), key.block
     )
+    dense = piece.stride(1) == 1 or piece.shape[1] == 1
+    halves = piece.element_size() == 2 and alignment(piece, launch.origin) >= 4
     project_sjlt_kernel[
         (-(-K // chosen.BLOCK_K), workspace.shape[1] // chosen.BLOCK_B, launch.splits)
     ](
@@ -57,8 +59,9 @@ def project_panels(
         LOG2=key.block.bit_length() - 1,
         BLOCK_B=chosen.BLOCK_B,
         BLOCK_K=chosen.BLOCK_K,
-        UNIT_STRIDE=piece.stride(1) == 1 or piece.shape[1] == 1,
+        UNIT_STRIDE=dense,
         MASKED=launch.masked,
+        PAIRS=dense and halves and not launch.masked,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
         **config.OPTIONS,

@@ -174,13 +174,14 @@ def signed(value, negative):
 
 
 @triton.jit
-def by_column_of_four(packed, BLOCK_K: tl.constexpr):
-    """packed_chunks of four tiles to each tile's, repeated for each of the chunks' columns.
+def by_column_of_four(packed, BLOCK_K: tl.constexpr, REPEAT: tl.constexpr):
+    """packed_chunks of four tiles to each tile's, repeated for a chunk's 16 columns or 8 pairs.
 
-    Returns four of ``[BLOCK_K / 2]``; one exchange among threads for all.
+    Returns four of ``[BLOCK_K / 32 * REPEAT]``; one exchange among threads for all.
     """
-    chunks = tl.broadcast_to(packed[:, None, :], (BLOCK_K // 32, 16, 4))
-    even, odd = tl.split(tl.reshape(chunks, (BLOCK_K // 2, 2, 2)))  # tiles 0, 2 and 1, 3
+    COLUMNS: tl.constexpr = BLOCK_K // 32 * REPEAT
+    chunks = tl.broadcast_to(packed[:, None, :], (BLOCK_K // 32, REPEAT, 4))
+    even, odd = tl.split(tl.reshape(chunks, (COLUMNS, 2, 2)))  # tiles 0, 2 and 1, 3
     p0, p2 = tl.split(even)
     p1, p3 = tl.split(odd)
     return p0, p1, p2, p3
@@ -214,12 +215,38 @@ def add_tile(
     else:
         g = tl.load(pointers)
     # A product with +1 or -1 is exact: one fused multiply-add, no sign to flip before.
-    sign = (((p << (15 - i)) & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+    sign = sign_of(p, i)
     if g.dtype == tl.float64:
         part += sign.to(tl.float64)[None, :] * g
     else:
         part += sign[None, :] * widened(g)
     return part
+
+
+@triton.jit
+def sign_of(p, i):
+    """+1 or -1 for column ``i`` of packed chunks, float32."""
+    return (((p << (15 - i)) & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_tile_by_pairs(first, second, base, p, PAIRS: tl.constexpr):
+    """``add_tile`` for columns 2 j and 2 j + 1 of a chunk, each ``[BLOCK_B, PAIRS]``, j = 0 .. 7.
+
+    They read two neighbouring rows, in this order or the other: one load of 32 bits. base is
+    aligned to it, and of 16-bit values.
+    """
+    DTYPE: tl.constexpr = base.dtype.element_ty
+    i = (tl.arange(0, PAIRS) & 7).to(tl.uint32) * 2
+    row = ((p ^ i) & 0xFFFE).to(tl.int32)
+    both = tl.load((base + row[None, :]).to(tl.pointer_type(tl.uint32), bitcast=True))
+    swap = ((p & 1) << 4)[None, :]
+    both = (both << swap) | (both >> ((32 - swap) & 31))  # a rotation
+    low = (both & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+    high = (both >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+    first += sign_of(p, i)[None, :] * widened(low)
+    second += sign_of(p, i + 1)[None, :] * widened(high)
+    return first, second
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -247,8 +274,10 @@ def project_sjlt_kernel(
     BLOCK_K: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,  # stride_p is 1
     MASKED: tl.constexpr,  # groups reach outside of G
+    PAIRS: tl.constexpr,  # G of 16 bits, not MASKED, its rows at every tile aligned to 4 bytes
 ):
     """Partial sums of G @ R. Grid: column tiles, row tiles, splits."""
+    tl.static_assert(not PAIRS or (UNIT_STRIDE and not MASKED), "PAIRS: dense rows, no mask")
     SUM: tl.constexpr = workspace_ptr.dtype.element_ty
     ROWS: tl.constexpr = 1 << LOG2
     n_rows = n_rows.to(tl.int64)
@@ -259,10 +288,14 @@ def project_sjlt_kernel(
     column = (tl.program_id(0) * BLOCK_K + col_offset).to(tl.uint32)
     first = tl.program_id(2) * groups_per_split
     last = tl.minimum(first + groups_per_split, n_groups)
-    # The columns of even chunks and those of odd ones: both are in one word of packed_chunks.
-    HALF: tl.constexpr = BLOCK_K // 2
-    total_even = tl.zeros((BLOCK_B, HALF), SUM)
-    total_odd = tl.zeros((BLOCK_B, HALF), SUM)
+    # Columns of even chunks and of odd ones: both are in one word of packed_chunks. PAIRS: and of
+    # those the even and the odd columns.
+    REPEAT: tl.constexpr = 8 if PAIRS else 16
+    COLUMNS: tl.constexpr = BLOCK_K // 32 * REPEAT
+    total_even = tl.zeros((BLOCK_B, COLUMNS), SUM)
+    total_odd = tl.zeros((BLOCK_B, COLUMNS), SUM)
+    total_even_next = tl.zeros((BLOCK_B, COLUMNS), SUM)
+    total_odd_next = tl.zeros((BLOCK_B, COLUMNS), SUM)
     for group in range(first, last):
         t = group * group_step * 4
         packed = packed_chunks(
@@ -276,10 +309,12 @@ def project_sjlt_kernel(
             BLOCK_K,
             4,
         )
-        p0, p1, p2, p3 = by_column_of_four(packed, BLOCK_K)
+        p0, p1, p2, p3 = by_column_of_four(packed, BLOCK_K, REPEAT)
         # Four tiles are summed by themselves and then added: the error of long sums stays bounded.
-        even = tl.zeros((BLOCK_B, HALF), SUM)
-        odd = tl.zeros((BLOCK_B, HALF), SUM)
+        even = tl.zeros((BLOCK_B, COLUMNS), SUM)
+        odd = tl.zeros((BLOCK_B, COLUMNS), SUM)
+        even_next = tl.zeros((BLOCK_B, COLUMNS), SUM)
+        odd_next = tl.zeros((BLOCK_B, COLUMNS), SUM)
         start = origin.to(tl.int64) + t.to(tl.int64) * ROWS
         for j in tl.static_range(4):
             if j == 0:
@@ -297,25 +332,34 @@ def project_sjlt_kernel(
                 base = samples + row * stride_p
             low = p.to(tl.uint32)
             high = (p >> 32).to(tl.uint32)
-            if MASKED:
+            if PAIRS:
+                even, even_next = add_tile_by_pairs(even, even_next, base, low, COLUMNS)
+                odd, odd_next = add_tile_by_pairs(odd, odd_next, base, high, COLUMNS)
+            elif MASKED:
                 if (row + ROWS > 0) & (row < n_rows):
                     a = tl.maximum(-row, 0).to(tl.int32)
                     z = tl.minimum(n_rows - row, ROWS).to(tl.int32)
-                    even = add_tile(even, base, low, a, z, stride_p, UNIT_STRIDE, True, HALF)
-                    odd = add_tile(odd, base, high, a, z, stride_p, UNIT_STRIDE, True, HALF)
+                    even = add_tile(even, base, low, a, z, stride_p, UNIT_STRIDE, True, COLUMNS)
+                    odd = add_tile(odd, base, high, a, z, stride_p, UNIT_STRIDE, True, COLUMNS)
             else:
-                even = add_tile(even, base, low, 0, ROWS, stride_p, UNIT_STRIDE, False, HALF)
-                odd = add_tile(odd, base, high, 0, ROWS, stride_p, UNIT_STRIDE, False, HALF)
+                even = add_tile(even, base, low, 0, ROWS, stride_p, UNIT_STRIDE, False, COLUMNS)
+                odd = add_tile(odd, base, high, 0, ROWS, stride_p, UNIT_STRIDE, False, COLUMNS)
         total_even += even
         total_odd += odd
+        if PAIRS:
+            total_even_next += even_next
+            total_odd_next += odd_next
     split = (slot + tl.program_id(2)).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    i = tl.arange(0, HALF)
-    k = tl.program_id(0) * BLOCK_K + i // 16 * 32 + i % 16
+    i = tl.arange(0, COLUMNS)
+    k = tl.program_id(0) * BLOCK_K + i // REPEAT * 32 + i % REPEAT * (16 // REPEAT)
     to = workspace_ptr + split * (tl.num_programs(1) * BLOCK_B) * width
     to += rows[:, None] * width + k[None, :]
     tl.store(to, total_even)
     tl.store(to + 16, total_odd)
+    if PAIRS:
+        tl.store(to + 1, total_even_next)
+        tl.store(to + 17, total_odd_next)
 
 
 @triton.jit(do_not_specialize=_VARYING_TRANSPOSE)

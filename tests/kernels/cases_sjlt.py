@@ -101,7 +101,7 @@ def check_known_block(line: list[str]) -> None:
     assert hashlib.sha256(content.tobytes()).hexdigest() == line[-1]
 
 
-@pytest.mark.parametrize("line", hashes()[: 3 if INTERPRETED else None], ids="-".join)
+@pytest.mark.parametrize("line", hashes()[: 2 if INTERPRETED else None], ids="-".join)
 def test_sjlt_known_blocks(line: list[str]) -> None:
     check_known_block(line)
 
@@ -116,7 +116,7 @@ def test_sjlt_all_known_blocks(line: list[str]) -> None:
 @pytest.mark.parametrize("block", [16, 65536])
 def test_sjlt_matrix_dtypes(block: int, dtype: torch.dtype) -> None:
     """Any dtype and strides; columns up to the last, rows across the counter's high half."""
-    start, stop = (block << 32) - 50, (block << 32) + 30
+    start, stop = (block << 32) - 20, (block << 32) + 10
     columns = slice(2**32 - 70, 2**32)
     out = fastproj.matrix(
         slice(start, stop), columns, MAX_SEED, "sjlt", block=block, stream=FAR, dtype=dtype,
@@ -127,7 +127,7 @@ def test_sjlt_matrix_dtypes(block: int, dtype: torch.dtype) -> None:
         fastproj.spec.matrix_block(key, start, stop, columns.start, columns.stop)
     )
     assert torch.equal(out, truth.to(DEVICE, dtype))
-    transposed = torch.empty((70, 80), dtype=dtype, device=DEVICE).T
+    transposed = torch.empty((70, 30), dtype=dtype, device=DEVICE).T
     adapter.matrix(transposed, Call(key, start), columns.start)
     assert torch.equal(transposed, truth.to(DEVICE, dtype))
 
@@ -163,6 +163,17 @@ def test_sjlt_every_block(block: int) -> None:
     grads = integers((1, 500)).to(DEVICE)
     truth = grads.double() @ of(500, 129, block, row_offset=7 * block - 100)
     assert torch.equal(project(grads, 129, block, row_offset=7 * block - 100).double(), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sjlt_pairs(dtype: torch.dtype) -> None:
+    """Aligned rows of 16 bits are read by twos, and give bit for bit what single ones give."""
+    flat = normals((3, 321)).to(DEVICE, dtype)
+    grads = flat[:, 1:].contiguous()  # [3, 320], aligned
+    by_pairs = project(grads, 130, 32)
+    assert torch.equal(by_pairs, project(flat[:, 1:], 130, 32))
+    truth = grads.double() @ of(320, 130, 32)
+    assert relative_error(by_pairs, truth) < 2.0**-21
 
 
 def test_sjlt_strides() -> None:
@@ -215,7 +226,7 @@ def test_sjlt_many_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sjlt_pinned_configurations_agree() -> None:
     """Tiles change nothing, nor does the batch: the same sums in the same order."""
-    grads = normals((5, 2000 if INTERPRETED else 100_000)).to(DEVICE)
+    grads = normals((5, 1000 if INTERPRETED else 100_000)).to(DEVICE)
     expected = project(grads, 250, 128)
     for pins in ({"BLOCK_B": 1}, {"BLOCK_K": 64}, {"BLOCK_B": 8, "num_warps": 2}):
         with config.pin(**pins):
@@ -265,10 +276,13 @@ def test_sjlt_long_sums() -> None:
 # ---- the adjoint -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("block", [16, 64, 4096])
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [*((16, dtype) for dtype in FLOATS), (64, torch.float32), (4096, torch.bfloat16)],
+    ids=str,
+)
 def test_sjlt_project_transpose(block: int, dtype: torch.dtype) -> None:
-    shapes = [(3, 70, slice(0, 100)), (1, 33, slice((block << 32) - 30, (block << 32) + 50))]
+    shapes = [(3, 70, slice(3, 60)), (1, 33, slice((block << 32) - 30, (block << 32) + 50))]
     if not INTERPRETED:
         shapes += [(33, 5000, slice(1000, 20_001)), (130, 64, slice(0, 512))]
     for B, K, rows in shapes:
@@ -282,6 +296,6 @@ def test_sjlt_project_transpose(block: int, dtype: torch.dtype) -> None:
 
 def test_sjlt_project_transpose_strides() -> None:
     y = integers((40, 3)).to(DEVICE).T
-    out = torch.empty((600, 3), device=DEVICE).T
-    fastproj.project_transpose(y, 600, 3, "sjlt", block=32, scale=0.25, out=out, backend="triton")
-    assert torch.equal(out.double(), 0.25 * y.double() @ of(600, 40, 32, seed=3).T)
+    out = torch.empty((300, 3), device=DEVICE).T
+    fastproj.project_transpose(y, 300, 3, "sjlt", block=32, scale=0.25, out=out, backend="triton")
+    assert torch.equal(out.double(), 0.25 * y.double() @ of(300, 40, 32, seed=3).T)

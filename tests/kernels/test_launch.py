@@ -138,6 +138,27 @@ def test_sparse_kernels(launched: Launched) -> None:
     }
 
 
+def test_pairs_of_rows(launched: Launched) -> None:
+    """Two rows of 16 bits are one load where every row of G lets it; nowhere else."""
+    out = torch.empty((4, 64))
+
+    def pairs(grads: torch.Tensor, offset: int = 0) -> bool:
+        launched.clear()
+        launch.project([grads], out, Call(MatrixKey("sjlt", 0, 0, 16), offset))
+        (whole,) = [call for _, _, call in launched if call.get("MASKED") is False]
+        return whole["PAIRS"]
+
+    flat = torch.empty((4, 4000), dtype=torch.bfloat16)
+    assert pairs(flat)
+    assert pairs(flat.half())
+    assert pairs(flat[:, 1:], 1)  # a tile starts at an even place again
+    assert not pairs(flat[:, 1:], 0)
+    assert not pairs(flat, 1)
+    assert not pairs(torch.empty((4, 3999), dtype=torch.bfloat16))
+    assert not pairs(flat.T.contiguous().T)
+    assert not pairs(flat.float())
+
+
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_grids_stay_within_their_limits(launched: Launched, kind: str, dtype: torch.dtype) -> None:
