@@ -121,8 +121,8 @@ def _choose_sjlt(unit: str, dtype: str, B: int, K: int, direct: bool) -> Config:
     columns = plan.sjlt_columns(K)
     # Rows of G share a program's hashing and signs, while their sums fit: 32 floats to a thread
     # leave a multiprocessor's registers for 16 warps; rows beyond 16 would save little.
-    words = 2 if dtype == "float64" else 1
-    most = max(1, SJLT_SUMS // (words * columns))
+    words = 2 if dtype == "float64" else 1  # and as many again for G and signs
+    most = max(1, SJLT_SUMS // (words * words * columns))
     rows = min(next((n for n in (1, 2, 4, 8) if n >= B), 16), most)
     threads = 32 * (2 if unit == "mfma" else 1)
     # One Philox call of each sort to a thread, or 32 sums: what takes more threads.
