@@ -26,7 +26,7 @@ SHAPES = [
     (16, 70, 300, 5),
     (32, 200, 150, (32 << 32) - 77),
     (64, 33, 1100, 2**45 + 63),
-    (1024, 300, 9 * 1024, 1024),
+    (16, 300, 600, 37),
     (65536, 65, 3000, 65536 - 1000),
 ]
 if not INTERPRETED:
@@ -168,11 +168,11 @@ def test_sjlt_every_block(block: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sjlt_pairs(dtype: torch.dtype) -> None:
     """Aligned rows of 16 bits are read by twos, and give bit for bit what single ones give."""
-    flat = normals((3, 321)).to(DEVICE, dtype)
-    grads = flat[:, 1:].contiguous()  # [3, 320], aligned
+    flat = normals((3, 257)).to(DEVICE, dtype)
+    grads = flat[:, 1:].contiguous()  # [3, 256], aligned: whole panels, no masks
     by_pairs = project(grads, 130, 32)
     assert torch.equal(by_pairs, project(flat[:, 1:], 130, 32))
-    truth = grads.double() @ of(320, 130, 32)
+    truth = grads.double() @ of(256, 130, 32)
     assert relative_error(by_pairs, truth) < 2.0**-21
 
 
