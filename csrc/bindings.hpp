@@ -26,9 +26,9 @@ class Field {
 
 inline Call call_from(const pybind11::dict& fields) {
     static const Field kind("kind"), seed("seed"), stream("stream"), row_offset("row_offset"),
-        scale("scale"), accumulate("accumulate"), terms("terms");
+        scale("scale"), accumulate("accumulate"), terms("terms"), block_log2("block_log2");
     const MatrixKey key{static_cast<Kind>(kind.of<int>(fields)), stream.of<std::uint32_t>(fields),
-                        seed.of<std::uint64_t>(fields)};
+                        seed.of<std::uint64_t>(fields), block_log2.of<std::uint32_t>(fields)};
     return {key, row_offset.of<std::int64_t>(fields), scale.of<double>(fields),
             accumulate.of<bool>(fields), terms.of<int>(fields)};
 }

@@ -1,5 +1,6 @@
 // The projection matrix, spec v1, for host and device: R[p, k] as a pure function of
-// (kind, seed, stream, p, k). The readable truth is fastproj/spec.py; both reproduce tests/data.
+// (kind, seed, stream, p, k), and of block for the sparse kind. The readable truth is
+// fastproj/spec.py; both reproduce tests/data.
 #pragma once
 
 #include <cstdint>
@@ -17,13 +18,14 @@ namespace fastproj {
 
 constexpr int kSpecVersion = 1;
 
-enum class Kind : std::uint32_t { kRademacher = 0, kGaussian = 1 };
+enum class Kind : std::uint32_t { kRademacher = 0, kGaussian = 1, kSjlt = 2 };
 
 // Everything that names a matrix. Columns and rows are not part of it: R has no shape.
 struct MatrixKey {
     Kind kind;
     std::uint32_t stream;
     std::uint64_t seed;
+    std::uint32_t block_log2 = 0;  // kSjlt only: log2 of `block`, 4 to 16
 };
 
 // Rows that one Philox block covers: 512 (Rademacher, one bit a row) or 32 (Gaussian, 16 bits).
@@ -99,7 +101,72 @@ FASTPROJ_HOST_DEVICE std::uint32_t gaussian_bf16(std::uint32_t code, const std::
     return table[gaussian_index(code)] | (code & 0x8000u);
 }
 
-// R[p, k] as bf16 bits. `table` is kGaussTable or a copy of it in the caller's address space.
+// ---- kSjlt: tiles of block x block, each a signed permutation matrix --------------------------
+
+// Rows of a tile move in chunks of 16: column chunk h of tile (t, c) reads row chunk x(h), its rows
+// xor-ed among each other, each with a sign.
+constexpr std::uint32_t kSjltChunk = 16;
+
+FASTPROJ_HOST_DEVICE std::uint32_t sjlt_counter2(const MatrixKey& key, std::int64_t tile,
+                                                 std::uint32_t which) {
+    return static_cast<std::uint32_t>(static_cast<std::uint64_t>(tile) >> 32) << 8 |
+           (key.block_log2 - 4) << 4 | static_cast<std::uint32_t>(Kind::kSjlt) << 2 | which;
+}
+
+// Philox of tile row t: which = 0 gives the permutation of tile column c = column, which = 1 the
+// words of the four chunks at columns 64 * column.
+FASTPROJ_HOST_DEVICE Words sjlt_words(const MatrixKey& key, std::int64_t tile, std::uint32_t column,
+                                      std::uint32_t which) {
+    const Words counter{{counter0(tile), column, sjlt_counter2(key, tile, which), key.stream}};
+    return philox4x32_10(counter, static_cast<std::uint32_t>(key.seed),
+                         static_cast<std::uint32_t>(key.seed >> 32));
+}
+
+// The row chunk x that column chunk h of the tile reads: a bijection of 0 .. 2^m - 1.
+FASTPROJ_HOST_DEVICE std::uint32_t sjlt_row_chunk(const Words& permutation, std::uint32_t h,
+                                                  std::uint32_t m) {
+    const std::uint32_t mask = (1u << m) - 1u, s = (m + 1) >> 1;
+    std::uint32_t x = (h * (permutation.w[0] | 1u) + permutation.w[1]) & mask;
+    x ^= x >> s;
+    x = (x * (permutation.w[2] | 1u) + permutation.w[3]) & mask;
+    return x ^ x >> s;
+}
+
+// One column chunk in 32 bits: bits 0..3 what the rows are xor-ed by, 4..15 the row chunk, 16..31
+// the signs of the columns. `word` is the chunk's own of sjlt_words(.., 1).
+FASTPROJ_HOST_DEVICE std::uint32_t sjlt_packed(std::uint32_t word, std::uint32_t row_chunk) {
+    return word << 16 | row_chunk << 4 | ((word >> 16) & 15u);
+}
+
+// The row within its tile that column i of a packed chunk reads, and whether its sign is -1.
+FASTPROJ_HOST_DEVICE std::uint32_t sjlt_row(std::uint32_t packed, std::uint32_t i) {
+    return (packed ^ i) & 0xffffu;
+}
+FASTPROJ_HOST_DEVICE std::uint32_t sjlt_negative(std::uint32_t packed, std::uint32_t i) {
+    return packed >> (16 + i) & 1u;
+}
+
+// The packed chunk that holds column k of tile row `tile`.
+FASTPROJ_HOST_DEVICE std::uint32_t sjlt_chunk(const MatrixKey& key, std::int64_t tile,
+                                              std::uint32_t k) {
+    const std::uint32_t m = key.block_log2 - 4;
+    const std::uint32_t h = (k >> 4) & ((1u << m) - 1u);
+    const Words permutation = sjlt_words(key, tile, k >> key.block_log2, 0);
+    const Words words = sjlt_words(key, tile, k >> 6, 1);
+    return sjlt_packed(words.w[(k >> 4) & 3], sjlt_row_chunk(permutation, h, m));
+}
+
+// R[p, k]: -1, 0 or +1.
+FASTPROJ_HOST_DEVICE int sjlt_entry(const MatrixKey& key, std::int64_t p, std::uint32_t k) {
+    const std::int64_t tile = p >> key.block_log2;
+    const std::uint32_t packed = sjlt_chunk(key, tile, k);
+    const auto row = static_cast<std::uint32_t>(p - (tile << key.block_log2));
+    if (row != sjlt_row(packed, k & 15u)) return 0;
+    return sjlt_negative(packed, k & 15u) != 0 ? -1 : 1;
+}
+
+// R[p, k] as bf16 bits, of the dense kinds. `table` is kGaussTable or a copy of it in the caller's
+// address space.
 FASTPROJ_HOST_DEVICE std::uint32_t entry_bf16(const MatrixKey& key, std::int64_t p, std::uint32_t k,
                                               const std::uint16_t* table) {
     const Words words = block_words(key, p >> block_rows_log2(key.kind), row_lane(p), k);

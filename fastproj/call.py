@@ -48,6 +48,7 @@ class Call(NamedTuple):
             "kind": KIND_NUMBERS[key.kind],
             "seed": key.seed,
             "stream": key.stream,
+            "block_log2": key.block.bit_length() - 1 if key.block else 0,
             "row_offset": self.row_offset,
             "scale": self.scale,
             "accumulate": self.accumulate,

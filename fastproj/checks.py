@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastproj.backends import registry
 from fastproj.call import TERMS
-from fastproj.spec import KINDS, MAX_COLS, MatrixKey
+from fastproj.spec import KINDS, MAX_BLOCK, MAX_COLS, MIN_BLOCK, MatrixKey, default_block
 
 Grads = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 Rows = SupportsIndex | slice
@@ -81,11 +81,41 @@ def check_key(
     kind: str,
     stream: SupportsIndex,
     stream_name: str = "stream",
+    *,
+    block: SupportsIndex | None = None,
+    proj_dim: int | None = None,
 ) -> MatrixKey:
     """What names the matrix. Raises TypeError or ValueError, which call the stream so."""
     seed = check_integer(function, "seed", seed, 0, MAX_SEED)
     check_kind(function, kind)
-    return MatrixKey(kind, seed, check_integer(function, stream_name, stream, 0, MAX_STREAM))
+    stream = check_integer(function, stream_name, stream, 0, MAX_STREAM)
+    return MatrixKey(kind, seed, stream, check_block(function, kind, block, proj_dim))
+
+
+def check_block(function: str, kind: str, block: SupportsIndex | None, proj_dim: int | None) -> int:
+    """``block`` of kind sjlt, its default for ``proj_dim`` where it is None; 0 for other kinds.
+
+    Raises TypeError or ValueError; also for kind sjlt with neither.
+    """
+    if kind != "sjlt":
+        if block is None:
+            return 0
+        raise ValueError(
+            f"{function}: received block={block!r} for kind={kind!r}; expected None "
+            "(only kind='sjlt' has a block)"
+        )
+    expected = f"a power of two from {MIN_BLOCK} to {MAX_BLOCK}"
+    if block is None:
+        if proj_dim is None:
+            raise ValueError(
+                f"{function}: received kind='sjlt' without block=; expected {expected} "
+                "(`Projector(...).block` is the one that a projector uses)"
+            )
+        return default_block(proj_dim)
+    block = check_integer(function, "block", block, MIN_BLOCK, MAX_BLOCK + 1, expected)
+    if block & (block - 1):
+        raise ValueError(f"{function}: received block={block}; expected {expected}")
+    return block
 
 
 def check_precision(function: str, precision: str | None) -> str:
@@ -112,8 +142,11 @@ def check_backend(function: str, backend: str | None) -> str:
     return backend
 
 
-def check_scale(function: str, scale: object, proj_dim: int) -> float:
-    """The factor that ``scale`` stands for. Raises TypeError or ValueError."""
+def check_scale(function: str, scale: object, proj_dim: int, block: int = 0) -> float:
+    """The factor that ``scale`` stands for; ``block`` is MatrixKey's.
+
+    Raises TypeError or ValueError.
+    """
     if scale is None:
         return 1.0
     if isinstance(scale, str):
@@ -121,7 +154,7 @@ def check_scale(function: str, scale: object, proj_dim: int) -> float:
             raise ValueError(
                 f'{function}: received scale={scale!r}; expected "jl", None or a number'
             )
-        return 1.0 / math.sqrt(proj_dim)
+        return math.sqrt((block or 1) / proj_dim)
     if isinstance(scale, (int, float)) and not isinstance(scale, bool):
         try:
             factor = scale * 1.0

@@ -40,6 +40,7 @@ def project(
     seed: SupportsIndex = 0,
     kind: str = "rademacher",
     *,
+    block: SupportsIndex | None = None,
     stream: SupportsIndex = 0,
     row_offset: SupportsIndex = 0,
     out: Tensor | None = None,
@@ -51,7 +52,8 @@ def project(
     """Project per-sample gradients with a random matrix that is made on the fly.
 
     ``Y = scale * G @ R[row_offset : row_offset + P, :K]``, the same as
-    ``scale * G @ matrix(slice(row_offset, row_offset + P), K, seed, kind, stream=stream)``.
+    ``scale * G @ matrix(slice(row_offset, row_offset + P), K, seed, kind, stream=stream)``
+    (kind sjlt: with its ``block``).
 
     Parameters
     ----------
@@ -59,11 +61,14 @@ def project(
         or sequence of [B, ...] tensors, flattened per sample and taken in order as one [B, P].
     proj_dim : K, 1 <= K <= 2^32.
     seed, stream : what names the matrix; seed < 2^64, stream < 2^32 (a checkpoint's model_id).
-    kind : "rademacher" (+1 / -1) or "gaussian".
+    kind : "rademacher" (+1 / -1), "gaussian", or "sjlt" (sparse: K / block entries +1 / -1 a row,
+        so K / block additions an entry of G instead of K multiply-adds).
+    block : of kind "sjlt" alone, and part of the matrix's name: a power of two, 16 to 65,536. None
+        is the largest that leaves at least four entries a row, ``fastproj.spec.default_block(K)``.
     row_offset : the row of R that the first column of ``grads`` meets; row_offset + P <= 2^56.
     out : Tensor [B, K] of the result's dtype on the device of ``grads``, written and returned.
     accumulate : add to ``out`` instead of overwriting it.
-    scale : "jl" for 1 / sqrt(K), None for 1, or a number.
+    scale : "jl" for 1 / sqrt(K) (sjlt: sqrt(block / K)), None for 1, or a number.
     precision : "highest", "high", "medium"; None follows torch.get_float32_matmul_precision().
     backend : "cuda", "triton", "cpu", "reference"; None leaves the choice to FASTPROJ_BACKEND or
         the registry.
@@ -79,10 +84,11 @@ def project(
     """
     function = "project"
     proj_dim = check_proj_dim(function, proj_dim)
+    key = check_key(function, seed, kind, stream, block=block, proj_dim=proj_dim)
     call = Call(
-        check_key(function, seed, kind, stream),
+        key,
         check_integer(function, "row_offset", row_offset, 0, MAX_ROWS),
-        check_scale(function, scale, proj_dim),
+        check_scale(function, scale, proj_dim, key.block),
         bool(accumulate),
         check_precision(function, precision),
     )
@@ -141,6 +147,7 @@ def project_transpose(
     seed: SupportsIndex = 0,
     kind: str = "rademacher",
     *,
+    block: SupportsIndex | None = None,
     stream: SupportsIndex = 0,
     scale: str | float | None = "jl",
     out: Tensor | None = None,
@@ -157,7 +164,7 @@ def project_transpose(
     rows : the n rows to produce, an int for rows 0 .. n or a slice(start, stop).
     scale : "jl" for 1 / sqrt(K), None for 1, or a number.
     out : Tensor [B, n] of the result's dtype on the device of ``y``, written and returned.
-    seed, kind, stream, precision, backend : as in ``project``.
+    seed, kind, block, stream, precision, backend : as in ``project``.
 
     Returns
     -------
@@ -173,10 +180,11 @@ def project_transpose(
     if y.dim() != 2 or y.shape[1] == 0:
         raise ValueError(f"{function}: received y {describe(y)}; expected [B, K] with K >= 1")
     start, count = check_rows(function, "rows", rows, MAX_ROWS)
+    key = check_key(function, seed, kind, stream, block=block, proj_dim=y.shape[1])
     call = Call(
-        check_key(function, seed, kind, stream),
+        key,
         start,
-        check_scale(function, scale, y.shape[1]),
+        check_scale(function, scale, y.shape[1], key.block),
         precision=check_precision(function, precision),
     )
     name = check_backend(function, backend)
@@ -193,6 +201,7 @@ def matrix(
     seed: SupportsIndex = 0,
     kind: str = "rademacher",
     *,
+    block: SupportsIndex | None = None,
     stream: SupportsIndex = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -203,7 +212,8 @@ def matrix(
     Parameters
     ----------
     rows, cols : an int n for 0 .. n, or a slice(start, stop); rows < 2^56, columns < 2^32.
-    dtype : a floating-point dtype (each holds the entries exactly), or int8 for Rademacher.
+    block : needed for kind "sjlt", since no proj_dim gives a default here.
+    dtype : a floating-point dtype (each holds the entries exactly), or int8 but for Gaussian.
     device : where the block goes; None is torch's default device.
     seed, kind, stream, backend : as in ``project``.
 
@@ -218,11 +228,11 @@ def matrix(
     """
     row, n = check_rows("matrix", "rows", rows, MAX_ROWS)
     col, m = check_rows("matrix", "cols", cols, MAX_COLS)
-    key = check_key("matrix", seed, kind, stream)
-    if dtype not in DTYPES and (dtype is not torch.int8 or kind != "rademacher"):
+    key = check_key("matrix", seed, kind, stream, block=block)
+    if dtype not in DTYPES and (dtype is not torch.int8 or kind == "gaussian"):
         raise TypeError(
             f"matrix: received dtype={dtype} for kind={kind!r}; expected float32, bfloat16, "
-            "float16 or float64 (or int8 for rademacher)"
+            "float16 or float64 (or int8 for rademacher and sjlt)"
         )
     # Asked of a tensor because torch.compile can't trace torch.get_default_device.
     place = torch.empty(0).device if device is None else check_device("matrix", device)

@@ -24,7 +24,7 @@ class Projector:
     ----------
     grad_dim : P, the number of gradient entries per sample, 1 <= P <= 2^56.
     proj_dim : K, 1 <= K <= 2^32.
-    seed, kind, scale, precision, backend : as in ``fastproj.project``.
+    seed, kind, block, scale, precision, backend : as in ``fastproj.project``.
 
     Raises
     ------
@@ -39,6 +39,7 @@ class Projector:
         seed: SupportsIndex = 0,
         kind: str = "rademacher",
         *,
+        block: SupportsIndex | None = None,
         scale: str | float | None = "jl",
         precision: str | None = None,
         backend: str | None = None,
@@ -47,6 +48,7 @@ class Projector:
         self.proj_dim = checks.check_proj_dim("Projector", proj_dim)
         self.seed = checks.check_integer("Projector", "seed", seed, 0, 1 << 64)
         checks.check_kind("Projector", kind)
+        self.block = checks.check_block("Projector", kind, block, self.proj_dim) or None
         checks.check_scale("Projector", scale, self.proj_dim)
         checks.check_precision("Projector", precision)
         checks.check_backend("Projector", backend)
@@ -88,10 +90,13 @@ class Projector:
         start = 0
         if row_offset is not None:
             start = checks.check_integer(function, "row_offset", row_offset, 0, MAX_ROWS)
+        key = checks.check_key(
+            function, self.seed, self.kind, model_id, "model_id", block=self.block
+        )
         call = Call(
-            checks.check_key(function, self.seed, self.kind, model_id, "model_id"),
+            key,
             start,
-            checks.check_scale(function, self.scale, self.proj_dim),
+            checks.check_scale(function, self.scale, self.proj_dim, key.block),
             bool(accumulate),
             checks.check_precision(function, self.precision),
         )
@@ -143,6 +148,7 @@ class Projector:
             self._rows(function, rows),
             self.seed,
             self.kind,
+            block=self.block,
             stream=model_id,
             scale=self.scale,
             out=out,
@@ -171,6 +177,7 @@ class Projector:
             self.proj_dim if cols is None else cols,
             self.seed,
             self.kind,
+            block=self.block,
             stream=model_id,
             dtype=dtype,
             device=device,
@@ -187,6 +194,6 @@ class Projector:
     def __repr__(self) -> str:
         return (
             f"Projector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, seed={self.seed}, "
-            f"kind={self.kind!r}, scale={self.scale!r}, precision={self.precision!r}, "
-            f"backend={self.backend!r})"
+            f"kind={self.kind!r}, block={self.block}, scale={self.scale!r}, "
+            f"precision={self.precision!r}, backend={self.backend!r})"
         )

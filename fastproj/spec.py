@@ -1,9 +1,12 @@
 """Spec v1: the projection matrix, in NumPy. This page is the truth; every backend reproduces it.
 
-``R[p, k]`` is a pure function of ``(kind, seed, stream, p, k)``: 64-bit row ``p``, 32-bit column
-``k``, 64-bit ``seed``, 32-bit ``stream``. Entries are unscaled: +1 / -1, or exact bf16 values with
-mean 0 and variance 0.9999. One column of one row block (512 rows Rademacher, 32 rows Gaussian)
-takes four Philox4x32-10 calls, one for each ``lane``; a call gives the words ``w[0..3]``.
+``R[p, k]`` is a pure function of ``(kind, seed, stream, p, k)``, and of ``block`` for kind sjlt:
+64-bit row ``p``, 32-bit column ``k``, 64-bit ``seed``, 32-bit ``stream``. Entries are unscaled:
++1 / -1 (Rademacher), exact bf16 values with mean 0 and variance 0.9999 (Gaussian), +1 / 0 / -1
+(sjlt).
+
+The dense kinds. One column of one row block (512 rows Rademacher, 32 rows Gaussian) takes four
+Philox4x32-10 calls, one for each ``lane``; a call gives the words ``w[0..3]``.
 
 Bits of the row number, high to low::
 
@@ -14,6 +17,18 @@ Bits of the row number, high to low::
     u16     = w[word] >> 16 * half & 0xffff
     Rademacher entry = +1 if (u16 >> bit & 1) == 0 else -1
     Gaussian entry   = T[(u16 >> 7 & 255) << 1 | u16 >> 1 & 1], negative if bit 15 of u16 is set
+
+Kind sjlt, a sparse Johnson-Lindenstrauss matrix (the block construction of Kane and Nelson, JACM
+2014). R is tiled by signed permutation matrices of block x block, block = 2^(m + 4): each row has
+one entry in every ``block`` columns, each column one in every ``block`` rows. In tile (t, c), 16
+neighbouring columns 16 h + i read 16 neighbouring rows, xor-ed among each other::
+
+    t, c = p // block, k // block      h = k % block // 16      i = k % 16
+    tag = (t >> 32) << 8 | m << 4 | 2 << 2        mask = 2^m - 1        s = (m + 1) >> 1
+    a, b, d, e = philox(t & 0xffffffff, c, tag, stream)
+    x = (h * (a | 1) + b) & mask;  x ^= x >> s;  x = (x * (d | 1) + e) & mask;  x ^= x >> s
+    u = philox(t & 0xffffffff, k >> 6, tag | 1, stream)[k >> 4 & 3]
+    sjlt entry = (-1 if u >> i & 1 else +1) if p % block == 16 * x + (i ^ u >> 16 & 15) else 0
 """
 
 from __future__ import annotations
@@ -27,8 +42,9 @@ import numpy.typing as npt
 from fastproj.gauss_table import GAUSS_TABLE_V1
 
 SPEC_VERSION = 1
-KINDS = ("rademacher", "gaussian")  # a kind's number in the counter is its place here
+KINDS = ("rademacher", "gaussian", "sjlt")  # a kind's number in the counter is its place here
 ROW_BLOCK_BITS = {"rademacher": 9, "gaussian": 5}  # log2 of the rows that share a block number
+MIN_BLOCK, MAX_BLOCK = 1 << 4, 1 << 16  # of kind sjlt
 MAX_ROWS = 1 << 56  # rows p < 2^56, far inside what the counter can hold
 MAX_COLS = 1 << 32  # columns k < 2^32
 
@@ -38,11 +54,23 @@ _SHIFT32 = np.uint64(32)
 
 @dataclass(frozen=True)
 class MatrixKey:
-    """What names one infinite matrix: ``kind`` (of KINDS), ``seed`` < 2^64, ``stream`` < 2^32."""
+    """What names one infinite matrix: ``kind`` (of KINDS), ``seed`` < 2^64, ``stream`` < 2^32.
+
+    ``block`` is of kind sjlt alone: a power of two, MIN_BLOCK .. MAX_BLOCK; 0 for the others.
+    """
 
     kind: str
     seed: int
     stream: int
+    block: int = 0
+
+
+def default_block(proj_dim: int) -> int:
+    """The block that kind sjlt has where none is given: four to eight entries a row.
+
+    The power of two at or below ``proj_dim / 4``, between MIN_BLOCK and MAX_BLOCK.
+    """
+    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << proj_dim.bit_length() >> 3))
 
 
 def philox4x32_10(
@@ -95,9 +123,11 @@ def matrix_block(
 ) -> npt.NDArray[np.int8] | npt.NDArray[np.float32]:
     """The block ``R[row_start:row_stop, col_start:col_stop]``, unscaled, C-ordered.
 
-    Returns int8 (Rademacher) or float32 (Gaussian) ``[rows, cols]``.
+    Returns int8 (Rademacher, sjlt) or float32 (Gaussian) ``[rows, cols]``.
     Rows are below MAX_ROWS, columns below MAX_COLS; memory is a small multiple of the result.
     """
+    if key.kind == "sjlt":
+        return _sjlt_block(key, row_start, row_stop, col_start, col_stop)
     bits = ROW_BLOCK_BITS[key.kind]
     first, last = row_start >> bits, (row_stop - 1 >> bits) + 1
     block = np.arange(first, max(first, last), dtype=np.uint64)[:, None, None]
@@ -119,3 +149,44 @@ def matrix_block(
     rows = entries.reshape(block.size << bits, column.size)
     skip = row_start - (first << bits)
     return np.ascontiguousarray(rows[skip : skip + row_stop - row_start])
+
+
+def _sjlt_block(
+    key: MatrixKey, row_start: int, row_stop: int, col_start: int, col_stop: int
+) -> npt.NDArray[np.int8]:
+    """``matrix_block`` of kind sjlt: the one entry that each column has in each tile of rows."""
+    out = np.zeros((max(0, row_stop - row_start), col_stop - col_start), dtype=np.int8)
+    k = np.arange(col_start, col_stop, dtype=np.uint64)
+    for tile in range(row_start // key.block, -(-row_stop // key.block)):
+        row, sign = sjlt_entries(key, tile, k)
+        place = row.astype(np.int64) + tile * key.block - row_start
+        inside = (place >= 0) & (place < len(out))
+        out[place[inside], np.flatnonzero(inside)] = sign[inside]
+    return out
+
+
+def sjlt_entries(
+    key: MatrixKey, tile: int, k: npt.NDArray[np.uint64]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int8]]:
+    """Where columns ``k`` have their entry in rows ``tile * block ..`` of kind sjlt, and its sign.
+
+    Returns rows within the tile, 0 <= row < block, and +1 / -1.
+    """
+    one, four, sixteen = np.uint64(1), np.uint64(4), np.uint64(16)
+    m = key.block.bit_length() - 5
+    mask, s = np.uint64((1 << m) - 1), np.uint64((m + 1) >> 1)
+    tag = (tile >> 32) << 8 | m << 4 | KINDS.index(key.kind) << 2
+    philox_key = key.seed & 0xFFFFFFFF, key.seed >> 32
+    t = tile & 0xFFFFFFFF
+    columns, column = np.unique(k >> np.uint64(m + 4), return_inverse=True)
+    a, b, d, e = philox4x32_10((t, columns, tag, key.stream), philox_key)[:, column]
+    x = ((k >> four & mask) * (a | one) + b) & mask
+    x ^= x >> s
+    x = (x * (d | one) + e) & mask
+    x ^= x >> s
+    quads, quad = np.unique(k >> np.uint64(6), return_inverse=True)
+    words = philox4x32_10((t, quads, tag | 1, key.stream), philox_key)[:, quad]
+    u = words[(k >> four & np.uint64(3)).astype(np.int64), np.arange(k.size)]
+    i = k & np.uint64(15)
+    row = sixteen * x + (i ^ (u >> sixteen & np.uint64(15)))
+    return row, np.int8(1) - np.int8(2) * (u >> i & one).astype(np.int8)

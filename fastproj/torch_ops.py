@@ -27,7 +27,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 _CALL_SCHEMA = (
     "SymInt row_offset, float scale, str precision, str backend, "
-    "str kind, SymInt seed, SymInt stream"
+    "str kind, SymInt seed, SymInt stream, SymInt block"
 )
 
 
@@ -35,9 +35,9 @@ def _flat(call: Call, backend: str) -> tuple[Any, ...]:
     """The arguments of an op that say what ``call`` says: schemas know int64, so the seed is the
     one with the same 64 bits.
     """
-    kind, seed, stream = call.key.kind, call.key.seed, call.key.stream
+    kind, seed, stream, block = call.key.kind, call.key.seed, call.key.stream, call.key.block
     seed = seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
-    return call.row_offset, call.scale, call.precision, backend, kind, seed, stream
+    return call.row_offset, call.scale, call.precision, backend, kind, seed, stream, block
 
 
 def _call(
@@ -48,8 +48,9 @@ def _call(
     kind: str,
     seed: int,
     stream: int,
+    block: int,
 ) -> tuple[Call, str]:
-    key = MatrixKey(kind, seed & (MAX_SEED - 1), stream)
+    key = MatrixKey(kind, seed & (MAX_SEED - 1), stream, block)
     return Call(key, row_offset, scale, precision=precision), backend
 
 

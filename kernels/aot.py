@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from . import config
 from .entries import matrix_kernel
 from .project import project_gaussian_kernel, project_rademacher_kernel, reduce_kernel
+from .sjlt import matrix_sjlt_kernel, project_sjlt_kernel, project_transpose_sjlt_kernel
 from .transpose import project_transpose_kernel
 
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64": "*fp64"}
@@ -40,10 +41,17 @@ class Case:
     K: int = 4096
     masked: bool = False
     aligned: int = 16
+    block: int = 0  # of kind sjlt
 
     def __str__(self) -> str:
         notes = [self.operation, self.kind, self.dtype]
-        if self.dtype == "float32" and self.operation in ("project", "transpose"):
+        if self.block:
+            notes.append(f"block {self.block}")
+        if (
+            self.kind != "sjlt"
+            and self.dtype == "float32"
+            and self.operation in ("project", "transpose")
+        ):
             notes[-1] += f" x{self.terms}"
         notes += ["masked"] * self.masked
         if self.aligned != 16:
@@ -64,11 +72,14 @@ class Report:
     shared: int  # bytes
     matrix_instruction: str  # "wgmma", "mma", "mfma" or ""
     register_operand: bool | None  # R's tile reaches the matrix instruction without shared memory
-    per_entry: float | None  # instructions a thread issues for each entry of R that it makes
+    # Instructions a thread issues for each entry of R that it makes (kind sjlt: that it adds, one
+    # for each sample).
+    per_entry: float | None
     loop: dict[str, int]  # opcodes of the main loop
     waits: int  # waits for wgmma in the loop
     groups: int  # wgmma groups committed in the loop
     in_flight: int | None  # copies of tiles of G that the loop leaves on their way when it waits
+    barriers: int  # in the loop
 
 
 def target(arch: str) -> GPUTarget:
@@ -80,6 +91,8 @@ def target(arch: str) -> GPUTarget:
 
 def _specialise(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[str, str], int, int]:
     """Kernel, constants, pointer types, warps and stages."""
+    if case.kind == "sjlt":
+        return _specialise_sjlt(case, arch)
     gaussian = case.kind == "gaussian"
     pointers = {"table_ptr": "*i16"}
     if case.operation == "project":
@@ -129,6 +142,32 @@ def _specialise(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[str, s
         constants = {"ACCUMULATE": True, "BLOCK": 512}
         pointers = {"workspace_ptr": "*fp32", "out_ptr": "*fp32"}
         return reduce_kernel, constants, pointers, 4, 2
+    raise ValueError(f"received operation {case.operation!r}; expected one of Case's")
+
+
+def _specialise_sjlt(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[str, str], int, int]:
+    """``_specialise`` of kind sjlt."""
+    constants: dict[str, Any] = {"LOG2": case.block.bit_length() - 1}
+    sums = "*fp64" if case.dtype == "float64" else "*fp32"
+    if case.operation == "project":
+        chosen = config.choose(
+            arch, case.dtype, case.kind, case.terms, case.B, case.K, direct=not case.masked
+        )
+        constants |= {"BLOCK_B": chosen.BLOCK_B, "BLOCK_K": chosen.BLOCK_K}
+        constants |= {"UNIT_STRIDE": True, "MASKED": case.masked}
+        halves = case.dtype in ("bfloat16", "float16") and case.aligned >= 4
+        constants["PAIRS"] = halves and not case.masked
+        pointers = {"g_ptr": POINTER[case.dtype], "workspace_ptr": sums}
+        return project_sjlt_kernel, constants, pointers, chosen.num_warps, chosen.num_stages
+    if case.operation == "transpose":
+        block_b, rows, warps = config.choose_transpose_sjlt(case.dtype, case.B, case.block)
+        constants |= {"BLOCK_B": block_b, "ROWS": rows}
+        pointers = {"y_ptr": POINTER[case.dtype], "out_ptr": sums}
+        return project_transpose_sjlt_kernel, constants, pointers, warps, 1
+    if case.operation == "matrix":
+        rows, warps = config.choose_matrix_sjlt(case.block)
+        constants |= {"ROWS": rows}
+        return matrix_sjlt_kernel, constants, {"out_ptr": POINTER[case.dtype]}, warps, 1
     raise ValueError(f"received operation {case.operation!r}; expected one of Case's")
 
 
@@ -224,14 +263,19 @@ def inspect_nvidia(case: Case, arch: str) -> Report:
     body: list[str] = []
     per_entry = register_operand = None
     loop: dict[str, int] = {}
-    if matrix is not None:
+    of_loop = "LDG" if case.kind == "sjlt" else matrix
+    if of_loop is not None and code.loops():
         first, last = max(
             code.loops(),
-            key=lambda span: sum(opcode(x) == matrix for x in code.lines[span[0] : span[1] + 1]),
+            key=lambda span: sum(opcode(x) == of_loop for x in code.lines[span[0] : span[1] + 1]),
         )
         body = code.lines[first : last + 1]
         loop = dict(Counter(map(opcode, body)).most_common())
-        if case.operation == "project":
+        if case.kind == "sjlt" and case.operation == "project":
+            threads = 32 * warps
+            entries = 4 * constants["BLOCK_K"] * constants["BLOCK_B"] / threads
+            per_entry = len(body) / entries
+        elif case.operation == "project":
             entries = constants["BLOCK_K"] * constants["STEP_ROWS"] / (32 * warps)
             per_entry = sum(_weights(code, first, last)) / entries
             register_operand = _in_registers(compiled.asm["ttgir"], constants)
@@ -254,6 +298,7 @@ def inspect_nvidia(case: Case, arch: str) -> Report:
         sum("WARPGROUP.DEPBAR" in line for line in body),
         sum("WARPGROUP.ARRIVE" in line for line in body),
         _in_flight(body),
+        loop.get("BAR", 0),
     )
 
 
@@ -275,7 +320,7 @@ def _in_registers(ttgir: str, constants: dict[str, Any]) -> bool:
     return not any(f"tensor<{constants['BLOCK_K']}x" in move for move in moves)
 
 
-_TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS")
+_TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS", "ROWS")
 
 
 def inspect_amd(case: Case, arch: str) -> Report:
@@ -304,6 +349,7 @@ def inspect_amd(case: Case, arch: str) -> Report:
         0,
         0,
         None,
+        0,
     )
 
 
@@ -329,6 +375,15 @@ def cases() -> list[Case]:
     for kind in ("rademacher", "gaussian"):
         table += [Case("transpose", kind, "float32", 3), Case("transpose", kind)]
         table += [Case("matrix", kind, "float32")]
+    table += [Case("project", "sjlt", B=B, K=4 * W, block=W) for B in (1, 8) for W in (256, 1024)]
+    table += [Case("project", "sjlt", B=8, K=65536, block=16384)]
+    table += [Case("project", "sjlt", B=B, K=64, block=16) for B in (1, 64)]
+    table += [Case("project", "sjlt", dtype, B=8, block=1024) for dtype in ("float32", "float64")]
+    table += [Case("project", "sjlt", "float16", B=8, block=1024)]
+    table += [Case("project", "sjlt", B=8, block=1024, masked=True)]
+    table += [Case("project", "sjlt", B=8, block=1024, aligned=1)]
+    table += [Case("transpose", "sjlt", dtype, block=1024) for dtype in ("float32", "bfloat16")]
+    table += [Case("matrix", "sjlt", "float32", block=1024)]
     return [*table, Case("reduce", dtype="float32")]
 
 
@@ -377,7 +432,8 @@ _PREFACE = """# What the compiled kernels use
 
 Made by `python -m fastproj.kernels.aot --output kernels/RESOURCES.md` with Triton
 {version}, without a GPU. Counts from compiled code, not timings. *Instructions per entry*: what a
-thread issues in the main loop for each entry of R that it makes (an entry then serves B products).
+thread issues in the main loop for each entry of R that it makes (an entry then serves B products);
+of kind sjlt for each entry and sample that it adds, hashing included.
 *Spills*: local-memory instructions (NVIDIA) or spilled registers (AMD). *Copies in flight*: tiles
 of G that are still on their way after the main loop has waited for some; with 0 it waits for what
 it has just asked for. What can't be read off is left empty.

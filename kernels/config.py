@@ -12,10 +12,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
 
+from fastproj.spec import KINDS
+
+from . import plan
+
 ENVIRONMENT = "FASTPROJ_TRITON_CONFIG"
 
 # Triton's default is about to change; nothing here depends on it beyond the last bit of a scale.
 OPTIONS = {"enable_fp_fusion": True}
+
+SJLT_SUMS = 4 * plan.SJLT_COLUMNS  # float32, of a program of kind sjlt
 
 # With two stages, Triton asks for the next iteration's tiles of G at the end of an iteration, and
 # waits for them at once. Programs that share a multiprocessor hide that. One that fills it alone
@@ -29,9 +35,9 @@ class Config:
 
     BLOCK_B: int  # rows of G in a tile
     BLOCK_K: int  # columns of R in a tile
-    STEP_ROWS: int  # rows of R in one loop iteration
+    STEP_ROWS: int  # rows of R in one loop iteration; kind sjlt: tiles
     num_warps: int
-    num_stages: int  # loop iterations for which tiles of G are on their way
+    num_stages: int  # loop iterations for which tiles of G are on their way; kind sjlt: 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -92,13 +98,49 @@ def choose(
 
     arch : "sm_90", "gfx942"; dtype : "float32", "bfloat16", "float16" or "float64".
     direct : G can be copied to shared memory as it is, in units of 4 bytes or more. Else it passes
-    through registers, of which fewer are left. BLOCK_B is the same for both.
+    through registers, of which fewer are left. Of kind sjlt: loads need no mask. BLOCK_B is the
+    same for both.
     """
-    config = _choose(unit(arch), dtype, kind, terms, batch_bucket(B), K, direct)
+    if kind == "sjlt":
+        config = _choose_sjlt(unit(arch), dtype, B, K, direct)
+    elif kind in ("rademacher", "gaussian"):
+        config = _choose(unit(arch), dtype, kind, terms, batch_bucket(B), K, direct)
+    else:
+        raise ValueError(f"config: received kind={kind!r}; expected one of {', '.join(KINDS)}")
     pinned = _pinned.get()
     if pinned is None:
         pinned = parse(os.environ.get(ENVIRONMENT, ""))
-    return replace(config, **pinned)
+    config = replace(config, **pinned)
+    if kind == "sjlt":
+        _check_sjlt(config, K)
+    return config
+
+
+def _choose_sjlt(unit: str, dtype: str, B: int, K: int, direct: bool) -> Config:
+    """The sparse kind: no matrix unit, no operand in shared memory."""
+    columns = plan.sjlt_columns(K)
+    # Rows of G share a program's hashing and signs, while their sums fit: 32 floats to a thread
+    # leave a multiprocessor's registers for 16 warps; rows beyond 16 would save little.
+    words = 2 if dtype == "float64" else 1  # and as many again for G and signs
+    most = max(1, SJLT_SUMS // (words * words * columns))
+    rows = min(next((n for n in (1, 2, 4, 8) if n >= B), 16), most)
+    threads = 32 * (2 if unit == "mfma" else 1)
+    # One Philox call of each sort to a thread, or 32 sums: what takes more threads.
+    calls = columns // 64 * plan.PANEL_TILES
+    warps = max(calls // threads, words * rows * columns // (32 * threads), 1)
+    if not direct:  # masks take registers
+        columns = max(64, columns // 2)
+    return Config(rows, columns, plan.PANEL_TILES, min(warps, 512 // threads), 1)
+
+
+def _check_sjlt(config: Config, K: int) -> None:
+    """What the kernel and the workspace's width rely on, of a pinned configuration."""
+    columns = plan.sjlt_columns(K)
+    if not 64 <= config.BLOCK_K <= columns or config.STEP_ROWS != plan.PANEL_TILES:
+        raise ValueError(
+            f"config: received {config} for kind sjlt at K={K}; expected BLOCK_K from 64 to "
+            f"{columns} and STEP_ROWS={plan.PANEL_TILES}"
+        )
 
 
 def _choose(
@@ -141,9 +183,30 @@ def _choose(
 
 
 def choose_transpose(dtype: str, kind: str, B: int) -> tuple[int, int, int]:
-    """BLOCK_B, BLOCK_K and warps of ``project_transpose``: tiles of 512 (Gaussian 64) rows of R."""
+    """BLOCK_B, BLOCK_K and warps of ``project_transpose``: tiles of 512 (Gaussian 64) rows of R.
+
+    Of the dense kinds; raises ValueError for others.
+    """
+    if kind not in ("rademacher", "gaussian"):
+        raise ValueError(f"config: received kind={kind!r}; expected rademacher or gaussian")
     if dtype == "float64":
         return (1, 64, 4) if kind == "gaussian" else (1, 16, 8)
     if kind == "gaussian":
         return min(batch_bucket(B), 32), 64, 4
     return 16, 32, 8
+
+
+def choose_transpose_sjlt(dtype: str, B: int, block: int) -> tuple[int, int, int]:
+    """BLOCK_B, rows of R to a program, and warps of the sparse ``project_transpose``.
+
+    Rows of a program are of one tile, whose words they share; its samples share places and signs.
+    """
+    rows = min(block, 1024)
+    most = 4 if dtype == "float64" else 8
+    samples = min(next((n for n in (1, 2, 4) if n >= B), 8), most)
+    return samples, rows, max(1, rows // 128)
+
+
+def choose_matrix_sjlt(block: int) -> tuple[int, int]:
+    """Rows of R to a program (of 64 columns), and warps, of the sparse ``matrix``."""
+    return min(block, 256), 8

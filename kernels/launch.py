@@ -8,20 +8,18 @@ that compiles, calls can be captured in a CUDA graph.
 from __future__ import annotations
 
 import itertools
-import struct
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from fastproj.call import Call, terms_of
-from fastproj.spec import MatrixKey, gauss_table
+from fastproj.spec import gauss_table
 
-from . import config, plan
+from . import config, launch_sjlt, plan
+from .arguments import MAX_GRID, alignment, double_bits, guard, seeds
 from .entries import matrix_kernel
 from .project import project_gaussian_kernel, project_rademacher_kernel, reduce_kernel
 from .transpose import project_transpose_kernel
@@ -30,7 +28,8 @@ from .transpose import project_transpose_kernel
 INTERPRETED = not isinstance(reduce_kernel, triton.runtime.jit.JITFunction)
 
 REDUCE_BLOCK = 512
-MAX_GRID = 65535  # programs in the second dimension of a grid
+SIGNS = plan.signed32(0x80008000)  # of the dense kernels
+_PROJECT = {"rademacher": project_rademacher_kernel, "gaussian": project_gaussian_kernel}
 
 
 @dataclass(frozen=True)
@@ -62,32 +61,6 @@ def magnitudes(device: torch.device, half: bool) -> Tensor:
     return table.to(torch.float16 if half else torch.bfloat16).view(torch.int16).to(device)
 
 
-def _guard(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-def _double_bits(value: float) -> int:
-    """The bits of a float64 as an integer: Triton passes a float itself as float32."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
-def _seed(key: MatrixKey) -> dict[str, int]:
-    return {
-        "signs": plan.signed32(0x80008000),
-        "stream_id": plan.signed32(key.stream),
-        "seed_low": plan.signed32(key.seed),
-        "seed_high": plan.signed32(key.seed >> 32),
-    }
-
-
-def _alignment(piece: Tensor, origin: int) -> int:
-    """Bytes to which every row of ``piece`` is aligned at every panel's start: 16, 8, 4 or 1."""
-    size = piece.element_size()
-    address = piece.data_ptr() + origin * size
-    stride = piece.stride(0) * size
-    return next((n for n in (16, 8, 4) if address % n == 0 and stride % n == 0), 1)
-
-
 cached_plan = lru_cache(maxsize=256)(
     lambda sizes, *rest: plan.plan(list(sizes), *rest)  # the same layers come again and again
 )
@@ -95,81 +68,61 @@ cached_plan = lru_cache(maxsize=256)(
 
 def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
-    with _guard(out):
-        for b in range(0, out.shape[0], plan.MAX_BATCH):
-            rows = [piece[b : b + plan.MAX_BATCH] for piece in pieces]
-            for k in range(0, out.shape[1], plan.MAX_COLUMNS):
-                part = out[b : b + plan.MAX_BATCH, k : k + plan.MAX_COLUMNS]
-                _project_part(rows, part, call, k)
+    kind, block = call.key.kind, call.key.block
+    facts = device_facts(out.device)
+    most = plan.max_columns(kind)
+    with guard(out):
+        for k in range(0, out.shape[1], most):
+            part = out[:, k : k + most]
+            item = sum_dtype(pieces[0].dtype).itemsize
+            room = plan.room(kind, part.shape[1], facts.multiprocessors, item, block)
+            for b in range(0, out.shape[0], room.batch):
+                rows = [piece[b : b + room.batch] for piece in pieces]
+                _project_part(rows, part[b : b + room.batch], call, k, room.width)
 
 
-def _project_part(pieces: list[Tensor], out: Tensor, call: Call, col_offset: int) -> None:
-    """``project`` for at most plan.MAX_BATCH rows and plan.MAX_COLUMNS columns."""
-    key, row_offset, scale, accumulate, precision = call
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of ``dtype`` are summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _project_part(
+    pieces: list[Tensor], out: Tensor, call: Call, col_offset: int, width: int
+) -> None:
+    """``project`` for the rows and columns of one launch; width : of a partial result."""
+    key = call.key
     B, K = out.shape
     dtype = pieces[0].dtype
-    terms = terms_of(dtype, precision)
+    terms = terms_of(dtype, call.precision)
     facts = device_facts(out.device)
     name = str(dtype).removeprefix("torch.")
     configs = {
         direct: config.choose(facts.arch, name, key.kind, terms, B, K, direct)
         for direct in (True, False)
     }
-    row_tiles = -(-B // configs[True].BLOCK_B)
-    width = -(-K // 256) * 256
-    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    sums = sum_dtype(dtype)
     groups = cached_plan(
         tuple(piece.shape[1] for piece in pieces),
-        row_offset,
+        call.row_offset,
         K,
         key.kind,
         facts.multiprocessors,
-        sum_dtype.itemsize,
+        sums.itemsize,
+        key.block,
     )
     slots = max(sum(launch.splits for launch in group) for group in groups)
-    rows = row_tiles * configs[True].BLOCK_B
-    workspace = out.new_empty((max(slots, 1), rows, width), dtype=sum_dtype)
-    table = magnitudes(out.device, dtype == torch.float16)
-    kernel = project_gaussian_kernel if key.kind == "gaussian" else project_rademacher_kernel
+    rows = -(-B // configs[True].BLOCK_B) * configs[True].BLOCK_B
+    workspace = out.new_empty((max(slots, 1), rows, width), dtype=sums)
+    accumulate = call.accumulate
     for group in groups:
         for launch in group:
             piece = pieces[launch.piece]
-            contiguous = piece.stride(1) == 1 or piece.shape[1] == 1
-            whole = contiguous and not launch.masked
-            aligned = _alignment(piece, launch.origin) if whole else 1
-            chosen = configs[aligned > 1]
-            counter = plan.Counter.at(key.kind, launch.panel * plan.PANEL)
-            kernel[(-(-K // chosen.BLOCK_K), row_tiles, launch.splits)](
-                piece,
-                workspace,
-                table,
-                B,
-                piece.stride(0),
-                piece.stride(1),
-                launch.origin,
-                piece.shape[1],
-                col_offset,
-                counter.block,
-                counter.tag,
-                **_seed(key),
-                slot=launch.slot,
-                width=width,
-                n_panels=launch.count,
-                panel_step=launch.step,
-                panels_per_split=launch.per_split,
-                BLOCK_B=chosen.BLOCK_B,
-                BLOCK_K=chosen.BLOCK_K,
-                STEP_ROWS=chosen.STEP_ROWS,
-                TERMS=terms,
-                CONTIGUOUS=contiguous,
-                ALIGNED=aligned,
-                MASKED=launch.masked,
-                UNIT=facts.unit,
-                NUM_WARPS=chosen.num_warps,
-                num_warps=chosen.num_warps,
-                num_stages=chosen.num_stages,
-                **config.OPTIONS,
-            )
+            if key.kind == "sjlt":
+                launch_sjlt.project_panels(
+                    piece, workspace, launch, call, configs[not launch.masked], K, col_offset
+                )
+            else:
+                _project_panels(piece, workspace, launch, call, configs, K, col_offset)
         reduce_kernel[(-(-K // REDUCE_BLOCK), B)](
             workspace,
             out,
@@ -179,7 +132,7 @@ def _project_part(pieces: list[Tensor], out: Tensor, call: Call, col_offset: int
             out.stride(0),
             out.stride(1),
             sum(launch.splits for launch in group),
-            _double_bits(scale),
+            double_bits(call.scale),
             ACCUMULATE=accumulate,
             BLOCK=REDUCE_BLOCK,
             num_warps=4,
@@ -188,15 +141,73 @@ def _project_part(pieces: list[Tensor], out: Tensor, call: Call, col_offset: int
         accumulate = True
 
 
+def _project_panels(
+    piece: Tensor,
+    workspace: Tensor,
+    launch: plan.Launch,
+    call: Call,
+    configs: dict[bool, config.Config],
+    K: int,
+    col_offset: int,
+) -> None:
+    """workspace ``[slots, rows, width]`` from ``launch.slot`` on = partial sums of piece @ R.
+
+    configs : by whether G can be copied to shared memory as it is.
+    """
+    key = call.key
+    kernel = _PROJECT[key.kind]
+    facts = device_facts(piece.device)
+    contiguous = piece.stride(1) == 1 or piece.shape[1] == 1
+    whole = contiguous and not launch.masked
+    aligned = alignment(piece, launch.origin) if whole else 1
+    chosen = configs[aligned > 1]
+    counter = plan.Counter.at(key.kind, launch.panel * plan.PANEL)
+    kernel[(-(-K // chosen.BLOCK_K), workspace.shape[1] // chosen.BLOCK_B, launch.splits)](
+        piece,
+        workspace,
+        magnitudes(piece.device, piece.dtype == torch.float16),
+        piece.shape[0],
+        piece.stride(0),
+        piece.stride(1),
+        launch.origin,
+        piece.shape[1],
+        col_offset,
+        counter.block,
+        counter.tag,
+        signs=SIGNS,
+        **seeds(key),
+        slot=launch.slot,
+        width=workspace.shape[2],
+        n_panels=launch.count,
+        panel_step=launch.step,
+        panels_per_split=launch.per_split,
+        BLOCK_B=chosen.BLOCK_B,
+        BLOCK_K=chosen.BLOCK_K,
+        STEP_ROWS=chosen.STEP_ROWS,
+        TERMS=terms_of(piece.dtype, call.precision),
+        CONTIGUOUS=contiguous,
+        ALIGNED=aligned,
+        MASKED=launch.masked,
+        UNIT=facts.unit,
+        NUM_WARPS=chosen.num_warps,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        **config.OPTIONS,
+    )
+
+
 def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     """out [B, n] = scale * y [B, K] @ R[row_offset : row_offset + n, :K].T"""
     key, row_offset, scale, _, precision = call
+    if key.kind == "sjlt":
+        launch_sjlt.project_transpose(y, out, call)
+        return
     n_rows = out.shape[1]
     dtype = str(y.dtype).removeprefix("torch.")
     block_b, block_k, num_warps = config.choose_transpose(dtype, key.kind, out.shape[0])
     block_rows = 64 if key.kind == "gaussian" else 512
     most = MAX_GRID * block_b
-    with _guard(out):
+    with guard(out):
         table = magnitudes(out.device, y.dtype == torch.float16)
         pairs = [(y[b : b + most], out[b : b + most]) for b in range(0, out.shape[0], most)]
         spans = list(plan.whole_counters(key.kind, row_offset, row_offset + n_rows))
@@ -216,10 +227,11 @@ def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
                 out.stride(0),
                 out.stride(1),
                 first * block_rows - row_offset,
-                _double_bits(scale),
+                double_bits(scale),
                 counter.block,
                 counter.tag,
-                **_seed(key),
+                signs=SIGNS,
+                **seeds(key),
                 GAUSSIAN=key.kind == "gaussian",
                 BLOCK_B=block_b,
                 BLOCK_K=block_k,
@@ -235,9 +247,12 @@ def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
 def matrix(out: Tensor, call: Call, col_offset: int) -> None:
     """out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]"""
     key, row_offset = call.key, call.row_offset
+    if key.kind == "sjlt":
+        launch_sjlt.matrix(out, call, col_offset)
+        return
     block_k, num_warps = 64, 4
     most = MAX_GRID * plan.PANEL
-    with _guard(out):
+    with guard(out):
         table = magnitudes(out.device, False)
         for begin, end in plan.whole_counters(key.kind, row_offset, row_offset + out.shape[0]):
             aligned = begin // plan.PANEL * plan.PANEL
@@ -256,7 +271,8 @@ def matrix(out: Tensor, call: Call, col_offset: int) -> None:
                     col_offset,
                     counter.block,
                     counter.tag,
-                    **_seed(key),
+                    signs=SIGNS,
+                    **seeds(key),
                     GAUSSIAN=key.kind == "gaussian",
                     BLOCK_K=block_k,
                     NUM_WARPS=num_warps,

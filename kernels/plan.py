@@ -1,8 +1,9 @@
 """Which rows of R a launch covers, how P is split, and how large the workspace is. No Triton.
 
-R's rows are cut into panels of 512, at multiples of 512 in R, not in G, so that a panel of
-Rademacher entries is one spec block. Everything here depends on the row range, K and the number of
-multiprocessors; nothing depends on B, so a row's result does not depend on its batch.
+R's rows are cut into panels, at multiples of their rows in R, not in G: of the dense kinds 512
+rows, so that a panel of Rademacher entries is one spec block; of kind sjlt four tiles. Everything
+here depends on the row range, K and the number of multiprocessors; nothing depends on B, so a row's
+result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -12,28 +13,31 @@ from dataclasses import dataclass
 
 from fastproj.spec import KINDS
 
-PANEL = 512  # rows of R
+PANEL = 512  # rows of R, of the dense kinds
+PANEL_TILES = 4  # of kind sjlt
 BLOCK_ROWS = {"rademacher": 512, "gaussian": 32}  # rows that share a spec block number
 
 WORKSPACE_BYTES = 56 << 20  # for partial sums, at any shape
 MAX_BATCH = 128  # rows of G in one launch; larger batches take several
-MAX_COLUMNS = 32768  # columns of R in one launch
+MAX_COLUMNS = 32768  # columns of R in one launch; of kind sjlt twice as many
 TILES_PER_MULTIPROCESSOR = 3  # programs wanted in flight or queued for each multiprocessor
 MIN_PANELS_PER_SPLIT = 4
+SJLT_COLUMNS = 4096  # of kind sjlt, to a program: where registers end
 FEW_PANELS = 4  # up to so many, one masked launch is cheaper than two
 
 
 @dataclass(frozen=True)
 class Counter:
-    """Where a launch starts in the counter: the ``block`` and ``tag`` arguments of the kernels."""
+    """Where a launch starts in the counter: arguments of the kernels."""
 
-    block: int  # low 32 bits of the block number, as a signed 32-bit integer
-    tag: int  # (block >> 32) << 8 | kind << 2
+    block: int  # low 32 bits of the number of the block (sjlt: tile), as a signed 32-bit integer
+    tag: int  # high bits << 8 | kind << 2; of kind sjlt also log2(block) - 4 << 4
 
     @classmethod
-    def at(cls, kind: str, row: int) -> Counter:
-        block = row // BLOCK_ROWS[kind]
-        return cls(signed32(block), (block >> 32) << 8 | KINDS.index(kind) << 2)
+    def at(cls, kind: str, row: int, block: int = 0) -> Counter:
+        number = row // counter_rows(kind, block)
+        size = block.bit_length() - 5 << 4 if block else 0
+        return cls(signed32(number), (number >> 32) << 8 | size | KINDS.index(kind) << 2)
 
 
 @dataclass(frozen=True)
@@ -57,28 +61,93 @@ def signed32(value: int) -> int:
     return value - (1 << 32) if value >> 31 else value
 
 
-def whole_counters(kind: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def counter_rows(kind: str, block: int = 0) -> int:
+    """Rows of R that share a number in the counter; ``block`` is of kind sjlt alone.
+
+    Raises ValueError for another kind.
+    """
+    if kind == "sjlt":
+        return block
+    if kind in BLOCK_ROWS:
+        return BLOCK_ROWS[kind]
+    raise ValueError(f"plan: received kind={kind!r}; expected one of {', '.join(KINDS)}")
+
+
+def panel_rows(kind: str, block: int = 0) -> int:
+    """Rows of R in a panel."""
+    return PANEL_TILES * block if kind == "sjlt" else PANEL
+
+
+def whole_counters(kind: str, start: int, stop: int, block: int = 0) -> Iterator[tuple[int, int]]:
     """Cut rows start .. stop where the high half of the block number changes."""
-    period = BLOCK_ROWS[kind] << 32
+    period = counter_rows(kind, block) << 32
     while start < stop:
         cut = min(stop, (start // period + 1) * period)
         yield start, cut
         start = cut
 
 
-def max_slots(columns: int, item_size: int) -> int:
-    """How many partial results fit into the workspace."""
-    padded = -(-columns // 256) * 256
-    return max(1, WORKSPACE_BYTES // (MAX_BATCH * padded * item_size))
+def max_columns(kind: str) -> int:
+    """Columns of R in one launch. Of kind sjlt a launch is bound by reading G, not by columns."""
+    return 2 * MAX_COLUMNS if kind == "sjlt" else MAX_COLUMNS
 
 
-def split_panels(count: int, columns: int, multiprocessors: int, slots: int) -> tuple[int, int]:
+def sjlt_columns(columns: int) -> int:
+    """Columns of R that a program of kind sjlt takes: the most that leave few of them unused."""
+    size = SJLT_COLUMNS
+    while size > 64 and 8 * padded(columns, size) > 9 * columns:
+        size //= 2
+    return size
+
+
+def padded(columns: int, size: int) -> int:
+    """``columns`` rounded up to a multiple of ``size``."""
+    return -(-columns // size) * size
+
+
+@dataclass(frozen=True)
+class Room:
+    """How a launch over ``columns`` columns shares the device and the workspace."""
+
+    batch: int  # rows of G in one launch; larger batches take several
+    width: int  # columns of a partial result in the workspace
+    slots: int  # partial results that the workspace holds
+    programs: int  # wanted for each split: tiles of columns
+    most_splits: int  # that the device needs, if each has a program for each tile of columns
+    least_panels: int  # to a split
+
+
+def room(kind: str, columns: int, multiprocessors: int, item_size: int, block: int = 0) -> Room:
+    """The room for ``columns`` columns of R (at most max_columns), sums of ``item_size`` bytes.
+
+    A program of kind sjlt takes so many columns that already a row of G has to fill the device by
+    splits of P; so that their partial results fit into the workspace, a launch has fewer rows.
+    """
+    if kind == "sjlt":
+        size = sjlt_columns(columns)
+        width = padded(columns, size)
+        tiles = width // size
+        # Two programs of 4096 columns fill a multiprocessor's registers.
+        most = max(1, min(8, 2 * SJLT_COLUMNS // size) * multiprocessors // tiles)
+        fits = max(1, WORKSPACE_BYTES // (most * width * item_size))
+        batch = min(MAX_BATCH, max(8, 1 << fits.bit_length() - 1))
+        # Writing and reading a partial result is to cost a fraction of reading the split's G.
+        least = min(64, max(MIN_PANELS_PER_SPLIT, 4 * columns // block))
+    else:
+        counter_rows(kind)  # raises for what is no kind
+        width, batch, least = padded(columns, 256), MAX_BATCH, MIN_PANELS_PER_SPLIT
+        tiles = width // 256
+        most = max(1, TILES_PER_MULTIPROCESSOR * multiprocessors // tiles)
+    slots = max(1, WORKSPACE_BYTES // (batch * width * item_size))
+    return Room(batch, width, slots, tiles, most, least)
+
+
+def split_panels(count: int, multiprocessors: int, room: Room) -> tuple[int, int]:
     """Panels to a split, and how many splits."""
-    tiles = -(-columns // 256)
+    tiles, slots = room.programs, room.slots
     if slots >= 16:  # leave room for the partial panels at both ends, or they take a group
         slots -= 2
-    most = max(1, TILES_PER_MULTIPROCESSOR * multiprocessors // tiles)
-    most = min(most, slots, -(-count // MIN_PANELS_PER_SPLIT))
+    most = min(room.most_splits, slots, -(-count // room.least_panels))
 
     def busy(splits: int) -> float:
         """Share of the multiprocessors that have work, over the rounds that the programs take."""
@@ -90,11 +159,14 @@ def split_panels(count: int, columns: int, multiprocessors: int, slots: int) -> 
     return per_split, -(-count // per_split)
 
 
-def cut_piece(kind: str, start: int, stop: int) -> Iterator[tuple[int, int, int, bool]]:
+def cut_piece(
+    kind: str, start: int, stop: int, block: int = 0
+) -> Iterator[tuple[int, int, int, bool]]:
     """(panel, count, step, masked) covering rows start .. stop of R."""
-    for first_row, last_row in whole_counters(kind, start, stop):
-        first, last = first_row // PANEL, -(-last_row // PANEL)
-        whole, whole_end = -(-first_row // PANEL), last_row // PANEL
+    rows = panel_rows(kind, block)
+    for first_row, last_row in whole_counters(kind, start, stop, block):
+        first, last = first_row // rows, -(-last_row // rows)
+        whole, whole_end = -(-first_row // rows), last_row // rows
         if (whole, whole_end) == (first, last):
             yield first, last - first, 1, False
         elif last - first <= FEW_PANELS:
@@ -112,25 +184,29 @@ def plan(
     kind: str,
     multiprocessors: int,
     item_size: int,
+    block: int = 0,
 ) -> list[list[Launch]]:
     """Launches for pieces of ``sizes`` rows, the first at row ``row_offset`` of R.
+
+    block : of kind sjlt alone.
 
     Returns groups: the launches of a group fill the workspace, which is then added to the output.
     There is always one group, if an empty one.
     """
-    slots = max_slots(columns, item_size)
+    shared = room(kind, columns, multiprocessors, item_size, block)
+    slots = shared.slots
     groups: list[list[Launch]] = [[]]
     used = 0
     row = row_offset
     for piece, size in enumerate(sizes):
-        for panel, count, step, masked in cut_piece(kind, row, row + size):
-            per_split, splits = split_panels(count, columns, multiprocessors, slots)
+        for panel, count, step, masked in cut_piece(kind, row, row + size, block):
+            per_split, splits = split_panels(count, multiprocessors, shared)
             if step != 1:
                 per_split, splits = (1, count) if count <= slots else (count, 1)
             if used + splits > slots:
                 groups.append([])
                 used = 0
-            origin = panel * PANEL - row
+            origin = panel * panel_rows(kind, block) - row
             groups[-1].append(
                 Launch(piece, panel, count, step, masked, origin, per_split, splits, used)
             )

@@ -1,4 +1,7 @@
-"""What the operations must give, from the stored matrix: the other side of the comparisons."""
+"""What the operations must give, from the stored matrix: the other side of the comparisons.
+
+KINDS are the dense ones; test_sjlt.py has the sparse kind.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,12 @@ def stored(
     row_offset: int = 0,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
+    block: int = 0,
 ) -> Tensor:
     """R[row_offset : row_offset + rows, :cols], from the spec page."""
-    block = matrix_block(MatrixKey(kind, seed, stream), row_offset, row_offset + rows, 0, cols)
-    return torch.from_numpy(block).to(device, dtype)
+    key = MatrixKey(kind, seed, stream, block)
+    entries = matrix_block(key, row_offset, row_offset + rows, 0, cols)
+    return torch.from_numpy(entries).to(device, dtype)
 
 
 def integers(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

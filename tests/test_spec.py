@@ -16,6 +16,7 @@ from scipy.stats import norm
 import fastproj
 from fastproj import spec
 from fastproj.spec import MatrixKey, gauss_map, gauss_table, matrix_block, philox4x32_10
+from tests.dense import KINDS
 
 
 def vectors(path: Path) -> list[list[str]]:
@@ -102,7 +103,7 @@ def test_known_blocks(data: Path, backend: str, device: str) -> None:
 
 
 @given(
-    kind=st.sampled_from(spec.KINDS),
+    kind=st.sampled_from(KINDS),
     seed=st.integers(0, 2**64 - 1),
     stream=st.integers(0, 2**32 - 1),
     p=st.integers(0, spec.MAX_ROWS - 1),
@@ -118,7 +119,7 @@ def test_any_entry_of_the_page_follows_the_table(
 # ---- every backend against the page ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", spec.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("row", "rows", "col", "cols"),
     [
@@ -152,7 +153,7 @@ def test_any_block_equals_the_page(
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        *[(kind, dt) for kind in spec.KINDS for dt in (torch.float64, torch.bfloat16, torch.half)],
+        *[(kind, dt) for kind in KINDS for dt in (torch.float64, torch.bfloat16, torch.half)],
         ("rademacher", torch.int8),
     ],
 )
@@ -165,7 +166,7 @@ def test_each_dtype_holds_the_entries_exactly(
     assert torch.equal(block.cpu().double(), page.double())
 
 
-@pytest.mark.parametrize("kind", spec.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_columns_are_a_prefix_and_blocks_are_slices(backend: str, device: str, kind: str) -> None:
     how = {"seed": 11, "kind": kind, "stream": 4, "device": device, "backend": backend}
     whole = fastproj.matrix(1300, 70, **how)
@@ -209,7 +210,7 @@ def test_the_gaussian_entries_are_as_normal_as_documented() -> None:
     assert entries.max() == 3.390625
 
 
-@pytest.mark.parametrize("kind", spec.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_sample_moments(kind: str) -> None:
     """Each bound fails by chance once in 10^9 draws of a matrix (Bernstein, |entry| < 3.4)."""
     n, cols = 4096, 64
@@ -232,7 +233,7 @@ def test_sample_moments(kind: str) -> None:
         assert abs(product) < limit((n - distance) * cols, 10, 1.0, 3.4**2)
 
 
-@pytest.mark.parametrize("kind", spec.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_seeds_streams_kinds_and_columns_differ(kind: str) -> None:
     """Any two of these share entries like independent ones: 8192 signs, failure 10^-9 a pair."""
 
@@ -260,4 +261,4 @@ def test_seeds_streams_kinds_and_columns_differ(kind: str) -> None:
 
 def test_the_version_and_the_readable_names_are_fixed() -> None:
     assert spec.SPEC_VERSION == fastproj.SPEC_VERSION == 1
-    assert spec.KINDS == ("rademacher", "gaussian")
+    assert spec.KINDS == ("rademacher", "gaussian", "sjlt")

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "arena.hpp"
 #include "load.hpp"
 #include "words.hpp"
 
@@ -74,21 +75,6 @@ class Expander {
     ColumnWords& words_;
     int part_ = 0;
     Simd::U held_[kStripVectors][kKind == Kind::kRademacher ? 1 : 4][4][4];
-};
-
-// Hands out aligned pieces of one scratch allocation.
-class Arena {
-  public:
-    explicit Arena(void* base) : at_(static_cast<char*>(base)) {}
-    template <class T>
-    T* take(std::size_t count) {
-        T* here = reinterpret_cast<T*>(at_);
-        at_ += (count * sizeof(T) + 63) / 64 * 64;
-        return here;
-    }
-
-  private:
-    char* at_;
 };
 
 constexpr int pad_columns(int cols) { return (cols + kColumnPad - 1) / kColumnPad * kColumnPad; }

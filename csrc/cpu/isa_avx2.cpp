@@ -3,6 +3,7 @@
 // clang-format off
 #include "dense.hpp"
 #include "lookup.hpp"
+#include "sjlt.hpp"
 // clang-format on
 
 namespace fastproj::cpu {
@@ -54,6 +55,7 @@ struct SignSums {
 
 KernelTable kernels_avx2() {
     KernelTable table = dense_kernels();
+    add_sjlt_kernels(table);
     table.project_scratch_bytes = project_scratch_bytes<SignSums>;
     table.rademacher_f32 = project_lookup<SignSums>;
     return table;

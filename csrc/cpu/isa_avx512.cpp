@@ -3,6 +3,7 @@
 // clang-format off
 #include "dense.hpp"
 #include "lookup.hpp"
+#include "sjlt.hpp"
 // clang-format on
 
 namespace fastproj::cpu {
@@ -52,6 +53,7 @@ struct SignSums {
 
 KernelTable kernels_avx512() {
     KernelTable table = dense_kernels();
+    add_sjlt_kernels(table);
     table.project_scratch_bytes = project_scratch_bytes<SignSums>;
     table.rademacher_f32 = project_lookup<SignSums>;
     return table;

@@ -2,10 +2,15 @@
 #include "simd_portable.hpp"
 // clang-format off
 #include "dense.hpp"
+#include "sjlt.hpp"
 // clang-format on
 
 namespace fastproj::cpu {
 
-KernelTable kernels_portable() { return dense_kernels(); }
+KernelTable kernels_portable() {
+    KernelTable table = dense_kernels();
+    add_sjlt_kernels(table);
+    return table;
+}
 
 }  // namespace fastproj::cpu

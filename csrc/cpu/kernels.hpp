@@ -68,6 +68,35 @@ struct MatrixTile {
     void* scratch;
 };
 
+// acc[b, c] += the same product for the sparse kind, over tiles [tile_begin, tile_end) of block
+// rows. Columns come in whole chunks of 16: cols and acc_ld are multiples of it, col_begin of 64.
+struct SjltTile {
+    const Source* source;
+    MatrixKey key;
+    std::int64_t batch_begin;
+    int batch;
+    std::int64_t tile_begin;
+    std::int64_t tile_end;
+    std::uint32_t col_begin;
+    int cols;
+    double* acc;
+    std::int64_t acc_ld;
+    void* scratch;  // sjlt_scratch_bytes(key, batch, cols), aligned to 64
+};
+
+// out[b, r] = sum over c < cols of Y[b, c] * R[tile * block + r, c] for the rows of one tile, as
+// TransposeTile; out is [batch, block] double. y_ld is a multiple of 16.
+struct SjltTransposeTile {
+    MatrixKey key;
+    const void* y;
+    std::int64_t y_ld;
+    int batch;
+    std::int64_t cols;
+    std::int64_t tile;
+    double* out;
+    void* scratch;  // sjlt_scratch_bytes(key, 1, cols)
+};
+
 // The functions of one instruction set. A null pointer never occurs: sets that add nothing of their
 // own to a row point at the next lesser set's function.
 struct KernelTable {
@@ -80,6 +109,11 @@ struct KernelTable {
     void (*transpose_f64)(const TransposeTile&);
     std::size_t (*matrix_scratch_bytes)();
     void (*matrix)(const MatrixTile&);
+    std::size_t (*sjlt_scratch_bytes)(const MatrixKey& key, int batch, std::int64_t cols);
+    void (*sjlt_f32)(const SjltTile&);
+    void (*sjlt_f64)(const SjltTile&);
+    void (*sjlt_transpose_f32)(const SjltTransposeTile&);
+    void (*sjlt_transpose_f64)(const SjltTransposeTile&);
 };
 
 KernelTable kernels_portable();

@@ -83,19 +83,27 @@ inline void load_rows(const View& piece, std::int64_t b, std::int64_t row, int n
     }
 }
 
-// to[0..512) = rows of batch element b in this panel; zeros where the input has no such row.
-template <class T>
-void load_panel(const Source& source, std::int64_t b, std::int64_t panel, T* to) {
-    const std::int64_t first = panel * kPanelRows - source.row_offset;  // input row of to[0]
-    std::int64_t row = first < 0 ? 0 : first;
-    const std::int64_t last = first + kPanelRows < source.rows ? first + kPanelRows : source.rows;
-    if (last - row < kPanelRows) std::memset(to, 0, kPanelRows * sizeof(T));
-    if (row >= last) return;
-    int lo = 0;  // the last piece that begins at or before row, by bisection
+// The last piece that begins at or before an input row, by bisection.
+inline int piece_of(const Source& source, std::int64_t row) {
+    int lo = 0;
     for (int hi = source.num_pieces; hi - lo > 1;) {
         const int mid = (lo + hi) / 2;
         (source.piece_begin[mid] <= row ? lo : hi) = mid;
     }
+    return lo;
+}
+
+// to[0..count) = matrix rows row_begin .. of batch element b; zeros where the input has no such
+// row.
+template <class T>
+void load_span(const Source& source, std::int64_t b, std::int64_t row_begin, std::int64_t count,
+               T* to) {
+    const std::int64_t first = row_begin - source.row_offset;  // input row of to[0]
+    std::int64_t row = first < 0 ? 0 : first;
+    const std::int64_t last = first + count < source.rows ? first + count : source.rows;
+    if (last - row < count) std::memset(to, 0, static_cast<std::size_t>(count) * sizeof(T));
+    if (row >= last) return;
+    int lo = piece_of(source, row);
     for (; row < last; ++lo) {
         const std::int64_t end =
             source.piece_begin[lo + 1] < last ? source.piece_begin[lo + 1] : last;
@@ -104,6 +112,12 @@ void load_panel(const Source& source, std::int64_t b, std::int64_t panel, T* to)
                   to + (row - first));
         row = end;
     }
+}
+
+// to[0..512) = the rows of batch element b in this panel.
+template <class T>
+void load_panel(const Source& source, std::int64_t b, std::int64_t panel, T* to) {
+    load_span(source, b, panel * kPanelRows, kPanelRows, to);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 namespace fastproj::cpu {
 
 void matrix(const View& out, const Call& call, std::int64_t col_offset, const Run& run) {
+    if (call.key.kind == Kind::kSjlt) return matrix_sjlt(out, call, col_offset, run);
     const std::int64_t rows = out.shape[0], cols = out.shape[1];
     const Panels panels(call.row_offset, rows);
     const std::int64_t strips = ceil_div(cols, kColumnPad);

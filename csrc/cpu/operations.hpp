@@ -23,6 +23,16 @@ void project_transpose(const View& y, const View& out, const Call& call, const R
 // out[r, c] = R[row_offset + r, col_offset + c].
 void matrix(const View& out, const Call& call, std::int64_t col_offset, const Run& run);
 
+// The same three of the sparse kind.
+void project_sjlt(const std::vector<View>& pieces, const View& out, const Call& call,
+                  const Run& run);
+void project_transpose_sjlt(const View& y, const View& out, const Call& call, const Run& run);
+void matrix_sjlt(const View& out, const Call& call, std::int64_t col_offset, const Run& run);
+
+// to [samples, padded_dim] = those rows of Y, zero beyond its columns; in its dtype.
+void pack_batch(const View& y, std::int64_t batch_begin, std::int64_t samples,
+                std::int64_t padded_dim, char* to);
+
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // The panels of R that rows row_offset .. row_offset + rows touch.

@@ -8,6 +8,7 @@ namespace fastproj::cpu {
 // P is cut into segments and K into slabs by rules that look at P and K alone, so the order of
 // every sum is the same whatever the batch, the number of threads and the machine's load.
 void project(const std::vector<View>& pieces, const View& out, const Call& call, const Run& run) {
+    if (call.key.kind == Kind::kSjlt) return project_sjlt(pieces, out, call, run);
     constexpr std::int64_t kSlabCols = 2048;  // tables of signed sums are built once a slab
     constexpr std::int64_t kBatchTile = 64;   // batch rows that share generated words
     constexpr std::int64_t kMaxSegments = 64;

@@ -5,7 +5,22 @@
 
 namespace fastproj::cpu {
 
+void pack_batch(const View& y, std::int64_t batch_begin, std::int64_t samples,
+                std::int64_t padded_dim, char* to) {
+    const std::int64_t item = y.dtype == Dtype::kF64 ? sizeof(double) : sizeof(float);
+    std::memset(to, 0, static_cast<std::size_t>(samples * padded_dim * item));
+    for (std::int64_t b = 0; b < samples; ++b) {
+        for (std::int64_t k = 0; k < y.shape[1]; ++k) {
+            const std::int64_t at = (batch_begin + b) * y.stride[0] + k * y.stride[1];
+            std::memcpy(to + (b * padded_dim + k) * item,
+                        static_cast<const char*>(y.data) + at * item,
+                        static_cast<std::size_t>(item));
+        }
+    }
+}
+
 void project_transpose(const View& y, const View& out, const Call& call, const Run& run) {
+    if (call.key.kind == Kind::kSjlt) return project_transpose_sjlt(y, out, call, run);
     constexpr std::int64_t kBatchTile = 64;
     const std::int64_t batch = y.shape[0], proj_dim = y.shape[1], rows = out.shape[1];
     const std::int64_t padded_dim = ceil_div(proj_dim, kColumnPad) * kColumnPad;
@@ -24,15 +39,7 @@ void project_transpose(const View& y, const View& out, const Call& call, const R
     for (std::int64_t batch_begin = 0; batch_begin < batch; batch_begin += batch_tile) {
         const auto rows_here =
             static_cast<int>(std::min<std::int64_t>(batch_tile, batch - batch_begin));
-        std::memset(packed.get(), 0, packed_bytes);
-        for (std::int64_t b = 0; b < rows_here; ++b) {
-            for (std::int64_t k = 0; k < proj_dim; ++k) {
-                const std::int64_t at = (batch_begin + b) * y.stride[0] + k * y.stride[1];
-                std::memcpy(packed.get() + static_cast<std::size_t>(b * padded_dim + k) * item,
-                            static_cast<const char*>(y.data) + at * static_cast<std::int64_t>(item),
-                            item);
-            }
-        }
+        pack_batch(y, batch_begin, rows_here, padded_dim, packed.get());
         parallel_for(panels.count, num_threads, [&](std::int64_t panel, int worker) {
             TransposeTile tile{};
             tile.key = call.key;

@@ -43,6 +43,50 @@ struct Simd {
         _mm256_storeu_pd(acc + 4, _mm256_add_pd(_mm256_loadu_pd(acc + 4), high));
     }
 
+    // Sums of a chunk of 16 columns; add_chunk adds row i ^ flip of a packed chunk (spec.hpp) to
+    // column i, with its sign.
+    struct Chunk {
+        __m256 half[2];
+    };
+    static Chunk load_chunk(const float* sums) {
+        return {{_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + 8)}};
+    }
+    static void store_chunk(const Chunk& sum, float* sums) {
+        _mm256_storeu_ps(sums, sum.half[0]);
+        _mm256_storeu_ps(sums + 8, sum.half[1]);
+    }
+    static void add_chunk(const float* rows, const std::uint32_t* at, Chunk& sum) {
+        const std::uint32_t packed = *at;
+        const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+        const __m256i word = _mm256_broadcastd_epi32(_mm_loadu_si32(at));
+        const __m256i index = _mm256_xor_si256(word, lane);  // vpermps takes 3 bits of it
+        const float* from = rows + (packed & 0xfff0u);
+        for (std::uint32_t i = 0; i < 2; ++i) {
+            const __m256 value =
+                _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + (8 * i ^ (packed & 8u))), index);
+            const __m256i sign = _mm256_sllv_epi32(
+                word, _mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(15 - 8 * i)), lane));
+            const __m256 sign_bit = _mm256_and_ps((__m256)sign, _mm256_set1_ps(-0.0f));
+            sum.half[i] = _mm256_add_ps(sum.half[i], _mm256_xor_ps(value, sign_bit));
+        }
+    }
+
+    // to[4 i + j] = words[j][i]
+    static void interleave(const U words[4], std::uint32_t* to) {
+        const __m256i a = _mm256_unpacklo_epi32((__m256i)words[0], (__m256i)words[1]);
+        const __m256i b = _mm256_unpackhi_epi32((__m256i)words[0], (__m256i)words[1]);
+        const __m256i c = _mm256_unpacklo_epi32((__m256i)words[2], (__m256i)words[3]);
+        const __m256i d = _mm256_unpackhi_epi32((__m256i)words[2], (__m256i)words[3]);
+        // Half q of rows[i] holds the four words of lane 4 q + i.
+        const __m256i rows[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
+                                 _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
+        for (int i = 0; i < 4; ++i) {
+            auto* at = reinterpret_cast<__m128i*>(to) + i;
+            _mm_storeu_si128(at, _mm256_castsi256_si128(rows[i]));
+            _mm_storeu_si128(at + 4, _mm256_extracti128_si256(rows[i], 1));
+        }
+    }
+
     static F sign(U word, int position) {
         return (F)((word << (31 - position) & 0x80000000u) | 0x3f800000u);
     }

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kernels.hpp"
 
 namespace fastproj::cpu {
@@ -36,6 +38,40 @@ struct Simd {
         const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
         _mm512_storeu_pd(acc, _mm512_add_pd(_mm512_loadu_pd(acc), low));
         _mm512_storeu_pd(acc + 8, _mm512_add_pd(_mm512_loadu_pd(acc + 8), high));
+    }
+
+    // Sums of a chunk of 16 columns; add_chunk adds row i ^ flip of a packed chunk (spec.hpp) to
+    // column i, with its sign.
+    using Chunk = __m512;
+    static Chunk load_chunk(const float* sums) { return _mm512_loadu_ps(sums); }
+    static void store_chunk(Chunk sum, float* sums) { _mm512_storeu_ps(sums, sum); }
+    static void add_chunk(const float* rows, const std::uint32_t* packed, Chunk& sum) {
+        const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i index = _mm512_xor_si512(_mm512_broadcastd_epi32(_mm_loadu_si32(packed)),
+                                               lane);  // vpermps takes 4 bits of it
+        __mmask16 negative;
+        std::memcpy(&negative, reinterpret_cast<const char*>(packed) + 2, sizeof negative);
+        const __m512 value =
+            _mm512_permutexvar_ps(index, _mm512_loadu_ps(rows + (*packed & 0xfff0u)));
+        sum = _mm512_add_ps(sum, _mm512_mask_xor_ps(value, negative, value, _mm512_set1_ps(-0.0f)));
+    }
+
+    // to[4 i + j] = words[j][i]
+    static void interleave(const U words[4], std::uint32_t* to) {
+        const __m512i a = _mm512_unpacklo_epi32((__m512i)words[0], (__m512i)words[1]);
+        const __m512i b = _mm512_unpackhi_epi32((__m512i)words[0], (__m512i)words[1]);
+        const __m512i c = _mm512_unpacklo_epi32((__m512i)words[2], (__m512i)words[3]);
+        const __m512i d = _mm512_unpackhi_epi32((__m512i)words[2], (__m512i)words[3]);
+        // Quarter q of rows[i] holds the four words of lane 4 q + i.
+        const __m512i rows[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c),
+                                 _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)};
+        for (int i = 0; i < 4; ++i) {
+            auto* at = reinterpret_cast<__m128i*>(to) + i;
+            _mm_storeu_si128(at, _mm512_castsi512_si128(rows[i]));
+            _mm_storeu_si128(at + 4, _mm512_extracti32x4_epi32(rows[i], 1));
+            _mm_storeu_si128(at + 8, _mm512_extracti32x4_epi32(rows[i], 2));
+            _mm_storeu_si128(at + 12, _mm512_extracti32x4_epi32(rows[i], 3));
+        }
     }
 
     // +1 where bit `position` of the word is 0, -1 where it is 1.

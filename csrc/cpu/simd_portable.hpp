@@ -2,6 +2,8 @@
 // the compiler's baseline has it.
 #pragma once
 
+#include <cstring>
+
 #include "kernels.hpp"
 
 namespace fastproj::cpu {
@@ -28,6 +30,34 @@ struct Simd {
 
     static void add_to_double(F x, double* acc) {
         for (int i = 0; i < kLanes; ++i) acc[i] += static_cast<double>(x[i]);
+    }
+
+    // Sums of a chunk of 16 columns; add_chunk adds row i ^ flip of a packed chunk (spec.hpp) to
+    // column i, with its sign.
+    struct Chunk {
+        float sum[kSjltChunk];
+    };
+    static Chunk load_chunk(const float* sums) {
+        Chunk chunk;
+        std::memcpy(chunk.sum, sums, sizeof chunk.sum);
+        return chunk;
+    }
+    static void store_chunk(const Chunk& chunk, float* sums) {
+        std::memcpy(sums, chunk.sum, sizeof chunk.sum);
+    }
+    static void add_chunk(const float* rows, const std::uint32_t* at, Chunk& chunk) {
+        const std::uint32_t packed = *at;
+        for (std::uint32_t i = 0; i < kSjltChunk; ++i) {
+            const float value = rows[sjlt_row(packed, i)];
+            chunk.sum[i] += sjlt_negative(packed, i) != 0 ? -value : value;
+        }
+    }
+
+    // to[4 i + j] = words[j][i]
+    static void interleave(const U words[4], std::uint32_t* to) {
+        for (int i = 0; i < kLanes; ++i) {
+            for (int j = 0; j < 4; ++j) to[4 * i + j] = words[j][i];
+        }
     }
 
     static F sign(U word, int position) {

@@ -55,6 +55,15 @@ def _block(key: MatrixKey, row: int, rows: int, col: int, cols: int, like: Tenso
     return torch.from_numpy(block).to(like.device, torch.float64)
 
 
+def _product(x: Tensor, block: Tensor, kind: str) -> Tensor:
+    """``x @ block``; of the sparse kind only what isn't zero is multiplied, so NaN stays there."""
+    if kind != "sjlt":
+        return x @ block
+    rows, cols = block.nonzero(as_tuple=True)
+    y = x.new_zeros((x.shape[0], block.shape[1]))
+    return y.index_add_(1, cols, x[:, rows] * block[rows, cols])
+
+
 def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
     """out [B, K] = (or +=) scale * cat(pieces, 1) [B, P] @ R[row_offset : row_offset + P]."""
     for col, col_stop in _spans(out.shape[1], BLOCK_COLS):
@@ -63,7 +72,7 @@ def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
         for piece in pieces:
             for p, p_stop in _spans(piece.shape[1], BLOCK_ROWS, row):
                 block = _block(call.key, row + p, p_stop - p, col, col_stop - col, piece)
-                total += piece[:, p:p_stop].double() @ block
+                total += _product(piece[:, p:p_stop].double(), block, call.key.kind)
             row += piece.shape[1]
         total *= call.scale
         if call.accumulate:
@@ -77,7 +86,7 @@ def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
         total = out.new_zeros((out.shape[0], p_stop - p), dtype=torch.float64)
         for col, col_stop in _spans(y.shape[1], BLOCK_COLS):
             block = _block(call.key, call.row_offset + p, p_stop - p, col, col_stop - col, y)
-            total += y[:, col:col_stop].double() @ block.T
+            total += _product(y[:, col:col_stop].double(), block.T, call.key.kind)
         out[:, p:p_stop] = total * call.scale
 
 

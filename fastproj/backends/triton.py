@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastproj.call import Call, terms_of
+from fastproj.checks import check_block
 from fastproj.kernels import OLDEST_TRITON
 
 NAME = "triton"
@@ -67,7 +68,7 @@ def unsupported(device_type: str, dtype: torch.dtype, kind: str) -> str | None:
     wanted = "cpu" if _interpreted() else "cuda"
     if device_type != wanted:
         return f"it takes {wanted} tensors here, not {device_type} ones"
-    if dtype not in _DTYPES and not (dtype == torch.int8 and kind == "rademacher"):
+    if dtype not in _DTYPES and not (dtype == torch.int8 and kind in ("rademacher", "sjlt")):
         return f"it has no {str(dtype).removeprefix('torch.')}; use backend='reference'"
     return None
 
@@ -109,37 +110,52 @@ def plan(
     kind: str = "rademacher",
     precision: str = "highest",
     *,
+    block: int | None = None,
     arch: str = "sm_90",
     multiprocessors: int = 132,
 ) -> dict[str, str]:
     """What a projection of dense, aligned grads ``[batch, rows]`` to ``cols`` columns would use.
 
-    Needs neither a GPU nor Triton. arch : such as "sm_90" or "gfx942".
+    Needs neither a GPU nor Triton. block : of kind sjlt, the default for ``cols`` where None;
+    arch : such as "sm_90" or "gfx942".
     """
     from fastproj.kernels import config
     from fastproj.kernels import plan as planner
 
+    size = check_block("plan", kind, block, cols)
     name = str(dtype).removeprefix("torch.")
-    samples, columns = min(batch, planner.MAX_BATCH), min(cols, planner.MAX_COLUMNS)
+    columns = min(cols, planner.max_columns(kind))
     terms = terms_of(dtype, precision)
-    tiles = config.choose(arch, name, kind, terms, samples, columns)
     item = 8 if dtype == torch.float64 else 4
-    groups = planner.plan([rows], 0, columns, kind, multiprocessors, item)
+    room = planner.room(kind, columns, multiprocessors, item, size)
+    samples = min(batch, room.batch)
+    tiles = config.choose(arch, name, kind, terms, samples, columns)
+    groups = planner.plan([rows], 0, columns, kind, multiprocessors, item, size)
     launch = max((launch for group in groups for launch in group), key=lambda each: each.count)
     row_tiles = -(-samples // tiles.BLOCK_B)
     slots = max(sum(each.splits for each in group) for group in groups)
-    facts = {
-        "matrix unit": config.unit(arch),
-        "terms": terms,
-        "BLOCK_B": tiles.BLOCK_B,
-        "BLOCK_K": tiles.BLOCK_K,
-        "rows per step": tiles.STEP_ROWS,
-        "stages": tiles.num_stages,
+    if kind == "sjlt":
+        facts: dict[str, object] = {
+            "block": size,
+            "tiles per step": tiles.STEP_ROWS,
+            "BLOCK_B": tiles.BLOCK_B,
+            "BLOCK_K": tiles.BLOCK_K,
+        }
+    else:
+        facts = {
+            "matrix unit": config.unit(arch),
+            "terms": terms,
+            "BLOCK_B": tiles.BLOCK_B,
+            "BLOCK_K": tiles.BLOCK_K,
+            "rows per step": tiles.STEP_ROWS,
+            "stages": tiles.num_stages,
+        }
+    facts |= {
         "warps": tiles.num_warps,
         "grid": f"{-(-columns // tiles.BLOCK_K)} x {row_tiles} x {launch.splits}",
         "splits of P": launch.splits,
         "samples per launch": samples,
-        "workspace bytes": slots * row_tiles * tiles.BLOCK_B * -(-columns // 256) * 256 * item,
+        "workspace bytes": slots * row_tiles * tiles.BLOCK_B * room.width * item,
     }
     return {name: str(value) for name, value in facts.items()}
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import fastproj
 from fastproj.backends import registry
 from fastproj.commands.arguments import positive
+from fastproj.spec import KINDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, nargs="+", default=[8, 32], metavar="B")
     parser.add_argument("--rows", type=positive, default=65536, metavar="P", help="default 65536")
     parser.add_argument("--cols", type=positive, default=1024, metavar="K", help="default 1024")
-    parser.add_argument("--kind", choices=["rademacher", "gaussian"], default="rademacher")
+    parser.add_argument("--kind", choices=KINDS, default="rademacher")
+    parser.add_argument("--block", type=positive, metavar="W", help="of kind sjlt")
     parser.add_argument("--repeats", type=positive, default=5, help="timed calls, default 5")
     return run(parser.parse_args(argv))
 
@@ -38,14 +40,17 @@ def run(options: argparse.Namespace) -> int:
     rows, cols, kind = options.rows, options.cols, options.kind
     try:
         used = registry.choose("cpu", torch.float32, kind).NAME
-        stored = fastproj.matrix(rows, cols, kind=kind)  # [P, K]
+        shape = fastproj.Projector(rows, cols, kind=kind, block=options.block)
+        stored = shape.matrix()  # [P, K]
     except ValueError as refusal:  # FASTPROJ_BACKEND or FASTPROJ_CPU_ISA names what can't run here
         print(f"fastproj bench: {refusal}", file=sys.stderr)
         return 2
     print(
-        f"P = {rows}, K = {cols}, {kind}, float32 in, backend {used}, "
+        f"P = {rows}, K = {cols}, {kind}{f' with block {shape.block}' if shape.block else ''}, "
+        f"float32 in, backend {used}, "
         f"{torch.get_num_threads()} threads, median of {options.repeats}\n"
-        f"{'':<28}{'B':>5}{'ms':>10}{'GF/s':>9}{'against float64':>18}"
+        "GF/s: 2 B P K / time, as if R were dense; GB/s: the bytes of G / time\n"
+        f"{'':<28}{'B':>5}{'ms':>10}{'GF/s':>9}{'GB/s':>9}{'against float64':>18}"
     )
     status = 0
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
         grads = torch.randn(batch, rows, generator=generator)  # [B, P]
         exact = grads.double() @ stored.double()  # [B, K]
 
-        project = partial(fastproj.project, grads, cols, kind=kind, scale=None, backend=used)
+        project = partial(
+            fastproj.project, grads, cols, kind=kind, block=shape.block, scale=None, backend=used
+        )
         providers: list[tuple[str, Callable[[], Tensor], float]] = [
             ("torch.matmul, stored matrix", partial(torch.matmul, grads, stored), 1e-4),
             ("fastproj highest", partial(project, precision="highest"), 1e-5),
@@ -72,5 +79,9 @@ def run(options: argparse.Namespace) -> int:
                 call()
                 seconds.append(time.perf_counter() - start)
             rate = 2e-9 * batch * rows * cols / median(seconds)
-            print(f"{name:<28}{batch:>5}{1e3 * median(seconds):>10.2f}{rate:>9.0f}{error:>18.1e}")
+            read = 4e-9 * batch * rows / median(seconds)
+            print(
+                f"{name:<28}{batch:>5}{1e3 * median(seconds):>10.2f}{rate:>9.0f}{read:>9.2f}"
+                f"{error:>18.1e}"
+            )
     return status

@@ -17,6 +17,7 @@ import torch
 import fastproj
 from fastproj.backends import registry
 from fastproj.commands import plan
+from fastproj.spec import KINDS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="the tiles, stages, splits, grid and workspace that the GPU backends would use for "
         "gradients [B, P] of DTYPE (fp32, bf16, fp16, fp64) and K columns",
     )
+    parser.add_argument("--kind", default="rademacher", choices=KINDS, help="of the plan")
     parser.add_argument(
-        "--kind", default="rademacher", choices=["rademacher", "gaussian"], help="of the plan"
+        "--block", type=int, metavar="W", help="of the plan, for kind sjlt; default by K"
     )
     parser.add_argument(
         "--precision", default="highest", choices=["highest", "high", "medium"], help="of the plan"

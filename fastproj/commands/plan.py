@@ -77,7 +77,13 @@ def gpus_here() -> list[Gpu]:
 
 
 def plans(
-    batch: int, rows: int, cols: int, dtype: torch.dtype, kind: str, precision: str
+    batch: int,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    kind: str,
+    precision: str,
+    block: int | None = None,
 ) -> list[Plan]:
     """Plans for grads ``[batch, rows]`` to ``cols`` columns, dense and aligned, at row 0 of R.
 
@@ -99,7 +105,7 @@ def plans(
             )  # fmt: skip
             found.append(Plan("cuda", gpu, facts, reason))
         facts = triton.plan(
-            batch, rows, cols, dtype, kind, precision,
+            batch, rows, cols, dtype, kind, precision, block=block,
             arch=gpu.arch, multiprocessors=gpu.multiprocessors,
         )  # fmt: skip
         found.append(Plan("triton", gpu, facts))
@@ -113,7 +119,7 @@ def print_plans(options: argparse.Namespace) -> int:
         if options.plan[3] not in DTYPES:
             raise ValueError(f"received DTYPE {options.plan[3]!r}; expected {', '.join(DTYPES)}")
         dtype = DTYPES[options.plan[3]]
-        found = plans(batch, rows, cols, dtype, options.kind, options.precision)
+        found = plans(batch, rows, cols, dtype, options.kind, options.precision, options.block)
     except ValueError as refusal:
         print(f"fastproj info --plan: {refusal}", file=sys.stderr)
         return 2

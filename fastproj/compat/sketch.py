@@ -13,14 +13,19 @@ BLOCK = 1 << 24  # entries of R at a time: 128 MB in float64
 
 
 def row_blocks(
-    rows: int, cols: int, seed: int, kind: str, device: torch.device | str
+    rows: int,
+    cols: int,
+    seed: int,
+    kind: str,
+    device: torch.device | str,
+    block: int | None = None,
 ) -> Iterator[Tensor]:
     """``R[:rows, :cols]`` from top to bottom, in float64 blocks of at most BLOCK entries."""
     step = max(1, BLOCK // cols)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         yield fastproj.matrix(
-            slice(start, stop), cols, seed, kind, dtype=torch.float64, device=device
+            slice(start, stop), cols, seed, kind, block=block, dtype=torch.float64, device=device
         )
 
 
@@ -29,21 +34,23 @@ def column_squares(
 ) -> Tensor:
     """Squared norms [cols], float64, of the columns of R."""
     total = torch.zeros(cols, dtype=torch.float64, device=device)
-    for block in row_blocks(rows, cols, seed, kind, device):
-        total += block.square().sum(0)
+    for part in row_blocks(rows, cols, seed, kind, device):
+        total += part.square().sum(0)
     return total
 
 
-def gram(rows: int, cols: int, seed: int, kind: str) -> Tensor:
+def gram(rows: int, cols: int, seed: int, kind: str, block: int | None = None) -> Tensor:
     """``R.T @ R`` [cols, cols] for cols <= rows, ``R @ R.T`` [rows, rows] otherwise; float64."""
     total = torch.zeros(min(rows, cols), min(rows, cols), dtype=torch.float64)
     if cols <= rows:
-        for block in row_blocks(rows, cols, seed, kind, "cpu"):
-            total.addmm_(block.T, block)
+        for part in row_blocks(rows, cols, seed, kind, "cpu", block):
+            total.addmm_(part.T, part)
     else:
         step = max(1, BLOCK // rows)
         for start in range(0, cols, step):
             columns = slice(start, min(cols, start + step))
-            block = fastproj.matrix(rows, columns, seed, kind, dtype=torch.float64, device="cpu")
-            total.addmm_(block, block.T)
+            part = fastproj.matrix(
+                rows, columns, seed, kind, block=block, dtype=torch.float64, device="cpu"
+            )
+            total.addmm_(part, part.T)
     return total

@@ -1,7 +1,8 @@
 """A scikit-learn transformer on fastproj: random projection without a stored matrix.
 
-It has the place of ``sklearn.random_projection.GaussianRandomProjection``: fit, transform,
-inverse_transform, get_feature_names_out, pipelines and grid searches.
+It has the place of ``sklearn.random_projection.GaussianRandomProjection``, and with kind "sjlt" of
+``SparseRandomProjection``: fit, transform, inverse_transform, get_feature_names_out, pipelines and
+grid searches.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ DTYPES = (np.float64, np.float32)
 class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """``X @ R / sqrt(n_components)``, R made on the fly.
 
+    For kind "sjlt", ``X @ R * sqrt(block / n_components)``.
+
     Parameters
     ----------
     n_components : K >= 1, or "auto" for what the Johnson-Lindenstrauss lemma asks for ``eps``.
     eps : the distortion of squared distances that "auto" allows, 0 < eps < 1.
-    kind : "rademacher" (+1 / -1) or "gaussian".
+    kind : "rademacher" (+1 / -1), "gaussian" or "sjlt" (sparse).
+    block : of kind "sjlt", as in ``fastproj.project``; n_components / block is what
+        ``SparseRandomProjection`` calls density times n_components.
     random_state : an int is the matrix's seed itself, the same matrix everywhere; a RandomState or
         None draws one.
     compute_inverse_components : make at fit what the first ``inverse_transform`` would.
@@ -56,8 +61,9 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     Attributes
     ----------
     n_components_ : K.
-    seed_ : the seed, with which ``fastproj.matrix(n_features_in_, n_components_, seed_, kind)``
-        is the matrix.
+    seed_ : the seed, with which ``fastproj.matrix(n_features_in_, n_components_, seed_, kind,
+        block=block_)`` is the matrix.
+    block_ : the block of kind "sjlt", None for the others.
     n_features_in_ : P.
 
     Raises
@@ -77,6 +83,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         *,
         eps: float = 0.1,
         kind: str = "rademacher",
+        block: int | None = None,
         compute_inverse_components: bool = False,
         random_state: Any = None,
         precision: str | None = None,
@@ -85,6 +92,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.n_components = n_components
         self.eps = eps
         self.kind = kind
+        self.block = block
         self.compute_inverse_components = compute_inverse_components
         self.random_state = random_state
         self.precision = precision
@@ -105,10 +113,12 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             wanted,
             self.seed_,
             self.kind,
+            block=self.block,
             precision=self.precision,
             backend=self.backend,
         )
         self.n_components_ = self._projector.proj_dim
+        self.block_ = self._projector.block
         if self.n_components_ > features:
             warnings.warn(
                 f"FastRandomProjection: received n_components={self.n_components_} and X "
@@ -154,8 +164,9 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     def inverse_transform(self, X: Any) -> NDArray[Any]:
         """The shortest [n, P] whose transform is (or comes nearest to) ``X`` [n, K].
 
-        ``X @ pinv(R / sqrt(K))``, from ``R.T @ R`` (or ``R @ R.T``, where P < K) in float64: the
-        memory is that of this square matrix, made at the first call, not that of R.
+        ``X`` times the pseudo-inverse of what ``transform`` multiplies by, from ``R.T @ R`` (or
+        ``R @ R.T``, where P < K) in float64: the memory is that of this square matrix, made at the
+        first call, not that of R.
         """
         check_is_fitted(self)
         X = check_array(X, accept_sparse=("csr", "csc"), dtype=DTYPES)
@@ -174,9 +185,11 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         return back.numpy().astype(X.dtype, copy=False)
 
     def _inverse_gram(self) -> torch.Tensor:
-        """The pseudo-inverse of the Gram matrix of R / sqrt(K), float64, of size min(P, K)."""
+        """The pseudo-inverse of the scaled matrix's Gram matrix, float64, of size min(P, K)."""
         rows, cols = self.n_features_in_, self.n_components_
-        return torch.linalg.pinv(gram(rows, cols, self.seed_, self.kind) / cols, hermitian=True)
+        square = (self.block_ or 1) / cols
+        found = gram(rows, cols, self.seed_, self.kind, self.block_) * square
+        return torch.linalg.pinv(found, hermitian=True)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

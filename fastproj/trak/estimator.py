@@ -45,7 +45,7 @@ from fastproj.trak.inputs import (
     check_mode,
     check_model,
     check_projector,
-    projector_kind,
+    matrix_of,
     resolve_device,
     subclass_of,
 )
@@ -112,7 +112,8 @@ class TRAKer:
         weighs the samples by the curvature of their loss (see ``fastproj.trak.solving.ridge``). A
         number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean
         eigenvalue.
-    kind : "rademacher" | "gaussian", where ``projector`` is None.
+    kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. "sjlt"
+        costs a few additions an entry of the gradient, the dense kinds proj_dim multiply-adds.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
         yes where there are several. False: this process works by itself.
 
@@ -144,6 +145,7 @@ class TRAKer:
         lambda_reg: Lambda = AUTO,
         *,
         kind: str = "rademacher",
+        block: SupportsIndex | None = None,
         distributed: bool | None = None,
     ) -> None:
         logger.setLevel(logging_level)
@@ -165,7 +167,7 @@ class TRAKer:
 
         if projector is None:
             projector = Projector(
-                self.num_params_for_grad, proj_dim, projector_seed, kind, scale=None
+                self.num_params_for_grad, proj_dim, projector_seed, kind, block=block, scale=None
             )
         self.projector = check_projector(projector)
         self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
@@ -186,7 +188,7 @@ class TRAKer:
                 "spec_version": SPEC_VERSION,
                 "projector": f"{type(projector).__module__}.{type(projector).__qualname__}",
                 "seed": int(getattr(projector, "seed", 0)),
-                "kind": projector_kind(projector),
+                **matrix_of(projector),
                 "proj_dim": self.proj_dim,
                 "num_params": self.num_params_for_grad,
                 "parameter_layout": layout_fingerprint(model, names),

@@ -97,10 +97,12 @@ def subclass_of(name: str, received: Any, base: type) -> Any:
     return received
 
 
-def projector_kind(projector: Any) -> str:
-    """The name of a projector's kind of matrix."""
+def matrix_of(projector: Any) -> dict[str, Any]:
+    """The kind of a projector's matrix, and its block where it has one."""
     kind = getattr(projector, "kind", getattr(projector, "proj_type", "unknown"))
-    return str(getattr(kind, "value", kind))
+    block = getattr(projector, "block", None)
+    found = {"kind": str(getattr(kind, "value", kind))}
+    return found if block is None else {**found, "block": int(block)}
 
 
 def check_mode(function: str, model: nn.Module) -> None:

@@ -37,9 +37,20 @@ def test_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adapter.unsupported("cuda", torch.float32, "rademacher") is None
     assert adapter.unsupported("cuda", torch.float64, "gaussian") is None
     assert adapter.unsupported("cuda", torch.int8, "rademacher") is None
+    assert adapter.unsupported("cuda", torch.int8, "sjlt") is None
     assert "int8" in (adapter.unsupported("cuda", torch.int8, "gaussian") or "")
     assert "cuda tensors here, not cpu" in (
         adapter.unsupported("cpu", torch.float32, "gaussian") or ""
     )
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert adapter.unsupported("cpu", torch.float32, "gaussian") is None
+
+
+def test_plan_of_the_sparse_kind() -> None:
+    """The default block or the given one; nothing that only tensor cores have."""
+    facts = adapter.plan(8, 10**7, 4096, torch.bfloat16, "sjlt")
+    assert (facts["block"], facts["BLOCK_K"], facts["tiles per step"]) == ("1024", "4096", "4")
+    assert "matrix unit" not in facts
+    assert adapter.plan(8, 10**7, 4096, torch.bfloat16, "sjlt", block=64)["block"] == "64"
+    with pytest.raises(ValueError, match="received block=100"):
+        adapter.plan(8, 10**7, 4096, torch.bfloat16, "sjlt", block=100)

@@ -14,6 +14,7 @@ if torch.cuda.is_available():
     from fastproj.kernels import config
     from tests.dense import integers, normals, relative_error, stored
     from tests.kernels.cases import *  # noqa: F403  every case, collected here with the mark
+    from tests.kernels.cases_sjlt import *  # noqa: F403
 
 KINDS = ["rademacher", "gaussian"]
 
@@ -22,7 +23,7 @@ def triton_project(grads: Tensor | list[Tensor], columns: int, **options: object
     return fastproj.project(grads, columns, **{"scale": None, "backend": "triton", **options})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "sjlt"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_rows_do_not_depend_on_the_batch(dtype: str, kind: str) -> None:
     """Bitwise, across all batch buckets and launches."""
@@ -46,31 +47,33 @@ def test_pinned_configurations_agree() -> None:
             assert torch.equal(triton_project(grads, 512), expected), pins
 
 
-def test_stream_and_graph() -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "sjlt"])
+def test_stream_and_graph(kind: str) -> None:
     """Runs on the current stream without synchronising, and can be captured."""
     grads = integers((16, 70_000)).to("cuda")
-    expected = triton_project(grads, 256)
+    expected = triton_project(grads, 256, kind=kind)
     out = torch.zeros_like(expected)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        triton_project(grads, 256, out=out)
+        triton_project(grads, 256, kind=kind, out=out)
     stream.synchronize()
     assert torch.equal(out, expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        triton_project(grads, 256, out=out)
+        triton_project(grads, 256, kind=kind, out=out)
     grads.mul_(2)
     graph.replay()
     assert torch.equal(out, 2 * expected)
 
 
-def test_no_synchronisation() -> None:
+@pytest.mark.parametrize("kind", [*KINDS, "sjlt"])
+def test_no_synchronisation(kind: str) -> None:
     grads = normals((16, 70_000)).to("cuda")
-    triton_project(grads, 256)
+    triton_project(grads, 256, kind=kind)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        triton_project(grads, 256)
+        triton_project(grads, 256, kind=kind)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -83,8 +86,9 @@ def test_other_device() -> None:
     assert torch.equal(triton_project(grads, 64).double(), truth)
 
 
+@pytest.mark.parametrize("kind", ["rademacher", "sjlt"])
 @pytest.mark.parametrize("shape", [(8, 4096), (128, 4096), (512, 8192), (1, 100_000)], ids=str)
-def test_memory(shape: tuple[int, int]) -> None:
+def test_memory(shape: tuple[int, int], kind: str) -> None:
     """Under 64 MiB beyond input and output."""
     B, K = shape
     grads = normals((B, 60_000)).to("cuda", torch.bfloat16)
@@ -92,22 +96,25 @@ def test_memory(shape: tuple[int, int]) -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    triton_project(grads, K, out=out)
+    triton_project(grads, K, kind=kind, out=out)
     extra = torch.cuda.max_memory_allocated() - before
     assert extra < 64 << 20
 
 
 @pytest.mark.slow
-def test_more_than_2_31_elements() -> None:
+@pytest.mark.parametrize(("kind", "block"), [("rademacher", 0), ("sjlt", 16), ("sjlt", 4096)])
+def test_more_than_2_31_elements(kind: str, block: int) -> None:
     B, P = 3, 2**30
     grads = torch.zeros((B, P), dtype=torch.bfloat16, device="cuda")
     columns = torch.tensor([0, 5, 2**29 + 1, P - 1], device="cuda")
     grads[:, columns] = torch.arange(1, B * 4 + 1, device="cuda").reshape(B, 4).bfloat16()
     truth = sum(
-        grads[:, p : p + 1].double() @ stored(1, 64, row_offset=p, device="cuda")
+        grads[:, p : p + 1].double()
+        @ stored(1, 64, kind=kind, block=block, row_offset=p, device="cuda")
         for p in columns.tolist()
     )
-    assert torch.equal(triton_project(grads, 64).double(), truth)
+    result = triton_project(grads, 64, kind=kind, block=block or None)
+    assert torch.equal(result.double(), truth)
 
 
 @pytest.mark.slow

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).parent / "cases.py"
-GROUPS = {"rademacher": "not gaussian", "gaussian": "gaussian"}
+CASES = [str(Path(__file__).parent / name) for name in ("cases.py", "cases_sjlt.py")]
+GROUPS = {
+    "rademacher": "not gaussian and not sjlt",
+    "gaussian and sjlt": "gaussian or sjlt",
+}
 
 
 def start(selection: str, marks: str) -> subprocess.Popen[str]:
@@ -29,7 +32,7 @@ def start(selection: str, marks: str) -> subprocess.Popen[str]:
     environment.pop("FASTPROJ_BACKEND", None)
     environment.pop("FASTPROJ_TRITON_CONFIG", None)
     return subprocess.Popen(
-        [*command, str(CASES), "-k", selection],
+        [*command, *CASES, "-k", selection],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -16,7 +16,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastproj.call import Call
-from fastproj.kernels import config, launch, plan
+from fastproj.kernels import config, launch, plan, sjlt
 from fastproj.spec import MatrixKey
 
 KERNELS = [
@@ -25,6 +25,9 @@ KERNELS = [
     launch.reduce_kernel,
     launch.project_transpose_kernel,
     launch.matrix_kernel,
+    sjlt.project_sjlt_kernel,
+    sjlt.project_transpose_sjlt_kernel,
+    sjlt.matrix_sjlt_kernel,
 ]
 
 
@@ -104,13 +107,67 @@ def test_other_kernels(launched: Launched) -> None:
     assert variants(launch.matrix_kernel) == 2
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+def test_sparse_kernels(launched: Launched) -> None:
+    """One variant for a block, dtype and batch bucket, whatever seeds, offsets and sizes; no tables
+    and no memory but the workspace and the output.
+    """
+    for B, P, offset, seed, stream in (
+        (8, 70_000, 0, 1, 0),
+        (5, 61_440, 48, 16, 1),
+        (6, 65_536, 2**40, 2**64 - 1, 2**32 - 1),
+    ):
+        grads = torch.empty((B, P), dtype=torch.bfloat16)
+        call = Call(MatrixKey("sjlt", seed, stream, 64), offset)
+        launch.project([grads], torch.empty((B, 256)), call)
+        launch.project_transpose(torch.empty((B, 256)), torch.empty((B, P)), call)
+        launch.matrix(torch.empty((100, 65)), call, 2**32 - 65)
+    assert variants(sjlt.project_sjlt_kernel) == 2  # whole panels, and those filled in part
+    assert variants(sjlt.project_transpose_sjlt_kernel) == 1
+    assert variants(sjlt.matrix_sjlt_kernel) == 1
+    name, grid, arguments = launched[0]
+    assert name == "project_sjlt_kernel"
+    assert not arguments["MASKED"]
+    assert arguments["n_groups"] == 70_000 // 256
+    assert grid == (1, 1, -(-arguments["n_groups"] // arguments["groups_per_split"]))
+    used = {name for name, _, _ in launched}
+    assert used == {
+        "project_sjlt_kernel",
+        "project_transpose_sjlt_kernel",
+        "matrix_sjlt_kernel",
+        "reduce_kernel",
+    }
+
+
+def test_pairs_of_rows(launched: Launched) -> None:
+    """Two rows of 16 bits are one load where every row of G lets it; nowhere else."""
+    out = torch.empty((4, 64))
+
+    def pairs(grads: torch.Tensor, offset: int = 0) -> bool:
+        launched.clear()
+        launch.project([grads], out, Call(MatrixKey("sjlt", 0, 0, 16), offset))
+        (whole,) = [call for _, _, call in launched if call.get("MASKED") is False]
+        return whole["PAIRS"]
+
+    flat = torch.empty((4, 4000), dtype=torch.bfloat16)
+    assert pairs(flat)
+    assert pairs(flat.half())
+    assert pairs(flat[:, 1:], 1)  # a tile starts at an even place again
+    assert not pairs(flat[:, 1:], 0)
+    assert not pairs(flat, 1)
+    assert not pairs(torch.empty((4, 3999), dtype=torch.bfloat16))
+    assert not pairs(flat.T.contiguous().T)
+    assert not pairs(flat.float())
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", "sjlt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_grids_stay_within_their_limits(launched: Launched, kind: str, dtype: torch.dtype) -> None:
     """The second dimension of a grid has at most 65535 programs: more samples, more launches."""
-    B = {torch.float32: 33 * 65535, torch.float64: 65535 + 7}[dtype]
+    B = {torch.float32: 33 * 65535, torch.float64: 4 * 65535 + 7}[dtype]
     y, out = torch.empty((B, 1), dtype=dtype), torch.empty((B, 2), dtype=dtype)
-    launch.project_transpose(y, out, Call(MatrixKey(kind, 1, 2), 0, 0.5, precision="high"))
+    launch.project_transpose(
+        y, out, Call(MatrixKey(kind, 1, 2, 16 * (kind == "sjlt")), 0, 0.5, precision="high")
+    )
     grids = [grid for _, grid, _ in launched]
     assert len(grids) > 1
     assert max(grid[1] for grid in grids) <= 65535

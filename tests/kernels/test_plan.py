@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 from fastproj.kernels import config, plan
 from fastproj.kernels.config import Config
 
-KINDS = ["rademacher", "gaussian"]
+KINDS = ["rademacher", "gaussian"]  # the dense ones
+# kind and block
+SORTS = st.one_of(
+    st.sampled_from([(kind, 0) for kind in KINDS]),
+    st.integers(4, 16).map(lambda log2: ("sjlt", 1 << log2)),
+)
 
 
-def covered(launch: plan.Launch, size: int, row: int) -> list[tuple[int, int]]:
-    """Rows of R (start, stop) that each panel of a launch takes from its piece."""
+def covered(launch: plan.Launch, size: int, row: int, height: int) -> list[tuple[int, int]]:
+    """Rows of R (start, stop) that each panel, of ``height`` rows, takes from its piece."""
     panels = [launch.panel + i * launch.step for i in range(launch.count)]
-    spans = [(panel * plan.PANEL, (panel + 1) * plan.PANEL) for panel in panels]
+    spans = [(panel * height, (panel + 1) * height) for panel in panels]
     if not launch.masked:
         assert all(row <= start and stop <= row + size for start, stop in spans)
     return [(max(start, row), min(stop, row + size)) for start, stop in spans]
@@ -26,31 +31,43 @@ def covered(launch: plan.Launch, size: int, row: int) -> list[tuple[int, int]]:
 @given(
     sizes=st.lists(st.integers(0, 30_000), min_size=1, max_size=5),
     row_offset=st.one_of(st.integers(0, 2000), st.integers(-3000, 0).map(lambda d: (32 << 32) + d)),
-    columns=st.integers(1, 32768),
-    kind=st.sampled_from(KINDS),
-    multiprocessors=st.integers(1, 200),
+    columns=st.integers(1, 65536),
+    sort=SORTS,
+    multiprocessors=st.integers(1, 400),
+    item=st.sampled_from([4, 8]),
 )
 def test_every_row_once(
-    sizes: list[int], row_offset: int, columns: int, kind: str, multiprocessors: int
+    sizes: list[int],
+    row_offset: int,
+    columns: int,
+    sort: tuple[str, int],
+    multiprocessors: int,
+    item: int,
 ) -> None:
-    groups = plan.plan(sizes, row_offset, columns, kind, multiprocessors, 4)
+    kind, block = sort
+    columns = min(columns, plan.max_columns(kind))
+    if block:  # across the counter's high half, as the dense kinds' far offsets are
+        row_offset = row_offset if row_offset < 2000 else row_offset - (32 << 32) + (block << 32)
+    height = plan.panel_rows(kind, block)
+    groups = plan.plan(sizes, row_offset, columns, kind, multiprocessors, item, block)
     starts = [row_offset + before for before in itertools.accumulate(sizes, initial=0)]
     spans: list[tuple[int, int]] = []
     for group in groups:
         slots: list[int] = []
         for launch in group:
             row = starts[launch.piece]
-            assert launch.origin == launch.panel * plan.PANEL - row
-            spans += covered(launch, sizes[launch.piece], row)
+            assert launch.origin == launch.panel * height - row
+            spans += covered(launch, sizes[launch.piece], row, height)
             assert (launch.splits - 1) * launch.per_split < launch.count
             assert launch.count <= launch.splits * launch.per_split
             slots += range(launch.slot, launch.slot + launch.splits)
-            last = (launch.panel + (launch.count - 1) * launch.step) * plan.PANEL
-            first_counter = plan.Counter.at(kind, launch.panel * plan.PANEL)
-            assert plan.Counter.at(kind, last + plan.PANEL - 1).tag == first_counter.tag
+            last = (launch.panel + (launch.count - 1) * launch.step) * height
+            first_counter = plan.Counter.at(kind, launch.panel * height, block)
+            assert plan.Counter.at(kind, last + height - 1, block).tag == first_counter.tag
         assert slots == list(range(len(slots)))
-        padded = -(-columns // 256) * 256
-        assert max(len(slots), 1) * plan.MAX_BATCH * padded * 4 <= plan.WORKSPACE_BYTES
+        room = plan.room(kind, columns, multiprocessors, item, block)
+        assert max(len(slots), 1) * room.batch * room.width * item <= plan.WORKSPACE_BYTES
+        assert columns <= room.width
     spans = sorted(span for span in spans if span[0] < span[1])
     whole = [(a, b) for a, b in itertools.pairwise(starts) if a < b]
     # What the pieces' spans join up to is the pieces themselves, with nothing twice.
@@ -71,7 +88,26 @@ def test_large_problems_fill_the_chip() -> None:
         assert tiles / (132 * rounds) > 0.95
 
 
+@pytest.mark.parametrize("columns", [1024, 4096, 16384, 65536])
+@pytest.mark.parametrize("multiprocessors", [108, 132])
+def test_one_row_fills_the_chip(columns: int, multiprocessors: int) -> None:
+    """Of kind sjlt: one sample's programs are at least one for each multiprocessor."""
+    block = columns // 4
+    ((launch,),) = plan.plan([2**28], 0, columns, "sjlt", multiprocessors, 4, block)
+    assert not launch.masked
+    assert launch.splits * -(-columns // plan.sjlt_columns(columns)) >= 0.9 * multiprocessors
+
+
+@given(columns=st.integers(1, 65536))
+def test_few_columns_are_for_nothing(columns: int) -> None:
+    size = plan.sjlt_columns(columns)
+    assert plan.padded(columns, size) <= max(1.125 * columns, columns + 63)
+
+
 def test_counter() -> None:
+    assert plan.Counter.at("sjlt", (2**32 + 5) * 1024 + 7, 1024) == plan.Counter(
+        5, 1 << 8 | 6 << 4 | 2 << 2
+    )
     row = 8589934595 * 512 + 17
     counter = plan.Counter.at("rademacher", row)
     assert counter.block & 0xFFFFFFFF == 8589934595 & 0xFFFFFFFF
@@ -107,6 +143,36 @@ def test_configurations(arch: str, kind: str) -> None:
             assert chosen.BLOCK_B >= 2
             assert chosen.BLOCK_B <= plan.MAX_BATCH
         assert direct.BLOCK_B == indirect.BLOCK_B
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120", "gfx942"])
+def test_sparse_configurations(arch: str) -> None:
+    """What the sparse kernel relies on; rows of a batch meet in one workspace."""
+    lanes = 64 if arch.startswith("gfx") else 32
+    for dtype, B, K in itertools.product(
+        ("float32", "bfloat16", "float64"), (1, 2, 5, 128), (1, 64, 65, 1000, 4096, 5000, 65536)
+    ):
+        columns = plan.sjlt_columns(K)
+        direct, masked = (config.choose(arch, dtype, "sjlt", 1, B, K, way) for way in (True, False))
+        assert direct.BLOCK_B == masked.BLOCK_B
+        assert direct.BLOCK_K == columns  # a row of G is read by as few programs as can be
+        sums = direct.BLOCK_B * columns * (2 if dtype == "float64" else 1)
+        assert sums <= 32 * lanes * direct.num_warps or direct.num_warps == 1
+        for chosen in (direct, masked):
+            assert 64 <= chosen.BLOCK_K
+            assert columns % chosen.BLOCK_K == 0
+            assert lanes * chosen.num_warps <= 512
+
+
+def test_unknown_kinds_are_refused() -> None:
+    for refused in (
+        lambda: config.choose("sm_90", "float32", "cauchy", 1, 1, 64),
+        lambda: config.choose_transpose("float32", "sjlt", 1),
+        lambda: plan.plan([5], 0, 64, "cauchy", 132, 4),
+        lambda: plan.Counter.at("cauchy", 5),
+    ):
+        with pytest.raises(ValueError, match=r"received kind='\w+'; expected"):
+            refused()
 
 
 def test_pins(monkeypatch: pytest.MonkeyPatch) -> None:

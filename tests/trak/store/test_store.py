@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
+from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError, TRAKer
 from fastproj.trak import files as module
 from fastproj.trak.files import read_json, write_json
 from fastproj.trak.store.features import pack_half, unpack
@@ -399,3 +399,33 @@ def test_a_file_that_goes_while_it_is_opened_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "safe_open", vanishing)
     with pytest.raises(StoreError, match="is gone"):
         module.read_safetensors(path, None)
+
+
+def test_a_store_of_the_sparse_kind(tmp_path):
+    """Another block, or kind, is refused with both values named; the same goes on."""
+    model, x, y = torch.nn.Linear(6, 3), torch.randn(20, 6), torch.randint(0, 3, (20,))
+
+    def traker(**options):
+        return TRAKer(
+            model,
+            "image_classification",
+            20,
+            save_dir=tmp_path,
+            proj_dim=64,
+            logging_level="ERROR",
+            **options,
+        )
+
+    first = traker(kind="sjlt")
+    first.load_checkpoint(model.state_dict(), 0)
+    first.featurize((x, y), num_samples=20)
+    assert first.saver.matrix(0).shape == (20, 64)
+    with pytest.raises(StoreMismatchError, match="block 16 in the directory, 32 in this run"):
+        traker(kind="sjlt", block=32)
+    with pytest.raises(StoreMismatchError, match="'sjlt' in the directory, 'rademacher'"):
+        traker()
+    again = traker(kind="sjlt", block=16)
+    again.load_checkpoint(model.state_dict(), 0)
+    assert again.saver.index(0).done.all()
+    with pytest.raises(ValueError, match="only kind='sjlt' has a block"):
+        traker(block=16)

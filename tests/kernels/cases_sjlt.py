@@ -1,0 +1,301 @@
+"""What the sparse kind's kernels must give; collected and run as cases.py is."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastproj
+from fastproj.backends import triton as adapter
+from fastproj.call import Call
+from fastproj.kernels import config, launch, plan
+from fastproj.spec import MatrixKey
+from tests.dense import integers, normals, relative_error, stored
+from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED, known, poisoned_memory
+
+__all__ = ["poisoned_memory"]
+
+FAR = 2**32 - 1  # the last stream
+# block, columns, rows, row offset: inside a tile, across tiles and the counter's high half, whole
+# panels between two edges, columns beyond a program's, a tile that is larger than everything
+SHAPES = [
+    (16, 70, 300, 5),
+    (32, 200, 150, (32 << 32) - 77),
+    (64, 33, 1100, 2**45 + 63),
+    (16, 300, 600, 37),
+    (65536, 65, 3000, 65536 - 1000),
+]
+if not INTERPRETED:
+    SHAPES += [
+        (16, 64, 100_003, 7),
+        (1024, 4096, 1_000_003, 511),
+        (4096, 5000, 200_000, (4096 << 32) - 100_000),
+        (16384, 70_000, 150_000, 3),
+        (65536, 300_000, 400_000, 0),
+    ]
+
+
+def project(grads: Tensor | list[Tensor], columns: int, block: int, **options: object) -> Tensor:
+    given = {"scale": None, "backend": "triton", "kind": "sjlt", "block": block, **options}
+    return fastproj.project(grads, columns, **given)  # type: ignore[arg-type]
+
+
+def of(rows: int, columns: int, block: int, **key: int) -> Tensor:
+    return stored(rows, columns, kind="sjlt", block=block, device=DEVICE, **key)
+
+
+# ---- the matrix --------------------------------------------------------------------------------
+
+
+def check_known_entries(rows: list[list[str]]) -> None:
+    for line in rows:
+        seed, stream, block, _, column, row, entry = map(int, line)
+        got = fastproj.matrix(
+            slice(row, row + 1),
+            slice(column, column + 1),
+            seed,
+            "sjlt",
+            block=block,
+            stream=stream,
+            device=DEVICE,
+            backend="triton",
+        )
+        assert got.item() == entry, line
+
+
+def entries() -> list[list[str]]:
+    return [line for line in known("sjlt_v1.txt") if line[0] != "block-hash"]
+
+
+def hashes() -> list[list[str]]:
+    return [line[1:] for line in known("sjlt_v1.txt") if line[0] == "block-hash"]
+
+
+def test_sjlt_known_entries() -> None:
+    check_known_entries(entries()[:: 17 if INTERPRETED else 1])
+
+
+@pytest.mark.slow
+def test_sjlt_all_known_entries() -> None:
+    check_known_entries(entries())
+
+
+def check_known_block(line: list[str]) -> None:
+    seed, stream, block, row, rows, column, columns = map(int, line[:-1])
+    got = fastproj.matrix(
+        slice(row, row + rows),
+        slice(column, column + columns),
+        seed,
+        "sjlt",
+        block=block,
+        stream=stream,
+        dtype=torch.int8,
+        device=DEVICE,
+        backend="triton",
+    )
+    content = np.ascontiguousarray(got.cpu().numpy())
+    assert hashlib.sha256(content.tobytes()).hexdigest() == line[-1]
+
+
+@pytest.mark.parametrize("line", hashes()[: 2 if INTERPRETED else None], ids="-".join)
+def test_sjlt_known_blocks(line: list[str]) -> None:
+    check_known_block(line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", hashes(), ids="-".join)
+def test_sjlt_all_known_blocks(line: list[str]) -> None:
+    check_known_block(line)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("block", [16, 65536])
+def test_sjlt_matrix_dtypes(block: int, dtype: torch.dtype) -> None:
+    """Any dtype and strides; columns up to the last, rows across the counter's high half."""
+    start, stop = (block << 32) - 20, (block << 32) + 10
+    columns = slice(2**32 - 70, 2**32)
+    out = fastproj.matrix(
+        slice(start, stop), columns, MAX_SEED, "sjlt", block=block, stream=FAR, dtype=dtype,
+        device=DEVICE, backend="triton",
+    )  # fmt: skip
+    key = MatrixKey("sjlt", MAX_SEED, FAR, block)
+    truth = torch.from_numpy(
+        fastproj.spec.matrix_block(key, start, stop, columns.start, columns.stop)
+    )
+    assert torch.equal(out, truth.to(DEVICE, dtype))
+    transposed = torch.empty((70, 30), dtype=dtype, device=DEVICE).T
+    adapter.matrix(transposed, Call(key, start), columns.start)
+    assert torch.equal(transposed, truth.to(DEVICE, dtype))
+
+
+# ---- projection --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS[:2] if INTERPRETED else FLOATS)
+def test_sjlt_project(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    block, columns, rows, offset = shape
+    grads = integers((3, rows), dtype=dtype).to(DEVICE)
+    key = {"seed": MAX_SEED - 7, "stream": FAR, "row_offset": offset}
+    result = project(grads, columns, block, **key)
+    assert result.dtype == torch.float32
+    assert torch.equal(result.double(), grads.double() @ of(rows, columns, block, **key))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sjlt_project_dtypes(dtype: torch.dtype) -> None:
+    """Every sum is of at most 20 entries: at most 20 roundings in the dtype of the sums."""
+    grads = normals((2, 320)).to(DEVICE, dtype)
+    r = of(320, 66, 16)
+    result = project(grads, 66, 16)
+    double = dtype == torch.float64
+    assert result.dtype == (torch.float64 if double else torch.float32)
+    bound = 20 * (2.0**-53 if double else 2.0**-24) * (grads.double().abs() @ r.abs())
+    assert ((result.double() - grads.double() @ r).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768])
+def test_sjlt_every_block(block: int) -> None:
+    grads = integers((1, 500)).to(DEVICE)
+    truth = grads.double() @ of(500, 129, block, row_offset=7 * block - 100)
+    assert torch.equal(project(grads, 129, block, row_offset=7 * block - 100).double(), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sjlt_pairs(dtype: torch.dtype) -> None:
+    """Aligned rows of 16 bits are read by twos, and give bit for bit what single ones give."""
+    flat = normals((3, 257)).to(DEVICE, dtype)
+    grads = flat[:, 1:].contiguous()  # [3, 256], aligned: whole panels, no masks
+    by_pairs = project(grads, 130, 32)
+    assert torch.equal(by_pairs, project(flat[:, 1:], 130, 32))
+    truth = grads.double() @ of(256, 130, 32)
+    assert relative_error(by_pairs, truth) < 2.0**-21
+
+
+def test_sjlt_strides() -> None:
+    """Any strides in, any out; adding to what is there; a scale."""
+    flat = integers((7, 2704)).to(DEVICE, torch.bfloat16)
+    views = {
+        "every other row": flat[::2, :600],
+        "from an odd column": flat[:3, 5:605],
+        "every third column": flat[:, ::3],
+        "transposed": flat[:, :600].T.contiguous().T,
+        "one row for all": flat[:1, :600].expand(4, -1),
+    }
+    for name, grads in views.items():
+        truth = grads.double() @ of(grads.shape[1], 33, 16, row_offset=43)
+        out = torch.full((33, grads.shape[0]), 3.0, device=DEVICE).T
+        project(grads, 33, 16, row_offset=43, out=out, accumulate=True, scale=0.5)
+        assert torch.equal(out.double(), 3 + 0.5 * truth), name
+
+
+def test_sjlt_pieces() -> None:
+    """Pieces that end inside a tile, empty ones and single rows are their concatenation."""
+    pieces = [integers((3, size), seed=size).to(DEVICE) for size in (1, 513, 0, 300, 3)]
+    whole = torch.cat(pieces, 1)
+    truth = whole.double() @ of(817, 40, 64, row_offset=300)
+    assert torch.equal(project(pieces, 40, 64, row_offset=300).double(), truth)
+
+
+def test_sjlt_nothing_to_add() -> None:
+    out = torch.empty((2, 5), device=DEVICE)
+    call = Call(MatrixKey("sjlt", 0, 0, 16))
+    adapter.project([torch.empty((2, 0), device=DEVICE)], out, call)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_sjlt_many_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches, columns and partial sums beyond one launch and one workspace; tiles in the middle of
+    one another's columns.
+    """
+    monkeypatch.setattr(plan, "MAX_BATCH", 8)
+    monkeypatch.setattr(plan, "MAX_COLUMNS", 64)  # 128 of kind sjlt
+    monkeypatch.setattr(plan, "WORKSPACE_BYTES", 8 * 128 * 4 * 3)  # three slots
+    pieces = [integers((9, size), seed=size).to(DEVICE) for size in (100, 1500, 30)]
+    truth = torch.cat(pieces, 1).double() @ of(1630, 200, 256)
+    launch.cached_plan.cache_clear()
+    try:
+        assert torch.equal(project(pieces, 200, 256).double(), truth)
+    finally:
+        launch.cached_plan.cache_clear()
+
+
+def test_sjlt_pinned_configurations_agree() -> None:
+    """Tiles change nothing, nor does the batch: the same sums in the same order."""
+    grads = normals((5, 1000 if INTERPRETED else 100_000)).to(DEVICE)
+    expected = project(grads, 250, 128)
+    for pins in ({"BLOCK_B": 1}, {"BLOCK_K": 64}, {"BLOCK_B": 8, "num_warps": 2}):
+        with config.pin(**pins):
+            assert torch.equal(project(grads, 250, 128), expected), pins
+    for rows in (slice(0, 1), slice(1, 4)):
+        assert torch.equal(project(grads[rows], 250, 128), expected[rows])
+
+
+def test_sjlt_rejects_pins_that_it_cannot_take() -> None:
+    grads = integers((1, 100)).to(DEVICE)
+    for pins in ({"BLOCK_K": 8192}, {"BLOCK_K": 32}, {"STEP_ROWS": 512}):
+        with pytest.raises(ValueError, match="expected BLOCK_K from 64 to 128"), config.pin(**pins):
+            project(grads, 128, 16)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sjlt_not_finite(dtype: torch.dtype) -> None:
+    """NaN and infinities reach the columns where their row has an entry, and no others."""
+    grads = integers((4, 200), dtype=dtype).to(DEVICE)
+    grads[0, 3], grads[1, 150] = float("nan"), float("inf")
+    grads[2, 5], grads[2, 6] = float("inf"), float("-inf")
+    result = project(grads, 100, 16, row_offset=3)
+    r = of(200, 100, 16, row_offset=3)
+    products = torch.where(r == 0, 0.0, grads.double()[:, :, None] * r)
+    truth = products.sum(1).to(result.dtype)
+    torch.testing.assert_close(result, truth, rtol=0, atol=0, equal_nan=True)
+    assert torch.isnan(result[0]).sum() == (r[3] != 0).sum() < 100
+
+
+@pytest.mark.skipif(INTERPRETED, reason="long")
+def test_sjlt_long_sums() -> None:
+    """The error of sums of 10^5 terms of one sign is at most twice that of a float32 matmul."""
+    rows, step = 1_600_000, 2**16
+    grads = torch.rand((2, rows), device=DEVICE)
+    truth = torch.zeros((2, 16), dtype=torch.float64, device=DEVICE)
+    usual = torch.zeros((2, 16), device=DEVICE)
+    for start in range(0, rows, step):
+        part = grads[:, start : start + step]
+        r = of(part.shape[1], 16, 16, row_offset=start)
+        part *= torch.where(r[:, :8].sum(1) == 0, 1.0, r[:, :8].sum(1)).float()
+        truth += part.double() @ r
+        usual += part @ r.float()
+    error = relative_error(project(grads, 16, 16), truth)
+    assert error <= 2 * relative_error(usual, truth)
+
+
+# ---- the adjoint -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [*((16, dtype) for dtype in FLOATS), (64, torch.float32), (4096, torch.bfloat16)],
+    ids=str,
+)
+def test_sjlt_project_transpose(block: int, dtype: torch.dtype) -> None:
+    shapes = [(3, 70, slice(3, 60)), (1, 33, slice((block << 32) - 30, (block << 32) + 50))]
+    if not INTERPRETED:
+        shapes += [(33, 5000, slice(1000, 20_001)), (130, 64, slice(0, 512))]
+    for B, K, rows in shapes:
+        y = integers((B, K), dtype=dtype).to(DEVICE)
+        result = fastproj.project_transpose(
+            y, rows, 3, "sjlt", block=block, stream=1, scale=None, backend="triton"
+        )
+        r = of(rows.stop - rows.start, K, block, seed=3, stream=1, row_offset=rows.start)
+        assert torch.equal(result.double(), y.double() @ r.T), (B, K, rows)
+
+
+def test_sjlt_project_transpose_strides() -> None:
+    y = integers((40, 3)).to(DEVICE).T
+    out = torch.empty((300, 3), device=DEVICE).T
+    fastproj.project_transpose(y, 300, 3, "sjlt", block=32, scale=0.25, out=out, backend="triton")
+    assert torch.equal(out.double(), 0.25 * y.double() @ of(300, 40, 32, seed=3).T)
