@@ -439,17 +439,13 @@ class StageLoop:
         For a load of a later stage than the one that waits; or for a load from global memory that
         had less than one stage to arrive, although its own first use comes later than this wait.
         """
-        return [wait for wait in self.waits if self._later(wait) or self._just_issued(wait)]
+        return [wait for wait in self.waits if self._is_too_soon(wait)]
 
-    def _later(self, wait: Wait) -> bool:
-        return wait.use is not None and wait.after.stages < wait.use.stages
-
-    def _just_issued(self, wait: Wait) -> bool:
-        return (
-            wait.load.base in _MEMORY
-            and wait.use is not None
-            and wait.after.clocks < min(self.clocks, wait.use.clocks - LATE)
-        )
+    def _is_too_soon(self, wait: Wait) -> bool:
+        if wait.use is None or wait.use.clocks - wait.after.clocks <= LATE:
+            return False
+        just_issued = wait.load.base in _MEMORY and wait.after.clocks < self.clocks
+        return wait.after.stages < wait.use.stages or just_issued
 
     def report(self) -> str:
         """One paragraph for a reader: the loop, then a line for each wait."""

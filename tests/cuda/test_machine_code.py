@@ -135,11 +135,13 @@ BACK = "B------:R-:W-:-:S05 @P0 BRA 0x0"
         ([USE, *WORK, LOAD, END, BACK], 0),
         ([LOAD, *WORK, USE, END, BACK], 0),
         # A wait on the same scoreboard by something else, a stage before the load is used.
-        ([USE, *WORK, LOAD, "B-----5:R-:W-:-:S05 FADD R7, R8, R9", END, BACK], 1),
-        ([USE, *WORK, LOAD, "B----4-:R-:W-:-:S05 FADD R7, R8, R9", END, BACK], 0),
+        ([USE, *WORK, LOAD, "B-----5:R-:W-:-:S05 FADD R7, R8, R9", *WORK, END, BACK], 1),
+        ([USE, *WORK, LOAD, "B----4-:R-:W-:-:S05 FADD R7, R8, R9", *WORK, END, BACK], 0),
+        # Such a wait just before the use costs nothing.
+        ([USE, *WORK, LOAD, *WORK, "B-----5:R-:W-:-:S05 FADD R7, R8, R9", END, BACK], 0),
         # The same for loads from shared memory; those of one stage may share a scoreboard.
         (["B---3--:R-:W-:-:S05 FADD R0, R8, R9", "B------:R-:W3:-:S02 LDS R8, [R1]",
-          "B---3--:R-:W-:-:S05 FADD R6, R7, R7", END, BACK], 1),
+          "B---3--:R-:W-:-:S05 FADD R6, R7, R7", *WORK, END, BACK], 1),
         (["B------:R-:W3:-:S02 LDS R8, [R1]", "B------:R-:W3:-:S02 LDS R9, [R1+0x4]",
           "B---3--:R-:W-:-:S05 FADD R0, R8, R8", "FADD R1, R9, R9", END, BACK], 0),
         # Loaded a stage ahead into another register, and then moved: what is loaded is used.

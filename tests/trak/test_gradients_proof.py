@@ -146,7 +146,7 @@ def test_mixing_by_values_is_noticed_or_another_structure(kind, tmp_path):
     stored = traker.saver.index(0).done
     assert stored[60:].all()
     assert not stored[:48].any()
-    with pytest.raises(NotReadyError, match="lacks 60 of 64 training samples"):
+    with pytest.raises(NotReadyError, match="of 64 training samples"):
         traker.finalize_features()
     again = make(model, tmp_path, 64)  # in a new process
     with pytest.warns(UserWarning, match="have failed a check before"):

@@ -17,7 +17,7 @@ from fastproj.trak import (
     FunctionModelOutput,
     ImageClassificationModelOutput,
 )
-from fastproj.trak.tasks import base, margins, resolve_task
+from fastproj.trak.tasks import margins, resolve_task
 
 
 def test_margin_is_the_log_odds_of_the_label():
@@ -237,25 +237,3 @@ def test_logits_are_found_in_what_models_return(form):
     wrapped = "nothing"
     with pytest.raises(TypeError, match="returned str; expected logits"):
         ImageClassificationModelOutput().outputs(Model(), {}, {}, batch)
-
-
-def test_a_module_under_two_names_and_tied_weights_get_theirs_back():
-    """torch's own functional_call leaves the given weights in a module that is there twice."""
-    layer = torch.nn.Linear(3, 3)
-    model = torch.nn.ModuleDict({"a": layer, "b": layer, "c": torch.nn.Linear(3, 3)})
-    model["c"].weight = layer.weight
-    model.forward = lambda x: model["c"](model["b"](model["a"](x)))
-    before = dict(model.named_parameters())
-    weights = {name: 2 * p.detach() for name, p in before.items()}
-    x = torch.randn(5, 3)
-
-    def linear(x, weight, bias):
-        return x @ weight.T + bias
-
-    w, a, c = weights["a.weight"], weights["a.bias"], weights["c.bias"]
-    expected = linear(linear(linear(x, w, a), w, a), w, c)
-    torch.testing.assert_close(base.call(model, weights, {}, x), expected)
-    held = base.holding(model, weights, {}, lambda x: model(x), x)
-    torch.testing.assert_close(held, expected)
-    assert all(p is before[name] for name, p in model.named_parameters())
-    assert model["c"].weight is layer.weight is model["b"].weight

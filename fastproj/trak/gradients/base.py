@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak import batches
-from fastproj.trak.gradients.running import plainly
+from fastproj.trak.gradients.running import modules_named_twice, plainly, restored
 from fastproj.trak.tasks.base import BatchedModelOutput, run
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
@@ -68,6 +68,7 @@ class AbstractGradientComputer(ABC):
         self.chosen = {name: params[name] for name in self.names}
         self.fixed = {name: p for name, p in params.items() if name not in self.chosen}
         self.buffers = dict(model.named_buffers())
+        self._named_twice = modules_named_twice(model)
         self._dependent = False  # whether f of any sample has been seen to depend on them
 
     @abstractmethod
@@ -137,7 +138,7 @@ class AbstractGradientComputer(ABC):
 
     def _of_task(self, method: Callable[..., Any], chosen: Grads, *args: Any) -> Any:
         """A method of the task with these parameters, on a copy of its arguments."""
-        with plainly():
+        with plainly(), restored(self._named_twice):
             return run(method, self.model, {**self.fixed, **chosen}, self.buffers, *own(args))
 
     def gradient_of(self, batch: tuple[Any, ...], row: int) -> dict[str, Tensor | None]:

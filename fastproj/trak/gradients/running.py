@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -30,6 +31,27 @@ def plainly() -> Iterator[None]:
             yield
     finally:
         checkpoints.CheckpointFunction = usual
+
+
+@contextmanager
+def restored(modules: list[nn.Module]) -> Iterator[None]:
+    """After the block, ``modules`` have the parameters and buffers that they had before.
+
+    ``torch.func.functional_call`` leaves a module that has several names with those it was given.
+    """
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in modules]
+    try:
+        yield
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+def modules_named_twice(model: nn.Module) -> list[nn.Module]:
+    """The modules that have several names in a model, each once."""
+    counts = Counter(m for _, m in model.named_modules(remove_duplicate=False))
+    return [module for module, count in counts.items() if count > 1]
 
 
 class KeptActivations:

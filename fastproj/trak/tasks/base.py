@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from itertools import chain
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -75,25 +74,7 @@ class BatchedModelOutput(AbstractModelOutput):
 
 def call(model: Any, weights: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
     """``model(*args, **kwargs)`` with the given weights and buffers in place of its own."""
-    tensors = everywhere(model, {**(weights or {}), **(buffers or {})})
-    return functional_call(model, tensors, args, kwargs, tie_weights=False)
-
-
-def everywhere(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` under each name that the model has for them, but for one name of each module.
-
-    ``functional_call`` ties weights itself, but does not put back those of a module that the model
-    holds under two names.
-    """
-    first = {id(t): name for name, t in chain(model.named_parameters(), model.named_buffers())}
-    places = {
-        f"{path}.{local}" if path else local: first[id(t)]
-        for path, module in model.named_modules()
-        for local, t in chain(module._parameters.items(), module._buffers.items())
-        if t is not None
-    }
-    found = {place: tensors[name] for place, name in places.items() if name in tensors}
-    return {**{name: t for name, t in tensors.items() if name not in first.values()}, **found}
+    return functional_call(model, (dict(weights or {}), dict(buffers or {})), args, kwargs)
 
 
 class Holder(nn.Module):
@@ -113,9 +94,8 @@ def holding(
     model: nn.Module, weights: Params, buffers: Params, function: Callable[..., Any], *args: Any
 ) -> Any:
     """``function(*args)`` while the model has the given weights and buffers in place of its own."""
-    tensors = everywhere(model, {**weights, **buffers})
-    named = {f"model.{name}": t for name, t in tensors.items()}
-    return functional_call(Holder(model, function), named, args, tie_weights=False)
+    tensors = {f"model.{name}": t for name, t in {**weights, **buffers}.items()}
+    return functional_call(Holder(model, function), tensors, args)
 
 
 def run(
