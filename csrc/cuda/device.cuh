@@ -53,6 +53,10 @@ FASTPROJ_DEVICE std::uint32_t and_or(std::uint32_t a, std::uint32_t b, std::uint
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
+// Four bytes of {a, b}, each named by four bits of `selector`, the lowest first; a's are 0 to 3.
+FASTPROJ_DEVICE std::uint32_t pick_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+    return __byte_perm(a, b, selector);
+}
 // Low halves of a and b -> {a, b}; high halves -> {a, b}.
 FASTPROJ_DEVICE std::uint32_t pack_low(std::uint32_t a, std::uint32_t b) {
     return __byte_perm(a, b, 0x5410);
@@ -62,6 +66,9 @@ FASTPROJ_DEVICE std::uint32_t pack_high(std::uint32_t a, std::uint32_t b) {
 }
 FASTPROJ_DEVICE std::uint32_t float_bits(float x) { return __float_as_uint(x); }
 FASTPROJ_DEVICE float bits_float(std::uint32_t x) { return __uint_as_float(x); }
+FASTPROJ_DEVICE double words_double(std::uint32_t low, std::uint32_t high) {
+    return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
+}
 FASTPROJ_DEVICE double flip_sign(double x, std::uint32_t sign) {  // sign: bit 31
     return __hiloint2double(__double2hiint(x) ^ static_cast<int>(sign), __double2loint(x));
 }
@@ -110,6 +117,17 @@ FASTPROJ_DEVICE std::uint32_t load_shared(std::uint32_t address) {
     std::uint32_t r;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
     return r;
+}
+// 8 and 16 bytes; not volatile, so that they can be scheduled freely between barriers.
+FASTPROJ_DEVICE void load_shared_8(std::uint32_t address, std::uint32_t& x, std::uint32_t& y) {
+    asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
+}
+FASTPROJ_DEVICE void load_shared_16(std::uint32_t address, std::uint32_t& x, std::uint32_t& y,
+                                    std::uint32_t& z, std::uint32_t& w) {
+    asm("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
+        : "r"(address)
+        : "memory");
 }
 // A read of constant contents (the Gaussian table): not volatile, so that it can be scheduled
 // freely.

@@ -487,6 +487,14 @@ inline std::uint32_t and_xor(std::uint32_t a, std::uint32_t b, std::uint32_t c) 
 inline std::uint32_t and_or(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
     return (a & b) | c;
 }
+inline std::uint32_t pick_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+    const std::uint64_t both = static_cast<std::uint64_t>(b) << 32 | a;
+    std::uint32_t r = 0;
+    for (int i = 0; i < 4; ++i) {
+        r |= static_cast<std::uint32_t>(both >> (selector >> (4 * i) & 7) * 8 & 255) << (8 * i);
+    }
+    return r;
+}
 inline std::uint32_t pack_low(std::uint32_t a, std::uint32_t b) { return (a & 0xffff) | b << 16; }
 inline std::uint32_t pack_high(std::uint32_t a, std::uint32_t b) {
     return a >> 16 | (b & 0xffff0000u);
@@ -499,6 +507,12 @@ inline std::uint32_t float_bits(float x) {
 inline float bits_float(std::uint32_t x) {
     float r;
     std::memcpy(&r, &x, 4);
+    return r;
+}
+inline double words_double(std::uint32_t low, std::uint32_t high) {
+    const std::uint64_t bits = static_cast<std::uint64_t>(high) << 32 | low;
+    double r;
+    std::memcpy(&r, &bits, 8);
     return r;
 }
 inline std::uint32_t round_bf16(float x) {
@@ -545,6 +559,17 @@ inline std::uint32_t load_shared(std::uint32_t address) {
     std::uint32_t r;
     std::memcpy(&r, emulator::shared_at(address, 4), 4);
     return r;
+}
+inline void load_shared_8(std::uint32_t address, std::uint32_t& x, std::uint32_t& y) {
+    std::uint32_t r[2];
+    std::memcpy(r, emulator::shared_at(address, 8), 8);
+    x = r[0], y = r[1];
+}
+inline void load_shared_16(std::uint32_t address, std::uint32_t& x, std::uint32_t& y,
+                           std::uint32_t& z, std::uint32_t& w) {
+    std::uint32_t r[4];
+    std::memcpy(r, emulator::shared_at(address, 16), 16);
+    x = r[0], y = r[1], z = r[2], w = r[3];
 }
 inline std::uint32_t load_shared_u16(std::uint32_t address) {
     std::uint16_t r;
