@@ -34,7 +34,7 @@ struct F16 {
     static constexpr std::uint32_t kOne = 0x3c00;
 };
 
-// The driver's 128-byte tensor map.
+// The driver's CUtensorMap.
 struct alignas(128) TensorMap {
     std::uint64_t opaque[16];
 };
@@ -59,10 +59,10 @@ FASTPROJ_DEVICE std::uint32_t pick_bytes(std::uint32_t a, std::uint32_t b, std::
 }
 // Low halves of a and b -> {a, b}; high halves -> {a, b}.
 FASTPROJ_DEVICE std::uint32_t pack_low(std::uint32_t a, std::uint32_t b) {
-    return __byte_perm(a, b, 0x5410);
+    return pick_bytes(a, b, 0x5410);
 }
 FASTPROJ_DEVICE std::uint32_t pack_high(std::uint32_t a, std::uint32_t b) {
-    return __byte_perm(a, b, 0x7632);
+    return pick_bytes(a, b, 0x7632);
 }
 FASTPROJ_DEVICE std::uint32_t float_bits(float x) { return __float_as_uint(x); }
 FASTPROJ_DEVICE float bits_float(std::uint32_t x) { return __uint_as_float(x); }
@@ -118,7 +118,7 @@ FASTPROJ_DEVICE std::uint32_t load_shared(std::uint32_t address) {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
     return r;
 }
-// 8 and 16 bytes; not volatile, so that they can be scheduled freely between barriers.
+// 8 and 16 bytes.
 FASTPROJ_DEVICE void load_shared_8(std::uint32_t address, std::uint32_t& x, std::uint32_t& y) {
     asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
 }
@@ -128,6 +128,17 @@ FASTPROJ_DEVICE void load_shared_16(std::uint32_t address, std::uint32_t& x, std
         : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
         : "r"(address)
         : "memory");
+}
+// 16 bytes at `address` and 16 at `address` + 128.
+FASTPROJ_DEVICE void load_shared_32(std::uint32_t address, std::uint32_t (&r)[8]) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + 128];"
+                 : "=r"(r[4]), "=r"(r[5]), "=r"(r[6]), "=r"(r[7])
+                 : "r"(address)
+                 : "memory");
 }
 // A read of constant contents (the Gaussian table): not volatile, so that it can be scheduled
 // freely.
@@ -170,6 +181,11 @@ FASTPROJ_DEVICE void write_global(T* p, T value) {
 FASTPROJ_DEVICE void copy_async_16(std::uint32_t to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(valid ? 16 : 0)
+                 : "memory");
+}
+// An aligned word to shared memory, its first `bytes` bytes and zeros: 0, 2 or 4.
+FASTPROJ_DEVICE void copy_async_4(std::uint32_t to, const void* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
                  : "memory");
 }
 FASTPROJ_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -226,14 +242,19 @@ FASTPROJ_DEVICE void barrier_init_fence() {
 FASTPROJ_DEVICE void barrier_arrive(std::uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives at the barrier that lies at the same place in block `rank` of the cluster, where `go`.
-// Predicated: a branch between products in flight makes the compiler serialise them.
-FASTPROJ_DEVICE void barrier_arrive_remote(std::uint32_t barrier, std::uint32_t rank, bool go) {
+// What lies at `address` in block `rank` of the cluster.
+FASTPROJ_DEVICE std::uint32_t remote_address(std::uint32_t address, std::uint32_t rank) {
+    std::uint32_t r;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank));
+    return r;
+}
+// Arrives at a barrier of any block of the cluster, where `go`. Predicated: a branch between
+// products in flight makes the compiler serialise them.
+FASTPROJ_DEVICE void barrier_arrive_remote(std::uint32_t remote, bool go) {
     asm volatile(
-        "{\n.reg .b32 remote;\n.reg .pred go;\nsetp.ne.b32 go, %2, 0;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "@go mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-        "r"(rank), "r"(static_cast<std::int32_t>(go))
+        "{\n.reg .pred go;\nsetp.ne.b32 go, %1, 0;\n"
+        "@go mbarrier.arrive.shared::cluster.b64 _, [%0];\n}" ::"r"(remote),
+        "r"(static_cast<std::int32_t>(go))
         : "memory");
 }
 FASTPROJ_DEVICE void barrier_arrive_expect(std::uint32_t barrier, std::uint32_t bytes) {
@@ -301,6 +322,13 @@ FASTPROJ_DEVICE void wgmma_commit() {
 template <int kPending>
 FASTPROJ_DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Sums as they are after a wait: what reads them can't move before it. (To the compiler a product
+// wrote them when it was issued.)
+template <int kCount>
+FASTPROJ_DEVICE void wgmma_sums(float (&d)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 #endif  // FASTPROJ_SM90A
 

@@ -75,15 +75,18 @@ FASTPROJ_DEVICE std::uint32_t gaussian_pair(std::uint32_t word, std::uint32_t ta
 
 // ------------------------------------------------------------------------------- generators
 
-// Fragments of kTiles pieces of 16 columns, `stride` columns apart, for one 512-row unit after
-// another:
-//   start(m, unit); then per 64 rows fragments(m, ...) for each m; advance() after every 128 rows.
+// Fragments of kTiles pieces of 16 columns for one 512-row unit after another: start(m, unit); then
+// per 64 rows fragments(m, ...) for each m; advance() after every 128 rows. The words of the next
+// unit can be made in kParts parts along the way: prepare(part, ...) each, then turn() instead of
+// start().
 template <Kind kKind, class Op, int kTiles>
 struct Generator;
 
 template <class Op, int kTiles>
 struct Generator<Kind::kRademacher, Op, kTiles> {
-    std::uint32_t w[kTiles][2][4];  // the words of this unit, the current one first
+    static constexpr int kParts = 2 * kTiles;
+    std::uint32_t w[kTiles][2][4];     // the words of this unit, the current one first
+    std::uint32_t next[kTiles][2][4];  // those of the next
 
     FASTPROJ_DEVICE void start(const GeneratorKey& key, int m, std::uint32_t unit,
                                std::uint32_t column) {
@@ -92,6 +95,24 @@ struct Generator<Kind::kRademacher, Op, kTiles> {
             const Words words = column_words(key, unit, column + 8 * h);
 #pragma unroll
             for (int j = 0; j < 4; ++j) w[m][h][j] = words.w[j];
+        }
+    }
+    // `column` is that of tile 0; the tiles lie 64 columns apart.
+    FASTPROJ_DEVICE void prepare(const GeneratorKey& key, int part, std::uint32_t unit,
+                                 std::uint32_t column) {
+        // Opaque from end to end: between the products where it is called, and nowhere else.
+        const Words words = column_words(key, unit, opaque(column + part / 2 * 64 + part % 2 * 8));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) next[part / 2][part % 2][j] = opaque(words.w[j]);
+    }
+    FASTPROJ_DEVICE void turn() {
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) w[m][h][j] = next[m][h][j];
+            }
         }
     }
     // a[s]: rows 16 s .. 16 s + 15 of the 64 rows; `half` says which half of the word they take.
@@ -124,7 +145,10 @@ struct Generator<Kind::kRademacher, Op, kTiles> {
 
 template <class Op, int kTiles>
 struct Generator<Kind::kGaussian, Op, kTiles> {
+    static constexpr int kParts = 0;
     FASTPROJ_DEVICE void start(const GeneratorKey&, int, std::uint32_t, std::uint32_t) {}
+    FASTPROJ_DEVICE void prepare(const GeneratorKey&, int, std::uint32_t, std::uint32_t) {}
+    FASTPROJ_DEVICE void turn() {}
     FASTPROJ_DEVICE void fragments(const GeneratorKey& key, int, int, int group, std::uint32_t unit,
                                    std::uint32_t column, std::uint32_t (&a)[4][4]) {
         column = opaque(column);
@@ -250,11 +274,12 @@ FASTPROJ_DEVICE void load_chunk(const ProjectParams& p, int b, int i, std::uint3
     }
 }
 
-// Writes chunk c of sample n of a tile; terms lie `term_bytes` apart.
+// Writes chunk c of sample n of a tile; terms lie `term_bytes` apart. `halves` chooses the bytes of
+// two words that are two 16-bit elements.
 template <class Op, int kTerms>
 FASTPROJ_DEVICE void store_chunk(const ProjectParams& p, std::uint32_t tile,
                                  std::uint32_t term_bytes, int n, int c,
-                                 const std::uint32_t (&raw)[8]) {
+                                 const std::uint32_t (&raw)[8], std::uint32_t halves = 0x5410) {
     const std::uint32_t first = tile + chunk_offset(n, c),
                         second = tile + (chunk_offset(n, c) ^ 64);
     if constexpr (Op::kIsBf16) {
@@ -269,8 +294,8 @@ FASTPROJ_DEVICE void store_chunk(const ProjectParams& p, std::uint32_t tile,
             return;
         }
     }
-    store_shared(first, pack_low(raw[0], raw[1]), pack_low(raw[2], raw[3]));
-    store_shared(second, pack_low(raw[4], raw[5]), pack_low(raw[6], raw[7]));
+    store_shared(first, pick_bytes(raw[0], raw[1], halves), pick_bytes(raw[2], raw[3], halves));
+    store_shared(second, pick_bytes(raw[4], raw[5], halves), pick_bytes(raw[6], raw[7], halves));
 }
 
 // ------------------------------------------------------------------------------- work and results

@@ -1,17 +1,16 @@
 // Launches: device and capture guards, tensor maps, checks. See launch.hpp.
 #include <cuda.h>
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 #include <memory>
 #include <mutex>
 
-#include "device.cuh"
 #include "launch.hpp"
 #include "simple.hpp"
 
 namespace fastproj::cuda {
 
-static_assert(sizeof(TensorMap) == sizeof(CUtensorMap), "the driver's tensor map is 128 bytes");
+static_assert(sizeof(CUtensorMap) == 128, "as TensorMap in device.cuh");
 
 namespace {
 
@@ -22,25 +21,24 @@ void check(cudaError_t code, const std::string& what) {
     }
 }
 
-// The device that the calling thread had is current again at the end.
+// Binds the device's primary context to the calling thread; the device that the thread had is
+// current again at the end. The driver's own calls (cuTensorMapEncodeTiled) need a context that is
+// bound, and only cudaSetDevice is sure to bind one: a thread that has not used CUDA yet reads
+// device 0 from cudaGetDevice and has no context.
 class DeviceGuard {
   public:
-    explicit DeviceGuard(int device) {
+    explicit DeviceGuard(int device) : device_(device) {
         check(cudaGetDevice(&before_), "cudaGetDevice");
-        if (before_ != device) {
-            check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
-            changed_ = true;
-        }
+        check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
     }
     ~DeviceGuard() {
-        if (changed_) cudaSetDevice(before_);
+        if (before_ != device_) cudaSetDevice(before_);
     }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
   private:
-    int before_ = 0;
-    bool changed_ = false;
+    int device_, before_ = 0;
 };
 
 // Asking for a kernel's attributes may load it, which a stream capture would refuse.
@@ -83,20 +81,21 @@ EncodeTiled encode_tiled() {
     return found;
 }
 
-TensorMap encode(const BoxSource& source) {
-    TensorMap map{};
+CUtensorMap encode(const BoxSource& source) {
+    CUtensorMap map{};
     if (source.base == nullptr) return map;
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(source.rows),
                                  static_cast<cuuint64_t>(source.batch)};
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(source.stride_bytes)};
     const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(source.box_samples)};
     const cuuint32_t steps[2] = {1, 1};
-    // Zero fill and no arithmetic: the bits may be bf16 or fp16.
-    const CUresult code =
-        encode_tiled()(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
-                       const_cast<void*>(source.base), sizes, strides, box, steps,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    // Zero fill and no arithmetic: the bits may be bf16, fp16 or fp32.
+    const bool wide = source.element_bytes == 4;
+    const CUresult code = encode_tiled()(
+        &map, wide ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
+        const_cast<void*>(source.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+        wide ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (code != CUDA_SUCCESS) {
         throw std::runtime_error("fastproj._cuda: cuTensorMapEncodeTiled failed with code " +
                                  std::to_string(static_cast<int>(code)) + " for grads [" +
@@ -129,7 +128,7 @@ class CudaLauncher {
 
     void project90(const Kernel& kernel, int grid, int cluster, const BoxSource& source,
                    const ProjectParams& params) {
-        TensorMap map = encode(source);
+        CUtensorMap map = encode(source);
         ProjectParams p = params;
         void* arguments[] = {&map, &p};
         launch("project sm90", kernel, grid, cluster, arguments);

@@ -13,10 +13,11 @@ constexpr int element_bytes(Dtype dtype) {
 
 // How a tile of G reaches shared memory. Chosen per launch by the alignment of the piece.
 enum class Loader : std::int32_t {
-    kTma = 0,      // 16-bit, sm_90a: bulk tensor copies, 16-byte aligned base and row stride
-    kCpAsync = 1,  // 16-bit, mma.sync: 16-byte asynchronous copies, the same alignment
-    kVector = 2,   // through registers in 16-byte loads: fp32 to be split
-    kScalar = 3,   // through registers one element at a time: any alignment, any stride
+    kTma = 0,       // sm_90a: bulk tensor copies, 16-byte aligned base and row stride
+    kCpAsync = 1,   // 16-bit, mma.sync: 16-byte asynchronous copies, the same alignment
+    kVector = 2,    // mma.sync: through registers in 16-byte loads: fp32 to be split
+    kScalar = 3,    // mma.sync: through registers one element at a time: any alignment, any stride
+    kElements = 4,  // sm_90a: asynchronous copies of one element: any alignment, any stride
 };
 
 // Rows of P in one unit of work: a Rademacher block, and 16 Gaussian ones.
@@ -40,9 +41,11 @@ struct ProjectParams {
     std::int32_t rows, batch, cols;
     std::int32_t blocks;  // 512-row units that the piece touches
     std::int32_t splits, col_tiles, batch_tiles;
+    std::int32_t items;  // the product of the three
     std::int32_t loader, input;
-    std::int32_t cluster;     // blocks that share each tile of G by multicast: 1 or 2
-    std::uint32_t sign_mask;  // 0x80008000; an argument, so that one LOP3 makes a pair
+    std::int32_t cluster;       // blocks that share what each fetches of G by multicast: 1 or 2
+    std::int32_t tile_cluster;  // the same, where what is fetched are the tiles, else 1
+    std::uint32_t sign_mask;    // 0x80008000; an argument, so that one LOP3 makes a pair
 };
 
 // out[b, k] (+)= scale * sum over s of partial[s, b, k], in the order of s.

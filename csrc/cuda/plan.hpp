@@ -36,6 +36,8 @@ inline const char* loader_name(Loader loader) {
             return "cp.async";
         case Loader::kVector:
             return "registers, 16-byte loads";
+        case Loader::kElements:
+            return "cp.async, one element at a time";
         default:
             return "registers, one element at a time";
     }
@@ -267,11 +269,11 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     // The driver defines tensors whose rows don't overlap.
     const bool apart = call.batch == 1 || call.stride_b >= call.rows;
     const bool tensor = dense && row_stride && apart && base % 16 == 0;
-    if (sixteen && plan.variant == Variant::kSm90 && tensor) {
-        plan.loader = Loader::kTma;
-    } else if (sixteen && plan.variant == Variant::kSm80 && pieces) {
+    if (plan.variant == Variant::kSm90) {
+        plan.loader = tensor ? Loader::kTma : Loader::kElements;
+    } else if (sixteen && pieces) {
         plan.loader = Loader::kCpAsync;
-    } else if (!sixteen && pieces) {
+    } else if (pieces) {
         plan.loader = Loader::kVector;
     } else {
         plan.loader = Loader::kScalar;

@@ -163,8 +163,7 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
     const std::uint32_t lane_row = ((lane >> 4) * 8 + (lane & 7)) * 128;
     const std::uint32_t lane_piece = (((lane >> 3) & 1) ^ (lane & 7)) << 4;
 
-    const int items = p.col_tiles * p.splits * p.batch_tiles;
-    for (int index = blockIdx.x; index < items; index += gridDim.x) {
+    for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
         const WorkItem item = WorkItem::at(p, index);
         const int column = item.col_tile * C::kColumns + warp * 16 * C::kTiles + (lane >> 2);
         const int stages = (item.last - item.first) * C::kUnitStages;

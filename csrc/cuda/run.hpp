@@ -7,11 +7,13 @@
 
 namespace fastproj::cuda {
 
-// What the copy engine must know about a tile's source, a 16-bit matrix [batch, rows].
+// What the copy engine must know about its source, a matrix [batch, rows] of 16-bit elements, which
+// it lays down as tiles, or 32-bit ones, which it lays down as they are.
 struct BoxSource {
     const void* base;
     std::int64_t rows, batch, stride_bytes;
-    int box_samples;  // a box is 64 rows x this
+    int box_samples;    // a box is 64 rows x this
+    int element_bytes;  // 2 or 4
 };
 
 constexpr std::uint32_t kSignMask = 0x80008000u;
@@ -88,17 +90,24 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         p.splits = splits;
         p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, kernel.columns));
         p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, plan.key.block_b));
+        p.items = p.col_tiles * splits * p.batch_tiles;
         p.loader = static_cast<std::int32_t>(plan.loader);
         p.input = static_cast<std::int32_t>(call.dtype);
         p.cluster = plan.cluster;
+        p.tile_cluster = call.dtype == Dtype::kF32 ? 1 : plan.cluster;
         p.sign_mask = kSignMask;
         const int blocks = launch_blocks(device, plan, kernel, call.batch, call.cols, splits);
         if (plan.variant == Variant::kSm90) {
             BoxSource source{};
             if (plan.loader == Loader::kTma) {
-                source = {call.grads, call.rows, call.batch, call.stride_b * 2,
-                          plan.key.block_b / plan.cluster};
-                if (call.batch == 1) source.stride_bytes = ceil_div(call.rows * 2, 16) * 16;
+                const int bytes = element_bytes(call.dtype);
+                source = {call.grads,
+                          call.rows,
+                          call.batch,
+                          call.stride_b * bytes,
+                          plan.key.block_b / plan.cluster,
+                          bytes};
+                if (call.batch == 1) source.stride_bytes = ceil_div(call.rows * bytes, 16) * 16;
             }
             launcher.project90(kernel, blocks, plan.cluster, source, p);
         } else {
@@ -151,7 +160,7 @@ void run_project(Launcher& launcher, const DeviceInfo& device, const ProjectCall
             // A cut can only keep or improve the alignment of the tile starts, but not that of the
             // base.
             Plan range = plan;
-            if (row > 0 && plan.loader != Loader::kScalar) {
+            if (row > 0 && plan.loader != Loader::kScalar && plan.loader != Loader::kElements) {
                 ProjectCall probe = call;
                 probe.batch = whole.batch;
                 range.loader = plan_project(device, probe).loader;

@@ -76,8 +76,12 @@ struct EmulatedLauncher {
     }
     void project90(const Kernel& kernel, int grid, int cluster, const BoxSource& source,
                    const ProjectParams& p) {
-        const TensorMap map{static_cast<const unsigned char*>(source.base), source.rows,
-                            source.batch, source.stride_bytes, source.box_samples};
+        const TensorMap map{static_cast<const unsigned char*>(source.base),
+                            source.rows,
+                            source.batch,
+                            source.stride_bytes,
+                            source.box_samples,
+                            source.element_bytes};
         const Entry90 entry = find_emulated(variant, key).entry90;
         emulator::launch(grid, cluster, kernel.threads, kernel.shared_bytes,
                          [=]() { entry(map, p); });
@@ -247,13 +251,15 @@ void emulated_kernel(int variant, int kind, int bf16, int terms, int block_b, st
     facts[3] = kernel.fold_rows;
 }
 
-// Starts (or stops) counting; `facts`: stores, wavefronts, loads and sectors counted so far.
+// Starts (or stops) counting; `facts`: what Traffic has, as counted so far.
 void emulated_traffic(int count, std::int64_t* facts) {
     emulator::Machine& m = emulator::machine();
     facts[0] = m.traffic.stores;
-    facts[1] = m.traffic.wavefronts;
-    facts[2] = m.traffic.loads;
-    facts[3] = m.traffic.sectors;
+    facts[1] = m.traffic.store_wavefronts;
+    facts[2] = m.traffic.reads;
+    facts[3] = m.traffic.read_wavefronts;
+    facts[4] = m.traffic.loads;
+    facts[5] = m.traffic.sectors;
     m.traffic = {};
     m.count_traffic = count != 0;
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ DTYPES = {
 }
 KINDS = {"rademacher": 0, "gaussian": 1, "sjlt": 2}
 VARIANTS = {"auto": 0, "simple": 1, "sm80": 2, "sm90": 3}
-LOADERS = ("tma", "cp.async", "vector", "scalar")
+LOADERS = ("tma", "cp.async", "vector", "scalar", "elements")
 
 _int64, _int32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
@@ -101,8 +102,10 @@ class Plan:
 _library: ContextVar[ctypes.CDLL | None] = ContextVar("library", default=None)
 
 
-def compile_library(root: Path, output: Path) -> None:
-    """Compile the emulation of the source tree `root` into the shared library `output`."""
+def compile_shared(
+    root: Path, sources: list[Path], output: Path, flags: Sequence[str] = ()
+) -> None:
+    """Compile units of the source tree `root` for the host into the shared library `output`."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [
         shutil.which("c++") or shutil.which("g++") or "c++"
     ]
@@ -116,10 +119,25 @@ def compile_library(root: Path, output: Path) -> None:
         "-Wno-clobbered",
         "-Wno-psabi",
     ]
-    command += [str(root / "tests" / "cuda" / "emulate.cpp"), "-o", str(output)]
+    command += [*flags, "-x", "c++", *map(str, sources), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise AssertionError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def compile_library(root: Path, output: Path) -> None:
+    """Compile the emulation of the source tree `root` into the shared library `output`."""
+    compile_shared(root, [root / "tests" / "cuda" / "emulate.cpp"], output)
+
+
+def cuda_headers() -> Path | None:
+    """The folder of cuda.h: that of the toolkit, or of Triton's wheel."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(home, "include") for home in homes if home]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "include")
+    return next((folder for folder in folders if (folder / "cuda.h").is_file()), None)
 
 
 @cache
@@ -151,15 +169,20 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-@contextmanager
-def changed_source(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
-    """Within the block, calls run a build in which `old` reads `new` in csrc/cuda/`file`."""
+def change_source(folder: Path, file: str, old: str, new: str) -> None:
+    """A copy of the sources in `folder`, in which `old` reads `new` in csrc/cuda/`file`."""
     for part in ("csrc", "tests/cuda"):
         shutil.copytree(ROOT / part, folder / part)
     source = folder / "csrc" / "cuda" / file
     text = source.read_text()
     assert old in text, f"{file} no longer reads {old!r}"
     source.write_text(text.replace(old, new))
+
+
+@contextmanager
+def changed_source(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
+    """Within the block, calls run a build in which `old` reads `new` in csrc/cuda/`file`."""
+    change_source(folder, file, old, new)
     compile_library(folder, folder / "changed.so")
     token = _library.set(ctypes.CDLL(str(folder / "changed.so")))
     try:
@@ -261,12 +284,14 @@ def kernel_facts(variant: str, kind: str, operand: str, terms: int, block_b: int
 
 @dataclass
 class Traffic:
-    """8-byte stores to shared memory by 16 lanes at once and the wavefronts that they take (as many
-    where no two lanes share a bank); 16-byte loads from global memory by 8 lanes, and the 32-byte
-    sectors that they touch."""
+    """8-byte stores to shared memory by 16 lanes at once, 16-byte reads of it by 8, and the
+    wavefronts that they take (as many where no two lanes share a bank); 16-byte loads from global
+    memory by 8 lanes, and the 32-byte sectors that they touch."""
 
     stores: int = 0
-    wavefronts: int = 0
+    store_wavefronts: int = 0
+    reads: int = 0
+    read_wavefronts: int = 0
     loads: int = 0
     sectors: int = 0
 
@@ -274,14 +299,19 @@ class Traffic:
 @contextmanager
 def traffic() -> Iterator[Traffic]:
     """What calls within the block moved; filled in at its end."""
-    counted, facts = Traffic(), (_int64 * 4)()
+    counted, facts = Traffic(), (_int64 * 6)()
     count = (_library.get() or library()).emulated_traffic
     count(1, facts)
     try:
         yield counted
     finally:
         count(0, facts)
-        counted.stores, counted.wavefronts, counted.loads, counted.sectors = facts
+        vars(counted).update(zip(vars(counted), facts, strict=True))
+
+
+def protect(address: int, length: int) -> int:
+    """Makes memory that any access to ends the process; 0 when it is done."""
+    return int(ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), 0))
 
 
 def project_transpose(

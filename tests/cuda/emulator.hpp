@@ -112,10 +112,10 @@ struct Product {  // one wgmma of one lane: all registers are read and written w
     bool keep, bf16;
 };
 
-struct Copy {  // one cp.async of one thread
+struct Copy {  // one cp.async of one thread: `bytes` read of `size` written
     std::uint32_t to;
     const void* from;
-    bool valid;
+    std::uint32_t size, bytes;
 };
 
 struct Fiber {
@@ -125,8 +125,8 @@ struct Fiber {
     int thread = 0;  // within the block
     enum { kReady, kBlocked, kDone } state = kReady;
     const char* where = "";
-    bool stored = false;                          // to shared memory, since the last proxy fence
-    std::vector<std::uint64_t> stores8, loads16;  // addresses, where traffic is counted
+    bool stored = false;  // to shared memory, since the last proxy fence
+    std::vector<std::uint64_t> stores8, reads16, loads16;  // addresses, where traffic is counted
     std::deque<std::vector<Copy>> copies{1};
     std::deque<std::vector<Product>> products{1};
     std::string error;
@@ -150,11 +150,12 @@ struct Transfer {  // a bulk copy under way
     std::function<void()> finish;
 };
 
-// Of 8-byte stores to shared memory, by 16 lanes at once, and 16-byte loads from global memory,
-// by 8.
+// Of 8-byte stores to shared memory, by 16 lanes at once, and of 16-byte reads of it and 16-byte
+// loads from global memory, by 8.
 struct Traffic {
-    std::int64_t stores = 0, wavefronts = 0;  // 1 a store where no two lanes share a bank
-    std::int64_t loads = 0, sectors = 0;      // of 32 bytes: 4 a load where all of each is used
+    // 1 wavefront an access to shared memory where no two lanes share a bank
+    std::int64_t stores = 0, store_wavefronts = 0, reads = 0, read_wavefronts = 0;
+    std::int64_t loads = 0, sectors = 0;  // of 32 bytes: 4 a load where all of each is used
 };
 
 struct Machine {
@@ -238,12 +239,21 @@ inline void add_traffic(Machine& m) {
             }
         }
     };
-    each(&Fiber::stores8, 16, [&m](const std::set<std::uint64_t>& addresses) {
-        std::map<std::uint64_t, int> banks;  // of 8 bytes
-        int most = 0;
-        for (std::uint64_t address : addresses) most = std::max(most, ++banks[address / 8 % 16]);
+    auto wavefronts = [](const std::set<std::uint64_t>& addresses, std::uint64_t bytes) {
+        std::map<std::uint64_t, std::int64_t> banks;  // of that many bytes
+        std::int64_t most = 0;
+        for (std::uint64_t address : addresses) {
+            most = std::max(most, ++banks[address % 128 / bytes]);
+        }
+        return most;
+    };
+    each(&Fiber::stores8, 16, [&](const std::set<std::uint64_t>& addresses) {
         ++m.traffic.stores;
-        m.traffic.wavefronts += most;
+        m.traffic.store_wavefronts += wavefronts(addresses, 8);
+    });
+    each(&Fiber::reads16, 8, [&](const std::set<std::uint64_t>& addresses) {
+        ++m.traffic.reads;
+        m.traffic.read_wavefronts += wavefronts(addresses, 16);
     });
     each(&Fiber::loads16, 8, [&m](const std::set<std::uint64_t>& addresses) {
         std::set<std::uint64_t> sectors;
@@ -472,8 +482,8 @@ struct F16 {
 
 struct alignas(128) TensorMap {
     const unsigned char* base;
-    std::int64_t rows, batch, stride_bytes;  // 16-bit elements
-    std::int64_t box_samples;
+    std::int64_t rows, batch, stride_bytes;
+    std::int32_t box_samples, element_bytes;
 };
 
 using std::fabs;
@@ -571,6 +581,14 @@ inline void load_shared_16(std::uint32_t address, std::uint32_t& x, std::uint32_
     std::memcpy(r, emulator::shared_at(address, 16), 16);
     x = r[0], y = r[1], z = r[2], w = r[3];
 }
+inline void load_shared_32(std::uint32_t address, std::uint32_t (&r)[8]) {
+    for (int half = 0; half < 2; ++half) {
+        std::memcpy(r + 4 * half, emulator::shared_at(address + 128 * half, 16), 16);
+        if (emulator::machine().count_traffic) {
+            emulator::fiber().reads16.push_back(address + 128 * half);
+        }
+    }
+}
 inline std::uint32_t load_shared_u16(std::uint32_t address) {
     std::uint16_t r;
     std::memcpy(&r, emulator::shared_at(address, 2), 2);
@@ -607,10 +625,17 @@ void write_global(T* p, T value) {
     *p = value;
 }
 
+inline void copy_async(std::uint32_t to, const void* from, std::uint32_t size,
+                       std::uint32_t bytes) {
+    if (reinterpret_cast<std::uintptr_t>(from) % size != 0) emulator::fail("misaligned cp.async");
+    std::memset(emulator::shared_at(to, size), 0xff, size);
+    emulator::fiber().copies.back().push_back({to, from, size, bytes});
+}
 inline void copy_async_16(std::uint32_t to, const void* from, bool valid) {
-    if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0) emulator::fail("misaligned cp.async");
-    std::memset(emulator::shared_at(to, 16), 0xff, 16);
-    emulator::fiber().copies.back().push_back({to, from, valid});
+    copy_async(to, from, 16, valid ? 16 : 0);
+}
+inline void copy_async_4(std::uint32_t to, const void* from, int bytes) {
+    copy_async(to, from, 4, static_cast<std::uint32_t>(bytes));
 }
 inline void copy_async_commit() { emulator::fiber().copies.emplace_back(); }
 template <int kPending>
@@ -618,12 +643,9 @@ void copy_async_wait() {
     auto& groups = emulator::fiber().copies;
     while (groups.size() > kPending + 1) {  // the last one is still open
         for (const emulator::Copy& copy : groups.front()) {
-            unsigned char* to = emulator::shared_at(copy.to, 16);
-            if (copy.valid) {
-                std::memcpy(to, copy.from, 16);
-            } else {
-                std::memset(to, 0, 16);
-            }
+            unsigned char* to = emulator::shared_at(copy.to, copy.size);
+            std::memset(to, 0, copy.size);
+            std::memcpy(to, copy.from, copy.bytes);
         }
         groups.pop_front();
     }
@@ -740,10 +762,12 @@ inline void barrier_arrive(std::uint32_t address) {
     if (emulator::fiber().stored) emulator::fail("arrival without a proxy fence after stores");
     emulator::arrive(emulator::fiber().block, address);
 }
-inline void barrier_arrive_remote(std::uint32_t address, std::uint32_t rank, bool go) {
-    if (!go) return;
+inline std::uint32_t remote_address(std::uint32_t address, std::uint32_t rank) {
     if (rank >= emulator::machine().blocks.size()) emulator::fail("no such block in the cluster");
-    emulator::arrive(static_cast<int>(rank), address);
+    return rank << 24 | address;
+}
+inline void barrier_arrive_remote(std::uint32_t remote, bool go) {
+    if (go) emulator::arrive(static_cast<int>(remote >> 24), remote & 0xffffff);
 }
 inline void barrier_arrive_expect(std::uint32_t address, std::uint32_t bytes) {
     emulator::barrier_at(emulator::fiber().block, address).bytes += bytes;
@@ -771,33 +795,34 @@ inline void cluster_sync() {
 }
 
 inline void prefetch_tensor_map(const TensorMap*) {}
-// Section 9.7.9.25.5.2: a box of 64 rows (128 bytes) x box_samples; what lies outside the tensor is
-// zero. The 128-byte swizzle exchanges address bits 4..6 with their exclusive or with bits 7..9.
+// Section 9.7.9.25.5.2: a box of 64 rows x box_samples; what lies outside the tensor is zero. Of
+// 16-bit elements with 128-byte swizzle, which exchanges address bits 4..6 with their exclusive or
+// with bits 7..9; of 32-bit ones without.
 inline void copy_box_multicast(std::uint32_t to, const TensorMap* map, std::int32_t x,
                                std::int32_t y, std::uint32_t barrier, std::uint16_t mask) {
     if (to % 128 != 0) emulator::fail("bulk copy to a misaligned address");
     for (std::size_t rank = 0; rank < emulator::machine().blocks.size(); ++rank) {
         if (!(mask >> rank & 1)) continue;
-        for (std::int64_t s = 0; s < map->box_samples; ++s) {
-            for (int c = 0; c < 8; ++c) {
-                std::memset(emulator::shared_at(rank, to + s * 128 + c * 16, 16), 0xff, 16);
-            }
+        const int size = map->element_bytes;
+        const std::uint32_t bytes = map->box_samples * 64 * size;
+        for (std::uint32_t at = 0; at < bytes; at += 16) {
+            std::memset(emulator::shared_at(rank, to + at, 16), 0xff, 16);
         }
         emulator::machine().transfers.push_back({[=]() {
             for (std::int64_t s = 0; s < map->box_samples; ++s) {
                 for (int e = 0; e < 64; ++e) {
-                    std::uint16_t value = 0;
+                    std::uint32_t value = 0;
                     if (x + e >= 0 && x + e < map->rows && y + s < map->batch) {
-                        std::memcpy(&value, map->base + (y + s) * map->stride_bytes + (x + e) * 2,
-                                    2);
+                        std::memcpy(&value,
+                                    map->base + (y + s) * map->stride_bytes + (x + e) * size, size);
                     }
-                    std::uint32_t address = to + static_cast<std::uint32_t>(s * 128 + e * 2);
-                    address ^= (address >> 7 & 7) << 4;
-                    std::memcpy(emulator::shared_at(rank, address, 2), &value, 2);
+                    std::uint32_t address = to + static_cast<std::uint32_t>((s * 64 + e) * size);
+                    if (size == 2) address ^= (address >> 7 & 7) << 4;
+                    std::memcpy(emulator::shared_at(rank, address, size), &value, size);
                 }
             }
             emulator::Barrier& b = emulator::barrier_at(static_cast<int>(rank), barrier);
-            b.bytes -= map->box_samples * 128;
+            b.bytes -= bytes;
             emulator::complete_phase(b);
         }});
     }
@@ -808,6 +833,8 @@ inline void copy_box(std::uint32_t to, const TensorMap* map, std::int32_t x, std
                        static_cast<std::uint16_t>(1u << emulator::fiber().block));
 }
 
+template <int kCount>
+void wgmma_sums(float (&)[kCount]) {}
 template <int kRegisters>
 void registers_decrease() {}
 template <int kRegisters>

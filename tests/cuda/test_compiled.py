@@ -88,6 +88,18 @@ def test_registers_of_products_in_flight_are_left_alone(unit):
     assert build_machine_code.hazards(compiled.sass(unit, "90a")) == []
 
 
+@pytest.mark.skipif(compiled.disassembler() is None, reason="no cuobjdump (install triton)")
+@pytest.mark.parametrize("unit", compiled.SM90_UNITS)
+def test_producers_wait_for_no_load_of_a_later_stage(unit):
+    """Nor for one that was just issued: a stage would cost the latency of memory."""
+    for name, code in compiled.disassemble(unit, "90a").items():
+        loops = list(build_machine_code.stage_loops(build_machine_code.Code(code)))
+        producers = [loop for loop in loops if not loop.products]
+        assert any(loop.copies for loop in producers), name
+        for loop in loops:
+            assert loop.too_soon == [], f"{name}\n{loop.report()}"
+
+
 def listing(*lines: str) -> str:
     """Instructions as cuobjdump prints them."""
     code = [f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines)]

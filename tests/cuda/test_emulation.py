@@ -6,6 +6,8 @@ ISA says of them. tests/cuda/test_gpu.py is for that.
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -167,7 +169,8 @@ def test_every_instantiation(variant, kind, terms):
             for rows in (600, 597):
                 grads = integers(batch, rows, dtype=dtype)
                 _, plan = check(grads, 270, kind, 77 * 8, terms=terms, variant=variant)
-                assert (plan.block_b, plan.loader == "scalar") == (block_b, rows == 597)
+                slow = plan.loader in ("scalar", "elements")
+                assert (plan.block_b, slow) == (block_b, rows == 597)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -186,10 +189,8 @@ def test_several_folds_splits_and_items(variant, kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_layouts(variant, dtype):
     """Each loader, and every layout that chooses it."""
-    fast = {
-        ("sm80", torch.bfloat16): "cp.async",
-        ("sm90", torch.bfloat16): "tma",
-    }.get((variant, dtype), "vector")
+    slow = {"sm80": "scalar", "sm90": "elements"}[variant]
+    fast = "tma" if variant == "sm90" else "cp.async" if dtype == torch.bfloat16 else "vector"
     batch, rows = 9, 700
     dense = integers(batch, 704, dtype=dtype)
     wide = integers(batch, 3 * 704, dtype=dtype)
@@ -197,15 +198,15 @@ def test_layouts(variant, dtype):
         "dense": (dense, fast),
         "narrowed": (dense[:, :rows], fast),
         "moved by 16 bytes": (dense[:, 16 // dtype.itemsize :][:, :600], fast),
-        "moved by one": (dense[:, 1:], "scalar"),
-        "odd row": (integers(batch, 701, dtype=dtype), "scalar"),
-        "transposed": (integers(rows, batch, dtype=dtype).t(), "scalar"),
-        "every third": (wide[:, ::3], "scalar"),
+        "moved by one": (dense[:, 1:], slow),
+        "odd row": (integers(batch, 701, dtype=dtype), slow),
+        "transposed": (integers(rows, batch, dtype=dtype).t(), slow),
+        "every third": (wide[:, ::3], slow),
         "every second sample": (integers(2 * batch, 704, dtype=dtype)[::2], fast),
-        "one sample for all": (dense[:1].expand(batch, -1), "scalar"),
+        "one sample for all": (dense[:1].expand(batch, -1), slow),
         "rows that overlap": (
             integers(1, 2000, dtype=dtype)[0].as_strided((batch, rows), (64, 1)),
-            "scalar" if fast == "tma" else fast,
+            slow if fast == "tma" else fast,
         ),
         "one sample": (integers(1, 701, dtype=dtype), fast),
     }
@@ -214,20 +215,42 @@ def test_layouts(variant, dtype):
         assert (name, plan.loader) == (name, loader)
     # Aligned with R, though where it begins is not an aligned address.
     _, plan = check(dense[:, 513:], 40, "rademacher", row_offset=513, terms=2, variant=variant)
-    assert plan.loader == ("scalar" if fast == "tma" else fast)
+    assert plan.loader == (slow if fast == "tma" else fast)
 
 
 @pytest.mark.parametrize(("variant", "kind", "terms"), BLOCKS)
 def test_fp32_comes_in_whole_sectors_and_goes_without_bank_conflicts(variant, kind, terms):
-    """Each sector of G is touched by one instruction, once, and stores take no extra wavefront."""
+    """Each sector of G is touched by one instruction, once, or by the copy engine; shared memory is
+    written and read without an extra wavefront.
+    """
     rows = 1024
     for batch in batch_for_each_tile(variant, kind, terms, torch.float32).values():
         grads = integers(batch, rows)
         with emulation.traffic() as moved:
-            emulation.project(grads, 100, kind=kind, terms=terms, variant=variant)
-        assert moved.loads == batch * rows // 32
-        assert moved.sectors == 4 * moved.loads
-        assert moved.wavefronts == moved.stores >= terms * moved.loads // 2
+            _, plan = emulation.project(grads, 100, kind=kind, terms=terms, variant=variant)
+        chunks = -(-batch // plan.block_b) * plan.block_b * rows // 8
+        if variant == "sm90":  # 8 chunks are 16 reads of 8 lanes
+            assert moved.loads == 0
+            assert moved.read_wavefronts == moved.reads == 2 * chunks // 8
+        else:
+            assert moved.loads == batch * rows // 32
+            assert moved.sectors == 4 * moved.loads
+        assert moved.store_wavefronts == moved.stores >= 2 * terms * (batch * rows // 8) // 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_unaligned_elements_at_the_end_of_memory(dtype):
+    """The word of the last element may end beyond the tensor: its other half is not read."""
+    page = mmap.PAGESIZE
+    for rows, cut in ((200, 0), (199, 2), (130, 0)):
+        memory = mmap.mmap(-1, 2 * page)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        assert emulation.protect(whole.data_ptr() + page, page) == 0
+        first = (page - cut) // dtype.itemsize * dtype.itemsize - 5 * rows * dtype.itemsize
+        grads = whole[first : first + 5 * rows * dtype.itemsize].view(dtype).view(5, rows)
+        grads.copy_(integers(5, rows, dtype=dtype))
+        for given in (grads, grads[:, 1:], grads[:, ::3], grads[-1:, -1:].expand(5, 9)):
+            check(given, 20, "rademacher", 3, variant="sm90", terms=1)
 
 
 @pytest.mark.parametrize("order", range(6))
@@ -476,11 +499,18 @@ def test_unknown_kernel_is_refused():
         ("wgmma_wait<0>();\n            fold(", "fold("),
         ("barrier_wait(full + stage * 8, ring.parity);", "static_cast<void>(full);"),
         ("barrier_wait(empty + ring.place * 8, ring.parity ^ 1);", "static_cast<void>(empty);"),
+        ("barrier_wait(raw_full + read.place * 8, read.parity);", ""),
+        ("barrier_wait(raw_empty + filled.place * 8, filled.parity ^ 1);", ""),
+        ("copy_async_wait<C::kRawStages - 1>();", "copy_async_wait<C::kRawStages>();"),
+        ("__syncwarp();  // a warp reads", "// a warp reads"),
         ("release(last, !first);", "release(last, true);"),
         ("generator.fragments(key, m, group & 1,", "generator.fragments(key, m, 0,"),
         ("2 * (lane & 3) + (i & 1);", "2 * (lane & 3) + 1 - (i & 1);"),
     ],
-    ids=["fence", "release", "arrive", "wait", "full", "empty", "twice", "half", "epilogue"],
+    ids=(
+        "fence release arrive wait full empty raw_full raw_empty raw_wait raw_warp twice half "
+        "epilogue"
+    ).split(),
 )
 def test_the_emulation_sees_a_broken_pipeline(tmp_path, old, new):
     """Each guard of the sm_90a pipeline, taken out of a copy of the source, makes a run fail."""
@@ -490,7 +520,10 @@ def test_the_emulation_sees_a_broken_pipeline(tmp_path, old, new):
             check(integers(40, 6000, dtype=torch.bfloat16), 300, "rademacher", 8, order=order)
             check(integers(20, 2500), 300, "gaussian", 8, order=order)
             check(integers(20, 2500), 300, "rademacher", 8, order=order)
+            check(integers(20, 2501), 300, "rademacher", 8, order=order)
 
-    broken = emulation.changed_source(tmp_path, "project_sm90.cuh", old, new)
+    folder = emulation.ROOT / "csrc" / "cuda"
+    (file,) = (f for f in folder.glob("*_sm90.cuh") if old in f.read_text())
+    broken = emulation.changed_source(tmp_path, file.name, old, new)
     with broken, pytest.raises((AssertionError, emulation.EmulationError)):
         run()

@@ -5,12 +5,15 @@ The generic tests (tests/test_ops.py and others) run on the CUDA backend too whe
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
 
+import fastproj
 from fastproj.backends import cuda
 from fastproj.call import Call
 from fastproj.spec import MatrixKey, matrix_block
@@ -299,6 +302,81 @@ def test_current_stream_without_synchronising():
         assert not stream.query()
     stream.synchronize()
     assert torch.equal(out.cpu().double(), expected)
+
+
+def in_new_thread(work):
+    """What `work` returns, or raises, in a thread that has not used CUDA yet."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_first_projection_of_a_thread(variant, dtype):
+    """The first thing that a thread does with CUDA: it has no context of its own accord."""
+    key = MatrixKey("rademacher", 2, 3)
+    grads, out = integers(16, 4096, dtype=dtype), torch.empty(16, 512, device="cuda")
+    out = out.double() if dtype == torch.float64 else out
+    expected = run(grads, 512, key)  # the main thread has loaded the kernels
+    torch.cuda.synchronize()
+    in_new_thread(lambda: run(grads, 512, key, out=out))
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_first_other_call_of_a_thread():
+    key = MatrixKey("rademacher", 2, 3)
+    y, out = integers(16, 256), torch.empty(16, 4096, device="cuda")
+    block = torch.empty(512, 64, device="cuda")
+
+    def adjoint():
+        cuda.project_transpose(y, out, key=key, row_offset=0, scale=1.0, precision="highest")
+
+    def matrix():
+        cuda.matrix(block, key=key, row_offset=0, col_offset=0)
+
+    for work, result in ((adjoint, out), (matrix, block)):
+        work()
+        torch.cuda.synchronize()
+        expected = result.clone()
+        result.fill_(torch.nan)
+        torch.cuda.synchronize()
+        in_new_thread(work)
+        torch.cuda.synchronize()
+        assert torch.equal(result, expected)
+
+
+def test_first_projection_in_a_backward_pass():
+    """autograd calls it from a thread of its own."""
+
+    class Sum(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, grads):
+            ctx.save_for_backward(grads)
+            return grads.float().sum()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            (grads,) = ctx.saved_tensors
+            threads.append(threading.get_ident())
+            results.append(run(grads, 512, MatrixKey("rademacher", 2, 3)))
+            return upstream.to(grads.dtype).expand_as(grads)
+
+    threads, results = [], []
+    grads = integers(16, 4096, dtype=torch.bfloat16).requires_grad_()
+    expected = run(grads.detach(), 512, MatrixKey("rademacher", 2, 3))
+    Sum.apply(grads).backward()
+    assert threads != [threading.get_ident()]
+    assert torch.equal(results[0], expected)
+
+
+def test_gradient_of_a_bf16_projection():
+    """The adjoint in autograd's thread, and the projection again in its own backward pass."""
+    y = fastproj.project(integers(8, 4096, dtype=torch.bfloat16), proj_dim=512, backend="cuda")
+    grads = integers(8, 4096, dtype=torch.bfloat16).requires_grad_()
+    fastproj.project(grads, proj_dim=512, backend="cuda").backward(torch.ones_like(y))
+    ones = torch.ones(8, 512, device="cuda")
+    expected = fastproj.project_transpose(ones, rows=slice(0, 4096), backend="cuda")
+    torch.testing.assert_close(grads.grad, expected.to(torch.bfloat16), rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,8 +19,10 @@ from tests.cuda import emulation
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = "tests.cuda.gpu_on_cpu"
-# What needs more than the values of three functions: streams, graphs, the allocator.
-NOT_HERE = "not stream and not graph and not allocation and not two_gpus"
+# What needs more than the values of three functions: streams, graphs, the allocator, threads.
+NOT_HERE = "not ({})".format(
+    " or ".join("stream graph allocation two_gpus thread backward gradient".split())
+)
 SOME = "matrix_is_the_spec or extreme or adjoint or (error_against and 512)"
 
 

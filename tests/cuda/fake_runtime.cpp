@@ -1,0 +1,151 @@
+// csrc/cuda/launch.cu on a machine without a GPU: a stand-in for the CUDA runtime and the driver
+// that knows, for each thread, whether a context is bound. As documented: cudaSetDevice binds the
+// primary context, cudaGetDevice does not; kernels and their attributes bind the one of the current
+// device; cuTensorMapEncodeTiled fails where none is bound. Writes down the calls in their order. A
+// C interface for ctypes (tests/cuda/test_context.py).
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "cuda/launch.hpp"
+#include "cuda/simple.hpp"
+
+namespace {
+
+thread_local int device = 0;  // of the thread
+thread_local int bound = -1;  // whose context is bound to the thread
+thread_local std::string calls;
+
+cudaError_t note(const std::string& call) {
+    calls += call + "\n";
+    return cudaSuccess;
+}
+
+CUresult encode(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    note("encode on " + std::to_string(bound));
+    return bound < 0 ? CUDA_ERROR_INVALID_CONTEXT : CUDA_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaGetDevice(int* out) {
+    *out = device;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int chosen) {
+    device = bound = chosen;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+    *count = 2;
+    return cudaSuccess;
+}
+// Before 13.0 a macro of the headers gives it a suffix, here too.
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+    *properties = cudaDeviceProp{};
+    std::strcpy(properties->name, "stand-in");
+    properties->major = 9;
+    properties->multiProcessorCount = 132;
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    bound = device;
+    attributes->maxThreadsPerBlock = 1024;
+    return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+    bound = device;
+    return cudaSuccess;
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
+    bound = device;
+    return note("launch on " + std::to_string(bound));
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+}
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorUnknown"; }
+const char* cudaGetErrorString(cudaError_t) { return "an error of the stand-in"; }
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned int,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+    *entry = reinterpret_cast<void*>(&encode);
+    *result = cudaDriverEntryPointSuccess;
+    return cudaSuccess;
+}
+
+}  // extern "C"
+
+namespace fastproj::cuda {
+
+// Kernels that never run: all that a launch needs of them.
+namespace {
+const char code = 0;
+Kernel any_kernel() {
+    Kernel kernel;
+    kernel.entry = &code;
+    kernel.threads = 1024;
+    kernel.columns = 256;
+    return kernel;
+}
+}  // namespace
+Kernel find_sm90_rademacher(const KernelKey&) { return any_kernel(); }
+Kernel find_sm90_rademacher_split(const KernelKey&) { return any_kernel(); }
+Kernel find_sm90_gaussian(const KernelKey&) { return any_kernel(); }
+Kernel find_sm90_gaussian_split(const KernelKey&) { return any_kernel(); }
+Kernel find_sm80_rademacher(const KernelKey&) { return any_kernel(); }
+Kernel find_sm80_rademacher_split(const KernelKey&) { return any_kernel(); }
+Kernel find_sm80_gaussian(const KernelKey&) { return any_kernel(); }
+Kernel find_sm80_gaussian_split(const KernelKey&) { return any_kernel(); }
+Kernel simple_kernel(SimpleKernel, Kind) { return any_kernel(); }
+Kernel transpose_kernel(Kind, int) { return any_kernel(); }
+
+}  // namespace fastproj::cuda
+
+// One call of the calling thread on `where`; `text` gets its trace, or what it threw. Ends with the
+// device that the thread is left with.
+extern "C" int fake_call(const char* what, int dtype, int where, char* text, int length) {
+    using namespace fastproj;
+    using namespace fastproj::cuda;
+    calls.clear();
+    int code = 0;
+    try {
+        const std::string name = what;
+        if (name == "project") {
+            ProjectCall call{};
+            call.grads = reinterpret_cast<const void*>(std::uintptr_t{256});
+            call.dtype = static_cast<Dtype>(dtype);
+            call.batch = call.cols = 64;
+            call.rows = call.stride_b = call.out_stride_b = 512;
+            call.out = reinterpret_cast<void*>(std::uintptr_t{256});
+            project(where, nullptr, call, nullptr, std::int64_t{1} << 40);
+        } else if (name == "project_transpose") {
+            TransposeCall call{};
+            call.dtype = static_cast<Dtype>(dtype);
+            call.batch = call.cols = call.rows = 64;
+            project_transpose(where, nullptr, call);
+        } else if (name == "matrix") {
+            MatrixCall call{};
+            call.rows = call.cols = 64;
+            matrix(where, nullptr, call);
+        } else {
+            throw std::invalid_argument("no such call: " + name);
+        }
+    } catch (const std::exception& error) {
+        note(error.what());
+        code = 1;
+    }
+    note("left on " + std::to_string(device));
+    std::snprintf(text, length, "%s", calls.c_str());
+    return code;
+}
