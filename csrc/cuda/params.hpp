@@ -18,6 +18,7 @@ enum class Loader : std::int32_t {
     kVector = 2,    // mma.sync: through registers in 16-byte loads: fp32 to be split
     kScalar = 3,    // mma.sync: through registers one element at a time: any alignment, any stride
     kElements = 4,  // sm_90a: asynchronous copies of one element: any alignment, any stride
+    kWords = 5,     // sjlt: 4-byte asynchronous copies of dense rows that start at multiples of 4
 };
 
 // Rows of P in one unit of work: a Rademacher block, and 16 Gaussian ones.
@@ -98,9 +99,9 @@ struct SjltParams {
     std::int32_t rows, batch, cols;
     std::int32_t tiles;  // of rows that the piece touches
     std::int32_t splits, col_tiles, batch_tiles;
-    std::int32_t threads;             // of a block
+    std::int32_t threads;              // of a block
     std::int32_t stage_tiles, stages;  // of the ring in shared memory; no stages: none
-    std::int32_t aligned;             // 16-byte copies
+    std::int32_t piece;  // bytes of one copy of G: 16, 4, or 0 for one element at a time
 };
 
 // out[b, i] = scale * sum over k of y[b, k] * R[row_offset + i, k]; kind sjlt.

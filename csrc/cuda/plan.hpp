@@ -38,6 +38,8 @@ inline const char* loader_name(Loader loader) {
             return "registers, 16-byte loads";
         case Loader::kElements:
             return "cp.async, one element at a time";
+        case Loader::kWords:
+            return "cp.async, 4 bytes at a time";
         default:
             return "registers, one element at a time";
     }
@@ -194,8 +196,7 @@ inline void check_columns(std::int64_t cols) {
 
 // Tiles of rows of a launch of kind sjlt.
 inline std::int64_t sjlt_tiles_of(const ProjectCall& call) {
-    const std::int64_t rows =
-        std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows);
+    const std::int64_t rows = std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows);
     const std::int64_t width = std::int64_t{1} << call.key.block_log2;
     return ceil_div(call.row_offset + rows, width) - call.row_offset / width;
 }
@@ -210,15 +211,19 @@ inline Plan plan_project_sjlt(const DeviceInfo& device, const ProjectCall& call)
                           shared_limit(device.major, device.minor));
     plan.splits = sjlt_splits(sjlt_tiles_of(call), plan.row_chunk, plan.col_chunk,
                               device.multiprocessors, kWorkspaceLimit);
-    // 16-byte pieces start at multiples of 16 rows of R.
+    // Pieces start at multiples of 16 rows of R.
     const int bytes = element_bytes(call.dtype);
     const auto base = reinterpret_cast<std::uintptr_t>(call.grads);
-    const bool row_stride = call.batch == 1 || call.stride_b * bytes % 16 == 0;
     const bool dense = call.stride_p == 1 || call.rows == 1;
-    const bool aligned = dense && row_stride && (base - call.row_offset % 16 * bytes) % 16 == 0;
-    plan.loader = !aligned                    ? Loader::kScalar
-                  : plan.sjlt.key.staged ? Loader::kCpAsync
-                                         : Loader::kVector;
+    auto aligned = [&](int piece) {
+        return dense && (call.batch == 1 || call.stride_b * bytes % piece == 0) &&
+               (base - call.row_offset % 16 * bytes) % piece == 0;
+    };
+    if (aligned(16)) {
+        plan.loader = plan.sjlt.key.staged ? Loader::kCpAsync : Loader::kVector;
+    } else {
+        plan.loader = plan.sjlt.key.staged && aligned(4) ? Loader::kWords : Loader::kScalar;
+    }
     plan.workspace_row = plan.col_chunk;
     plan.batch_chunk = std::min<std::int64_t>(call.batch, std::int64_t{1} << 16);
     cut_batch(plan, plan.batch_chunk, plan.sjlt.key.batch, call.dtype == Dtype::kF64 ? 8 : 4);

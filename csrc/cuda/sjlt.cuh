@@ -1,10 +1,10 @@
 // Kind sjlt: sums of rows gathered in a fixed order (spec.hpp; fastproj/spec.py).
 //
-// 16 neighbouring columns, a chunk, read 16 neighbouring rows of each tile, xor-ed among each other:
-// a packed chunk (spec.hpp) says which and with what signs. A block owns a range of columns, all
-// sums of which are in its registers, and a few samples. It brings whole tiles of G through a ring
-// in shared memory; its threads together make the packed chunks of the next tiles while they use
-// those of the present ones. A thread owns 4 neighbouring columns of several chunks: it reads 4
+// 16 neighbouring columns, a chunk, read 16 neighbouring rows of each tile, xor-ed among each
+// other: a packed chunk (spec.hpp) says which and with what signs. A block owns a range of columns,
+// all sums of which are in its registers, and a few samples. It brings whole tiles of G through a
+// ring in shared memory; its threads together make the packed chunks of the next tiles while they
+// use those of the present ones. A thread owns 4 neighbouring columns of several chunks: it reads 4
 // neighbouring rows at once and sorts them in registers. The order of a column's sum is that of the
 // tiles, whatever the configuration.
 #pragma once
@@ -14,10 +14,7 @@
 
 namespace fastproj::cuda {
 
-// Tiles that one sum adds up before it is folded into the workspace.
-constexpr int kSjltFold = 256;
-// A thread makes the chunks of one Philox call for each 16 / groups tiles.
-constexpr int kSjltCallColumns = 64;
+constexpr int kSjltCallColumns = 64;  // whose chunks one Philox call makes
 
 template <Dtype kType>
 struct SjltType {
@@ -108,6 +105,21 @@ FASTPROJ_DEVICE void read_rows(std::uint32_t at, std::uint32_t (&raw)[kWords]) {
     }
 }
 
+// The packed chunk of column k in tile row `tile`, as sjlt_chunk makes it: no word is picked by an
+// index, which would put the words in local memory.
+FASTPROJ_DEVICE std::uint32_t pick_word(const Words& words, std::uint32_t which) {
+    const std::uint32_t low = (which & 1) != 0 ? words.w[1] : words.w[0];
+    const std::uint32_t high = (which & 1) != 0 ? words.w[3] : words.w[2];
+    return (which & 2) != 0 ? high : low;
+}
+FASTPROJ_DEVICE std::uint32_t packed_chunk(const MatrixKey& key, std::int64_t tile,
+                                           std::uint32_t k) {
+    const std::uint32_t m = key.block_log2 - 4;
+    const Words permutation = sjlt_words(key, tile, k >> key.block_log2, 0);
+    const std::uint32_t word = pick_word(sjlt_words(key, tile, k >> 6, 1), (k >> 4) & 3);
+    return sjlt_packed(word, sjlt_row_chunk(permutation, (k >> 4) & ((1u << m) - 1u), m));
+}
+
 // One element of G as it is, from row i of a piece; zero outside it.
 template <Dtype kType>
 FASTPROJ_DEVICE std::uint64_t sjlt_element(const SjltParams& p, int b, int i, int rows) {
@@ -127,7 +139,7 @@ template <Dtype kType>
 FASTPROJ_DEVICE void read_rows(const SjltParams& p, int b, int i,
                                std::uint32_t (&raw)[SjltType<kType>::kWords]) {
     constexpr int kBytes = SjltType<kType>::kBytes;
-    if (p.aligned != 0 && b < p.batch && i >= 0 && i + 4 <= p.rows) {
+    if (p.piece == 16 && b < p.batch && i >= 0 && i + 4 <= p.rows) {
         const auto* from = reinterpret_cast<const std::uint64_t*>(
             static_cast<const char*>(p.grads) + (b * p.grads_stride_b + i) * kBytes);
 #pragma unroll
@@ -212,8 +224,7 @@ struct SjltTables {
         Words permutation{};
         if (m >= 2) {
             const std::uint32_t from =
-                words_at(batch) +
-                (slot * count + ((k >> key.block_log2) - first)) * 16;
+                words_at(batch) + (slot * count + ((k >> key.block_log2) - first)) * 16;
             load_shared_16(from, permutation.w[0], permutation.w[1], permutation.w[2],
                            permutation.w[3]);
         }
@@ -252,35 +263,52 @@ struct SjltFeeder {
         return ring + (stage & (p.stages - 1)) * kBatch * sample_bytes();
     }
     FASTPROJ_DEVICE void copy(int stage) const {
+        if (p.piece == 16) {
+            copy_pieces<16>(stage);
+        } else if (p.piece == 4) {
+            copy_pieces<4>(stage);
+        } else {
+            copy_elements(stage);
+        }
+    }
+    template <int kPiece>
+    FASTPROJ_DEVICE void copy_pieces(int stage) const {
+        constexpr int kRows = kPiece > kBytes ? kPiece / kBytes : 1;
+        constexpr int kPieces = kPiece > kBytes ? 1 : kBytes / kPiece;  // of one element
         const int start = row + (stage << stage_log2);
         const std::uint32_t to = slot(stage);
-        if (p.aligned != 0) {
-            constexpr int kRows = 16 / kBytes;
-            const std::uint32_t pieces_log2 = stage_log2 - (kBytes == 2 ? 3 : kBytes == 4 ? 2 : 1);
-            for (int j = threadIdx.x; j < kBatch << pieces_log2; j += p.threads) {
-                const int n = b + (j >> pieces_log2);
-                const int i = start + (j & ((1 << pieces_log2) - 1)) * kRows;
-                const bool inside = n < p.batch && i >= 0 && i + kRows <= rows;
-                if (inside || n >= p.batch || i >= rows || i + kRows <= 0) {
-                    // An aligned address even where nothing is read: p.grads itself need not be.
-                    const auto base = reinterpret_cast<std::uintptr_t>(p.grads);
-                    const std::uintptr_t from =
-                        inside ? base + (n * p.grads_stride_b + i) * kBytes
-                               : base & ~std::uintptr_t{15};
+        const int line = ((1 << stage_log2) / kRows) * kPieces;  // pieces of a sample: a power of 2
+        for (int j = threadIdx.x; j < kBatch * line; j += p.threads) {
+            const int n = b + j / line;
+            const int at = j & (line - 1);
+            const int i = start + at / kPieces * kRows;
+            const bool inside = n < p.batch && i >= 0 && i + kRows <= rows;
+            if (inside || n >= p.batch || i >= rows || i + kRows <= 0) {
+                // An aligned address even where nothing is read: p.grads itself need not be.
+                const auto base = reinterpret_cast<std::uintptr_t>(p.grads);
+                const std::uintptr_t from =
+                    inside ? base + (n * p.grads_stride_b + i) * kBytes + at % kPieces * kPiece
+                           : base & ~std::uintptr_t{15};
+                if constexpr (kPiece == 16) {
                     copy_async_16(to + j * 16, reinterpret_cast<const void*>(from), inside);
-                } else {  // the piece straddles an end of the row
-                    put_elements(to + j * 16, n, i, kRows);
+                } else {
+                    copy_async_4(to + j * 4, reinterpret_cast<const void*>(from), inside ? 4 : 0);
                 }
+            } else {  // the piece straddles an end of the row
+                put_elements(to + j * kPiece, n, i, kRows);
             }
-        } else {
-            constexpr int kRows = kBytes == 2 ? 2 : 1;  // of one store
-            const std::uint32_t units_log2 = stage_log2 - (kBytes == 2 ? 1 : 0);
-#pragma unroll 4
-            for (int j = threadIdx.x; j < kBatch << units_log2; j += p.threads) {
-                const int n = b + (j >> units_log2);
-                const int i = start + (j & ((1 << units_log2) - 1)) * kRows;
-                put_elements(to + j * kRows * kBytes, n, i, kRows);
-            }
+        }
+    }
+    FASTPROJ_DEVICE void copy_elements(int stage) const {
+        constexpr int kRows = kBytes == 2 ? 2 : 1;  // of one store
+        const int start = row + (stage << stage_log2);
+        const std::uint32_t to = slot(stage);
+        const int line_log2 = static_cast<int>(stage_log2) - (kBytes == 2 ? 1 : 0);
+#pragma unroll 2
+        for (int j = threadIdx.x; j < kBatch << line_log2; j += p.threads) {
+            const int n = b + (j >> line_log2);
+            const int i = start + (j & ((1 << line_log2) - 1)) * kRows;
+            put_elements(to + j * kRows * kBytes, n, i, kRows);
         }
     }
     FASTPROJ_DEVICE void put_elements(std::uint32_t to, int n, int i, int count) const {
@@ -317,20 +345,18 @@ FASTPROJ_DEVICE void project_sjlt(const SjltParams& p) {
     const int stage_tiles = kStaged ? p.stage_tiles : Tables::kTiles;
     std::uint32_t stage_log2 = p.block_log2;
     while ((1 << (stage_log2 - p.block_log2)) < stage_tiles) ++stage_log2;
-    const std::uint32_t base =
-        ring + (kStaged ? p.stages * kBatch * (kBytes << stage_log2) : 0);
+    const std::uint32_t base = ring + (kStaged ? p.stages * kBatch * (kBytes << stage_log2) : 0);
 
     const int items = p.col_tiles * p.splits * p.batch_tiles;
     for (int index = blockIdx.x; index < items; index += gridDim.x) {
         const int col_tile = index % p.col_tiles;
         const int split = index / p.col_tiles % p.splits;
         const int sample = index / p.col_tiles / p.splits * kBatch;
-        const auto begin =
-            static_cast<int>(static_cast<std::int64_t>(p.tiles) * split / p.splits);
+        const auto begin = static_cast<int>(static_cast<std::int64_t>(p.tiles) * split / p.splits);
         const auto end =
             static_cast<int>(static_cast<std::int64_t>(p.tiles) * (split + 1) / p.splits);
-        const int row = static_cast<int>((static_cast<std::int64_t>(begin) << p.block_log2) -
-                                         p.row_shift);
+        const int row =
+            static_cast<int>((static_cast<std::int64_t>(begin) << p.block_log2) - p.row_shift);
         const std::int64_t stop = (static_cast<std::int64_t>(end) << p.block_log2) - p.row_shift;
         const int rows = stop < p.rows ? static_cast<int>(stop) : p.rows;
         const int first_column = col_tile * columns;
@@ -425,10 +451,11 @@ FASTPROJ_DEVICE void project_sjlt(const SjltParams& p) {
                     for (int n = 0; n < kBatch; ++n) {
                         std::uint32_t raw[kWords];
                         if constexpr (kStaged) {
-                            read_rows<kWords>(tile + from * kBytes + n * feeder.sample_bytes(), raw);
+                            read_rows<kWords>(tile + from * kBytes + n * feeder.sample_bytes(),
+                                              raw);
                         } else {
-                            const int i = row + ((done + t) << p.block_log2) +
-                                          static_cast<int>(from);
+                            const int i =
+                                row + ((done + t) << p.block_log2) + static_cast<int>(from);
                             read_rows<kType>(p, sample + n, i, raw);
                         }
                         add_rows<kType>(raw, packed, signs, in_chunk, acc[g][n]);
@@ -514,11 +541,8 @@ FASTPROJ_DEVICE void transpose_sjlt(const SjltTransposeParams& p) {
                 const std::uint32_t h = sjlt_column_chunk(permutation, x, m);
                 const std::uint32_t k = (column << key.block_log2) + 16 * h;
                 const Words words = sjlt_words(key, tile, k >> 6, 1);
-                const std::uint32_t which = (k >> 4) & 3;
-                const std::uint32_t low = (which & 1) != 0 ? words.w[1] : words.w[0];
-                const std::uint32_t high = (which & 1) != 0 ? words.w[3] : words.w[2];
                 store_shared(buffer + thread * 8, k,
-                             sjlt_packed((which & 2) != 0 ? high : low, 0));
+                             sjlt_packed(pick_word(words, (k >> 4) & 3), 0));
             }
             __syncthreads();  // one a turn is enough for two buffers
 #pragma unroll
@@ -562,9 +586,9 @@ FASTPROJ_DEVICE void transpose_sjlt(const SjltTransposeParams& p) {
 #pragma unroll
             for (int n = 0; n < kSjltTransposeBatch; ++n) {
                 if (sample + n >= p.batch) continue;
-                write_global(static_cast<Sum*>(p.out) + (sample + n) * p.out_stride_b +
-                                 row * p.out_stride_p,
-                             static_cast<Sum>(p.scale) * sum[e][n]);
+                write_global(
+                    static_cast<Sum*>(p.out) + (sample + n) * p.out_stride_b + row * p.out_stride_p,
+                    static_cast<Sum>(p.scale) * sum[e][n]);
             }
         }
     }
@@ -589,7 +613,7 @@ matrix_sjlt_kernel(FASTPROJ_GRID_CONSTANT MatrixParams p) {
          at < count; at += step) {
         const std::int64_t j = at % p.cols, chunk = p.first_block + at / p.cols;
         const std::uint32_t k = p.col_offset + static_cast<std::uint32_t>(j);
-        const std::uint32_t packed = sjlt_chunk(key, chunk >> m, k);
+        const std::uint32_t packed = packed_chunk(key, chunk >> m, k);
         const std::uint32_t one = 0x3f80u | sjlt_negative(packed, k & 15u) << 15;
         const std::uint32_t place =
             sjlt_row(packed, k & 15u) - (static_cast<std::uint32_t>(chunk) & ((1u << m) - 1u)) * 16;

@@ -14,15 +14,14 @@ struct SjltKey {
     bool staged;
 };
 inline bool operator==(const SjltKey& a, const SjltKey& b) {
-    return a.dtype == b.dtype && a.groups == b.groups && a.batch == b.batch &&
-           a.staged == b.staged;
+    return a.dtype == b.dtype && a.groups == b.groups && a.batch == b.batch && a.staged == b.staged;
 }
 
-// Threads of a block, at most: a launch takes what its columns need. And the launch bound, which
-// sets registers: 64 for 16 sums, 128 for 32, 144 for 64.
-constexpr int sjlt_threads(int groups, int batch) { return groups * batch >= 16 ? 448 : 512; }
+constexpr int kSjltThreads = 384;  // of a block, at most; a launch takes what its columns need
+
+// The launch bound, which sets registers: 80 for 16 sums, else 168.
 constexpr int sjlt_bound(Dtype dtype, int groups, int batch) {
-    return groups * batch == 4 && dtype != Dtype::kF64 ? 1024 : sjlt_threads(groups, batch);
+    return groups * batch == 4 && dtype != Dtype::kF64 ? 768 : kSjltThreads;
 }
 
 // clang-format off
@@ -40,6 +39,8 @@ constexpr int sjlt_bound(Dtype dtype, int groups, int batch) {
     X(dtype, 4, 1, true) \
     X(dtype, 4, 1, false)
 // clang-format on
+
+constexpr int kSjltFold = 256;  // tiles that one sum adds up before it goes to the workspace
 
 // Tiles whose packed chunks are made at once, and bytes of one packed chunk.
 constexpr int sjlt_table_tiles(int groups) { return 16 / groups; }

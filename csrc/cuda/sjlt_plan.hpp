@@ -11,7 +11,7 @@ namespace fastproj::cuda {
 
 struct SjltPlan {
     SjltKey key{};
-    int threads = 0, columns = 0;      // of a block
+    int threads = 0, columns = 0;     // of a block
     int stage_tiles = 0, stages = 0;  // of the ring; none where rows come straight from L2
     int shared_bytes = 0;
 };
@@ -43,8 +43,7 @@ inline SjltPlan sjlt_sizes(const SjltKey& key, std::int64_t cols, std::uint32_t 
     plan.key = key;
     const std::int64_t wanted = (cols + 4 * key.groups - 1) / (4 * key.groups);
     plan.threads = static_cast<int>(
-        std::max<std::int64_t>(64, std::min<std::int64_t>(sjlt_threads(key.groups, key.batch),
-                                                          (wanted + 31) / 32 * 32)));
+        std::max<std::int64_t>(64, std::min<std::int64_t>(kSjltThreads, (wanted + 31) / 32 * 32)));
     plan.columns = 4 * key.groups * plan.threads;
     const int tables = sjlt_table_bytes(key, plan.threads);
     plan.shared_bytes = tables;
@@ -78,11 +77,10 @@ inline SjltPlan plan_sjlt(Dtype dtype, std::int64_t batch, std::int64_t cols,
             if (key.dtype != dtype || key.staged != staged) continue;
             const SjltPlan plan = sjlt_sizes(key, cols, block_log2, limit);
             if (staged && plan.stages == 0) continue;
-            const auto col_tiles =
-                static_cast<double>((cols + plan.columns - 1) / plan.columns);
+            const auto col_tiles = static_cast<double>((cols + plan.columns - 1) / plan.columns);
             const auto tiles = static_cast<double>((batch + key.batch - 1) / key.batch);
-            const double cost = tiles * key.batch *
-                                sjlt_cost(key, entries, staged ? col_tiles : entries);
+            const double cost =
+                tiles * key.batch * sjlt_cost(key, entries, staged ? col_tiles : entries);
             if (best.threads == 0 || cost < least) {
                 best = plan;
                 least = cost;
@@ -98,10 +96,11 @@ inline SjltPlan plan_sjlt(Dtype dtype, std::int64_t batch, std::int64_t cols,
 inline int sjlt_splits(std::int64_t tiles, std::int64_t rows, std::int64_t cols,
                        int multiprocessors, std::int64_t workspace) {
     const std::int64_t row_bytes = cols * 4;
-    const std::int64_t fill = std::max<std::int64_t>(1, std::int64_t{16384} * multiprocessors / cols);
-    const std::int64_t most = std::min<std::int64_t>(
-        {tiles, fill, std::max<std::int64_t>(1, rows / (16 * cols)),
-         std::max<std::int64_t>(1, workspace / (row_bytes * 8)), 4096});
+    const std::int64_t fill =
+        std::max<std::int64_t>(1, std::int64_t{16384} * multiprocessors / cols);
+    const std::int64_t most =
+        std::min<std::int64_t>({tiles, fill, std::max<std::int64_t>(1, rows / (16 * cols)),
+                                std::max<std::int64_t>(1, workspace / (row_bytes * 8)), 4096});
     const std::int64_t each = (tiles + most - 1) / most;
     return static_cast<int>((tiles + each - 1) / each);
 }

@@ -33,7 +33,7 @@ void launch_sjlt(Launcher& launcher, const Plan& plan, const ProjectCall& call,
     p.threads = plan.sjlt.threads;
     p.stage_tiles = plan.sjlt.stage_tiles;
     p.stages = plan.sjlt.stages;
-    p.aligned = plan.loader == Loader::kCpAsync || plan.loader == Loader::kVector;
+    p.piece = plan.loader == Loader::kScalar ? 0 : plan.loader == Loader::kWords ? 4 : 16;
     launcher.project_sjlt(plan.sjlt, p);
 }
 

@@ -97,11 +97,11 @@ struct EmulatedLauncher {
         });
     }
     void project_sjlt(const SjltPlan& plan, const SjltParams& p) {
-#define FASTPROJ_CASE(dtype, groups, batch, staged)                                        \
-    if (plan.key == SjltKey{dtype, groups, batch, staged}) {                               \
-        return emulator::launch(blocks, 1, plan.threads, plan.shared_bytes, [=]() {        \
-            fastproj::cuda::project_sjlt_kernel<dtype, groups, batch, staged>(p);          \
-        });                                                                                \
+#define FASTPROJ_CASE(dtype, groups, batch, staged)                                 \
+    if (plan.key == SjltKey{dtype, groups, batch, staged}) {                        \
+        return emulator::launch(blocks, 1, plan.threads, plan.shared_bytes, [=]() { \
+            fastproj::cuda::project_sjlt_kernel<dtype, groups, batch, staged>(p);   \
+        });                                                                         \
     }
         const int blocks = 2;
         FASTPROJ_SJLT(FASTPROJ_CASE, Dtype::kF32)
@@ -214,19 +214,19 @@ int emulated_project(const EmulatedProject* c, std::int64_t* plan_out, int plan_
         const Plan plan = plan_project(device, call);
         const SjltPlan& sjlt = plan.sjlt;
         const std::int64_t facts[14] = {static_cast<std::int64_t>(plan.variant),
-                                       plan.key.block_b,
-                                       static_cast<std::int64_t>(plan.loader),
-                                       plan.cluster,
-                                       plan.splits,
-                                       plan.batch_chunk,
-                                       plan.workspace_bytes,
-                                       sjlt.key.groups,
-                                       sjlt.key.batch,
-                                       sjlt.key.staged,
-                                       sjlt.threads,
-                                       sjlt.stage_tiles,
-                                       sjlt.stages,
-                                       sjlt.shared_bytes};
+                                        plan.key.block_b,
+                                        static_cast<std::int64_t>(plan.loader),
+                                        plan.cluster,
+                                        plan.splits,
+                                        plan.batch_chunk,
+                                        plan.workspace_bytes,
+                                        sjlt.key.groups,
+                                        sjlt.key.batch,
+                                        sjlt.key.staged,
+                                        sjlt.threads,
+                                        sjlt.stage_tiles,
+                                        sjlt.stages,
+                                        sjlt.shared_bytes};
         std::memcpy(plan_out, facts, sizeof facts);
         if (plan_only != 0) return;
         std::vector<unsigned char> workspace(plan.workspace_bytes, 0xff);

@@ -30,7 +30,7 @@ DTYPES = {
 }
 KINDS = {"rademacher": 0, "gaussian": 1, "sjlt": 2}
 VARIANTS = {"auto": 0, "simple": 1, "sm80": 2, "sm90": 3}
-LOADERS = ("tma", "cp.async", "vector", "scalar", "elements")
+LOADERS = ("tma", "cp.async", "vector", "scalar", "elements", "words")
 
 _int64, _int32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
