@@ -3,6 +3,9 @@
 
 namespace fastproj::cuda {
 
+FASTPROJ_KERNEL(kThreadsSimple)
+matrix_sjlt_kernel(FASTPROJ_GRID_CONSTANT MatrixParams p) { matrix_sjlt(p); }
+
 Kernel sjlt_transpose_kernel(bool in_double) {
     Kernel kernel;
     kernel.entry = in_double ? reinterpret_cast<const void*>(&transpose_sjlt_kernel<double>)

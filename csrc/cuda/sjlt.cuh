@@ -172,61 +172,48 @@ struct SjltTables {
     static constexpr int kTiles = sjlt_table_tiles(kGroups);
     static constexpr int kEntry = SjltType<kType>::kEntryBytes;
     const SjltParams& p;
-    MatrixKey key;
-    std::uint32_t tables, words;  // shared memory
-    std::int64_t tile;            // the item's first
-    std::uint32_t column;         // of R, the block's first: a multiple of 64
-    int chunks;                   // of 16 columns of the block
-    int calls, thread;            // Philox calls for the columns of a block, in one tile
-    int slot, group;              // this thread's tile in a table and 64 columns of the block
-    std::uint32_t first, count;   // tile columns that the block touches
+    std::uint32_t base;    // in shared memory
+    std::int64_t tile;     // the item's first
+    std::uint32_t column;  // of R, the block's first: a multiple of 64
 
-    FASTPROJ_DEVICE SjltTables(const SjltParams& params, std::uint32_t base, std::int64_t tile_,
-                               std::uint32_t column_)
-        : p(params),
-          key(sjlt_key(params.seed, params.stream, params.block_log2)),
-          tables(base),
-          words(base + 2 * kTiles * kGroups * (params.threads / 4) * kEntry),
-          tile(tile_),
-          column(column_),
-          chunks(kGroups * params.threads / 4),
-          calls(kGroups * params.threads / 16),
-          thread(threadIdx.x),
-          slot(thread / calls),
-          group(thread % calls),
-          first(column_ >> params.block_log2),
-          count(((column_ + 16 * static_cast<std::uint32_t>(chunks) - 1) >> params.block_log2) -
-                first + 1) {}
-
-    FASTPROJ_DEVICE std::uint32_t words_at(int batch) const {
-        return words + (batch & 1) * (p.threads + kTiles) * 16;
+    FASTPROJ_DEVICE int chunks() const { return kGroups * p.threads / 4; }  // of a block's columns
+    FASTPROJ_DEVICE MatrixKey key() const { return sjlt_key(p.seed, p.stream, p.block_log2); }
+    FASTPROJ_DEVICE std::uint32_t table(int batch) const {
+        return base + (batch & 1) * kTiles * chunks() * kEntry;
+    }
+    FASTPROJ_DEVICE std::uint32_t words(int batch) const {
+        return base + 2 * kTiles * chunks() * kEntry + (batch & 1) * (p.threads + kTiles) * 16;
     }
     // The permutations of the batch-th kTiles tiles; of small tiles, make() makes its own.
     FASTPROJ_DEVICE void permute(int batch) const {
         if (p.block_log2 < 6) return;
-        const int total = kTiles * static_cast<int>(count);
-        for (int j = thread; j < total; j += p.threads) {
-            const Words w = sjlt_words(key, tile + batch * kTiles + j / static_cast<int>(count),
-                                       first + static_cast<std::uint32_t>(j) % count, 0);
-            store_shared(words_at(batch) + j * 16, w.w[0], w.w[1], w.w[2], w.w[3]);
+        const std::uint32_t first = column >> p.block_log2;
+        const std::uint32_t last =
+            (column + 16 * static_cast<std::uint32_t>(chunks()) - 1) >> p.block_log2;
+        const int total = kTiles * static_cast<int>(last - first + 1);
+#pragma unroll 1
+        for (int j = static_cast<int>(opaque(threadIdx.x)); j < total; j += p.threads) {
+            const Words w =
+                sjlt_words(key(), tile + batch * kTiles + j % kTiles, first + j / kTiles, 0);
+            store_shared(words(batch) + j * 16, w.w[0], w.w[1], w.w[2], w.w[3]);
         }
     }
-    FASTPROJ_DEVICE std::uint32_t table(int batch) const {
-        return tables + (batch & 1) * kTiles * chunks * kEntry;
-    }
-    // The packed chunks of the batch-th kTiles tiles, after permute(batch).
+    // The packed chunks of the batch-th kTiles tiles, after permute(batch): a thread those of 64
+    // columns of one tile.
     FASTPROJ_DEVICE void make(int batch) const {
-        const std::uint32_t m = key.block_log2 - 4, mask = (1u << m) - 1u;
+        const int thread = static_cast<int>(opaque(threadIdx.x));
+        const int slot = thread % kTiles, group = thread / kTiles;
+        const std::uint32_t m = p.block_log2 - 4, mask = (1u << m) - 1u;
         const std::int64_t t = tile + batch * kTiles + slot;
         const std::uint32_t k = column + group * kSjltCallColumns;
-        const Words w = sjlt_words(key, t, k / kSjltCallColumns, 1);
-        const std::uint32_t to = table(batch) + (slot * chunks + group * 4) * kEntry;
+        const Words w = sjlt_words(key(), t, k / kSjltCallColumns, 1);
+        const std::uint32_t to = table(batch) + (slot * chunks() + group * 4) * kEntry;
         Words permutation{};
         if (m >= 2) {
-            const std::uint32_t from =
-                words_at(batch) + (slot * count + ((k >> key.block_log2) - first)) * 16;
-            load_shared_16(from, permutation.w[0], permutation.w[1], permutation.w[2],
-                           permutation.w[3]);
+            const std::uint32_t at =
+                ((k >> p.block_log2) - (column >> p.block_log2)) * kTiles + slot;
+            load_shared_16(words(batch) + at * 16, permutation.w[0], permutation.w[1],
+                           permutation.w[2], permutation.w[3]);
         }
         std::uint32_t packed[4];
 #pragma unroll
@@ -234,7 +221,7 @@ struct SjltTables {
             const std::uint32_t chunk = k / 16 + i;
             std::uint32_t x = 0;
             if (m != 0) {
-                if (m == 1 && (i & 1) == 0) permutation = sjlt_words(key, t, chunk >> 1, 0);
+                if (m == 1 && (i & 1) == 0) permutation = sjlt_words(key(), t, chunk >> 1, 0);
                 x = sjlt_row_chunk(permutation, chunk & mask, m);
             }
             packed[i] = sjlt_packed(w.w[i], x);
@@ -278,7 +265,7 @@ struct SjltFeeder {
         const int start = row + (stage << stage_log2);
         const std::uint32_t to = slot(stage);
         const int line = ((1 << stage_log2) / kRows) * kPieces;  // pieces of a sample: a power of 2
-        for (int j = threadIdx.x; j < kBatch * line; j += p.threads) {
+        for (int j = static_cast<int>(opaque(threadIdx.x)); j < kBatch * line; j += p.threads) {
             const int n = b + j / line;
             const int at = j & (line - 1);
             const int i = start + at / kPieces * kRows;
@@ -305,7 +292,8 @@ struct SjltFeeder {
         const std::uint32_t to = slot(stage);
         const int line_log2 = static_cast<int>(stage_log2) - (kBytes == 2 ? 1 : 0);
 #pragma unroll 2
-        for (int j = threadIdx.x; j < kBatch << line_log2; j += p.threads) {
+        for (int j = static_cast<int>(opaque(threadIdx.x)); j < kBatch << line_log2;
+             j += p.threads) {
             const int n = b + (j >> line_log2);
             const int i = start + (j & ((1 << line_log2) - 1)) * kRows;
             put_elements(to + j * kRows * kBytes, n, i, kRows);
@@ -360,7 +348,8 @@ FASTPROJ_DEVICE void project_sjlt(const SjltParams& p) {
         const std::int64_t stop = (static_cast<std::int64_t>(end) << p.block_log2) - p.row_shift;
         const int rows = stop < p.rows ? static_cast<int>(stop) : p.rows;
         const int first_column = col_tile * columns;
-        const Tables tables(p, base, p.first_tile + begin, p.first_col + first_column);
+        const Tables tables{p, base, p.first_tile + begin,
+                            p.first_col + static_cast<std::uint32_t>(first_column)};
         const SjltFeeder<kType, kBatch> feeder{p, ring, sample, row, rows, stage_log2};
 
         Sum acc[kGroups][kBatch][4];
@@ -374,21 +363,21 @@ FASTPROJ_DEVICE void project_sjlt(const SjltParams& p) {
                 }
             }
         };
-        // Into the workspace, which holds what was folded before.
+        // Into the workspace, which holds what was folded before. What it computes is hidden from
+        // the compiler, which would keep it all in registers while tiles are added.
         auto fold = [&](bool first) {
+            const int k = first_column + static_cast<int>(opaque(threadIdx.x)) * 4;
+            Sum* to = static_cast<Sum*>(p.dst) + opaque(split) * p.dst_stride_split +
+                      sample * p.dst_stride_b + k;
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
-                const int k = first_column + (g * p.threads + thread) * 4;
 #pragma unroll
                 for (int n = 0; n < kBatch; ++n) {
-                    if (sample + n >= p.batch) continue;
-                    Sum* to = static_cast<Sum*>(p.dst) + split * p.dst_stride_split +
-                              (sample + n) * p.dst_stride_b + k;
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        if (k + j >= p.cols) continue;
-                        write_global(to + j,
-                                     first ? acc[g][n][j] : read_global(to + j) + acc[g][n][j]);
+                        if (sample + n >= p.batch || k + g * 4 * p.threads + j >= p.cols) continue;
+                        Sum* at = to + n * p.dst_stride_b + g * 4 * p.threads + j;
+                        write_global(at, first ? acc[g][n][j] : read_global(at) + acc[g][n][j]);
                     }
                 }
             }
@@ -434,7 +423,8 @@ FASTPROJ_DEVICE void project_sjlt(const SjltParams& p) {
             for (int t = 0; t < here; ++t) {
                 const std::uint32_t table =
                     tables.table(batch) +
-                    ((done % Tables::kTiles + t) * tables.chunks + (thread >> 2)) * Tables::kEntry;
+                    ((done % Tables::kTiles + t) * tables.chunks() + (thread >> 2)) *
+                        Tables::kEntry;
                 const std::uint32_t tile = feeder.slot(kStaged ? s : 0) +
                                            (static_cast<std::uint32_t>(t) << p.block_log2) * kBytes;
 #pragma unroll
@@ -603,8 +593,7 @@ transpose_sjlt_kernel(FASTPROJ_GRID_CONSTANT SjltTransposeParams p) {
 // ------------------------------------------------------------------------------- blocks of R
 
 // A thread makes 16 rows of one column.
-FASTPROJ_KERNEL(kThreadsSimple)
-matrix_sjlt_kernel(FASTPROJ_GRID_CONSTANT MatrixParams p) {
+FASTPROJ_DEVICE void matrix_sjlt(const MatrixParams& p) {
     const MatrixKey key = sjlt_key(p.seed, p.stream, p.block_log2);
     const std::uint32_t m = key.block_log2 - 4;
     const std::int64_t count = p.cols * p.blocks;

@@ -33,7 +33,7 @@ constexpr int sjlt_bound(Dtype dtype, int groups, int batch) {
     X(dtype, 8, 2, true) \
     X(dtype, 16, 1, true) \
     X(dtype, 4, 1, false) \
-    X(dtype, 4, 4, false)
+    X(dtype, 4, 2, false)
 
 #define FASTPROJ_SJLT_F64(X, dtype) \
     X(dtype, 4, 1, true) \

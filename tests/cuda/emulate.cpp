@@ -125,7 +125,7 @@ struct EmulatedLauncher {
     }
     void matrix(Kind kind, const MatrixParams& p) {
         emulator::launch(3, 1, kThreadsSimple, 0, [=]() {
-            if (kind == Kind::kSjlt) return matrix_sjlt_kernel(p);
+            if (kind == Kind::kSjlt) return matrix_sjlt(p);
             if (kind == Kind::kRademacher) return matrix_kernel<Kind::kRademacher>(p);
             matrix_kernel<Kind::kGaussian>(p);
         });
