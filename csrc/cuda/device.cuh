@@ -129,15 +129,16 @@ FASTPROJ_DEVICE void load_shared_16(std::uint32_t address, std::uint32_t& x, std
         : "r"(address)
         : "memory");
 }
-// 16 bytes at `address` and 16 at `address` + 128.
+// 16 bytes at `address` and 16 at `address` + kApart.
+template <int kApart>
 FASTPROJ_DEVICE void load_shared_32(std::uint32_t address, std::uint32_t (&r)[8]) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + 128];"
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
                  : "=r"(r[4]), "=r"(r[5]), "=r"(r[6]), "=r"(r[7])
-                 : "r"(address)
+                 : "r"(address), "n"(kApart)
                  : "memory");
 }
 // A read of constant contents (the Gaussian table): not volatile, so that it can be scheduled
@@ -158,12 +159,6 @@ FASTPROJ_DEVICE double load_shared_f64(std::uint32_t address) {
 
 // ------------------------------------------------------------------------------- global memory
 
-// 16 bytes that this kernel reads once or twice and never writes.
-FASTPROJ_DEVICE void load_global_16(const void* p, std::uint32_t (&r)[4]) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "l"(p));
-}
 template <class T>
 FASTPROJ_DEVICE T load_global(const T* p) {
     return __ldg(p);

@@ -227,12 +227,12 @@ FASTPROJ_DEVICE void split_floats(const std::uint32_t (&x)[8], std::uint32_t (&o
     }
 }
 
-// ------------------------------------------------------------------------------- G through
-// registers
+// ------------------------------------------------------------------------------- elements into
+// tiles
 
 // A tile of 64 rows is moved in chunks of 8 elements, 8 chunks a sample: chunk c is rows 4 c to 4 c
-// + 3 and the same 32 rows further on. So 8 threads read 128 contiguous bytes of fp32 with one
-// instruction: whole sectors, where two instructions for 32 bytes a thread would take half of each.
+// + 3 and the same 32 rows further on. So 8 threads take 128 contiguous bytes of fp32 with one
+// instruction: whole sectors and all banks once, where 32 bytes a thread would take half of each.
 
 // The sample of the q-th 8 threads. Two neighbours, whose stores go together, differ in bit 2: the
 // swizzle puts them in different banks.
@@ -244,34 +244,24 @@ FASTPROJ_DEVICE std::uint32_t chunk_offset(int n, int c) {
     return n * 128 + (((c >> 1) ^ (n & 7)) << 4 | (c & 1) << 3);
 }
 
-// Rows i .. i + 3 and i + 32 .. i + 35 of sample b as raw bits, a word each; nothing is done to a
-// value here, so that all loads stay in flight. Rows outside the piece and samples outside the
-// batch are zero.
-FASTPROJ_DEVICE void load_chunk(const ProjectParams& p, int b, int i, std::uint32_t (&raw)[8]) {
-    const bool wide = p.input == static_cast<std::int32_t>(Dtype::kF32);
-    const int bytes = wide ? 4 : 2;
-    const char* from =
-        static_cast<const char*>(p.grads) + (b * p.grads_stride_b + i * p.grads_stride_p) * bytes;
-    if (p.loader == static_cast<std::int32_t>(Loader::kVector) && b < p.batch && i >= 0 &&
-        i + 36 <= p.rows) {
-        std::uint32_t half[2][4];
-        load_global_16(from, half[0]);
-        load_global_16(from + 32 * 4, half[1]);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) raw[e] = half[e >> 2][e & 3];
-        return;
-    }
-    const std::int64_t step = p.grads_stride_p * bytes;
-    const std::uint32_t rows = b < p.batch ? p.rows : 0;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-        raw[e] = 0;
-        if (static_cast<std::uint32_t>(i + e + (e >> 2) * 28) < rows) {
-            raw[e] = wide ? load_global(reinterpret_cast<const std::uint32_t*>(from))
-                          : load_global(reinterpret_cast<const std::uint16_t*>(from));
-        }
-        from += e == 3 ? step * 29 : step;
-    }
+// One element on its way into a word of shared memory: fp32, or the aligned word that holds the
+// 16-bit element. `last`: where the last 16-bit element of the tensor lies (0: it has wider ones);
+// what follows it in its word must not be read.
+FASTPROJ_DEVICE void copy_element(std::uint32_t to, std::uintptr_t from, bool valid,
+                                  std::uintptr_t last) {
+    const bool cut = from == last && (from & 2) == 0;
+    copy_async_4(to, reinterpret_cast<const void*>(from & ~std::uintptr_t{3}),
+                 !valid ? 0
+                 : cut  ? 2
+                        : 4);
+}
+// Which bytes of two words, as copied above, are two neighbouring 16-bit elements, the first at
+// `base` + 2 * `at`: of an odd element the upper half.
+FASTPROJ_DEVICE std::uint32_t element_halves(const void* base, std::uint32_t at,
+                                             std::uint32_t step) {
+    const std::uint32_t odd =
+        static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(base) >> 1) + at;
+    return 0x5410 + (odd & 1) * 0x22 + ((odd + step) & 1) * 0x2200;
 }
 
 // Writes chunk c of sample n of a tile; terms lie `term_bytes` apart. `halves` chooses the bytes of

@@ -108,6 +108,7 @@ FASTPROJ_DEVICE void copy_elements(const ProjectParams& p, std::uint32_t to, int
                     const std::uintptr_t at =
                         from + static_cast<std::uintptr_t>(half * 32 * step_p);
                     const bool valid = inside[half] && b + first + sample < p.batch;
+                    // As copy_element, which would compare addresses where no tensor ends.
                     const bool cut = kEnd && at == last && (at & 2) == 0;
                     copy_async_4(to + ((sub * C::kBlockB + sample) * 64 + half * 32) * 4,
                                  reinterpret_cast<const void*>(at & ~std::uintptr_t{3}),
@@ -145,12 +146,9 @@ FASTPROJ_DEVICE void convert90(const TensorMap& map, const ProjectParams& p, std
     std::uint32_t halves = 0x5410;
     if (!kBoxes && !is_wide<C>(p)) {
         const std::uint32_t step = static_cast<std::uint32_t>(p.grads_stride_p);
-        const std::uint32_t odd =
-            static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(p.grads) >> 1) +
-            static_cast<std::uint32_t>(first_sample) *
-                static_cast<std::uint32_t>(p.grads_stride_b) -
-            static_cast<std::uint32_t>(p.row_shift) * step;
-        halves += (odd & 1) * 0x22 + ((odd + step) & 1) * 0x2200;
+        halves = element_halves(
+            p.grads,
+            first_sample * static_cast<std::uint32_t>(p.grads_stride_b) - p.row_shift * step, step);
     }
 
     Ring<C::kRawStages> filled, read;
@@ -192,7 +190,7 @@ FASTPROJ_DEVICE void convert90(const TensorMap& map, const ProjectParams& p, std
 #pragma unroll
             for (int k = 0; k < kBatch; ++k) {
                 const int j = first + k;
-                load_shared_32(from + (j * 16 + first_sample) * 256 + c * 16, x[k]);
+                load_shared_32<128>(from + (j * 16 + first_sample) * 256 + c * 16, x[k]);
             }
             if (first + kBatch == C::kChunks) {
                 __syncwarp();

@@ -1,9 +1,11 @@
 // Projection with mma.sync: sm_80 and everything later.
 //
 // A block of 8 warps owns 256 columns, 32 a warp, and streams tiles of G through a ring in shared
-// memory: by asynchronous copies (16-bit G, aligned), or through registers (fp32 split into bf16
-// terms, and anything unaligned). Each warp generates its fragments of R transposed (operand A) in
-// registers and reads G transposed (operand B) with ldmatrix.
+// memory: by asynchronous copies (16-bit G, aligned), or by way of asynchronous copies of elements
+// as they are, which are converted a stage later (fp32 split into bf16 terms, and anything
+// unaligned). No register waits for memory: loads into registers share a scoreboard, and whoever
+// waits for one of them waits for all. Each warp generates its fragments of R transposed (operand
+// A) in registers and reads G transposed (operand B) with ldmatrix.
 #pragma once
 
 #include "fragments.cuh"
@@ -28,12 +30,16 @@ struct Config80 {
     static constexpr int kStageBytes = kTermBytes * kTerms;
     static constexpr int kStages = kTerms == 1 ? 4 : 2;
     static constexpr int kTable = kKind == Kind::kGaussian ? kTableSpace : 0;
-    static constexpr int kSharedBytes = kTable + kStages * kStageBytes;
     static constexpr int kPieces = BLOCK_B * kStageRows / 8;  // chunks of 8 elements in a stage
     static constexpr int kChunks = (kPieces + kThreads80 - 1) / kThreads80;  // of one thread
+    // Elements as they are, 32 bits each, lie behind two stages of tiles: with four there is room.
+    static constexpr int kRawBytes = kChunks * kThreads80 * 32;
+    static constexpr int kRingBytes = kStages * kStageBytes + (kTerms == 1 ? 0 : kRawBytes);
+    static constexpr int kSharedBytes = kTable + kRingBytes;
     static constexpr int kFoldRows = kTerms == 1 ? 2048 : kTerms == 2 ? 1024 : 64;
     // Stages that share a word of the generator, unrolled so that shifts are constant.
     static constexpr int kSpan = kStageRows < 128 ? 2 : 1;
+    static_assert(2 * kStageBytes + kRawBytes <= kRingBytes, "room for what is converted");
     static_assert(kSharedBytes <= 99 * 1024, "more shared memory than a block of sm_86 can have");
 };
 
@@ -43,9 +49,10 @@ template <class C>
 struct Feeder80 {
     const ProjectParams& p;
     std::uint32_t tiles;
-    int b, row, thread;  // first sample and first row of the item
-    bool async;
-    std::uint32_t raw[C::kChunks][8];
+    int b, row, thread;    // first sample and first row of the item
+    bool async;            // straight into tiles
+    std::uint32_t slots;   // of the ring of tiles
+    std::uint32_t halves;  // see store_chunk
 
     FASTPROJ_DEVICE Feeder80(const ProjectParams& params, std::uint32_t at, const WorkItem& item)
         : p(params),
@@ -53,7 +60,17 @@ struct Feeder80 {
           b(item.batch_tile * C::kBlockB),
           row(item.first * kBlockRows - params.row_shift),
           thread(threadIdx.x),
-          async(params.loader == static_cast<std::int32_t>(Loader::kCpAsync)) {}
+          async(params.loader == static_cast<std::int32_t>(Loader::kCpAsync)),
+          slots(async ? C::kStages : 2),
+          halves(0x5410) {
+        if (params.input == static_cast<std::int32_t>(Dtype::kF32)) return;
+        // The same for all chunks: their samples and rows differ by even numbers.
+        const std::uint32_t step = static_cast<std::uint32_t>(params.grads_stride_p);
+        halves = element_halves(
+            params.grads,
+            sample(0) * static_cast<std::uint32_t>(params.grads_stride_b) - params.row_shift * step,
+            step);
+    }
 
     FASTPROJ_DEVICE int sample(int j) const {
         return chunk_sample(j * 32 + (thread >> 3)) % C::kBlockB;
@@ -91,21 +108,55 @@ struct Feeder80 {
             }
         }
     }
-    FASTPROJ_DEVICE void load(int stage) {
+    // Where this thread's chunk j lies until it is converted; its second half is `kHalf` further
+    // on.
+    static constexpr int kHalf = kThreads80 * 16;
+    FASTPROJ_DEVICE std::uint32_t raw(int j) const {
+        return tiles + 2 * C::kStageBytes + j * 2 * kHalf + thread * 16;
+    }
+    // Rows i .. i + 3 and i + 32 .. i + 35 of a sample, for each chunk. Rows outside the piece and
+    // samples outside the batch are zero.
+    FASTPROJ_DEVICE void fill(int stage) const {
+        const bool wide = p.input == static_cast<std::int32_t>(Dtype::kF32);
+        const int bytes = wide ? 4 : 2;
+        const std::int64_t step_b = p.grads_stride_b * bytes, step_p = p.grads_stride_p * bytes;
+        const auto base = reinterpret_cast<std::uintptr_t>(p.grads);
+        auto place = [&](int n, int i) {
+            return base + static_cast<std::uintptr_t>(n * step_b + i * step_p);
+        };
+        const std::uintptr_t last = wide ? 0 : place(p.batch - 1, p.rows - 1);
 #pragma unroll
         for (int j = 0; j < C::kChunks; ++j) {
             if (!mine(j)) continue;
+            const int n = b + sample(j);
             const int i = row + stage * C::kStageRows + subtile(j) * 64 + (thread & 7) * 4;
-            load_chunk(p, b + sample(j), i, raw[j]);
+            std::uintptr_t from = place(n, i);
+            if (p.loader == static_cast<std::int32_t>(Loader::kVector) && n < p.batch && i >= 0 &&
+                i + 36 <= p.rows) {
+                copy_async_16(raw(j), reinterpret_cast<const void*>(from), true);
+                copy_async_16(raw(j) + kHalf, reinterpret_cast<const void*>(from + 32 * 4), true);
+                continue;
+            }
+            const std::uint32_t rows = n < p.batch ? p.rows : 0;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const bool valid = static_cast<std::uint32_t>(i + e + (e >> 2) * 28) < rows;
+                copy_element(raw(j) + (e >> 2) * kHalf + (e & 3) * 4, from, valid, last);
+                from += static_cast<std::uintptr_t>(e == 3 ? step_p * 29 : step_p);
+            }
         }
     }
-    FASTPROJ_DEVICE void store(int slot) const {
+    // What fill() brought, into tiles: a thread reads what it copied.
+    FASTPROJ_DEVICE void convert(int slot) const {
+        copy_async_wait<0>();
 #pragma unroll
         for (int j = 0; j < C::kChunks; ++j) {
             if (!mine(j)) continue;
+            std::uint32_t x[8];
+            load_shared_32<kHalf>(raw(j), x);
             store_chunk<typename C::Op, C::kTerms>(
                 p, tiles + slot * C::kStageBytes + subtile(j) * C::kTileBytes, C::kTermBytes,
-                sample(j), thread & 7, raw[j]);
+                sample(j), thread & 7, x, halves);
         }
     }
     // Before the loop over `stages`.
@@ -117,9 +168,11 @@ struct Feeder80 {
                 copy_async_commit();
             }
         } else {
-            load(0);
-            store(0);
-            if (stages > 1) load(1);
+            fill(0);
+            copy_async_commit();
+            convert(0);
+            if (stages > 1) fill(1);
+            copy_async_commit();
         }
     }
     // Makes stage i readable and sets others on their way; the block is in step afterwards.
@@ -129,11 +182,11 @@ struct Feeder80 {
         if (async) {
             const int next = i + C::kStages - 1;
             if (next < stages) copy(next, next % C::kStages);
-            copy_async_commit();
         } else {
-            if (i + 1 < stages) store((i + 1) % C::kStages);
-            if (i + 2 < stages) load(i + 2);
+            if (i + 1 < stages) convert((i + 1) % 2);
+            if (i + 2 < stages) fill(i + 2);
         }
+        copy_async_commit();
         __syncwarp();
     }
 };
@@ -208,7 +261,7 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
             for (int s = 0; s < C::kSpan; ++s) {
                 feeder.step(i + s, stages);
                 const std::uint32_t stage =
-                    tiles + (i + s) % C::kStages * C::kStageBytes + lane_row;
+                    tiles + ((i + s) & (feeder.slots - 1)) * C::kStageBytes + lane_row;
 #pragma unroll
                 for (int sub = 0; sub < C::kSubtiles; ++sub) {
                     const int half = (s * C::kSubtiles + sub) & 1;
@@ -244,7 +297,7 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
                 }
             }
         }
-        if (feeder.async) copy_async_wait<0>();
+        copy_async_wait<0>();
         fold();
 #pragma unroll
         for (int m = 0; m < C::kTiles; ++m) {

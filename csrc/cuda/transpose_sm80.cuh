@@ -19,7 +19,9 @@ struct ConfigTranspose {
     static constexpr int kTileBytes = kTermBytes * kTerms;
     static constexpr int kWordBytes = kKind == Kind::kRademacher ? 4 * 64 * 4 * 4 : 0;
     static constexpr int kTable = kKind == Kind::kGaussian ? kTableSpace : 0;
-    static constexpr int kSharedBytes = kTable + 2 * (kTileBytes + kWordBytes);
+    static constexpr int kRawBytes = kBlockB * 64 * 4;  // y as it is, 32 bits an element
+    static constexpr int kSharedBytes = kTable + 2 * (kTileBytes + kWordBytes) + kRawBytes;
+    static_assert(kSharedBytes <= 99 * 1024, "more shared memory than a block of sm_86 can have");
     static constexpr int kFoldSteps = kTerms == 3 ? 1 : 8;  // of 64 columns
 };
 
@@ -34,7 +36,17 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
     const std::uint32_t table = table_address(base);
     const std::uint32_t tiles = base + C::kTable;
     const std::uint32_t word_base = tiles + 2 * C::kTileBytes;
+    const std::uint32_t raw = word_base + 2 * C::kWordBytes + thread * 16;  // this thread's 8
+    constexpr int kHalf = kThreadsTranspose * 16;
     if constexpr (kKind == Kind::kGaussian) fill_table<Bf16>(table, thread, kThreadsTranspose);
+    const bool wide = p.input == static_cast<std::int32_t>(Dtype::kF32);
+    const std::int64_t step_b = p.y_stride_b * (wide ? 4 : 2),
+                       step_k = p.y_stride_k * (wide ? 4 : 2);
+    auto place = [&](int b, int k) {
+        return reinterpret_cast<std::uintptr_t>(p.y) +
+               static_cast<std::uintptr_t>(b * step_b + k * step_k);
+    };
+    const std::uintptr_t last = wide ? 0 : place(p.batch - 1, p.cols - 1);
     const std::uint32_t lane_row = ((lane >> 4) * 8 + (lane & 7)) * 128;
     const std::uint32_t lane_piece = (((lane >> 3) & 1) ^ (lane & 7)) << 4;
 
@@ -75,33 +87,39 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
 
         __syncthreads();  // the last item's readers are done; the table is written
         const int steps = (p.cols + 63) / 64;
+        const int n = thread >> 3, c = thread & 7;
+        auto fill = [&](int step) {
+            const int b = first_sample + n;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const int k = step * 64 + c * 8 + e;
+                copy_element(raw + (e >> 2) * kHalf + (e & 3) * 4, place(b, k),
+                             b < p.batch && k < p.cols, last);
+            }
+            copy_async_commit();
+        };
+        fill(0);
         for (int step = 0; step < steps; ++step) {
-            // Each thread brings 8 elements of y and, for Rademacher, the words of one (column,
-            // lane).
+            // Each thread brings 8 elements of y, on their way since the last step, and, for
+            // Rademacher, the words of one (column, lane).
             const int buffer = step & 1;
             const std::uint32_t tile = tiles + buffer * C::kTileBytes;
             const std::uint32_t words_at = word_base + buffer * C::kWordBytes;
             {
-                const int n = thread >> 3, c = thread & 7;
-                const int b = first_sample + n;
-                std::uint32_t raw[8], out[C::kTerms][4];
+                std::uint32_t x[8], out[C::kTerms][4];
+                copy_async_wait<0>();
+                load_shared_32<kHalf>(raw, x);
+                if (!wide) {
 #pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    const int k = step * 64 + c * 8 + e;
-                    raw[e] = 0;
-                    if (b >= p.batch || k >= p.cols) continue;
-                    const std::int64_t at = b * p.y_stride_b + k * p.y_stride_k;
-                    if (p.input == static_cast<std::int32_t>(Dtype::kF32)) {
-                        raw[e] = load_global(static_cast<const std::uint32_t*>(p.y) + at);
-                    } else {
-                        const std::uint32_t bits =
-                            load_global(static_cast<const std::uint16_t*>(p.y) + at);
-                        raw[e] = p.input == static_cast<std::int32_t>(Dtype::kBf16)
-                                     ? bits << 16
-                                     : float_bits(half_to_float(bits));
+                    for (int e = 0; e < 8; ++e) {
+                        const std::uint32_t odd = place(first_sample + n, c * 8 + e) >> 1 & 1;
+                        const std::uint32_t bits = x[e] >> (16 * odd) & 0xffffu;
+                        x[e] = p.input == static_cast<std::int32_t>(Dtype::kBf16)
+                                   ? bits << 16
+                                   : float_bits(half_to_float(bits));
                     }
                 }
-                split_floats<C::kTerms>(raw, out);
+                split_floats<C::kTerms>(x, out);
                 const std::uint32_t to = tile + n * 128 + ((c ^ (n & 7)) << 4);
 #pragma unroll
                 for (int t = 0; t < C::kTerms; ++t) {
@@ -117,6 +135,7 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
                 }
             }
             __syncthreads();
+            if (step + 1 < steps) fill(step + 1);
 
 #pragma unroll
             for (int k = 0; k < 4; ++k) {  // 16 columns

@@ -581,11 +581,12 @@ inline void load_shared_16(std::uint32_t address, std::uint32_t& x, std::uint32_
     std::memcpy(r, emulator::shared_at(address, 16), 16);
     x = r[0], y = r[1], z = r[2], w = r[3];
 }
-inline void load_shared_32(std::uint32_t address, std::uint32_t (&r)[8]) {
+template <int kApart>
+void load_shared_32(std::uint32_t address, std::uint32_t (&r)[8]) {
     for (int half = 0; half < 2; ++half) {
-        std::memcpy(r + 4 * half, emulator::shared_at(address + 128 * half, 16), 16);
+        std::memcpy(r + 4 * half, emulator::shared_at(address + kApart * half, 16), 16);
         if (emulator::machine().count_traffic) {
-            emulator::fiber().reads16.push_back(address + 128 * half);
+            emulator::fiber().reads16.push_back(address + kApart * half);
         }
     }
 }
@@ -603,13 +604,6 @@ inline double load_shared_f64(std::uint32_t address) {
     return r;
 }
 
-inline void load_global_16(const void* p, std::uint32_t (&r)[4]) {
-    if (reinterpret_cast<std::uintptr_t>(p) % 16 != 0) emulator::fail("misaligned 16-byte load");
-    std::memcpy(r, p, 16);
-    if (emulator::machine().count_traffic) {
-        emulator::fiber().loads16.push_back(reinterpret_cast<std::uintptr_t>(p));
-    }
-}
 template <class T>
 T load_global(const T* p) {
     if (reinterpret_cast<std::uintptr_t>(p) % sizeof(T) != 0) emulator::fail("misaligned load");
@@ -630,6 +624,9 @@ inline void copy_async(std::uint32_t to, const void* from, std::uint32_t size,
     if (reinterpret_cast<std::uintptr_t>(from) % size != 0) emulator::fail("misaligned cp.async");
     std::memset(emulator::shared_at(to, size), 0xff, size);
     emulator::fiber().copies.back().push_back({to, from, size, bytes});
+    if (size == 16 && emulator::machine().count_traffic) {
+        emulator::fiber().loads16.push_back(reinterpret_cast<std::uintptr_t>(from));
+    }
 }
 inline void copy_async_16(std::uint32_t to, const void* from, bool valid) {
     copy_async(to, from, 16, valid ? 16 : 0);

@@ -100,6 +100,24 @@ def test_producers_wait_for_no_load_of_a_later_stage(unit):
             assert loop.too_soon == [], f"{name}\n{loop.report()}"
 
 
+@pytest.mark.skipif(compiled.disassembler() is None, reason="no cuobjdump (install triton)")
+@pytest.mark.parametrize(
+    "arch",
+    [
+        arch if arch in ("80", "90a", "120") else pytest.param(arch, marks=pytest.mark.slow)
+        for arch in compiled.ARCHS
+    ],
+)
+@pytest.mark.parametrize("unit", [*compiled.SM80_UNITS, "transpose"])
+def test_mma_loops_wait_for_no_load_too_soon(unit, arch):
+    """And what is converted comes past the registers."""
+    for name, code in compiled.disassemble(unit, arch).items():
+        loops = list(build_machine_code.stage_loops(build_machine_code.Code(code)))
+        assert any(loop.products and loop.copies for loop in loops), name
+        for loop in loops:
+            assert loop.too_soon == [], f"{name}\n{loop.report()}"
+
+
 def listing(*lines: str) -> str:
     """Instructions as cuobjdump prints them."""
     code = [f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines)]
