@@ -27,6 +27,24 @@ ProjectCall project_call(const View& piece, const View& out, const Call& call,
 py::dict plan_dict(const DeviceInfo& device, const ProjectCall& call) {
     const Plan plan = plan_project(device, call);
     py::dict facts;
+    if (call.key.kind == Kind::kSjlt) {
+        const SjltPlan& sjlt = plan.sjlt;
+        facts["variant"] = "sjlt";
+        facts["block"] = 1 << call.key.block_log2;
+        facts["BLOCK_B"] = sjlt.key.batch;
+        facts["BLOCK_K"] = sjlt.columns;
+        facts["columns of a thread"] = 4 * sjlt.key.groups;
+        facts["threads"] = sjlt.threads;
+        facts["tiles per stage"] = sjlt.stage_tiles;
+        facts["stages"] = sjlt.stages;
+        facts["shared bytes"] = sjlt.shared_bytes;
+        facts["tiles per fold"] = kSjltFold;
+        facts["loader"] = loader_name(plan.loader);
+        facts["splits of P"] = plan.splits;
+        facts["samples per launch"] = plan.batch_chunk;
+        facts["workspace bytes"] = plan.workspace_bytes;
+        return facts;
+    }
     facts["variant"] = variant_name(plan.variant);
     facts["terms"] = plan.key.terms;
     facts["BLOCK_B"] = plan.key.block_b;
@@ -93,7 +111,7 @@ PYBIND11_MODULE(_cuda, m) {
         "plan",
         [](std::int64_t batch, std::int64_t rows, std::int64_t cols, int dtype, int kind, int terms,
            int arch, int multiprocessors, bool aligned, const std::string& variant,
-           std::int64_t row_offset) {
+           std::int64_t row_offset, std::uint32_t block_log2) {
             const DeviceInfo device{arch / 10, arch % 10, multiprocessors, arch == 90};
             // Only the address modulo 16 matters: an odd row stride stands for what is not aligned.
             const std::int64_t stride = aligned ? ceil_div(rows, 8) * 8 : rows | 1;
@@ -102,12 +120,13 @@ PYBIND11_MODULE(_cuda, m) {
                              {batch, rows},
                              {stride, 1}};
             const View out{nullptr, Dtype::kF32, {batch, cols}, {cols, 1}};
-            const Call call{{static_cast<Kind>(kind), 0, 0}, row_offset, 1.0, false, terms};
+            const Call call{
+                {static_cast<Kind>(kind), 0, 0, block_log2}, row_offset, 1.0, false, terms};
             return plan_dict(device, project_call(piece, out, call, variant));
         },
         py::arg("batch"), py::arg("rows"), py::arg("cols"), py::arg("dtype"), py::arg("kind"),
         py::arg("terms"), py::arg("arch"), py::arg("multiprocessors"), py::arg("aligned") = true,
-        py::arg("variant") = "auto", py::arg("row_offset") = 0,
+        py::arg("variant") = "auto", py::arg("row_offset") = 0, py::arg("block_log2") = 0,
         "What a call of this shape would use: a pure function, for any architecture.");
     m.def(
         "project_workspace",

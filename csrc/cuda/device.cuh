@@ -66,6 +66,9 @@ FASTPROJ_DEVICE std::uint32_t pack_high(std::uint32_t a, std::uint32_t b) {
 }
 FASTPROJ_DEVICE std::uint32_t float_bits(float x) { return __float_as_uint(x); }
 FASTPROJ_DEVICE float bits_float(std::uint32_t x) { return __uint_as_float(x); }
+FASTPROJ_DEVICE double words_double(std::uint32_t low, std::uint32_t high) {
+    return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
+}
 FASTPROJ_DEVICE double flip_sign(double x, std::uint32_t sign) {  // sign: bit 31
     return __hiloint2double(__double2hiint(x) ^ static_cast<int>(sign), __double2loint(x));
 }
@@ -114,6 +117,17 @@ FASTPROJ_DEVICE std::uint32_t load_shared(std::uint32_t address) {
     std::uint32_t r;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
     return r;
+}
+// 8 and 16 bytes.
+FASTPROJ_DEVICE void load_shared_8(std::uint32_t address, std::uint32_t& x, std::uint32_t& y) {
+    asm("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
+}
+FASTPROJ_DEVICE void load_shared_16(std::uint32_t address, std::uint32_t& x, std::uint32_t& y,
+                                    std::uint32_t& z, std::uint32_t& w) {
+    asm("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x), "=r"(y), "=r"(z), "=r"(w)
+        : "r"(address)
+        : "memory");
 }
 // 16 bytes at `address` and 16 at `address` + kApart.
 template <int kApart>

@@ -106,6 +106,19 @@ CUtensorMap encode(const BoxSource& source) {
     return map;
 }
 
+const void* find_sjlt_kernel(const SjltKey& key) {
+    switch (key.dtype) {
+        case Dtype::kF32:
+            return sjlt_f32_kernel(key);
+        case Dtype::kBf16:
+            return sjlt_bf16_kernel(key);
+        case Dtype::kF16:
+            return sjlt_f16_kernel(key);
+        default:
+            return sjlt_f64_kernel(key);
+    }
+}
+
 class CudaLauncher {
   public:
     CudaLauncher(void* stream, int multiprocessors)
@@ -133,7 +146,24 @@ class CudaLauncher {
         const std::int64_t count = static_cast<std::int64_t>(p.batch) * p.cols;
         one("reduce", simple_kernel(which, Kind::kRademacher), grid(ceil_div(count, 256)), p);
     }
+    void project_sjlt(const SjltPlan& plan, const SjltParams& p) {
+        Kernel kernel;
+        kernel.entry = find_sjlt_kernel(plan.key);
+        kernel.threads = plan.threads;
+        kernel.shared_bytes = plan.shared_bytes;
+        const std::int64_t items =
+            static_cast<std::int64_t>(p.col_tiles) * p.splits * p.batch_tiles;
+        one("project sjlt", kernel, grid(items), p);
+    }
+    void transpose_sjlt(bool in_double, const SjltTransposeParams& p) {
+        one("project_transpose sjlt", sjlt_transpose_kernel(in_double),
+            grid(ceil_div(p.chunks, 64) * p.batch_tiles), p);
+    }
     void matrix(Kind kind, const MatrixParams& p) {
+        if (kind == Kind::kSjlt) {
+            return one("matrix sjlt", sjlt_matrix_kernel(), grid(ceil_div(p.cols * p.blocks, 256)),
+                       p);
+        }
         one("matrix", simple_kernel(SimpleKernel::kMatrix, kind),
             grid(ceil_div(p.cols, 64) * p.blocks), p);
     }

@@ -18,6 +18,7 @@ enum class Loader : std::int32_t {
     kVector = 2,    // mma.sync: through registers in 16-byte loads: fp32 to be split
     kScalar = 3,    // mma.sync: through registers one element at a time: any alignment, any stride
     kElements = 4,  // sm_90a: asynchronous copies of one element: any alignment, any stride
+    kWords = 5,     // sjlt: 4-byte asynchronous copies of dense rows that start at multiples of 4
 };
 
 // Rows of P in one unit of work: one Philox block of Rademacher, 16 of Gaussian.
@@ -67,6 +68,7 @@ struct MatrixParams {
     std::uint64_t seed;
     std::uint32_t stream, col_offset;
     std::int32_t out_dtype;
+    std::uint32_t block_log2;  // kind sjlt; its `blocks` are 16 rows high
 };
 
 // out[b, i] = scale * sum over k of y[b, k] * R[row_offset + i, k].
@@ -81,6 +83,39 @@ struct TransposeParams {
     std::uint64_t seed;
     std::uint32_t stream, sign_mask;
     std::int32_t batch, cols, batch_tiles, input, out_dtype;
+};
+
+// dst[s, b, k] = sum over the rows of split s of G[b, i] * R[row_offset + i, first_col + k], in
+// float, or in double when G is. Kind sjlt; its tiles have 2^block_log2 rows and columns.
+struct SjltParams {
+    const void* grads;  // [batch, rows]
+    std::int64_t grads_stride_b, grads_stride_p;
+    void* dst;
+    std::int64_t dst_stride_split, dst_stride_b;
+    std::int64_t first_tile;  // of the launch, counted from row 0 of R
+    std::uint64_t seed;
+    std::uint32_t stream, block_log2, first_col;
+    std::int32_t row_shift;  // rows of the first tile that precede the piece
+    std::int32_t rows, batch, cols;
+    std::int32_t tiles;  // of rows that the piece touches
+    std::int32_t splits, col_tiles, batch_tiles;
+    std::int32_t threads;              // of a block
+    std::int32_t stage_tiles, stages;  // of the ring in shared memory; no stages: none
+    std::int32_t piece;  // bytes of one copy of G: 16, 4, or 0 for one element at a time
+};
+
+// out[b, i] = scale * sum over k of y[b, k] * R[row_offset + i, k]; kind sjlt.
+struct SjltTransposeParams {
+    const void* y;  // [batch, cols]
+    std::int64_t y_stride_b, y_stride_k;
+    void* out;  // [batch, rows], float or double
+    std::int64_t out_stride_b, out_stride_p;
+    std::int64_t rows, row_offset;
+    std::int64_t first_chunk, chunks;  // of 16 rows of R
+    double scale;
+    std::uint64_t seed;
+    std::uint32_t stream, block_log2;
+    std::int32_t batch, cols, batch_tiles, input;
 };
 
 // dst[s, b, k] = sum over the rows of split s of G[b, i] * R[row_offset + i, k], all in double.

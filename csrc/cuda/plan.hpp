@@ -9,6 +9,7 @@
 
 #include "kernels.hpp"
 #include "params.hpp"
+#include "sjlt_plan.hpp"
 
 namespace fastproj::cuda {
 
@@ -37,6 +38,8 @@ inline const char* loader_name(Loader loader) {
             return "registers, 16-byte loads";
         case Loader::kElements:
             return "cp.async, one element at a time";
+        case Loader::kWords:
+            return "cp.async, 4 bytes at a time";
         default:
             return "registers, one element at a time";
     }
@@ -63,6 +66,7 @@ struct ProjectCall : Call {
 struct Plan {
     Variant variant = Variant::kAuto;
     KernelKey key{};
+    SjltPlan sjlt{};  // kind sjlt only, in place of key
     Loader loader = Loader::kScalar;
     int cluster = 1;
     std::int64_t row_chunk = 0;        // rows of P in one launch
@@ -190,8 +194,45 @@ inline void check_columns(std::int64_t cols) {
     }
 }
 
+// Tiles of rows of a launch of kind sjlt.
+inline std::int64_t sjlt_tiles_of(const ProjectCall& call) {
+    const std::int64_t rows = std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows);
+    const std::int64_t width = std::int64_t{1} << call.key.block_log2;
+    return ceil_div(call.row_offset + rows, width) - call.row_offset / width;
+}
+
+// One family of kernels for every device: what `variant` asks for changes nothing.
+inline Plan plan_project_sjlt(const DeviceInfo& device, const ProjectCall& call) {
+    Plan plan;
+    plan.variant = Variant::kSm80;
+    plan.row_chunk = std::min(call.rows, kLaunchRows);
+    plan.col_chunk = std::min<std::int64_t>(call.cols, kSjltColumnsAtOnce);
+    plan.sjlt = plan_sjlt(call.dtype, call.batch, plan.col_chunk, call.key.block_log2,
+                          shared_limit(device.major, device.minor));
+    plan.splits = sjlt_splits(sjlt_tiles_of(call), plan.row_chunk, plan.col_chunk,
+                              device.multiprocessors, kWorkspaceLimit);
+    // Pieces start at multiples of 16 rows of R.
+    const int bytes = element_bytes(call.dtype);
+    const auto base = reinterpret_cast<std::uintptr_t>(call.grads);
+    const bool dense = call.stride_p == 1 || call.rows == 1;
+    auto aligned = [&](int piece) {
+        return dense && (call.batch == 1 || call.stride_b * bytes % piece == 0) &&
+               (base - call.row_offset % 16 * bytes) % piece == 0;
+    };
+    if (aligned(16)) {
+        plan.loader = plan.sjlt.key.staged ? Loader::kCpAsync : Loader::kVector;
+    } else {
+        plan.loader = plan.sjlt.key.staged && aligned(4) ? Loader::kWords : Loader::kScalar;
+    }
+    plan.workspace_row = plan.col_chunk;
+    plan.batch_chunk = std::min<std::int64_t>(call.batch, std::int64_t{1} << 16);
+    cut_batch(plan, plan.batch_chunk, plan.sjlt.key.batch, call.dtype == Dtype::kF64 ? 8 : 4);
+    return plan;
+}
+
 inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     check_columns(call.cols);
+    if (call.key.kind == Kind::kSjlt) return plan_project_sjlt(device, call);
     Plan plan;
     const bool sixteen = call.dtype == Dtype::kBf16 || call.dtype == Dtype::kF16;
     const Variant best = device.sm90a ? Variant::kSm90 : Variant::kSm80;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "plan.hpp"
+#include "sjlt_run.hpp"
 
 namespace fastproj::cuda {
 
@@ -26,10 +27,14 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
     const bool simple = plan.variant == Variant::kSimple;
     const std::int64_t shift = call.row_offset % kUnitRows;
     const std::int64_t units = units_of(shift, call.rows);
-    const int splits = std::min<std::int64_t>(plan.splits, units);
-    const bool reduce = simple || splits > 1;
+    const bool sparse = call.key.kind == Kind::kSjlt;
+    const int splits =
+        static_cast<int>(std::min(std::int64_t{plan.splits}, sparse ? sjlt_tiles_of(call) : units));
+    const bool reduce = simple || sparse || splits > 1;
 
-    if (simple) {
+    if (sparse) {
+        launch_sjlt(launcher, plan, call, first_col, splits, workspace);
+    } else if (simple) {
         SimpleParams p{};
         p.grads = call.grads;
         p.grads_stride_b = call.stride_b;
@@ -124,7 +129,7 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         r.accumulate = call.accumulate;
         r.out_dtype =
             static_cast<std::int32_t>(call.dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32);
-        launcher.reduce(simple, r);
+        launcher.reduce(sparse ? call.dtype == Dtype::kF64 : simple, r);
     }
 }
 
@@ -181,7 +186,8 @@ struct MatrixCall : Call {
 
 template <class Launcher>
 void run_matrix(Launcher& launcher, const MatrixCall& call) {
-    const std::int64_t height = block_rows(call.key.kind);
+    const std::int64_t height =
+        call.key.kind == Kind::kSjlt ? kSjltChunk : block_rows(call.key.kind);
     MatrixParams p{};
     p.out = call.out;
     p.stride_n = call.stride_n;
@@ -195,6 +201,7 @@ void run_matrix(Launcher& launcher, const MatrixCall& call) {
     p.stream = call.key.stream;
     p.col_offset = static_cast<std::uint32_t>(call.col_offset);
     p.out_dtype = static_cast<std::int32_t>(call.dtype);
+    p.block_log2 = call.key.block_log2;
     launcher.matrix(call.key.kind, p);
 }
 
@@ -211,6 +218,18 @@ struct TransposeCall : Call {
 template <class Launcher>
 void run_transpose(Launcher& launcher, const TransposeCall& call) {
     check_columns(call.cols);
+    if (call.key.kind == Kind::kSjlt) {
+        SjltTransposeParams s{};
+        s.y_stride_b = call.y_stride_b;
+        s.y_stride_k = call.y_stride_k;
+        s.out = call.out;
+        s.out_stride_b = call.out_stride_b;
+        s.out_stride_p = call.out_stride_p;
+        s.rows = call.rows;
+        s.batch = static_cast<std::int32_t>(call.batch);
+        s.cols = static_cast<std::int32_t>(call.cols);
+        return transpose_sjlt(launcher, call.y, call.dtype, call, s);
+    }
     const bool simple = call.dtype == Dtype::kF64 || call.variant == Variant::kSimple;
     TransposeParams p{};
     p.y = call.y;

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastproj.call import DTYPES, KIND_NUMBERS, TERMS, Call, view
+from fastproj.spec import default_block
 
 NAME = "cuda"
 VARIANT_VARIABLE = "FASTPROJ_CUDA_VARIANT"
@@ -137,15 +138,19 @@ def plan(
     arch: int = 90,
     multiprocessors: int = 132,
     aligned: bool = True,
+    block: int = 0,
 ) -> dict[str, str]:
     """What a projection of grads ``[batch, rows]`` to ``cols`` columns would use; needs no GPU.
 
     arch : compute capability, e.g. 80 or 90.
     aligned : rows that start at multiples of 16 bytes, as in a dense tensor whose row is one.
+    block : of kind sjlt, which no other kind has; 0 is the default for ``cols``.
     """
+    if kind == "sjlt":
+        block = block or default_block(cols)
     facts = _module().plan(
         batch, rows, cols, DTYPES[dtype], KIND_NUMBERS[kind], TERMS[precision], arch,
-        multiprocessors, aligned, _variant(),
+        multiprocessors, aligned, _variant(), block_log2=max(block.bit_length() - 1, 0),
     )  # fmt: skip
     return {name: str(value) for name, value in facts.items()}
 

@@ -24,10 +24,14 @@ TABLE = Path(__file__).with_name("resources.txt")
 ARCHS = ("80", "86", "89", "90a", "100", "120")
 SM90_UNITS = ("sm90_rademacher", "sm90_rademacher_split", "sm90_gaussian", "sm90_gaussian_split")
 SM80_UNITS = ("sm80_rademacher", "sm80_rademacher_split", "sm80_gaussian", "sm80_gaussian_split")
-OTHER_UNITS = ("transpose", "simple")
+SJLT_UNITS = ("sjlt", "sjlt_f32", "sjlt_f64", "sjlt_bf16", "sjlt_f16")
+OTHER_UNITS = ("transpose", "simple", *SJLT_UNITS)
 KERNEL = re.compile(
     r"project_(?P<kind>rademacher|gaussian)_(?P<variant>sm80|sm90)_kernel"
     r"INS0_(?:4(?P<bf16>Bf16)|3F16)ELi(?P<terms>\d+)ELi(?P<block_b>\d+)E"
+)
+SJLT = re.compile(
+    r"project_sjlt_kernelILNS_5DtypeE(?P<dtype>\d)ELi(?P<groups>\d+)ELi(?P<batch>\d)ELb(?P<staged>\d)E"
 )
 
 
@@ -107,6 +111,11 @@ def kernel_name(mangled: str) -> str | None:
     if match is not None:
         operand = "bf16" if match["bf16"] else "f16"
         return f"{match['kind']} {match['variant']} {operand} x{match['terms']} B{match['block_b']}"
+    match = SJLT.search(mangled)
+    if match is not None:
+        dtype = ("f32", "f64", "bf16", "f16")[int(match["dtype"])]
+        staged = "" if match["staged"] == "1" else " L2"
+        return f"sjlt {dtype} groups {match['groups']} B{match['batch']}{staged}"
     match = re.search(r"cuda\d+(\w+?_kernel)", mangled)
     if match is None:
         return None

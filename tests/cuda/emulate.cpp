@@ -8,6 +8,7 @@
 #include "cuda/project_sm90.cuh"
 #include "cuda/run.hpp"
 #include "cuda/simple.cuh"
+#include "cuda/sjlt.cuh"
 #include "cuda/transpose_sm80.cuh"
 
 namespace {
@@ -95,6 +96,27 @@ struct EmulatedLauncher {
             project_simple_kernel<Kind::kGaussian>(p);
         });
     }
+    void project_sjlt(const SjltPlan& plan, const SjltParams& p) {
+#define FASTPROJ_CASE(dtype, groups, batch, staged)                                 \
+    if (plan.key == SjltKey{dtype, groups, batch, staged}) {                        \
+        return emulator::launch(blocks, 1, plan.threads, plan.shared_bytes, [=]() { \
+            fastproj::cuda::project_sjlt_kernel<dtype, groups, batch, staged>(p);   \
+        });                                                                         \
+    }
+        const int blocks = 2;
+        FASTPROJ_SJLT(FASTPROJ_CASE, Dtype::kF32)
+        FASTPROJ_SJLT(FASTPROJ_CASE, Dtype::kBf16)
+        FASTPROJ_SJLT(FASTPROJ_CASE, Dtype::kF16)
+        FASTPROJ_SJLT_F64(FASTPROJ_CASE, Dtype::kF64)
+#undef FASTPROJ_CASE
+        throw std::logic_error("the plan names a kernel that is not compiled");
+    }
+    void transpose_sjlt(bool in_double, const SjltTransposeParams& p) {
+        emulator::launch(2, 1, kThreadsSimple, kSjltTransposeShared, [=]() {
+            if (in_double) return transpose_sjlt_kernel<double>(p);
+            transpose_sjlt_kernel<float>(p);
+        });
+    }
     void reduce(bool simple, const ReduceParams& p) {
         emulator::launch(2, 1, kThreadsSimple, 0, [=]() {
             if (simple) return reduce_kernel<double>(p);
@@ -103,6 +125,7 @@ struct EmulatedLauncher {
     }
     void matrix(Kind kind, const MatrixParams& p) {
         emulator::launch(3, 1, kThreadsSimple, 0, [=]() {
+            if (kind == Kind::kSjlt) return matrix_sjlt(p);
             if (kind == Kind::kRademacher) return matrix_kernel<Kind::kRademacher>(p);
             matrix_kernel<Kind::kGaussian>(p);
         });
@@ -155,10 +178,12 @@ struct EmulatedProject {
     std::uint64_t seed;
     std::int64_t row_offset;
     double scale;
-    std::int32_t dtype, kind, stream, accumulate, terms, variant, multiprocessors, order, truncate;
+    std::int32_t dtype, kind, stream, accumulate, terms, variant, multiprocessors, order, truncate,
+        arch, block_log2;
 };
 
-// Fills `plan_out` with: variant, block_b, loader, cluster, splits, batch_chunk, workspace_bytes.
+// Fills `plan_out` with: variant, block_b, loader, cluster, splits, batch_chunk, workspace_bytes;
+// of kind sjlt also groups, samples of a block, staged, threads, stage_tiles, stages, shared bytes.
 // Runs the kernels unless `plan_only`.
 int emulated_project(const EmulatedProject* c, std::int64_t* plan_out, int plan_only, char* message,
                      int length) {
@@ -177,22 +202,31 @@ int emulated_project(const EmulatedProject* c, std::int64_t* plan_out, int plan_
         call.key.kind = static_cast<Kind>(c->kind);
         call.key.seed = c->seed;
         call.key.stream = static_cast<std::uint32_t>(c->stream);
+        call.key.block_log2 = static_cast<std::uint32_t>(c->block_log2);
         call.row_offset = c->row_offset;
         call.scale = c->scale;
         call.accumulate = c->accumulate != 0;
         call.terms = c->terms;
         call.variant = static_cast<Variant>(c->variant);
-        const DeviceInfo device{9, 0, c->multiprocessors, true};
+        const DeviceInfo device{c->arch / 10, c->arch % 10, c->multiprocessors, c->arch == 90};
         emulator::machine().random.seed(static_cast<unsigned>(c->order));
         emulator::machine().truncate = c->truncate != 0;
         const Plan plan = plan_project(device, call);
-        const std::int64_t facts[7] = {static_cast<std::int64_t>(plan.variant),
-                                       plan.key.block_b,
-                                       static_cast<std::int64_t>(plan.loader),
-                                       plan.cluster,
-                                       plan.splits,
-                                       plan.batch_chunk,
-                                       plan.workspace_bytes};
+        const SjltPlan& sjlt = plan.sjlt;
+        const std::int64_t facts[14] = {static_cast<std::int64_t>(plan.variant),
+                                        plan.key.block_b,
+                                        static_cast<std::int64_t>(plan.loader),
+                                        plan.cluster,
+                                        plan.splits,
+                                        plan.batch_chunk,
+                                        plan.workspace_bytes,
+                                        sjlt.key.groups,
+                                        sjlt.key.batch,
+                                        sjlt.key.staged,
+                                        sjlt.threads,
+                                        sjlt.stage_tiles,
+                                        sjlt.stages,
+                                        sjlt.shared_bytes};
         std::memcpy(plan_out, facts, sizeof facts);
         if (plan_only != 0) return;
         std::vector<unsigned char> workspace(plan.workspace_bytes, 0xff);
@@ -238,7 +272,7 @@ struct EmulatedTranspose {
     std::uint64_t seed;
     std::int64_t row_offset;
     double scale;
-    std::int32_t dtype, kind, stream, terms, variant, order;
+    std::int32_t dtype, kind, stream, terms, variant, order, block_log2;
 };
 
 int emulated_transpose(const EmulatedTranspose* c, char* message, int length) {
@@ -257,6 +291,7 @@ int emulated_transpose(const EmulatedTranspose* c, char* message, int length) {
         call.key.kind = static_cast<Kind>(c->kind);
         call.key.seed = c->seed;
         call.key.stream = static_cast<std::uint32_t>(c->stream);
+        call.key.block_log2 = static_cast<std::uint32_t>(c->block_log2);
         call.row_offset = c->row_offset;
         call.scale = c->scale;
         call.terms = c->terms;
@@ -272,7 +307,7 @@ struct EmulatedMatrix {
     std::int64_t rows, cols, stride_n, stride_m;
     std::uint64_t seed;
     std::int64_t row_offset, col_offset;
-    std::int32_t dtype, kind, stream, order;
+    std::int32_t dtype, kind, stream, order, block_log2;
 };
 
 int emulated_matrix(const EmulatedMatrix* c, char* message, int length) {
@@ -287,6 +322,7 @@ int emulated_matrix(const EmulatedMatrix* c, char* message, int length) {
         call.key.kind = static_cast<Kind>(c->kind);
         call.key.seed = c->seed;
         call.key.stream = static_cast<std::uint32_t>(c->stream);
+        call.key.block_log2 = static_cast<std::uint32_t>(c->block_log2);
         call.row_offset = c->row_offset;
         call.col_offset = c->col_offset;
         emulator::machine().random.seed(static_cast<unsigned>(c->order));

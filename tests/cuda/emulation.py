@@ -28,9 +28,9 @@ DTYPES = {
     torch.float16: 3,
     torch.int8: 4,
 }
-KINDS = {"rademacher": 0, "gaussian": 1}
+KINDS = {"rademacher": 0, "gaussian": 1, "sjlt": 2}
 VARIANTS = {"auto": 0, "simple": 1, "sm80": 2, "sm90": 3}
-LOADERS = ("tma", "cp.async", "vector", "scalar", "elements")
+LOADERS = ("tma", "cp.async", "vector", "scalar", "elements", "words")
 
 _int64, _int32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
@@ -45,7 +45,10 @@ class _Project(ctypes.Structure):
         + [
             (name, _int32)
             for name in (
-                "dtype kind stream accumulate terms variant multiprocessors order truncate".split()
+                (
+                    "dtype kind stream accumulate terms variant multiprocessors order truncate"
+                    " arch block_log2"
+                ).split()
             )
         ]
     )
@@ -58,7 +61,7 @@ class _Transpose(ctypes.Structure):
         + [("out", _pointer)]
         + [(name, _int64) for name in ("rows", "out_stride_b", "out_stride_p")]
         + [("seed", ctypes.c_uint64), ("row_offset", _int64), ("scale", ctypes.c_double)]
-        + [(name, _int32) for name in ("dtype", "kind", "stream", "terms", "variant", "order")]
+        + [(name, _int32) for name in ("dtype kind stream terms variant order block_log2".split())]
     )
 
 
@@ -67,7 +70,7 @@ class _Matrix(ctypes.Structure):
         [("out", _pointer)]
         + [(name, _int64) for name in ("rows", "cols", "stride_n", "stride_m")]
         + [("seed", ctypes.c_uint64), ("row_offset", _int64), ("col_offset", _int64)]
-        + [(name, _int32) for name in ("dtype", "kind", "stream", "order")]
+        + [(name, _int32) for name in ("dtype kind stream order block_log2".split())]
     )
 
 
@@ -86,6 +89,14 @@ class Plan:
     splits: int
     batch_chunk: int
     workspace_bytes: int
+    # of kind sjlt; block_b is 0 then
+    groups: int = 0
+    samples: int = 0
+    staged: int = 0
+    threads: int = 0
+    stage_tiles: int = 0
+    stages: int = 0
+    shared_bytes: int = 0
 
 
 _library: ContextVar[ctypes.CDLL | None] = ContextVar("library", default=None)
@@ -189,6 +200,11 @@ def _call(function: str, argument: ctypes.Structure, *more: object) -> None:
         raise EmulationError(message.value.decode())
 
 
+def log2(block: int) -> int:
+    """``block_log2`` of a MatrixKey; 0 for the dense kinds."""
+    return block.bit_length() - 1 if block else 0
+
+
 def project(
     grads: Tensor,
     proj_dim: int,
@@ -205,6 +221,8 @@ def project(
     multiprocessors: int = 4,
     order: int = 1,
     truncate: bool = True,
+    arch: int = 90,
+    block: int = 0,
 ) -> tuple[Tensor, Plan]:
     """``scale * grads [B, P] @ R[row_offset : row_offset + P, :proj_dim]`` and the plan.
 
@@ -217,13 +235,13 @@ def project(
     argument = _Project(
         grads.data_ptr(), *grads.shape, *grads.stride(), out.data_ptr(), proj_dim, *out.stride(),
         seed, row_offset, scale, DTYPES[grads.dtype], KINDS[kind], stream, int(accumulate), terms,
-        VARIANTS[variant], multiprocessors, order, int(truncate),
+        VARIANTS[variant], multiprocessors, order, int(truncate), arch, log2(block),
     )  # fmt: skip
     return out, _plan(argument, plan_only=False)
 
 
 def _plan(argument: _Project, *, plan_only: bool) -> Plan:
-    facts = (_int64 * 7)()
+    facts = (_int64 * 14)()
     _call("emulated_project", argument, facts, int(plan_only))
     names = {number: name for name, number in VARIANTS.items()}
     return Plan(names[facts[0]], facts[1], LOADERS[facts[2]], *facts[3:])
@@ -243,12 +261,14 @@ def plan(
     address: int = 256,
     row_offset: int = 0,
     multiprocessors: int = 132,
+    arch: int = 90,
+    block: int = 0,
 ) -> Plan:
     """What a call on a device with sm_90a code would use; nothing runs, no memory is needed."""
     argument = _Project(
         address, batch, rows, rows if stride_b is None else stride_b, stride_p, 0, cols, cols, 1,
         0, row_offset, 1.0, DTYPES[dtype], KINDS[kind], 0, 0, terms, VARIANTS[variant],
-        multiprocessors, 0, 1,
+        multiprocessors, 0, 1, arch, log2(block),
     )  # fmt: skip
     return _plan(argument, plan_only=True)
 
@@ -307,6 +327,7 @@ def project_transpose(
     variant: str = "auto",
     out: Tensor | None = None,
     order: int = 1,
+    block: int = 0,
 ) -> Tensor:
     """``scale * y [B, K] @ R[row_offset : row_offset + rows, :K].T``"""
     if out is None:
@@ -315,7 +336,7 @@ def project_transpose(
     argument = _Transpose(
         y.data_ptr(), *y.shape, *y.stride(), out.data_ptr(), rows, *out.stride(),
         seed, row_offset, scale, DTYPES[y.dtype], KINDS[kind], stream, terms, VARIANTS[variant],
-        order,
+        order, log2(block),
     )  # fmt: skip
     _call("emulated_transpose", argument)
     return out
@@ -329,11 +350,12 @@ def matrix(
     stream: int = 0,
     row_offset: int = 0,
     col_offset: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """``out [n, m] = R[row_offset : row_offset + n, col_offset : col_offset + m]``"""
     argument = _Matrix(
         out.data_ptr(), *out.shape, *out.stride(), seed, row_offset, col_offset,
-        DTYPES[out.dtype], KINDS[kind], stream, 1,
+        DTYPES[out.dtype], KINDS[kind], stream, 1, log2(block),
     )  # fmt: skip
     _call("emulated_matrix", argument)
     return out

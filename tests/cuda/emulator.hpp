@@ -519,6 +519,12 @@ inline float bits_float(std::uint32_t x) {
     std::memcpy(&r, &x, 4);
     return r;
 }
+inline double words_double(std::uint32_t low, std::uint32_t high) {
+    const std::uint64_t bits = static_cast<std::uint64_t>(high) << 32 | low;
+    double r;
+    std::memcpy(&r, &bits, 8);
+    return r;
+}
 inline std::uint32_t round_bf16(float x) {
     const std::uint32_t bits = float_bits(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
@@ -563,6 +569,17 @@ inline std::uint32_t load_shared(std::uint32_t address) {
     std::uint32_t r;
     std::memcpy(&r, emulator::shared_at(address, 4), 4);
     return r;
+}
+inline void load_shared_8(std::uint32_t address, std::uint32_t& x, std::uint32_t& y) {
+    std::uint32_t r[2];
+    std::memcpy(r, emulator::shared_at(address, 8), 8);
+    x = r[0], y = r[1];
+}
+inline void load_shared_16(std::uint32_t address, std::uint32_t& x, std::uint32_t& y,
+                           std::uint32_t& z, std::uint32_t& w) {
+    std::uint32_t r[4];
+    std::memcpy(r, emulator::shared_at(address, 16), 16);
+    x = r[0], y = r[1], z = r[2], w = r[3];
 }
 template <int kApart>
 void load_shared_32(std::uint32_t address, std::uint32_t (&r)[8]) {

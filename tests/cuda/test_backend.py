@@ -126,3 +126,14 @@ def test_plan_is_printable_and_depends_on_arch():
     assert cuda.plan(4, 100, 10, torch.float64)["variant"] == "simple"
     for precision, terms in (("highest", "3"), ("high", "2"), ("medium", "1")):
         assert cuda.plan(8, 10**6, 512, torch.float32, precision=precision)["terms"] == terms
+
+
+@needs_module
+def test_plan_of_sjlt():
+    default = cuda.plan(8, 10**8, 4096, torch.bfloat16, "sjlt")
+    assert default["block"] == "1024"
+    assert default["BLOCK_B"] == "4"
+    assert int(default["BLOCK_K"]) >= 4096  # G is read once
+    assert cuda.plan(8, 10**8, 4096, torch.bfloat16, "sjlt", block=2048)["block"] == "2048"
+    alone = cuda.plan(1, 10**8, 4096, torch.bfloat16, "sjlt")
+    assert alone["splits of P"] == default["splits of P"]

@@ -23,7 +23,7 @@ PLUGIN = "tests.cuda.gpu_on_cpu"
 NOT_HERE = "not ({})".format(
     " or ".join("stream graph allocation two_gpus thread backward gradient".split())
 )
-SOME = "matrix_is_the_spec or extreme or adjoint or (error_against and 512)"
+SOME = "matrix_is_the_spec or sjlt_small or extreme or adjoint or (error_against and 512)"
 
 
 def on_the_emulation(*arguments: str) -> None:
@@ -44,7 +44,7 @@ def on_the_emulation(*arguments: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 def test_some_of_them() -> None:
-    on_the_emulation("test_gpu.py", "test_sanitize.py", "-k", SOME)
+    on_the_emulation("test_gpu.py", "test_gpu_sjlt.py", "test_sanitize.py", "-k", SOME)
 
 
 @pytest.mark.slow
