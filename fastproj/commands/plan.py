@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fastproj.backends import cuda, triton
+from fastproj.checks import check_block
 from fastproj.commands.arguments import size
 
 DTYPES = {
@@ -87,8 +88,12 @@ def plans(
 ) -> list[Plan]:
     """Plans for grads ``[batch, rows]`` to ``cols`` columns, dense and aligned, at row 0 of R.
 
-    For each GPU of GPUS and of this machine, cuda before triton.
+    For each GPU of GPUS and of this machine, cuda before triton. block : of kind sjlt, the default
+    for ``cols`` where None.
+
+    Raises ValueError for a block that can't be.
     """
+    block = check_block("fastproj info --plan", kind, block, cols)
     here = gpus_here()
     known = [
         gpu
@@ -100,12 +105,12 @@ def plans(
         if gpu.arch.startswith("sm_"):
             reason = cuda.not_built() or ""
             facts = {} if reason else cuda.plan(
-                batch, rows, cols, dtype, kind, precision,
+                batch, rows, cols, dtype, kind, precision, block=block,
                 arch=int(gpu.arch[3:]), multiprocessors=gpu.multiprocessors,
             )  # fmt: skip
             found.append(Plan("cuda", gpu, facts, reason))
         facts = triton.plan(
-            batch, rows, cols, dtype, kind, precision, block=block,
+            batch, rows, cols, dtype, kind, precision, block=block or None,
             arch=gpu.arch, multiprocessors=gpu.multiprocessors,
         )  # fmt: skip
         found.append(Plan("triton", gpu, facts))

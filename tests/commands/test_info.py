@@ -75,3 +75,22 @@ def test_plan_names_a_wrong_word(
 ) -> None:
     assert cli.main(["info", "--plan", *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_plan_of_the_sparse_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its block is passed on to both backends; one that can't be is refused."""
+    shape = ["info", "--json", "--plan", "8", "10**6", "4096", "bf16", "--kind", "sjlt"]
+    assert cli.main(shape) == 0
+    default = json.loads(capsys.readouterr().out)
+    assert cli.main([*shape, "--block", "64"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    for backend in ("cuda", "triton"):
+        facts = [
+            [plan["facts"] for plan in plans if plan["backend"] == backend and not plan["reason"]]
+            for plans in (default, other)
+        ]
+        assert facts[0] != facts[1] or not facts[0], backend
+    assert cli.main([*shape, "--block", "48"]) == 2
+    assert "expected a power of two from 16 to 65536" in capsys.readouterr().err
+    assert cli.main([*shape[:-1], "gaussian", "--block", "64"]) == 2
+    assert "only kind='sjlt' has a block" in capsys.readouterr().err
