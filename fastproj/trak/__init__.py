@@ -23,7 +23,7 @@ try:
         random_subsets,
         train_subsets,
     )
-    from fastproj.trak.files import StoreCorruptError, StoreError
+    from fastproj.trak.files import StoreCorruptError, StoreError, StoreMismatchError
     from fastproj.trak.gradients import (
         AbstractGradientComputer,
         FunctionalGradientComputer,
@@ -32,7 +32,7 @@ try:
         IterativeGradientComputer,
     )
     from fastproj.trak.solving.solve import ScoreComputer, SingularXtXWarning
-    from fastproj.trak.store.store import NotReadyError, Store, StoreMismatchError
+    from fastproj.trak.store.store import NotReadyError, Store
     from fastproj.trak.tasks import (
         AbstractModelOutput,
         BatchedModelOutput,

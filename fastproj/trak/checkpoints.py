@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak.files import tensor_digest
-from fastproj.trak.store.store import combined_digest, model_digests
+from fastproj.trak.fingerprints import combined_digest, model_digests
 from fastproj.trak.tasks.base import COPYING, SMALL_BYTES
 
 COPIED_BYTES = 1 << 26  # of buffers kept to be put back, the smallest first

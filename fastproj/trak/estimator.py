@@ -30,6 +30,7 @@ from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.checkpoints import LoadedModel, load_state
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
 from fastproj.trak.files import Indices
+from fastproj.trak.fingerprints import layout_fingerprint
 from fastproj.trak.gradients import (
     AbstractGradientComputer,
     count_params,
@@ -58,11 +59,7 @@ from fastproj.trak.store.scores import (
     TopWriter,
     read_top_scores,
 )
-from fastproj.trak.store.store import (
-    NotReadyError,
-    Store,
-    layout_fingerprint,
-)
+from fastproj.trak.store.store import NotReadyError, Store
 from fastproj.trak.tasks import describe_task, resolve_task
 
 MAX_SAMPLES = 1 << 48

@@ -44,6 +44,10 @@ class StoreCorruptError(StoreError):
     """A file is damaged."""
 
 
+class StoreMismatchError(ValueError):
+    """What the store holds and what this run would add don't belong together."""
+
+
 class GoneError(StoreError):
     """A file went while it was to be read."""
 

@@ -33,6 +33,7 @@ from fastproj.trak.evaluation.recipe import file_identity, recipe_identity
 from fastproj.trak.evaluation.workers import Outcome, Task, WorkerError, run_here, run_in_workers
 from fastproj.trak.files import (
     StoreError,
+    StoreMismatchError,
     make_dir,
     read_json,
     read_safetensors,
@@ -42,7 +43,6 @@ from fastproj.trak.files import (
     write_safetensors,
 )
 from fastproj.trak.progress import progress
-from fastproj.trak.store.store import StoreMismatchError
 
 FORMAT = 1
 GIVE_UP = 3  # failures in a row from the start, after which a recipe is taken to be broken

@@ -22,8 +22,6 @@ merged into larger ones (``fastproj.trak.store.shards``).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import uuid
@@ -35,21 +33,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastproj.trak.files import (
     GoneError,
     Indices,
     StoreError,
+    StoreMismatchError,
     Tensors,
     corrupt,
-    digest,
     make_dir,
     read_json,
     read_safetensors,
     remove_quietly,
     remove_stale,
-    tensor_digest,
     write_json,
     write_safetensors,
 )
@@ -60,10 +57,6 @@ from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, j
 
 FORMAT = 3
 SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
-
-
-class StoreMismatchError(ValueError):
-    """What the store holds and what this run would add don't belong together."""
 
 
 class NotReadyError(RuntimeError):
@@ -640,28 +633,3 @@ def gram_name(system: System) -> str:
     if system.dual:
         return "kernel_weighted" if system.weighted else "kernel"
     return "weighted" if system.weighted else "xtx"
-
-
-def model_digest(model: nn.Module) -> str:
-    """Hash of all parameters and buffers of a model, with their names."""
-    return combined_digest(model_digests(model))
-
-
-def model_digests(model: nn.Module) -> dict[str, str]:
-    """The hash of each parameter and buffer, by name."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor_digest(t) for name, t in named}
-
-
-def combined_digest(digests: Mapping[str, str]) -> str:
-    """Hash of several hashes and their names."""
-    h = hashlib.blake2b(digest_size=16)
-    for name, value in digests.items():
-        h.update(f"{name}:{value};".encode())
-    return h.hexdigest()
-
-
-def layout_fingerprint(model: nn.Module, names: Iterable[str]) -> str:
-    """Hash of the names and shapes of the parameters in order: what decides a gradient's layout."""
-    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    return digest(json.dumps([[name, shapes[name]] for name in names]).encode())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak import batches
-from fastproj.trak.store.store import model_digest
+from fastproj.trak.fingerprints import model_digest
 from fastproj.trak.tasks.base import (
     Batch,
     BatchedModelOutput,

@@ -28,8 +28,7 @@ from fastproj.trak.evaluation.retrain import (
     train_subsets,
 )
 from fastproj.trak.evaluation.workers import WorkerError
-from fastproj.trak.files import StoreCorruptError, StoreError
-from fastproj.trak.store.store import StoreMismatchError
+from fastproj.trak.files import StoreCorruptError, StoreError, StoreMismatchError
 from tests.trak import killed_retraining
 from tests.trak.recipe_files import RIDGE, trained, write_recipe
 
