@@ -120,7 +120,7 @@ def measure(
         traker, scores = attribute(TRAKer, problem, checkpoints, k, f"{folder}/fastproj")
         row["fastproj_seconds"] = time.perf_counter() - started
         row["default"] = as_dict(lds(scores, *truth))
-        chosen = [traker.saver.read_solve(i) for i in range(len(checkpoints))]
+        chosen = [traker.saver.systems.read_solve(i) for i in range(len(checkpoints))]
         row["chosen"] = [solved["auto"]["relative"] for solved in chosen]
         row["rule"] = sorted({solved["auto"]["rule"] for solved in chosen})
         row["sweep"] = [quick_lds(s, truth) for s in sweep(traker, len(checkpoints))]

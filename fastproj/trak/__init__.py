@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 try:
+    from fastproj.trak.distributed import DistributedError
     from fastproj.trak.estimator import TRAKer
     from fastproj.trak.evaluation.metrics import (
         AUC,
@@ -16,6 +17,7 @@ try:
         most_helpful,
         noise_ceiling,
     )
+    from fastproj.trak.evaluation.report import Page, write_report
     from fastproj.trak.evaluation.retrain import (
         GroundTruth,
         TrainingError,
@@ -31,7 +33,9 @@ try:
         HooksError,
         IterativeGradientComputer,
     )
+    from fastproj.trak.saver import Saver
     from fastproj.trak.solving.solve import ScoreComputer, SingularXtXWarning
+    from fastproj.trak.store.scores import TopScores, load_scores, read_scores, read_top_scores
     from fastproj.trak.store.store import NotReadyError, Store
     from fastproj.trak.tasks import (
         AbstractModelOutput,
@@ -61,6 +65,7 @@ __all__ = [
     "Brittleness",
     "CLIPModelOutput",
     "CausalLMModelOutput",
+    "DistributedError",
     "FunctionModelOutput",
     "FunctionalGradientComputer",
     "GroundTruth",
@@ -69,6 +74,8 @@ __all__ = [
     "ImageClassificationModelOutput",
     "IterativeGradientComputer",
     "NotReadyError",
+    "Page",
+    "Saver",
     "ScoreComputer",
     "Seq2SeqModelOutput",
     "SingularXtXWarning",
@@ -78,14 +85,19 @@ __all__ = [
     "StoreMismatchError",
     "TRAKer",
     "TextClassificationModelOutput",
+    "TopScores",
     "TrainingError",
     "all_but",
     "brittleness",
     "lds",
+    "load_scores",
     "loo_correlation",
     "mislabel_auc",
     "most_helpful",
     "noise_ceiling",
     "random_subsets",
+    "read_scores",
+    "read_top_scores",
     "train_subsets",
+    "write_report",
 ]

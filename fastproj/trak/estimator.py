@@ -51,6 +51,7 @@ from fastproj.trak.inputs import (
     subclass_of,
 )
 from fastproj.trak.progress import progress
+from fastproj.trak.saver import Saver
 from fastproj.trak.solving.finalizing import finalize, solution_of
 from fastproj.trak.solving.scoring import self_scores, target_chunks, write_scores
 from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, Solution, check_lambda
@@ -59,7 +60,7 @@ from fastproj.trak.store.scores import (
     TopWriter,
     read_top_scores,
 )
-from fastproj.trak.store.store import NotReadyError, Store
+from fastproj.trak.store.store import NotReadyError
 from fastproj.trak.tasks import describe_task, resolve_task
 
 MAX_SAMPLES = 1 << 48
@@ -95,8 +96,8 @@ class TRAKer:
     projector : an object with ``proj_dim`` (0: the gradients as they are) and
         ``project(grads, model_id=)``; None is ``fastproj.Projector``. Give it unscaled: features
         are divided by ``normalize_factor``, the square root of the number of parameters.
-    saver : a subclass of ``fastproj.trak.store.store.Store``, or None.
-    score_computer : a subclass of ``fastproj.trak.solving.solve.ScoreComputer``, or None.
+    saver : a subclass of ``fastproj.trak.Saver``, or None.
+    score_computer : a subclass of ``fastproj.trak.ScoreComputer``, or None.
     proj_dim : k, the dimension of the features, where ``projector`` is None.
     logging_level : of the logger "fastproj.trak".
     use_half_precision : store features as float16 with a scale per row (half the disk space; no
@@ -131,7 +132,7 @@ class TRAKer:
         device: str | torch.device | None = None,
         gradient_computer: Any = "auto",
         projector: Any = None,
-        saver: type[Store] | None = None,
+        saver: type[Saver] | None = None,
         score_computer: type[ScoreComputer] | None = None,
         proj_dim: SupportsIndex = 2048,
         logging_level: int | str = logging.INFO,
@@ -179,7 +180,7 @@ class TRAKer:
         self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
             self.device
         )
-        self.saver: Store = subclass_of("saver", saver, Store)(
+        self.saver: Saver = subclass_of("saver", saver, Saver)(
             save_dir,
             {
                 "spec_version": SPEC_VERSION,
@@ -197,7 +198,7 @@ class TRAKer:
             load_from_save_dir,
             use_half_precision,
         )
-        self.saver._features_of = self._finalized_features
+        self.saver.features_of = self._finalized_features
         self.save_dir = self.saver.save_dir
         self.scores: npt.NDArray[np.float32] | None = None
         self._exp_name: str | None = None
@@ -259,13 +260,12 @@ class TRAKer:
         every = [("load_checkpoint", model_id)]
         if not self.saver.load_from_save_dir:
             every = self.ranks.meet("load_checkpoint", model_id)
-        alike = all(one == ("load_checkpoint", model_id) for one in every)
-        if len(every) > 1 and alike:
+        alike = len(every) > 1 and all(one == ("load_checkpoint", model_id) for one in every)
+        if alike:
             with self.ranks.together("load_checkpoint"):
                 if self.ranks.first:
                     self.saver.register(model_id, checkpoint)
-            self.saver._fresh.add(model_id)
-        self.saver.register(model_id, checkpoint)
+        self.saver.register(model_id, checkpoint, afresh=not alike)
 
     def _load(
         self, function: str, checkpoint: Mapping[str, Any], model_id: SupportsIndex, strict: bool
@@ -546,7 +546,7 @@ class TRAKer:
         probabilities = getattr(self.task, "q_are_probabilities", None)
         if ranks.first:
             self._compare_content(function, ids)
-        finalize(self.saver, self.score_computer, ids, lambda_reg, ranks, probabilities)
+        finalize(self.saver.systems, self.score_computer, ids, lambda_reg, ranks, probabilities)
         self._last_ind = 0
 
     # ---- scoring --------------------------------------------------------------------------------
@@ -758,12 +758,12 @@ class TRAKer:
         for model_id in ids:
             self._require_finalized(function, model_id)
         with progress("self-influence", len(ids) * self.train_set_size, "sample") as bar:
-            scores = self_scores(self.saver, self.score_computer, ids, bar.update)
+            scores = self_scores(self.saver.systems, self.score_computer, ids, bar.update)
             return scores.float().numpy()
 
     def _solution(self, model_id: int) -> Solution:
         """The factored system of a finalised checkpoint."""
-        return solution_of(self.saver, self.score_computer, model_id)
+        return solution_of(self.saver.systems, self.score_computer, model_id)
 
     def _finalized_features(self, model_id: int) -> Tensor:
         """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""
@@ -799,7 +799,7 @@ class TRAKer:
         """Raise NotReadyError unless a checkpoint is featurized and finalised."""
         self._model_ids(function, [model_id])
         self._require_features(function, model_id)
-        if not self.saver.is_finalized(model_id):
+        if not self.saver.systems.is_finalized(model_id):
             raise NotReadyError(
                 f"{function}: model_id {model_id} is not finalised; call finalize_features first"
             )

@@ -52,7 +52,7 @@ def shards(folder):
         ({"grad_wrt": ["fc.waight"]}, ValueError, "'fc.waight'.*'fc.weight'"),
         ({"task": "segmentation"}, ValueError, "'segmentation'"),
         ({"model": "resnet"}, TypeError, "expected a torch.nn.Module"),
-        ({"saver": dict}, TypeError, "saver=.*fastproj.trak.store.store.Store"),
+        ({"saver": dict}, TypeError, "saver=.*fastproj.trak.saver.Saver"),
         ({"score_computer": object()}, TypeError, "score_computer=.*ScoreComputer"),
         ({"model": nn.Identity()}, ValueError, "without parameters"),
     ],

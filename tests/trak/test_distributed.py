@@ -272,7 +272,7 @@ def test_each_rank_sums_its_own_parts_of_xtx(tmp_path, monkeypatch):
     traker = cases.make(model, tmp_path, 21)
     cases.featurize(traker, model, 0, cases.data(21))
     summed = []
-    monkeypatch.setattr(traker.saver, "write_gram", lambda *args: summed.append(args[-1]))
+    monkeypatch.setattr(traker.saver.systems, "write_gram", lambda *args: summed.append(args[-1]))
     traker.ranks = Alike(1, 2)
     traker.finalize_features(lambda_reg=1)
     assert summed == [1]  # of 0, 1 and 2

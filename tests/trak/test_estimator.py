@@ -271,7 +271,7 @@ def test_another_lambda_needs_no_features(tmp_path, models, train, targets):
     traker = cases.make(models[0], tmp_path, N)
     traker._features = None  # would fail if called
     traker.finalize_features(lambda_reg=0.02)
-    assert traker.saver.read_solve(0)["lambda_reg"] == 0.02
+    assert traker.saver.systems.read_solve(0)["lambda_reg"] == 0.02
     changed = traker.finalize_scores("test")
     exact = cases.explicit_trak(models[:1], train, targets, 8, 0.02)
     np.testing.assert_allclose(changed, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
@@ -287,10 +287,10 @@ def test_new_features_make_a_finalised_checkpoint_unfinished(tmp_path, models, t
     other = cases.data(N, seed=9, dtype=torch.float64)
     again = cases.make(models[0], tmp_path, N)
     cases.featurize(again, models[0], 0, other)
-    assert not again.saver.is_finalized(0)
+    assert not again.saver.systems.is_finalized(0)
     again.finalize_features(lambda_reg="1*mean")
     phi = cases.projected(cases.gradients(models[0], other), 8, 0)
-    torch.testing.assert_close(again.saver.read_gram(0, System())[0]["xtx"], phi.T @ phi)
+    torch.testing.assert_close(again.saver.systems.read_gram(0, System())[0]["xtx"], phi.T @ phi)
 
 
 # ---- targets ------------------------------------------------------------------------------------

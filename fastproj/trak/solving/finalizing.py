@@ -27,6 +27,7 @@ from fastproj.trak.solving.solve import (
     System,
     sum_dtype,
 )
+from fastproj.trak.solving.systems import Systems
 from fastproj.trak.store.features import (
     Buffer,
     FeatureReader,
@@ -48,7 +49,7 @@ logger = logging.getLogger("fastproj.trak")
 
 
 def finalize(
-    store: Store,
+    systems: Systems,
     computer: ScoreComputer,
     model_ids: Sequence[int],
     lambda_reg: Lambda,
@@ -61,6 +62,7 @@ def finalize(
     given, to XtX. ``probabilities`` says whether they are; None looks at them. Where n < k, the
     n x n matrix of the dual system takes their place.
     """
+    store = systems.store
     meanings: dict[int, Meaning] = {}
     with ranks.together(STEP):
         if ranks.first and lambda_reg == AUTO:
@@ -68,18 +70,18 @@ def finalize(
     meanings = ranks.gather(STEP, meanings)[0]
     dual = computer.forms_dual(store.train_set_size, store.proj_dim)
     power = {i: meanings[i].probability if i in meanings else 0.0 for i in model_ids}
-    systems = {i: System(power[i], dual) for i in model_ids}
-    missing = [i for i in model_ids if not store.has_gram(i, systems[i])]
+    system = {i: System(power[i], dual) for i in model_ids}
+    missing = [i for i in model_ids if not systems.has_gram(i, system[i])]
     # Rank 0's list: it may be writing while others still look.
     todo = ranks.gather(STEP, missing)[0]
     mine = len(todo) * store.train_set_size // ranks.size
     with progress("finalising features", mine, "sample") as bar:
         for model_id in todo:
-            sum_gram(store, computer, model_id, systems[model_id], ranks, bar.update)
+            sum_gram(systems, computer, model_id, system[model_id], ranks, bar.update)
     with ranks.together(STEP):
         for model_id in model_ids if ranks.first else ():
             q = meanings.get(model_id)
-            keep_lambda(store, computer, model_id, systems[model_id], lambda_reg, q)
+            keep_lambda(systems, computer, model_id, system[model_id], lambda_reg, q)
 
 
 def q_meaning(model_id: int, q: Tensor, probabilities: bool | None) -> Meaning:
@@ -94,7 +96,7 @@ def q_meaning(model_id: int, q: Tensor, probabilities: bool | None) -> Meaning:
 
 
 def keep_lambda(
-    store: Store,
+    systems: Systems,
     computer: ScoreComputer,
     model_id: int,
     system: System,
@@ -102,7 +104,7 @@ def keep_lambda(
     q: Meaning | None,
 ) -> None:
     """Choose a checkpoint's lambda where it is "auto", check that it solves, and store it."""
-    gram, moments = read_gram(store, model_id, system)
+    gram, moments = read_gram(systems, model_id, system)
     value = lambda_reg
     facts: dict[str, Any] = {
         "lambda": lambda_reg,
@@ -121,7 +123,7 @@ def keep_lambda(
             choice.rule,
         )
     solution = computer.solve(gram, value)
-    store.write_solve(model_id, {**facts, **solution.summary()})
+    systems.write_solve(model_id, {**facts, **solution.summary()})
     logger.info(
         "model_id %d: lambda %.3g, condition estimate %.1e (%s)",
         model_id,
@@ -131,39 +133,39 @@ def keep_lambda(
     )
 
 
-def solution_of(store: Store, computer: ScoreComputer, model_id: int) -> Solution:
+def solution_of(systems: Systems, computer: ScoreComputer, model_id: int) -> Solution:
     """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
-    return solved(store, computer, model_id)[0]
+    return solved(systems, computer, model_id)[0]
 
 
-def solved(store: Store, computer: ScoreComputer, model_id: int) -> tuple[Solution, Gram]:
+def solved(systems: Systems, computer: ScoreComputer, model_id: int) -> tuple[Solution, Gram]:
     """The factored system of a finalised checkpoint, and its matrix."""
-    system = store.read_system(model_id)
-    stored = store.read_solve(model_id)
-    sums, n, eps = store.read_gram(model_id, system)
-    gram = gram_of(store, system, sums, n, eps)
+    system = systems.read_system(model_id)
+    stored = systems.read_solve(model_id)
+    sums, n, eps = systems.read_gram(model_id, system)
+    gram = gram_of(systems.store, system, sums, n, eps)
     solution = computer.solve_again(gram, {name: stored[name] for name in SUMMARY})
     if system.dual:
-        rows = stored_rows(store, model_id, system, sums["order"].numpy())
+        rows = stored_rows(systems.store, model_id, system, sums["order"].numpy())
         solution = replace(solution, rows=rows)
     return solution, gram
 
 
-def own_scores(store: Store, computer: ScoreComputer, model_id: int) -> Tensor:
+def own_scores(systems: Systems, computer: ScoreComputer, model_id: int) -> Tensor:
     """``phi (S^T S + lambda I)^-1 phi`` of each training sample, float64 [n], by the dual."""
-    system = store.read_system(model_id)
-    solution, gram = solved(store, computer, model_id)
-    order = store.read_gram(model_id, system)[0]["order"]
-    weights = curvature(store.out_to_loss(model_id), system.power)
+    system = systems.read_system(model_id)
+    solution, gram = solved(systems, computer, model_id)
+    order = systems.read_gram(model_id, system)[0]["order"]
+    weights = curvature(systems.store.out_to_loss(model_id), system.power)
     out = torch.empty(gram.n, dtype=torch.float64)
     out[order] = solution.on_own_rows(gram.matrix) / weights[order]
     return out
 
 
-def read_gram(store: Store, model_id: int, system: System) -> tuple[Gram, Moments]:
+def read_gram(systems: Systems, model_id: int, system: System) -> tuple[Gram, Moments]:
     """The Gram matrix of a checkpoint, and what was summed up beside it."""
-    sums, n, eps = store.read_gram(model_id, system)
-    return gram_of(store, system, sums, n, eps), Moments.of(sums, system.power)
+    sums, n, eps = systems.read_gram(model_id, system)
+    return gram_of(systems.store, system, sums, n, eps), Moments.of(sums, system.power)
 
 
 def gram_of(store: Store, system: System, sums: Tensors, n: int, eps: float) -> Gram:
@@ -192,7 +194,7 @@ def stored_rows(store: Store, model_id: int, system: System, order: Indices) -> 
 
 
 def sum_gram(
-    store: Store,
+    systems: Systems,
     computer: ScoreComputer,
     model_id: int,
     system: System,
@@ -204,6 +206,7 @@ def sum_gram(
     The parts that it is made from, and their order, depend on the batches alone: so it is the same,
     bit for bit, for any number of ranks, and whether or not it was interrupted.
     """
+    store = systems.store
     reader = FeatureReader(store, model_id)
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
     parts = (panels if system.dual else gram_parts)(blocks, store.proj_dim)
@@ -214,7 +217,7 @@ def sum_gram(
             made = kernel_part(reader, computer, system, before, parts[number], advance)
         else:
             made = gram_part(reader, computer, system, parts[number], advance)
-        store.write_gram(model_id, *made, system, part)
+        systems.write_gram(model_id, *made, system, part)
 
     with ranks.together(STEP):
         if len(parts) == 1:
@@ -222,21 +225,21 @@ def sum_gram(
                 write(0, None)
             return
         for number in range(ranks.rank, len(parts), ranks.size):
-            if not store.has_gram(model_id, system, number):
+            if not systems.has_gram(model_id, system, number):
                 write(number, number)
     with ranks.together(STEP):
-        if ranks.first and not store.has_gram(model_id, system):  # else a process apart was first
+        if ranks.first and not systems.has_gram(model_id, system):  # else a process apart was first
             try:
                 total = (join_parts if system.dual else add_parts)(
-                    store, model_id, system, len(parts)
+                    systems, model_id, system, len(parts)
                 )
             except StoreError:
-                if not store.has_gram(model_id, system):
+                if not systems.has_gram(model_id, system):
                     raise
             else:
-                store.write_gram(model_id, *total, system)
+                systems.write_gram(model_id, *total, system)
         if ranks.first:
-            store.remove_parts(model_id, system)
+            systems.remove_parts(model_id, system)
 
 
 def gram_part(
@@ -247,21 +250,21 @@ def gram_part(
     advance: Callable[[int], Any],
 ) -> tuple[Tensors, int, float]:
     """The sums over the samples of some blocks, their number, and how exact they are."""
-    store = reader.store
-    moments = Moments(store.proj_dim, system.power)
+    n, k = len(reader.index.shard), reader.store.proj_dim
+    moments = Moments(k, system.power)
     rows = moments.over(counted(feature_stream([reader], blocks), advance))
-    gram = computer.gram(rows, store.proj_dim, store.train_set_size)
+    gram = computer.gram(rows, k, n)
     return {"xtx": gram.matrix, **moments.tensors()}, gram.n, gram.eps
 
 
 def add_parts(
-    store: Store, model_id: int, system: System, count: int
+    systems: Systems, model_id: int, system: System, count: int
 ) -> tuple[Tensors, int, float]:
     """The sums of all parts, in order, how many samples they are of, and how exact."""
-    total, n, eps = store.read_gram(model_id, system, 0)
+    total, n, eps = systems.read_gram(model_id, system, 0)
     total = {name: t.clone() for name, t in total.items()}
     for number in range(1, count):
-        part, rows, _ = store.read_gram(model_id, system, number)
+        part, rows, _ = systems.read_gram(model_id, system, number)
         n += rows
         for name, t in part.items():
             total[name] += t
@@ -280,8 +283,7 @@ def kernel_part(
 
     Their rows stay in memory, while those of the blocks before them pass by.
     """
-    store = reader.store
-    n, k = store.train_set_size, store.proj_dim
+    n, k = len(reader.index.shard), reader.store.proj_dim
     order = np.concatenate(blocks)
     moments = Moments(k, system.power)
     panel = torch.empty(0)
@@ -318,15 +320,15 @@ def kernel_part(
 
 
 def join_parts(
-    store: Store, model_id: int, system: System, count: int
+    systems: Systems, model_id: int, system: System, count: int
 ) -> tuple[Tensors, int, float]:
     """S S^T of the columns that all parts hold, and what belongs to it, as ``add_parts``."""
-    size = store.train_set_size
+    size = systems.store.train_set_size
     kernel = torch.empty(size, size, dtype=torch.float64)
     total: Tensors = {}
     eps, end = 0.0, 0
     for number in range(count):
-        part, n, eps = store.read_gram(model_id, system, number)
+        part, n, eps = systems.read_gram(model_id, system, number)
         columns = part.pop("kernel")
         kernel[: end + n, end : end + n] = columns
         kernel[end : end + n, :end] = columns[:end].mT

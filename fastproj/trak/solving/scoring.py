@@ -12,6 +12,7 @@ from torch import Tensor
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.solving.finalizing import own_scores, solution_of
 from fastproj.trak.solving.solve import ScoreComputer, Solution
+from fastproj.trak.solving.systems import Systems
 from fastproj.trak.store.features import FeatureReader, block_rows, feature_stream, sample_blocks
 from fastproj.trak.store.scores import Sink
 from fastproj.trak.store.store import Store
@@ -64,7 +65,7 @@ def write_scores(
 
 
 def self_scores(
-    store: Store,
+    systems: Systems,
     computer: ScoreComputer,
     model_ids: Sequence[int],
     advance: Callable[[int], Any],
@@ -72,15 +73,16 @@ def self_scores(
     """The score of each training sample on itself, float64 [n]: the diagonal that scores of the
     training set as targets would have.
     """
+    store = systems.store
     total = torch.zeros(store.train_set_size, dtype=torch.float64)
     q_total = torch.zeros_like(total)
     for model_id in model_ids:
         q_total += store.out_to_loss(model_id).double()
-        if store.read_system(model_id).dual:
-            total += own_scores(store, computer, model_id)
+        if systems.read_system(model_id).dual:
+            total += own_scores(systems, computer, model_id)
             advance(len(total))
             continue
-        solution = solution_of(store, computer, model_id)
+        solution = solution_of(systems, computer, model_id)
         reader = FeatureReader(store, model_id)
         blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
         for rows, _, features, _ in feature_stream([reader], blocks):

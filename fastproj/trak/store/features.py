@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastproj.trak.files import GoneError, Indices, Tensors
+from fastproj.trak.store.shards import ShardIndex
 
 HALF_EXPONENT = 15  # half-precision rows are scaled so that their largest entry is in [2^14, 2^15)
 EXACT_EXPONENT = 126  # up to here, 2^exponent is a normal float32
@@ -95,16 +96,39 @@ def sample_blocks(batch: np.ndarray[Any, Any], rows: int) -> list[Indices]:
     return [part for b in blocks for part in np.array_split(b, max(1, len(b) // rows))]
 
 
+class Shards(Protocol):
+    """What a reader asks of a ``Store``."""
+
+    @property
+    def proj_dim(self) -> int:
+        """K, the dimension of the features."""
+
+    def index(self, model_id: int, exp_name: str | None) -> ShardIndex:
+        """Which samples are there, and where."""
+
+    def forget_index(self, model_id: int, exp_name: str | None) -> None:
+        """Look again at the next call of ``index``."""
+
+    def read_shard(
+        self,
+        path: Path,
+        model_id: int,
+        exp_name: str | None,
+        names: Iterable[str] | None = None,
+        check: bool = True,
+    ) -> Tensors:
+        """The tensors ``names`` (None: all) of a shard."""
+
+
 class FeatureReader:
     """Rows of one checkpoint's features by sample number; each shard is checked once, when met.
 
     Parameters
     ----------
-    store : a ``Store``.
-    model_id, exp_name : whose features, as for ``Store.index``.
+    store, model_id, exp_name : whose features, as for ``Store.index``.
     """
 
-    def __init__(self, store: Any, model_id: int, exp_name: str | None = None) -> None:
+    def __init__(self, store: Shards, model_id: int, exp_name: str | None = None) -> None:
         self.store = store
         self.model_id = model_id
         self.exp_name = exp_name
@@ -196,7 +220,7 @@ class FeatureReader:
         """The given rows of a shard; only their pages are read once the shard is checked."""
         path = self.index.shards[number].path
         check = path not in self._checked
-        tensors: Tensors = self.store.read_shard(path, self.model_id, self.exp_name, check=check)
+        tensors = self.store.read_shard(path, self.model_id, self.exp_name, check=check)
         self._checked.add(path)
         if len(rows) and (np.diff(rows) == 1).all():
             run = slice(int(rows[0]), int(rows[-1]) + 1)

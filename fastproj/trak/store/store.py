@@ -26,7 +26,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from fastproj.trak.files import (
     StoreError,
     StoreMismatchError,
     Tensors,
-    corrupt,
     make_dir,
     read_json,
     read_safetensors,
@@ -50,13 +49,10 @@ from fastproj.trak.files import (
     write_json,
     write_safetensors,
 )
-from fastproj.trak.solving.solve import System
 from fastproj.trak.store.features import FeatureReader, block_rows, pack_half, sample_blocks
-from fastproj.trak.store.scores import read_scores
 from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 
 FORMAT = 3
-SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
 
 
 class NotReadyError(RuntimeError):
@@ -97,7 +93,6 @@ class Store:
         self._indices: dict[tuple[int, str | None], ShardIndex] = {}
         self._checkpoints: dict[int, str] = {}
         self._fresh: set[int] = set()
-        self._features_of: Callable[[int], Tensor] | None = None
         for folder in ("models", "experiments", "scores", "."):
             make_dir(self.save_dir / folder)
             remove_stale(self.save_dir / folder)
@@ -130,30 +125,12 @@ class Store:
         return sorted(int(path.name) for path in folders if path.name.isdigit())
 
     @property
-    def model_ids(self) -> dict[int, dict[str, int]]:
-        """Each model_id on disk with ``is_featurized`` and ``is_finalized`` (0 or 1)."""
-        return {
-            model_id: {
-                "is_featurized": int(self.index(model_id).done.all()),
-                "is_finalized": int(self.is_finalized(model_id)),
-            }
-            for model_id in self.ids()
-        }
-
-    @property
     def experiments(self) -> dict[str, dict[str, Any]]:
         """What is known of each experiment, by name."""
         return {
             path.stem: read_json(path)
             for path in sorted((self.save_dir / "experiments").glob("*.json"))
         }
-
-    @property
-    def current_store(self) -> CurrentStore:
-        """The arrays of the current model_id under TRAK's names."""
-        if self.current_model_id is None:
-            raise NotReadyError("TRAKer: no checkpoint is loaded; call load_checkpoint first")
-        return CurrentStore(self, self.current_model_id)
 
     def model_dir(self, model_id: int) -> Path:
         """Where the files of ``model_id`` are."""
@@ -166,10 +143,14 @@ class Store:
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
-    def register(self, model_id: int, checkpoint: str) -> None:
-        """Make ``model_id`` current; ``checkpoint`` is the hash of its parameters and buffers."""
+    def register(self, model_id: int, checkpoint: str, afresh: bool = True) -> None:
+        """Make ``model_id`` current; ``checkpoint`` is the hash of its parameters and buffers.
+
+        ``afresh`` False: what an earlier run left has been set aside by another process.
+        """
         folder = self.model_dir(model_id)
-        if not self.load_from_save_dir and model_id not in self._fresh and folder.exists():
+        old = not self.load_from_save_dir and model_id not in self._fresh and folder.exists()
+        if afresh and old:
             aside = folder.with_name(f"{model_id}.replaced-{uuid.uuid4().hex[:8]}")
             folder.rename(aside)
             warnings.warn(
@@ -288,7 +269,7 @@ class Store:
             def read(path: Path) -> None:
                 with suppress(GoneError, FileNotFoundError):  # its batches are in another file
                     names = ("inds", "content")
-                    tensors, metadata = self._read(path, model_id, exp_name, names)
+                    tensors, metadata = self.read(path, model_id, exp_name, names)
                     if distrusted and ON_TRUST in metadata:
                         return
                     inds = tensors["inds"].numpy()
@@ -368,8 +349,7 @@ class Store:
             key = f"{key.split('-')[0]}-{uuid.uuid4().hex[:12]}"
         path = folder / f"{role}-{key}.safetensors"
         file = ShardFile(path, keys, sizes, sum(t.nbytes for t in tensors.values()), on_trust)
-        identity = self._shard_identity(model_id, exp_name)
-        write_safetensors(path, tensors, identity | file.facts)
+        self.write(path, tensors, model_id, exp_name, file.facts)
         return file
 
     def _tidy(self, model_id: int, exp_name: str | None) -> None:
@@ -412,8 +392,10 @@ class Store:
                 remove_quietly(file.path)
         return True
 
-    def _shard_identity(self, model_id: int, exp_name: str | None) -> dict[str, str]:
-        """What a shard of this run must say of itself."""
+    # ---- files of a checkpoint ------------------------------------------------------------------
+
+    def _identity_of(self, model_id: int, exp_name: str | None) -> dict[str, str]:
+        """What a file of this run must say of itself."""
         identity = {key: str(value) for key, value in self.identity.items()}
         return {
             **identity,
@@ -429,6 +411,38 @@ class Store:
             self._checkpoints[model_id] = str(read_json(path)["checkpoint"])
         return self._checkpoints[model_id]
 
+    def write(
+        self,
+        path: Path,
+        tensors: Tensors,
+        model_id: int,
+        exp_name: str | None = None,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        """A safetensors file that says which run and checkpoint it is of, and ``facts``."""
+        write_safetensors(path, tensors, self._identity_of(model_id, exp_name) | dict(facts or {}))
+
+    def read(
+        self,
+        path: Path,
+        model_id: int,
+        exp_name: str | None = None,
+        names: Iterable[str] | None = None,
+        check: bool = True,
+    ) -> tuple[Tensors, dict[str, str]]:
+        """The tensors ``names`` (None: all) of a file, and its metadata; see ``read_safetensors``.
+
+        Raises StoreMismatchError if the file is of another run.
+        """
+        tensors, metadata = read_safetensors(path, names, check)
+        for key, value in self._identity_of(model_id, exp_name).items():
+            if metadata.get(key) != value:
+                raise StoreMismatchError(
+                    f"TRAKer: {path} was made with {key} {metadata.get(key)!r}; this run has "
+                    f"{value!r}. Nothing was changed; use another save_dir"
+                )
+        return tensors, metadata
+
     def read_shard(
         self,
         path: Path,
@@ -437,26 +451,10 @@ class Store:
         names: Iterable[str] | None = None,
         check: bool = True,
     ) -> Tensors:
-        """The tensors ``names`` (None: all) of a shard, checked against their checksums."""
-        return self._read(path, model_id, exp_name, names, check)[0]
+        """The tensors ``names`` (None: all) of a shard."""
+        return self.read(path, model_id, exp_name, names, check)[0]
 
-    def _read(
-        self,
-        path: Path,
-        model_id: int,
-        exp_name: str | None,
-        names: Iterable[str] | None,
-        check: bool = True,
-    ) -> tuple[Tensors, dict[str, str]]:
-        """Tensors and metadata; raises StoreMismatchError if the file is of another run."""
-        tensors, metadata = read_safetensors(path, names, check)
-        for key, value in self._shard_identity(model_id, exp_name).items():
-            if metadata.get(key) != value:
-                raise StoreMismatchError(
-                    f"TRAKer: {path} was made with {key} {metadata.get(key)!r}; this run has "
-                    f"{value!r}. Nothing was changed; use another save_dir"
-                )
-        return tensors, metadata
+    # ---- features -------------------------------------------------------------------------------
 
     def blocks(
         self, model_id: int, exp_name: str | None = None
@@ -487,84 +485,7 @@ class Store:
             out = torch.full((n, self.proj_dim), torch.nan, dtype=torch.float32)
         return out
 
-    # ---- finalised ------------------------------------------------------------------------------
-
-    def is_finalized(self, model_id: int) -> bool:
-        """Whether a lambda and its matrix, of the features that are there now, were stored."""
-        if not self.solve_path(model_id).exists():
-            return False
-        return self.has_gram(model_id, self.read_system(model_id))
-
-    def gram_path(self, model_id: int, system: System, part: int | None = None) -> Path:
-        """The file of a Gram matrix, or of a part; processes that see other shards have others."""
-        name = gram_name(system)
-        if part is not None:
-            layout = self.index(model_id).layout_digest()[:12]
-            name = f"part-{name}-{layout}-{part:04d}"
-        return self.model_dir(model_id) / f"{name}.safetensors"
-
-    def has_gram(self, model_id: int, system: System, part: int | None = None) -> bool:
-        """Whether a Gram matrix, or a part, of the features that are there now was stored."""
-        path = self.gram_path(model_id, system, part)
-        if not path.exists():
-            return False
-        _, metadata = self._read(path, model_id, None, ())
-        power = float(metadata.get("power", system.weighted))  # 0 or 1 where nothing is said
-        same = metadata.get("content") == self.index(model_id).content_digest()
-        return same and power == system.power
-
-    def write_gram(
-        self,
-        model_id: int,
-        sums: Tensors,
-        n: int,
-        eps: float,
-        system: System,
-        part: int | None = None,
-    ) -> None:
-        """Keep sums over n samples, float64: ``xtx`` [k, k], or of a dual system ``kernel`` [n, n]
-        and ``order`` [n], the samples of its rows; and what belongs to them.
-        """
-        facts = {"n": str(n), "eps": repr(eps), "power": repr(system.power)}
-        facts["content"] = self.index(model_id).content_digest()
-        path = self.gram_path(model_id, system, part)
-        write_safetensors(path, sums, self._shard_identity(model_id, None) | facts)
-
-    def read_gram(
-        self, model_id: int, system: System, part: int | None = None
-    ) -> tuple[Tensors, int, float]:
-        """(sums, n, eps) as written."""
-        path = self.gram_path(model_id, system, part)
-        tensors, metadata = self._read(path, model_id, None, None)
-        return tensors, int(metadata["n"]), float(metadata["eps"])
-
-    def remove_parts(self, model_id: int, system: System) -> None:
-        """Remove the parts of a Gram matrix, which is whole now."""
-        for path in self.model_dir(model_id).glob(f"part-{gram_name(system)}-*.safetensors"):
-            path.unlink(missing_ok=True)
-
-    def solve_path(self, model_id: int) -> Path:
-        """The file of a lambda."""
-        return self.model_dir(model_id) / "solve.json"
-
-    def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:
-        """Keep what was solved: lambda and what it gave."""
-        write_json(self.solve_path(model_id), summary)
-
-    def read_solve(self, model_id: int) -> dict[str, Any]:
-        """As written by ``write_solve``."""
-        path = self.solve_path(model_id)
-        summary = read_json(path)
-        missing = [name for name in SOLVED if name not in summary]
-        if missing:
-            raise corrupt(path, f"it lacks {', '.join(missing)}")
-        return summary
-
-    def read_system(self, model_id: int) -> System:
-        """Which matrix the lambda that is stored is added to."""
-        summary = self.read_solve(model_id)
-        power = summary.get("power", float(summary["weighted"]))  # 0 or 1 where nothing is said
-        return System(power, summary.get("form") == "dual")
+    # ---- scores ---------------------------------------------------------------------------------
 
     def scores_path(self, exp_name: str) -> Path:
         """The file of the final scores."""
@@ -575,44 +496,6 @@ class Store:
         """The file of the extreme scores."""
         self.experiment_path(exp_name)
         return self.save_dir / "scores" / f"{exp_name}.top.safetensors"
-
-
-class CurrentStore(Mapping[str, Any]):
-    """TRAK's ``saver.current_store``: arrays of one model_id, read from disk when asked for.
-
-    ``grads`` [n, k], ``features`` [n, k] (grads times the inverse of XtX), ``out_to_loss`` [n, 1],
-    ``is_featurized`` [n, 1], and ``<exp_name>_grads`` [m, k] and ``<exp_name>_scores`` [n, m].
-    """
-
-    NAMES = ("grads", "features", "out_to_loss", "is_featurized")
-
-    def __init__(self, store: Store, model_id: int) -> None:
-        self.store = store
-        self.model_id = model_id
-
-    def __getitem__(self, name: str) -> Any:
-        store, model_id = self.store, self.model_id
-        if name == "grads":
-            return store.matrix(model_id).numpy()
-        if name == "features" and store._features_of is not None:
-            return store._features_of(model_id).numpy()
-        if name == "out_to_loss":
-            return store.out_to_loss(model_id).numpy()[:, None]
-        if name == "is_featurized":
-            return store.index(model_id).done.astype(np.int32)[:, None]
-        exp_name, _, what = name.rpartition("_")
-        if what == "grads" and exp_name in store.experiments:
-            return store.matrix(model_id, exp_name).numpy()
-        if what == "scores" and store.scores_path(exp_name).exists():
-            return read_scores(store.scores_path(exp_name))
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.NAMES
-        yield from (f"{name}_grads" for name in self.store.experiments)
-
-    def __len__(self) -> int:
-        return len(self.NAMES) + len(self.store.experiments)
 
 
 def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
@@ -626,10 +509,3 @@ def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
 def role_of(exp_name: str | None) -> str:
     """What the names of shards begin with."""
     return "train" if exp_name is None else "target"
-
-
-def gram_name(system: System) -> str:
-    """What the file of a Gram matrix is called."""
-    if system.dual:
-        return "kernel_weighted" if system.weighted else "kernel"
-    return "weighted" if system.weighted else "xtx"

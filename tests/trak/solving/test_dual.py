@@ -170,7 +170,7 @@ def formula(traker, models, train, targets, k):
     """Scores in float64 by k x k inverses, at the lambda and weights that were stored."""
     total, weight = torch.zeros(()), torch.zeros(())
     for model_id, model in enumerate(models):
-        stored = traker.saver.read_solve(model_id)
+        stored = traker.saver.systems.read_solve(model_id)
         phi = cases.projected(cases.gradients(model, train), k, model_id)
         of_targets = cases.projected(cases.gradients(model, targets), k, model_id)
         q = cases.q(model, train)
@@ -192,7 +192,7 @@ def test_scores_are_the_formula(tmp_path, monkeypatch, n, lambda_reg):
     options = {"proj_dim": 24, "lambda_reg": lambda_reg}
     scores = cases.whole_run(tmp_path, models, train, targets, **options)
     traker = cases.make(models[0], tmp_path, n, **options)
-    stored = traker.saver.read_solve(1)
+    stored = traker.saver.systems.read_solve(1)
     assert (stored["form"], stored["n"]) == ("dual" if n < 24 else "primal", n)
     assert stored["power"] == (1 if lambda_reg == "auto" else 0)
     name = ("kernel" if n < 24 else "") + ("weighted" if lambda_reg == "auto" else "")
@@ -290,7 +290,7 @@ def test_no_vectors_are_made_that_are_not_used(tmp_path, task, n):
     cases.featurize(traker, model, 0, train)
     with Vectors() as vectors:
         traker.finalize_features()
-    chosen = traker.saver.read_solve(0)["auto"]["rule"]
+    chosen = traker.saver.systems.read_solve(0)["auto"]["rule"]
     if task == "image_classification":
         assert chosen == "training ridge"
         assert 0 < vectors.largest <= min(n, 24)  # of Lanczos' tridiagonal matrices
@@ -313,8 +313,8 @@ def test_a_computer_with_steps_of_its_own_is_given_what_it_takes(tmp_path):
     cases.featurize(traker, cases.net(), 0, train)
     traker.finalize_features()
     assert traker.score_computer.solved == (24, 24)
-    assert traker.saver.read_solve(0)["form"] == "primal"
-    assert not traker.saver.gram_path(0, System(1.0, True)).exists()
+    assert traker.saver.systems.read_solve(0)["form"] == "primal"
+    assert not traker.saver.systems.gram_path(0, System(1.0, True)).exists()
 
 
 @pytest.mark.parametrize("lambda_reg", ["auto", 0.5])
@@ -325,11 +325,11 @@ def test_a_store_that_was_finalised_before_there_was_a_dual(tmp_path, lambda_reg
     options = {"proj_dim": 24, "lambda_reg": lambda_reg}
     cases.whole_run(tmp_path, [model], train, targets, score_computer=OwnSolve, **options)
     traker = cases.make(model, tmp_path, 15, **options)
-    stored = traker.saver.read_solve(0)
+    stored = traker.saver.systems.read_solve(0)
     for name in ("form", "power"):
         del stored[name]
-    traker.saver.write_solve(0, stored)
-    path = traker.saver.gram_path(0, System(float(lambda_reg == "auto")))
+    traker.saver.systems.write_solve(0, stored)
+    path = traker.saver.systems.gram_path(0, System(float(lambda_reg == "auto")))
     tensors, metadata = read_safetensors(path, None)
     if lambda_reg != "auto":
         tensors["fitted"], tensors["explained"] = tensors["correlated"], tensors["squares"]
@@ -337,10 +337,10 @@ def test_a_store_that_was_finalised_before_there_was_a_dual(tmp_path, lambda_reg
     facts = {key: value for key, value in metadata.items() if not key.startswith("checksum")}
     del facts["power"]
     write_safetensors(path, kept, facts)
-    assert traker.saver.is_finalized(0)
+    assert traker.saver.systems.is_finalized(0)
     first = np.array(traker.finalize_scores("test"))
     traker.finalize_features()
-    assert traker.saver.read_solve(0)["form"] == "dual"
+    assert traker.saver.systems.read_solve(0)["form"] == "dual"
     again = traker.finalize_scores("test")
     np.testing.assert_allclose(again, first, rtol=1e-4, atol=1e-5 * np.abs(first).max())
 
@@ -354,4 +354,4 @@ def test_stored_features_that_are_not_finite_are_named(tmp_path):
     made.saver.write_shard(0, rows, rows, features, torch.ones(10))
     with pytest.raises(ValueError, match="stored features of samples 3, 7 are not finite"):
         made.finalize_features()
-    assert not made.saver.is_finalized(0)
+    assert not made.saver.systems.is_finalized(0)

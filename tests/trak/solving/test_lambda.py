@@ -474,7 +474,7 @@ def test_auto_is_the_default_stored_and_told(traker, caplog):
     with caplog.at_level(logging.INFO, "fastproj.trak"):
         traker.finalize_features()
     assert traker.lambda_reg == "auto"
-    stored = traker.saver.read_solve(0)
+    stored = traker.saver.systems.read_solve(0)
     assert stored["lambda"] == "auto"
     assert stored["lambda_reg"] == stored["auto"]["lambda_reg"] > 0
     assert f"lambda {stored['lambda_reg']:.3g}" in caplog.text
@@ -484,7 +484,7 @@ def test_auto_is_the_default_stored_and_told(traker, caplog):
 def test_auto_is_the_rule_on_the_stored_features(traker):
     traker.finalize_features()
     choice = choose(traker.saver.matrix(0).double(), traker.saver.out_to_loss(0).double())
-    stored = traker.saver.read_solve(0)
+    stored = traker.saver.systems.read_solve(0)
     assert stored["lambda_reg"] == pytest.approx(choice.lambda_reg)
     assert (stored["weighted"], stored["auto"]["rule"]) == (True, "training ridge")
 
@@ -499,7 +499,9 @@ def test_scores_are_the_formula_with_the_curvature(tmp_path):
         phi = cases.projected(cases.gradients(model, train), 8, model_id)
         of_targets = cases.projected(cases.gradients(model, targets), 8, model_id)
         q = cases.q(model, train)
-        matrix = weighted(phi, q) + made.saver.read_solve(model_id)["lambda_reg"] * torch.eye(8)
+        matrix = weighted(phi, q) + made.saver.systems.read_solve(model_id)[
+            "lambda_reg"
+        ] * torch.eye(8)
         total, weight = total + phi @ torch.linalg.solve(matrix, of_targets.T), weight + q
     exact = (total * weight.unsqueeze(1) / 4).numpy()
     np.testing.assert_allclose(scores, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
@@ -542,26 +544,26 @@ def test_a_task_may_say_what_q_is(tmp_path, declared):
     made.task.q_are_probabilities = declared
     cases.featurize(made, cases.trained(0, cases.data(30)), 0, cases.data(30))
     made.finalize_features()
-    assert made.saver.read_solve(0)["weighted"] is (declared is not False)
+    assert made.saver.systems.read_solve(0)["weighted"] is (declared is not False)
 
 
 @pytest.mark.parametrize("missing", ["weighted", "xtx"])
 def test_the_matrix_of_the_lambda_must_be_there(traker, missing):
     traker.finalize_features(lambda_reg="auto" if missing == "weighted" else 1)
-    assert traker.saver.is_finalized(0)
+    assert traker.saver.systems.is_finalized(0)
     (traker.save_dir / "models" / "0" / f"{missing}.safetensors").unlink()
-    assert not traker.saver.is_finalized(0)
+    assert not traker.saver.systems.is_finalized(0)
     traker.finalize_features()
-    assert traker.saver.is_finalized(0)
+    assert traker.saver.systems.is_finalized(0)
 
 
 def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
     traker.finalize_features()
-    stored = traker.saver.read_solve(0)
-    traker.saver.write_solve(0, {**stored, "more": 1})
+    stored = traker.saver.systems.read_solve(0)
+    traker.saver.systems.write_solve(0, {**stored, "more": 1})
     assert traker._solution(0).lambda_reg == stored["lambda_reg"]
     del stored["rank"]
-    traker.saver.write_solve(0, stored)
+    traker.saver.systems.write_solve(0, stored)
     with pytest.raises(StoreCorruptError, match=r"solve.json is damaged: it lacks rank.*finalize"):
         traker._solution(0)
 
@@ -574,23 +576,23 @@ def test_q_that_a_task_calls_probabilities_must_be_that(traker):
         traker.finalize_features()
     traker.saver.out_to_loss = read
     traker.finalize_features()
-    assert traker.saver.read_solve(0)["weighted"]
+    assert traker.saver.systems.read_solve(0)["weighted"]
 
 
 def test_other_lambdas_and_back_without_featurizing(traker):
     traker.finalize_features()
-    first = traker.saver.read_solve(0)
+    first = traker.saver.systems.read_solve(0)
     traker.finalize_features(lambda_reg=1)
     traker.featurize = traker.score_computer.gram = None  # would fail if called
     for lambda_reg, value in ((0.5, 0.5), ("2*mean", None)):
         traker.finalize_features(lambda_reg=lambda_reg)
-        again = traker.saver.read_solve(0)
+        again = traker.saver.systems.read_solve(0)
         assert again["lambda"] == lambda_reg
         assert value is None or again["lambda_reg"] == value
         assert "auto" not in again
         assert not again["weighted"]
     traker.finalize_features(lambda_reg="auto")
-    assert traker.saver.read_solve(0) == first
+    assert traker.saver.systems.read_solve(0) == first
 
 
 def test_stored_features_that_are_not_finite_are_named(tmp_path):
@@ -602,7 +604,7 @@ def test_stored_features_that_are_not_finite_are_named(tmp_path):
     made.saver.write_shard(0, rows, rows, features, torch.ones(10))
     with pytest.raises(ValueError, match="stored features of samples 23, 27 are not finite"):
         made.finalize_features()
-    assert not made.saver.is_finalized(0)
+    assert not made.saver.systems.is_finalized(0)
 
 
 def test_rounding_to_half_precision_is_no_rank():

@@ -1,0 +1,104 @@
+"""What finalising leaves on disk for each checkpoint: a Gram matrix, and the lambda added to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastproj.trak.files import Tensors, corrupt, read_json, write_json
+from fastproj.trak.solving.solve import System
+from fastproj.trak.store.store import Store
+
+SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
+
+
+class Systems:
+    """The Gram matrices and lambdas of a store's checkpoints, beside their features."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def is_finalized(self, model_id: int) -> bool:
+        """Whether a lambda and its matrix, of the features that are there now, were stored."""
+        if not self.solve_path(model_id).exists():
+            return False
+        return self.has_gram(model_id, self.read_system(model_id))
+
+    def gram_path(self, model_id: int, system: System, part: int | None = None) -> Path:
+        """The file of a Gram matrix, or of a part; processes that see other shards have others."""
+        name = gram_name(system)
+        if part is not None:
+            layout = self.store.index(model_id).layout_digest()[:12]
+            name = f"part-{name}-{layout}-{part:04d}"
+        return self.store.model_dir(model_id) / f"{name}.safetensors"
+
+    def has_gram(self, model_id: int, system: System, part: int | None = None) -> bool:
+        """Whether a Gram matrix, or a part, of the features that are there now was stored."""
+        path = self.gram_path(model_id, system, part)
+        if not path.exists():
+            return False
+        _, metadata = self.store.read(path, model_id, names=())
+        power = float(metadata.get("power", system.weighted))  # 0 or 1 where nothing is said
+        same = metadata.get("content") == self.store.index(model_id).content_digest()
+        return same and power == system.power
+
+    def write_gram(
+        self,
+        model_id: int,
+        sums: Tensors,
+        n: int,
+        eps: float,
+        system: System,
+        part: int | None = None,
+    ) -> None:
+        """Keep sums over n samples, float64: ``xtx`` [k, k], or of a dual system ``kernel`` [n, n]
+        and ``order`` [n], the samples of its rows; and what belongs to them.
+        """
+        facts = {"n": str(n), "eps": repr(eps), "power": repr(system.power)}
+        facts["content"] = self.store.index(model_id).content_digest()
+        path = self.gram_path(model_id, system, part)
+        self.store.write(path, sums, model_id, facts=facts)
+
+    def read_gram(
+        self, model_id: int, system: System, part: int | None = None
+    ) -> tuple[Tensors, int, float]:
+        """(sums, n, eps) as written."""
+        path = self.gram_path(model_id, system, part)
+        tensors, metadata = self.store.read(path, model_id)
+        return tensors, int(metadata["n"]), float(metadata["eps"])
+
+    def remove_parts(self, model_id: int, system: System) -> None:
+        """Remove the parts of a Gram matrix, which is whole now."""
+        for path in self.store.model_dir(model_id).glob(f"part-{gram_name(system)}-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def solve_path(self, model_id: int) -> Path:
+        """The file of a lambda."""
+        return self.store.model_dir(model_id) / "solve.json"
+
+    def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:
+        """Keep what was solved: lambda and what it gave."""
+        write_json(self.solve_path(model_id), summary)
+
+    def read_solve(self, model_id: int) -> dict[str, Any]:
+        """As written by ``write_solve``."""
+        path = self.solve_path(model_id)
+        summary = read_json(path)
+        missing = [name for name in SOLVED if name not in summary]
+        if missing:
+            raise corrupt(path, f"it lacks {', '.join(missing)}")
+        return summary
+
+    def read_system(self, model_id: int) -> System:
+        """Which matrix the lambda that is stored is added to."""
+        summary = self.read_solve(model_id)
+        power = summary.get("power", float(summary["weighted"]))  # 0 or 1 where nothing is said
+        return System(power, summary.get("form") == "dual")
+
+
+def gram_name(system: System) -> str:
+    """What the file of a Gram matrix is called."""
+    if system.dual:
+        return "kernel_weighted" if system.weighted else "kernel"
+    return "weighted" if system.weighted else "xtx"
