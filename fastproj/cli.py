@@ -11,19 +11,16 @@ from collections.abc import Callable, Sequence
 
 from fastproj.commands.arguments import INTERRUPTED
 
-# word -> (module:function(argv) in fastproj.commands, imported when it is called; what it is for)
+# The command fastproj.commands.<word>, imported when it is called -> what it is for
 COMMANDS = {
-    "info": ("info:main", "what this machine can do, and what it lacks"),
-    "demo": ("demo:main", "TRAK on real data, from training to an HTML report"),
-    "report": ("report:main", "an HTML page of finished scores"),
-    "lds": ("evaluate:lds_main", "how well scores predict models trained on random subsets"),
-    "loo": ("evaluate:loo_main", "how well scores predict leaving single samples out"),
-    "brittleness": (
-        "evaluate:brittleness_main",
-        "predictions that flip without what helps them most",
-    ),
-    "mislabel": ("evaluate:mislabel_main", "how well self-influence finds wrong labels"),
-    "bench": ("bench:main", "time this machine against a stored matrix, in under a minute"),
+    "info": "what this machine can do, and what it lacks",
+    "demo": "TRAK on real data, from training to an HTML report",
+    "report": "an HTML page of finished scores",
+    "lds": "how well scores predict models trained on random subsets",
+    "loo": "how well scores predict leaving single samples out",
+    "brittleness": "predictions that flip without what helps them most",
+    "mislabel": "how well self-influence finds wrong labels",
+    "bench": "time this machine against a stored matrix, in under a minute",
 }
 
 
@@ -65,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastproj {version()}")
     words = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for word, (_, purpose) in COMMANDS.items():
+    for word, purpose in COMMANDS.items():
         words.add_parser(word, help=purpose)
     return parser
 
@@ -79,9 +76,8 @@ def version() -> str:
 
 def call(command: str, arguments: list[str]) -> int:
     """The exit status of a command with its arguments; a package that it lacks is a message."""
-    name, _, function = COMMANDS[command][0].partition(":")
     try:
-        module = importlib.import_module(f"fastproj.commands.{name}")
+        module = importlib.import_module(f"fastproj.commands.{command}")
     except ModuleNotFoundError as error:
         missing = error.name or "a module"
         if missing.startswith("fastproj"):
@@ -90,7 +86,7 @@ def call(command: str, arguments: list[str]) -> int:
             package = {"sklearn": "scikit-learn"}.get(missing, missing)
             print(f"fastproj {command}: needs {missing}; pip install {package}", file=sys.stderr)
         return 1
-    entry: Callable[[list[str]], int | None] = getattr(module, function)
+    entry: Callable[[list[str]], int | None] = module.main
     return entry(arguments) or 0
 
 

@@ -1,0 +1,74 @@
+"""``fastproj brittleness``: predictions that flip without the samples that help them most."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from fastproj.commands import evaluation
+from fastproj.trak.evaluation.metrics import brittleness, most_helpful
+from fastproj.trak.evaluation.retrain import all_but, train_subsets
+from fastproj.trak.store.scores import load_scores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj brittleness``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fastproj brittleness",
+        description="How many predictions flip when the training samples that help each of them "
+        "most are left out. Outputs must be margins: positive where the model is right. Resumes "
+        "as `fastproj lds` does; trains (targets x sizes + 1) x repeats models.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
+    evaluation.add_scores(parser, nargs=None, required=True)
+    parser.add_argument("--targets", type=int, nargs="+", metavar="T", help="the first 10")
+    parser.add_argument(
+        "--remove", type=int, nargs="+", default=[10, 20, 50, 100], metavar="K", help="10 20 50 100"
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="models each; 3")
+    evaluation.add_training(parser, "fastproj-brittleness")
+    evaluation.add_interval(parser)
+    return evaluation.guarded("brittleness", parser.parse_args(argv), run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train without what helps each target most, and print the share of flips."""
+    scores = load_scores(options.scores)
+    n, m = scores.shape
+    targets = options.targets or list(range(min(10, m)))
+    sizes = sorted(set(options.remove))
+    if sizes[0] < 1 or sizes[-1] >= n:
+        raise ValueError(f"--remove: received {options.remove}; expected 1 to n - 1 = {n - 1}")
+    helpful = most_helpful(scores, sizes[-1], targets)  # [T, K max]
+    without = [(t, k) for t in range(len(targets)) for k in sizes]
+    removed = [np.empty(0, np.int64), *(helpful[t, :k] for t, k in without)]
+    truth = train_subsets(
+        options.recipe,
+        all_but(n, removed),
+        options.out,
+        repeats=options.repeats,
+        names=["all samples", *(f"target {targets[t]} without {k}" for t, k in without)],
+        n_targets=m,
+        **evaluation.training(options),
+    )
+    outputs = np.empty((options.repeats, len(sizes), len(targets)))
+    for row, (t, k) in enumerate(without, start=1):
+        outputs[:, sizes.index(k), t] = truth.outputs[:, row, targets[t]]
+    base = truth.outputs[:, 0, targets]  # [R, T]
+    result = brittleness(outputs, base, sizes, confidence=options.confidence)
+    print(result)
+    if not np.ptp(truth.outputs[..., targets], axis=1).any():
+        print(
+            "fastproj brittleness: all models have the same outputs, whatever was left out; does "
+            "train use its indices, and outputs its model?",
+            file=sys.stderr,
+        )
+    facts = {"recipe": options.recipe, "scores": str(options.scores), "targets": targets}
+    evaluation.write_results(
+        options, {**facts, "n_runs": options.repeats, "result": asdict(result)}, options.out
+    )
+    return 0

@@ -1,0 +1,170 @@
+"""What the commands that compare scores with retraining share: options, messages, results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import fastproj
+from fastproj.commands.arguments import INTERRUPTED
+from fastproj.trak.evaluation.metrics import LDS, LOO, check_sampling, row_blocks
+from fastproj.trak.evaluation.retrain import GroundTruth, TrainingError
+from fastproj.trak.evaluation.workers import WorkerError
+from fastproj.trak.files import StoreError, write_atomic
+from fastproj.trak.store.scores import TopScores
+
+RECIPE_HELP = (
+    "how to train: a Python file, or a module's name, with train(indices, seed) -> model and "
+    "outputs(model) -> [m]; FILE.py:NAME and MODULE:NAME name something inside"
+)
+
+
+def add_scores(parser: argparse.ArgumentParser, nargs: str | None, required: bool) -> None:
+    """The option --scores."""
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        nargs=nargs,
+        required=required,
+        metavar="FILE",
+        help="scores/<exp_name>.mmap or .top.safetensors of a TRAKer, or any .npy file, [n, m]",
+    )
+
+
+def add_training(parser: argparse.ArgumentParser, out: str) -> None:
+    """What ``train_subsets`` takes."""
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=out)
+    parser.add_argument("--jobs", type=int, default=1, help="models trained at once; 1")
+    parser.add_argument("--threads", type=int, help="torch threads a job; the cores shared out")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random; 0")
+    parser.add_argument(
+        "--depends",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="other files that results depend on: --out is refused when one has changed",
+    )
+
+
+def add_interval(parser: argparse.ArgumentParser) -> None:
+    """What the intervals are made with, and where the numbers go."""
+    parser.add_argument("--confidence", type=float, default=0.95, help="of intervals; 0.95")
+    parser.add_argument("--n-boot", type=int, default=500, help="resamples; 500")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+
+
+def check_before_training(scores: Mapping[Path, Any]) -> None:
+    """Raise ValueError for scores that are not finite: hours of training would come before."""
+    for path, array in scores.items():
+        for _ in () if isinstance(array, TopScores) else row_blocks(str(path), array):
+            pass
+
+
+def others_of(truth: GroundTruth, folder: Path) -> str:
+    """What is to be said of the models in a directory that a result is not made of."""
+    if not truth.unused:
+        return ""
+    return f"; {truth.unused} more models in {folder} are kept and not used"
+
+
+def print_correlation(
+    command: str, result: LDS | LOO, path: Path, outputs: npt.NDArray[np.float64]
+) -> bool:
+    """Print a mean correlation, and which targets [m] have none; whether there is a number."""
+    print(f"{result}  {path}")
+    silent = np.isnan(result.per_target)
+    if not silent.any():
+        return True
+    same = np.ptp(outputs, axis=0) == 0  # of [S, m]
+    reasons = []
+    if (silent & same).any():
+        reasons.append(
+            f"{int((silent & same).sum())} have the same output in all of the {len(outputs)} "
+            "models that were trained (does train use its indices and its seed, and outputs its "
+            "model?)"
+        )
+    if (silent & ~same).any():
+        reasons.append(
+            f"the scores of {int((silent & ~same).sum())} predict the same for all of them (are "
+            "the scores all equal, or 0?)"
+        )
+    number = not math.isnan(result.mean)
+    print(
+        f"fastproj {command}: {path}: {int(silent.sum())} of {len(silent)} targets have no "
+        f"correlation and are left out: {'; '.join(reasons)}"
+        + ("" if number else ". Expected outputs and scores that differ for at least one target"),
+        file=sys.stderr,
+    )
+    return number
+
+
+def training(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``train_subsets``."""
+    names = ("jobs", "threads", "seed", "depends")
+    return {name: getattr(options, name) for name in names}
+
+
+def interval(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of the metrics."""
+    return {"confidence": options.confidence, "n_boot": options.n_boot, "seed": options.seed}
+
+
+def guarded(
+    command: str, options: argparse.Namespace, run: Callable[[argparse.Namespace], int]
+) -> int:
+    """Run a command; what a user can put right is a message."""
+    try:
+        check_sampling(command, options.confidence, options.n_boot, options.seed)
+        return run(options)
+    except KeyboardInterrupt:
+        kept = f". Finished models are kept in {options.out}; the same command goes on from there"
+        print(f"\nfastproj {command}: stopped{kept if 'out' in options else ''}", file=sys.stderr)
+        return INTERRUPTED
+    except (StoreError, TrainingError, WorkerError, ValueError, TypeError, OSError) as error:
+        print(f"fastproj {command}: {error}", file=sys.stderr)
+        return 1
+
+
+def agreed(what: str, sizes: dict[str, int], default: int | None = None) -> Any:
+    """The one value of ``sizes``; raises ValueError, naming two, where they differ."""
+    if len(set(sizes.values())) > 1:
+        first = next(iter(sizes.items()))
+        other = next(item for item in sizes.items() if item[1] != first[1])
+        raise ValueError(
+            f"received {first[1]} {what} in {first[0]}, {other[1]} in {other[0]}; expected the same"
+        )
+    return next(iter(sizes.values()), default)
+
+
+def write_results(
+    options: argparse.Namespace, content: dict[str, Any], folder: Path | None
+) -> None:
+    """Write the numbers to --json, or to results.json in the command's own directory."""
+    path = options.json or (None if folder is None else folder / "results.json")
+    if path is None:
+        return
+    text = json.dumps(plain({"fastproj": fastproj.__version__, **content}), indent=1) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()), len(text))
+    print(f"numbers: {path}")
+
+
+def plain(value: Any) -> Any:
+    """Values that JSON has: lists for arrays, null for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

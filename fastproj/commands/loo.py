@@ -1,0 +1,68 @@
+"""``fastproj loo``: leave-one-out correlation, from retraining without one sample at a time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastproj.commands import evaluation
+from fastproj.trak.evaluation.correlation import METHODS
+from fastproj.trak.evaluation.metrics import loo_correlation
+from fastproj.trak.evaluation.retrain import all_but, train_subsets
+from fastproj.trak.store.scores import load_scores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj loo``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="fastproj loo",
+        description="Leave-one-out correlation: trains without one sample at a time, for some "
+        "random samples, and correlates what that does with their scores. Resumes as `fastproj "
+        "lds` does. One sample does little beside a seed: use several --repeats.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
+    evaluation.add_scores(parser, nargs="+", required=True)
+    parser.add_argument("--samples", type=int, default=50, metavar="L", help="left out; 50")
+    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="models each; 5")
+    parser.add_argument("--method", choices=list(METHODS), default="spearman")
+    evaluation.add_training(parser, "fastproj-loo")
+    evaluation.add_interval(parser)
+    return evaluation.guarded("loo", parser.parse_args(argv), run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train without some samples, and print the correlation for each score file."""
+    scores: dict[Path, Any] = {path: load_scores(path) for path in options.scores}
+    n = evaluation.agreed("training samples", {str(path): a.shape[0] for path, a in scores.items()})
+    m = evaluation.agreed("targets", {str(path): a.shape[1] for path, a in scores.items()})
+    if not 3 <= options.samples <= n:
+        raise ValueError(f"--samples: received {options.samples}; expected 3 to n = {n}")
+    evaluation.check_before_training(scores)
+    removed = np.random.default_rng(options.seed).permutation(n)[: options.samples]
+    truth = train_subsets(
+        options.recipe,
+        all_but(n, list(removed)),
+        options.out,
+        repeats=options.repeats,
+        names=[f"without sample {i}" for i in removed],
+        n_targets=m,
+        **evaluation.training(options),
+    )
+    n_runs, n_removed, n_targets = truth.outputs.shape
+    more = evaluation.others_of(truth, options.out)
+    print(f"left out: {n_removed} samples, {n_runs} models each, {n_targets} targets{more}")
+    results, good = [], True
+    for path, array in scores.items():
+        result = loo_correlation(
+            array, removed, truth.mean, method=options.method, **evaluation.interval(options)
+        )
+        good &= evaluation.print_correlation("loo", result, path, truth.mean)
+        results.append({"scores": str(path), **asdict(result)})
+    facts = {"recipe": options.recipe, "removed": removed.tolist(), "n_runs": options.repeats}
+    evaluation.write_results(options, {**facts, "results": results}, options.out)
+    return 0 if good else 1
