@@ -340,7 +340,7 @@ def checkpoints(problem: Problem, count: int, seed: int = 1) -> list[dict[str, T
 def ground_truth(
     problem: Problem, subsets: int, retrainings: int, cache: Path, seed: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """(masks [S, n] bool, outputs [R, S, m]) of models trained on random halves.
+    """(masks [S, n] bool, outputs [runs, S, m]) of models trained on random halves.
 
     Kept in ``cache`` under a name that changes with the problem, and not trained again.
     """

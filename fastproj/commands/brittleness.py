@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--remove", type=int, nargs="+", default=[10, 20, 50, 100], metavar="K", help="10 20 50 100"
     )
-    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="models each; 3")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="models each; 3")
     evaluation.add_training(parser, "fastproj-brittleness")
     evaluation.add_interval(parser)
     return evaluation.guarded("brittleness", parser.parse_args(argv), run)
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     outputs = np.empty((options.repeats, len(sizes), len(targets)))
     for row, (t, k) in enumerate(without, start=1):
         outputs[:, sizes.index(k), t] = truth.outputs[:, row, targets[t]]
-    base = truth.outputs[:, 0, targets]  # [R, T]
+    base = truth.outputs[:, 0, targets]  # [runs, T]
     result = brittleness(outputs, base, sizes, confidence=options.confidence)
     print(result)
     if not np.ptp(truth.outputs[..., targets], axis=1).any():

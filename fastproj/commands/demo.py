@@ -152,9 +152,9 @@ def attribute(
 
 
 def retrain(settings: Settings, data: Data, path: Path) -> tuple[Tensor, Tensor]:
-    """(masks [S, n] bool, outputs [R, S, m]) of models trained on random halves.
+    """(masks [S, n] bool, outputs [runs, S, m]) of models trained on random halves.
 
-    Each of the R rounds is kept in ``path`` when it is finished, and not done again.
+    Each of the runs is kept in ``path`` when it is finished, and not done again.
     """
     members, masks = random_halves(settings.train, settings.subsets, settings.seed + 2)
     outputs: list[Tensor] = []

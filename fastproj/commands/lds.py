@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         metavar="DIR|NPZ",
         help="instead of RECIPE: a finished --out, or a .npz file with masks [S, n] and outputs "
-        "[S, m] or [R, S, m]",
+        "[S, m] or [runs, S, m]",
     )
     parser.add_argument(
         "--train-set-size", type=int, metavar="N", help="needed where no --scores are given"
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="models; 100. Fewer than --out or --ground-truth holds: the first S of them",
     )
     parser.add_argument("--fraction", type=float, help="of the training set; 0.5")
-    parser.add_argument("--repeats", type=int, metavar="R", help="models a subset; 1")
+    parser.add_argument("--repeats", type=int, metavar="N", help="models a subset; 1")
     evaluation.add_training(parser, "fastproj-lds")
     evaluation.add_interval(parser)
     options = parser.parse_args(argv)

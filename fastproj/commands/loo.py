@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs="+", required=True)
     parser.add_argument("--samples", type=int, default=50, metavar="L", help="left out; 50")
-    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="models each; 5")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="models each; 5")
     parser.add_argument("--method", choices=list(METHODS), default="spearman")
     evaluation.add_training(parser, "fastproj-loo")
     evaluation.add_interval(parser)

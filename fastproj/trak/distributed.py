@@ -51,7 +51,7 @@ class Ranks:
         """Whether this is the process that does what is done once."""
         return self.rank == 0
 
-    def meet(self, step: str, value: Value) -> list[tuple[str, Value]]:
+    def all_gather_steps(self, step: str, value: Value) -> list[tuple[str, Value]]:
         """Every rank's (step, value), by rank; all ranks must call it, wherever they are.
 
         Raises DistributedError where another process is gone.
@@ -70,12 +70,12 @@ class Ranks:
             ) from error
         return every
 
-    def gather(self, step: str, value: Value) -> list[Value]:
+    def all_gather(self, step: str, value: Value) -> list[Value]:
         """The values of all ranks, by rank; all must be in the same step.
 
         Raises DistributedError where they are not, or a process is gone.
         """
-        every = self.meet(step, value)
+        every = self.all_gather_steps(step, value)
         other = [(rank, s) for rank, (s, _) in enumerate(every) if s != step]
         if other:
             raise DistributedError(
@@ -85,28 +85,30 @@ class Ranks:
             )
         return [v for _, v in every]
 
-    def share(self, value: Value) -> Value:
-        """Rank 0's value."""
-        return self.gather("share", value)[0]
+    def broadcast(self, step: str, value: Value) -> Value:
+        """Rank 0's value; all must be in the same step."""
+        return self.all_gather(step, value)[0]
 
     def agree(self, step: str, facts: Any) -> bool:
         """Wait until all ranks are done with their batches; whether all call ``step`` alike."""
         while True:
-            every = self.meet(step, facts)
+            every = self.all_gather_steps(step, facts)
             if all(s.startswith("finalize") for s, _ in every):
                 return all(one == (step, facts) for one in every)
 
     @contextmanager
-    def together(self, step: str) -> Iterator[None]:
-        """Where one rank fails inside, all raise: DistributedError, naming it, on the others."""
+    def barrier(self, step: str) -> Iterator[None]:
+        """Leave the block when all ranks do; where one fails inside, the others raise
+        DistributedError, naming it.
+        """
         try:
             yield
         except Exception as error:
             if not isinstance(error, DistributedError):
                 with suppress(DistributedError):
-                    self.gather(step, f"{type(error).__name__}: {error}")
+                    self.all_gather(step, f"{type(error).__name__}: {error}")
             raise
-        failures: list[str | None] = self.gather(step, None)
+        failures: list[str | None] = self.all_gather(step, None)
         for rank, failure in enumerate(failures):
             if failure is not None:
                 raise DistributedError(f"{step}: rank {rank} failed: {failure}")
@@ -140,7 +142,7 @@ class Turns:
         """
         batch = (hash_of(inds), hash_of(content))
         facts = (self.pass_of, by_number, *batch, hash_of(self._done))
-        every = self.ranks.meet(step, facts)
+        every = self.ranks.all_gather_steps(step, facts)
         same_pass = all(s == step and f[:2] == facts[:2] for s, f in every)
         if not same_pass:
             self.taking = False
@@ -173,7 +175,7 @@ class Turns:
     def deal(self, step: str, batches: list[Indices]) -> list[Indices]:
         """This rank's share of ``batches``, which all ranks must have alike; all ranks call it."""
         facts = (self.pass_of, hash_of(np.concatenate([*batches, np.empty(0, np.int64)])))
-        alike = all(one == (step, facts) for one in self.ranks.meet(step, facts))
+        alike = all(one == (step, facts) for one in self.ranks.all_gather_steps(step, facts))
         self.taking = False
         return batches[self.ranks.rank :: self.ranks.size] if alike else batches
 

@@ -2,9 +2,9 @@
 
 For checkpoints c = 1..M with projection matrices P_c and features phi_c(z) = P_c^T grad f(z):
 
-    tau(z) = (1/M sum_c phi_c(z) (Phi_c^T R_c Phi_c + lambda I)^-1 Phi_c^T) * (1/M sum_c Q_c)
+    tau(z) = (1/M sum_c phi_c(z) (Phi_c^T W_c Phi_c + lambda I)^-1 Phi_c^T) * (1/M sum_c Q_c)
 
-R is the curvature of the loss, Q (1 - Q), where lambda is chosen ("auto"), and 1 where it is given.
+W is the curvature of the loss, Q (1 - Q), where lambda is chosen ("auto"), and 1 where it is given.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ class TRAKer:
         self._loaded_for: str | None = None  # "featurize" | "score"
         self._last_ind = 0
         self._warned: set[int] = set()
-        self._told_autocast = False
-        self._told_mixed: set[str | None] = set()  # of the training set (None) or an experiment
+        self._warned_autocast = False
+        self._warned_mixed: set[str | None] = set()  # of the training set (None) or an experiment
         self._lists = batches.Lists()
 
     # ---- featurizing ----------------------------------------------------------------------------
@@ -259,10 +259,10 @@ class TRAKer:
         checkpoint = self._loaded.digest
         every = [("load_checkpoint", model_id)]
         if not self.saver.load_from_save_dir:
-            every = self.ranks.meet("load_checkpoint", model_id)
+            every = self.ranks.all_gather_steps("load_checkpoint", model_id)
         alike = len(every) > 1 and all(one == ("load_checkpoint", model_id) for one in every)
         if alike:
-            with self.ranks.together("load_checkpoint"):
+            with self.ranks.barrier("load_checkpoint"):
                 if self.ranks.first:
                     self.saver.register(model_id, checkpoint)
         self.saver.register(model_id, checkpoint, afresh=not alike)
@@ -444,8 +444,8 @@ class TRAKer:
 
     def _own_dtype(self) -> torch.autocast:
         """Gradients in the dtype of the model, under a caller's autocast too; which is said."""
-        if torch.is_autocast_enabled(self.device.type) and not self._told_autocast:
-            self._told_autocast = True
+        if torch.is_autocast_enabled(self.device.type) and not self._warned_autocast:
+            self._warned_autocast = True
             logger.warning(
                 "TRAKer: torch.autocast is off while gradients are computed, in the model's own "
                 "dtype; load a model in bfloat16 for gradients in bfloat16"
@@ -515,7 +515,7 @@ class TRAKer:
     ) -> None:
         """Sum up the Gram matrix of each checkpoint, choose its lambda, and check that it solves.
 
-        What is stored is the matrix itself (k x k; n x n where n < k): XtX, or Phi^T R Phi for
+        What is stored is the matrix itself (k x k; n x n where n < k): XtX, or Phi^T W Phi for
         "auto"; the inverse is applied to the targets when scoring. So another ``lambda_reg`` needs
         no gradients again: call this again with it.
 
@@ -822,7 +822,7 @@ class TRAKer:
             index = self.saver.index(model_id, exp_name)
             both = np.flatnonzero(first.done & index.done)
             other = both[first.content[both] != index.content[both]]
-            self._tell_mixed(function, other, len(both), (model_id, ids[0]), exp_name)
+            self._warn_mixed(function, other, len(both), (model_id, ids[0]), exp_name)
 
     def _compare_batch(self, model_id: int, inds: Indices, content: Indices) -> None:
         """The same for the batch at hand, against a checkpoint that is there already."""
@@ -834,14 +834,14 @@ class TRAKer:
             both = index.done[inds]
             other = inds[both][index.content[inds[both]] != content[both]]
             ids = (model_id, self._beside)
-            self._tell_mixed("featurize", other, int(both.sum()), ids, None)
+            self._warn_mixed("featurize", other, int(both.sum()), ids, None)
 
-    def _tell_mixed(
+    def _warn_mixed(
         self, function: str, other: Indices, of: int, ids: tuple[int, int], exp_name: str | None
     ) -> None:
-        if not len(other) or exp_name in self._told_mixed:
+        if not len(other) or exp_name in self._warned_mixed:
             return
-        self._told_mixed.add(exp_name)
+        self._warned_mixed.add(exp_name)
         what = "sample" if exp_name is None else "target"
         inside = "" if exp_name is None else f" of {exp_name!r}"
         again = (

@@ -75,7 +75,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def write_error(path: Path, size: int, error: OSError) -> StoreError:
-    """What to tell someone whose disk refuses ``path``."""
+    """The error where the disk refuses ``path``."""
     fix = "nothing that was there is lost; put it right and run again to go on"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free

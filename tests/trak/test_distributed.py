@@ -217,7 +217,7 @@ def test_the_example_under_torchrun(tmp_path):
 class Alike(Ranks):
     """One of two ranks, of which the other does the same."""
 
-    def meet(self, step, value):
+    def all_gather_steps(self, step, value):
         return [(step, value)] * 2
 
 
@@ -229,9 +229,9 @@ def test_a_slower_rank_takes_the_same_steps(tmp_path):
     class Slower(Alike):
         steps = 0
 
-        def meet(self, step, value):
+        def all_gather_steps(self, step, value):
             self.steps += 1
-            return super().meet(step, [0, 1] if value == [1] else value)
+            return super().all_gather_steps(step, [0, 1] if value == [1] else value)
 
     counts = []
     for name in ("neither", "one finalised"):
@@ -280,8 +280,8 @@ def test_each_rank_sums_its_own_parts_of_xtx(tmp_path, monkeypatch):
 
 def test_ranks_that_call_other_things_are_told_so():
     class Apart(Ranks):
-        def meet(self, step, value):
+        def all_gather_steps(self, step, value):
             return [("score", value), (step, value)]
 
     with pytest.raises(DistributedError, match="rank 0 is in score while rank 1 is in finalize"):
-        Apart(1, 2).gather("finalize_features", None)
+        Apart(1, 2).all_gather("finalize_features", None)

@@ -139,19 +139,19 @@ def predict_top(scores: TopScores, masks: Mask) -> Floats:
 def noise_ceiling(outputs: npt.ArrayLike) -> float:
     """The LDS that perfect predictions of the expected outputs would reach.
 
-    ``sqrt(R r / (1 + (R - 1) r))`` with r the mean rank correlation between two retrainings of the
-    same subsets: the Spearman-Brown reliability of their mean, and the root because the ideal
-    prediction carries no noise of its own.
+    ``sqrt(runs r / (1 + (runs - 1) r))`` with r the mean rank correlation between two retrainings
+    of the same subsets: the Spearman-Brown reliability of their mean, and the root because the
+    ideal prediction carries no noise of its own.
 
-    outputs : numbers [R, S, m], outputs of R retrainings (other seeds) on each of S subsets;
-        R >= 2, S >= 3.
+    outputs : numbers [runs, S, m], outputs of several retrainings (other seeds) on each of S
+        subsets; runs >= 2, S >= 3.
     Returns a number from 0 to 1; NaN where no target's outputs differ between subsets.
     """
     runs = as_numbers("noise_ceiling", "outputs", outputs)
     if runs.ndim != 3 or runs.shape[0] < 2 or runs.shape[1] < 3 or runs.shape[2] < 1:
         raise ValueError(
-            f"noise_ceiling: received outputs {list(runs.shape)}; expected [R, S, m] with R >= 2, "
-            "S >= 3, m >= 1"
+            f"noise_ceiling: received outputs {list(runs.shape)}; expected [runs, S, m] with "
+            "runs >= 2, S >= 3, m >= 1"
         )
     runs = runs.astype(np.float64)
     for run in runs:
@@ -295,9 +295,9 @@ def brittleness(
 
     Parameters
     ----------
-    outputs : numbers [K, m] or, with R retrainings, [R, K, m]: outputs[k, t] is the output of
-        target t, after training without the removed[k] most helpful samples of t.
-    base : numbers [m] or [R', m], outputs of the model trained on all samples.
+    outputs : numbers [K, m] or, with several retrainings, [runs, K, m]: outputs[k, t] is the output
+        of target t, after training without the removed[k] most helpful samples of t.
+    base : numbers [m] or [base runs, m], outputs of the model trained on all samples.
     removed : integers [K], ascending, at least 1.
     confidence : of the interval.
 
@@ -322,7 +322,7 @@ def brittleness(
     ):
         raise ValueError(
             f"{function}: received outputs {shapes[0]}, base {shapes[1]}, {len(counts)} removed; "
-            "expected [K, m] or [R, K, m], [m] or [R', m], and K"
+            "expected [K, m] or [runs, K, m], [m] or [base runs, m], and K"
         )
     if counts.min() < 1 or (np.diff(counts) <= 0).any():
         raise ValueError(

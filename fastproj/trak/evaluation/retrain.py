@@ -62,7 +62,7 @@ class GroundTruth:
     """Which samples models were trained on, and their outputs.
 
     masks : bool [S, n].
-    outputs : float64 [R, S, m], of R retrainings of each subset.
+    outputs : float64 [runs, S, m], of several retrainings of each subset.
     rows : int64 [S], which of the masks that were asked for these are.
     failed : by name, why those that are missing could not be trained.
     unused : how many models the directory holds beside these, from earlier calls that asked for
@@ -116,7 +116,7 @@ class GroundTruth:
 
     @classmethod
     def load(cls, path: Path | str) -> GroundTruth:
-        """Read a .npz file with ``masks`` [S, n] and ``outputs`` [S, m] or [R, S, m].
+        """Read a .npz file with ``masks`` [S, n] and ``outputs`` [S, m] or [runs, S, m].
 
         A directory stands for the ``ground-truth.npz`` in it.
         """
@@ -141,7 +141,7 @@ class GroundTruth:
         if not {"masks", "outputs"} <= set(parts):
             raise ValueError(
                 f"ground truth: {path} holds {', '.join(parts) or 'nothing'}; expected masks "
-                "[S, n] and outputs [S, m] or [R, S, m]"
+                "[S, n] and outputs [S, m] or [runs, S, m]"
             )
         masks = as_mask("ground truth", "masks", parts["masks"])
         outputs = np.asarray(parts["outputs"], np.float64)
@@ -149,7 +149,7 @@ class GroundTruth:
         if masks.ndim != 2 or outputs.ndim != 3 or outputs.shape[1] != len(masks):
             raise ValueError(
                 f"ground truth: {path} holds masks {list(masks.shape)} and outputs "
-                f"{list(parts['outputs'].shape)}; expected [S, n], and [S, m] or [R, S, m]"
+                f"{list(parts['outputs'].shape)}; expected [S, n], and [S, m] or [runs, S, m]"
             )
         return cls(masks, outputs, parts.get("rows", np.arange(len(masks))))
 
@@ -222,7 +222,7 @@ def train_subsets(
         that ``fastproj.trak.evaluation.recipe`` names.
     masks : bool [S, n], the samples to train each model on (``random_subsets``, ``all_but``).
     directory : where outputs are kept. One of another n, seed, recipe or identity is refused.
-    repeats : R, how many models to train on each subset, from different seeds.
+    repeats : how many models to train on each subset, from different seeds.
     jobs : how many to train at once. 1 trains in this process; more in worker processes, in which
         the environment variable FASTPROJ_JOB is 0 to jobs - 1 (for choosing a GPU).
     threads : torch threads of each job; None shares out this process's. Sums, and so the last
@@ -399,7 +399,7 @@ class Run:
                 f"{' ...' if len(self.failed) > len(shown) else ''}). The others are kept in "
                 f"{self.directory}; the same call tries only the failed ones again"
             )
-        outputs = np.array(kept).swapaxes(0, 1)  # [R, S, m]
+        outputs = np.array(kept).swapaxes(0, 1)  # [runs, S, m]
         used = {
             self.path(samples_digest(masks[row]), run).name
             for row in rows

@@ -18,7 +18,7 @@ from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
-from fastproj.trak.gradients.local import tell_loop
+from fastproj.trak.gradients.local import warn_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.gradients.proof import Proof, prove, structure_of, worth_a_proof
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
@@ -34,7 +34,7 @@ from fastproj.trak.gradients.sinks import (
 ALONE_FIRST = 4  # samples of the first batch that are checked each by itself
 STRUCTURES = 1 << 16  # remembered at most
 CALL_ENTRIES = 1 << 16  # of a gradient, that cost as much as calling a projector for fewer
-TELL_STRUCTURES = 32  # from here on it is worth a word that every other batch has one of its own
+MANY_STRUCTURES = 32  # from here on it is worth a word that every other batch has one of its own
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -86,8 +86,8 @@ class HookGradientComputer(AbstractGradientComputer):
         self._batches = 0  # so far, of several samples
         self._proofs = 0
         self._plans: dict[Any, Plan] = {}
-        if not hasattr(self, "_told"):
-            self._told: set[str] = set()  # what has been said once
+        if not hasattr(self, "_warned"):
+            self._warned: set[str] = set()  # what has been said once
             self._work = Workspace()
 
     # ---- the two results ------------------------------------------------------------------------
@@ -162,8 +162,8 @@ class HookGradientComputer(AbstractGradientComputer):
             self._structures.clear()
         self._structures.add(structure)
         every, checked = self._batches, len(self._structures)
-        if checked >= TELL_STRUCTURES and 2 * checked > every and "structures" not in self._told:
-            self._told.add("structures")
+        if checked >= MANY_STRUCTURES and 2 * checked > every and "structures" not in self._warned:
+            self._warned.add("structures")
             logger.warning(
                 "hooks: %d of %d batches had shapes or a control flow that no batch before had, "
                 "and were checked against plain autograd, which doubles what their gradients cost. "
@@ -223,7 +223,7 @@ class HookGradientComputer(AbstractGradientComputer):
                 if name not in self._used
             }
             size = batches.size(batch)
-            with Recorder(plan.hooked, size, plan.layouts, self._told, self._work) as recorder:
+            with Recorder(plan.hooked, size, plan.layouts, self._warned, self._work) as recorder:
                 out = recorder.outputs(self, {**self.chosen, **unused}, batch)
             structure, leaves = structure_of(batch, out)
             reached = {id(leaf) for leaf in leaves}
@@ -242,7 +242,7 @@ class HookGradientComputer(AbstractGradientComputer):
         try:
             grads = computer.compute_per_sample_grad(batch)
         except (RuntimeError, ValueError) as error:  # vmap can't follow the model
-            tell_loop(self._told, "the whole model", error)
+            warn_loop(self._warned, "the whole model", error)
             computer = IterativeGradientComputer(self.model, self.task, grad_wrt=names)
             grads = computer.compute_per_sample_grad(batch)
         for name, g in grads.items():
@@ -296,8 +296,8 @@ class HookGradientComputer(AbstractGradientComputer):
             if not owned.names:
                 del left[path]
         unseen = [name for name in self.names if name in rest]
-        if unseen and "rest" not in self._told:
-            self._told.add("rest")
+        if unseen and "rest" not in self._warned:
+            self._warned.add("rest")
             logger.warning(
                 "hooks: the gradient by %s takes another run of the whole model, by torch.func",
                 listed(unseen),

@@ -28,7 +28,7 @@ def local_gradients(
     places: list[int],
     grads: list[Tensor | None],
     size: int,
-    told: set[str],
+    warned: set[str],
 ) -> Iterator[tuple[str, Piece]]:
     """The gradients of a module's parameters ``names`` from those by its outputs.
 
@@ -38,7 +38,7 @@ def local_gradients(
     dims : where it is in what the module takes; SHARED for the other leaves.
     spec : of the tree of (args, kwargs).
     places, grads : which leaves of the output the gradients [B, ...] belong to; None is zero.
-    told : what has been said already.
+    warned : what has been said already.
 
     Yields (name, Piece) for each parameter. ``torch.func.vmap`` does it, or a loop where it can't.
     """
@@ -79,17 +79,17 @@ def local_gradients(
         try:
             found = vmap(vectorised_gradient)(inputs, given)
         except (RuntimeError, ValueError) as error:  # e.g. it branches on values
-            tell_loop(told, type(module).__name__, error)
+            warn_loop(warned, type(module).__name__, error)
             rows = [gradient([x[b] for x in inputs], [g[b] for g in given]) for b in range(size)]
             found = {name: torch.stack([row[name] for row in rows]) for name in params}
     for name, g in found.items():
         yield name, Piece(0, g.detach().reshape(size, -1))
 
 
-def tell_loop(told: set[str], what: str, error: Exception) -> None:
+def warn_loop(warned: set[str], what: str, error: Exception) -> None:
     """Say once that a part of the gradient comes from a loop over samples."""
-    if what not in told:
-        told.add(what)
+    if what not in warned:
+        warned.add(what)
         logger.warning(
             "hooks: torch.func.vmap can't take %s, a loop over the samples does: %s",
             what,

@@ -51,13 +51,13 @@ class Recorder:
         hooked: list[Owned],
         size: int,
         layouts: dict[str, list[Layout]] | None,
-        told: set[str] | None = None,
+        warned: set[str] | None = None,
         work: Workspace | None = None,
     ) -> None:
         self.hooked = hooked
         self.size = size
         self.layouts = layouts
-        self.told = set() if told is None else told
+        self.warned = set() if warned is None else warned
         self.work = Workspace() if work is None else work
         self.shapes: dict[str, list[tuple[list[Any], list[Any]]]] = {}
         self.uses: Counter[str] = Counter()
@@ -175,7 +175,7 @@ class Recorder:
             self.size,
             len(leaves),
             places,
-            self.told,
+            self.warned,
             self.work,
         )
         self.uses.update(set(owned.names.values()))
@@ -207,7 +207,7 @@ class Call:
     size: int
     n_outputs: int
     places: list[int]
-    told: set[str]
+    warned: set[str]
     work: Workspace
 
     def pieces(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Piece]]:
@@ -238,7 +238,7 @@ class Call:
             self.places,
             grads,
             self.size,
-            self.told,
+            self.warned,
         )
 
 

@@ -80,14 +80,14 @@ def vectorised(module: nn.Module) -> Iterator[None]:
     eval mode. That other operations are run sample by sample is PyTorch's affair, not the user's.
     """
     recurrent = any(isinstance(m, nn.RNNBase) for m in module.modules())
-    tell = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda _: None)
+    set_warning = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda _: None)
     with plainly(), sdpa_kernel(SDPBackend.MATH):
         onednn: Any = torch.backends.mkldnn
         enabled = onednn.enabled
         onednn.enabled = enabled and not recurrent
-        tell(False)
+        set_warning(False)
         try:
             yield
         finally:
-            tell(True)
+            set_warning(True)
             onednn.enabled = enabled

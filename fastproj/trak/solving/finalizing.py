@@ -15,7 +15,14 @@ from fastproj.trak.distributed import Ranks
 from fastproj.trak.files import Indices, StoreError, Tensors
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
-from fastproj.trak.solving.ridge import Meaning, Moments, choose_lambda, curvature, meaning, weigh
+from fastproj.trak.solving.ridge import (
+    Meaning,
+    Moments,
+    choose_lambda,
+    meaning,
+    sample_weights,
+    weigh,
+)
 from fastproj.trak.solving.solve import (
     AUTO,
     HALF_ROUNDING,
@@ -58,27 +65,27 @@ def finalize(
 ) -> None:
     """Sum up the matrix that lambda is added to, choose lambda where it is "auto", and keep it.
 
-    "auto" is added to Phi^T R Phi where Q are probabilities, otherwise, as every lambda that is
+    "auto" is added to Phi^T W Phi where Q are probabilities, otherwise, as every lambda that is
     given, to XtX. ``probabilities`` says whether they are; None looks at them. Where n < k, the
     n x n matrix of the dual system takes their place.
     """
     store = systems.store
     meanings: dict[int, Meaning] = {}
-    with ranks.together(STEP):
+    with ranks.barrier(STEP):
         if ranks.first and lambda_reg == AUTO:
             meanings = {i: q_meaning(i, store.out_to_loss(i), probabilities) for i in model_ids}
-    meanings = ranks.gather(STEP, meanings)[0]
+    meanings = ranks.broadcast(STEP, meanings)
     dual = computer.forms_dual(store.train_set_size, store.proj_dim)
     power = {i: meanings[i].probability if i in meanings else 0.0 for i in model_ids}
     system = {i: System(power[i], dual) for i in model_ids}
     missing = [i for i in model_ids if not systems.has_gram(i, system[i])]
     # Rank 0's list: it may be writing while others still look.
-    todo = ranks.gather(STEP, missing)[0]
+    todo = ranks.broadcast(STEP, missing)
     mine = len(todo) * store.train_set_size // ranks.size
     with progress("finalising features", mine, "sample") as bar:
         for model_id in todo:
             sum_gram(systems, computer, model_id, system[model_id], ranks, bar.update)
-    with ranks.together(STEP):
+    with ranks.barrier(STEP):
         for model_id in model_ids if ranks.first else ():
             q = meanings.get(model_id)
             keep_lambda(systems, computer, model_id, system[model_id], lambda_reg, q)
@@ -156,7 +163,7 @@ def own_scores(systems: Systems, computer: ScoreComputer, model_id: int) -> Tens
     system = systems.read_system(model_id)
     solution, gram = solved(systems, computer, model_id)
     order = systems.read_gram(model_id, system)[0]["order"]
-    weights = curvature(systems.store.out_to_loss(model_id), system.power)
+    weights = sample_weights(systems.store.out_to_loss(model_id), system.power)
     out = torch.empty(gram.n, dtype=torch.float64)
     out[order] = solution.on_own_rows(gram.matrix) / weights[order]
     return out
@@ -219,7 +226,7 @@ def sum_gram(
             made = gram_part(reader, computer, system, parts[number], advance)
         systems.write_gram(model_id, *made, system, part)
 
-    with ranks.together(STEP):
+    with ranks.barrier(STEP):
         if len(parts) == 1:
             if ranks.first:
                 write(0, None)
@@ -227,7 +234,7 @@ def sum_gram(
         for number in range(ranks.rank, len(parts), ranks.size):
             if not systems.has_gram(model_id, system, number):
                 write(number, number)
-    with ranks.together(STEP):
+    with ranks.barrier(STEP):
         if ranks.first and not systems.has_gram(model_id, system):  # else a process apart was first
             try:
                 total = (join_parts if system.dual else add_parts)(
@@ -346,7 +353,7 @@ def join_parts(
 def counted(
     stream: Iterator[tuple[Indices, int, Tensor, Tensor | None]], advance: Callable[[int], Any]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(features, Q) of a stream, checked to be finite and told to the progress bar."""
+    """(features, Q) of a stream, checked to be finite; the progress bar advances."""
     for rows, _, features, q in stream:
         assert q is not None  # training shards have it
         check_finite(STEP, "stored features", features, rows, IF_STORED)

@@ -1,13 +1,13 @@
 """``lambda_reg="auto"``: the regularisation of a checkpoint, from its features and Q alone.
 
 A network trained with weight decay, or stopped early, weighs its samples like a ridge regression on
-its gradients: with R = Q (1 - Q), the curvature of the logistic loss, the influence of the samples
-is that of a Newton step (from which the paper derives TRAK, and then leaves R out)
+its gradients: with W = Q (1 - Q), the curvature of the logistic loss, the influence of the samples
+is that of a Newton step (from which the paper derives TRAK, and then leaves W out)
 
-    phi(z) (Phi^T R Phi + gamma I)^-1 Phi^T Q
+    phi(z) (Phi^T W Phi + gamma I)^-1 Phi^T Q
 
-for a training ridge gamma that nobody tells, but that shows in how far the network has fitted its
-training set. docs/research/lambda.md derives the rule and compares it with others.
+for a training ridge gamma. It is not known, but the fit of the training set shows it.
+docs/research/lambda.md derives the rule and compares it with others.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ TINY = 1e-12  # Q nearer to 0, or negative, counts as this near: a logit of 28
 CEILING = 1 - 1e-4  # Q above it counts as it, a logit of -9: one far above 1 is no other than at 1
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
 STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
-LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T R Phi;
+LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T W Phi;
 SINGULAR = 1e-3  # where the lowest leaves this share of dimensions unused, the matrix is singular
 UNSURE, CONTRARY = 0.05, 0.25  # share of Q that are no probabilities: less is a few outliers
-SATURATED = 1e-3  # Q this near to 1 tells nothing of the curvature; nor do all samples where
+SATURATED = 1e-3  # Q this near to 1 says nothing of the curvature; nor do all samples where
 BLIND = 0.8  # more than this share of them are so
-FITTED = 0.1  # share of f^T (R f + Q) that must be left of its terms' sizes to trust its ridge
+FITTED = 0.1  # share of f^T (W f + Q) that must be left of its terms' sizes to trust its ridge
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
 
@@ -58,7 +58,7 @@ class Choice:
 
     lambda_reg: float
     rule: str  # of "training ridge", "residuals", "dimension"; several are averaged: "... and ..."
-    power: float  # of R in Phi^T R^power Phi; 0 is XtX
+    power: float  # of W in Phi^T W^power Phi; 0 is XtX
     relative: float  # lambda / mean eigenvalue of the matrix
 
     def summary(self) -> dict[str, Any]:
@@ -95,14 +95,14 @@ def between(x: float, low: float, high: float) -> float:
     return min(max((x - low) / (high - low), 0.0), 1.0)
 
 
-def curvature(q: Tensor, power: float) -> Tensor:
-    """``(Q (1 - Q))^power``, float64 [n]: the weights of samples; of Q as if within 0..1."""
+def sample_weights(q: Tensor, power: float) -> Tensor:
+    """W, ``(Q (1 - Q))^power``, float64 [n], the diagonal; of Q as if within 0..1."""
     q = q.double().clamp(TINY, CEILING)
     return (q * (1 - q)).pow(power)
 
 
 def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
-    """Choose the ridge that is added to a Gram matrix, Phi^T R Phi where Q are probabilities.
+    """Choose the ridge that is added to a Gram matrix, Phi^T W Phi where Q are probabilities.
 
     There it is MARGIN times the training ridge (``fit``). Where features and Q show none, it leaves
     an effective dimension of ``sqrt(n')``, as many directions as n' samples let a linear expansion
@@ -142,7 +142,7 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
 class Moments:
     """What one pass over the samples adds up beside a Gram matrix; parts add up to the whole.
 
-    power : the samples count by R^power, R the curvature of their loss.
+    power : of the curvature Q (1 - Q) in W, by which the samples count.
     """
 
     NAMES = ("quartic", "fitted", "explained", "opposed", "correlated", "squares")
@@ -150,7 +150,7 @@ class Moments:
     def __init__(self, proj_dim: int, power: float) -> None:
         self.power = power
         self.quartic = torch.zeros((), dtype=torch.float64)  # sum of |row|^4
-        self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (W f + Q), W = R^power
+        self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (W f + Q)
         self.explained = torch.zeros((), dtype=torch.float64)  # f^T (W f + Q)
         self.opposed = torch.zeros((), dtype=torch.float64)  # minus the negative terms of that
         self.correlated = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T Q
@@ -170,7 +170,7 @@ class Moments:
                 self.correlated += product(features, q)
                 self.squares += q @ q
             if self.power > 0:
-                weights = curvature(q, self.power)  # W
+                weights = sample_weights(q, self.power)  # W
                 q = q.clamp(TINY, CEILING)
                 logit = torch.log1p(-q) - q.log()  # f, for Q = 1 - sigmoid(f)
                 target = weights * logit + q  # W times the working response of a Newton step
@@ -211,7 +211,7 @@ def weigh(features: Tensor, q: Tensor, power: float, buffer: Buffer) -> Tensor:
     if power == 0:
         return features
     rows = buffer.take((len(q), features.shape[1]), features.dtype)
-    return torch.mul(features, curvature(q, power).sqrt().to(features).unsqueeze(1), out=rows)
+    return torch.mul(features, sample_weights(q, power).sqrt().to(features).unsqueeze(1), out=rows)
 
 
 def product(features: Tensor, vector: Tensor) -> Tensor:
@@ -225,8 +225,8 @@ def fit(gram: Gram, moments: Moments) -> float | None:
     """The ridge at which regression on the gradients fits the training set as the network does.
 
     One Newton step of logistic regression from the network's own outputs f, at ridge gamma, has the
-    outputs ``f' = Phi (H + gamma I)^-1 u`` with ``H = Phi^T R Phi``, ``u = Phi^T (R f + Q)``. gamma
-    is where f' agrees with f along the response: ``u^T (H + gamma I)^-1 u = f^T (R f + Q)``.
+    outputs ``f' = Phi (H + gamma I)^-1 u`` with ``H = Phi^T W Phi``, ``u = Phi^T (W f + Q)``. gamma
+    is where f' agrees with f along the response: ``u^T (H + gamma I)^-1 u = f^T (W f + Q)``.
 
     That is the ridge of the k features. With d(gamma) = trace H (H + gamma I)^-1, ridge regression
     on all gradients fits alike at ``gamma / (1 - d(gamma) / k)``, which is returned. Where k

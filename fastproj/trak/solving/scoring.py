@@ -38,12 +38,12 @@ def write_scores(
     Parameters
     ----------
     solution_of : makes the factored system of a checkpoint; one is held at a time.
-    advance : told the number of training samples done, for each chunk of targets.
+    advance : takes the number of training samples done, for each chunk of targets.
     """
     readers = [FeatureReader(store, model_id) for model_id in model_ids]
     rows_at_once = block_rows(store.proj_dim)
     blocks = sample_blocks(readers[0].index.order(), rows_at_once)[ranks.rank :: ranks.size]
-    with ranks.together("finalize_scores"):
+    with ranks.barrier("finalize_scores"):
         total = q_total = torch.empty(0)
         for columns in target_chunks(store, exp_name, len(model_ids)):
             weights = [

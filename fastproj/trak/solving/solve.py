@@ -40,7 +40,7 @@ class SingularXtXWarning(UserWarning):
 class System:
     """Which matrix lambda is added to.
 
-    power : samples are weighted by R^power, R the curvature of their loss: 0 is XtX.
+    power : samples are weighted by W^power, W the curvature of their loss: 0 is XtX.
     dual : whether it is S S^T, [n, n], instead of S^T S, [k, k].
     """
 

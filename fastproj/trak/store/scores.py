@@ -73,12 +73,12 @@ class ScoresWriter:
         self.temporary: Path | None = None
 
     def __enter__(self) -> ScoresWriter:
-        with self.ranks.together("finalize_scores"):
+        with self.ranks.barrier("finalize_scores"):
             if self.ranks.first:
                 remove_stale(self.path.parent)
                 self.temporary = temporary_path(self.path)
                 self._create(self.temporary)
-        self.temporary = self.ranks.share(self.temporary)
+        self.temporary = self.ranks.broadcast("finalize_scores", self.temporary)
         assert self.temporary is not None
         self.file = os.open(self.temporary, os.O_RDWR)
         return self
@@ -126,15 +126,15 @@ class ScoresWriter:
     def finish(self) -> None:
         """Flush, add the checksums and rename; by all ranks."""
         assert self.temporary is not None
-        with self.ranks.together("finalize_scores"):
+        with self.ranks.barrier("finalize_scores"):
             os.fsync(self.file)
         step, count = stripes(self.shape)
         mine = range(self.ranks.rank, count, self.ranks.size)
         sums = {i: stripe_checksum(self.file, self._start, self.shape, i, step) for i in mine}
         every = {
-            i: s for part in self.ranks.gather("finalize_scores", sums) for i, s in part.items()
+            i: s for part in self.ranks.all_gather("finalize_scores", sums) for i, s in part.items()
         }
-        with self.ranks.together("finalize_scores"):
+        with self.ranks.barrier("finalize_scores"):
             if self.ranks.first:
                 footer = {
                     **self.facts,
@@ -291,8 +291,8 @@ class TopWriter:
 
     def finish(self) -> None:
         """Merge what the ranks have and write it; by all ranks."""
-        parts = self.ranks.gather("finalize_scores", self.keys.numpy())
-        with self.ranks.together("finalize_scores"):
+        parts = self.ranks.all_gather("finalize_scores", self.keys.numpy())
+        with self.ranks.barrier("finalize_scores"):
             if self.ranks.first:
                 every = torch.cat([torch.from_numpy(part) for part in parts], 2)
                 helpful, harmful = every.topk(self.top_k, sorted=True).values

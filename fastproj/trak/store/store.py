@@ -6,7 +6,7 @@
             checkpoint.json           hash of the checkpoint's parameters and buffers
             distrusted.json           gradients failed a check: shards on trust don't count
             train-*.safetensors       features, Q and indices of one featurized batch or several
-            weighted.safetensors      Phi^T R Phi, R = Q (1 - Q), once finalised with lambda "auto"
+            weighted.safetensors      Phi^T W Phi, W = Q (1 - Q), once finalised with lambda "auto"
             xtx.safetensors           Phi^T Phi, once finalised with another
             part-*.safetensors        one of these, of some of the samples, while finalising
             solve.json                lambda, its matrix, rank, condition estimate

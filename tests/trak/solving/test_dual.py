@@ -18,7 +18,7 @@ from fastproj import TRAKer
 from fastproj.trak import ImageClassificationModelOutput, ScoreComputer, SingularXtXWarning
 from fastproj.trak.files import read_safetensors, write_safetensors
 from fastproj.trak.solving import solve as module
-from fastproj.trak.solving.ridge import Moments, choose_lambda, curvature, meaning
+from fastproj.trak.solving.ridge import Moments, choose_lambda, meaning, sample_weights
 from fastproj.trak.solving.solve import Gram, Rows, System, solve
 from tests.trak import cases
 
@@ -174,7 +174,7 @@ def formula(traker, models, train, targets, k):
         phi = cases.projected(cases.gradients(model, train), k, model_id)
         of_targets = cases.projected(cases.gradients(model, targets), k, model_id)
         q = cases.q(model, train)
-        matrix = (phi * curvature(q, stored["power"]).unsqueeze(1)).T @ phi
+        matrix = (phi * sample_weights(q, stored["power"]).unsqueeze(1)).T @ phi
         if isinstance(stored["lambda"], str) and stored["lambda"] != "auto":
             lam = float(stored["lambda"].split("*")[0]) * float(matrix.trace()) / k
             assert stored["lambda_reg"] == pytest.approx(lam, rel=1e-4)
