@@ -39,3 +39,37 @@ def test_the_library_needs_no_command() -> None:
 
 def test_the_library_needs_no_testbed() -> None:
     assert importers("fastproj.testbed") == {"fastproj/commands/demo.py", "bench/problems.py"}
+
+
+# A file or folder of fastproj/trak imports from floors below its own.
+FLOORS = (
+    {"batches", "callers", "files", "progress", "sharded"},
+    {"distributed", "fingerprints", "inputs"},
+    {"store", "tasks"},
+    {"checkpoints", "evaluation", "gradients", "solving"},
+    {"saver"},
+    {"estimator"},
+)
+
+
+def test_no_room_of_trak_imports_from_its_floor_or_above() -> None:
+    trak = ROOT / "fastproj" / "trak"
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    assert set(floor) == {path.stem for path in trak.iterdir()} - {"__init__", "__pycache__"}
+    wrong = set()
+    for path in trak.rglob("*.py"):
+        room = path.relative_to(trak).with_suffix("").parts[0]
+        used = {name.split(".")[2] for name in imported(path) if name.startswith("fastproj.trak.")}
+        for other in (used & set(floor)) - {room}:
+            if room != "__init__" and floor[other] >= floor[room]:
+                wrong.add(f"{room} -> {other}")
+    assert wrong == set()
+
+
+def test_nobody_reaches_into_the_store() -> None:
+    """Its names with an underscore are its own."""
+    for path in (ROOT / "fastproj" / "trak").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+                owner = getattr(node.value, "attr", getattr(node.value, "id", ""))
+                assert owner not in ("saver", "store", "systems"), f"{path}: {owner}.{node.attr}"
