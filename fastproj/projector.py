@@ -192,8 +192,9 @@ class Projector:
         return rows
 
     def __repr__(self) -> str:
+        block = f", block={self.block}" if self.block else ""
         return (
             f"Projector(grad_dim={self.grad_dim}, proj_dim={self.proj_dim}, seed={self.seed}, "
-            f"kind={self.kind!r}, block={self.block}, scale={self.scale!r}, "
-            f"precision={self.precision!r}, backend={self.backend!r})"
+            f"kind={self.kind!r}{block}, scale={self.scale!r}, precision={self.precision!r}, "
+            f"backend={self.backend!r})"
         )

@@ -109,6 +109,12 @@ Kernel find_sm80_gaussian(const KernelKey&) { return any_kernel(); }
 Kernel find_sm80_gaussian_split(const KernelKey&) { return any_kernel(); }
 Kernel simple_kernel(SimpleKernel, Kind) { return any_kernel(); }
 Kernel transpose_kernel(Kind, int) { return any_kernel(); }
+const void* sjlt_f32_kernel(const SjltKey&) { return &code; }
+const void* sjlt_bf16_kernel(const SjltKey&) { return &code; }
+const void* sjlt_f16_kernel(const SjltKey&) { return &code; }
+const void* sjlt_f64_kernel(const SjltKey&) { return &code; }
+Kernel sjlt_transpose_kernel(bool) { return any_kernel(); }
+Kernel sjlt_matrix_kernel() { return any_kernel(); }
 
 }  // namespace fastproj::cuda
 

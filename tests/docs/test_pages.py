@@ -354,8 +354,8 @@ def words_of_the_code() -> set[str]:
 
 # Names of other projects, of instructions and of tools, that no code here spells.
 FOREIGN = {
-    "GaussianRandomProjection", "RandomProjectionParams", "TracInCPFastRandProj",
-    "data_selection", "get_info", "p_image", "p_text", "save_pretrained",
+    "GaussianRandomProjection", "SparseRandomProjection", "RandomProjectionParams",
+    "TracInCPFastRandProj", "data_selection", "get_info", "p_image", "p_text", "save_pretrained",
 }  # fmt: skip
 
 
