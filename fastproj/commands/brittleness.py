@@ -31,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="models each; 3")
     evaluation.add_training(parser, "fastproj-brittleness")
-    evaluation.add_interval(parser)
     return evaluation.guarded("brittleness", parser.parse_args(argv), run)
 
 

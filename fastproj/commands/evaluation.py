@@ -40,7 +40,7 @@ def add_scores(parser: argparse.ArgumentParser, nargs: str | None, required: boo
 
 
 def add_training(parser: argparse.ArgumentParser, out: str) -> None:
-    """What ``train_subsets`` takes."""
+    """What ``train_subsets`` and the intervals take."""
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=out)
     parser.add_argument("--jobs", type=int, default=1, help="models trained at once; 1")
     parser.add_argument("--threads", type=int, help="torch threads a job; the cores shared out")
@@ -53,6 +53,7 @@ def add_training(parser: argparse.ArgumentParser, out: str) -> None:
         metavar="FILE",
         help="other files that results depend on: --out is refused when one has changed",
     )
+    add_interval(parser)
 
 
 def add_interval(parser: argparse.ArgumentParser) -> None:

@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fraction", type=float, help="of the training set; 0.5")
     parser.add_argument("--repeats", type=int, metavar="N", help="models a subset; 1")
     evaluation.add_training(parser, "fastproj-lds")
-    evaluation.add_interval(parser)
     options = parser.parse_args(argv)
     if (options.recipe is None) == (options.ground_truth is None):
         parser.error("expected either RECIPE or --ground-truth")

@@ -31,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="models each; 5")
     parser.add_argument("--method", choices=list(METHODS), default="spearman")
     evaluation.add_training(parser, "fastproj-loo")
-    evaluation.add_interval(parser)
     return evaluation.guarded("loo", parser.parse_args(argv), run)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from fastproj.trak.store import shards
-from fastproj.trak.store.features import FeatureReader
 from tests.trak import cases
 
 SAMPLES = 60
@@ -38,7 +37,7 @@ def read(save_dir: str) -> None:
     store.register(0, "checkpoint")
     before = np.zeros(SAMPLES, bool)
     while not before.all():
-        reader = FeatureReader(store, 0)
+        reader = store.reader(0)
         done = reader.index.done
         assert not (before & ~done).any()
         inds = np.flatnonzero(done)

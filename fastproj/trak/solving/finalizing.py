@@ -183,7 +183,7 @@ def gram_of(store: Store, system: System, sums: Tensors, n: int, eps: float) -> 
 
 def stored_rows(store: Store, model_id: int, system: System, order: Indices) -> Rows:
     """The rows of a dual system: stored features, weighted, read again at each pass."""
-    reader = FeatureReader(store, model_id)
+    reader = store.reader(model_id)
     places = np.empty(store.train_set_size, np.int64)
     places[order] = np.arange(len(order))
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
@@ -214,7 +214,7 @@ def sum_gram(
     bit for bit, for any number of ranks, and whether or not it was interrupted.
     """
     store = systems.store
-    reader = FeatureReader(store, model_id)
+    reader = store.reader(model_id)
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
     parts = (panels if system.dual else gram_parts)(blocks, store.proj_dim)
 
@@ -257,7 +257,7 @@ def gram_part(
     advance: Callable[[int], Any],
 ) -> tuple[Tensors, int, float]:
     """The sums over the samples of some blocks, their number, and how exact they are."""
-    n, k = len(reader.index.shard), reader.store.proj_dim
+    n, k = len(reader.index.shard), reader.proj_dim
     moments = Moments(k, system.power)
     rows = moments.over(counted(feature_stream([reader], blocks), advance))
     gram = computer.gram(rows, k, n)
@@ -290,7 +290,7 @@ def kernel_part(
 
     Their rows stay in memory, while those of the blocks before them pass by.
     """
-    n, k = len(reader.index.shard), reader.store.proj_dim
+    n, k = len(reader.index.shard), reader.proj_dim
     order = np.concatenate(blocks)
     moments = Moments(k, system.power)
     panel = torch.empty(0)

@@ -13,7 +13,7 @@ from fastproj.trak.distributed import Ranks
 from fastproj.trak.solving.finalizing import own_scores, solution_of
 from fastproj.trak.solving.solve import ScoreComputer, Solution
 from fastproj.trak.solving.systems import Systems
-from fastproj.trak.store.features import FeatureReader, block_rows, feature_stream, sample_blocks
+from fastproj.trak.store.features import block_rows, feature_stream, sample_blocks
 from fastproj.trak.store.scores import Sink
 from fastproj.trak.store.store import Store
 
@@ -40,7 +40,7 @@ def write_scores(
     solution_of : makes the factored system of a checkpoint; one is held at a time.
     advance : takes the number of training samples done, for each chunk of targets.
     """
-    readers = [FeatureReader(store, model_id) for model_id in model_ids]
+    readers = [store.reader(model_id) for model_id in model_ids]
     rows_at_once = block_rows(store.proj_dim)
     blocks = sample_blocks(readers[0].index.order(), rows_at_once)[ranks.rank :: ranks.size]
     with ranks.barrier("finalize_scores"):
@@ -83,7 +83,7 @@ def self_scores(
             advance(len(total))
             continue
         solution = solution_of(systems, computer, model_id)
-        reader = FeatureReader(store, model_id)
+        reader = store.reader(model_id)
         blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
         for rows, _, features, _ in feature_stream([reader], blocks):
             inds = torch.from_numpy(rows)
@@ -116,7 +116,7 @@ def target_weights(
 
 def target_features(store: Store, model_id: int, exp_name: str, columns: range) -> Tensor:
     """The features of targets, or their sums or means over the groups ``columns``, [m', k]."""
-    reader = FeatureReader(store, model_id, exp_name)
+    reader = store.reader(model_id, exp_name)
     grouping = store.grouping(exp_name)
     if grouping is None:
         return reader.read(np.arange(columns.start, columns.stop))[0]

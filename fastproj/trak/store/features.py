@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -96,43 +96,23 @@ def sample_blocks(batch: np.ndarray[Any, Any], rows: int) -> list[Indices]:
     return [part for b in blocks for part in np.array_split(b, max(1, len(b) // rows))]
 
 
-class Shards(Protocol):
-    """What a reader asks of a ``Store``."""
-
-    @property
-    def proj_dim(self) -> int:
-        """K, the dimension of the features."""
-
-    def index(self, model_id: int, exp_name: str | None) -> ShardIndex:
-        """Which samples are there, and where."""
-
-    def forget_index(self, model_id: int, exp_name: str | None) -> None:
-        """Look again at the next call of ``index``."""
-
-    def read_shard(
-        self,
-        path: Path,
-        model_id: int,
-        exp_name: str | None,
-        names: Iterable[str] | None = None,
-        check: bool = True,
-    ) -> Tensors:
-        """The tensors ``names`` (None: all) of a shard."""
-
-
 class FeatureReader:
     """Rows of one checkpoint's features by sample number; each shard is checked once, when met.
 
     Parameters
     ----------
-    store, model_id, exp_name : whose features, as for ``Store.index``.
+    look : says where the samples are; ``look(again=True)`` has it found out anew.
+    read_shard : ``read_shard(path, names=None, check=True)`` gives a shard's tensors (None: all).
+    proj_dim : k.
     """
 
-    def __init__(self, store: Shards, model_id: int, exp_name: str | None = None) -> None:
-        self.store = store
-        self.model_id = model_id
-        self.exp_name = exp_name
-        self.index = store.index(model_id, exp_name)
+    def __init__(
+        self, look: Callable[..., ShardIndex], read_shard: Callable[..., Tensors], proj_dim: int
+    ) -> None:
+        self.index = look()
+        self.proj_dim = proj_dim
+        self._look = look
+        self._read_shard = read_shard
         self._checked: set[Path] = set()
         self._expected: set[Path] = set()
 
@@ -155,8 +135,7 @@ class FeatureReader:
                 return read()
             except GoneError:
                 before = self.index
-                self.store.forget_index(self.model_id, self.exp_name)
-                self.index = self.store.index(self.model_id, self.exp_name)
+                self.index = self._look(again=True)
                 same = self.index.content[inds] == before.content[inds]
                 if not (same & self.index.done[inds]).all():
                     raise
@@ -169,8 +148,7 @@ class FeatureReader:
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             if len(places):
                 path = self.index.shards[int(shards[places[0]])].path
-                names = ("out_to_loss",)
-                stored = self.store.read_shard(path, self.model_id, self.exp_name, names)
+                stored = self._read_shard(path, ("out_to_loss",))
                 rows = torch.from_numpy(self.index.row[inds[places]].astype(np.int64))
                 q[torch.from_numpy(places)] = stored["out_to_loss"][rows].float()
         return q
@@ -197,7 +175,7 @@ class FeatureReader:
                 q = torch.full((len(inds),), torch.nan, dtype=torch.float32) if q is None else q
                 q[torch.from_numpy(places)] = tensors["out_to_loss"].float()
         if features is None:
-            features = torch.empty(0, self.store.proj_dim, dtype=torch.float32)
+            features = torch.empty(0, self.proj_dim, dtype=torch.float32)
         return features, q
 
     def expect(self, inds: Indices) -> None:
@@ -220,7 +198,7 @@ class FeatureReader:
         """The given rows of a shard; only their pages are read once the shard is checked."""
         path = self.index.shards[number].path
         check = path not in self._checked
-        tensors = self.store.read_shard(path, self.model_id, self.exp_name, check=check)
+        tensors = self._read_shard(path, check=check)
         self._checked.add(path)
         if len(rows) and (np.diff(rows) == 1).all():
             run = slice(int(rows[0]), int(rows[-1]) + 1)

@@ -372,7 +372,7 @@ class Store:
             if not free:
                 return False
             try:
-                parts = [self.read_shard(file.path, model_id, exp_name) for file in files]
+                parts = [self.read(file.path, model_id, exp_name)[0] for file in files]
                 tensors = joined(parts)
                 batches = [b for f in files for b in zip(f.keys, f.sizes, strict=True)]
                 merged = None
@@ -443,30 +443,34 @@ class Store:
                 )
         return tensors, metadata
 
-    def read_shard(
-        self,
-        path: Path,
-        model_id: int,
-        exp_name: str | None,
-        names: Iterable[str] | None = None,
-        check: bool = True,
-    ) -> Tensors:
-        """The tensors ``names`` (None: all) of a shard."""
-        return self.read(path, model_id, exp_name, names, check)[0]
-
     # ---- features -------------------------------------------------------------------------------
+
+    def reader(self, model_id: int, exp_name: str | None = None) -> FeatureReader:
+        """What reads features of ``model_id`` by sample number."""
+
+        def look(again: bool = False) -> ShardIndex:
+            if again:
+                self.forget_index(model_id, exp_name)
+            return self.index(model_id, exp_name)
+
+        def read_shard(
+            path: Path, names: Iterable[str] | None = None, check: bool = True
+        ) -> Tensors:
+            return self.read(path, model_id, exp_name, names, check)[0]
+
+        return FeatureReader(look, read_shard, self.proj_dim)
 
     def blocks(
         self, model_id: int, exp_name: str | None = None
     ) -> Iterator[tuple[Indices, Tensor, Tensor | None]]:
         """(inds [b], features [b, k], Q [b] or None) of all samples, block by block."""
-        reader = FeatureReader(self, model_id, exp_name)
+        reader = self.reader(model_id, exp_name)
         for inds in sample_blocks(reader.index.order(), block_rows(self.proj_dim)):
             yield inds, *reader.read(inds)
 
     def out_to_loss(self, model_id: int) -> Tensor:
         """Q of all training samples, float32 [n]; NaN where a sample is not featurized."""
-        reader = FeatureReader(self, model_id)
+        reader = self.reader(model_id)
         out = torch.full((self.train_set_size,), torch.nan, dtype=torch.float32)
         inds = np.flatnonzero(reader.index.done)
         q = reader.read_q(inds)

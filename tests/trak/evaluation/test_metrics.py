@@ -367,7 +367,7 @@ def holed(values, place, value=np.nan):
         (lambda: lds(SCORES, MASKS, OUTPUTS, n_boot=0), "n_boot=0"),
         (lambda: lds(SCORES, MASKS, OUTPUTS, n_boot=1.5), "n_boot=1.5"),
         (lambda: lds(SCORES, MASKS, OUTPUTS, seed=-1), "seed=-1"),
-        (lambda: noise_ceiling(OUTPUTS), "R >= 2"),
+        (lambda: noise_ceiling(OUTPUTS), "runs >= 2"),
         (lambda: noise_ceiling(OUTPUTS[None].repeat(2, 0)[:, :2]), r"\[2, 2, 8\]; expected"),
         (lambda: noise_ceiling(holed(OUTPUTS[None].repeat(2, 0), (1, 4, 0))), "subset 4, target 0"),
         (lambda: loo_correlation(SCORES, [1, 2, 3], OUTPUTS), r"3 removed, outputs \[80, 8\]"),

@@ -141,22 +141,20 @@ def test_blocks_of_samples_are_whole_batches():
 
 
 class Shards:
-    """What a FeatureReader asks of a store: shards of float32, and one of float64."""
-
-    proj_dim = 2
+    """What a FeatureReader asks for: shards of float32, and one of float64."""
 
     def __init__(self, rows):
         self.rows = rows
         self.checks = []
 
-    def index(self, model_id, exp_name):
+    def look(self):
         return SimpleNamespace(
             shard=np.repeat(np.arange(len(self.rows)), self.rows),
             row=np.concatenate([np.arange(size) for size in self.rows]),
             shards=[SimpleNamespace(path=number) for number in range(len(self.rows))],
         )
 
-    def read_shard(self, number, model_id, exp_name, check):
+    def read_shard(self, number, check):
         self.checks.append((number, check))
         start, size = sum(self.rows[:number]), self.rows[number]
         values = torch.arange(start, start + size)
@@ -168,7 +166,7 @@ class Shards:
 @pytest.mark.parametrize("inds", [range(9), [8, 0, 4, 1], [3], [], [5, 4, 3, 2, 1, 0]])
 def test_rows_come_in_the_order_asked_for(inds):
     store = Shards([3, 2, 4])
-    reader = FeatureReader(store, 0)
+    reader = FeatureReader(store.look, store.read_shard, 2)
     inds = np.asarray(inds, np.int64)
     for _ in range(2):
         features, q = reader.read(inds)

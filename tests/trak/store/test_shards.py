@@ -15,7 +15,7 @@ from fastproj.trak import StoreCorruptError
 from fastproj.trak.files import GoneError, read_safetensors, write_safetensors
 from fastproj.trak.store import shards
 from fastproj.trak.store import store as module
-from fastproj.trak.store.features import FeatureReader, sample_blocks
+from fastproj.trak.store.features import sample_blocks
 from fastproj.trak.store.shards import ShardFile, ShardIndex, joined, scan
 from tests.trak import cases, shards_run
 from tests.trak.lives import Server
@@ -43,7 +43,7 @@ def files(folder, role="train"):
 
 
 def assert_whole(store, n=N):
-    found, _ = FeatureReader(store, 0).read(np.arange(n))
+    found, _ = store.reader(0).read(np.arange(n))
     assert torch.equal(found, shards_run.features(np.arange(n)))
     assert torch.equal(store.out_to_loss(0), torch.ones(n))
 
@@ -70,7 +70,7 @@ def test_targets_are_merged_and_the_last_one_counts(tmp_path, monkeypatch):
             inds = np.array([i])
             store.write_shard(0, inds, inds, factor * shards_run.features(inds), exp_name="test")
     for made in (store, opened(tmp_path)):
-        found, q = FeatureReader(made, 0, "test").read(np.arange(20))
+        found, q = made.reader(0, "test").read(np.arange(20))
         assert q is None
         assert torch.equal(found, shards_run.features(np.arange(20)))
     assert len(files(tmp_path, "target")) <= 2 * 4
@@ -196,7 +196,7 @@ def test_damage_is_not_merged_away(tmp_path, monkeypatch):
     write(store, range(8, N))
     assert path.exists()
     with pytest.raises(StoreCorruptError, match="checksum of 'grads'"):
-        FeatureReader(store, 0).read(np.arange(N))
+        store.reader(0).read(np.arange(N))
     path.unlink()
     again = opened(tmp_path)
     assert np.flatnonzero(~again.index(0).done).tolist() == [3]
@@ -208,7 +208,7 @@ def test_files_that_hold_other_things_are_not_merged(tmp_path, monkeypatch):
     store = opened(tmp_path, half=False)
     write(store, range(2, 4))
     assert len(files(tmp_path)) == 4
-    found, _ = FeatureReader(store, 0).read(np.arange(4))
+    found, _ = store.reader(0).read(np.arange(4))
     assert torch.equal(found, shards_run.features(np.arange(4)))
     write(store, range(4, N))
     assert len(files(tmp_path)) <= 4 + 3 * 3
@@ -224,7 +224,7 @@ def test_a_reader_finds_what_moves_while_it_reads(tmp_path, monkeypatch):
     writer = opened(tmp_path)
     write(writer, range(N))
     store = opened(tmp_path)
-    reader = FeatureReader(store, 0)
+    reader = store.reader(0)
     blocks = sample_blocks(reader.index.order(), 7)
     gone = reader.index.shards[0].path
     monkeypatch.setattr(shards, "FAN", 3)
@@ -236,7 +236,7 @@ def test_a_reader_finds_what_moves_while_it_reads(tmp_path, monkeypatch):
     for path in files(tmp_path):
         path.unlink()
     with pytest.raises(GoneError, match="is gone"):
-        FeatureReader(store, 0).read(np.arange(3))
+        store.reader(0).read(np.arange(3))
 
 
 def test_files_that_move_behind_the_one_who_looks_are_found(tmp_path):
