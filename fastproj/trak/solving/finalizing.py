@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
-from fastproj.trak.files import Indices, StoreError, Tensors
+from fastproj.trak.files import GoneError, Indices, StoreError, Tensors
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.ridge import (
@@ -46,6 +46,7 @@ from fastproj.trak.store.store import Store
 
 STEP = "finalize_features"
 SUMMARY = ("method", "lambda_reg", "n", "rank", "condition")  # of Solution.summary
+TRIES = 5  # where another process removes the parts that are being summed
 MAX_PARTS = 16  # that a Gram matrix is kept in until it is whole
 PART_ROWS = 4096  # samples in a part, at least;
 PART_ROWS_PER_DIM = 8  # and so many times k, for a part (8 k^2 bytes) to be smaller than they are
@@ -235,16 +236,21 @@ def sum_gram(
             if not systems.has_gram(model_id, system, number):
                 write(number, number)
     with ranks.barrier(STEP):
-        if ranks.first and not systems.has_gram(model_id, system):  # else a process apart was first
+        join = join_parts if system.dual else add_parts
+        tries = 0
+        while ranks.first and not systems.has_gram(model_id, system):
             try:
-                total = (join_parts if system.dual else add_parts)(
-                    systems, model_id, system, len(parts)
-                )
+                systems.write_gram(model_id, *join(systems, model_id, system, len(parts)), system)
+            except GoneError:  # a process apart has just finished, and removed the parts
+                tries += 1
+                if tries == TRIES:
+                    raise
+                for number in range(len(parts)):
+                    if not systems.has_gram(model_id, system, number):
+                        write(number, number)
             except StoreError:
                 if not systems.has_gram(model_id, system):
                     raise
-            else:
-                systems.write_gram(model_id, *total, system)
         if ranks.first:
             systems.remove_parts(model_id, system)
 
