@@ -5,6 +5,7 @@
 ``compat.trak``           the classes of ``trak.projectors``
 ``compat.dattri``         dattri's ``random_project``
 ``compat.bergson``        bergson's global projection
+``compat.sjlt``           sjlt's ``SJLTProjection``
 ``compat.sklearn``        a scikit-learn transformer
 ========================= =======================================================================
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastproj import compat
 
-PATCHES = ("trak", "dattri", "bergson")
+PATCHES = ("trak", "dattri", "bergson", "sjlt")
 START_UP_FILE = "fastproj_as_fast_jl.pth"
 
 

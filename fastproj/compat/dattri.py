@@ -1,8 +1,8 @@
-"""dattri's random projection on fastproj: the same calls, scaled by 1/sqrt(proj_dim).
+"""dattri's random projection on fastproj: the same calls, lengths kept on average.
 
 ``install()`` replaces ``dattri.func.projection.make_random_projector``, by which everything in
-dattri gets its projector. The dense kinds ("normal", "rademacher") are ours; "sjlt",
-"random_mask", "grass" and "identity" stay dattri's. A projector costs nothing to make, so that
+dattri gets its projector. "normal", "rademacher" and "sjlt" are ours; "random_mask", "grass" and
+"identity" stay dattri's. A projector costs nothing to make, so that
 dattri makes one for each batch doesn't matter any more, and ``proj_seed`` names the matrix.
 
 Source: dattri 0.3.0, https://github.com/TRAIS-Lab/dattri, for names and meaning.
@@ -19,11 +19,14 @@ from torch import Tensor
 
 from fastproj import projector as ours
 from fastproj.compat.patching import Patch, needed
-from fastproj.compat.pieces import KINDS, as_pieces, kind_of, project_pieces
+from fastproj.compat.pieces import KINDS as DENSE
+from fastproj.compat.pieces import as_pieces, block_below, kind_of, project_pieces
 
 __all__ = ["Projector", "install", "make_random_projector", "random_project", "uninstall"]
 
 Features = Tensor | Mapping[str, Tensor]
+
+KINDS = DENSE | {"sjlt": "sjlt"}
 
 
 class _AbstractProjector(ABC):
@@ -65,11 +68,15 @@ else:
 class Projector(AbstractProjector):
     """``features @ R / sqrt(proj_dim)`` with the matrix of (seed, ensemble_id).
 
+    For "sjlt", ``features @ R * sqrt(block / proj_dim)``: ``block`` is the power of two at or below
+    proj_dim, at least 16 and at most 65,536, and a row has proj_dim / block entries. That is
+    dattri's one entry, unscaled, where proj_dim is such a power of two.
+
     Parameters
     ----------
     feature_dim, proj_dim : entries per sample before and after, any.
     seed : 0 <= seed < 2^64.
-    proj_type : "normal" or "rademacher", as a str or dattri's ProjectionType.
+    proj_type : "normal", "rademacher" or "sjlt", as a str or dattri's ProjectionType.
     device : where features are moved to, and results lie.
     dtype : of the results. Features are not rounded to it first.
     """
@@ -85,8 +92,9 @@ class Projector(AbstractProjector):
     ) -> None:
         super().__init__(feature_dim, proj_dim, seed, proj_type, device)
         self.dtype = dtype
-        self._kind = kind_of("dattri.Projector", proj_type)
+        self._kind = kind_of("dattri.Projector", proj_type, KINDS)
         ours.Projector(feature_dim, proj_dim, seed, self._kind)  # its checks, now
+        self._block = block_below(int(proj_dim)) if self._kind == "sjlt" else None
 
     def project(self, features: Features, ensemble_id: int = 0) -> Tensor:
         """[B, feature_dim], or a dict of [B, ...], to [B, proj_dim] of ``dtype``."""
@@ -102,6 +110,7 @@ class Projector(AbstractProjector):
             stream=ensemble_id,
             scale="jl",
             grad_dim=self.feature_dim,
+            block=self._block,
         ).to(self.dtype)
 
     def free_memory(self) -> None:
@@ -120,22 +129,21 @@ def make_random_projector(
     dtype: torch.dtype = torch.float32,
     **others: Any,
 ) -> Any:
-    """dattri's factory: a ``Projector`` for the dense kinds, dattri's own for the others.
+    """dattri's factory: a ``Projector`` for the types that it takes, dattri's own for the others.
 
-    The default is dattri's, "sjlt", which is one of the others.
     ``feature_batch_size`` and ``proj_max_batch_size`` have no effect on a ``Projector``.
 
     Raises
     ------
     ValueError
-        For one of the other kinds where ``install()`` hasn't been called.
+        For one of the other types where ``install()`` hasn't been called.
     """
     if getattr(proj_type, "value", proj_type) in KINDS:
         return Projector(sum(param_shape_list), proj_dim, proj_seed, proj_type, device, dtype)
     if not _theirs:
         raise ValueError(
-            f"make_random_projector: received proj_type={proj_type!r}; expected 'normal' or "
-            "'rademacher' (install() leaves the others to dattri)"
+            f"make_random_projector: received proj_type={proj_type!r}; expected 'normal', "
+            "'rademacher' or 'sjlt' (install() leaves the others to dattri)"
         )
     return _theirs[0](
         param_shape_list,
@@ -168,7 +176,7 @@ def random_project(
     feature_batch_size : its B; or, as in dattri's development version, an object with all of the
         arguments that follow as attributes (``RandomProjectionParams``).
     proj_max_batch_size : without effect.
-    proj_type : "normal" or "rademacher".
+    proj_type : "normal", "rademacher" or "sjlt".
 
     Raises
     ------

@@ -12,24 +12,32 @@ from torch import Tensor
 
 from fastproj import checks, ops
 from fastproj.call import Call
+from fastproj.spec import MAX_BLOCK, MIN_BLOCK
 
-KINDS = {"rademacher": "rademacher", "normal": "gaussian"}
+KINDS = {"normal": "gaussian", "rademacher": "rademacher"}
 
 
-def kind_of(function: str, proj_type: object) -> str:
-    """fastproj's word for a ``ProjectionType`` or its value.
+def kind_of(function: str, proj_type: object, kinds: Mapping[str, str] = KINDS) -> str:
+    """fastproj's word for a ``ProjectionType`` or its value, by ``kinds``.
 
     Raises
     ------
     ValueError
-        For anything but "normal" and "rademacher".
+        For anything that isn't a key of ``kinds``.
     """
     name = getattr(proj_type, "value", proj_type)
-    if not isinstance(name, str) or name not in KINDS:
-        raise ValueError(
-            f"{function}: received proj_type={proj_type!r}; expected 'normal' or 'rademacher'"
-        )
-    return KINDS[name]
+    if not isinstance(name, str) or name not in kinds:
+        expected = " or ".join(repr(kind) for kind in kinds)
+        raise ValueError(f"{function}: received proj_type={proj_type!r}; expected {expected}")
+    return kinds[name]
+
+
+def block_below(width: int) -> int:
+    """The block of kind sjlt for one entry in ``width`` columns, width >= 1.
+
+    The power of two at or below ``width``, between MIN_BLOCK and MAX_BLOCK.
+    """
+    return min(MAX_BLOCK, max(MIN_BLOCK, 1 << width.bit_length() - 1))
 
 
 def as_pieces(
@@ -53,6 +61,7 @@ def project_pieces(
     scale: str | float | None,
     row_offset: int = 0,
     grad_dim: int | None = None,
+    block: int | None = None,
 ) -> Tensor:
     """``fastproj.project`` of tensors that may differ in dtype, as ``function`` in its messages.
 
@@ -74,8 +83,9 @@ def project_pieces(
             f"expected {grad_dim}, what the projector was made for"
         )
     proj_dim = checks.check_proj_dim(function, proj_dim)
-    key = checks.check_key(function, seed, kind, stream)
-    call = Call(key, row_offset, checks.check_scale(function, scale, proj_dim), precision="")
+    key = checks.check_key(function, seed, kind, stream, block=block, proj_dim=proj_dim)
+    factor = checks.check_scale(function, scale, proj_dim, key.block)
+    call = Call(key, row_offset, factor, precision="")
     y: Tensor | None = None
     for _, group in groupby(pieces, key=lambda piece: piece.dtype):
         run = list(group)

@@ -7,6 +7,7 @@ grid searches.
 
 from __future__ import annotations
 
+import math
 import numbers
 import warnings
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 import fastproj
+from fastproj.compat.pieces import block_below
 from fastproj.compat.sketch import gram
+from fastproj.spec import MAX_BLOCK, MatrixKey, sjlt_entries
 
 try:
-    from scipy.sparse import issparse
+    from scipy.sparse import csr_matrix, issparse
     from sklearn.base import (
         BaseEstimator,
         ClassNamePrefixFeaturesOutMixin,
@@ -51,8 +54,11 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     n_components : K >= 1, or "auto" for what the Johnson-Lindenstrauss lemma asks for ``eps``.
     eps : the distortion of squared distances that "auto" allows, 0 < eps < 1.
     kind : "rademacher" (+1 / -1), "gaussian" or "sjlt" (sparse).
-    block : of kind "sjlt", as in ``fastproj.project``; n_components / block is what
-        ``SparseRandomProjection`` calls density times n_components.
+    block : of kind "sjlt", as in ``fastproj.project``.
+    density : of kind "sjlt", in place of ``block``, the share of entries of R that aren't zero, as
+        in ``SparseRandomProjection``: 0 < density <= 1, or "auto" for 1 / sqrt(P). It gives the
+        block at or below 1 / density, a power of two from 16 to 65,536; ``density_`` is what
+        became of it.
     random_state : an int is the matrix's seed itself, the same matrix everywhere; a RandomState or
         None draws one.
     compute_inverse_components : make at fit what the first ``inverse_transform`` would.
@@ -64,6 +70,9 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     seed_ : the seed, with which ``fastproj.matrix(n_features_in_, n_components_, seed_, kind,
         block=block_)`` is the matrix.
     block_ : the block of kind "sjlt", None for the others.
+    density_ : 1 / block_ for kind "sjlt", 1.0 for the others.
+    components_ : of kind "sjlt", the scaled matrix [K, P] as a scipy.sparse.csr_matrix, float64;
+        ``transform(X)`` is ``X @ components_.T``. Made at each access; nothing else needs it.
     n_features_in_ : P.
 
     Raises
@@ -84,6 +93,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         eps: float = 0.1,
         kind: str = "rademacher",
         block: int | None = None,
+        density: float | str | None = None,
         compute_inverse_components: bool = False,
         random_state: Any = None,
         precision: str | None = None,
@@ -93,6 +103,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         self.eps = eps
         self.kind = kind
         self.block = block
+        self.density = density
         self.compute_inverse_components = compute_inverse_components
         self.random_state = random_state
         self.precision = precision
@@ -113,12 +124,13 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
             wanted,
             self.seed_,
             self.kind,
-            block=self.block,
+            block=self._wanted_block(features),
             precision=self.precision,
             backend=self.backend,
         )
         self.n_components_ = self._projector.proj_dim
         self.block_ = self._projector.block
+        self.density_ = 1 / (self.block_ or 1)
         if self.n_components_ > features:
             warnings.warn(
                 f"FastRandomProjection: received n_components={self.n_components_} and X "
@@ -147,6 +159,48 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
                 f"1 to {features}. Give n_components, or a larger eps"
             )
         return wanted
+
+    def _wanted_block(self, features: int) -> int | None:
+        """``block``, or what ``density`` gives for P = ``features``."""
+        density: Any = self.density
+        if density is None:
+            return self.block
+        if self.kind != "sjlt" or self.block is not None:
+            raise ValueError(
+                f"FastRandomProjection: received density={density!r} with kind={self.kind!r} and "
+                f"block={self.block!r}; expected density=None, or kind='sjlt' and block=None"
+            )
+        if isinstance(density, str) and density == "auto":
+            return block_below(math.isqrt(features))
+        real = isinstance(density, numbers.Real) and not isinstance(density, bool)
+        share = float(density) if real else 0.0
+        if not 0 < share <= 1:
+            raise ValueError(
+                f"FastRandomProjection: received density={density!r}; expected a number above 0 "
+                "and at most 1, 'auto' or None"
+            )
+        return block_below(int(min(1 / share, MAX_BLOCK)))
+
+    @property
+    def components_(self) -> csr_matrix:
+        check_is_fitted(self)
+        if self.kind != "sjlt":
+            raise AttributeError(
+                f"FastRandomProjection: received a request for components_ of kind={self.kind!r}, "
+                "which is not stored; expected fastproj.matrix(t.n_features_in_, "
+                "t.n_components_, t.seed_, t.kind) / t.n_components_ ** 0.5, its transpose"
+            )
+        features, cols, block = self.n_features_in_, self.n_components_, self.block_ or 1
+        key = MatrixKey(self.kind, self.seed_, 0, block)
+        k = np.arange(cols, dtype=np.uint64)
+        tiles = range(-(-features // block))
+        found = [sjlt_entries(key, tile, k) for tile in tiles]
+        rows = np.stack([row.astype(np.int64) + t * block for t, (row, _) in enumerate(found)], 1)
+        signs = np.stack([sign for _, sign in found], 1)  # [K, tiles]
+        kept = rows < features  # the last tile may go beyond
+        starts = np.concatenate([[0], np.cumsum(kept.sum(1))])
+        values = signs[kept] * math.sqrt(block / cols)
+        return csr_matrix((values, rows[kept], starts), shape=(cols, features))
 
     def transform(self, X: Any) -> NDArray[Any]:
         """[n, P] to [n, K], dense: float32 for float32, float64 otherwise.

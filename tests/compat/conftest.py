@@ -16,7 +16,7 @@ def _nothing_installed() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    for name in ("trak", "dattri", "bergson"):
+    for name in ("trak", "dattri", "bergson", "sjlt"):
         module = sys.modules.get(f"fastproj.compat.{name}")
         if module is not None:
             module.uninstall()

@@ -37,6 +37,21 @@ def test_projector_has_dattris_shape_and_scale(device: str, proj_type: str) -> N
     torch.testing.assert_close(projector.project(tree, 2), y)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("proj_dim", "block"), [(64, 64), (100, 64), (5, 16), (1 << 17, 1 << 16)])
+def test_sjlt_has_one_entry_a_row_where_it_can(device: str, proj_dim: int, block: int) -> None:
+    x = integers((3, 310)).to(device)
+    tree = {"w": x[:, :300].reshape(3, 5, 60), "b": x[:, 300:].double()}  # of two dtypes
+    projector = ours.make_random_projector([300, 10], 3, proj_dim, 8, torch.device(device), 4)
+    assert isinstance(projector, ours.Projector)  # dattri's default type, "sjlt"
+    exact = x.double().cpu() @ stored(310, proj_dim, 4, "sjlt", stream=2, block=block)
+    exact *= (block / proj_dim) ** 0.5
+    for features in (x, tree):
+        assert relative_error(projector.project(features, 2).cpu(), exact) < 1e-6
+    by_function = ours.random_project(x, 3, proj_dim, 8, 4, "sjlt", device=device)(x, 2)
+    assert torch.equal(by_function, projector.project(x, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_random_project_follows_the_features(dtype: torch.dtype) -> None:
     x = integers((6, 40), dtype=dtype)
@@ -65,8 +80,10 @@ def test_parameters_as_one_object() -> None:
 
 
 def test_wrong_use_is_named() -> None:
-    with pytest.raises(ValueError, match=r"received proj_type='sjlt'.*leaves the others to dattri"):
-        ours.random_project(torch.ones(1, 3), 1, 2, 8, proj_type="sjlt")
+    with pytest.raises(ValueError, match=r"received proj_type='grass'.*'sjlt' .*others to dattri"):
+        ours.random_project(torch.ones(1, 3), 1, 2, 8, proj_type="grass")
+    with pytest.raises(ValueError, match=r"received proj_type='grass'; expected .* or 'sjlt'"):
+        ours.Projector(3, 2, 0, "grass", "cpu")
     with pytest.raises(ValueError, match=r"received gradients of 4 .* expected 3"):
         ours.random_project(torch.ones(1, 3), 1, 2, 8)(torch.ones(1, 4))
     with pytest.raises(TypeError, match="received no proj_dim"):
@@ -75,8 +92,6 @@ def test_wrong_use_is_named() -> None:
         ours.random_project({}, 2, 3, 8)
     with pytest.raises(ValueError, match="received 1 tensors, feature_batch_size=0; expected"):
         ours.random_project(torch.ones(0, 3), 0, 3, 8)
-    with pytest.raises(ValueError, match="received proj_type='sjlt'"):  # dattri's default
-        ours.make_random_projector([3], 1, 2, 8, "cpu")
     with pytest.raises(TypeError, match="int64"):
         ours.random_project(torch.ones(1, 3, dtype=torch.int64), 1, 2, 8)(
             torch.ones(1, 3, dtype=torch.int64)

@@ -335,7 +335,7 @@ def test_a_call_outside_the_guard_reaches_spawned_processes(tmp_path: Path) -> N
 
 # ---- where the other packages aren't -------------------------------------------------------------
 
-OTHERS = ("trak", "sklearn", "scipy", "dattri", "bergson", "fast_jl", "quanda", "captum")
+OTHERS = ("trak", "sklearn", "scipy", "dattri", "bergson", "fast_jl", "quanda", "captum", "sjlt")
 
 
 def test_without_the_other_packages_all_but_one_module_works() -> None:
@@ -346,11 +346,14 @@ def test_without_the_other_packages_all_but_one_module_works() -> None:
         f"for name in {OTHERS}:\n"
         "    sys.modules[name] = None\n"
         "import torch\n"
-        "from fastproj.compat import bergson, dattri, fast_jl, trak\n"
+        "from fastproj.compat import bergson, dattri, fast_jl, sjlt, trak\n"
         "x = torch.ones(2, 5)\n"
         "print(trak.CudaProjector(5, 3, 0, 'normal', 'cpu', 8).project(x, 0).shape)\n"
         "print(dattri.random_project(x, 2, 3, 8)(x).shape)\n"
         "print(bergson.project_global('a', x, 3).shape)\n"
+        "sjlt.install()\n"
+        "from sjlt import SJLTProjection\n"
+        "print(SJLTProjection(5, 3, device='cpu').project(x).shape)\n"
         "for module in (trak, dattri, bergson):\n"
         "    try:\n"
         "        module.install()\n"
@@ -360,7 +363,7 @@ def test_without_the_other_packages_all_but_one_module_works() -> None:
     )
     shape = "torch.Size([2, 3])"
     *shapes, trak, dattri, bergson = result.stdout.splitlines()
-    assert shapes == [shape] * 3
+    assert shapes == [shape] * 4
     for said, function, package in (
         (trak, "trak.install", "traker"),
         (dattri, "dattri.install", "dattri"),

@@ -28,6 +28,7 @@ from tests.compat.packages import load
     [
         FastRandomProjection(n_components=3, random_state=0),
         FastRandomProjection(n_components=30, kind="gaussian", random_state=0),
+        FastRandomProjection(n_components=3, kind="sjlt", density="auto", random_state=0),
     ]
 )
 def test_scikit_learns_own_checks(estimator, check) -> None:
@@ -53,6 +54,52 @@ def test_transform_is_the_documented_matrix(kind: str, dtype: type) -> None:
     np.testing.assert_array_equal(Y, clone(t).fit_transform(X))
     np.testing.assert_array_equal(Y[::2], t.transform(X[::2]))
     np.testing.assert_array_equal(Y, t.transform(np.asfortranarray(X)))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.DataDimensionalityWarning")
+@pytest.mark.parametrize(
+    ("features", "components", "density", "block"),
+    [
+        (300, 40, "auto", 16),
+        (5000, 100, "auto", 64),
+        (300, 200, 1 / 64, 64),
+        (300, 40, 1 / 50, 32),
+        (300, 40, 1 / 3, 16),
+        (9, 20, 1, 16),
+        (9, 20, 1e-9, 1 << 16),
+    ],
+)
+def test_density_and_components_of_the_sparse_kind(
+    features: int, components: int, density: object, block: int
+) -> None:
+    """What users of SparseRandomProjection read."""
+    X = data(features=features)
+    t = FastRandomProjection(components, kind="sjlt", density=density, random_state=7).fit(X)
+    assert (t.block_, t.density_) == (block, 1 / block)
+    R = fastproj.matrix(features, components, 7, "sjlt", block=block, dtype=torch.float64).numpy()
+    assert scipy.sparse.issparse(t.components_)
+    assert t.components_.nnz == np.count_nonzero(R)
+    assert t.components_.has_canonical_format
+    np.testing.assert_array_equal(t.components_.toarray(), R.T * (block / components) ** 0.5)
+    np.testing.assert_allclose(t.transform(X), X @ t.components_.T, atol=1e-9)
+    same = FastRandomProjection(components, kind="sjlt", block=block, random_state=7).fit(X)
+    np.testing.assert_array_equal(same.transform(X), t.transform(X))
+
+
+def test_density_and_components_that_cant_be() -> None:
+    X = data()
+    for wrong in (0, -0.1, 1.5, float("nan"), True, "some", [0.1]):
+        with pytest.raises(ValueError, match="expected a number above 0 and at most 1, 'auto'"):
+            FastRandomProjection(4, kind="sjlt", density=wrong).fit(X)
+    for others in ({}, {"kind": "sjlt", "block": 16}):
+        with pytest.raises(ValueError, match="expected density=None, or kind='sjlt' and block="):
+            FastRandomProjection(4, density=0.1, **others).fit(X)
+    with pytest.raises(NotFittedError):
+        _ = FastRandomProjection(4, kind="sjlt").components_
+    dense = FastRandomProjection(4).fit(X)
+    assert dense.density_ == 1
+    with pytest.raises(AttributeError, match=r"kind='rademacher'.*expected fastproj\.matrix"):
+        _ = dense.components_
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.DataDimensionalityWarning")

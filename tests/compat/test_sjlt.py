@@ -1,0 +1,207 @@
+"""compat.sjlt: sjlt's class on kind "sjlt", and GraSS's calls of it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import inspect
+import pickle
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastproj
+from fastproj.compat import sjlt as ours
+from fastproj.compat.sjlt import SJLTProjection
+from tests.dense import DTYPES, integers, normals, relative_error, stored
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def test_the_constructor_is_sjlts() -> None:
+    parameters = list(inspect.signature(SJLTProjection).parameters.values())
+    expected = {"c": 1, "threads": 1024, "fixed_blocks": 84, "device": "cuda"}
+    assert [p.name for p in parameters[:-1]] == ["original_dim", "proj_dim", *expected]
+    assert [p.default for p in parameters[2:-1]] == list(expected.values())
+    assert parameters[-1].kind == inspect.Parameter.KEYWORD_ONLY  # ours alone: seed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("proj_dim", "c", "block"),
+    [(64, 1, 64), (64, 4, 16), (256, 4, 64), (50, 1, 32), (100, 3, 32), (50, 4, 16), (7, 7, 16)],
+)
+def test_project_and_transpose_are_the_documented_matrix(
+    device: str, proj_dim: int, c: int, block: int
+) -> None:
+    p = SJLTProjection(333, proj_dim, c, device=device, seed=5)
+    assert p.block == block
+    r = stored(333, proj_dim, 5, "sjlt", block=block)
+    assert torch.equal(r, fastproj.matrix(333, proj_dim, 5, "sjlt", block=block).cpu().double())
+    scale = (block / proj_dim) ** 0.5
+    assert p.normalization_factor == pytest.approx(scale)
+    x, y = integers((4, 333)).to(device), integers((4, proj_dim), 1).to(device)
+    exact = x.cpu().double() @ r * scale
+    assert relative_error(p.project(x).cpu(), exact) < 1e-6
+    assert torch.equal(p(x), p.project(x))
+    assert relative_error(p.transpose(y).cpu(), y.cpu().double() @ r.T * scale) < 1e-6
+    nonzeros = (r != 0).sum(1)
+    assert nonzeros.min() >= proj_dim // block
+    assert nonzeros.max() <= -(-proj_dim // block)
+
+
+@pytest.mark.parametrize(("proj_dim", "c"), [(64, 1), (64, 4), (4096, 16), (1 << 18, 4)])
+def test_powers_of_two_have_c_entries_and_sjlts_scale(proj_dim: int, c: int) -> None:
+    p = SJLTProjection(40, proj_dim, c, device="cpu", seed=1)
+    assert p.normalization_factor == c**-0.5
+    y = p.project(torch.eye(40))
+    assert torch.equal((y != 0).sum(1), torch.full((40,), c))
+    assert set(y.unique().tolist()) == {-(c**-0.5), 0.0, c**-0.5}
+
+
+def test_blocks_are_clamped() -> None:
+    assert SJLTProjection(9, 1 << 20, device="cpu").block == 1 << 16
+    assert SJLTProjection(9, 1, device="cpu").block == 16
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_have_the_inputs_dtype(dtype: torch.dtype) -> None:
+    p = SJLTProjection(80, 64, 4, device="cpu", seed=2)
+    r = stored(80, 64, 2, "sjlt", block=16) / 2  # a scale that rounds nothing
+    x, y = integers((3, 80), dtype=dtype), integers((3, 64), 1, dtype)
+    assert torch.equal(p.project(x), (x.double() @ r).to(dtype))
+    assert torch.equal(p.transpose(y), (y.double() @ r.T).to(dtype))
+
+
+def test_any_batch_and_strides_without_gradients() -> None:
+    p = SJLTProjection(80, 64, 4, device="cpu", seed=2)
+    x = integers((80, 5)).T.requires_grad_()
+    assert not p.project(x).requires_grad
+    assert not p.transpose(p.project(x).requires_grad_()).requires_grad
+    assert torch.equal(p.project(x), p.project(x.detach().contiguous()))
+    assert p.project(x[:0]).shape == (0, 64)
+    assert not list(p.parameters())
+
+
+def test_the_seed_names_the_matrix() -> None:
+    x = normals((2, 80))
+
+    def drawn(manual: int) -> Tensor:
+        torch.manual_seed(manual)
+        return SJLTProjection(80, 32, device="cpu").project(x)
+
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
+    p, other = (SJLTProjection(80, 32, device="cpu", threads=t, fixed_blocks=t) for t in (1, 64))
+    assert not torch.equal(p.project(x), other.project(x))  # the second draw is another
+    for same in (copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
+        assert torch.equal(same.project(x), p.project(x))
+    other.load_state_dict(p.state_dict())
+    assert torch.equal(other.project(x), p.project(x))
+    narrow = SJLTProjection(80, 32, 2, device="cpu")
+    with pytest.raises(ValueError, match=r"received the state .*'block': 32.*expected .*: 16"):
+        narrow.load_state_dict(p.state_dict())
+
+
+def test_sjlts_other_methods() -> None:
+    p = SJLTProjection(128, 64, 4, device="cpu", seed=3)
+    assert p.get_compression_ratio() == 2
+    assert p.get_sparsity_ratio() == 1 - 4 / 64
+    assert repr(p) == (
+        "SJLTProjection(original_dim=128, proj_dim=64, c=4, block=16, seed=3, device=cpu)"
+    )
+    with pytest.raises(AttributeError, match=r"not stored; expected seed=.*compat\.dattri\.inst"):
+        _ = p.rand_indices
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = p.nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"original_dim": 0}, "SJLTProjection: received original_dim=0"),
+        ({"proj_dim": 0}, "SJLTProjection: received proj_dim=0"),
+        ({"c": 0}, "received c=0; expected 1 <= c < 33"),
+        ({"c": 33}, "received c=33; expected 1 <= c < 33"),
+        ({"seed": -1}, "received seed=-1"),
+        ({"device": "nowhere"}, "received device='nowhere'"),
+    ],
+)
+def test_a_bad_configuration_is_named(arguments: dict[str, object], message: str) -> None:
+    good = {"original_dim": 80, "proj_dim": 32, "device": "cpu"}
+    with pytest.raises(ValueError, match=message):
+        SJLTProjection(**(good | arguments))
+
+
+def test_bad_input_is_named() -> None:
+    p = SJLTProjection(80, 32, device="cpu")
+    for bad in (torch.ones(80), torch.ones(2, 81), torch.ones(2, 8, 10)):
+        with pytest.raises(ValueError, match=r"SJLTProjection.project: .* expected \[B, 80\]"):
+            p.project(bad)
+    for bad in (torch.ones(32), torch.ones(2, 80)):
+        with pytest.raises(ValueError, match=r"SJLTProjection.transpose: .* expected \[B, 32\]"):
+            p.transpose(bad)
+    with pytest.raises(TypeError, match=r"received x list; expected a Tensor \[B, 80\]"):
+        p.project([1.0])
+    for function, width in ((p.project, 80), (p.transpose, 32)):
+        with pytest.raises(TypeError, match="int64"):
+            function(torch.ones(2, width, dtype=torch.int64))
+
+
+# ---- install() -----------------------------------------------------------------------------------
+
+
+def test_without_sjlt_the_import_gives_ours() -> None:
+    if importlib.util.find_spec("sjlt") is not None:
+        pytest.skip("sjlt is installed here")
+    ours.install()
+    ours.install()
+    assert importlib.util.find_spec("sjlt") is not None
+    found = importlib.import_module("sjlt")
+    assert found.SJLTProjection is SJLTProjection
+    assert found.EXTENSION_AVAILABLE
+    ours.uninstall()
+    assert importlib.util.find_spec("sjlt") is None
+    ours.uninstall()
+
+
+def test_with_sjlt_its_class_is_replaced_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Theirs(nn.Module):
+        pass
+
+    real, caller = ModuleType("sjlt"), ModuleType("caller")
+    real.SJLTProjection = caller.SJLTProjection = Theirs
+    monkeypatch.setitem(sys.modules, "sjlt", real)
+    monkeypatch.setitem(sys.modules, "caller", caller)
+    ours.install()
+    ours.install()
+    assert real.SJLTProjection is SJLTProjection
+    assert caller.SJLTProjection is SJLTProjection
+    ours.uninstall()
+    assert sys.modules["sjlt"] is real
+    assert real.SJLTProjection is Theirs
+    assert caller.SJLTProjection is Theirs
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_grass(device: str) -> None:
+    """GraSS masks gradients [B, P] to [B, P'], then sketches them to [B, K], c = 1."""
+    ours.install()
+    from sjlt import SJLTProjection as Imported
+
+    gradients = integers((5, 900)).to(device)
+    mask = torch.from_numpy(np.random.default_rng(0).permutation(900)[:256]).to(device)
+    torch.manual_seed(7)
+    projector = Imported(256, 64, c=1, threads=512, fixed_blocks=84, device=device)
+    with torch.no_grad():
+        features = projector(gradients[:, mask])
+    assert features.shape == (5, 64)
+    assert features.dtype == gradients.dtype
+    assert features.device == gradients.device
+    r = stored(256, 64, projector.seed, "sjlt", block=64)
+    assert torch.equal(features.cpu().double(), gradients[:, mask].cpu().double() @ r)
