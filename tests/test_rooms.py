@@ -47,7 +47,7 @@ FLOORS = (
     {"distributed", "fingerprints", "inputs"},
     {"store", "tasks"},
     {"checkpoints", "evaluation", "gradients", "solving"},
-    {"saver"},
+    {"curvature", "saver"},
     {"estimator"},
 )
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastproj.trak import batches
 from fastproj.trak.gradients.running import modules_named_twice, plainly, restored
-from fastproj.trak.tasks.base import BatchedModelOutput, run
+from fastproj.trak.tasks.base import BatchedModelOutput, Terms, run
+from fastproj.trak.tasks.training import TrainingOutput
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
 TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
@@ -71,29 +72,42 @@ class AbstractGradientComputer(ABC):
         self._named_twice = modules_named_twice(model)
         self._dependent = False  # whether f of any sample has been seen to depend on them
 
-    @abstractmethod
     def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
         """The gradients of all samples: name -> [B, *shape of the parameter]."""
+        return self.compute_rows(batch)[0]
 
-    def iter_per_sample_grads(self, batch: tuple[Any, ...]) -> Iterator[Grads]:
-        """The same in chunks of samples, in order, each of at most GRAD_BYTES where possible."""
-        step = self.samples_at_once()
-        for start in range(0, batches.size(batch), step):
-            yield self.compute_per_sample_grad(batches.select(batch, slice(start, start + step)))
+    @abstractmethod
+    def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
+        """The same of each of the task's outputs of a sample, from one forward.
+
+        Of a ``TrainingOutput`` they are its outputs and drawn rows; of other tasks there is one.
+        """
 
     def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
         """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
+        return self.project_rows(batch, projector, model_id)[0]
+
+    def project_rows(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> list[Tensor]:
+        """The same of each of the task's outputs of a sample, from one forward."""
         self.on_trust = False
         self.check_dependence(batch)
-        chunks = map(one_dtype, self.iter_per_sample_grads(batch))
-        parts = [projector.project(grads, model_id=model_id).detach() for grads in chunks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        chunks = [
+            [projector.project(one_dtype(grads), model_id=model_id) for grads in rows]
+            for rows in self.iter_rows(batch)
+        ]
+        return [torch.cat(parts).detach() for parts in zip(*chunks, strict=True)]
+
+    def iter_rows(self, batch: tuple[Any, ...]) -> Iterator[list[Grads]]:
+        """``compute_rows`` in chunks of samples, in order, of at most GRAD_BYTES where possible."""
+        step = self.samples_at_once(batch)
+        for start in range(0, batches.size(batch), step):
+            yield self.compute_rows(batches.select(batch, slice(start, start + step)))
 
     def check_dependence(self, batch: tuple[Any, ...]) -> None:
         """Raise ValueError if f of no sample has to do with the parameters; once per checkpoint."""
         rows = range(0 if self._dependent else batches.size(batch))
         for row in rows:
-            gradient = self.gradient_of(batch, row)
+            gradient = self.gradients_of(batch, row)[0]
             if any(g is not None for g in gradient.values()):
                 self._dependent = True
                 return
@@ -109,10 +123,18 @@ class AbstractGradientComputer(ABC):
             "module, without no_grad, detach or argmax, and grad_wrt that the model uses"
         )
 
-    def samples_at_once(self) -> int:
+    def samples_at_once(self, batch: tuple[Any, ...]) -> int:
         """How many samples' gradients fit into GRAD_BYTES; at least one."""
         per_sample = sum(p.numel() * p.element_size() for p in self.chosen.values())
+        if isinstance(self.task, TrainingOutput):
+            per_sample *= self.task.rows_at_most(batch)
         return max(1, GRAD_BYTES // max(1, per_sample))
+
+    def compute_terms(self, batch: tuple[Any, ...]) -> Terms:
+        """What the samples say of the likelihood of their labels, for a ``TrainingOutput``."""
+        with torch.no_grad():
+            terms: Terms = self._of_task(self.task.terms, self.chosen, batch)
+        return terms
 
     def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of each sample: the task's ``get_out_to_loss_grad``."""
@@ -130,26 +152,37 @@ class AbstractGradientComputer(ABC):
         return out
 
     def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
-        """f of the sample of a batch of one, a scalar."""
+        """f of the sample of a batch of one, a scalar; of a ``TrainingOutput``, [1 + d]."""
         if getattr(type(self.task), "get_output", None) is not BatchedModelOutput.get_output:
             return self.output(chosen, *batches.select(batch, 0))
         # The same without taking the batch dimension off, which not all parts can get back.
-        return self.outputs(chosen, batch).reshape(())
+        out = self.outputs(chosen, batch)
+        return out.reshape(-1) if isinstance(self.task, TrainingOutput) else out.reshape(())
 
     def _of_task(self, method: Callable[..., Any], chosen: Grads, *args: Any) -> Any:
         """A method of the task with these parameters, on a copy of its arguments."""
         with plainly(), restored(self._named_twice):
             return run(method, self.model, {**self.fixed, **chosen}, self.buffers, *own(args))
 
-    def gradient_of(self, batch: tuple[Any, ...], row: int) -> dict[str, Tensor | None]:
-        """The gradient of one sample by plain autograd; None where f has nothing to do with it."""
+    def gradients_of(self, batch: tuple[Any, ...], row: int) -> list[dict[str, Tensor | None]]:
+        """The gradients of one sample's outputs by plain autograd; None where one has nothing to do
+        with a parameter.
+        """
         chosen = {name: p.clone().requires_grad_() for name, p in self.chosen.items()}
         with torch.enable_grad():
-            out = self.output_alone(chosen, batches.select(batch, slice(row, row + 1)))
-            if not out.requires_grad:
-                return dict.fromkeys(chosen)
-            grads = torch.autograd.grad(out, list(chosen.values()), allow_unused=True)
-        return {n: None if g is None else dense(g) for n, g in zip(chosen, grads, strict=True)}
+            outputs = self.output_alone(chosen, batches.select(batch, slice(row, row + 1)))
+            found: list[dict[str, Tensor | None]] = []
+            for out in outputs.reshape(-1):
+                if not out.requires_grad:
+                    found.append(dict.fromkeys(chosen))
+                    continue
+                last = len(found) + 1 == outputs.numel()
+                grads = torch.autograd.grad(
+                    out, list(chosen.values()), allow_unused=True, retain_graph=not last
+                )
+                parts = zip(chosen, grads, strict=True)
+                found.append({n: None if g is None else dense(g) for n, g in parts})
+        return found
 
 
 def own(batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -48,15 +48,17 @@ class AutomaticGradientComputer(AbstractGradientComputer):
         """Which one is in use: "hooks" | "func" | "loop"."""
         return self._left[0]
 
-    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
-        """The gradients of all samples: name -> [B, *shape of the parameter]."""
-        grads: Grads = self._first(lambda computer: computer.compute_per_sample_grad(batch))
-        return grads
+    def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
+        """Of each output of a sample, name -> [B, *shape of the parameter]."""
+        rows: list[Grads] = self._first(lambda computer: computer.compute_rows(batch))
+        return rows
 
-    def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
-        """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
-        out: Tensor = self._first(lambda computer: computer.project(batch, projector, model_id))
-        return out
+    def project_rows(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> list[Tensor]:
+        """``projector.project`` of the gradients of each output of the samples, [B, proj_dim]."""
+        rows: list[Tensor] = self._first(
+            lambda computer: computer.project_rows(batch, projector, model_id)
+        )
+        return rows
 
     def _first(self, use: Callable[[AbstractGradientComputer], Any]) -> Any:
         """The result of the first computer that has one; later batches start with it."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import vjp, vmap
 
 from fastproj.trak import batches
 from fastproj.trak.gradients.attention import plain_attention
@@ -15,12 +16,18 @@ from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 class FunctionalGradientComputer(AbstractGradientComputer):
     """``torch.func.vmap``: any function of one sample, but memory for all gradients of a chunk."""
 
-    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
-        """The gradients of all samples: name -> [B, *shape of the parameter]."""
+    def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
+        """Of each output of a sample, name -> [B, *shape of the parameter]."""
         tensors, rebuild = batches.unpack(batch)
 
-        def output(chosen: Grads, *sample: Tensor) -> Tensor:
-            return self.output_alone(chosen, rebuild([t.unsqueeze(0) for t in sample]))
+        def gradients(chosen: Grads, *sample: Tensor) -> list[Grads]:
+            def output(chosen: Grads) -> Tensor:
+                return self.output_alone(chosen, rebuild([t.unsqueeze(0) for t in sample]))
+
+            made: Any = vjp(output, chosen)
+            out, pull = made
+            units = torch.eye(out.numel(), dtype=out.dtype, device=out.device)
+            return [pull(unit.reshape(out.shape))[0] for unit in units]
 
         chosen, in_dims = self.chosen, None
         if any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in self.model.modules()):
@@ -28,9 +35,9 @@ class FunctionalGradientComputer(AbstractGradientComputer):
             # the weights that it is multiplied by count as a sample's own.
             size, in_dims = batches.size(batch), 0
             chosen = {name: p.expand(size, *p.shape) for name, p in chosen.items()}
-        gradient = vmap(
-            grad(output), in_dims=(in_dims, *(0 for _ in tensors)), randomness="different"
+        vectorised = vmap(
+            gradients, in_dims=(in_dims, *(0 for _ in tensors)), randomness="different"
         )
         with plain_attention(self.model):
-            grads: Grads = gradient(chosen, *tensors)
-        return {name: grads[name] for name in self.names}
+            rows: list[Grads] = vectorised(chosen, *tensors)
+        return [{name: grads[name] for name in self.names} for grads in rows]

@@ -20,14 +20,16 @@ from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import warn_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
-from fastproj.trak.gradients.proof import Proof, prove, structure_of, worth_a_proof
+from fastproj.trak.gradients.proof import Proof, prove, shares_of, structure_of, worth_a_proof
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
 from fastproj.trak.gradients.rules import Workspace, rule_for
 from fastproj.trak.gradients.sinks import (
     CheckingSink,
     CollectingSink,
+    NoSink,
     Piece,
     ProjectingSink,
+    RowSink,
     Sink,
 )
 
@@ -92,17 +94,22 @@ class HookGradientComputer(AbstractGradientComputer):
 
     # ---- the two results ------------------------------------------------------------------------
 
-    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
-        """The gradients of all samples: name -> [B, *shape of the parameter]."""
+    def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
+        """Of each output of a sample, name -> [B, *shape of the parameter]."""
         size = batches.size(batch)
-        sink = CollectingSink(self.chosen, size)
-        self._run(batch, lambda _: sink)
-        return sink.grads
+        sinks: list[CollectingSink] = []
 
-    def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
-        """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
+        def sink(_: Counter[str]) -> Sink:
+            sinks.append(CollectingSink(self.chosen, size))
+            return sinks[-1]
+
+        self._run(batch, sink)
+        return [sink.grads for sink in sinks]
+
+    def project_rows(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> list[Tensor]:
+        """``projector.project`` of the gradients of each output of the samples, [B, proj_dim]."""
         if not isinstance(projector, Projector):  # no row offsets: whole gradients, in chunks
-            return super().project(batch, projector, model_id)
+            return super().project_rows(batch, projector, model_id)
         self.on_trust = False
         sinks: list[ProjectingSink] = []
 
@@ -110,17 +117,17 @@ class HookGradientComputer(AbstractGradientComputer):
             sinks.append(
                 ProjectingSink(self.chosen, batches.size(batch), projector, model_id, uses)
             )
-            return sinks[0]
+            return sinks[-1]
 
         self._run(batch, sink)
-        return sinks[0].out
+        return [sink.out for sink in sinks]
 
     # ---- one batch ------------------------------------------------------------------------------
 
     def _run(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
-        """Send the pieces of all gradients of a batch to a sink."""
+        """Send the pieces of all gradients of a batch to sinks, one for each output of a sample."""
         if batches.size(batch) == 1:  # nothing to ascribe to a sample, nothing to check
-            self._single(batch, make_sink(Counter()))
+            self._single(batch, make_sink)
             return
         self.on_trust = True
         if not self.trusting:
@@ -135,14 +142,17 @@ class HookGradientComputer(AbstractGradientComputer):
             del recorder, out, leaves  # plain autograd needs the memory
             proof = self._prove(batch)
             plan, recorder, out, structure, leaves = self._forward(batch)
-        sink = make_sink(recorder.uses)
+        sinks = [make_sink(recorder.uses) for _ in out]
         check = None
         if proof is not None:
-            sink = check = CheckingSink(sink, proof, self.chosen)
-        recorder.backward(out, leaves, sink)
-        for name, values in self._rest(plan.rest, batch):
-            sink.add(name, Piece(0, values))
-        sink.close()
+            check = CheckingSink(NoSink(), proof, self.chosen)
+            shares = zip(sinks, shares_of(len(out)), strict=True)
+            sinks = [RowSink(sink, check, share) for sink, share in shares]
+        recorder.backward(out, leaves, sinks)
+        for number, name, values in self._rest(plan.rest, batch):
+            sinks[number].add(name, Piece(0, values))
+        for sink in sinks:
+            sink.close()
         if check is not None:
             wrong = check.wrong()
             if wrong:
@@ -173,11 +183,12 @@ class HookGradientComputer(AbstractGradientComputer):
                 every,
             )
 
-    def _single(self, batch: tuple[Any, ...], sink: Sink) -> None:
-        """Send the gradient of a batch of one sample to a sink: plain autograd's, by parameter."""
+    def _single(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
+        """Send the gradients of a batch of one sample to sinks: plain autograd's, by parameter."""
         chosen = {name: p.detach().requires_grad_() for name, p in self.chosen.items()}
         with torch.enable_grad():
-            out = self.outputs(chosen, batch)
+            outputs = self.outputs(chosen, batch).reshape(-1)
+        sinks: list[Sink] = []
         found = set()
 
         def arrived(name: str, leaf: Tensor) -> None:
@@ -185,13 +196,17 @@ class HookGradientComputer(AbstractGradientComputer):
             assert grad is not None
             found.add(name)
             for piece in whole_pieces(grad):
-                sink.add(name, piece)
+                sinks[-1].add(name, piece)
 
-        if out.requires_grad:
+        if outputs.requires_grad:
             for name, leaf in chosen.items():
                 leaf.register_post_accumulate_grad_hook(partial(arrived, name))
-            out.sum().backward(inputs=list(chosen.values()))
-        sink.close()
+        for out in outputs:
+            sinks.append(make_sink(Counter()))
+            if outputs.requires_grad:
+                kept = len(sinks) < len(outputs)
+                out.backward(inputs=list(chosen.values()), retain_graph=kept)
+            sinks[-1].close()
         if not found and not self._dependent:
             raise self.no_dependence()
         self._dependent = True
@@ -232,21 +247,24 @@ class HookGradientComputer(AbstractGradientComputer):
                 return plan, recorder, out, structure, leaves
             self._use(found)  # as f of the batches before did not
 
-    def _rest(self, names: list[str], batch: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
-        """The gradients by parameters without a hook, [B, numel], from the whole model."""
+    def _rest(self, names: list[str], batch: tuple[Any, ...]) -> Iterator[tuple[int, str, Tensor]]:
+        """(number of the output, name, gradient [B, numel]) of parameters without a hook, from the
+        whole model.
+        """
         if not names:
             return
         computer: AbstractGradientComputer = FunctionalGradientComputer(
             self.model, self.task, grad_wrt=names
         )
         try:
-            grads = computer.compute_per_sample_grad(batch)
+            rows = computer.compute_rows(batch)
         except (RuntimeError, ValueError) as error:  # vmap can't follow the model
             warn_loop(self._warned, "the whole model", error)
             computer = IterativeGradientComputer(self.model, self.task, grad_wrt=names)
-            grads = computer.compute_per_sample_grad(batch)
-        for name, g in grads.items():
-            yield name, g.flatten(1) if g.dim() > 1 else g.unsqueeze(1)
+            rows = computer.compute_rows(batch)
+        for number, grads in enumerate(rows):
+            for name, g in grads.items():
+                yield number, name, g.flatten(1) if g.dim() > 1 else g.unsqueeze(1)
 
     # ---- what to hook ---------------------------------------------------------------------------
 
@@ -315,7 +333,7 @@ class HookGradientComputer(AbstractGradientComputer):
         if not shared:
             return []
         copies = batches.select(batch, [0] * SIZES[0])
-        exact = self.outputs(self.chosen, copies)
+        exact = self.outputs(self.chosen, copies).reshape(-1, SIZES[0])
 
         def unfit(some: list[Owned]) -> bool:
             try:

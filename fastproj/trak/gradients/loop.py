@@ -11,11 +11,19 @@ from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 class IterativeGradientComputer(AbstractGradientComputer):
     """A loop of ordinary backwards: slow, for models that nothing else can take."""
 
-    def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
-        """The gradients of all samples: name -> [B, *shape of the parameter]."""
+    def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
+        """Of each output of a sample, name -> [B, *shape of the parameter]."""
         size = batches.size(batch)
-        grads = {name: p.new_empty(size, *p.shape) for name, p in self.chosen.items()}
-        for row in range(size):
-            for name, g in self.gradient_of(batch, row).items():
-                grads[name][row] = 0.0 if g is None else g
-        return grads
+        rows: list[Grads] = []
+        for i in range(size):
+            gradients = self.gradients_of(batch, i)
+            if not rows:
+                rows = [
+                    {name: p.new_zeros(size, *p.shape) for name, p in self.chosen.items()}
+                    for _ in gradients
+                ]
+            for grads, gradient in zip(rows, gradients, strict=True):
+                for name, g in gradient.items():
+                    if g is not None:
+                        grads[name][i] = g
+        return rows

@@ -63,13 +63,26 @@ def weighted_gradient(
     part = batches.select(batch, rows)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
-        out = computer.outputs(chosen, part)
+        out = together(computer.outputs(chosen, part))
         if not out.requires_grad:
             return {}
         grads = torch.autograd.grad(
             out, list(chosen.values()), weights.to(out.dtype).view_as(out), allow_unused=True
         )
     return {n: dense(g) for n, g in zip(chosen, grads, strict=True) if g is not None}
+
+
+def together(outputs: Tensor) -> Tensor:
+    """One output of each sample, [B], of the outputs [R, B] of a ``TrainingOutput``; or of [B]."""
+    if outputs.dim() == 1:
+        return outputs
+    shares = torch.tensor(shares_of(len(outputs)), dtype=outputs.dtype, device=outputs.device)
+    return shares @ outputs
+
+
+def shares_of(rows: int) -> list[float]:
+    """What each output counts in the one that is checked for all of them."""
+    return [(-1) ** r / (1 + r) for r in range(rows)]
 
 
 def wide(t: Tensor) -> torch.dtype:

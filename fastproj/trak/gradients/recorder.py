@@ -19,6 +19,7 @@ from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError, by_samp
 from fastproj.trak.gradients.local import local_gradients
 from fastproj.trak.gradients.rules import Workspace, rule_for
 from fastproj.trak.gradients.sinks import Piece, Sink
+from fastproj.trak.tasks.training import TrainingOutput
 
 Dims = list[BatchDim | None]
 
@@ -64,6 +65,7 @@ class Recorder:
         self._calls: Counter[str] = Counter()
         self._anchors: dict[Any, Tensor] = {}
         self._sink: Sink | None = None
+        self._last = True  # whether no other row of outputs is to come
         self._handles: list[Any] = []
         self._listening = False
 
@@ -82,25 +84,31 @@ class Recorder:
     def outputs(
         self, computer: AbstractGradientComputer, weights: Grads, batch: tuple[Any, ...]
     ) -> Tensor:
-        """f of each sample of a batch, [B], with hooks listening."""
+        """The outputs of each sample of a batch, [1, B] or more, with hooks listening."""
         with torch.enable_grad(), no_fast_path(), self._listen():
             out = computer.outputs(weights, batch)
+        if isinstance(computer.task, TrainingOutput):
+            return out
         if out.shape != (self.size,):
             raise HooksError(
                 f"hooks: {type(computer.task).__name__}.outputs returned {list(out.shape)} for a "
                 f"batch of {self.size}; expected [{self.size}]"
             )
-        return out
+        return out.unsqueeze(0)
 
-    def backward(self, out: Tensor, leaves: list[Tensor], sink: Sink) -> None:
-        """The backward of the sum of the outputs; every module's gradients go to the sink.
+    def backward(self, outputs: Tensor, leaves: list[Tensor], sinks: list[Sink]) -> None:
+        """The backward of the sum of each row of outputs [R, B]; gradients go to that row's sink.
 
-        leaves : of the graph behind ``out``: anchors, and inputs that the model differentiates by.
+        leaves : of the graph behind ``outputs``: anchors, and inputs that the model differentiates
+            by.
         """
         if not leaves:
             return
-        self._sink = sink
-        torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+        for number, (out, sink) in enumerate(zip(outputs, sinks, strict=True), 1):
+            self._sink, self._last = sink, number == len(sinks)
+            torch.autograd.grad(
+                out, leaves, torch.ones_like(out), allow_unused=True, retain_graph=not self._last
+            )
 
     @contextmanager
     def _listen(self) -> Iterator[None]:
@@ -189,7 +197,8 @@ class Recorder:
             if any(g is not None for g in given):
                 for name, piece in call.pieces(given):
                     self._sink.add(owned.names[name], piece)
-            call.arguments = ((), {})  # let go of the activations
+            if self._last:
+                call.arguments = ((), {})  # let go of the activations
 
         if tensors:
             register_multi_grad_hook(tensors, done, mode="all")

@@ -119,6 +119,34 @@ class ProjectingSink:
             self.out.index_add_(0, piece.rows, part)
 
 
+class RowSink:
+    """Passes on the pieces of one row of outputs, and its share of them to a check of all rows."""
+
+    def __init__(self, sink: Sink, check: CheckingSink, share: float) -> None:
+        self.sink = sink
+        self.check = check
+        self.share = share
+
+    def add(self, name: str, piece: Piece) -> None:
+        """One more piece of the gradient by the parameter ``name``."""
+        self.sink.add(name, piece)
+        self.check.add(name, piece._replace(values=piece.values * self.share))
+
+    def close(self) -> None:
+        """There are no more pieces."""
+        self.sink.close()
+
+
+class NoSink:
+    """Takes pieces that nobody wants."""
+
+    def add(self, name: str, piece: Piece) -> None:
+        """Let go of it."""
+
+    def close(self) -> None:
+        """Nothing is left to do."""
+
+
 class CheckingSink:
     """Passes pieces on, and compares the weighted sum of all gradients with a known one."""
 

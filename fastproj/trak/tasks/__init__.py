@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastproj.trak.tasks.base import AbstractModelOutput, BatchedModelOutput
+from fastproj.trak.tasks.base import AbstractModelOutput, BatchedModelOutput, Terms
 from fastproj.trak.tasks.clip import CLIPModelOutput
 from fastproj.trak.tasks.function import FunctionModelOutput
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
@@ -10,6 +10,7 @@ from fastproj.trak.tasks.language import CausalLMModelOutput, Seq2SeqModelOutput
 from fastproj.trak.tasks.margin import margins
 from fastproj.trak.tasks.names import TASKS, describe_task, resolve_task
 from fastproj.trak.tasks.text import TextClassificationModelOutput
+from fastproj.trak.tasks.training import TrainingOutput, has_likelihood
 
 __all__ = [
     "TASKS",
@@ -20,8 +21,11 @@ __all__ = [
     "FunctionModelOutput",
     "ImageClassificationModelOutput",
     "Seq2SeqModelOutput",
+    "Terms",
     "TextClassificationModelOutput",
+    "TrainingOutput",
     "describe_task",
+    "has_likelihood",
     "margins",
     "resolve_task",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,6 +20,30 @@ Params = Mapping[str, Tensor]
 Batch = tuple[Any, ...]
 
 
+class Terms(NamedTuple):
+    """What a batch of training samples says of the likelihood of its labels.
+
+    The gradient of log p(y_i | x_i) is ``slope[i]`` times that of ``output[i]``. The Fisher matrix
+    is the expectation of the sum over i of ``curvature[i]`` times the outer product of the gradient
+    of ``output[i]`` with itself, and over j of that of ``drawn[i, j]``.
+
+    Outputs are linear in the logits z up to second order, with coefficients a that count as
+    constants. ``along`` and ``drawn`` have the values a . z: with logits in place of labels, these
+    are what a regression on the rows would be fitted to.
+
+    output : [B], differentiable.
+    slope, curvature, along : [B], constants. Where ``curvature`` is 0, as where samples have
+        several predictions, ``along`` is the sum of slope times a . z.
+    drawn : [B, d], differentiable; d = 0 where ``curvature`` says all.
+    """
+
+    output: Tensor
+    slope: Tensor
+    curvature: Tensor
+    along: Tensor
+    drawn: Tensor
+
+
 class AbstractModelOutput(ABC):
     """A task whose output is written for one sample, as in trak 0.3.2.
 
@@ -32,6 +56,8 @@ class AbstractModelOutput(ABC):
 
     ``q_are_probabilities`` says whether Q is 1 - p of a logistic loss, for lambda "auto"; None
     finds out from all Q of a checkpoint (``fastproj.trak.solving.ridge.meaning``).
+    ``knows_likelihood`` says whether ``likelihood_terms`` is there, for the Fisher matrix of the
+    labels' likelihood as the curvature (``TRAKer(curvature="fisher")``).
     ``model_holds_weights`` False leaves the model as it is: for tasks that need to see its own
     parameters, and call it by ``torch.func.functional_call`` alone.
     """
@@ -55,6 +81,11 @@ class AbstractModelOutput(ABC):
     ) -> Tensor:
         """Q of each sample, [B] or [B, 1]: minus the derivative of the loss by the output."""
 
+    @property
+    def knows_likelihood(self) -> bool:
+        """See above."""
+        return False
+
     def check_batch(self, batch: Batch) -> None:  # noqa: B027
         """Raise TypeError or ValueError for a batch that this task can't take."""
 
@@ -70,6 +101,21 @@ class BatchedModelOutput(AbstractModelOutput):
         """f(z; theta) of one sample, a scalar: ``outputs`` of a batch of one."""
         batch = batches.map_leaves(lambda t: t.unsqueeze(0), sample)
         return self.outputs(model, weights, buffers, batch).reshape(())
+
+    def num_predictions(self, batch: Batch) -> int:
+        """T, how many labels of a sample of this batch are predicted, at most."""
+        return 1
+
+    def likelihood_terms(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
+    ) -> Terms:
+        """What the samples say of the likelihood of their labels, from one forward.
+
+        noise : float32 [B, d, T, 3], by ``tasks.likelihood.UNIFORM``, ``OWN_SIGN`` and
+            ``OTHER_SIGN``: numbers in 0..1 and two signs, for each of d rows to draw and each of T
+            predictions of a sample.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says nothing of a likelihood")
 
 
 def call(model: Any, weights: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:

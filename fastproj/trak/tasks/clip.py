@@ -16,11 +16,13 @@ from fastproj.trak.tasks.base import (
     Batch,
     BatchedModelOutput,
     Params,
+    Terms,
     call,
     check_temperature,
     describe_parts,
 )
 from fastproj.trak.tasks.language import forward_names
+from fastproj.trak.tasks.likelihood import prediction_terms
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -84,6 +86,11 @@ class CLIPModelOutput(BatchedModelOutput):
         self.seed = seed
         self._by_checkpoint: dict[str, Embeddings] = {}
         self._current: tuple[tuple[int, ...], Embeddings] | None = None
+
+    @property
+    def knows_likelihood(self) -> bool:
+        """It does."""
+        return True
 
     def get_embeddings(
         self,
@@ -178,6 +185,27 @@ class CLIPModelOutput(BatchedModelOutput):
             return (
                 torch.sigmoid(to_texts.logsumexp(1)) + torch.sigmoid(to_images.logsumexp(1))
             ) / 2
+
+    def num_predictions(self, batch: Batch) -> int:
+        """Two: the text of the image, and the image of the text."""
+        return 2
+
+    def likelihood_terms(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
+    ) -> Terms:
+        """Those of both predictions, at half weight each, as in the loss that CLIP is trained by.
+
+        The classes are the right partner and those of the simulated batch.
+        """
+        others = self._embeddings(model)
+        u, v, scale = embed(model, weights, buffers, batch)
+        scale = scale if self.temperature is None else self.temperature
+        own = (u * v).sum(1, keepdim=True)  # [B, 1]
+        to_texts = torch.cat([own, u @ others.texts.T], 1)  # [B, 1 + S]
+        to_images = torch.cat([own, v @ others.images.T], 1)
+        logits = scale * torch.stack([to_texts, to_images], 1)  # [B, 2, 1 + S]
+        right = torch.zeros_like(logits[..., 0], dtype=torch.long)
+        return prediction_terms(logits, right, torch.full_like(logits[..., 0], 0.5), noise)
 
     def _embeddings(self, model: nn.Module) -> Embeddings:
         """The simulated batch of the checkpoint that the model holds now."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastproj.checks import describe
 from fastproj.trak import batches
-from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, holding
+from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, Terms, holding
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,36 @@ class FunctionModelOutput(BatchedModelOutput):
     loss : ``loss(f) -> Tensor [B]``, the training loss as a function of the outputs [B], for
         Q = -dL/df; for a log-odds it is ``lambda f: torch.nn.functional.softplus(-f)``. None is the
         loss -f: Q = 1.
+    likelihood : ``likelihood(f, batch) -> Tensor [B]``, the log-likelihood of each sample's label,
+        a concave function of its output f, but for a constant: for a regression
+        ``lambda f, batch: -0.5 * (batch[1] - f) ** 2``, with counts for labels
+        ``lambda f, batch: batch[1] * f - f.exp()``. With it the curvature of the loss is known
+        exactly (see ``TRAKer(curvature=...)``), and Q is its slope; ``loss`` is left out.
 
     ``TRAKer(task=function)`` is the same as ``TRAKer(task=FunctionModelOutput(function))``.
     """
 
     output: Callable[[Any, Any], Tensor]
     loss: Callable[[Tensor], Tensor] | None = None
+    likelihood: Callable[[Tensor, Any], Tensor] | None = None
 
     model_holds_weights: ClassVar[bool] = False  # ``outputs`` itself sees to it
 
+    def __post_init__(self) -> None:
+        if self.loss is not None and self.likelihood is not None:
+            raise ValueError(
+                "FunctionModelOutput: received both loss and likelihood; expected one of them "
+                "(Q is the slope of the likelihood)"
+            )
+
+    @property
+    def knows_likelihood(self) -> bool:
+        """Whether one was given."""
+        return self.likelihood is not None
+
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """The function of a batch, [B]."""
-        given = batch
-        if len(batch) == 1 and (isinstance(batch[0], Mapping) or batches.holds_samples(batch[0])):
-            given = batch[0]
-        out = holding(model, weights, buffers, self.output, model, given)
+        out = holding(model, weights, buffers, self.output, model, as_given(batch))
         size = batches.size(batch)
         if not isinstance(out, Tensor) or out.shape not in ((size,), (size, 1)):
             received = describe(out) if isinstance(out, Tensor) else type(out).__name__
@@ -56,15 +71,44 @@ class FunctionModelOutput(BatchedModelOutput):
         """-dL/df of each sample, [B]."""
         with torch.no_grad():
             out = self.outputs(model, weights, buffers, batch).detach()
+        if self.likelihood is not None:
+            return self._slope(out, batch)
         if self.loss is None:
             return torch.ones_like(out)
-        with torch.enable_grad():
-            out.requires_grad_()
-            losses = self.loss(out)
-            if losses.shape != out.shape:
-                raise ValueError(
-                    f"FunctionModelOutput: loss returned {list(losses.shape)} for outputs "
-                    f"{list(out.shape)}; expected one loss for each"
-                )
-            (slope,) = torch.autograd.grad(losses.sum(), out)
-        return -slope
+        return -derivative("loss", self.loss, out)
+
+    def likelihood_terms(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
+    ) -> Terms:
+        """One row of each sample, its output's, with minus the second derivative as its weight."""
+        out = self.outputs(model, weights, buffers, batch)
+        made: Any = torch.func.vjp(lambda f: self._slope(f, batch), out.detach())
+        slope, pull = made
+        (second,) = pull(torch.ones_like(slope))
+        return Terms(out, slope, -second, out.detach(), out.new_zeros(len(out), 0))
+
+    def _slope(self, out: Tensor, batch: Batch) -> Tensor:
+        """The derivative of the log-likelihood by the outputs, [B]."""
+        assert self.likelihood is not None
+        likelihood, given = self.likelihood, as_given(batch)
+        return derivative("likelihood", lambda f: likelihood(f, given), out)
+
+
+def as_given(batch: Batch) -> Any:
+    """A batch as ``featurize`` got it: a dict or an object that holds samples stands alone."""
+    if len(batch) == 1 and (isinstance(batch[0], Mapping) or batches.holds_samples(batch[0])):
+        return batch[0]
+    return batch
+
+
+def derivative(name: str, function: Callable[[Tensor], Tensor], f: Tensor) -> Tensor:
+    """The derivative of a function of each output by itself, [B]."""
+    made: Any = torch.func.vjp(function, f)
+    values, pull = made
+    if values.shape != f.shape:
+        raise ValueError(
+            f"FunctionModelOutput: {name} returned {list(values.shape)} for outputs "
+            f"{list(f.shape)}; expected one for each"
+        )
+    slope: Tensor = pull(torch.ones_like(values))[0]
+    return slope

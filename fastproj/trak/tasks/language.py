@@ -15,11 +15,13 @@ from fastproj.trak.tasks.base import (
     Batch,
     BatchedModelOutput,
     Params,
+    Terms,
     call,
     describe_parts,
     is_index,
     logits_of,
 )
+from fastproj.trak.tasks.likelihood import prediction_terms
 from fastproj.trak.tasks.margin import margins
 
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss and Hugging Face: no target here
@@ -47,6 +49,11 @@ class TokenModelOutput(BatchedModelOutput):
                 f"{type(self).__name__}: received reduction={reduction!r}; expected 'sum' or 'mean'"
             )
         self.reduction = reduction
+
+    @property
+    def knows_likelihood(self) -> bool:
+        """It does."""
+        return True
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -100,6 +107,21 @@ class TokenModelOutput(BatchedModelOutput):
             self._check_logits(logits, labels)
             margin, mask = token_margins(logits, labels)
             return torch.where(mask, torch.sigmoid(-margin), 0.0).sum(1) / mask.sum(1)
+
+    def num_predictions(self, batch: Batch) -> int:
+        """The number of labels of a sample."""
+        return int(self.targets(self.inputs(batch)["labels"]).shape[1])
+
+    def likelihood_terms(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
+    ) -> Terms:
+        """Those of every target token; with reduction "mean", of their mean log-likelihood."""
+        logits, labels = self.predictions(model, weights, buffers, self.inputs(batch))
+        mask = labels != IGNORE_INDEX
+        counts = mask.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.reduction == "mean":
+            counts = counts / counts.sum(1, keepdim=True)
+        return prediction_terms(logits, labels, counts, noise)
 
     def _check_logits(self, logits: Tensor, labels: Tensor) -> None:
         if logits.dim() != 3 or logits.shape[:2] != labels.shape or logits.shape[2] < 2:

@@ -54,6 +54,6 @@ def describe_task(task: Any) -> str:
     settings = {
         key: getattr(value, "__name__", type(value).__name__) if callable(value) else value
         for key, value in vars(task).items()
-        if not key.startswith("_")
+        if not key.startswith("_") and (key, value) != ("likelihood", None)
     }
     return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"

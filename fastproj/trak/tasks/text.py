@@ -12,11 +12,13 @@ from fastproj.trak.tasks.base import (
     Batch,
     BatchedModelOutput,
     Params,
+    Terms,
     call,
     check_temperature,
     describe_parts,
     logits_of,
 )
+from fastproj.trak.tasks.likelihood import class_terms
 from fastproj.trak.tasks.margin import check_labels, classification_q, margins
 
 NAME = "text_classification"
@@ -41,6 +43,11 @@ class TextClassificationModelOutput(BatchedModelOutput):
 
     def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = check_temperature(type(self).__name__, temperature)
+
+    @property
+    def knows_likelihood(self) -> bool:
+        """Not of a temperature, which is that of Q alone."""
+        return self.temperature == 1
 
     def check_batch(self, batch: Batch) -> None:
         """Model inputs and integer labels [B]."""
@@ -69,6 +76,15 @@ class TextClassificationModelOutput(BatchedModelOutput):
         with torch.no_grad():
             logits = logits_of(NAME, call(model, weights, buffers, **inputs))
             return classification_q(NAME, logits, labels, self.temperature)
+
+    def likelihood_terms(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
+    ) -> Terms:
+        """Those of one class of each sample."""
+        inputs = as_inputs(batch)
+        labels = inputs.pop("labels")
+        logits = logits_of(NAME, call(model, weights, buffers, **inputs))
+        return class_terms(logits, labels, noise)
 
 
 def as_inputs(batch: Batch) -> dict[str, Any]:

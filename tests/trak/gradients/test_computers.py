@@ -56,11 +56,11 @@ def test_chunks_follow_one_another_and_respect_the_limit(monkeypatch):
     computer = FunctionalGradientComputer(model, ImageClassificationModelOutput())
     per_sample = sum(p.numel() * 8 for p in model.parameters())
     monkeypatch.setattr(module, "GRAD_BYTES", 3 * per_sample + 1)
-    chunks = list(computer.iter_per_sample_grads(batch))
+    chunks = [grads for (grads,) in computer.iter_rows(batch)]
     assert [len(chunk["fc.bias"]) for chunk in chunks] == [3, 3, 3, 1]
     torch.testing.assert_close(torch.cat([flat(c) for c in chunks]), cases.gradients(model, batch))
     monkeypatch.setattr(module, "GRAD_BYTES", 1)
-    assert computer.samples_at_once() == 1
+    assert computer.samples_at_once(batch) == 1
 
 
 def test_tied_parameters_count_once():

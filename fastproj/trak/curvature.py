@@ -1,0 +1,143 @@
+"""The curvature in the inverse: which one, and which of its rows are drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastproj.spec import philox4x32_10
+from fastproj.trak.files import Indices
+from fastproj.trak.gradients import AbstractGradientComputer
+from fastproj.trak.solving.solve import AUTO, Lambda
+from fastproj.trak.tasks import has_likelihood
+
+FISHER, TRAK = "fisher", "trak"
+CURVATURES = (AUTO, FISHER, TRAK)
+RUN = 16  # samples that follow one another are drawn for together: batches split into few sizes
+PER_DIM = 2  # samples that are drawn for, for each dimension of the features
+SALT = 0x46697368  # of random numbers for drawing: not those of the projection
+MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """The Fisher matrix of the labels' likelihood as the curvature, and what it is estimated from.
+
+    Parameters
+    ----------
+    samples : m, how many training samples rows are drawn for; None is ``min(n, 2 k)``. The rest of
+        the matrix is from all n.
+    draws : d, how many rows are drawn for each of them.
+    """
+
+    samples: int | None = None
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("samples", self.samples, 1), ("draws", self.draws, 1)):
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= least):
+                raise ValueError(
+                    f"Fisher: received {name}={value!r}; expected an integer >= {least}"
+                )
+
+
+def resolve_curvature(
+    curvature: Any, lambda_reg: Lambda, task: Any, gradient_computer: Any
+) -> Fisher | None:
+    """What ``TRAKer(curvature=...)`` says: the settings of "fisher", or None for "trak".
+
+    "auto" is "fisher" where lambda is chosen and the task knows the likelihood of its labels.
+    """
+    known = isinstance(curvature, Fisher) or curvature in CURVATURES
+    if not known:
+        raise ValueError(
+            f"TRAKer: received curvature={curvature!r:.80}; expected "
+            f"{', '.join(map(repr, CURVATURES))}, or fastproj.trak.Fisher(...)"
+        )
+    ours = isinstance(gradient_computer, type) and issubclass(
+        gradient_computer, AbstractGradientComputer
+    )
+    if curvature == AUTO:
+        return Fisher() if lambda_reg == AUTO and ours and has_likelihood(task) else None
+    if curvature == TRAK:
+        return None
+    if not has_likelihood(task):
+        raise ValueError(
+            f"TRAKer: received curvature={curvature!r} with the task {type(task).__name__}, which "
+            "doesn't say what the likelihood of its labels is; expected a task of fastproj's, "
+            "FunctionModelOutput(..., likelihood=), one with likelihood_terms of its own, or "
+            'curvature="trak"'
+        )
+    if not ours:
+        raise ValueError(
+            f"TRAKer: received curvature={curvature!r} with a gradient_computer that takes the "
+            'gradients of one output only; expected "auto", "hooks", "func", "loop" or a subclass '
+            'of fastproj.trak.AbstractGradientComputer, or curvature="trak"'
+        )
+    return curvature if isinstance(curvature, Fisher) else Fisher()
+
+
+class Draws:
+    """Which rows of the Fisher matrix are drawn: a function of the seed and the sample alone.
+
+    Parameters
+    ----------
+    n : the number of training samples.
+    proj_dim : k.
+    fisher : what was asked for.
+    seed : 0 <= seed < 2^64.
+    """
+
+    def __init__(self, n: int, proj_dim: int, fisher: Fisher, seed: int) -> None:
+        self.n = n
+        self.draws = fisher.draws
+        self.key = (seed & MASK) ^ SALT, seed >> 32
+        runs = -(-n // RUN)
+        wanted = min(n, PER_DIM * proj_dim if fisher.samples is None else fisher.samples)
+        self._chosen = np.ones(runs, np.bool_)
+        count = -(-wanted // RUN)
+        if count < runs:
+            numbers = np.arange(runs, dtype=np.uint64)
+            words = philox4x32_10((numbers & MASK, numbers >> 32, MASK, MASK), self.key)
+            order = np.argsort((words[0] << np.uint64(32)) | words[1], kind="stable")
+            self._chosen[order[count:]] = False
+        sizes = np.full(runs, RUN)
+        sizes[-1] = n - RUN * (runs - 1)
+        self.count = int(sizes[self._chosen].sum())
+
+    @property
+    def weight(self) -> float:
+        """What each drawn row counts, for those of samples that none were drawn for."""
+        return self.n / self.count
+
+    def chosen(self, inds: Indices) -> npt.NDArray[np.bool_]:
+        """Which of the samples ``inds`` [b] rows are drawn for."""
+        return self._chosen[inds // RUN]
+
+    def rows(self, inds: Indices) -> Indices:
+        """The numbers of the rows of samples ``inds`` [b], int64 [b, d]."""
+        return inds[:, None] * self.draws + np.arange(self.draws)
+
+    def noise(self, model_id: int, inds: Indices, predictions: int, some: bool = True) -> Tensor:
+        """The random numbers of ``likelihood_terms`` for samples ``inds`` [b]: [b, d, T, 3].
+
+        Those of a prediction depend on its number, and on nothing else in the batch. ``some``
+        False: d is 0.
+        """
+        draws = self.draws if some else 0
+        numbers = inds.astype(np.uint64)[:, None, None]
+        place = np.arange(predictions, dtype=np.uint64)
+        draw = np.arange(draws, dtype=np.uint64)[:, None]
+        high = (numbers >> np.uint64(32) << np.uint64(16)) | draw
+        words = philox4x32_10((numbers & MASK, place, high, np.uint64(model_id)), self.key)
+        noise = np.empty((*words.shape[1:], 3), np.float32)
+        noise[..., 0] = ((words[0] >> np.uint64(9)).astype(np.float64) + 0.5) * 2.0**-23
+        for place_of_sign in (1, 2):
+            noise[..., place_of_sign] = 1.0 - 2.0 * (words[place_of_sign] & np.uint64(1))
+        return torch.from_numpy(noise)

@@ -1,0 +1,108 @@
+"""The likelihood of the labels: its gradient, and the rows that its Fisher matrix is made of.
+
+For logits z with probabilities p, label y and J = dz / d theta, the Fisher matrix of a prediction,
+which is the Gauss-Newton matrix of its cross-entropy loss, is J^T (diag p - p p^T) J. With
+p = p_y, q = 1 - p and pi the probabilities of the other classes, over q,
+
+    diag p - p p^T = p q (e_y - pi) (e_y - pi)^T + q (diag pi - pi pi^T)
+
+The first part is along the gradient of the log-odds f = log(p / q), since df/dz = e_y - pi. The
+second is the expectation of ``q (e_c - pi) (e_c - pi)^T`` over a class c drawn from pi. So a sample
+gives one row exactly and one by drawing. (To draw y itself from p would also be unbiased, but of a
+network that fits its labels a rare draw with a huge gradient would be most of the matrix.)
+
+Samples of several predictions (tokens) share a row. Each part of each prediction has a random sign,
+so that the products of different ones cancel in expectation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastproj.trak.tasks.base import Terms
+from fastproj.trak.tasks.margin import margins
+
+UNIFORM, OWN_SIGN, OTHER_SIGN = range(3)  # of the last dimension of noise
+
+
+def class_terms(logits: Tensor, labels: Tensor, noise: Tensor) -> Terms:
+    """One class of each sample; logits [B, C], labels [B], noise [B, d, 1, 3].
+
+    For two classes there is one other, and nothing to draw.
+    """
+    z = at_least_single(logits)
+    f = margins(z, labels)
+    q, p = torch.sigmoid(-f.detach()), torch.sigmoid(f.detach())
+    draws = noise.shape[1] if z.shape[-1] > 2 else 0
+    own, mean, others = contrasts(z, labels, noise[:, :draws, 0, UNIFORM])
+    scale = (q / max(draws, 1)).sqrt().unsqueeze(-1)
+    drawn = scale * (others - mean.unsqueeze(-1))
+    return Terms(f, q, p * q, (own - mean).detach(), drawn)
+
+
+def prediction_terms(logits: Tensor, labels: Tensor, weights: Tensor, noise: Tensor) -> Terms:
+    """Several predictions of each sample, whose log-likelihoods count ``weights``.
+
+    logits [B, T, C], labels [B, T], weights [B, T] (0: not there), noise [B, d, T, 3].
+    """
+    z = at_least_single(logits)
+    weights, noise = weights.to(z.dtype), noise.to(z.dtype)
+    there = weights > 0
+    labels = torch.where(there, labels, 0)
+    f = margins(z.detach(), labels)
+    q, p = torch.sigmoid(-f), torch.sigmoid(f)
+    log_p = z.log_softmax(-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+    own, mean, others = contrasts(z, labels, noise[..., UNIFORM].mT)  # [B, T], and [B, T, d]
+    of_own = (weights * p * q).sqrt().unsqueeze(-1) * noise[..., OWN_SIGN].mT  # [B, T, d]
+    of_other = (weights * q).sqrt().unsqueeze(-1) * noise[..., OTHER_SIGN].mT
+    rows = of_own * (own - mean).unsqueeze(-1) + of_other * (others - mean.unsqueeze(-1))
+    drawn = torch.where(there.unsqueeze(-1), rows, 0.0).sum(1) / max(noise.shape[1], 1) ** 0.5
+    along = torch.where(there, weights * q * (own - mean).detach(), 0.0).sum(1)
+    output = torch.where(there, weights * log_p, 0.0).sum(1)
+    return Terms(output, torch.ones_like(along), torch.zeros_like(along), along, drawn)
+
+
+def log_odds_terms(log_odds: Tensor, noise: Tensor) -> Terms:
+    """Yes-or-no predictions; log_odds [B, L] of the right answers, noise [B, d, L, 3].
+
+    One of them is its own row; several share drawn ones.
+    """
+    f = at_least_single(log_odds)
+    q, p = torch.sigmoid(-f.detach()), torch.sigmoid(f.detach())
+    if f.shape[1] == 1:
+        q = q[:, 0]
+        return Terms(f[:, 0], q, q * p[:, 0], f[:, 0].detach(), f.new_zeros(len(f), 0))
+    signs = noise[..., OWN_SIGN].to(f.dtype)  # [B, d, L]
+    rows = signs * ((p * q).sqrt() * f).unsqueeze(1)
+    drawn = rows.sum(-1) / max(noise.shape[1], 1) ** 0.5
+    along = (q * f.detach()).sum(1)
+    output = F.logsigmoid(f).sum(1)
+    return Terms(output, torch.ones_like(along), torch.zeros_like(along), along, drawn)
+
+
+def contrasts(z: Tensor, labels: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z_y, pi . z, z_c): of the label, on average over the others, and of others that are drawn.
+
+    z : [..., C]. labels : [...]. uniform : [..., d], in 0..1. pi counts as a constant.
+    Returns [...], [...] and [..., d]; class c is drawn from pi by the inverse of its distribution.
+    """
+    index = labels.long().unsqueeze(-1)
+    others = z.detach().scatter(-1, index, -torch.inf).softmax(-1)  # pi
+    mean = torch.where(others > 0, others * z, 0.0).sum(-1)  # a logit may be -inf
+    own = z.gather(-1, index).squeeze(-1)
+    if not uniform.shape[-1]:
+        return own, mean, z.new_zeros(uniform.shape)
+    below = others.cumsum(-1)
+    last = below[..., -1]
+    picked = [
+        (below <= (u.to(z.dtype) * last).unsqueeze(-1)).sum(-1).clamp(max=z.shape[-1] - 1)
+        for u in uniform.unbind(-1)
+    ]
+    return own, mean, z.gather(-1, torch.stack(picked, -1))
+
+
+def at_least_single(logits: Tensor) -> Tensor:
+    """Logits in float32 or more: sums over classes and tokens are not for 16 bits."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,64 @@
+"""What training samples are differentiated by, where the curvature is that of the likelihood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, Terms, run
+
+OWN = ("outputs", "get_output", "get_out_to_loss_grad")  # methods that a likelihood belongs to
+
+
+class TrainingOutput(BatchedModelOutput):
+    """What training samples are differentiated by: ``Terms.output``, and the drawn rows.
+
+    A batch is that of ``task`` with the noise of ``likelihood_terms`` as one more part.
+    """
+
+    model_holds_weights = False  # ``run`` sees to it
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+
+    @staticmethod
+    def rows_at_most(batch: Batch) -> int:
+        """How many outputs a sample of a batch has, at most."""
+        return 1 + int(batch[-1].shape[1])
+
+    def terms(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Terms:
+        """The terms of a batch."""
+        *parts, noise = batch
+        terms: Terms = run(self.task.likelihood_terms, model, weights, buffers, tuple(parts), noise)
+        return terms
+
+    def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
+        """[1 + d, B]: the output of each sample, and its drawn rows."""
+        terms = self.terms(model, weights, buffers, batch)
+        return torch.cat([terms.output.unsqueeze(0), terms.drawn.T])
+
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch
+    ) -> Tensor:
+        """The slope of each sample, [B]."""
+        with torch.no_grad():
+            return self.terms(model, weights, buffers, batch).slope
+
+
+def has_likelihood(task: Any) -> bool:
+    """Whether a task says what the likelihood of its labels is.
+
+    A subclass that has outputs or Q of its own, but the likelihood of a task of ours, doesn't: the
+    two need not belong together.
+    """
+    if not getattr(task, "knows_likelihood", False):
+        return False
+    places = {name: definer(type(task), name) for name in (*OWN, "likelihood_terms")}
+    return all(places["likelihood_terms"] <= places[name] for name in OWN)
+
+
+def definer(kind: type, name: str) -> int:
+    """How far up among the ancestors of a class the method ``name`` is defined."""
+    return next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), len(kind.__mro__))
