@@ -90,6 +90,7 @@ class ShardIndex:
         default_factory=dict
     )  # places of files, by level
     redundant: list[Path] = field(default_factory=list)  # files with nothing of their own
+    distrusted: bool = False  # whether files on trust were left out: see Store.distrust
 
     @classmethod
     def empty(cls, n: int) -> ShardIndex:
@@ -136,8 +137,12 @@ class ShardIndex:
         return 1 + max((int(key.split("-")[0]) for key in self.keys), default=-1)
 
     def content_digest(self) -> str:
-        """Hash of what all samples contain: features of other data have another."""
-        return tensor_digest(torch.from_numpy(self.content))
+        """Hash of what all samples contain: features of other data have another.
+
+        So have those of the same data that took the place of features on trust.
+        """
+        content = tensor_digest(torch.from_numpy(self.content))
+        return f"{content}-distrusted" if self.distrusted else content
 
     def layout_digest(self) -> str:
         """Hash of the batches' keys: what decides the order in which features are read."""

@@ -281,7 +281,9 @@ class Store:
                     found.append((file, inds, tensors["content"].numpy()))
 
             scan(self.shard_dir(model_id, exp_name), role_of(exp_name), read)
-            self._indices[key] = ShardIndex.of(n, found, replace=exp_name is not None)
+            index = ShardIndex.of(n, found, replace=exp_name is not None)
+            index.distrusted = distrusted
+            self._indices[key] = index
         return self._indices[key]
 
     def forget_index(self, model_id: int, exp_name: str | None = None) -> None:
@@ -293,7 +295,10 @@ class Store:
         return (self.model_dir(model_id) / "distrusted.json").exists()
 
     def distrust(self, model_id: int, reason: str) -> None:
-        """Let what was kept on trust for a checkpoint not count any more, in any process."""
+        """Let what was kept on trust for a checkpoint not count any more, in any process.
+
+        Nor does what was made of it: Gram matrices carry the index's ``content_digest``.
+        """
         write_json(self.model_dir(model_id) / "distrusted.json", {"reason": reason})
         self.forget()
 

@@ -192,6 +192,43 @@ def test_what_is_found_while_scoring_counts_for_the_training_samples(tmp_path):
         scorer.finalize_scores("test")
 
 
+@pytest.mark.parametrize("lambda_reg", [0.1, "auto"])
+@pytest.mark.parametrize("n", [6, N], ids=["dual", "primal"])
+def test_a_system_made_of_disproved_features_does_not_count(n, lambda_reg, tmp_path):
+    """The data are the same when they are featurized again; their features are not."""
+    model = fitted(Switched(marked))
+    x = floats(n)
+    x[5] = 7  # mixes a batch that is not checked: the third of its kind
+    targets = floats(6, seed=1)
+    targets[2] = 7
+    options = {"lambda_reg": lambda_reg}
+
+    def score(traker):
+        traker.start_scoring_checkpoint("test", model.state_dict(), 0, 6)
+        traker.score((targets, torch.arange(6) % 4), num_samples=6)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traker = make(model, tmp_path / "auto", n, **options)
+        featurize(traker, model, x, [2] * 3 + [1] * (n - 6))
+        traker.finalize_features()
+        score(traker)
+        for one in (traker, make(model, tmp_path / "auto", n, **options)):
+            one.load_checkpoint(model.state_dict(), 0)
+            featurize(one, model, x, [1] * n)  # Q of a batch would be of mixed samples, too
+            with pytest.raises(NotReadyError, match="not finalised; call finalize_features"):
+                one.start_scoring_checkpoint("test", model.state_dict(), 0, 6)
+        one.finalize_features()
+        score(one)
+        exact = make(model, tmp_path / "loop", n, gradient_computer="loop", **options)
+        featurize(exact, model, x, [1] * n)
+        exact.finalize_features()
+        score(exact)
+    torch.testing.assert_close(
+        torch.tensor(one.finalize_scores("test")), torch.tensor(exact.finalize_scores("test"))
+    )
+
+
 def test_the_new_samples_of_a_half_done_batch_are_a_batch_of_their_own(tmp_path):
     model = fitted(Switched(lambda x: len(x) == 2))
     x = floats()
