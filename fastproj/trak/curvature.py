@@ -13,8 +13,9 @@ from torch import Tensor
 from fastproj.spec import philox4x32_10
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import AbstractGradientComputer
+from fastproj.trak.inputs import check_finite
 from fastproj.trak.solving.solve import AUTO, Lambda
-from fastproj.trak.tasks import has_likelihood
+from fastproj.trak.tasks import Terms, has_likelihood
 
 FISHER, TRAK = "fisher", "trak"
 CURVATURES = (AUTO, FISHER, TRAK)
@@ -111,10 +112,9 @@ class Draws:
         sizes[-1] = n - RUN * (runs - 1)
         self.count = int(sizes[self._chosen].sum())
 
-    @property
-    def weight(self) -> float:
-        """What each drawn row counts, for those of samples that none were drawn for."""
-        return self.n / self.count
+    def describe(self) -> str:
+        """What is stored and said of it."""
+        return f"fisher, {self.draws} row(s) drawn for {self.count} of {self.n} samples"
 
     def chosen(self, inds: Indices) -> npt.NDArray[np.bool_]:
         """Which of the samples ``inds`` [b] rows are drawn for."""
@@ -141,3 +141,28 @@ class Draws:
         for place_of_sign in (1, 2):
             noise[..., place_of_sign] = 1.0 - 2.0 * (words[place_of_sign] & np.uint64(1))
         return torch.from_numpy(noise)
+
+
+def check_terms(terms: Terms, size: int, inds: Indices) -> None:
+    """Raise ValueError unless what a task says of a likelihood can be right."""
+    for name in ("output", "slope", "curvature", "along"):
+        values = getattr(terms, name)
+        if values.shape != (size,):
+            raise ValueError(
+                f"featurize: the task's likelihood_terms returned {name} {list(values.shape)} for "
+                f"a batch of {size}; expected [{size}]"
+            )
+        if name != "output":
+            check_finite("featurize", name, values, inds)
+    if terms.drawn.dim() != 2 or len(terms.drawn) != size:
+        raise ValueError(
+            f"featurize: the task's likelihood_terms returned drawn {list(terms.drawn.shape)} for "
+            f"a batch of {size}; expected [{size}, d]"
+        )
+    convex = (terms.curvature < 0).nonzero()
+    if len(convex):
+        row = int(convex[0])
+        raise ValueError(
+            f"featurize: sample {inds[row]} has the curvature {float(terms.curvature[row]):g}; "
+            "expected none below 0, as of a log-likelihood that is concave in the output"
+        )

@@ -1,10 +1,15 @@
 """TRAKer: attribution of model outputs to training samples (TRAK, arXiv 2303.14186).
 
-For checkpoints c = 1..M with projection matrices P_c and features phi_c(z) = P_c^T grad f(z):
+For checkpoints c = 1..M with projection matrices P_c and features phi_c(z) = P_c^T grad f(z), the
+influence of training sample i on the output f of a target z is, by one Newton step,
 
-    tau(z) = (1/M sum_c phi_c(z) (Phi_c^T W_c Phi_c + lambda I)^-1 Phi_c^T) * (1/M sum_c Q_c)
+    tau(z)_i = 1/M sum_c phi_c(z)^T (F_c + lambda_c I)^-1 P_c^T grad log p(y_i | x_i)
 
-W is the curvature of the loss, Q (1 - Q), where lambda is chosen ("auto"), and 1 where it is given.
+with F the Fisher matrix of the labels' likelihood, projected. TRAK is
+
+    tau(z) = (1/M sum_c phi_c(z) (Phi_c^T Phi_c + lambda I)^-1 Phi_c^T) * (1/M sum_c Q_c)
+
+which is the same for labels of two classes and no fit. docs/research/lambda.md compares the two.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
 from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.checkpoints import LoadedModel, load_state
+from fastproj.trak.curvature import Draws, Fisher, check_terms, resolve_curvature
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
 from fastproj.trak.files import Indices
 from fastproj.trak.fingerprints import layout_fingerprint
@@ -53,15 +59,20 @@ from fastproj.trak.inputs import (
 from fastproj.trak.progress import progress
 from fastproj.trak.saver import Saver
 from fastproj.trak.solving.finalizing import finalize, solution_of
-from fastproj.trak.solving.scoring import self_scores, target_chunks, write_scores
+from fastproj.trak.solving.scoring import (
+    self_scores,
+    takes_own_q,
+    target_chunks,
+    write_scores,
+)
 from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, Solution, check_lambda
 from fastproj.trak.store.scores import (
     ScoresWriter,
     TopWriter,
     read_top_scores,
 )
-from fastproj.trak.store.store import NotReadyError
-from fastproj.trak.tasks import describe_task, resolve_task
+from fastproj.trak.store.store import DRAWN, NotReadyError
+from fastproj.trak.tasks import TrainingOutput, describe_task, resolve_task
 
 MAX_SAMPLES = 1 << 48
 
@@ -106,12 +117,18 @@ class TRAKer:
     projector_seed : 0 <= seed < 2^64, where ``projector`` is None.
     grad_wrt : names of the parameters to take gradients by; "trainable" is those that have
         ``requires_grad``, None all.
-    lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features and Q, and
-        weighs the samples by the curvature of their loss (see ``fastproj.trak.solving.ridge``). A
-        number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean
-        eigenvalue.
+    lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features (see
+        ``fastproj.trak.solving.ridge``). A number is added to the diagonal of XtX, as in TRAK;
+        "0.1*mean" is 0.1 times its mean eigenvalue. With ``curvature="fisher"`` it is added to the
+        Fisher matrix instead.
     kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. "sjlt"
         costs a few additions an entry of the gradient, the dense kinds proj_dim multiply-adds.
+    curvature : what the inverse is of. "fisher": the Fisher matrix of the labels' likelihood, which
+        is the Gauss-Newton matrix of the loss; training samples then count by the gradient of their
+        log-likelihood. Some of its rows are drawn at random, at the cost of a second backward for
+        at most 2 k samples (``fastproj.trak.Fisher`` has settings). "trak": TRAK's Phi^T Phi, with
+        weights Q (1 - Q) where lambda is "auto". "auto" is "fisher" where ``lambda_reg`` is "auto"
+        and the task knows its likelihood, as all of fastproj's tasks do but plain functions.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
         yes where there are several. False: this process works by itself.
 
@@ -144,6 +161,7 @@ class TRAKer:
         *,
         kind: str = "rademacher",
         block: SupportsIndex | None = None,
+        curvature: str | Fisher = AUTO,
         distributed: bool | None = None,
     ) -> None:
         logger.setLevel(logging_level)
@@ -169,14 +187,18 @@ class TRAKer:
             )
         self.projector = check_projector(projector)
         self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
-        self.gradient_computer = resolve_gradient_computer(gradient_computer)(
-            model=self.model,
-            task=self.task,
-            grad_dim=self.num_params_for_grad,
-            dtype=self.dtype,
-            device=self.device,
-            grad_wrt=self.grad_wrt,
-        )
+        self._computer_class = resolve_gradient_computer(gradient_computer)
+        self.gradient_computer = self._computer_of(self.task)
+        seed = int(getattr(projector, "seed", 0))
+        self.fisher = resolve_curvature(curvature, self.lambda_reg, self.task, self._computer_class)
+        self._takes_lambda = curvature != AUTO  # of a number, too
+        self._draws: Draws | None = None
+        identity_of_curvature = {}
+        if self.fisher is not None:
+            self._draws = Draws(self.train_set_size, self.proj_dim, self.fisher, seed)
+            self._training_computer = self._computer_of(TrainingOutput(self.task))
+            identity_of_curvature = {"curvature": self._draws.describe()}
+            logger.info("curvature: %s", self._draws.describe())
         self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
             self.device
         )
@@ -185,18 +207,20 @@ class TRAKer:
             {
                 "spec_version": SPEC_VERSION,
                 "projector": f"{type(projector).__module__}.{type(projector).__qualname__}",
-                "seed": int(getattr(projector, "seed", 0)),
+                "seed": seed,
                 **matrix_of(projector),
                 "proj_dim": self.proj_dim,
                 "num_params": self.num_params_for_grad,
                 "parameter_layout": layout_fingerprint(model, names),
                 "task": describe_task(self.task),
                 "train_set_size": self.train_set_size,
+                **identity_of_curvature,
             },
             self.train_set_size,
             self.proj_dim,
             load_from_save_dir,
             use_half_precision,
+            1 if self.fisher is None else self.fisher.draws,
         )
         self.saver.features_of = self._finalized_features
         self.save_dir = self.saver.save_dir
@@ -208,6 +232,17 @@ class TRAKer:
         self._warned_autocast = False
         self._warned_mixed: set[str | None] = set()  # of the training set (None) or an experiment
         self._lists = batches.Lists()
+
+    def _computer_of(self, task: Any) -> Any:
+        """A gradient computer for a task."""
+        return self._computer_class(
+            model=self.model,
+            task=task,
+            grad_dim=self.num_params_for_grad,
+            dtype=self.dtype,
+            device=self.device,
+            grad_wrt=self.grad_wrt,
+        )
 
     # ---- featurizing ----------------------------------------------------------------------------
 
@@ -277,6 +312,8 @@ class TRAKer:
         self.model.eval()
         self._loaded = LoadedModel(self.model)
         self.gradient_computer.load_model_params(self.model)
+        if self.fisher is not None:
+            self._training_computer.load_model_params(self.model)
         self._last_ind = 0
         return model_id
 
@@ -291,6 +328,8 @@ class TRAKer:
         """Compute and keep the features and Q of a batch of training samples.
 
         ``phi(z) = P^T grad f(z; theta) / normalize_factor``; samples that are there are skipped.
+        With curvature "fisher", f is the log-likelihood of the labels where that has another
+        direction, and rows of the Fisher matrix are kept too.
         When it returns, the batch is on disk. Where several processes see the same batches, each
         computes its share and skips the rest.
 
@@ -329,17 +368,68 @@ class TRAKer:
         self._check_content(model_id, inds[done], index.content[inds[done]], content[done])
         self._compare_batch(model_id, inds, content)
         new = ~done
-        if new.any():
+        if new.any() and self._draws is not None:
+            self._featurize_fisher(self._draws, model_id, batch, inds, content, new)
+        elif new.any():
             with self._loaded.guarded("featurize"):
                 q = self._out_to_loss(batch)  # of the whole batch: a task may compare its samples
             if done.any():
                 rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
                 batch, q = batches.select(batch, rows), q[rows]
             with self._loaded.guarded("featurize"):
-                features = self._features(batch, model_id, inds[new])
+                (features,) = self._features(batch, model_id, inds[new])
             check_finite("featurize", "Q", q, inds[new])
-            self._write(model_id, inds[new], content[new], features, q)
+            self._write(self.gradient_computer, model_id, inds[new], content[new], features, q)
         self._advance(num_samples, inds)
+
+    def _featurize_fisher(
+        self,
+        draws: Draws,
+        model_id: int,
+        batch: tuple[Any, ...],
+        inds: Indices,
+        content: Indices,
+        new: npt.NDArray[np.bool_],
+    ) -> None:
+        """Compute and keep what the likelihood of the ``new`` samples of a batch says."""
+        noise = draws.noise(model_id, inds, self.task.num_predictions(batch)).to(self.device)
+        with self._loaded.guarded("featurize"), self._own_dtype():
+            # Of the whole batch: a task may compare its samples.
+            terms = self._training_computer.compute_terms((*batch, noise))
+        check_terms(terms, len(inds), inds)
+        some = draws.chosen(inds) if terms.drawn.shape[1] else np.zeros(len(inds), np.bool_)
+        for part in (new & some, new & ~some):
+            if not part.any():
+                continue
+            own = bool((part & some).any())
+            places = torch.from_numpy(np.flatnonzero(part)).to(self.device)
+            samples = batches.select((*batch, noise if own else noise[:, :0]), places)
+            with self._loaded.guarded("featurize"):
+                features, *rows = self._features(samples, model_id, inds[part], training=True)
+            if own:
+                numbers = draws.rows(inds[part])  # [b, d]
+                self._write(
+                    self._training_computer,
+                    model_id,
+                    numbers.reshape(-1),
+                    content[part].repeat(draws.draws),
+                    torch.stack(rows, 1).flatten(0, 1),
+                    terms.drawn[places].flatten(),
+                    DRAWN,
+                )
+            self._write(
+                self._training_computer,
+                model_id,
+                inds[part],
+                content[part],
+                features,
+                terms.slope[places],
+                columns={
+                    "curvature": terms.curvature[places],
+                    "along": terms.along[places],
+                    "drawn": torch.full((len(places),), float(own * terms.drawn.shape[1])),
+                },
+            )
 
     def _is_mine(
         self, function: str, batch: tuple[Any, ...], inds: Indices, num_samples: Any
@@ -452,18 +542,29 @@ class TRAKer:
             )
         return torch.autocast(self.device.type, enabled=False)
 
-    def _features(self, batch: tuple[Any, ...], model_id: int, inds: Indices) -> Tensor:
-        """Scaled features of a batch, [B, k]; the gradients are projected chunk by chunk."""
-        computer = self.gradient_computer
+    def _features(
+        self, batch: tuple[Any, ...], model_id: int, inds: Indices, training: bool = False
+    ) -> list[Tensor]:
+        """Scaled features of each output of a batch, [B, k]; the gradients are projected in chunks.
+
+        training : whether the outputs are those of the likelihood.
+        """
+        computer = self._training_computer if training else self.gradient_computer
         if isinstance(computer, AbstractGradientComputer):
             computer.trusting = not self.saver.distrusted(model_id)
             computer.when_disproved = partial(self._distrust, model_id)
         with self._own_dtype():
-            if hasattr(computer, "project"):
-                features = computer.project(batch, self.projector, model_id).detach()
+            if training:
+                rows = computer.project_rows(batch, self.projector, model_id)
+            elif hasattr(computer, "project"):
+                rows = [computer.project(batch, self.projector, model_id).detach()]
             else:  # a class with trak's methods
                 grads = computer.compute_per_sample_grad(batch)
-                features = self.projector.project(grads, model_id=model_id).detach()
+                rows = [self.projector.project(grads, model_id=model_id).detach()]
+        return [self._scaled(features, inds) for features in rows]
+
+    def _scaled(self, features: Tensor, inds: Indices) -> Tensor:
+        """Features [B, k] over ``normalize_factor``, checked."""
         if features.shape != (len(inds), self.proj_dim):
             raise ValueError(
                 f"TRAKer: the projector returned {list(features.shape)} for {len(inds)} samples; "
@@ -477,25 +578,27 @@ class TRAKer:
 
     def _write(
         self,
+        computer: Any,
         model_id: int,
         inds: Indices,
         content: Indices,
         features: Tensor,
         q: Tensor | None = None,
         exp_name: str | None = None,
+        columns: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Keep the features that were computed last, and whether they were taken on trust."""
-        on_trust = bool(getattr(self.gradient_computer, "on_trust", False))
-        self.saver.write_shard(model_id, inds, content, features, q, exp_name, on_trust)
+        """Keep the features that ``computer`` made last, and whether they were taken on trust."""
+        on_trust = bool(getattr(computer, "on_trust", False))
+        self.saver.write_shard(model_id, inds, content, features, q, exp_name, on_trust, columns)
 
     def _distrust(self, model_id: int) -> None:
         """Let what was kept on trust not count: a check has found the gradients to be wrong."""
-        names = [None, *self.saver.experiments]
+        names = [None, DRAWN, *self.saver.experiments]
         before = [self.saver.index(model_id, name).done for name in names]
         self.saver.distrust(model_id, "hooks: gradients that were not plain autograd's")
         for name, done in zip(names, before, strict=True):
             lost = np.flatnonzero(done & ~self.saver.index(model_id, name).done)
-            if len(lost):
+            if len(lost) and name != DRAWN:  # whose samples are lost, too
                 warnings.warn(
                     f"TRAKer: {len(lost)} {'training samples' if name is None else 'targets'} of "
                     f"model_id {model_id}{'' if name is None else f' in {name!r}'} "
@@ -546,7 +649,12 @@ class TRAKer:
         probabilities = getattr(self.task, "q_are_probabilities", None)
         if ranks.first:
             self._compare_content(function, ids)
-        finalize(self.saver.systems, self.score_computer, ids, lambda_reg, ranks, probabilities)
+        fisher = self.fisher is not None and (lambda_reg == AUTO or self._takes_lambda)
+        if self.fisher is not None and not fisher:
+            self._require_outputs(function, ids, lambda_reg)
+        finalize(
+            self.saver.systems, self.score_computer, ids, lambda_reg, ranks, probabilities, fisher
+        )
         self._last_ind = 0
 
     # ---- scoring --------------------------------------------------------------------------------
@@ -648,8 +756,15 @@ class TRAKer:
             with self._loaded.guarded("score"):
                 self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
             with self._loaded.guarded("score"):
-                features = self._features(batch, model_id, inds[new])
-            self._write(model_id, inds[new], content[new], features, exp_name=exp_name)
+                (features,) = self._features(batch, model_id, inds[new])
+            self._write(
+                self.gradient_computer,
+                model_id,
+                inds[new],
+                content[new],
+                features,
+                exp_name=exp_name,
+            )
         self._advance(num_samples, inds)
 
     def finalize_scores(
@@ -725,6 +840,7 @@ class TRAKer:
                 sink,
                 ranks,
                 bar.update,
+                takes_own_q(self.saver.systems, ids),
             )
         self._last_ind = 0
         logger.info("scores of %r are in %s", exp_name, path)
@@ -793,6 +909,16 @@ class TRAKer:
             raise NotReadyError(
                 f"{function}: model_id {model_id} lacks {len(missing)} of {len(done)} training "
                 f"samples (the first: {missing[0]}); call featurize for them"
+            )
+
+    def _require_outputs(self, function: str, ids: list[int], lambda_reg: Lambda) -> None:
+        """Raise ValueError unless the training features are gradients of f, as TRAK's are."""
+        if any(not (self.saver.column(i, "curvature") > 0).any() for i in ids):
+            raise ValueError(
+                f"{function}: received lambda_reg={lambda_reg!r}, which is TRAK's formula, where "
+                f"the features of {type(self.task).__name__} were made for the Fisher matrix; "
+                'expected lambda_reg="auto", or TRAKer(..., curvature="fisher") to add it to that '
+                'matrix, or TRAKer(..., curvature="trak") with another save_dir, and featurize'
             )
 
     def _require_finalized(self, function: str, model_id: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from fastproj.trak.files import GoneError, Indices, StoreError, Tensors
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.ridge import (
+    MARGIN,
     Meaning,
     Moments,
+    Share,
     choose_lambda,
+    logistic_share,
     meaning,
     sample_weights,
     weigh,
@@ -34,7 +38,7 @@ from fastproj.trak.solving.solve import (
     System,
     sum_dtype,
 )
-from fastproj.trak.solving.systems import Systems
+from fastproj.trak.solving.systems import FISHER, TRAK, Systems
 from fastproj.trak.store.features import (
     Buffer,
     FeatureReader,
@@ -42,7 +46,7 @@ from fastproj.trak.store.features import (
     feature_stream,
     sample_blocks,
 )
-from fastproj.trak.store.store import Store
+from fastproj.trak.store.store import DRAWN, Store
 
 STEP = "finalize_features"
 SUMMARY = ("method", "lambda_reg", "n", "rank", "condition")  # of Solution.summary
@@ -63,22 +67,30 @@ def finalize(
     lambda_reg: Lambda,
     ranks: Ranks,
     probabilities: bool | None = None,
+    fisher: bool = False,
 ) -> None:
     """Sum up the matrix that lambda is added to, choose lambda where it is "auto", and keep it.
 
-    "auto" is added to Phi^T W Phi where Q are probabilities, otherwise, as every lambda that is
-    given, to XtX. ``probabilities`` says whether they are; None looks at them. Where n < k, the
-    n x n matrix of the dual system takes their place.
+    With ``fisher`` that is the Fisher matrix. Without, "auto" is added to Phi^T W Phi where Q are
+    probabilities, otherwise, as every lambda that is given, to XtX. ``probabilities`` says whether
+    they are; None looks at them. Where there are fewer rows than dimensions, the matrix of the dual
+    system takes their place.
     """
     store = systems.store
     meanings: dict[int, Meaning] = {}
+    counts = dict.fromkeys(model_ids, store.train_set_size)
     with ranks.barrier(STEP):
-        if ranks.first and lambda_reg == AUTO:
+        if ranks.first and fisher:
+            counts = {i: count_rows(store, i) for i in model_ids}
+            meanings = {i: Meaning(1.0, 0.0) for i in model_ids}
+        elif ranks.first and lambda_reg == AUTO:
             meanings = {i: q_meaning(i, store.out_to_loss(i), probabilities) for i in model_ids}
-    meanings = ranks.broadcast(STEP, meanings)
-    dual = computer.forms_dual(store.train_set_size, store.proj_dim)
+    meanings, counts = ranks.broadcast(STEP, (meanings, counts))
     power = {i: meanings[i].probability if i in meanings else 0.0 for i in model_ids}
-    system = {i: System(power[i], dual) for i in model_ids}
+    system = {
+        i: System(power[i], computer.forms_dual(counts[i], store.proj_dim), fisher)
+        for i in model_ids
+    }
     missing = [i for i in model_ids if not systems.has_gram(i, system[i])]
     # Rank 0's list: it may be writing while others still look.
     todo = ranks.broadcast(STEP, missing)
@@ -89,7 +101,23 @@ def finalize(
     with ranks.barrier(STEP):
         for model_id in model_ids if ranks.first else ():
             q = meanings.get(model_id)
+            if lambda_reg != AUTO:
+                q = None
             keep_lambda(systems, computer, model_id, system[model_id], lambda_reg, q)
+
+
+def count_rows(store: Store, model_id: int) -> int:
+    """How many rows the Fisher matrix of a checkpoint is made of; all of them must be there."""
+    drawn = int(store.index(model_id, DRAWN).done.sum())
+    wanted = int(store.column(model_id, "drawn").sum())
+    if drawn != wanted:
+        raise StoreError(
+            f"{STEP}: model_id {model_id} has {drawn} of {wanted} drawn rows of its Fisher matrix "
+            f"in {store.shard_dir(model_id, DRAWN)}; expected all of them (load_from_save_dir="
+            "False, load_checkpoint and featurize make them again)"
+        )
+    exact = bool((store.column(model_id, "curvature") > 0).any())
+    return drawn + exact * store.train_set_size
 
 
 def q_meaning(model_id: int, q: Tensor, probabilities: bool | None) -> Meaning:
@@ -115,13 +143,16 @@ def keep_lambda(
     gram, moments = read_gram(systems, model_id, system)
     value = lambda_reg
     facts: dict[str, Any] = {
+        "curvature": FISHER if system.fisher else TRAK,
         "lambda": lambda_reg,
         "weighted": system.weighted,
         "power": system.power,
         "form": "dual" if system.dual else "primal",
     }
     if q is not None:
-        choice = choose_lambda(gram, moments, q)
+        if system.fisher and system.dual:
+            moments.image = image(systems.store, model_id, system, moments.fitted, gram.n)
+        choice = choose_lambda(gram, moments, q, 1.0 if system.fisher else MARGIN)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
         logger.info(
             "model_id %d: lambda %.3g (%.3g * mean) chosen by %s",
@@ -184,18 +215,112 @@ def gram_of(store: Store, system: System, sums: Tensors, n: int, eps: float) -> 
 
 def stored_rows(store: Store, model_id: int, system: System, order: Indices) -> Rows:
     """The rows of a dual system: stored features, weighted, read again at each pass."""
-    reader = store.reader(model_id)
-    places = np.empty(store.train_set_size, np.int64)
+    sources = [source for source in sources_of(store, model_id, system) if source.has_rows]
+    blocks = blocks_of(sources, store.proj_dim)
+    places = np.empty(1 + int(order.max()), np.int64)
     places[order] = np.arange(len(order))
-    blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
 
     def stream() -> Iterator[tuple[Tensor, Tensor]]:
         buffer = Buffer()
-        for inds, _, features, q in feature_stream([reader], blocks):
-            assert q is not None  # training shards have it
-            yield torch.from_numpy(places[inds]), weigh(features, q, system.power, buffer)
+        for source, inds, features, share in row_stream(sources, blocks):
+            assert share.weights is not None  # it has rows
+            rows = weigh(features, share.weights, system.power, buffer)
+            yield torch.from_numpy(places[source.first + inds]), rows
 
     return Rows(len(order), stream)
+
+
+def image(store: Store, model_id: int, system: System, vector: Tensor, count: int) -> Tensor:
+    """S times a vector [k], float64 [count]: of the rows of a dual system, in their order."""
+    order = blocks_in_order(store, model_id, system)
+    out = torch.empty(count, dtype=torch.float64)
+    for places, rows in stored_rows(store, model_id, system, order).stream():
+        out[places] = rows.double() @ vector
+    return out
+
+
+# ---- what a matrix is made of -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of features, and what they count.
+
+    first : the number of its first row among all that a store can have.
+    share : takes (samples or rows [b], Q [b] as stored).
+    has_rows : whether they are rows of S; otherwise they only say what lambda is.
+    """
+
+    reader: FeatureReader
+    first: int
+    share: Callable[[Indices, Tensor], Share]
+    has_rows: bool = True
+
+
+Block = tuple[int, Indices]  # number of the source, samples or rows
+
+
+def sources_of(store: Store, model_id: int, system: System) -> list[Source]:
+    """The training samples; of the Fisher matrix also the rows that were drawn."""
+    training = store.reader(model_id)
+    if not system.fisher:
+        return [Source(training, 0, lambda _, q: logistic_share(q, system.power))]
+    weights, values, drawn = (
+        store.column(model_id, name).double() for name in ("curvature", "along", "drawn")
+    )
+    exact = bool((weights > 0).any())
+
+    def of_samples(inds: Indices, q: Tensor) -> Share:
+        rows = torch.from_numpy(inds)
+        return Share(weights[rows] if exact else None, values[rows], q.double())
+
+    chosen = int((drawn > 0).sum())
+    weight = store.train_set_size / max(chosen, 1)
+
+    def of_rows(inds: Indices, q: Tensor) -> Share:
+        values = q.double()
+        return Share(torch.full_like(values, weight), values, torch.zeros_like(values))
+
+    sources = [Source(training, 0, of_samples, exact)]
+    if chosen:
+        sources.append(Source(store.reader(model_id, DRAWN), store.train_set_size, of_rows))
+    return sources
+
+
+def blocks_of(sources: Sequence[Source], proj_dim: int) -> list[Block]:
+    """All that the sources have, in blocks of whole batches."""
+    return [
+        (number, inds)
+        for number, source in enumerate(sources)
+        for inds in sample_blocks(source.reader.index.order(), block_rows(proj_dim))
+    ]
+
+
+def row_stream(
+    sources: Sequence[Source],
+    blocks: Sequence[Block],
+    advance: Callable[[int], Any] = lambda _: None,
+) -> Iterator[tuple[Source, Indices, Tensor, Share]]:
+    """(source, samples or rows [b], features [b, k], what they count) of some blocks, checked."""
+    for number, run in groupby(blocks, key=lambda block: block[0]):
+        source = sources[number]
+        for inds, _, features, q in feature_stream([source.reader], [inds for _, inds in run]):
+            assert q is not None  # all but targets have it
+            check_finite(STEP, "stored features", features, inds, IF_STORED)
+            yield source, inds, features, source.share(inds, q)
+            advance(len(inds))
+
+
+def blocks_in_order(store: Store, model_id: int, system: System) -> Indices:
+    """The numbers of the rows of S in the order of a dual system."""
+    sources = sources_of(store, model_id, system)
+    return numbers_of(sources, blocks_of(sources, store.proj_dim))
+
+
+def numbers_of(sources: Sequence[Source], blocks: Sequence[Block]) -> Indices:
+    """The numbers of the rows of S in some blocks, in order."""
+    parts = [sources[i].first + inds for i, inds in blocks if sources[i].has_rows]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 # ---- sums over all samples ----------------------------------------------------------------------
@@ -215,16 +340,16 @@ def sum_gram(
     bit for bit, for any number of ranks, and whether or not it was interrupted.
     """
     store = systems.store
-    reader = store.reader(model_id)
-    blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
+    sources = sources_of(store, model_id, system)
+    blocks = blocks_of(sources, store.proj_dim)
     parts = (panels if system.dual else gram_parts)(blocks, store.proj_dim)
 
     def write(number: int, part: int | None) -> None:
         if system.dual:
             before = [block for blocks in parts[:number] for block in blocks]
-            made = kernel_part(reader, computer, system, before, parts[number], advance)
+            made = kernel_part(sources, computer, system, before, parts[number], advance)
         else:
-            made = gram_part(reader, computer, system, parts[number], advance)
+            made = gram_part(sources, computer, system, parts[number], advance)
         systems.write_gram(model_id, *made, system, part)
 
     with ranks.barrier(STEP):
@@ -256,18 +381,29 @@ def sum_gram(
 
 
 def gram_part(
-    reader: FeatureReader,
+    sources: Sequence[Source],
     computer: ScoreComputer,
     system: System,
-    blocks: Sequence[Indices],
+    blocks: Sequence[Block],
     advance: Callable[[int], Any],
 ) -> tuple[Tensors, int, float]:
-    """The sums over the samples of some blocks, their number, and how exact they are."""
-    n, k = len(reader.index.shard), reader.proj_dim
+    """The sums over the rows of some blocks, their number, and how exact they are."""
+    n, k = rows_in_all(sources), sources[0].reader.proj_dim
     moments = Moments(k, system.power)
-    rows = moments.over(counted(feature_stream([reader], blocks), advance))
-    gram = computer.gram(rows, k, n)
+    gram = computer.gram(moments.over(shares(row_stream(sources, blocks, advance))), k, n)
     return {"xtx": gram.matrix, **moments.tensors()}, gram.n, gram.eps
+
+
+def shares(
+    stream: Iterator[tuple[Source, Indices, Tensor, Share]],
+) -> Iterator[tuple[Tensor, Share]]:
+    """What ``Moments.over`` takes."""
+    return ((features, share) for _, _, features, share in stream)
+
+
+def rows_in_all(sources: Sequence[Source]) -> int:
+    """The number of rows of S."""
+    return sum(int(source.reader.index.done.sum()) for source in sources if source.has_rows)
 
 
 def add_parts(
@@ -285,36 +421,37 @@ def add_parts(
 
 
 def kernel_part(
-    reader: FeatureReader,
+    sources: Sequence[Source],
     computer: ScoreComputer,
     system: System,
-    before: Sequence[Indices],
-    blocks: Sequence[Indices],
+    before: Sequence[Block],
+    blocks: Sequence[Block],
     advance: Callable[[int], Any],
 ) -> tuple[Tensors, int, float]:
-    """The columns of S S^T of some samples, down from its first row to theirs.
+    """The columns of S S^T of the rows of some blocks, down from its first row to theirs.
 
     Their rows stay in memory, while those of the blocks before them pass by.
     """
-    n, k = len(reader.index.shard), reader.proj_dim
-    order = np.concatenate(blocks)
+    n, k = rows_in_all(sources), sources[0].reader.proj_dim
+    order = numbers_of(sources, blocks)
     moments = Moments(k, system.power)
     panel = torch.empty(0)
     end = 0
-    for rows in moments.over(counted(feature_stream([reader], blocks), advance)):
+    for rows in moments.over(shares(row_stream(sources, blocks, advance))):
         if not len(panel):
             panel = torch.empty(len(order), k, dtype=rows.dtype)
         elif rows.dtype == torch.float64 and panel.dtype != rows.dtype:
             panel = panel.double()
         panel[end : end + len(rows)] = rows
         end += len(rows)
-    start = sum(map(len, before))
+    before = [block for block in before if sources[block[0]].has_rows]
+    start = len(numbers_of(sources, before))
     columns = torch.empty(start + len(order), len(order), dtype=torch.float64)
     buffer = Buffer()
     end = 0
-    for _, _, features, q in feature_stream([reader], before):
-        assert q is not None  # training shards have it
-        rows = weigh(features, q, system.power, buffer)
+    for _, _, features, share in row_stream(sources, before if len(order) else []):
+        assert share.weights is not None  # it has rows
+        rows = weigh(features, share.weights, system.power, buffer)
         columns[end : end + len(rows)] = computer.kernel(rows, panel, n)
         end += len(rows)
     for low in range(0, len(order), block_rows(k)):
@@ -336,7 +473,7 @@ def join_parts(
     systems: Systems, model_id: int, system: System, count: int
 ) -> tuple[Tensors, int, float]:
     """S S^T of the columns that all parts hold, and what belongs to it, as ``add_parts``."""
-    size = systems.store.train_set_size
+    size = rows_in_all(sources_of(systems.store, model_id, system))
     kernel = torch.empty(size, size, dtype=torch.float64)
     total: Tensors = {}
     eps, end = 0.0, 0
@@ -356,33 +493,22 @@ def join_parts(
     return {"kernel": kernel, **total}, end, eps
 
 
-def counted(
-    stream: Iterator[tuple[Indices, int, Tensor, Tensor | None]], advance: Callable[[int], Any]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(features, Q) of a stream, checked to be finite; the progress bar advances."""
-    for rows, _, features, q in stream:
-        assert q is not None  # training shards have it
-        check_finite(STEP, "stored features", features, rows, IF_STORED)
-        yield features, q
-        advance(len(rows))
-
-
-def gram_parts(blocks: Sequence[Indices], proj_dim: int) -> list[list[Indices]]:
+def gram_parts(blocks: Sequence[Block], proj_dim: int) -> list[list[Block]]:
     """The blocks in at most MAX_PARTS runs: what a Gram matrix is shared out and kept by."""
-    total = sum(len(rows) for rows in blocks)
+    total = sum(len(inds) for _, inds in blocks)
     return runs(blocks, max(-(-total // MAX_PARTS), PART_ROWS, PART_ROWS_PER_DIM * proj_dim))
 
 
-def panels(blocks: Sequence[Indices], proj_dim: int) -> list[list[Indices]]:
+def panels(blocks: Sequence[Block], proj_dim: int) -> list[list[Block]]:
     """The blocks in runs of PANEL_BYTES: what the matrix of a dual system is shared out by."""
     return runs(blocks, max(1, PANEL_BYTES // (4 * proj_dim)))
 
 
-def runs(blocks: Sequence[Indices], size: int) -> list[list[Indices]]:
+def runs(blocks: Sequence[Block], size: int) -> list[list[Block]]:
     """The blocks in runs of ``size`` samples, or just more."""
-    parts: list[list[Indices]] = [[]]
-    for rows in blocks:
-        if sum(len(r) for r in parts[-1]) >= size:
+    parts: list[list[Block]] = [[]]
+    for block in blocks:
+        if sum(len(inds) for _, inds in parts[-1]) >= size:
             parts.append([])
-        parts[-1].append(rows)
+        parts[-1].append(block)
     return parts

@@ -13,9 +13,9 @@ docs/research/lambda.md derives the rule and compares it with others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,23 @@ SATURATED = 1e-3  # Q this near to 1 says nothing of the curvature; nor do all s
 BLIND = 0.8  # more than this share of them are so
 FITTED = 0.1  # share of f^T (W f + Q) that must be left of its terms' sizes to trust its ridge
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
+
+
+class Share(NamedTuple):
+    """What some rows of features count, float64 [b] each.
+
+    weights : what a row's outer product counts in S^T S; None where they aren't rows of S.
+    values : the network's own output along each row.
+    slopes : Q, the derivative of the log-likelihood along it.
+    """
+
+    weights: Tensor | None
+    values: Tensor
+    slopes: Tensor
+
+    def target(self) -> Tensor:
+        """What a Newton step from the network's outputs fits, times the weights."""
+        return self.slopes if self.weights is None else self.weights * self.values + self.slopes
 
 
 @dataclass(frozen=True)
@@ -101,15 +118,22 @@ def sample_weights(q: Tensor, power: float) -> Tensor:
     return (q * (1 - q)).pow(power)
 
 
-def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
+def logistic_share(q: Tensor, power: float) -> Share:
+    """Of samples with Q = 1 - p of a logistic loss, to the power of how far they are that."""
+    slopes = q.double().clamp(TINY, CEILING) if power > 0 else q.double()
+    values = torch.log1p(-slopes) - slopes.log() if power > 0 else slopes  # Q = 1 - sigmoid(f)
+    return Share(sample_weights(q, power), values, slopes)
+
+
+def choose_lambda(gram: Gram, moments: Moments, q: Meaning, margin: float = MARGIN) -> Choice:
     """Choose the ridge that is added to a Gram matrix, Phi^T W Phi where Q are probabilities.
 
-    There it is MARGIN times the training ridge (``fit``). Where features and Q show none, it leaves
-    an effective dimension of ``sqrt(n')``, as many directions as n' samples let a linear expansion
-    follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made. For other Q,
-    it is that; for residuals of a regression, the geometric mean of that and of the ridge under
-    which they are likeliest. Where it isn't clear what Q are, or whether the network has fitted
-    anything, it is a weighted geometric mean of these: no sample changes it by a jump.
+    There it is ``margin`` times the training ridge (``fit``). Where features and Q show none, it
+    leaves an effective dimension of ``sqrt(n')``, as many directions as n' samples let a linear
+    expansion follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made.
+    For other Q, it is that; for residuals of a regression, the geometric mean of that and of the
+    ridge under which they are likeliest. Where it isn't clear what Q are, or whether the network
+    has fitted anything, it is a weighted geometric mean of these: no sample changes it by a jump.
 
     Parameters
     ----------
@@ -122,7 +146,7 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
     ridge = fit(gram, moments) if q.probability > 0 else None
     trust = 0.0 if ridge is None else q.probability * moments.fit_share()
     shares = {"training ridge": trust}
-    log_lambda = trust * math.log(min(max(MARGIN * (ridge or 1.0), least), most))
+    log_lambda = trust * math.log(min(max(margin * (ridge or 1.0), least), most))
     rest = 1 - shares["training ridge"]
     if rest > 0:
         values = torch.linalg.eigvalsh(gram.matrix).clamp(min=0)
@@ -156,29 +180,30 @@ class Moments:
         self.correlated = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T Q
         self.squares = torch.zeros((), dtype=torch.float64)  # Q^T Q
         self.response = torch.zeros(0, dtype=torch.float64)  # [n]: fitted = S^T response, in order
+        self.image: Tensor | None = None  # [n]: S fitted, where no response gives fitted
         self._buffer = Buffer()
 
-    def over(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """Adds up (features [b, k], Q [b]); yields the rows whose Gram matrix is wanted.
+    def over(self, blocks: Iterable[tuple[Tensor, Share]]) -> Iterator[Tensor]:
+        """Adds up (features [b, k], what they count); yields the rows whose Gram matrix is wanted.
 
-        These are the features, times sqrt(W) where they are weighted; their memory is used again
+        These are the features, times the square roots of their weights; their memory is used again
         for the next ones.
         """
-        for features, q in blocks:
-            q = q.double()
+        for features, share in blocks:
             if self.power < 1:
-                self.correlated += product(features, q)
-                self.squares += q @ q
+                self.correlated += product(features, share.slopes)
+                self.squares += share.slopes @ share.slopes
             if self.power > 0:
-                weights = sample_weights(q, self.power)  # W
-                q = q.clamp(TINY, CEILING)
-                logit = torch.log1p(-q) - q.log()  # f, for Q = 1 - sigmoid(f)
-                target = weights * logit + q  # W times the working response of a Newton step
+                target = share.target()
                 self.fitted += product(features, target)
-                self.explained += logit @ target
-                self.opposed += (-logit * target).clamp(min=0).sum()
-                self.response = torch.cat([self.response, target / weights.sqrt()])
-            rows = weigh(features, q, self.power, self._buffer)
+                self.explained += share.values @ target
+                self.opposed += (-share.values * target).clamp(min=0).sum()
+            if share.weights is None:
+                continue
+            if self.power > 0:
+                response = torch.where(share.weights > 0, target / share.weights.sqrt(), 0.0)
+                self.response = torch.cat([self.response, response])
+            rows = weigh(features, share.weights, self.power, self._buffer)
             scaled, exponent = in_range(rows)
             norms = torch.linalg.vector_norm(scaled, dim=1).double() * math.ldexp(1.0, exponent)
             self.quartic += norms.pow(4).sum()
@@ -206,12 +231,12 @@ class Moments:
         return made
 
 
-def weigh(features: Tensor, q: Tensor, power: float, buffer: Buffer) -> Tensor:
-    """The rows of S: ``features [b, k]`` times the square root of their weights, in ``buffer``."""
+def weigh(features: Tensor, weights: Tensor, power: float, buffer: Buffer) -> Tensor:
+    """The rows of S: ``features [b, k]`` times the square roots of ``weights``, in ``buffer``."""
     if power == 0:
         return features
-    rows = buffer.take((len(q), features.shape[1]), features.dtype)
-    return torch.mul(features, sample_weights(q, power).sqrt().to(features).unsqueeze(1), out=rows)
+    rows = buffer.take((len(weights), features.shape[1]), features.dtype)
+    return torch.mul(features, weights.sqrt().to(features).unsqueeze(1), out=rows)
 
 
 def product(features: Tensor, vector: Tensor) -> Tensor:
@@ -244,8 +269,9 @@ def fit(gram: Gram, moments: Moments) -> float | None:
     if not explained > 0 or not unit > 0:
         return None
     log_ridge = math.inf
-    for nodes, weights in spectrum(gram, moments):
-        before, log_ridge = log_ridge, crossing(nodes / unit, weights / unit, explained)
+    for agreement in agreements(gram, moments):
+        before = log_ridge
+        log_ridge = crossing(lambda ridge, f=agreement: f(ridge * unit), explained)  # type: ignore
         if log_ridge > LOWEST and abs(log_ridge - before) < SETTLED:
             break
     if log_ridge >= HIGHEST:
@@ -257,27 +283,38 @@ def fit(gram: Gram, moments: Moments) -> float | None:
     return ridge / unused
 
 
-def spectrum(gram: Gram, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
-    """(nodes, weights), ever more of them, with ``u^T g(H) u ~ sum weights g(nodes)``.
+def agreements(gram: Gram, moments: Moments) -> Iterator[Callable[[float], float]]:
+    """``u^T (H + ridge I)^-1 u`` as a function of the ridge, ever more exact; u: moments.fitted.
 
-    u = S^T b is ``moments.fitted``, b its ``response``: in the dual, ``u^T g(S^T S) u`` is
-    ``b^T K g(K) b`` with K = S S^T.
+    In the dual, with K = S S^T and u = S^T b, b the ``response``, it is
+    ``b^T K (K + ridge I)^-1 b``. Where u isn't made of the rows alone, it is
+    ``(u^T u - (S u)^T (K + ridge I)^-1 S u) / ridge``.
     """
-    if not gram.dual:
-        yield from quadratures(gram.matrix, moments.fitted)
-        return
-    for nodes, weights in quadratures(gram.matrix, moments.response):
-        yield nodes, weights * nodes
+    start = moments.fitted
+    if gram.dual:
+        start = moments.response if moments.image is None else moments.image
+    square = float(moments.fitted.square().sum())
+    for nodes, weights in quadratures(gram.matrix, start):
+
+        def agreement(ridge: float, nodes: Tensor = nodes, weights: Tensor = weights) -> float:
+            shares = weights / (nodes + ridge)
+            if not gram.dual:
+                return float(shares.sum())
+            if moments.image is None:
+                return float((nodes * shares).sum())
+            return (square - float(shares.sum())) / ridge
+
+        yield agreement
 
 
-def crossing(nodes: Tensor, weights: Tensor, wanted: float) -> float:
-    """log x where ``sum weights / (nodes + x)``, which falls with x, is ``wanted``.
+def crossing(function: Callable[[float], float], wanted: float) -> float:
+    """log x where ``function(x)``, which falls with x, is ``wanted``.
 
     LOWEST or HIGHEST where it is so nowhere between them.
     """
 
     def excess(log_x: float) -> float:
-        return float((weights / (nodes + math.exp(log_x))).sum()) - wanted
+        return function(math.exp(log_x)) - wanted
 
     low, high = LOWEST, HIGHEST
     if excess(low) <= 0 or excess(high) >= 0:

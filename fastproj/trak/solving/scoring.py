@@ -30,10 +30,12 @@ def write_scores(
     sink: Sink,
     ranks: Ranks,
     advance: Callable[[int], Any],
+    own_q: bool = False,
 ) -> None:
     """The scores, block by block, into ``sink``; blocks are shared out over ranks.
 
-    ``mean over checkpoints of (features @ weights.T) * mean over checkpoints of Q``
+    ``mean over checkpoints of (features @ weights.T) * mean over checkpoints of Q``, or, with
+    ``own_q``, ``mean over checkpoints of ((features @ weights.T) * Q)``.
 
     Parameters
     ----------
@@ -53,6 +55,9 @@ def write_scores(
             for rows, place, features, q in feature_stream(readers, blocks):
                 assert q is not None  # training shards have it
                 product = computer.scores(features, weights[place])  # [b, m]
+                if own_q:
+                    product.mul_(q.unsqueeze(1))
+                    q = torch.ones_like(q)
                 if place == 0:
                     total, q_total = product, q
                 else:
@@ -76,10 +81,13 @@ def self_scores(
     store = systems.store
     total = torch.zeros(store.train_set_size, dtype=torch.float64)
     q_total = torch.zeros_like(total)
+    own_q = takes_own_q(systems, model_ids)
     for model_id in model_ids:
-        q_total += store.out_to_loss(model_id).double()
-        if systems.read_system(model_id).dual:
-            total += own_scores(systems, computer, model_id)
+        q = store.out_to_loss(model_id).double()
+        q_total += torch.ones_like(q) if own_q else q
+        system = systems.read_system(model_id)
+        if system.dual and not system.fisher:
+            total += own_scores(systems, computer, model_id) * (q if own_q else 1.0)
             advance(len(total))
             continue
         solution = solution_of(systems, computer, model_id)
@@ -87,9 +95,17 @@ def self_scores(
         blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
         for rows, _, features, _ in feature_stream([reader], blocks):
             inds = torch.from_numpy(rows)
-            total[inds] += (solution.apply(features) * features.double()).sum(1).cpu()
+            own = (solution.apply(features) * features.double()).sum(1).cpu()
+            total[inds] += own * q[inds] if own_q else own
             advance(len(rows))
     return total * q_total / len(model_ids) ** 2
+
+
+def takes_own_q(systems: Systems, model_ids: Sequence[int]) -> bool:
+    """Whether each checkpoint's scores take its own Q: with the Fisher matrix, as derived. TRAK
+    averages Q over checkpoints by itself.
+    """
+    return any(systems.read_system(model_id).fisher for model_id in model_ids)
 
 
 def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:

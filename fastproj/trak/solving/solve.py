@@ -42,10 +42,12 @@ class System:
 
     power : samples are weighted by W^power, W the curvature of their loss: 0 is XtX.
     dual : whether it is S S^T, [n, n], instead of S^T S, [k, k].
+    fisher : whether it is the Fisher matrix, whose rows count what the task says.
     """
 
     power: float = 0.0
     dual: bool = False
+    fisher: bool = False
 
     @property
     def weighted(self) -> bool:

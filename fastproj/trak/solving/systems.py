@@ -8,8 +8,9 @@ from typing import Any
 
 from fastproj.trak.files import Tensors, corrupt, read_json, write_json
 from fastproj.trak.solving.solve import System
-from fastproj.trak.store.store import Store
+from fastproj.trak.store.store import DRAWN, Store
 
+FISHER, TRAK = "fisher", "trak"  # curvatures, in solve.json
 SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
 
 
@@ -25,12 +26,14 @@ class Systems:
             return False
         return self.has_gram(model_id, self.read_system(model_id))
 
-    def gram_path(self, model_id: int, system: System, part: int | None = None) -> Path:
+    def gram_path(self, model_id: int, system: System, number: int | None = None) -> Path:
         """The file of a Gram matrix, or of a part; processes that see other shards have others."""
         name = gram_name(system)
-        if part is not None:
-            layout = self.store.index(model_id).layout_digest()[:12]
-            name = f"part-{name}-{layout}-{part:04d}"
+        if number is not None:
+            parts = (None, DRAWN) if system.fisher else (None,)
+            digests = (self.store.index(model_id, part).layout_digest() for part in parts)
+            layout = "-".join(text[:12] for text in digests)
+            name = f"part-{name}-{layout}-{number:04d}"
         return self.store.model_dir(model_id) / f"{name}.safetensors"
 
     def has_gram(self, model_id: int, system: System, part: int | None = None) -> bool:
@@ -40,8 +43,12 @@ class Systems:
             return False
         _, metadata = self.store.read(path, model_id, names=())
         power = float(metadata.get("power", system.weighted))  # 0 or 1 where nothing is said
-        same = metadata.get("content") == self.store.index(model_id).content_digest()
-        return same and power == system.power
+        return metadata.get("content") == self._content(model_id, system) and power == system.power
+
+    def _content(self, model_id: int, system: System) -> str:
+        """What names the features that a Gram matrix is made of."""
+        parts = (None, DRAWN) if system.fisher else (None,)
+        return "/".join(self.store.index(model_id, part).content_digest() for part in parts)
 
     def write_gram(
         self,
@@ -56,7 +63,7 @@ class Systems:
         and ``order`` [n], the samples of its rows; and what belongs to them.
         """
         facts = {"n": str(n), "eps": repr(eps), "power": repr(system.power)}
-        facts["content"] = self.store.index(model_id).content_digest()
+        facts["content"] = self._content(model_id, system)
         path = self.gram_path(model_id, system, part)
         self.store.write(path, sums, model_id, facts=facts)
 
@@ -94,11 +101,14 @@ class Systems:
         """Which matrix the lambda that is stored is added to."""
         summary = self.read_solve(model_id)
         power = summary.get("power", float(summary["weighted"]))  # 0 or 1 where nothing is said
-        return System(power, summary.get("form") == "dual")
+        fisher = summary.get("curvature") == FISHER
+        return System(power, summary.get("form") == "dual", fisher)
 
 
 def gram_name(system: System) -> str:
     """What the file of a Gram matrix is called."""
+    if system.fisher:
+        return "fisher_kernel" if system.dual else "fisher"
     if system.dual:
         return "kernel_weighted" if system.weighted else "kernel"
     return "weighted" if system.weighted else "xtx"

@@ -124,9 +124,9 @@ class FeatureReader:
         """
         return self._again(lambda: self._read(inds, buffer), inds)
 
-    def read_q(self, inds: Indices) -> Tensor:
-        """Q of the samples ``inds`` [b], float32 [b]; the features aren't read."""
-        return self._again(lambda: self._read_q(inds), inds)
+    def read_column(self, inds: Indices, name: str) -> Tensor:
+        """A number of each of the samples ``inds`` [b], float32 [b]; the features aren't read."""
+        return self._again(lambda: self._read_column(inds, name), inds)
 
     def _again(self, read: Callable[[], Item], inds: Indices) -> Item:
         """What ``read`` gives, once its files stay for so long."""
@@ -141,17 +141,17 @@ class FeatureReader:
                     raise
         return read()
 
-    def _read_q(self, inds: Indices) -> Tensor:
-        q = torch.empty(len(inds), dtype=torch.float32)
+    def _read_column(self, inds: Indices, name: str) -> Tensor:
+        out = torch.empty(len(inds), dtype=torch.float32)
         shards = self.index.shard[inds]
         order = np.argsort(shards, kind="stable")
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             if len(places):
                 path = self.index.shards[int(shards[places[0]])].path
-                stored = self._read_shard(path, ("out_to_loss",))
+                stored = self._read_shard(path, (name,))
                 rows = torch.from_numpy(self.index.row[inds[places]].astype(np.int64))
-                q[torch.from_numpy(places)] = stored["out_to_loss"][rows].float()
-        return q
+                out[torch.from_numpy(places)] = stored[name][rows].float()
+        return out
 
     def _read(self, inds: Indices, buffer: Buffer | None) -> tuple[Tensor, Tensor | None]:
         shards = self.index.shard[inds]

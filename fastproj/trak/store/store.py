@@ -5,11 +5,14 @@
         models/<model_id>/
             checkpoint.json           hash of the checkpoint's parameters and buffers
             distrusted.json           gradients failed a check: shards on trust don't count
-            train-*.safetensors       features, Q and indices of one featurized batch or several
+            train-*.safetensors       features, Q and indices of one featurized batch or several;
+                                      with curvature "fisher" also what its rows count
             weighted.safetensors      Phi^T W Phi, W = Q (1 - Q), once finalised with lambda "auto"
             xtx.safetensors           Phi^T Phi, once finalised with another
             part-*.safetensors        one of these, of some of the samples, while finalising
             solve.json                lambda, its matrix, rank, condition estimate
+            fisher.safetensors            the Fisher matrix, once finalised with that curvature
+            drawn/drawn-*.safetensors     rows of the Fisher matrix
             targets/<exp_name>/*.safetensors
         experiments/<exp_name>.json
         scores/<exp_name>.mmap        [n_train, n_targets] float32; np.load reads it
@@ -53,6 +56,8 @@ from fastproj.trak.store.features import FeatureReader, block_rows, pack_half, s
 from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 
 FORMAT = 3
+DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that are drawn
+ABSENT = {"curvature": "trak"}  # what metadata that lack a key mean
 
 
 class NotReadyError(RuntimeError):
@@ -70,6 +75,7 @@ class Store:
     proj_dim : k.
     load_from_save_dir : False sets aside what an earlier run left for a model_id, when that
         model_id is first loaded (renamed, not deleted), and featurizes afresh.
+    draws : how many rows of the Fisher matrix are drawn for a sample.
     half : store features as float16 with a power-of-two scale per row, so that no magnitude is
         lost, instead of in the projector's dtype.
     """
@@ -82,7 +88,9 @@ class Store:
         proj_dim: int,
         load_from_save_dir: bool = True,
         half: bool = True,
+        draws: int = 1,
     ) -> None:
+        self.draws = draws
         self.save_dir = Path(save_dir).resolve()
         self.identity = dict(identity)
         self.train_set_size = train_set_size
@@ -107,7 +115,8 @@ class Store:
             write_json(path, {"format": FORMAT, **self.identity})
             return
         stored = read_json(path)
-        wanted = {"format": FORMAT, **self.identity}
+        stored = {**ABSENT, **stored}
+        wanted = {"format": FORMAT, **ABSENT, **self.identity}
         wrong = [
             f"{key.replace('_', ' ')} {stored.get(key)!r} in the directory, {value!r} in this run"
             for key, value in wanted.items()
@@ -137,8 +146,10 @@ class Store:
         return self.save_dir / "models" / str(model_id)
 
     def shard_dir(self, model_id: int, exp_name: str | None) -> Path:
-        """Where the shards of the training set (exp_name None) or of an experiment are."""
+        """Where the shards of the training set (None), drawn rows or an experiment are."""
         model = self.model_dir(model_id)
+        if exp_name == DRAWN:
+            return model / "drawn"
         return model if exp_name is None else model / "targets" / exp_name
 
     # ---- checkpoints ----------------------------------------------------------------------------
@@ -164,9 +175,10 @@ class Store:
         if not path.exists():
             write_json(path, {"model_id": model_id, "checkpoint": checkpoint})
         self._checkpoints[model_id] = self.check_checkpoint(model_id, checkpoint)
-        remove_stale(folder)
-        self.forget_index(model_id)
-        self._tidy(model_id, None)
+        for part in (None, DRAWN):
+            remove_stale(self.shard_dir(model_id, part))
+            self.forget_index(model_id, part)
+            self._tidy(model_id, part)
         self.current_model_id = model_id
 
     def check_checkpoint(
@@ -262,7 +274,7 @@ class Store:
         """Which samples (or, with exp_name, targets) of ``model_id`` are there, and where."""
         key = (model_id, exp_name)
         if key not in self._indices:
-            n = self.train_set_size if exp_name is None else self.num_targets(exp_name)
+            n = self.num_rows(exp_name)
             distrusted = self.distrusted(model_id)
             found: list[tuple[ShardFile, Indices, Indices]] = []
 
@@ -281,10 +293,16 @@ class Store:
                     found.append((file, inds, tensors["content"].numpy()))
 
             scan(self.shard_dir(model_id, exp_name), role_of(exp_name), read)
-            index = ShardIndex.of(n, found, replace=exp_name is not None)
+            index = ShardIndex.of(n, found, replace=is_target(exp_name))
             index.distrusted = distrusted
             self._indices[key] = index
         return self._indices[key]
+
+    def num_rows(self, exp_name: str | None) -> int:
+        """The number of training samples (None), of rows that can be drawn, or of targets."""
+        if exp_name is None or exp_name == DRAWN:
+            return self.train_set_size * (1 if exp_name is None else self.draws)
+        return self.num_targets(exp_name)
 
     def forget_index(self, model_id: int, exp_name: str | None = None) -> None:
         """Look again, at the next call, where the samples of ``model_id`` are."""
@@ -315,9 +333,11 @@ class Store:
         out_to_loss: Tensor | None = None,
         exp_name: str | None = None,
         on_trust: bool = False,
+        columns: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add the features [b, k] of the samples (or targets) ``inds`` [b], and their Q [b].
 
+        ``columns`` are other numbers of the samples, float32 [b], by name: see ``column``.
         ``on_trust`` says that their gradients rest on checks of some batches: see ``distrust``.
         """
         tensors: Tensors = {
@@ -327,15 +347,17 @@ class Store:
         }
         if out_to_loss is not None:
             tensors["out_to_loss"] = out_to_loss.cpu()
+        for name, values in (columns or {}).items():
+            tensors[name] = values.float().cpu()
         index = self.index(model_id, exp_name)
         folder = self.shard_dir(model_id, exp_name)
         make_dir(folder)
         # Names sort in the order that decides between two shards with the same sample: among
         # training shards (equal by construction) the first wins, among target shards the last.
-        place = int(inds.min()) if exp_name is None else index.next_place()
+        place = index.next_place() if is_target(exp_name) else int(inds.min())
         key = f"{place:012d}-{uuid.uuid4().hex[:12]}"
         file = self._write_shard(model_id, exp_name, tensors, ((key, len(inds)),), on_trust)
-        index.add(file, inds, content, replace=exp_name is not None)
+        index.add(file, inds, content, replace=is_target(exp_name))
         self._merge(model_id, exp_name)
 
     def _write_shard(
@@ -475,11 +497,14 @@ class Store:
 
     def out_to_loss(self, model_id: int) -> Tensor:
         """Q of all training samples, float32 [n]; NaN where a sample is not featurized."""
+        return self.column(model_id, "out_to_loss")
+
+    def column(self, model_id: int, name: str) -> Tensor:
+        """A number of each training sample, float32 [n]; NaN where a sample is not featurized."""
         reader = self.reader(model_id)
         out = torch.full((self.train_set_size,), torch.nan, dtype=torch.float32)
         inds = np.flatnonzero(reader.index.done)
-        q = reader.read_q(inds)
-        out[torch.from_numpy(inds)] = q
+        out[torch.from_numpy(inds)] = reader.read_column(inds, name)
         return out
 
     def matrix(self, model_id: int, exp_name: str | None = None) -> Tensor:
@@ -515,6 +540,11 @@ def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
     return f"groups {str(groups)[:60]}{'...' if len(str(groups)) > 60 else ''} by {reduction}"
 
 
+def is_target(exp_name: str | None) -> bool:
+    """Whether this is an experiment: of a target that is there twice, the later one counts."""
+    return exp_name not in (None, DRAWN)
+
+
 def role_of(exp_name: str | None) -> str:
     """What the names of shards begin with."""
-    return "train" if exp_name is None else "target"
+    return "target" if is_target(exp_name) else "train" if exp_name is None else "drawn"
