@@ -61,9 +61,7 @@ def resolve_curvature(
             f"TRAKer: received curvature={curvature!r:.80}; expected "
             f"{', '.join(map(repr, CURVATURES))}, or fastproj.trak.Fisher(...)"
         )
-    ours = isinstance(gradient_computer, type) and issubclass(
-        gradient_computer, AbstractGradientComputer
-    )
+    ours = isinstance(gradient_computer, AbstractGradientComputer)
     if curvature == AUTO:
         return Fisher() if lambda_reg == AUTO and ours and has_likelihood(task) else None
     if curvature == TRAK:

@@ -187,16 +187,24 @@ class TRAKer:
             )
         self.projector = check_projector(projector)
         self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
-        self._computer_class = resolve_gradient_computer(gradient_computer)
-        self.gradient_computer = self._computer_of(self.task)
+        self.gradient_computer = resolve_gradient_computer(gradient_computer)(
+            model=self.model,
+            task=self.task,
+            grad_dim=self.num_params_for_grad,
+            dtype=self.dtype,
+            device=self.device,
+            grad_wrt=self.grad_wrt,
+        )
         seed = int(getattr(projector, "seed", 0))
-        self.fisher = resolve_curvature(curvature, self.lambda_reg, self.task, self._computer_class)
+        self.fisher = resolve_curvature(
+            curvature, self.lambda_reg, self.task, self.gradient_computer
+        )
         self._takes_lambda = curvature != AUTO  # of a number, too
         self._draws: Draws | None = None
         identity_of_curvature = {}
         if self.fisher is not None:
             self._draws = Draws(self.train_set_size, self.proj_dim, self.fisher, seed)
-            self._training_computer = self._computer_of(TrainingOutput(self.task))
+            self._training_computer = self.gradient_computer.sibling(TrainingOutput(self.task))
             identity_of_curvature = {"curvature": self._draws.describe()}
             logger.info("curvature: %s", self._draws.describe())
         self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
@@ -232,17 +240,6 @@ class TRAKer:
         self._warned_autocast = False
         self._warned_mixed: set[str | None] = set()  # of the training set (None) or an experiment
         self._lists = batches.Lists()
-
-    def _computer_of(self, task: Any) -> Any:
-        """A gradient computer for a task."""
-        return self._computer_class(
-            model=self.model,
-            task=task,
-            grad_dim=self.num_params_for_grad,
-            dtype=self.dtype,
-            device=self.device,
-            grad_wrt=self.grad_wrt,
-        )
 
     # ---- featurizing ----------------------------------------------------------------------------
 
@@ -379,7 +376,7 @@ class TRAKer:
             with self._loaded.guarded("featurize"):
                 (features,) = self._features(batch, model_id, inds[new])
             check_finite("featurize", "Q", q, inds[new])
-            self._write(self.gradient_computer, model_id, inds[new], content[new], features, q)
+            self._write(model_id, inds[new], content[new], features, q)
         self._advance(num_samples, inds)
 
     def _featurize_fisher(
@@ -398,38 +395,34 @@ class TRAKer:
             terms = self._training_computer.compute_terms((*batch, noise))
         check_terms(terms, len(inds), inds)
         some = draws.chosen(inds) if terms.drawn.shape[1] else np.zeros(len(inds), np.bool_)
-        for part in (new & some, new & ~some):
-            if not part.any():
-                continue
+        parts = [part for part in (new & some, new & ~some) if part.any()]
+        made = []
+        for part in parts:
             own = bool((part & some).any())
             places = torch.from_numpy(np.flatnonzero(part)).to(self.device)
             samples = batches.select((*batch, noise if own else noise[:, :0]), places)
             with self._loaded.guarded("featurize"):
                 features, *rows = self._features(samples, model_id, inds[part], training=True)
-            if own:
-                numbers = draws.rows(inds[part])  # [b, d]
-                self._write(
-                    self._training_computer,
+            on_trust = self._training_computer.on_trust
+            made.append((inds[part], content[part], places, features, rows, on_trust))
+        for where, what, places, features, rows, on_trust in made:
+            if rows:  # before the samples: what says that they are done
+                self.saver.write_shard(
                     model_id,
-                    numbers.reshape(-1),
-                    content[part].repeat(draws.draws),
+                    draws.rows(where).reshape(-1),
+                    what.repeat(len(rows)),
                     torch.stack(rows, 1).flatten(0, 1),
                     terms.drawn[places].flatten(),
                     DRAWN,
+                    on_trust,
                 )
-            self._write(
-                self._training_computer,
-                model_id,
-                inds[part],
-                content[part],
-                features,
-                terms.slope[places],
-                columns={
-                    "curvature": terms.curvature[places],
-                    "along": terms.along[places],
-                    "drawn": torch.full((len(places),), float(own * terms.drawn.shape[1])),
-                },
-            )
+            columns = {
+                "curvature": terms.curvature[places],
+                "along": terms.along[places],
+                "drawn": torch.full((len(where),), float(len(rows))),
+            }
+            slope = terms.slope[places]
+            self.saver.write_shard(model_id, where, what, features, slope, None, on_trust, columns)
 
     def _is_mine(
         self, function: str, batch: tuple[Any, ...], inds: Indices, num_samples: Any
@@ -578,18 +571,16 @@ class TRAKer:
 
     def _write(
         self,
-        computer: Any,
         model_id: int,
         inds: Indices,
         content: Indices,
         features: Tensor,
         q: Tensor | None = None,
         exp_name: str | None = None,
-        columns: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Keep the features that ``computer`` made last, and whether they were taken on trust."""
-        on_trust = bool(getattr(computer, "on_trust", False))
-        self.saver.write_shard(model_id, inds, content, features, q, exp_name, on_trust, columns)
+        """Keep the features that were computed last, and whether they were taken on trust."""
+        on_trust = bool(getattr(self.gradient_computer, "on_trust", False))
+        self.saver.write_shard(model_id, inds, content, features, q, exp_name, on_trust)
 
     def _distrust(self, model_id: int) -> None:
         """Let what was kept on trust not count: a check has found the gradients to be wrong."""
@@ -757,14 +748,7 @@ class TRAKer:
                 self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
             with self._loaded.guarded("score"):
                 (features,) = self._features(batch, model_id, inds[new])
-            self._write(
-                self.gradient_computer,
-                model_id,
-                inds[new],
-                content[new],
-                features,
-                exp_name=exp_name,
-            )
+            self._write(model_id, inds[new], content[new], features, exp_name=exp_name)
         self._advance(num_samples, inds)
 
     def finalize_scores(

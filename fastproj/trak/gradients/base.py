@@ -46,6 +46,7 @@ class AbstractGradientComputer(ABC):
     trusting: bool = True
     on_trust: bool = False
     when_disproved: Callable[[], None] | None = None
+    task: Any
 
     def __init__(
         self,
@@ -60,7 +61,14 @@ class AbstractGradientComputer(ABC):
         self.device = device
         self.names = parameter_names(model, grad_wrt)
         self.grad_dim = grad_dim
+        self.said: set[str] = set()  # what a user is told once
         self.load_model_params(model)
+
+    def sibling(self, task: Any) -> AbstractGradientComputer:
+        """Another for another task of the same model; a user is told nothing twice."""
+        made = type(self)(self.model, task, self.grad_dim, None, self.device, self.names)
+        made.said = self.said
+        return made
 
     def load_model_params(self, model: nn.Module) -> None:
         """Use the parameters and buffers that ``model`` has now."""

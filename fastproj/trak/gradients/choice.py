@@ -30,18 +30,36 @@ class AutomaticGradientComputer(AbstractGradientComputer):
     what the last one says, and costs no step.
     """
 
+    _computer: AbstractGradientComputer
+
     def load_model_params(self, model: nn.Module) -> None:
         """Use the parameters and buffers that ``model`` has now."""
         super().load_model_params(model)
         if not hasattr(self, "_left"):
             batched = hasattr(self.task, "outputs")
             self._left = ["hooks", "func", "loop"] if batched else ["func", "loop"]
-            self._computer = self._make(self._left[0])
-        else:
+        if hasattr(self, "_computer"):
             self._computer.load_model_params(model)
+        else:
+            self._computer = self._make(self._left[0])
+
+    def sibling(self, task: Any) -> AbstractGradientComputer:
+        """Another for another task of the same model, which goes down the steps with this one."""
+        made = super().sibling(task)
+        assert isinstance(made, AutomaticGradientComputer)
+        made._left, made._computer.said = self._left, self.said
+        return made
 
     def _make(self, name: str) -> AbstractGradientComputer:
-        return NAMES[name](self.model, self.task, self.grad_dim, None, self.device, self.names)
+        computer = NAMES[name](self.model, self.task, self.grad_dim, None, self.device, self.names)
+        computer.said = self.said
+        return computer
+
+    def _current(self) -> AbstractGradientComputer:
+        """The computer of the step that is in use."""
+        if type(self._computer) is not NAMES[self._left[0]]:  # a sibling has gone down
+            self._computer = self._make(self._left[0])
+        return self._computer
 
     @property
     def name(self) -> str:
@@ -63,8 +81,8 @@ class AutomaticGradientComputer(AbstractGradientComputer):
     def _first(self, use: Callable[[AbstractGradientComputer], Any]) -> Any:
         """The result of the first computer that has one; later batches start with it."""
         refused: list[tuple[str, Exception]] = []
-        for name in self._left:
-            computer = self._make(name) if refused else self._computer
+        for name in list(self._left):
+            computer = self._make(name) if refused else self._current()
             computer.trusting, computer.when_disproved = self.trusting, self.when_disproved
             try:
                 result = use(computer)
@@ -77,7 +95,8 @@ class AutomaticGradientComputer(AbstractGradientComputer):
             else:
                 break
         self.on_trust = computer.on_trust
-        self._left, self._computer = self._left[len(refused) :], computer
+        self._computer = computer
+        del self._left[: len(refused)]
         for name, reason in refused:
             first_line = str(reason).strip().partition("\n")[0]
             warnings.warn(

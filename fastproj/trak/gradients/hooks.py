@@ -88,8 +88,7 @@ class HookGradientComputer(AbstractGradientComputer):
         self._batches = 0  # so far, of several samples
         self._proofs = 0
         self._plans: dict[Any, Plan] = {}
-        if not hasattr(self, "_warned"):
-            self._warned: set[str] = set()  # what has been said once
+        if not hasattr(self, "_work"):
             self._work = Workspace()
 
     # ---- the two results ------------------------------------------------------------------------
@@ -172,8 +171,8 @@ class HookGradientComputer(AbstractGradientComputer):
             self._structures.clear()
         self._structures.add(structure)
         every, checked = self._batches, len(self._structures)
-        if checked >= MANY_STRUCTURES and 2 * checked > every and "structures" not in self._warned:
-            self._warned.add("structures")
+        if checked >= MANY_STRUCTURES and 2 * checked > every and "structures" not in self.said:
+            self.said.add("structures")
             logger.warning(
                 "hooks: %d of %d batches had shapes or a control flow that no batch before had, "
                 "and were checked against plain autograd, which doubles what their gradients cost. "
@@ -238,7 +237,7 @@ class HookGradientComputer(AbstractGradientComputer):
                 if name not in self._used
             }
             size = batches.size(batch)
-            with Recorder(plan.hooked, size, plan.layouts, self._warned, self._work) as recorder:
+            with Recorder(plan.hooked, size, plan.layouts, self.said, self._work) as recorder:
                 out = recorder.outputs(self, {**self.chosen, **unused}, batch)
             structure, leaves = structure_of(batch, out)
             reached = {id(leaf) for leaf in leaves}
@@ -259,7 +258,7 @@ class HookGradientComputer(AbstractGradientComputer):
         try:
             rows = computer.compute_rows(batch)
         except (RuntimeError, ValueError) as error:  # vmap can't follow the model
-            warn_loop(self._warned, "the whole model", error)
+            warn_loop(self.said, "the whole model", error)
             computer = IterativeGradientComputer(self.model, self.task, grad_wrt=names)
             rows = computer.compute_rows(batch)
         for number, grads in enumerate(rows):
@@ -314,8 +313,8 @@ class HookGradientComputer(AbstractGradientComputer):
             if not owned.names:
                 del left[path]
         unseen = [name for name in self.names if name in rest]
-        if unseen and "rest" not in self._warned:
-            self._warned.add("rest")
+        if unseen and "rest" not in self.said:
+            self.said.add("rest")
             logger.warning(
                 "hooks: the gradient by %s takes another run of the whole model, by torch.func",
                 listed(unseen),

@@ -19,7 +19,7 @@ from fastproj.trak.tasks.base import (
     logits_of,
 )
 from fastproj.trak.tasks.likelihood import class_terms
-from fastproj.trak.tasks.margin import check_labels, classification_q, margins
+from fastproj.trak.tasks.margin import check_labels, check_logits, classification_q, margins
 
 NAME = "image_classification"
 
@@ -75,6 +75,8 @@ class ImageClassificationModelOutput(BatchedModelOutput):
         """Those of one class of each sample."""
         images, labels = as_pair(batch)
         logits = logits_of(NAME, call(model, weights, buffers, images))
+        if not torch.is_grad_enabled():  # values are looked at, once for each batch
+            check_logits(NAME, logits, labels)
         return class_terms(logits, labels, noise)
 
 

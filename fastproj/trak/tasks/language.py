@@ -117,6 +117,8 @@ class TokenModelOutput(BatchedModelOutput):
     ) -> Terms:
         """Those of every target token; with reduction "mean", of their mean log-likelihood."""
         logits, labels = self.predictions(model, weights, buffers, self.inputs(batch))
+        if not torch.is_grad_enabled():  # values are looked at, once for each batch
+            self._check_logits(logits, labels)
         mask = labels != IGNORE_INDEX
         counts = mask.to(torch.promote_types(logits.dtype, torch.float32))
         if self.reduction == "mean":
