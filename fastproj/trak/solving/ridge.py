@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.files import Tensors
-from fastproj.trak.solving.solve import Gram, check_gram, in_range, shifted
+from fastproj.trak.solving.solve import Gram, check_gram, cholesky, in_range
 from fastproj.trak.store.features import Buffer
 
 LANCZOS_STEPS, MAX_STEPS = 20, 200
@@ -36,6 +36,7 @@ UNSURE, CONTRARY = 0.05, 0.25  # share of Q that are no probabilities: less is a
 SATURATED = 1e-3  # Q this near to 1 says nothing of the curvature; nor do all samples where
 BLIND = 0.8  # more than this share of them are so
 FITTED = 0.1  # share of f^T (W f + Q) that must be left of its terms' sizes to trust its ridge
+COLUMNS = 512  # of an inverse at once
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
 
@@ -361,13 +362,16 @@ def quadratures(matrix: Tensor, start: Tensor) -> Iterator[tuple[Tensor, Tensor]
 def effective_dimension(matrix: Tensor, ridge: float) -> float:
     """``trace A (A + ridge I)^-1`` of a positive semi-definite A, float64 [r, r]."""
     size = len(matrix)
-    factor, info = torch.linalg.cholesky_ex(shifted(matrix, ridge))
-    if int(info):
+    factor = cholesky(matrix, ridge)
+    if factor is None:
         values = torch.linalg.eigvalsh(matrix).clamp(min=0)
         return float((values / (values + ridge)).sum())
-    eye = torch.eye(size, dtype=matrix.dtype)
-    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-    return max(0.0, size - ridge * float(inverse.square().sum()))
+    inverse = 0.0  # squared norm of the factor's inverse, a few columns at a time
+    for start in range(0, size, COLUMNS):
+        rest = factor[start:, start:]  # above, the columns are zero
+        unit = torch.eye(size - start, min(COLUMNS, size - start), dtype=matrix.dtype)
+        inverse += float(torch.linalg.solve_triangular(rest, unit, upper=False).square().sum())
+    return max(0.0, size - ridge * inverse)
 
 
 def dimension_ridge(values: Tensor, samples: float, k: int) -> float:

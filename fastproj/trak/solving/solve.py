@@ -195,7 +195,11 @@ class ScoreComputer:
                     for i in range(0, proj_dim, GRAM_TILE):
                         tile = part[:, i : i + GRAM_TILE].mT @ part[:, i:]
                         total[i : i + GRAM_TILE, i:].add_(tile, alpha=math.ldexp(1.0, 2 * exponent))
-        total = total.triu_() + total.triu(1).mT
+        for i in range(0, proj_dim, GRAM_TILE):  # in place: k x k may be most of the memory
+            rows = total[i : i + GRAM_TILE]
+            own = rows[:, i : i + GRAM_TILE]
+            own.copy_(own.triu() + own.triu(1).mT)
+            total[i + GRAM_TILE :, i : i + GRAM_TILE] = rows[:, i + GRAM_TILE :].mT
         return Gram(total.cpu(), seen, proj_dim, torch.finfo(dtype).eps)
 
     def forms_dual(self, n: int, proj_dim: int) -> bool:
@@ -229,8 +233,8 @@ class ScoreComputer:
     def solve_again(self, gram: Gram, summary: Mapping[str, Any]) -> Solution:
         """What ``solve`` gave when ``Solution.summary`` was ``summary``, not judged again."""
         if summary["method"] == "cholesky" and type(self).solve is ScoreComputer.solve:
-            factor, info = torch.linalg.cholesky_ex(shifted(gram.matrix, summary["lambda_reg"]))
-            if int(info) == 0:
+            factor = cholesky(gram.matrix, summary["lambda_reg"])
+            if factor is not None:
                 return Solution(factor, **summary, dual=gram.dual)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # solve has said it
@@ -284,11 +288,10 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
     matrix, k = gram.matrix, gram.k
     mean = check_gram(gram)
     lam = parse_lambda(lambda_reg, mean)
-    system = shifted(matrix, lam)
     floor = 0.0 if lam > 0 else gram.spurious  # below it, an eigenvalue may be all rounding
-    if lam > 0 or gram.n >= k:
-        factor, info = torch.linalg.cholesky_ex(system)
-        largest, smallest = extreme_eigenvalues(system, factor) if int(info) == 0 else (mean, 0.0)
+    factor = cholesky(matrix, lam) if lam > 0 or gram.n >= k else None
+    if factor is not None:
+        largest, smallest = extreme_eigenvalues(matrix, factor, lam)
         if gram.dual and smallest > 0:
             smallest = lam  # of k - n dimensions
         condition = largest / smallest if smallest > 0 else math.inf
@@ -296,7 +299,7 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
         if certain and condition * gram.eps * math.sqrt(k) < 1:
             return Solution(factor, "cholesky", lam, gram.n, k, condition, gram.dual)
 
-    values, vectors = torch.linalg.eigh(system)  # ascending
+    values, vectors = torch.linalg.eigh(shifted(matrix, lam))  # ascending
     kept = values > max(float(values[-1]) * gram.eps * k, floor)
     rank = int(kept.sum())
     divisors = values[kept]
@@ -321,6 +324,17 @@ def shifted(matrix: Tensor, lam: float) -> Tensor:
     system = matrix.clone()
     system.diagonal().add_(lam)
     return system
+
+
+def cholesky(matrix: Tensor, lam: float) -> Tensor | None:
+    """The Cholesky factor of ``matrix + lambda I``, or None where it isn't positive definite.
+
+    It is made in place of a copy: there are never more than two such matrices.
+    """
+    system = shifted(matrix, lam)
+    info = torch.empty((), dtype=torch.int32, device=system.device)
+    torch.linalg.cholesky_ex(system, out=(system, info))
+    return system if int(info) == 0 else None
 
 
 def check_gram(gram: Gram) -> float:
@@ -368,16 +382,18 @@ def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:
     return value * unit
 
 
-def extreme_eigenvalues(matrix: Tensor, factor: Tensor) -> tuple[float, float]:
-    """(largest, smallest) of a positive definite matrix by power iteration, each from inside.
+def extreme_eigenvalues(matrix: Tensor, factor: Tensor, lam: float = 0.0) -> tuple[float, float]:
+    """(largest, smallest) of a positive definite ``matrix + lam I`` by power iteration, each from
+    inside.
 
-    matrix : float64 [k, k]; factor : its Cholesky factor. Costs 4 POWER_STEPS k^2.
+    matrix : float64 [k, k]; factor : the Cholesky factor of the sum. Costs 4 POWER_STEPS k^2.
     """
     k = matrix.shape[0]
     start = torch.randn(k, 1, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
     high, low = start, start
     for _ in range(POWER_STEPS):
-        high = matrix @ (high / high.norm())
+        high = high / high.norm()
+        high = matrix @ high + lam * high
         low = torch.cholesky_solve(low / low.norm(), factor)
     return float(high.norm()), float(1 / low.norm())
 
