@@ -53,8 +53,9 @@ FILES = [
     "metadata.json",
     "models/0/checkpoint.json",
     "models/0/solve.json",
-    "models/0/weighted.safetensors",
+    "models/0/fisher.safetensors",
     "models/0/train-*.safetensors",
+    "models/0/drawn/drawn-*.safetensors",
     "models/0/targets/test/target-*.safetensors",
     "experiments/test.json",
     "scores/test.mmap",
@@ -108,11 +109,16 @@ def test_every_shard_says_what_it_is(finished):
     folder, _ = finished
     path = next(folder.glob("models/0/train-*"))
     tensors, metadata = module.read_safetensors(path, None)
-    assert set(tensors) == {"grads", "inds", "content", "out_to_loss"}
+    kept = {"grads", "inds", "content", "out_to_loss"}
+    assert set(tensors) == kept | {"curvature", "along", "drawn"}
     wanted = {"spec_version": "1", "seed": "0", "kind": "rademacher", "proj_dim": "8"}
     wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "3"}
     assert wanted.items() <= metadata.items()
     assert {"parameter_layout", "checkpoint", "checksum.grads", "checksum.inds"} <= set(metadata)
+    tensors, metadata = module.read_safetensors(next(folder.glob("models/0/drawn/drawn-*")), None)
+    assert set(tensors) == kept
+    assert wanted.items() <= metadata.items()
+    assert metadata["curvature"] == "fisher, 1 row(s) drawn for 12 of 12 samples"
 
 
 def test_a_shard_of_another_run_is_refused(finished, model, train, tmp_path_factory):
@@ -270,7 +276,7 @@ def test_a_read_only_disk(small_disk, model, train):
     remount("ro")
     with pytest.raises(StoreError, match=r"can't make the directory .* \(Read-only file system"):
         cases.make(model, folder / "new", N)
-    with pytest.raises(StoreError, match=r"can't write .*train-.* \(Read-only file system\); not"):
+    with pytest.raises(StoreError, match=r"can't make the directory .*drawn \(Read-only file"):
         half.featurize(train, num_samples=N)
     done = cases.make(model, store, N)  # what is there can be read
     done.load_checkpoint(model.state_dict(), 0)
@@ -289,7 +295,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, model, train):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))
     try:
-        with pytest.raises(StoreError, match=r"can't write .*train-.* \(File too large\); nothing"):
+        with pytest.raises(StoreError, match=r"can't write .*drawn-.* \(File too large\); nothing"):
             traker.featurize(train, num_samples=N)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
