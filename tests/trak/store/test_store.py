@@ -88,6 +88,14 @@ def test_flipped_bits_are_found_and_named(finished, model, pattern):
     np.testing.assert_array_equal(read_all(folder, model, pattern), scores)
 
 
+CURES = {
+    "models/0/fisher.safetensors": "call finalize_features again",
+    "models/0/train-*.safetensors": "featurize the same data again",
+    "models/0/drawn/drawn-*.safetensors": "featurize the same data again",
+    "scores/test.mmap": "call finalize_scores again",
+}
+
+
 @pytest.mark.parametrize("pattern", FILES)
 def test_truncated_files_are_found_and_named(finished, model, pattern):
     folder, _ = finished
@@ -98,6 +106,7 @@ def test_truncated_files_are_found_and_named(finished, model, pattern):
         with pytest.raises(StoreCorruptError, match=r"is damaged.*Delete the file and") as error:
             read_all(folder, model, pattern)
         assert str(path) in str(error.value)
+        assert CURES.get(pattern, "") in str(error.value)
 
 
 @pytest.mark.parametrize("pattern", FILES)
