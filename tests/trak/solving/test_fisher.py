@@ -117,6 +117,7 @@ def test_lambda_and_scores_are_the_same_in_primal_and_dual(tmp_path, fisher, tas
         found.append((np.array(scores), lambdas(traker), rule, traker.self_influence()))
     (scores, values, rule, own), (others, other_values, other_rule, other_own) = found
     assert rule == other_rule
+    assert rule[-1] == "training ridge"
     np.testing.assert_allclose(values, other_values, rtol=1e-5)
     assert_close(scores, others)
     assert_close(own, other_own)
@@ -139,14 +140,29 @@ class Language(nn.Module):
 
 
 def texts(n, seed=0):
-    """input_ids [n, 5] and a mask that ends after 2 to 5 tokens."""
+    """input_ids [n, 5] and a mask that ends after 2 to 5 tokens; every token suggests the next."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 6, (n, 5), generator=generator)
+    for t in range(1, 5):
+        ids[:, t] = torch.where(ids[:, t] < 4, (ids[:, t - 1] + 1) % 6, ids[:, t])
     return ids, (torch.arange(5) < 2 + torch.arange(n).unsqueeze(1) % 4).long()
 
 
-def language(folder, n, k, curvature, reduction="sum", **options):
+def trained_language():
+    """One that has learnt these texts: lambda is found from its fit."""
     model = Language().double()
+    ids = texts(40)[0]
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(40):
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def language(folder, n, k, curvature, reduction="sum", **options):
+    model = trained_language()
     task = CausalLMModelOutput(reduction)
     settings = {"use_half_precision": False, "device": "cpu", "proj_dim": k, **options}
     traker = TRAKer(model, task, n, folder, curvature=curvature, **settings)
