@@ -123,6 +123,43 @@ def test_lambda_and_scores_are_the_same_in_primal_and_dual(tmp_path, fisher, tas
     assert_close(own, other_own)
 
 
+@pytest.mark.parametrize("task", ["image", "tokens"])
+@pytest.mark.parametrize(("n", "k"), [(40, 8), (40, 96)])
+def test_what_is_summed_up(tmp_path, monkeypatch, task, n, k):
+    """u and what it is compared with, by ridge.fit, from all rows and their values."""
+    cases.small_blocks(monkeypatch.setattr)
+    fisher = Fisher(samples=16)
+    if task == "image":
+        model = networks(data(n))[1]
+        traker = cases.make(model, tmp_path, n, proj_dim=k, curvature=fisher)
+        cases.featurize(traker, model, 0, data(n))
+    else:
+        traker = language(tmp_path, n, k, fisher)
+    traker.finalize_features()
+    systems, store = traker.saver.systems, traker.saver
+    sums, _, _ = systems.read_gram(0, systems.read_system(0))
+    column = {name: store.column(0, name).double() for name in ("curvature", "along")}
+    slopes = store.out_to_loss(0).double()
+    some = torch.from_numpy(store.index(0, DRAWN).done)
+    values, _ = store.reader(0, DRAWN).read(np.flatnonzero(some.numpy()))[::-1]
+    values = values.double()
+    assert len(values) in (8, 16)
+    weight = n / len(values)
+    own, drawn = store.matrix(0), store.matrix(0, DRAWN)[some]
+    target = column["curvature"] * column["along"] + slopes
+    u = own.T @ target + weight * drawn.T @ values
+    explained = column["along"] @ target + weight * values @ values
+    opposed = (-column["along"] * target).clamp(min=0).sum()
+    scaled = [
+        (column["curvature"].sqrt()[:, None] * own).norm(dim=1),
+        weight**0.5 * drawn.norm(dim=1),
+    ]
+    torch.testing.assert_close(sums["fitted"], u)
+    torch.testing.assert_close(sums["explained"], explained)
+    torch.testing.assert_close(sums["opposed"], opposed)
+    torch.testing.assert_close(sums["quartic"], torch.cat(scaled).pow(4).sum())
+
+
 # ---- sequences ----------------------------------------------------------------------------------
 
 

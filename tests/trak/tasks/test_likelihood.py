@@ -350,6 +350,28 @@ def test_along_and_drawn_have_the_values_of_their_rows_times_the_logits(name):
         torch.testing.assert_close(values.detach(), (by_x(values, x) * x).sum(1).detach())
 
 
+def test_rows_and_values_are_what_a_newton_step_fits(case):
+    """In expectation, u = J^T v and z . v, with v = (diag p - p p^T) z + e_y - p: see ridge.fit."""
+    noise, chance = every_draw(case)
+    x = copies(case, len(noise))
+    made = terms_of(case, x, noise)
+    target = made.curvature.detach() * made.along + made.slope
+    u = target[:, None] * by_x(made.output, x)
+    values = made.drawn.detach()
+    for j in range(values.shape[1]):
+        u = u + values[:, j, None] * by_x(made.drawn[:, j], x)
+    explained = made.along * target + values.square().sum(1)
+    exact_u, exact = torch.zeros_like(case.x), torch.zeros((), dtype=torch.float64)
+    for number, (weight, z, label) in enumerate(case.predictions(case.x)):
+        p = z.softmax(0)
+        v = p * z - p * (p @ z) - p
+        v[label] += 1
+        exact_u += weight * v @ jacobian(case, number)
+        exact += weight * z @ v
+    torch.testing.assert_close(chance @ u, exact_u)
+    torch.testing.assert_close(chance @ explained, exact)
+
+
 def test_they_dont_change_where_all_logits_of_a_prediction_do():
     case = causal("sum", 3, [0, 2, IGNORED, 1])
     noise, _ = every_draw(case)
