@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 try:
+    from fastproj.trak.curvature import Fisher
     from fastproj.trak.distributed import DistributedError
     from fastproj.trak.estimator import TRAKer
     from fastproj.trak.evaluation.metrics import (
@@ -66,6 +67,7 @@ __all__ = [
     "CLIPModelOutput",
     "CausalLMModelOutput",
     "DistributedError",
+    "Fisher",
     "FunctionModelOutput",
     "FunctionalGradientComputer",
     "GroundTruth",

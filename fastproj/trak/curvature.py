@@ -61,7 +61,9 @@ def resolve_curvature(
             f"TRAKer: received curvature={curvature!r:.80}; expected "
             f"{', '.join(map(repr, CURVATURES))}, or fastproj.trak.Fisher(...)"
         )
-    ours = isinstance(gradient_computer, AbstractGradientComputer)
+    ours = (
+        isinstance(gradient_computer, AbstractGradientComputer) and gradient_computer.gives_rows()
+    )
     if curvature == AUTO:
         return Fisher() if lambda_reg == AUTO and ours and has_likelihood(task) else None
     if curvature == TRAK:
@@ -77,7 +79,7 @@ def resolve_curvature(
         raise ValueError(
             f"TRAKer: received curvature={curvature!r} with a gradient_computer that takes the "
             'gradients of one output only; expected "auto", "hooks", "func", "loop" or a subclass '
-            'of fastproj.trak.AbstractGradientComputer, or curvature="trak"'
+            'of one of these with compute_rows, or curvature="trak"'
         )
     return curvature if isinstance(curvature, Fisher) else Fisher()
 

@@ -185,7 +185,7 @@ def read_safetensors(
         if path.exists():
             raise
         raise GoneError(f"{path} is gone; expected nobody to delete it during the run") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     stored = metadata.pop("checksum", "")
     made = digest(json.dumps(dict(sorted(metadata.items())), sort_keys=True).encode())
@@ -201,7 +201,7 @@ def read_safetensors(
 def read_chosen(path: Path, names: Iterable[str]) -> tuple[Tensors, dict[str, str]]:
     """Tensors ``names`` and the metadata of a safetensors file, and nothing else of it.
 
-    Raises ValueError, KeyError or TypeError for a file that isn't one.
+    Raises ValueError, LookupError or TypeError for a file that isn't one.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -234,6 +234,9 @@ def corrupt(path: Path, reason: str) -> StoreCorruptError:
     redo = {
         "train": "featurize the same data again: only what the file held is computed again",
         "target": "score the same targets again: only what the file held is computed again",
+        "drawn": "featurize the same data again: only what the file held is computed again",
+        "fisher": "call finalize_features again",
+        "fisher_kernel": "call finalize_features again",
         "xtx": "call finalize_features again",
         "weighted": "call finalize_features again",
         "kernel": "call finalize_features again",

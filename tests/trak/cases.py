@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastproj
 from fastproj import TRAKer
+from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.solving import finalizing, scoring
 from fastproj.trak.store import features, shards
 
@@ -103,6 +104,56 @@ def explicit_trak(
         weight = weight + q(model, train)
     count = len(models)
     return (total / count) * (weight / count)[:, None]
+
+
+def fisher_of(
+    model: nn.Module, model_id: int, train: tuple[Tensor, Tensor], proj_dim: int, fisher: Fisher
+) -> tuple[Tensor, Tensor]:
+    """A classifier's Fisher matrix [k, k] and gradients of the log-likelihood [n, k], projected.
+
+    The other classes are those that Draws chooses, by the inverse of their distribution.
+    """
+    count = len(train[0])
+    draws = Draws(count, proj_dim, fisher, 0)
+    chosen = draws.chosen(np.arange(count))
+    uniform = draws.noise(model_id, np.arange(count), 1)[:, :, 0, 0]
+    own = gradients(model, train)
+    slopes = q(model, train)
+    rows, weights = [], []
+    for i, (image, label) in enumerate(zip(*train, strict=True)):
+        logits = model(image.unsqueeze(0))[0]
+        pi = logits.detach().clone()
+        pi[label] = -torch.inf
+        pi = pi.double().softmax(0)
+        for u in uniform[i] if chosen[i] else ():
+            other = int((pi.cumsum(0) <= float(u)).sum())
+            contrast = (slopes[i] / fisher.draws).sqrt() * (logits[other] - pi @ logits)
+            parts = torch.autograd.grad(contrast, list(model.parameters()), retain_graph=True)
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+            weights.append(count / chosen.sum())
+    phi = projected(own, proj_dim, model_id)
+    drawn = projected(torch.stack(rows).double(), proj_dim, model_id)
+    matrix = (phi * (slopes * (1 - slopes))[:, None]).T @ phi
+    matrix += (drawn * torch.tensor(weights)[:, None]).T @ drawn
+    return matrix, phi * slopes[:, None]
+
+
+def explicit_fisher(
+    models: list[nn.Module],
+    train: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor],
+    proj_dim: int,
+    lambdas: list[float],
+    fisher: Fisher | None = None,
+) -> Tensor:
+    """The scores with the Fisher matrix, at the lambdas of the checkpoints, float64 [n, m]."""
+    total = torch.zeros(len(train[0]), len(targets[0]), dtype=torch.float64)
+    for model_id, (model, lambda_reg) in enumerate(zip(models, lambdas, strict=True)):
+        matrix, of_likelihood = fisher_of(model, model_id, train, proj_dim, fisher or Fisher())
+        of_targets = projected(gradients(model, targets), proj_dim, model_id)
+        system = matrix + lambda_reg * torch.eye(proj_dim).double()
+        total += of_likelihood @ torch.linalg.solve(system, of_targets.T)
+    return total / len(models)
 
 
 def small_blocks(setattr: Any = setattr) -> None:

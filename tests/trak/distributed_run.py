@@ -57,14 +57,14 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     traker = cases.make(model, Path(save_dir), N, **{"proj_dim": 6, **how.get("options", {})})
     features, computed = traker._features, []
 
-    def logged(batch: Any, model_id: int, inds: Any) -> torch.Tensor:
+    def logged(batch: Any, model_id: int, inds: Any, **kind: bool) -> list[torch.Tensor]:
         stage = traker._loaded_for
         computed.append(stage)
         if die == [rank, stage] and computed.count(stage) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         with open(log, "a") as file:
             file.write(f"{rank} {stage} {model_id} {','.join(map(str, inds))}\n")
-        return features(batch, model_id, inds)
+        return features(batch, model_id, inds, **kind)
 
     traker._features = logged
 

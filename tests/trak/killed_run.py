@@ -70,9 +70,9 @@ def main(save_dir: str, log: str, stage: str, kind: str, die_at: int) -> None:
     traker = cases.make(model, Path(save_dir), N, proj_dim=4)
     features = traker._features
 
-    def logged(batch, model_id, inds):
+    def logged(batch, model_id, inds, **kind):
         note("compute", traker._loaded_for, model_id, inds[0])
-        return features(batch, model_id, inds)
+        return features(batch, model_id, inds, **kind)
 
     traker._features = logged
     for model_id, state in enumerate(states):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,14 @@ COMPUTERS = {
 }
 
 
-def scores(save_dir, device, computer):
+CURVATURES = ("trak", "fisher")
+
+
+def scores(save_dir, device, computer, curvature):
     """From featurizing to scores of two checkpoints, the batches coming from the CPU."""
     train, targets = cases.data(33), cases.data(7, seed=5)
     options = {"device": device, "gradient_computer": COMPUTERS[computer], "lambda_reg": 0.1}
+    options["curvature"] = curvature
     traker = cases.make(cases.net(), save_dir, 33, proj_dim=6, **options)
     for model_id in range(2):
         cases.featurize(traker, cases.net(model_id), model_id, train)
@@ -40,13 +45,14 @@ def on_the_pretended_device(folder):
     from tests.trak.pretend_device import PretendDevice
 
     save_dir = Path(folder)
-    for computer in ("func", "loop"):
-        wanted = scores(save_dir / computer / "cpu", "cpu", computer)
+    for computer, curvature in product(("func", "loop"), CURVATURES):
+        how = save_dir / computer / curvature
+        wanted = scores(how / "cpu", "cpu", computer, curvature)
         with PretendDevice():
             x = torch.ones(2, 2, device="pretend")
             with pytest.raises(RuntimeError, match="of the CPU"):
                 x @ torch.ones(2, 2)
-            found = scores(save_dir / computer / "pretend", "pretend", computer)
+            found = scores(how / "pretend", "pretend", computer, curvature)
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -65,8 +71,9 @@ def test_all_is_on_the_device_of_the_model(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("computer", COMPUTERS)
-def test_a_gpu_gives_the_scores_of_the_cpu(tmp_path, computer, monkeypatch):
+@pytest.mark.parametrize("curvature", CURVATURES)
+def test_a_gpu_gives_the_scores_of_the_cpu(tmp_path, computer, curvature, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    wanted = scores(tmp_path / "cpu", "cpu", computer)
-    found = scores(tmp_path / "cuda", "cuda", computer)
+    wanted = scores(tmp_path / "cpu", "cpu", computer, curvature)
+    found = scores(tmp_path / "cuda", "cuda", computer, curvature)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())

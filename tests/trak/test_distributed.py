@@ -85,10 +85,10 @@ def test_fewer_samples_than_dimensions_in_several_processes(tmp_path, server):
     for size in (1, 3):
         folder = tmp_path / str(size)
         folder.mkdir()
-        run(server, folder, size, options={"proj_dim": 40})
+        run(server, folder, size, options={"proj_dim": 80})
         found.append(results(folder))
         solved = read_json(folder / "store" / "models" / "1" / "solve.json")
-        assert (solved["form"], solved["n"]) == ("dual", N)
+        assert (solved["form"], solved["n"]) == ("dual", 2 * N)
     assert_same(*found)
 
 

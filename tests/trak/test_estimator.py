@@ -14,6 +14,8 @@ import fastproj
 from fastproj import TRAKer
 from fastproj.trak import (
     AbstractModelOutput,
+    FunctionalGradientComputer,
+    HookGradientComputer,
     IterativeGradientComputer,
     NotReadyError,
     SingularXtXWarning,
@@ -85,26 +87,45 @@ def test_linear_model_by_hand(tmp_path):
     np.testing.assert_allclose(scores, exact, rtol=1e-6, atol=1e-7)
 
 
-def test_half_precision_storage_keeps_three_digits_at_any_scale(tmp_path, train, targets):
+def one_output(base, scale):
+    """A computer of a user's own that gives the gradients of one output."""
+
+    class Scaled(base):
+        def compute_per_sample_grad(self, batch):
+            return {n: g * scale for n, g in super().compute_per_sample_grad(batch).items()}
+
+    return Scaled
+
+
+def all_outputs(base, scale):
+    """The same of several outputs."""
+
+    class Scaled(base):
+        def compute_rows(self, batch):
+            return [{n: g * scale for n, g in rows.items()} for rows in super().compute_rows(batch)]
+
+    return Scaled
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [
+        (one_output, FunctionalGradientComputer),
+        (one_output, HookGradientComputer),
+        (all_outputs, FunctionalGradientComputer),
+    ],
+)
+def test_half_precision_storage_keeps_three_digits_at_any_scale(tmp_path, train, scale, kind, base):
     """Gradients far outside float16's range; plain float16 would store zeros or infinities."""
-    for scale in (1e-12, 1e12):
-        model = cases.net(dtype=torch.float64)
-        traker = cases.make(
-            model, tmp_path / f"{scale}", N, use_half_precision=True, gradient_computer="func"
-        )
-
-        class Scaled(type(traker.gradient_computer)):
-            factor = scale
-
-            def compute_per_sample_grad(self, batch):
-                grads = super().compute_per_sample_grad(batch)
-                return {name: g * self.factor for name, g in grads.items()}
-
-        traker.gradient_computer = Scaled(model, traker.task)
-        cases.featurize(traker, model, 0, train)
-        exact = cases.projected(cases.gradients(model, train) * scale, 8, 0)
-        stored = traker.saver.matrix(0)
-        assert float(((stored - exact).norm(dim=1) / exact.norm(dim=1)).max()) < 2.0**-11
+    model = cases.net(dtype=torch.float64)
+    computer = kind(base, scale)
+    traker = cases.make(model, tmp_path, N, use_half_precision=True, gradient_computer=computer)
+    assert (traker.fisher is None) is (kind is one_output)
+    cases.featurize(traker, model, 0, train)
+    exact = cases.projected(cases.gradients(model, train) * scale, 8, 0)
+    stored = traker.saver.matrix(0)
+    assert float(((stored - exact).norm(dim=1) / exact.norm(dim=1)).max()) < 2.0**-11
 
 
 def test_half_precision_scores_are_close(tmp_path, models, train, targets):
@@ -209,7 +230,7 @@ def test_load_from_save_dir_false_sets_old_features_aside(tmp_path, models, trai
     with pytest.warns(UserWarning, match="moved to 0.replaced-"):
         fresh.load_checkpoint(models[1].state_dict(), 0)
     assert not fresh.saver.index(0).done.any()
-    assert len(list(tmp_path.glob("models/0.replaced-*/train-*"))) == 5
+    assert len(list(tmp_path.glob("models/0.replaced-*/train-*"))) == 6  # of one, rows are drawn
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fresh.load_checkpoint(models[1].state_dict(), 0)  # its own now
@@ -300,7 +321,7 @@ def test_other_targets_under_the_same_name_count(tmp_path, models, train, target
     first = np.array(cases.whole_run(tmp_path, models[:1], train, targets, lambda_reg=0))
     other = cases.data(M, seed=6, dtype=torch.float64)
     mixed = (torch.cat([targets[0][:2], other[0][2:]]), torch.cat([targets[1][:2], other[1][2:]]))
-    traker = cases.make(models[0], tmp_path, N)
+    traker = cases.make(models[0], tmp_path, N, lambda_reg=0)
     for batch in (mixed, mixed):  # the second time nothing is left to do
         cases.score(traker, models[0], 0, batch)
     scores = traker.finalize_scores("test")

@@ -52,7 +52,7 @@ def names(folder):
     return sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if not re.match(r"(train|target)-", path.name)
+        if not re.match(r"(train|drawn|target)-", path.name)
     )
 
 
@@ -100,6 +100,6 @@ def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
         np.testing.assert_array_equal(found, wanted)
     assert names(tmp_path / "killed") == names(tmp_path / "whole")
     assert there(tmp_path / "killed") == there(tmp_path / "whole") == set(once)
-    for kind, most in (("train", 2), ("target", 2)):  # files of each kind in each of four folders
+    for kind, most in (("train", 2), ("drawn", 2), ("target", 2)):  # in each of two folders
         shards = [path.parent for path in (tmp_path / "killed").rglob(f"{kind}-*")]
         assert max(Counter(shards).values()) <= most

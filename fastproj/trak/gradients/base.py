@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastproj.trak import batches
 from fastproj.trak.gradients.running import modules_named_twice, plainly, restored
 from fastproj.trak.tasks.base import BatchedModelOutput, Terms, run
-from fastproj.trak.tasks.training import TrainingOutput
+from fastproj.trak.tasks.training import TrainingOutput, definer
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
 TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
@@ -84,12 +84,21 @@ class AbstractGradientComputer(ABC):
         """The gradients of all samples: name -> [B, *shape of the parameter]."""
         return self.compute_rows(batch)[0]
 
-    @abstractmethod
     def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
         """The same of each of the task's outputs of a sample, from one forward.
 
         Of a ``TrainingOutput`` they are its outputs and drawn rows; of other tasks there is one.
         """
+        raise NotImplementedError(
+            f"{type(self).__name__} has neither compute_rows nor compute_per_sample_grad"
+        )
+
+    @classmethod
+    def gives_rows(cls) -> bool:
+        """Whether ``compute_rows`` says all; a subclass may know ``compute_per_sample_grad`` alone,
+        which is of one output.
+        """
+        return definer(cls, "compute_rows") <= definer(cls, "compute_per_sample_grad")
 
     def project(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> Tensor:
         """``projector.project`` of the gradients of all samples, [B, proj_dim]."""
@@ -109,7 +118,11 @@ class AbstractGradientComputer(ABC):
         """``compute_rows`` in chunks of samples, in order, of at most GRAD_BYTES where possible."""
         step = self.samples_at_once(batch)
         for start in range(0, batches.size(batch), step):
-            yield self.compute_rows(batches.select(batch, slice(start, start + step)))
+            part = batches.select(batch, slice(start, start + step))
+            if self.gives_rows():
+                yield self.compute_rows(part)
+            else:
+                yield [self.compute_per_sample_grad(part)]
 
     def check_dependence(self, batch: tuple[Any, ...]) -> None:
         """Raise ValueError if f of no sample has to do with the parameters; once per checkpoint."""

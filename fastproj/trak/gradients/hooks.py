@@ -107,7 +107,7 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def project_rows(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> list[Tensor]:
         """``projector.project`` of the gradients of each output of the samples, [B, proj_dim]."""
-        if not isinstance(projector, Projector):  # no row offsets: whole gradients, in chunks
+        if not (isinstance(projector, Projector) and self.gives_rows()):  # whole gradients
             return super().project_rows(batch, projector, model_id)
         self.on_trust = False
         sinks: list[ProjectingSink] = []

@@ -46,11 +46,13 @@ class Share(NamedTuple):
     weights : what a row's outer product counts in S^T S; None where they aren't rows of S.
     values : the network's own output along each row.
     slopes : Q, the derivative of the log-likelihood along it.
+    residuals : Q where it may be that of another loss, outside 0..1 too; None where it can't.
     """
 
     weights: Tensor | None
     values: Tensor
     slopes: Tensor
+    residuals: Tensor | None = None
 
     def target(self) -> Tensor:
         """What a Newton step from the network's outputs fits, times the weights."""
@@ -121,9 +123,9 @@ def sample_weights(q: Tensor, power: float) -> Tensor:
 
 def logistic_share(q: Tensor, power: float) -> Share:
     """Of samples with Q = 1 - p of a logistic loss, to the power of how far they are that."""
-    slopes = q.double().clamp(TINY, CEILING) if power > 0 else q.double()
-    values = torch.log1p(-slopes) - slopes.log() if power > 0 else slopes  # Q = 1 - sigmoid(f)
-    return Share(sample_weights(q, power), values, slopes)
+    slopes = q.double().clamp(TINY, CEILING)
+    values = torch.log1p(-slopes) - slopes.log()  # Q = 1 - sigmoid(f)
+    return Share(sample_weights(q, power), values, slopes, q.double())
 
 
 def choose_lambda(gram: Gram, moments: Moments, q: Meaning, margin: float = MARGIN) -> Choice:
@@ -191,9 +193,9 @@ class Moments:
         for the next ones.
         """
         for features, share in blocks:
-            if self.power < 1:
-                self.correlated += product(features, share.slopes)
-                self.squares += share.slopes @ share.slopes
+            if self.power < 1 and share.residuals is not None:
+                self.correlated += product(features, share.residuals)
+                self.squares += share.residuals @ share.residuals
             if self.power > 0:
                 target = share.target()
                 self.fitted += product(features, target)

@@ -102,7 +102,9 @@ class ShardIndex:
     def of(
         cls, n: int, found: Iterable[tuple[ShardFile, Indices, Indices]], replace: bool
     ) -> ShardIndex:
-        """Of files with the numbers and content ids of their rows; ``replace`` as for ``add``."""
+        """Of files with the numbers (-1: doesn't count) and content ids of their rows; ``replace``
+        as for ``add``.
+        """
         index = cls.empty(n)
         found = sorted(found, key=lambda item: item[0].rank)
         greatest = {key: file for file, _, _ in found for key in file.keys}
@@ -162,7 +164,7 @@ class ShardIndex:
     def _enter(
         self, key: str, number: int, start: int, inds: Indices, content: Indices, replace: bool
     ) -> None:
-        new = np.arange(len(inds)) if replace else np.flatnonzero(self.shard[inds] < 0)
+        new = np.flatnonzero((inds >= 0) & (replace | (self.shard[inds] < 0)))
         self.shard[inds[new]] = number
         self.row[inds[new]] = start + new
         self.batch[inds[new]] = len(self.keys)

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -56,7 +57,9 @@ from fastproj.trak.store.features import FeatureReader, block_rows, pack_half, s
 from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 
 FORMAT = 3
+ROWS = "drawn"  # of a training shard: how many rows were drawn for each sample
 DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that are drawn
+Found = list[tuple[ShardFile, Indices, Indices]]  # with the numbers and content ids of its rows
 ABSENT = {"curvature": "trak"}  # what metadata that lack a key mean
 
 
@@ -276,7 +279,8 @@ class Store:
         if key not in self._indices:
             n = self.num_rows(exp_name)
             distrusted = self.distrusted(model_id)
-            found: list[tuple[ShardFile, Indices, Indices]] = []
+            found: Found = []
+            with_rows: dict[int, npt.NDArray[np.bool_]] = {}
 
             def read(path: Path) -> None:
                 with suppress(GoneError, FileNotFoundError):  # its batches are in another file
@@ -290,13 +294,37 @@ class Store:
                             f"TRAKer: {path} holds sample {inds.max()}; expected samples below {n}"
                         )
                     file = ShardFile.of(path, metadata, len(inds), path.stat().st_size)
+                    if exp_name is None and f"checksum.{ROWS}" in metadata:
+                        rows = self.read(path, model_id, exp_name, (ROWS,))[0][ROWS].numpy()
+                        with_rows[len(found)] = rows > 0
                     found.append((file, inds, tensors["content"].numpy()))
 
             scan(self.shard_dir(model_id, exp_name), role_of(exp_name), read)
+            for i, lost in self._without_rows(model_id, found, with_rows):
+                file, inds, content = found[i]
+                found[i] = file, np.where(lost, -1, inds), content
             index = ShardIndex.of(n, found, replace=is_target(exp_name))
             index.distrusted = distrusted
             self._indices[key] = index
         return self._indices[key]
+
+    def _without_rows(
+        self, model_id: int, found: Found, with_rows: Mapping[int, npt.NDArray[np.bool_]]
+    ) -> list[tuple[int, npt.NDArray[np.bool_]]]:
+        """(place in ``found``, which of its samples lack their drawn rows): they don't count.
+
+        with_rows : which samples of a file have rows, by its place.
+        """
+        lost: list[tuple[int, npt.NDArray[np.bool_]]] = []
+        for again in (False, True):
+            if again:  # rows are written before their samples: what is there now has to be found
+                self.forget_index(model_id, DRAWN)
+            if with_rows:
+                done = np.all(self.index(model_id, DRAWN).done.reshape(-1, self.draws), 1)
+                lost = [(i, some & ~np.take(done, found[i][1])) for i, some in with_rows.items()]
+            if not any(some.any() for _, some in lost):
+                return []
+        return lost
 
     def num_rows(self, exp_name: str | None) -> int:
         """The number of training samples (None), of rows that can be drawn, or of targets."""

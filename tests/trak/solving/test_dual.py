@@ -18,7 +18,13 @@ from fastproj import TRAKer
 from fastproj.trak import ImageClassificationModelOutput, ScoreComputer, SingularXtXWarning
 from fastproj.trak.files import read_safetensors, write_safetensors
 from fastproj.trak.solving import solve as module
-from fastproj.trak.solving.ridge import Moments, choose_lambda, meaning, sample_weights
+from fastproj.trak.solving.ridge import (
+    Moments,
+    choose_lambda,
+    logistic_share,
+    meaning,
+    sample_weights,
+)
 from fastproj.trak.solving.solve import Gram, Rows, System, solve
 from tests.trak import cases
 
@@ -134,7 +140,8 @@ def summed(features, q, block=4):
     for form in (primal, dual):
         moments = Moments(features.shape[1], power)
         blocks = zip(features.split(block), q.split(block), strict=True)
-        rows = torch.cat([part.clone() for part in moments.over(blocks)])
+        shares = ((part, logistic_share(of_part, power)) for part, of_part in blocks)
+        rows = torch.cat([part.clone() for part in moments.over(shares)])
         found.append((form(rows), moments))
     return found
 
@@ -189,7 +196,7 @@ def test_scores_are_the_formula(tmp_path, monkeypatch, n, lambda_reg):
     cases.small_blocks(monkeypatch.setattr)
     train, targets = cases.data(n), cases.data(M, seed=5)
     models = [cases.trained(seed, train) for seed in (0, 1)]
-    options = {"proj_dim": 24, "lambda_reg": lambda_reg}
+    options = {"proj_dim": 24, "lambda_reg": lambda_reg, "curvature": "trak"}
     scores = cases.whole_run(tmp_path, models, train, targets, **options)
     traker = cases.make(models[0], tmp_path, n, **options)
     stored = traker.saver.systems.read_solve(1)
@@ -286,7 +293,15 @@ def test_nothing_is_as_large_as_k_x_k(tmp_path, lambda_reg, task):
 def test_no_vectors_are_made_that_are_not_used(tmp_path, task, n):
     train = cases.data(n)
     model = cases.trained(0, train)
-    traker = TRAKer(model, TASKS[task] or Residuals(), n, tmp_path, proj_dim=24, device="cpu")
+    traker = TRAKer(
+        model,
+        TASKS[task] or Residuals(),
+        n,
+        tmp_path,
+        proj_dim=24,
+        device="cpu",
+        curvature="trak",
+    )
     cases.featurize(traker, model, 0, train)
     with Vectors() as vectors:
         traker.finalize_features()
@@ -322,7 +337,7 @@ def test_a_store_that_was_finalised_before_there_was_a_dual(tmp_path, lambda_reg
     """Its k x k matrix and lambda are used as they are; another lambda makes what it needs."""
     train, targets = cases.data(15), cases.data(M, seed=5)
     model = cases.trained(0, train)
-    options = {"proj_dim": 24, "lambda_reg": lambda_reg}
+    options = {"proj_dim": 24, "lambda_reg": lambda_reg, "curvature": "trak"}
     cases.whole_run(tmp_path, [model], train, targets, score_computer=OwnSolve, **options)
     traker = cases.make(model, tmp_path, 15, **options)
     stored = traker.saver.systems.read_solve(0)
@@ -346,7 +361,7 @@ def test_a_store_that_was_finalised_before_there_was_a_dual(tmp_path, lambda_reg
 
 
 def test_stored_features_that_are_not_finite_are_named(tmp_path):
-    made = cases.make(cases.net(), tmp_path, 10, proj_dim=24)
+    made = cases.make(cases.net(), tmp_path, 10, proj_dim=24, curvature="trak")
     made.load_checkpoint(cases.net().state_dict(), 0)
     features = torch.ones(10, 24)
     features[3, 2], features[7, 0] = torch.nan, torch.inf

@@ -29,6 +29,7 @@ from fastproj.trak.solving.ridge import (
     effective_dimension,
     fit,
     likeliest_ridge,
+    logistic_share,
     meaning,
     quadratures,
 )
@@ -60,9 +61,11 @@ def trained(grads, ridge):
 
 def sums(phi, q, block=64):
     """(Gram, Moments) as finalising makes them."""
-    moments = Moments(phi.shape[1], meaning(q).probability)
+    power = meaning(q).probability
+    moments = Moments(phi.shape[1], power)
     blocks = zip(phi.split(block), q.split(block), strict=True)
-    return ScoreComputer().gram(moments.over(blocks), phi.shape[1], len(phi)), moments
+    shares = ((part, logistic_share(of_part, power)) for part, of_part in blocks)
+    return ScoreComputer().gram(moments.over(shares), phi.shape[1], len(phi)), moments
 
 
 def choose(phi, q):
@@ -323,7 +326,8 @@ def scores_of(phi, q, probabilities=None):
     """Scores of all samples on all others, [n, n], as finalising and scoring make them."""
     made = meaning(q, probabilities)
     moments = Moments(phi.shape[1], made.probability)
-    rows = torch.cat([part.clone() for part in moments.over([(phi, q)])])
+    share = logistic_share(q, made.probability)
+    rows = torch.cat([part.clone() for part in moments.over([(phi, share)])])
     gram = Gram(rows.T @ rows, *phi.shape, 2.0**-52)
     solution = solve(gram, choose_lambda(gram, moments, made).lambda_reg)
     return phi @ solution.apply(phi).T * q.unsqueeze(1)
@@ -464,7 +468,7 @@ def test_extreme_features_get_a_lambda_that_solves(phi, q):
 
 @pytest.fixture
 def traker(tmp_path):
-    made = cases.make(cases.net(), tmp_path, 30)
+    made = cases.make(cases.net(), tmp_path, 30, curvature="trak")
     cases.featurize(made, cases.trained(0, cases.data(30)), 0, cases.data(30))
     return made
 
@@ -492,8 +496,8 @@ def test_auto_is_the_rule_on_the_stored_features(traker):
 def test_scores_are_the_formula_with_the_curvature(tmp_path):
     train, targets = cases.data(30), cases.data(5, seed=5)
     models = [cases.trained(seed, train) for seed in (0, 1)]
-    scores = cases.whole_run(tmp_path, models, train, targets)
-    made = cases.make(models[0], tmp_path, 30)
+    scores = cases.whole_run(tmp_path, models, train, targets, curvature="trak")
+    made = cases.make(models[0], tmp_path, 30, curvature="trak")
     total, weight = torch.zeros(()), torch.zeros(())
     for model_id, model in enumerate(models):
         phi = cases.projected(cases.gradients(model, train), 8, model_id)
@@ -505,8 +509,8 @@ def test_scores_are_the_formula_with_the_curvature(tmp_path):
         total, weight = total + phi @ torch.linalg.solve(matrix, of_targets.T), weight + q
     exact = (total * weight.unsqueeze(1) / 4).numpy()
     np.testing.assert_allclose(scores, exact, rtol=1e-3, atol=1e-4 * np.abs(exact).max())
-    own = cases.whole_run(tmp_path / "own", models, train, train)
-    made = cases.make(models[0], tmp_path / "own", 30)
+    own = cases.whole_run(tmp_path / "own", models, train, train, curvature="trak")
+    made = cases.make(models[0], tmp_path / "own", 30, curvature="trak")
     np.testing.assert_allclose(made.self_influence(), np.diag(own), rtol=1e-4, atol=1e-6)
     made.load_checkpoint(models[1].state_dict(), 1)
     solved = torch.linalg.solve(matrix, phi.T).T.numpy()
@@ -540,7 +544,7 @@ def test_a_checkpoint_whose_largest_q_passes_1(tmp_path):
 
 @pytest.mark.parametrize("declared", [None, True, False])
 def test_a_task_may_say_what_q_is(tmp_path, declared):
-    made = cases.make(cases.net(), tmp_path, 30)
+    made = cases.make(cases.net(), tmp_path, 30, curvature="trak")
     made.task.q_are_probabilities = declared
     cases.featurize(made, cases.trained(0, cases.data(30)), 0, cases.data(30))
     made.finalize_features()
@@ -596,7 +600,7 @@ def test_other_lambdas_and_back_without_featurizing(traker):
 
 
 def test_stored_features_that_are_not_finite_are_named(tmp_path):
-    made = cases.make(cases.net(), tmp_path, 30, use_half_precision=False)
+    made = cases.make(cases.net(), tmp_path, 30, use_half_precision=False, curvature="trak")
     cases.featurize(made, cases.net(), 0, tuple(part[:20] for part in cases.data(30)))
     features = torch.ones(10, 8)
     features[3, 2], features[7, 0] = torch.nan, torch.inf

@@ -42,8 +42,14 @@ def finished(tmp_path, model, train):
     return tmp_path, scores
 
 
-def read_all(folder, model):
-    """Everything that reads a store; what was there before it is made again."""
+def read_all(folder, model, pattern=""):
+    """Everything that reads a store; what was there before it is made again.
+
+    Drawn rows are read where the matrix that they are summed up in isn't there.
+    """
+    if "drawn" in pattern:
+        (folder / "models" / "0" / "fisher.safetensors").unlink(missing_ok=True)
+        cases.make(model, folder, N).finalize_features()
     read_scores(folder / "scores" / "test.mmap")
     read_top_scores(folder / "scores" / "test.top.safetensors")
     return np.array(cases.make(model, folder, N).finalize_scores("test"))
@@ -53,8 +59,9 @@ FILES = [
     "metadata.json",
     "models/0/checkpoint.json",
     "models/0/solve.json",
-    "models/0/weighted.safetensors",
+    "models/0/fisher.safetensors",
     "models/0/train-*.safetensors",
+    "models/0/drawn/drawn-*.safetensors",
     "models/0/targets/test/target-*.safetensors",
     "experiments/test.json",
     "scores/test.mmap",
@@ -75,10 +82,18 @@ def test_flipped_bits_are_found_and_named(finished, model, pattern):
         damaged[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         with pytest.raises(StoreCorruptError) as error:
-            read_all(folder, model)
+            read_all(folder, model, pattern)
         assert str(path) in str(error.value)
     path.write_bytes(whole)
-    np.testing.assert_array_equal(read_all(folder, model), scores)
+    np.testing.assert_array_equal(read_all(folder, model, pattern), scores)
+
+
+CURES = {
+    "models/0/fisher.safetensors": "call finalize_features again",
+    "models/0/train-*.safetensors": "featurize the same data again",
+    "models/0/drawn/drawn-*.safetensors": "featurize the same data again",
+    "scores/test.mmap": "call finalize_scores again",
+}
 
 
 @pytest.mark.parametrize("pattern", FILES)
@@ -89,8 +104,9 @@ def test_truncated_files_are_found_and_named(finished, model, pattern):
     for length in (0, 1, 7, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(StoreCorruptError, match=r"is damaged.*Delete the file and") as error:
-            read_all(folder, model)
+            read_all(folder, model, pattern)
         assert str(path) in str(error.value)
+        assert CURES.get(pattern, "") in str(error.value)
 
 
 @pytest.mark.parametrize("pattern", FILES)
@@ -108,11 +124,16 @@ def test_every_shard_says_what_it_is(finished):
     folder, _ = finished
     path = next(folder.glob("models/0/train-*"))
     tensors, metadata = module.read_safetensors(path, None)
-    assert set(tensors) == {"grads", "inds", "content", "out_to_loss"}
+    kept = {"grads", "inds", "content", "out_to_loss"}
+    assert set(tensors) == kept | {"curvature", "along", "drawn"}
     wanted = {"spec_version": "1", "seed": "0", "kind": "rademacher", "proj_dim": "8"}
     wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "3"}
     assert wanted.items() <= metadata.items()
     assert {"parameter_layout", "checkpoint", "checksum.grads", "checksum.inds"} <= set(metadata)
+    tensors, metadata = module.read_safetensors(next(folder.glob("models/0/drawn/drawn-*")), None)
+    assert set(tensors) == kept
+    assert wanted.items() <= metadata.items()
+    assert metadata["curvature"] == "fisher, 1 row(s) drawn for 12 of 12 samples"
 
 
 def test_a_shard_of_another_run_is_refused(finished, model, train, tmp_path_factory):
@@ -270,7 +291,7 @@ def test_a_read_only_disk(small_disk, model, train):
     remount("ro")
     with pytest.raises(StoreError, match=r"can't make the directory .* \(Read-only file system"):
         cases.make(model, folder / "new", N)
-    with pytest.raises(StoreError, match=r"can't write .*train-.* \(Read-only file system\); not"):
+    with pytest.raises(StoreError, match=r"can't make the directory .*drawn \(Read-only file"):
         half.featurize(train, num_samples=N)
     done = cases.make(model, store, N)  # what is there can be read
     done.load_checkpoint(model.state_dict(), 0)
@@ -289,7 +310,7 @@ def test_a_limit_on_the_size_of_files(tmp_path, model, train):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))
     try:
-        with pytest.raises(StoreError, match=r"can't write .*train-.* \(File too large\); nothing"):
+        with pytest.raises(StoreError, match=r"can't write .*drawn-.* \(File too large\); nothing"):
             traker.featurize(train, num_samples=N)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

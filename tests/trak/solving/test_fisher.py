@@ -1,0 +1,607 @@
+"""TRAKer with the Fisher matrix as the curvature, against the formula written out in float64."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastproj import TRAKer
+from fastproj.trak import (
+    AbstractModelOutput,
+    CausalLMModelOutput,
+    FunctionModelOutput,
+    HookGradientComputer,
+    ImageClassificationModelOutput,
+    NotReadyError,
+    ScoreComputer,
+    StoreMismatchError,
+)
+from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.files import read_json
+from fastproj.trak.store.store import DRAWN
+from tests.trak import cases
+
+M = 5
+
+
+def data(n, seed=0):
+    return cases.data(n, seed, torch.float64)
+
+
+def networks(train):
+    """Two checkpoints: one untrained, one that has fitted its samples."""
+    single = train[0].float(), train[1]
+    return [cases.net(0, torch.float64), cases.trained(1, single).double().eval()]
+
+
+def lambdas(traker):
+    return [traker.saver.systems.read_solve(i)["lambda_reg"] for i in traker.saver.ids()]
+
+
+def assert_close(found, exact, tolerance=1e-5):
+    exact = np.asarray(exact)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=tolerance * np.abs(exact).max())
+
+
+# ---- the formula --------------------------------------------------------------------------------
+
+SIZES = {  # n, k, settings, form, rows
+    "primal": (32, 8, Fisher(), "primal", 48),
+    "dual": (12, 40, Fisher(), "dual", 24),
+    "some drawn for": (40, 24, Fisher(samples=16), "primal", 56),
+    "some drawn for, dual": (40, 64, Fisher(samples=16), "dual", 56),
+    "several draws": (20, 16, Fisher(draws=3), "primal", 80),
+    "several draws for some, dual": (40, 96, Fisher(samples=16, draws=3), "dual", 88),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_scores_are_the_formula(tmp_path, monkeypatch, name):
+    cases.small_blocks(monkeypatch.setattr)
+    n, k, fisher, form, rows = SIZES[name]
+    train, targets = data(n), data(M, seed=5)
+    models = networks(train)
+    options = {"proj_dim": k, "curvature": fisher}
+    scores = np.array(cases.whole_run(tmp_path, models, train, targets, **options))
+    traker = cases.make(models[0], tmp_path, n, **options)
+    stored = traker.saver.systems.read_solve(1)
+    assert (stored["curvature"], stored["form"], stored["n"]) == ("fisher", form, rows)
+    files = {path.name for path in (tmp_path / "models" / "1").glob("*.safetensors")}
+    file = "fisher" if form == "primal" else "fisher_kernel"
+    assert {name for name in files if not name.startswith("train-")} == {f"{file}.safetensors"}
+    assert_close(scores, cases.explicit_fisher(models, train, targets, k, lambdas(traker), fisher))
+    assert_close(
+        traker.self_influence(),
+        cases.explicit_fisher(models, train, train, k, lambdas(traker), fisher).diagonal(),
+    )
+    top = traker.finalize_scores("test", top_k=3)
+    np.testing.assert_array_equal(top.helpful_indices, np.argsort(-scores, 0)[:3].T)
+    groups = [0, 1, 0, 2, 1]
+    for model_id, model in enumerate(models):
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        traker.start_scoring_checkpoint("groups", state, model_id, M, groups=groups)
+        traker.score(targets, num_samples=M)
+    sums = [scores[:, np.array(groups) == g].sum(1) for g in range(3)]
+    assert_close(traker.finalize_scores("groups"), np.stack(sums, 1))
+
+
+class Primal(ScoreComputer):
+    """With a step of k x k of its own: it isn't given the dual."""
+
+    def solve(self, gram, lambda_reg):
+        return super().solve(gram, lambda_reg)
+
+
+@pytest.mark.parametrize("fisher", [Fisher(), Fisher(samples=16, draws=2)])
+@pytest.mark.parametrize("task", ["image", "tokens"])
+def test_lambda_and_scores_are_the_same_in_primal_and_dual(tmp_path, fisher, task):
+    train, targets = data(24), data(M, seed=5)
+    found = []
+    for computer in (None, Primal):
+        folder = tmp_path / str(computer)
+        if task == "image":
+            options = {"proj_dim": 90, "curvature": fisher, "score_computer": computer}
+            scores = cases.whole_run(folder, networks(train), train, targets, **options)
+            traker = cases.make(cases.net(), folder, 24, **options)
+        else:
+            traker = language(folder, 24, 90, fisher, score_computer=computer)
+            scores = finished(traker)
+        form = [traker.saver.systems.read_solve(i)["form"] for i in traker.saver.ids()]
+        assert set(form) == {"primal" if computer else "dual"}
+        rule = [traker.saver.systems.read_solve(i)["auto"]["rule"] for i in traker.saver.ids()]
+        found.append((np.array(scores), lambdas(traker), rule, traker.self_influence()))
+    (scores, values, rule, own), (others, other_values, other_rule, other_own) = found
+    assert rule == other_rule
+    assert rule[-1] == "training ridge"
+    np.testing.assert_allclose(values, other_values, rtol=1e-5)
+    assert_close(scores, others)
+    assert_close(own, other_own)
+
+
+@pytest.mark.parametrize("task", ["image", "tokens"])
+@pytest.mark.parametrize(("n", "k"), [(40, 8), (40, 96)])
+def test_what_is_summed_up(tmp_path, monkeypatch, task, n, k):
+    """u and what it is compared with, by ridge.fit, from all rows and their values."""
+    cases.small_blocks(monkeypatch.setattr)
+    fisher = Fisher(samples=16)
+    if task == "image":
+        model = networks(data(n))[1]
+        traker = cases.make(model, tmp_path, n, proj_dim=k, curvature=fisher)
+        cases.featurize(traker, model, 0, data(n))
+    else:
+        traker = language(tmp_path, n, k, fisher)
+    traker.finalize_features()
+    systems, store = traker.saver.systems, traker.saver
+    sums, _, _ = systems.read_gram(0, systems.read_system(0))
+    column = {name: store.column(0, name).double() for name in ("curvature", "along")}
+    slopes = store.out_to_loss(0).double()
+    some = torch.from_numpy(store.index(0, DRAWN).done)
+    values, _ = store.reader(0, DRAWN).read(np.flatnonzero(some.numpy()))[::-1]
+    values = values.double()
+    assert len(values) in (8, 16)
+    weight = n / len(values)
+    own, drawn = store.matrix(0), store.matrix(0, DRAWN)[some]
+    target = column["curvature"] * column["along"] + slopes
+    u = own.T @ target + weight * drawn.T @ values
+    explained = column["along"] @ target + weight * values @ values
+    opposed = (-column["along"] * target).clamp(min=0).sum()
+    scaled = [
+        (column["curvature"].sqrt()[:, None] * own).norm(dim=1),
+        weight**0.5 * drawn.norm(dim=1),
+    ]
+    torch.testing.assert_close(sums["fitted"], u)
+    torch.testing.assert_close(sums["explained"], explained)
+    torch.testing.assert_close(sums["opposed"], opposed)
+    torch.testing.assert_close(sums["quartic"], torch.cat(scaled).pow(4).sum())
+
+
+# ---- sequences ----------------------------------------------------------------------------------
+
+
+class Language(nn.Module):
+    """Logits of the next of 6 tokens from the last one; input_ids [B, T]."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(6, 5)
+        self.head = nn.Linear(5, 6)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(torch.tanh(self.table(input_ids)))
+
+
+def texts(n, seed=0):
+    """input_ids [n, 5] and a mask that ends after 2 to 5 tokens; every token suggests the next."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 6, (n, 5), generator=generator)
+    for t in range(1, 5):
+        ids[:, t] = torch.where(ids[:, t] < 4, (ids[:, t - 1] + 1) % 6, ids[:, t])
+    return ids, (torch.arange(5) < 2 + torch.arange(n).unsqueeze(1) % 4).long()
+
+
+def trained_language():
+    """One that has learnt these texts: lambda is found from its fit."""
+    model = Language().double()
+    ids = texts(40)[0]
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(40):
+        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def language(folder, n, k, curvature, reduction="sum", **options):
+    model = trained_language()
+    task = CausalLMModelOutput(reduction)
+    settings = {"use_half_precision": False, "device": "cpu", "proj_dim": k, **options}
+    traker = TRAKer(model, task, n, folder, curvature=curvature, **settings)
+    traker.load_checkpoint(model.state_dict(), 0)
+    for rows in torch.arange(n).split(7):
+        traker.featurize(tuple(part[rows] for part in texts(n)), num_samples=len(rows))
+    return traker
+
+
+def finished(traker, **how):
+    traker.finalize_features(**how)
+    traker.start_scoring_checkpoint("test", traker.model.state_dict(), 0, M)
+    traker.score(texts(M, seed=5), num_samples=M)
+    return np.array(traker.finalize_scores("test"))
+
+
+def rows_of_texts(model, ids, mask, noise, weigh):
+    """(gradient of the log-likelihood [P], drawn rows [d, P]) of one text, token by token."""
+    params = list(model.parameters())
+
+    def gradient(value):
+        parts = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
+        pairs = zip(parts, params, strict=True)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in pairs])
+
+    length = int(mask.sum())
+    logits = model(ids[None, :length])[0]
+    weight = 1 / (length - 1) if weigh else 1.0
+    total, drawn = 0.0, [0.0] * len(noise)
+    for t in range(length - 1):
+        z, label = logits[t], int(ids[t + 1])
+        p = z.detach().softmax(0)
+        pi = p.clone()
+        pi[label] = 0
+        q = pi.sum()
+        pi = pi / q
+        total = total + weight * z.log_softmax(0)[label]
+        for j, numbers in enumerate(noise[:, t].double()):
+            other = int((pi.cumsum(0) <= float(numbers[0])).sum())
+            own = (weight * p[label] * q).sqrt() * numbers[1] * (z[label] - pi @ z)
+            rest = (weight * q).sqrt() * numbers[2] * (z[other] - pi @ z)
+            drawn[j] = drawn[j] + (own + rest) / len(noise) ** 0.5
+    return gradient(total), torch.stack([gradient(row) for row in drawn])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(
+    ("n", "k", "fisher", "form"),
+    [
+        (30, 8, Fisher(), "primal"),
+        (20, 48, Fisher(), "dual"),
+        (40, 20, Fisher(samples=16, draws=2), "primal"),
+    ],
+)
+def test_scores_of_texts_are_the_formula(tmp_path, reduction, n, k, fisher, form):
+    traker = language(tmp_path, n, k, fisher, reduction)
+    scores = finished(traker)
+    assert traker.saver.systems.read_solve(0)["form"] == form
+    model, draws = traker.model, Draws(n, k, fisher, 0)
+    noise = draws.noise(0, np.arange(n), 4)
+    train = texts(n)
+    made = [
+        rows_of_texts(model, ids, mask, numbers, reduction == "mean")
+        for ids, mask, numbers in zip(*train, noise, strict=True)
+    ]
+    chosen = draws.chosen(np.arange(n))
+    phi = cases.projected(torch.stack([own for own, _ in made]), k, 0)
+    drawn = torch.cat([rows for (_, rows), some in zip(made, chosen, strict=True) if some])
+    drawn = cases.projected(drawn, k, 0)
+    system = n / chosen.sum() * drawn.T @ drawn
+    system += traker.saver.systems.read_solve(0)["lambda_reg"] * torch.eye(k)
+    # Targets are asked about by the task's own output, the margins of their tokens.
+    parts = []
+    for ids, mask in zip(*texts(M, seed=5), strict=True):
+        length = int(mask.sum())
+        p = model(ids[None, :length])[0].softmax(-1)[torch.arange(length - 1), ids[1:length]]
+        f = (p / (1 - p)).log().sum() / (length - 1 if reduction == "mean" else 1)
+        grads = torch.autograd.grad(f, list(model.parameters()))
+        parts.append(torch.cat([g.reshape(-1) for g in grads]))
+    of_targets = cases.projected(torch.stack(parts), k, 0)
+    assert_close(scores, phi @ torch.linalg.solve(system, of_targets.T))
+
+
+def test_a_regression_has_nothing_to_draw(tmp_path):
+    """F is Phi^T Phi, and Q are the residuals."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    y = x[:, 0] + torch.randn(40, generator=generator, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    task = FunctionModelOutput(
+        lambda model, batch: model(batch[0])[:, 0],
+        likelihood=lambda f, batch: -0.5 * (batch[1] - f) ** 2,
+    )
+    traker = TRAKer(
+        model,
+        task,
+        40,
+        tmp_path,
+        proj_dim=8,
+        use_half_precision=False,
+        lambda_reg=0.3,
+        curvature="fisher",
+    )
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((x, y), num_samples=40)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, M)
+    traker.score((x[:M], y[:M]), num_samples=M)
+    rows = []
+    for one in x:
+        grads = torch.autograd.grad(model(one[None])[0, 0], list(model.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    phi = cases.projected(torch.stack(rows), 8, 0)
+    residual = y - model(x)[:, 0].detach()
+    system = phi.T @ phi + 0.3 * torch.eye(8)
+    exact = (phi * residual[:, None]) @ torch.linalg.solve(system, phi[:M].T)
+    assert_close(traker.finalize_scores("test"), exact)
+    assert not traker.saver.index(0, DRAWN).done.any()
+    assert not list(tmp_path.rglob("drawn-*"))
+
+
+# ---- batches, stops, and files ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("computer", ["loop", "hooks"])
+def test_rows_dont_depend_on_batches(tmp_path, computer):
+    train, made = data(40), []
+    model = cases.net(0, torch.float64)
+    for size in (1, 7, 40):
+        options = {"gradient_computer": computer, "proj_dim": 8}
+        traker = cases.make(model, tmp_path / str(size), 40, **options)
+        cases.featurize(traker, model, 0, train, batch=size)
+        chosen = traker._draws.chosen(np.arange(40))
+        np.testing.assert_array_equal(traker.saver.index(0, DRAWN).done, chosen)
+        drawn = traker.saver.matrix(0, DRAWN)[torch.from_numpy(chosen)]
+        columns = [traker.saver.column(0, name) for name in ("curvature", "along", "drawn")]
+        made.append((traker.saver.matrix(0), drawn, *columns, traker.saver.out_to_loss(0)))
+    for found in made[1:]:
+        for part, wanted in zip(found, made[0], strict=True):
+            torch.testing.assert_close(part, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_a_stop_between_drawn_rows_and_their_samples(tmp_path, monkeypatch):
+    train, targets = data(20), data(M, seed=5)
+    model = cases.net(0, torch.float64)
+    whole = np.array(cases.whole_run(tmp_path / "whole", [model], train, targets, proj_dim=16))
+    traker = cases.make(model, tmp_path / "parts", 20, proj_dim=16)
+    write = traker.saver.write_shard
+
+    def stopped(model_id, inds, content, features, q, exp_name, *more):
+        if exp_name != DRAWN and inds[0] >= 7:
+            raise KeyboardInterrupt
+        write(model_id, inds, content, features, q, exp_name, *more)
+
+    monkeypatch.setattr(traker.saver, "write_shard", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cases.featurize(traker, model, 0, train)
+    again = cases.make(model, tmp_path / "parts", 20, proj_dim=16)
+    assert (again.saver.index(0, DRAWN).done.sum(), again.saver.index(0).done.sum()) == (14, 7)
+    again = cases.whole_run(tmp_path / "parts", [model], train, targets, proj_dim=16)
+    np.testing.assert_array_equal(again, whole)
+
+
+def test_samples_whose_drawn_rows_are_gone_are_featurized_again(tmp_path):
+    train, targets = data(20), data(M, seed=5)
+    model = cases.net(0, torch.float64)
+    scores = np.array(cases.whole_run(tmp_path, [model], train, targets, proj_dim=16))
+    first = sorted(tmp_path.rglob("drawn-*"))[0]
+    first.unlink()
+    traker = cases.make(model, tmp_path, 20, proj_dim=16)
+    with pytest.raises(NotReadyError, match=r"lacks 7 of 20 .* \(the first: 0\); call featurize"):
+        traker.finalize_features()
+    traker.load_checkpoint(model.state_dict(), 0)
+    assert traker.remaining_batches(20) == [list(range(7))]
+    traker.featurize(train, inds=range(20))
+    traker.finalize_features()
+    np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
+
+
+# ---- lambda as a number -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lambda_reg", [0.7, "0.3*mean"])
+@pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
+def test_a_number_where_fisher_is_asked_for_is_added_to_it(tmp_path, lambda_reg, n, k):
+    train, targets = data(n), data(M, seed=5)
+    models = networks(train)
+    options = {"lambda_reg": lambda_reg, "curvature": "fisher", "proj_dim": k}
+    scores = cases.whole_run(tmp_path, models, train, targets, **options)
+    found = lambdas(cases.make(models[0], tmp_path, n, **options))
+    traces = [
+        float(cases.fisher_of(model, i, train, k, Fisher())[0].trace())
+        for i, model in enumerate(models)
+    ]
+    wanted = [0.7] * 2 if lambda_reg == 0.7 else [0.3 * trace / k for trace in traces]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert_close(scores, cases.explicit_fisher(models, train, targets, k, wanted))
+
+
+@pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
+def test_a_number_when_finalising_is_traks_formula_to_the_digit(tmp_path, n, k):
+    train, targets = data(n), data(M, seed=5)
+    found = []
+    for curvature in ("auto", "trak"):
+        models = networks(train)
+        options = {"proj_dim": k, "curvature": curvature, "lambda_reg": "auto"}
+        traker = cases.make(models[0], tmp_path / curvature, n, **options)
+        states = [{name: t.clone() for name, t in m.state_dict().items()} for m in models]
+        for model_id, state in enumerate(states):
+            traker.load_checkpoint(state, model_id)
+            traker.featurize(train, num_samples=n)
+        traker.finalize_features(lambda_reg=0.2)
+        for model_id, state in enumerate(states):
+            traker.start_scoring_checkpoint("test", state, model_id, M)
+            traker.score(targets, num_samples=M)
+        found.append(np.array(traker.finalize_scores("test")))
+        assert {traker.saver.systems.read_solve(i)["curvature"] for i in (0, 1)} == {"trak"}
+    np.testing.assert_array_equal(*found)
+    assert_close(found[0], cases.explicit_trak(networks(train), train, targets, k, 0.2))
+
+
+def test_a_number_alone_is_traks_store(tmp_path):
+    traker = cases.make(cases.net(), tmp_path, 20, lambda_reg=0.1)
+    assert traker.fisher is None
+    with pytest.raises(StoreMismatchError, match="curvature 'trak' in the directory, 'fisher, 1"):
+        cases.make(cases.net(), tmp_path, 20)
+    cases.make(cases.net(), tmp_path, 20, curvature="trak")
+
+
+def test_texts_have_no_traks_formula_when_finalising(tmp_path):
+    traker = language(tmp_path, 20, 8, "auto")
+    with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula.*CausalLM") as e:
+        traker.finalize_features(lambda_reg=0.5)
+    assert 'expected lambda_reg="auto", or TRAKer(..., curvature="fisher")' in str(e.value)
+    assert not traker.saver.systems.is_finalized(0)
+    scores = finished(traker)
+    asked = language(tmp_path, 20, 8, "fisher")  # goes on with the same features
+    value = asked.saver.systems.read_solve(0)["lambda_reg"]
+    np.testing.assert_array_equal(finished(asked, lambda_reg=value), scores)
+
+
+# ---- who has it ---------------------------------------------------------------------------------
+
+
+def test_it_is_said_and_stored(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "fastproj.trak"):
+        traker = cases.make(cases.net(), tmp_path, 48)
+    assert traker.fisher == Fisher()
+    said = "fisher, 1 row(s) drawn for 16 of 48 samples"
+    assert f"curvature: {said}" in caplog.text
+    assert read_json(tmp_path / "metadata.json")["curvature"] == said
+    cases.make(cases.net(), tmp_path, 48, curvature="fisher")
+
+
+def test_other_settings_are_refused_with_both_named(tmp_path):
+    cases.make(cases.net(), tmp_path, 40, curvature=Fisher(samples=40))
+    one = r"curvature 'fisher, 1 row\(s\) drawn for 40 of 40 samples' in the directory"
+    two = r"'fisher, 2 row\(s\) drawn for 40 of 40 samples' in this run"
+    with pytest.raises(StoreMismatchError, match=f"{one}, {two}"):
+        cases.make(cases.net(), tmp_path, 40, curvature=Fisher(samples=40, draws=2))
+    with pytest.raises(StoreMismatchError, match=f"{one}, 'trak' in this run"):
+        cases.make(cases.net(), tmp_path, 40, curvature="trak")
+
+
+class Alone(AbstractModelOutput):
+    """f and Q of one sample, as trak's classes are."""
+
+    def get_output(self, model, weights, buffers, image, label):
+        logits = torch.func.functional_call(model, (weights, buffers), image.unsqueeze(0))
+        return F.log_softmax(logits, 1)[0].gather(0, label.reshape(1))[0]
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        return torch.ones(len(batch[0]))
+
+
+class OwnOutputs(ImageClassificationModelOutput):
+    def outputs(self, *arguments):
+        return 2 * super().outputs(*arguments)
+
+
+class OwnQ(ImageClassificationModelOutput):
+    def get_out_to_loss_grad(self, *arguments):
+        return super().get_out_to_loss_grad(*arguments) / 2
+
+
+class OwnEverything(OwnOutputs):
+    def likelihood_terms(self, *arguments):
+        return super().likelihood_terms(*arguments)
+
+
+class Renamed(ImageClassificationModelOutput):
+    """Nothing of its own that the likelihood depends on."""
+
+    def check_batch(self, batch):
+        super().check_batch(batch)
+
+
+def margin(model, batch):
+    return model(batch[0])[:, 0]
+
+
+WITHOUT = {
+    "one sample": Alone,
+    "own outputs": OwnOutputs,
+    "own Q": OwnQ,
+    "temperature": lambda: ImageClassificationModelOutput(temperature=2.0),
+    "function": lambda: margin,
+    "function with a loss": lambda: FunctionModelOutput(margin, loss=lambda f: F.softplus(-f)),
+}
+WITH = {
+    "name": lambda: "image_classification",
+    "own everything": OwnEverything,
+    "renamed": Renamed,
+    "likelihood": lambda: FunctionModelOutput(margin, likelihood=lambda f, batch: F.logsigmoid(f)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_tasks_that_know_no_likelihood_keep_traks(tmp_path, name):
+    model, train = cases.net(), cases.data(20)
+    settings = {"proj_dim": 8, "device": "cpu"}
+    traker = TRAKer(model, WITHOUT[name](), 20, tmp_path / "auto", **settings)
+    assert traker.fisher is None
+    cases.featurize(traker, model, 0, train)
+    traker.finalize_features()
+    assert traker.saver.systems.read_solve(0)["curvature"] == "trak"
+    assert not list(tmp_path.rglob("drawn*"))
+    for curvature in ("fisher", Fisher(draws=2)):
+        with pytest.raises(ValueError, match=r"received curvature=.*which doesn't say") as error:
+            TRAKer(model, WITHOUT[name](), 20, tmp_path / "no", curvature=curvature, **settings)
+        assert 'likelihood_terms of its own, or curvature="trak"' in str(error.value)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_tasks_that_know_one_have_it(tmp_path, name):
+    model, train = cases.net(), cases.data(20)
+    traker = TRAKer(model, WITH[name](), 20, tmp_path, proj_dim=8, device="cpu")
+    assert traker.fisher == Fisher()
+    cases.featurize(traker, model, 0, train)
+    traker.finalize_features()
+    assert traker.saver.systems.read_solve(0)["curvature"] == "fisher"
+
+
+class One(HookGradientComputer):
+    def compute_per_sample_grad(self, batch):
+        return super().compute_per_sample_grad(batch)
+
+
+class Plain:
+    """trak's methods alone."""
+
+    def __init__(self, model, task, **_):
+        self.model, self.task = model, task
+
+    def load_model_params(self, model): ...
+
+    def compute_per_sample_grad(self, batch): ...
+
+    def compute_loss_grad(self, batch): ...
+
+
+@pytest.mark.parametrize("computer", [One, Plain])
+def test_computers_of_one_output_keep_traks(tmp_path, computer):
+    assert cases.make(cases.net(), tmp_path, 20, gradient_computer=computer).fisher is None
+    with pytest.raises(ValueError, match="takes the gradients of one output only; expected"):
+        cases.make(cases.net(), tmp_path, 20, gradient_computer=computer, curvature="fisher")
+
+
+@pytest.mark.parametrize("wrong", ["Fisher", "gauss-newton", None, 1, True, Fisher])
+def test_another_curvature_is_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=r"TRAKer: received curvature=.*'auto', 'fisher', 'trak'"):
+        cases.make(cases.net(), tmp_path / "no", 20, curvature=wrong)
+    assert not (tmp_path / "no").exists()
+
+
+# ---- what a task says ---------------------------------------------------------------------------
+
+
+class Wrong(ImageClassificationModelOutput):
+    """Terms with something amiss."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def likelihood_terms(self, *arguments):
+        return self.change(super().likelihood_terms(*arguments))
+
+
+def test_terms_that_cant_be_right_are_refused(tmp_path):
+    changes = {
+        r"slope \[1, 4\]": lambda t: t._replace(slope=t.slope[None]),
+        r"drawn \[4\]": lambda t: t._replace(drawn=t.drawn[:, 0]),
+        "sample 0 has the curvature -1": lambda t: t._replace(curvature=t.curvature * 0 - 1),
+        r"along of samples 0, 1, 2, 3 ": lambda t: t._replace(along=t.along / 0),
+    }
+    for number, (message, change) in enumerate(changes.items()):
+        traker = TRAKer(
+            cases.net(), Wrong(change), 4, tmp_path / str(number), proj_dim=8, device="cpu"
+        )
+        traker.load_checkpoint(cases.net().state_dict(), 0)
+        with pytest.raises(ValueError, match=message):
+            traker.featurize(cases.data(4), num_samples=4)
+        assert not traker.saver.index(0).done.any()

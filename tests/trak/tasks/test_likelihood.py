@@ -1,0 +1,589 @@
+"""What tasks say of the likelihood of labels, against sums over all labels and signs, in float64.
+
+The models here return their inputs as logits (or embeddings), so gradients by these are those that
+the Fisher matrix is made of; chosen classes and signs are enumerated, so expectations are exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastproj.trak import (
+    CausalLMModelOutput,
+    CLIPModelOutput,
+    FunctionModelOutput,
+    ImageClassificationModelOutput,
+    Seq2SeqModelOutput,
+    TextClassificationModelOutput,
+)
+from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.tasks.base import Terms
+from fastproj.trak.tasks.likelihood import log_odds_terms
+
+IGNORED = -100
+
+
+class Echo(nn.Module):
+    """Returns the logits, or the embeddings, that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, logits: Any = None, **inputs: Any) -> Any:
+        if "u" in inputs:
+            return types.SimpleNamespace(image_embeds=inputs["u"], text_embeds=inputs["v"])
+        return logits
+
+
+class Case(NamedTuple):
+    """A task, one sample x [D], and what it predicts, written out.
+
+    batch : of copies x [B, D], as the task takes it.
+    predictions : of x, (weight, logits [C], label) of each prediction that counts.
+    places : which of the task's T predictions these are, of how many.
+    """
+
+    task: Any
+    x: Tensor
+    batch: Callable[[Tensor], Any]
+    predictions: Callable[[Tensor], list[tuple[float, Tensor, int]]]
+    places: tuple[list[int], int] = ([0], 1)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 1.5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def image(classes: int, label: int) -> Case:
+    return Case(
+        ImageClassificationModelOutput(),
+        numbers(classes),
+        lambda x: (x, torch.full((len(x),), label)),
+        lambda x: [(1.0, x, label)],
+    )
+
+
+def text(classes: int, label: int) -> Case:
+    return Case(
+        TextClassificationModelOutput(),
+        numbers(classes, seed=1),
+        lambda x: ({"logits": x, "labels": torch.full((len(x),), label)},),
+        lambda x: [(1.0, x, label)],
+    )
+
+
+def causal(reduction: str, classes: int, labels: list[int]) -> Case:
+    """Position t of the logits predicts label t + 1."""
+    count = len(labels)
+    there = [t for t in range(count - 1) if labels[t + 1] != IGNORED]
+    weight = 1 / len(there) if reduction == "mean" else 1.0
+
+    def batch(x: Tensor) -> Any:
+        ids = torch.zeros(len(x), count, dtype=torch.long)
+        logits = x.reshape(len(x), count, classes)
+        every = torch.tensor(labels).expand(len(x), count)
+        return ({"input_ids": ids, "logits": logits, "labels": every},)
+
+    def predictions(x: Tensor) -> list[tuple[float, Tensor, int]]:
+        return [(weight, x.reshape(count, classes)[t], labels[t + 1]) for t in there]
+
+    task = CausalLMModelOutput(reduction)
+    return Case(task, numbers(count * classes, seed=2), batch, predictions, (there, count - 1))
+
+
+def seq2seq(reduction: str) -> Case:
+    labels = [2, IGNORED, 0]
+    weight = 0.5 if reduction == "mean" else 1.0
+
+    def batch(x: Tensor) -> Any:
+        ids = torch.zeros(len(x), 3, dtype=torch.long)
+        every = torch.tensor(labels).expand(len(x), 3)
+        logits = x.reshape(len(x), 3, 3)
+        return ({"input_ids": ids, "decoder_input_ids": ids, "logits": logits, "labels": every},)
+
+    def predictions(x: Tensor) -> list[tuple[float, Tensor, int]]:
+        return [(weight, x.reshape(3, 3)[t], labels[t]) for t in (0, 2)]
+
+    task = Seq2SeqModelOutput(reduction)
+    return Case(task, numbers(9, seed=3), batch, predictions, ([0, 2], 3))
+
+
+def clip(temperature: float | None) -> Case:
+    """x is (u, v); the right partner is class 0 of both predictions."""
+    others = numbers(2, 3, seed=5), numbers(2, 3, seed=6)
+    task = CLIPModelOutput(temperature, simulated_batch_size=2)
+    task.get_embeddings(Echo(), [{"u": others[0], "v": others[1]}])
+    scale = 1.0 if temperature is None else temperature
+
+    def batch(x: Tensor) -> Any:
+        return ({"u": x[:, :3], "v": x[:, 3:]},)
+
+    def predictions(x: Tensor) -> list[tuple[float, Tensor, int]]:
+        found = task._embeddings(Echo())
+        u, v = x[:3], x[3:]
+        own = (u @ v).reshape(1)
+        to_texts = scale * torch.cat([own, found.texts @ u])
+        to_images = scale * torch.cat([own, found.images @ v])
+        return [(0.5, to_texts, 0), (0.5, to_images, 0)]
+
+    return Case(task, numbers(6, seed=4) / 2, batch, predictions, ([0, 1], 2))
+
+
+CASES = {
+    "image, 2 classes": lambda: image(2, 1),
+    "image, 3 classes": lambda: image(3, 0),
+    "image, 5 classes": lambda: image(5, 4),
+    "text, 2 classes": lambda: text(2, 0),
+    "text, 4 classes": lambda: text(4, 2),
+    "causal, sum": lambda: causal("sum", 3, [0, 2, IGNORED, 1]),
+    "causal, mean": lambda: causal("mean", 3, [0, 2, IGNORED, 1]),
+    "causal, two tokens": lambda: causal("sum", 2, [1, 0, 1]),
+    "causal, one prediction": lambda: causal("sum", 4, [1, 3]),
+    "seq2seq, sum": lambda: seq2seq("sum"),
+    "seq2seq, mean": lambda: seq2seq("mean"),
+    "clip": lambda: clip(None),
+    "clip, temperature": lambda: clip(2.0),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: Any) -> Case:
+    return CASES[request.param]()
+
+
+def terms_of(case: Case, x: Tensor, noise: Tensor) -> Terms:
+    model = nn.Identity() if isinstance(case.task, ImageClassificationModelOutput) else Echo()
+    return case.task.likelihood_terms(model, {}, {}, case.batch(x), noise)
+
+
+def others_of(logits: Tensor, label: int) -> Tensor:
+    """pi: probabilities of the classes, given that it isn't the label."""
+    return logits.detach().index_fill(0, torch.tensor([label]), -torch.inf).softmax(0)
+
+
+def every_draw(case: Case) -> tuple[Tensor, Tensor]:
+    """Noise [E, 1, T, 3] of all choices of classes and signs, and their probabilities [E]."""
+    places, count = case.places
+    options = []
+    for _, logits, label in case.predictions(case.x):
+        pi = others_of(logits, label)
+        top = pi.cumsum(0)
+        middles = top - pi / 2
+        options.append(
+            [
+                (middles[c], own, other, pi[c] / 4)
+                for c in range(len(pi))
+                if c != label
+                for own, other in itertools.product((1.0, -1.0), repeat=2)
+            ]
+        )
+    draws = list(itertools.product(*options))
+    noise = torch.full((len(draws), 1, count, 3), 0.5, dtype=torch.float64)
+    chance = torch.ones(len(draws), dtype=torch.float64)
+    for number, draw in enumerate(draws):
+        for place, (u, own, other, p) in zip(places, draw, strict=True):
+            noise[number, 0, place] = torch.tensor([u, own, other])
+            chance[number] *= p
+    torch.testing.assert_close(chance.sum(), torch.ones((), dtype=torch.float64))
+    return noise, chance
+
+
+def by_x(values: Tensor, x: Tensor) -> Tensor:
+    """The gradient of each of values [B] by its row of x, [B, D]."""
+    if not values.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(values.sum(), x, retain_graph=True)[0]
+
+
+def copies(case: Case, count: int) -> Tensor:
+    return case.x.expand(count, -1).clone().requires_grad_()
+
+
+def jacobian(case: Case, number: int) -> Tensor:
+    """Of the logits of a prediction by x, [C, D]."""
+    return torch.autograd.functional.jacobian(lambda x: case.predictions(x)[number][1], case.x)
+
+
+def fisher(case: Case) -> Tensor:
+    """J^T (diag p - p p^T) J of all predictions, times their weights, [D, D]."""
+    total = torch.zeros(len(case.x), len(case.x), dtype=torch.float64)
+    for number, (weight, logits, _) in enumerate(case.predictions(case.x)):
+        p = logits.softmax(0)
+        j = jacobian(case, number)
+        total += weight * j.T @ (torch.diag(p) - torch.outer(p, p)) @ j
+    return total
+
+
+def outer(rows: Tensor) -> Tensor:
+    return rows.unsqueeze(-1) * rows.unsqueeze(-2)
+
+
+# ---- the gradient -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", [0, 1])
+def test_slope_times_the_gradient_is_that_of_the_log_likelihood(case, draws):
+    x = copies(case, 1)
+    made = terms_of(case, x, torch.full((1, draws, case.places[1], 3), 0.5))
+    found = made.slope * by_x(made.output, x)
+    y = case.x.clone().requires_grad_()
+    exact = sum(w * logits.log_softmax(0)[label] for w, logits, label in case.predictions(y))
+    torch.testing.assert_close(found[0], torch.autograd.grad(exact, y)[0])
+    assert not made.slope.requires_grad
+    assert not made.curvature.requires_grad
+    assert not made.along.requires_grad
+
+
+def test_the_output_is_the_tasks_own_where_that_has_the_same_direction(case):
+    """So that lambda as a number is TRAK's formula on the features that are there."""
+    model = nn.Identity() if isinstance(case.task, ImageClassificationModelOutput) else Echo()
+    made = terms_of(case, case.x[None], torch.full((1, 1, case.places[1], 3), 0.5))
+    if float(made.curvature[0]) > 0:
+        batch = case.batch(case.x[None])
+        torch.testing.assert_close(made.output, case.task.outputs(model, {}, {}, batch))
+        q = case.task.get_out_to_loss_grad(model, {}, {}, batch)
+        torch.testing.assert_close(made.slope, q)
+    else:
+        assert case.places != ([0], 1) or isinstance(case.task, CausalLMModelOutput)
+
+
+# ---- the matrix ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_expectation_is_the_fisher_matrix(case, draws):
+    """Summed over all choices and signs; several draws are alike here, and share the weight."""
+    noise, chance = every_draw(case)
+    x = copies(case, len(noise))
+    made = terms_of(case, x, noise.expand(-1, draws, -1, -1))
+    exact = made.curvature.detach()[:, None, None] * outer(by_x(made.output, x))
+    drawn = sum(outer(by_x(made.drawn[:, j], x)) for j in range(made.drawn.shape[1]))
+    found = (chance[:, None, None] * (exact + drawn)).sum(0)
+    torch.testing.assert_close(found, fisher(case))
+
+
+def variance(case: Case) -> Tensor:
+    """Of each entry of the outer product of one drawn row, [D, D], from the probabilities alone.
+
+    A row is a sum of independent x_j, each with a random sign, and E x_j x_j^T = M_j. So the
+    variance of (row row^T)[a, b] is
+
+        sum_j (E x_ja^2 x_jb^2 - M_j[a, b]^2)
+        + sum_{j != k} (M_j[a, a] M_k[b, b] + M_j[a, b] M_k[a, b])
+    """
+    moments, fourths = [], []
+    exact = terms_of(case, case.x[None], torch.full((1, 1, case.places[1], 3), 0.5)).curvature
+    for number, (weight, logits, label) in enumerate(case.predictions(case.x)):
+        j = jacobian(case, number)
+        pi, p = others_of(logits, label), logits.softmax(0)[label]
+        unit = torch.eye(len(pi), dtype=torch.float64)
+        own = (weight * p * (1 - p)).sqrt() * (unit[label] - pi) @ j
+        if not float(exact[0]) > 0:  # otherwise it is no part of what is drawn
+            moments.append(outer(own))
+            fourths.append(outer(own) ** 2)
+        others = (weight * (1 - p)).sqrt() * (unit - pi) @ j  # [C, D]
+        moments.append((pi[:, None, None] * outer(others)).sum(0))
+        fourths.append((pi[:, None, None] * outer(others) ** 2).sum(0))
+    total = sum(fourth - m**2 for fourth, m in zip(fourths, moments, strict=True))
+    for one, other in itertools.permutations(moments, 2):
+        total = total + one.diagonal()[:, None] * other.diagonal() + one * other
+    return total
+
+
+def test_the_variance_of_a_draw_is_what_the_formula_says(case):
+    noise, chance = every_draw(case)
+    x = copies(case, len(noise))
+    made = terms_of(case, x, noise)
+    if not made.drawn.shape[1]:
+        assert float(variance(case).abs().max()) < 1e-25  # two classes: nothing is left to chance
+        return
+    products = outer(by_x(made.drawn[:, 0], x))
+    mean = (chance[:, None, None] * products).sum(0)
+    found = (chance[:, None, None] * (products - mean) ** 2).sum(0)
+    torch.testing.assert_close(found, variance(case))
+
+
+@pytest.mark.parametrize("name", ["image, 5 classes", "causal, mean", "clip"])
+def test_draws_are_unbiased(name):
+    """By TRAKer's random numbers: 40,000 draws, each entry within 5.5 standard errors.
+
+    A false alarm has a chance below 1e-5 in all: 4e-8 for each of at most 144 entries, if normal.
+    """
+    case, count = CASES[name](), 40_000
+    draws = Draws(count, 8, Fisher(count), seed=3)
+    noise = draws.noise(1, np.arange(count), case.places[1])
+    x = copies(case, count)
+    made = terms_of(case, x, noise)
+    exact = made.curvature.detach()[:, None, None] * outer(by_x(made.output, x))
+    found = (exact + outer(by_x(made.drawn[:, 0], x))).mean(0)
+    error = 5.5 * (variance(case) / count).sqrt()
+    assert bool(((found - fisher(case)).abs() <= error + 1e-12).all())
+    assert float(error.max()) < 0.05 * float(fisher(case).abs().max())
+
+
+# ---- values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "clip" not in name])
+def test_along_and_drawn_have_the_values_of_their_rows_times_the_logits(name):
+    case = CASES[name]()  # whose x are the logits
+    noise, _ = every_draw(case)
+    x = copies(case, len(noise))
+    made = terms_of(case, x, noise)
+    torch.testing.assert_close(
+        made.along,
+        (made.slope[:, None] * by_x(made.output, x) * x).sum(1)
+        / (made.slope if float(made.curvature[0]) > 0 else 1.0),
+    )
+    for j in range(made.drawn.shape[1]):
+        values = made.drawn[:, j]
+        torch.testing.assert_close(values.detach(), (by_x(values, x) * x).sum(1).detach())
+
+
+def test_rows_and_values_are_what_a_newton_step_fits(case):
+    """In expectation, u = J^T v and z . v, with v = (diag p - p p^T) z + e_y - p: see ridge.fit."""
+    noise, chance = every_draw(case)
+    x = copies(case, len(noise))
+    made = terms_of(case, x, noise)
+    target = made.curvature.detach() * made.along + made.slope
+    u = target[:, None] * by_x(made.output, x)
+    values = made.drawn.detach()
+    for j in range(values.shape[1]):
+        u = u + values[:, j, None] * by_x(made.drawn[:, j], x)
+    explained = made.along * target + values.square().sum(1)
+    exact_u, exact = torch.zeros_like(case.x), torch.zeros((), dtype=torch.float64)
+    for number, (weight, z, label) in enumerate(case.predictions(case.x)):
+        p = z.softmax(0)
+        v = p * z - p * (p @ z) - p
+        v[label] += 1
+        exact_u += weight * v @ jacobian(case, number)
+        exact += weight * z @ v
+    torch.testing.assert_close(chance @ u, exact_u)
+    torch.testing.assert_close(chance @ explained, exact)
+
+
+def test_they_dont_change_where_all_logits_of_a_prediction_do():
+    case = causal("sum", 3, [0, 2, IGNORED, 1])
+    noise, _ = every_draw(case)
+    shift = torch.tensor([3.0, -2.0, 5.0, 1.0]).double().repeat_interleave(3)
+    one, other = (terms_of(case, x.expand(len(noise), -1), noise) for x in (case.x, case.x + shift))
+    for name in Terms._fields:
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+
+
+# ---- batches and padding ------------------------------------------------------------------------
+
+
+def test_terms_depend_on_the_sample_alone():
+    """Not on padding, the order or the other samples of a batch: draws are by number."""
+    task, classes, inds = CausalLMModelOutput(), 5, np.array([7, 2, 100_003])
+    draws = Draws(200_000, 8, Fisher(draws=2), seed=9)
+    logits = numbers(3, 6, classes)
+    labels = torch.tensor([[1, 2, 3, 4, 0, 1], [1, 2, *[IGNORED] * 4], [0, 1, 4, *[IGNORED] * 3]])
+
+    def terms(rows: list[int], length: int) -> Terms:
+        noise = draws.noise(5, inds[rows], length - 1)
+        given = {"input_ids": labels[rows, :length].clamp(min=0), "labels": labels[rows, :length]}
+        batch = ({**given, "logits": logits[rows, :length]},)
+        assert task.num_predictions(batch) == length - 1
+        return task.likelihood_terms(Echo(), {}, {}, batch, noise)
+
+    whole = terms([0, 1, 2], 6)
+    assert whole.drawn.shape == (3, 2)
+    assert whole.drawn.unique().numel() == 6
+    for rows, length in (([1], 2), ([2], 3), ([2, 0], 6), ([1, 2], 4)):
+        part = terms(rows, length)
+        for name in Terms._fields:
+            found, wanted = getattr(part, name), getattr(whole, name)[rows]
+            torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+
+
+def test_noise_is_of_a_sample_a_draw_a_prediction_and_a_checkpoint():
+    inds = np.array([3, 0, 2**33 + 3, 19])
+    draws = Draws(100, 8, Fisher(draws=3), seed=2**40 + 1)
+    noise = draws.noise(0, inds, 4)
+    assert noise.shape == (4, 3, 4, 3)
+    assert noise.dtype == torch.float32
+    assert noise[..., 0].unique().numel() == 48
+    assert bool(((noise[..., 0] > 0) & (noise[..., 0] < 1)).all())
+    assert set(noise[..., 1:].unique().tolist()) == {-1.0, 1.0}
+    torch.testing.assert_close(draws.noise(0, inds[::-1].copy(), 2), noise.flip(0)[:, :, :2])
+    one = Draws(100, 8, Fisher(draws=1), seed=2**40 + 1)
+    torch.testing.assert_close(one.noise(0, inds, 4), noise[:, :1])
+    assert draws.noise(0, inds, 4, some=False).shape == (4, 0, 4, 3)
+    for other in (
+        draws.noise(1, inds, 4),
+        Draws(100, 8, Fisher(draws=3), seed=2**40 + 2).noise(0, inds, 4),
+        Draws(100, 8, Fisher(draws=3), seed=2**41 + 1).noise(0, inds, 4),
+    ):
+        assert not bool((other[..., 0] == noise[..., 0]).any())
+
+
+# ---- which samples ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "samples", "count"),
+    [
+        (1, 8, None, {1}),
+        (15, 8, None, {15}),
+        (16, 8, None, {16}),
+        (100, 8, None, {16, 4}),  # a run of 16; the last one is shorter
+        (1000, 64, None, {128, 120}),
+        (1000, 8, 40, {48, 40}),
+        (1000, 8, 5000, {1000}),
+    ],
+)
+def test_how_many_samples_are_chosen(n, k, samples, count):
+    draws = Draws(n, k, Fisher(samples, draws=2), seed=1)
+    chosen = draws.chosen(np.arange(n))
+    assert draws.count == chosen.sum()
+    assert draws.count in count
+    assert draws.describe() == f"fisher, 2 row(s) drawn for {draws.count} of {n} samples"
+    order = np.random.default_rng(0).permutation(n)
+    np.testing.assert_array_equal(draws.chosen(order), chosen[order])
+    again = Draws(n, k, Fisher(samples, draws=2), seed=1)
+    np.testing.assert_array_equal(again.chosen(np.arange(n)), chosen)
+    rows = draws.rows(np.array([0, n - 1]))
+    np.testing.assert_array_equal(rows, [[0, 1], [2 * n - 2, 2 * n - 1]])
+
+
+def test_every_sample_is_chosen_as_often():
+    """Over 2000 seeds, 4 of 20 runs: each within 6 standard errors (1e-7 for 20 of them)."""
+    runs = np.arange(0, 320, 16)
+    seen = sum(Draws(320, 8, Fisher(64), seed).chosen(runs) for seed in range(2000))
+    assert np.abs(seen - 400).max() < 6 * (2000 * 0.2 * 0.8) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"samples": 0}, "samples=0; expected an integer >= 1"),
+        ({"samples": 1.5}, "samples=1.5"),
+        ({"draws": 0}, "draws=0"),
+        ({"draws": True}, "draws=True"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=f"Fisher: received {message}"):
+        Fisher(**wrong)
+
+
+# ---- logits of all sorts ------------------------------------------------------------------------
+
+
+def test_a_class_that_is_impossible_is_never_drawn():
+    logits = torch.tensor([[0.5, -torch.inf, 1.0, 0.2]], dtype=torch.float64).expand(4000, 4)
+    x = logits.clone().requires_grad_()
+    noise = Draws(4000, 8, Fisher(4000), seed=0).noise(0, np.arange(4000), 1)
+    labels = torch.zeros(4000, dtype=torch.long)
+    made = ImageClassificationModelOutput().likelihood_terms(
+        nn.Identity(), {}, {}, (x, labels), noise
+    )
+    rows = by_x(made.drawn[:, 0], x)
+    for values in (*made, rows, by_x(made.output, x)):
+        assert bool(torch.isfinite(values).all())
+    assert float(rows[:, 1].abs().max()) == 0
+    assert bool((rows[:, 2] > 0).any())
+    assert bool((rows[:, 3] > 0).any())
+    tokens = x.detach().reshape(4000, 1, 4).expand(-1, 2, -1).clone().requires_grad_()
+    ids = torch.zeros(4000, 2, dtype=torch.long)
+    batch = ({"input_ids": ids, "labels": ids, "logits": tokens},)
+    made = CausalLMModelOutput().likelihood_terms(Echo(), {}, {}, batch, noise)
+    rows = by_x(made.drawn[:, 0], tokens)
+    for values in (*made, rows, by_x(made.output, tokens)):
+        assert bool(torch.isfinite(values).all())
+    assert float(rows[..., 1].abs().max()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["image, 5 classes", "causal, mean"])
+def test_sums_of_16_bit_logits_are_made_in_float32(name, dtype):
+    case = CASES[name]()
+    x = case.x[None].to(dtype)
+    noise = torch.full((1, 1, case.places[1], 3), 0.4)
+    found, exact = terms_of(case, x, noise), terms_of(case, x.double(), noise)
+    for name in Terms._fields:
+        assert getattr(found, name).dtype == torch.float32
+        torch.testing.assert_close(
+            getattr(found, name).double(), getattr(exact, name), rtol=2e-6, atol=2e-6
+        )
+
+
+@pytest.mark.parametrize("logit", [40.0, -40.0, 90.0])
+def test_logits_far_apart_leave_finite_terms(logit):
+    z = torch.tensor([[logit, 0.0, 1.0]]).requires_grad_()
+    noise = torch.full((1, 1, 1, 3), 0.5)
+    made = ImageClassificationModelOutput().likelihood_terms(
+        nn.Identity(), {}, {}, (z, torch.tensor([0])), noise
+    )
+    for values in (*made, by_x(made.drawn[:, 0], z), by_x(made.output, z)):
+        assert bool(torch.isfinite(values).all())
+    q = torch.sigmoid(-(torch.tensor(logit).double() - torch.tensor([0.0, 1.0]).logsumexp(0)))
+    torch.testing.assert_close(made.slope.double()[0], q, rtol=1e-5, atol=0)
+
+
+# ---- one output ---------------------------------------------------------------------------------
+
+
+LIKELIHOODS = {
+    "regression": (lambda f, batch: -0.5 * (batch[1] - f) ** 2, lambda f, y: (y - f, 1 + 0 * f)),
+    "counts": (lambda f, batch: batch[1] * f - f.exp(), lambda f, y: (y - f.exp(), f.exp())),
+    "yes or no": (
+        lambda f, batch: torch.nn.functional.logsigmoid(f),
+        lambda f, y: (torch.sigmoid(-f), torch.sigmoid(f) * torch.sigmoid(-f)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_a_function_with_a_likelihood(name):
+    """The Gauss-Newton matrix has one row of a sample: nothing is drawn."""
+    likelihood, formula = LIKELIHOODS[name]
+    task = FunctionModelOutput(lambda model, batch: model(batch[0])[:, 0], likelihood=likelihood)
+    model = nn.Linear(3, 1).double()
+    batch = numbers(4, 3), torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
+    made = task.likelihood_terms(model, {}, {}, batch, torch.empty(4, 2, 1, 3))
+    f = model(batch[0])[:, 0].detach()
+    slope, curvature = formula(f, batch[1])
+    assert made.drawn.shape == (4, 0)
+    torch.testing.assert_close(made.output, f)
+    torch.testing.assert_close(made.along, f)
+    torch.testing.assert_close(made.slope, slope)
+    torch.testing.assert_close(made.curvature, curvature)
+    torch.testing.assert_close(task.get_out_to_loss_grad(model, {}, {}, batch), slope)
+
+
+def test_a_function_has_a_loss_or_a_likelihood():
+    function = LIKELIHOODS["counts"][0]
+    with pytest.raises(ValueError, match="received both loss and likelihood; expected one"):
+        FunctionModelOutput(lambda *_: None, loss=torch.exp, likelihood=function)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_log_odds_of_several_labels(labels):
+    """Each of them is a prediction of two classes, whose row is exact but for its sign."""
+    x = numbers(1, labels)
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=labels))).double()
+    noise = torch.full((len(signs), 1, labels, 3), 0.5, dtype=torch.float64)
+    noise[:, 0, :, 1] = signs
+    f = x.expand(len(signs), -1).clone().requires_grad_()
+    made = log_odds_terms(f, noise)
+    p = torch.sigmoid(f.detach())
+    torch.testing.assert_close(made.slope[:, None] * by_x(made.output, f), 1 - p)
+    exact = made.curvature.detach()[:, None, None] * outer(by_x(made.output, f))
+    drawn = [outer(by_x(made.drawn[:, j], f)) for j in range(made.drawn.shape[1])]
+    torch.testing.assert_close((exact + sum(drawn)).mean(0), torch.diag((p * (1 - p))[0]))
+    slope = made.slope if labels == 1 else torch.ones(1)
+    along = ((1 - p) * f.detach()).sum(1) / slope
+    torch.testing.assert_close(made.along, along)
