@@ -13,17 +13,26 @@ from torch import Tensor
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, dense
 
+MOST_APART = 8  # samples without a finite gradient that are sought in a batch
+
 
 @dataclass(frozen=True)
 class Proof:
-    """The gradient of ``sum_i weights[i] f(z_i)``, by parameter that f depends on."""
+    """The gradient of ``sum_i weights[i] f(z_i)``, by parameter that f depends on.
 
-    weights: Tensor  # [B], float64, all different
+    The sum is over the samples that ``counts``; the others have gradients that are not finite,
+    those by the parameters ``infinite``. More than MOST_APART of them are not told apart: the sums
+    are not finite then.
+    """
+
+    weights: Tensor  # [B], float64, all different, of size 1/4 to 1
     sums: dict[str, Tensor]
+    counts: Tensor  # [B], bool
+    infinite: list[str]
 
     def finite(self) -> bool:
-        """Whether there is anything to compare with."""
-        return all(bool(torch.isfinite(g).all()) for g in self.sums.values())
+        """Whether it is about all samples."""
+        return not self.infinite
 
 
 def prove(
@@ -39,21 +48,35 @@ def prove(
     """
     size = batches.size(batch)
     generator = torch.Generator().manual_seed(seed)
-    weights = 0.5 + torch.rand(size, generator=generator, dtype=torch.float64)
+    weights = 0.25 + 0.75 * torch.rand(size, generator=generator, dtype=torch.float64)
     weights *= torch.randint(0, 2, (size,), generator=generator) * 2 - 1
     device = next(iter(computer.chosen.values())).device
     weights = weights.to(device)
     order = torch.randperm(size, generator=generator).to(device)
     sums: dict[str, Tensor] = {}
-    for rows in (*order[:alone].split(1), *order[alone:].chunk(2)):
+    counts = torch.ones(size, dtype=torch.bool, device=device)
+    infinite: set[str] = set()
+    parts = [*order[:alone].split(1), *order[alone:].chunk(2)]
+    while parts:
+        rows = parts.pop(0)
         if not len(rows):
             continue
-        for name, g in weighted_gradient(computer, batch, rows, weights[rows]).items():
-            if name in sums:
+        found = weighted_gradient(computer, batch, rows, weights[rows])
+        odd = {name for name, g in found.items() if not is_finite(g)}
+        few = int((~counts).sum()) < MOST_APART
+        if odd and few and len(rows) > 1:
+            parts[:0] = rows.chunk(2)
+            continue
+        infinite |= odd
+        if odd and few:
+            counts[rows] = False
+        for name, g in found.items():
+            if name not in sums:
+                sums[name] = torch.zeros(g.shape, dtype=wide(g), device=g.device)
+            if bool(counts[rows].all()):
                 sums[name] += g
-            else:
-                sums[name] = torch.empty(g.shape, dtype=wide(g), device=g.device).copy_(g)
-    return Proof(weights, {name: sums[name] for name in computer.names if name in sums})
+    known = {name: sums[name] for name in computer.names if name in sums}
+    return Proof(weights, known, counts, sorted(infinite))
 
 
 def weighted_gradient(
@@ -83,6 +106,11 @@ def together(outputs: Tensor) -> Tensor:
 def shares_of(rows: int) -> list[float]:
     """What each output counts in the one that is checked for all of them."""
     return [(-1) ** r / (1 + r) for r in range(rows)]
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether all entries are."""
+    return bool(torch.isfinite(t).all())
 
 
 def wide(t: Tensor) -> torch.dtype:

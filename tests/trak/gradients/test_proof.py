@@ -290,3 +290,26 @@ def test_a_check_that_is_not_finite_proves_nothing_of_finite_gradients(tmp_path)
     ):
         featurize(traker, model, floats(), [4])
     assert not traker.saver.index(0).done.any()
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_of_mixed_samples_those_that_are_not_finite_themselves_are_named(place, tmp_path):
+    """Hooks would ascribe the NaN of one sample to others."""
+    model = fitted(Rolled(lambda x: True))
+    x = floats()
+    x[place, 1] = torch.nan
+    traker = make(model, tmp_path)
+    with (
+        pytest.warns(UserWarning, match="can't take this model"),
+        pytest.raises(ValueError, match=f"features of sample {place} are not finite"),
+    ):
+        featurize(traker, model, x, [N])
+
+
+def test_gradients_whose_squares_underflow_are_checked(tmp_path):
+    model = fitted(Rolled(lambda x: True)).float()
+    for p in model.head.parameters():
+        p.data *= 1e-25
+    traker = make(model, tmp_path, grad_wrt=["body.weight", "body.bias"])
+    with pytest.warns(UserWarning, match="can't take this model"):
+        featurize(traker, model, floats().float(), [N])
