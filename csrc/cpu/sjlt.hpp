@@ -89,7 +89,9 @@ constexpr std::int64_t padded(std::int64_t count, std::int64_t step) {
 class SjltTables {
   public:
     static std::size_t bytes(const MatrixKey& key, int tiles, std::int64_t cols) {
-        const SjltTables sizes(key, 0, tiles, cols, nullptr);
+        // Columns that begin at the end of a tile touch the most tiles.
+        const std::uint32_t block = 1u << key.block_log2;
+        const SjltTables sizes(key, block < 64 ? 0 : block - 64, tiles, cols, nullptr);
         return static_cast<std::size_t>(sizes.words_ * 16 + sizes.places_ * 16 +
                                         sizes.tile_words_ * 16) +
                4 * 64;
@@ -97,8 +99,8 @@ class SjltTables {
 
     SjltTables(const MatrixKey& key, std::uint32_t col_begin, int tiles, std::int64_t cols,
                Arena* arena)
-        : key_(key),
-          ld(4 * ((cols + 63) / 64)),
+        : ld(4 * ((cols + 63) / 64)),
+          key_(key),
           first_chunk_(col_begin / 16),
           chunks_(chunks_of(cols)),
           tile_cols_((((first_chunk_ + ld - 1) >> (key.block_log2 - 4)) -
