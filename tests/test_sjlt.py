@@ -214,6 +214,27 @@ def test_pieces_strides_threads_and_batches_change_no_bit(way: str) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segments_of_rows_are_added_in_order(isa: str, dtype: torch.dtype) -> None:
+    """32 segments of P, whichever thread is first; batch tiles of 32, pairs of samples and one."""
+    g = normals((35, 40_000)).to(dtype)
+    how = {"kind": "sjlt", "block": 16, "row_offset": 7, "backend": "cpu"}
+    threads = torch.get_num_threads()
+    try:
+        with cpu.force_isa(isa):
+            torch.set_num_threads(1)
+            y = fastproj.project(g, 64, **how)
+            assert torch.equal(fastproj.project(g[:1], 64, **how), y[:1])
+            for count in (2, 5):
+                torch.set_num_threads(count)
+                assert torch.equal(fastproj.project(g, 64, **how), y)
+        with cpu.force_isa("portable"):
+            assert torch.equal(fastproj.project(g, 64, **how), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_parts_of_rows_add_up(way: str) -> None:
     g = integers((2, 3000))
     how = {"kind": "sjlt", "block": 128, "scale": None, "backend": way}

@@ -68,7 +68,7 @@ struct MatrixTile {
     void* scratch;
 };
 
-// acc[b, c] += the same product for the sparse kind, over tiles [tile_begin, tile_end) of block
+// acc[b, c] = the same product for the sparse kind, over tiles [tile_begin, tile_end) of block
 // rows. Columns come in whole chunks of 16: cols and acc_ld are multiples of it, col_begin of 64.
 struct SjltTile {
     const Source* source;

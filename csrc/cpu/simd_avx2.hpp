@@ -23,6 +23,7 @@ struct Simd {
     static constexpr int kDenseBatch = 4;   // 4 x 2 accumulators of the 16 registers
     static constexpr int kPhiloxLanes = 2;  // Philox lanes computed side by side
     using U = std::uint32_t __attribute__((vector_size(kBytes)));
+    using W = std::uint64_t __attribute__((vector_size(kBytes)));
     using F = float __attribute__((vector_size(kBytes)));
     using D = double __attribute__((vector_size(kBytes)));
 
@@ -43,48 +44,22 @@ struct Simd {
         _mm256_storeu_pd(acc + 4, _mm256_add_pd(_mm256_loadu_pd(acc + 4), high));
     }
 
-    // Sums of a chunk of 16 columns; add_chunk adds row i ^ flip of a packed chunk (spec.hpp) to
-    // column i, with its sign.
-    struct Chunk {
-        __m256 half[2];
-    };
-    static Chunk load_chunk(const float* sums) {
-        return {{_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + 8)}};
+    // Numbers of 32 bits in 64-bit lanes; what is above them never matters.
+    static W multiply(W x, std::uint32_t m) {
+        return (W)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
     }
-    static void store_chunk(const Chunk& sum, float* sums) {
-        _mm256_storeu_ps(sums, sum.half[0]);
-        _mm256_storeu_ps(sums + 8, sum.half[1]);
-    }
-    static void add_chunk(const float* rows, const std::uint32_t* at, Chunk& sum) {
-        const std::uint32_t packed = *at;
-        const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
-        const __m256i word = _mm256_broadcastd_epi32(_mm_loadu_si32(at));
-        const __m256i index = _mm256_xor_si256(word, lane);  // vpermps takes 3 bits of it
-        const float* from = rows + (packed & 0xfff0u);
-        for (std::uint32_t i = 0; i < 2; ++i) {
-            const __m256 value =
-                _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + (8 * i ^ (packed & 8u))), index);
-            const __m256i sign = _mm256_sllv_epi32(
-                word, _mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(15 - 8 * i)), lane));
-            const __m256 sign_bit = _mm256_and_ps((__m256)sign, _mm256_set1_ps(-0.0f));
-            sum.half[i] = _mm256_add_ps(sum.half[i], _mm256_xor_ps(value, sign_bit));
-        }
-    }
-
-    // to[4 i + j] = words[j][i]
-    static void interleave(const U words[4], std::uint32_t* to) {
-        const __m256i a = _mm256_unpacklo_epi32((__m256i)words[0], (__m256i)words[1]);
-        const __m256i b = _mm256_unpackhi_epi32((__m256i)words[0], (__m256i)words[1]);
-        const __m256i c = _mm256_unpacklo_epi32((__m256i)words[2], (__m256i)words[3]);
-        const __m256i d = _mm256_unpackhi_epi32((__m256i)words[2], (__m256i)words[3]);
-        // Half q of rows[i] holds the four words of lane 4 q + i.
-        const __m256i rows[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c),
-                                 _mm256_unpacklo_epi64(b, d), _mm256_unpackhi_epi64(b, d)};
-        for (int i = 0; i < 4; ++i) {
-            auto* at = reinterpret_cast<__m128i*>(to) + i;
-            _mm_storeu_si128(at, _mm256_castsi256_si128(rows[i]));
-            _mm_storeu_si128(at + 4, _mm256_extracti128_si256(rows[i], 1));
-        }
+    static W xor3(W a, W b, W c) { return a ^ b ^ c; }
+    // to[4 i + j] = the low 32 bits of words[j][i]
+    static void interleave(const W words[4], std::uint32_t* to) {
+        const auto pairs = [](W low, W high) {
+            return _mm256_blend_epi32((__m256i)low, (__m256i)(high << 32), 0xAA);
+        };
+        const __m256i first = pairs(words[0], words[1]), second = pairs(words[2], words[3]);
+        const __m256i even = _mm256_unpacklo_epi64(first, second);
+        const __m256i odd = _mm256_unpackhi_epi64(first, second);
+        auto* at = reinterpret_cast<__m256i*>(to);
+        _mm256_storeu_si256(at, _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_storeu_si256(at + 1, _mm256_permute2x128_si256(even, odd, 0x31));
     }
 
     static F sign(U word, int position) {
@@ -100,6 +75,89 @@ struct Simd {
     static void gauss(U word, F& low, F& high) {
         low = gauss_one(word & 0xffffu);
         high = gauss_one(word >> 16);
+    }
+};
+
+// The sums of a chunk of 16 columns. A packed chunk (spec.hpp) is unpacked once and then added for
+// any number of samples: `rows` are the 16 that it reads.
+template <class T>
+struct Chunk;
+
+template <>
+struct Chunk<float> {
+    struct Pick {
+        std::uint32_t flip;  // its bit 3 swaps the halves
+        __m256i row;         // vpermps takes 3 bits of it
+        __m256 sign[2];
+    };
+    struct Unpack {
+        Pick operator()(const std::uint32_t* packed) const {
+            const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+            const __m256i word = _mm256_broadcastd_epi32(_mm_loadu_si32(packed));
+            Pick pick{*packed & 8u, _mm256_xor_si256(word, lane), {}};
+            for (int i = 0; i < 2; ++i) {
+                const __m256i shift = _mm256_sub_epi32(_mm256_set1_epi32(15 - 8 * i), lane);
+                pick.sign[i] =
+                    _mm256_and_ps((__m256)_mm256_sllv_epi32(word, shift), _mm256_set1_ps(-0.0f));
+            }
+            return pick;
+        }
+    };
+
+    __m256 sum[2];
+
+    void load(const float* from) {
+        for (int i = 0; i < 2; ++i) sum[i] = _mm256_loadu_ps(from + 8 * i);
+    }
+    void store(float* to) const {
+        for (int i = 0; i < 2; ++i) _mm256_storeu_ps(to + 8 * i, sum[i]);
+    }
+    void add(const float* rows, const Pick& pick) {
+        for (std::uint32_t i = 0; i < 2; ++i) {
+            const __m256 value =
+                _mm256_permutevar8x32_ps(_mm256_loadu_ps(rows + (8 * i ^ pick.flip)), pick.row);
+            sum[i] = _mm256_add_ps(sum[i], _mm256_xor_ps(value, pick.sign[i]));
+        }
+    }
+};
+
+template <>
+struct Chunk<double> {
+    struct Pick {
+        std::uint32_t flip;  // its bits 2 and 3 permute the quarters
+        __m256i row;         // of a quarter: for vpermps, a double being two lanes
+        __m256d sign[4];
+    };
+    struct Unpack {
+        Pick operator()(const std::uint32_t* packed) const {
+            const __m256i column = _mm256_set_epi64x(3, 2, 1, 0);
+            const __m256i word = _mm256_set1_epi64x(*packed);
+            const __m256i within = _mm256_set1_epi32(static_cast<int>(2 * (*packed & 3u)));
+            const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+            Pick pick{*packed & 12u, _mm256_xor_si256(lane, within), {}};
+            for (int i = 0; i < 4; ++i) {
+                const __m256i shift = _mm256_sub_epi64(_mm256_set1_epi64x(47 - 4 * i), column);
+                pick.sign[i] =
+                    _mm256_and_pd((__m256d)_mm256_sllv_epi64(word, shift), _mm256_set1_pd(-0.0));
+            }
+            return pick;
+        }
+    };
+
+    __m256d sum[4];
+
+    void load(const double* from) {
+        for (int i = 0; i < 4; ++i) sum[i] = _mm256_loadu_pd(from + 4 * i);
+    }
+    void store(double* to) const {
+        for (int i = 0; i < 4; ++i) _mm256_storeu_pd(to + 4 * i, sum[i]);
+    }
+    void add(const double* rows, const Pick& pick) {
+        for (std::uint32_t i = 0; i < 4; ++i) {
+            const __m256d quarter = _mm256_loadu_pd(rows + (4 * i ^ pick.flip));
+            const __m256d value = (__m256d)_mm256_permutevar8x32_ps((__m256)quarter, pick.row);
+            sum[i] = _mm256_add_pd(sum[i], _mm256_xor_pd(value, pick.sign[i]));
+        }
     }
 };
 

@@ -16,6 +16,7 @@ struct Simd {
     static constexpr int kDenseBatch = 8;   // 8 x 2 accumulators of the 32 registers
     static constexpr int kPhiloxLanes = 4;  // Philox lanes computed side by side
     using U = std::uint32_t __attribute__((vector_size(kBytes)));
+    using W = std::uint64_t __attribute__((vector_size(kBytes)));
     using F = float __attribute__((vector_size(kBytes)));
     using D = double __attribute__((vector_size(kBytes)));
 
@@ -40,38 +41,22 @@ struct Simd {
         _mm512_storeu_pd(acc + 8, _mm512_add_pd(_mm512_loadu_pd(acc + 8), high));
     }
 
-    // Sums of a chunk of 16 columns; add_chunk adds row i ^ flip of a packed chunk (spec.hpp) to
-    // column i, with its sign.
-    using Chunk = __m512;
-    static Chunk load_chunk(const float* sums) { return _mm512_loadu_ps(sums); }
-    static void store_chunk(Chunk sum, float* sums) { _mm512_storeu_ps(sums, sum); }
-    static void add_chunk(const float* rows, const std::uint32_t* packed, Chunk& sum) {
-        const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        const __m512i index = _mm512_xor_si512(_mm512_broadcastd_epi32(_mm_loadu_si32(packed)),
-                                               lane);  // vpermps takes 4 bits of it
-        __mmask16 negative;
-        std::memcpy(&negative, reinterpret_cast<const char*>(packed) + 2, sizeof negative);
-        const __m512 value =
-            _mm512_permutexvar_ps(index, _mm512_loadu_ps(rows + (*packed & 0xfff0u)));
-        sum = _mm512_add_ps(sum, _mm512_mask_xor_ps(value, negative, value, _mm512_set1_ps(-0.0f)));
+    // Numbers of 32 bits in 64-bit lanes; what is above them never matters.
+    static W multiply(W x, std::uint32_t m) {
+        return (W)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(m));
     }
-
-    // to[4 i + j] = words[j][i]
-    static void interleave(const U words[4], std::uint32_t* to) {
-        const __m512i a = _mm512_unpacklo_epi32((__m512i)words[0], (__m512i)words[1]);
-        const __m512i b = _mm512_unpackhi_epi32((__m512i)words[0], (__m512i)words[1]);
-        const __m512i c = _mm512_unpacklo_epi32((__m512i)words[2], (__m512i)words[3]);
-        const __m512i d = _mm512_unpackhi_epi32((__m512i)words[2], (__m512i)words[3]);
-        // Quarter q of rows[i] holds the four words of lane 4 q + i.
-        const __m512i rows[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c),
-                                 _mm512_unpacklo_epi64(b, d), _mm512_unpackhi_epi64(b, d)};
-        for (int i = 0; i < 4; ++i) {
-            auto* at = reinterpret_cast<__m128i*>(to) + i;
-            _mm_storeu_si128(at, _mm512_castsi512_si128(rows[i]));
-            _mm_storeu_si128(at + 4, _mm512_extracti32x4_epi32(rows[i], 1));
-            _mm_storeu_si128(at + 8, _mm512_extracti32x4_epi32(rows[i], 2));
-            _mm_storeu_si128(at + 12, _mm512_extracti32x4_epi32(rows[i], 3));
-        }
+    static W xor3(W a, W b, W c) { return (W)xor3((U)a, (U)b, (U)c); }
+    // to[4 i + j] = the low 32 bits of words[j][i]
+    static void interleave(const W words[4], std::uint32_t* to) {
+        const __m512i first = (__m512i)words[0], third = (__m512i)words[2];
+        const __m512i a =
+            _mm512_mask_shuffle_epi32(first, 0xAAAA, (__m512i)words[1], _MM_PERM_CDAB);
+        const __m512i b =
+            _mm512_mask_shuffle_epi32(third, 0xAAAA, (__m512i)words[3], _MM_PERM_CDAB);
+        _mm512_storeu_si512(
+            to, _mm512_permutex2var_epi64(a, _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0), b));
+        _mm512_storeu_si512(
+            to + 16, _mm512_permutex2var_epi64(a, _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4), b));
     }
 
     // +1 where bit `position` of the word is 0, -1 where it is 1.
@@ -109,6 +94,82 @@ struct Simd {
         const U entries = gauss_bf16(word);
         low = (F)(entries << 16);
         high = (F)(entries & 0xffff0000u);
+    }
+};
+
+// The sums of a chunk of 16 columns. A packed chunk (spec.hpp) is unpacked once and then added for
+// any number of samples: `rows` are the 16 that it reads.
+template <class T>
+struct Chunk;
+
+template <>
+struct Chunk<float> {
+    struct Pick {
+        __m512i row, sign;  // of each column; vpermps takes 4 bits of row, the sign is bit 31
+    };
+    class Unpack {
+      public:
+        Unpack() {  // without this, both would be read from memory again for every chunk
+            asm("" : "+v"(lane_), "+v"(shift_));
+        }
+        Pick operator()(const std::uint32_t* packed) const {
+            const __m512i word = _mm512_broadcastd_epi32(_mm_loadu_si32(packed));
+            return {_mm512_xor_si512(word, lane_), _mm512_sllv_epi32(word, shift_)};
+        }
+
+      private:
+        __m512i lane_ = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        __m512i shift_ = _mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    };
+
+    __m512 sum;
+
+    void load(const float* from) { sum = _mm512_loadu_ps(from); }
+    void store(float* to) const { _mm512_storeu_ps(to, sum); }
+    void add(const float* rows, const Pick& pick) {
+        const __m512 value = _mm512_permutexvar_ps(pick.row, _mm512_loadu_ps(rows));
+        sum =
+            _mm512_add_ps(sum, (__m512)_mm512_ternarylogic_epi32(
+                                   (__m512i)value, pick.sign, _mm512_set1_epi32(INT32_MIN), 0x78));
+    }  // 0x78: a ^ (b & c)
+};
+
+template <>
+struct Chunk<double> {
+    struct Pick {
+        __m512i row[2], sign[2];  // vpermt2pd takes 4 bits of row, the sign is bit 63
+    };
+    struct Unpack {
+        Pick operator()(const std::uint32_t* packed) const {
+            const __m512i word = _mm512_set1_epi64(*packed);
+            const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+            Pick pick;
+            for (int i = 0; i < 2; ++i) {
+                const __m512i column = _mm512_add_epi64(lane, _mm512_set1_epi64(8 * i));
+                pick.row[i] = _mm512_xor_si512(word, column);
+                pick.sign[i] =
+                    _mm512_sllv_epi64(word, _mm512_sub_epi64(_mm512_set1_epi64(47), column));
+            }
+            return pick;
+        }
+    };
+
+    __m512d sum[2];
+
+    void load(const double* from) {
+        for (int i = 0; i < 2; ++i) sum[i] = _mm512_loadu_pd(from + 8 * i);
+    }
+    void store(double* to) const {
+        for (int i = 0; i < 2; ++i) _mm512_storeu_pd(to + 8 * i, sum[i]);
+    }
+    void add(const double* rows, const Pick& pick) {
+        const __m512d low = _mm512_loadu_pd(rows), high = _mm512_loadu_pd(rows + 8);
+        for (int i = 0; i < 2; ++i) {
+            const __m512d value = _mm512_permutex2var_pd(low, pick.row[i], high);
+            sum[i] = _mm512_add_pd(
+                sum[i], (__m512d)_mm512_ternarylogic_epi64((__m512i)value, pick.sign[i],
+                                                           _mm512_set1_epi64(INT64_MIN), 0x78));
+        }
     }
 };
 

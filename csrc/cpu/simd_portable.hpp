@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.hpp"
 
@@ -15,6 +16,7 @@ struct Simd {
     static constexpr int kDenseBatch = 4;
     static constexpr int kPhiloxLanes = 1;  // Philox lanes computed side by side
     using U = std::uint32_t __attribute__((vector_size(kBytes)));
+    using W = std::uint64_t __attribute__((vector_size(kBytes)));
     using F = float __attribute__((vector_size(kBytes)));
     using D = double __attribute__((vector_size(kBytes)));
 
@@ -32,31 +34,13 @@ struct Simd {
         for (int i = 0; i < kLanes; ++i) acc[i] += static_cast<double>(x[i]);
     }
 
-    // Sums of a chunk of 16 columns; add_chunk adds row i ^ flip of a packed chunk (spec.hpp) to
-    // column i, with its sign.
-    struct Chunk {
-        float sum[kSjltChunk];
-    };
-    static Chunk load_chunk(const float* sums) {
-        Chunk chunk;
-        std::memcpy(chunk.sum, sums, sizeof chunk.sum);
-        return chunk;
-    }
-    static void store_chunk(const Chunk& chunk, float* sums) {
-        std::memcpy(sums, chunk.sum, sizeof chunk.sum);
-    }
-    static void add_chunk(const float* rows, const std::uint32_t* at, Chunk& chunk) {
-        const std::uint32_t packed = *at;
-        for (std::uint32_t i = 0; i < kSjltChunk; ++i) {
-            const float value = rows[sjlt_row(packed, i)];
-            chunk.sum[i] += sjlt_negative(packed, i) != 0 ? -value : value;
-        }
-    }
-
-    // to[4 i + j] = words[j][i]
-    static void interleave(const U words[4], std::uint32_t* to) {
-        for (int i = 0; i < kLanes; ++i) {
-            for (int j = 0; j < 4; ++j) to[4 * i + j] = words[j][i];
+    // Numbers of 32 bits in 64-bit lanes; what is above them never matters.
+    static W multiply(W x, std::uint32_t m) { return (x & 0xffffffffu) * m; }
+    static W xor3(W a, W b, W c) { return a ^ b ^ c; }
+    // to[4 i + j] = the low 32 bits of words[j][i]
+    static void interleave(const W words[4], std::uint32_t* to) {
+        for (int i = 0; i < kLanes / 2; ++i) {
+            for (int j = 0; j < 4; ++j) to[4 * i + j] = static_cast<std::uint32_t>(words[j][i]);
         }
     }
 
@@ -72,6 +56,41 @@ struct Simd {
         }
         low = (F)low_bits;
         high = (F)high_bits;
+    }
+};
+
+// The sums of a chunk of 16 columns. A packed chunk (spec.hpp) is unpacked once and then added for
+// any number of samples: `rows` are the 16 that it reads.
+template <class T>
+struct Chunk {
+    using Bits = std::conditional_t<std::is_same_v<T, float>, std::uint32_t, std::uint64_t>;
+    struct Pick {
+        std::uint32_t flip;
+        Bits sign[kSjltChunk];  // of each column, in the place of a number's sign
+    };
+    struct Unpack {
+        Pick operator()(const std::uint32_t* packed) const {
+            Pick pick{*packed & 15u, {}};
+            for (std::uint32_t i = 0; i < kSjltChunk; ++i) {
+                pick.sign[i] = Bits{sjlt_negative(*packed, i)} << (8 * sizeof(T) - 1);
+            }
+            return pick;
+        }
+    };
+
+    T sum[kSjltChunk];
+
+    void load(const T* from) { std::memcpy(sum, from, sizeof sum); }
+    void store(T* to) const { std::memcpy(to, sum, sizeof sum); }
+    void add(const T* rows, const Pick& pick) {
+        for (std::uint32_t i = 0; i < kSjltChunk; ++i) {
+            Bits bits;
+            std::memcpy(&bits, rows + (i ^ pick.flip), sizeof bits);
+            bits ^= pick.sign[i];
+            T value;
+            std::memcpy(&value, &bits, sizeof value);
+            sum[i] += value;
+        }
     }
 };
 

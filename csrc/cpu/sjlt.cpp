@@ -1,6 +1,7 @@
 // The operations of the sparse kind: how a problem is cut and shared out among threads.
 #include "machine.hpp"
 #include "operations.hpp"
+#include "ordered_sums.hpp"
 #include "output.hpp"
 #include "parallel.hpp"
 
@@ -29,12 +30,11 @@ std::int64_t equivalent_columns(const MatrixKey& key, std::int64_t cols) {
 // the columns change no order.
 void project_sjlt(const std::vector<View>& pieces, const View& out, const Call& call,
                   const Run& run) {
-    constexpr std::int64_t kWorkspace = std::int64_t{32 << 20} / 8;  // doubles
-    constexpr std::int64_t kMaxCols = 1 << 18;                       // of one turn
-    constexpr std::int64_t kMaxSegments = 32;
+    constexpr std::int64_t kMaxCols = 1 << 18;  // of a unit
+    constexpr std::int64_t kMaxSegments = 32, kMostSegmentCols = 1 << 20;
     constexpr std::int64_t kRowsPerColumn =
         16;                                  // in a segment, or its sums cost more than its rows
-    constexpr std::int64_t kSums = 1 << 16;  // of a batch tile: 256 KiB of L2
+    constexpr std::int64_t kSums = 1 << 16;  // of a unit: 256 KiB of L2
     constexpr std::int64_t kMostSamples = 32, kFewSamples = 4;
 
     std::vector<std::int64_t> piece_begin(1, 0);
@@ -44,9 +44,9 @@ void project_sjlt(const std::vector<View>& pieces, const View& out, const Call& 
                         call.row_offset};
     const SjltTiles tiles(call.key, call.row_offset, rows);
     const std::int64_t padded_dim = ceil_div(proj_dim, kColumnPad) * kColumnPad;
-    const std::int64_t turn_cols = std::min(padded_dim, kMaxCols);
+    const std::int64_t most_cols = std::min(padded_dim, kMaxCols);
     const std::int64_t wanted = std::min({rows / (kRowsPerColumn * padded_dim), tiles.count,
-                                          kWorkspace / (kFewSamples * turn_cols), kMaxSegments});
+                                          kMostSegmentCols / most_cols, kMaxSegments});
     std::int64_t segments = 1;
     while (2 * segments <= wanted) segments *= 2;
 
@@ -55,60 +55,57 @@ void project_sjlt(const std::vector<View>& pieces, const View& out, const Call& 
     const auto kernel = is_double ? kernels.sjlt_f64 : kernels.sjlt_f32;
     const int num_threads =
         threads_for(batch, rows, equivalent_columns(call.key, padded_dim), run.num_threads);
+    // A unit is a batch tile by a slab of columns.
     const std::int64_t batch_tile =
-        std::min(batch, std::clamp(kSums / turn_cols, kFewSamples, kMostSamples));
-    // Batch tiles that the workspace holds at once.
-    const std::int64_t tiles_at_once = std::clamp<std::int64_t>(
-        kWorkspace / (segments * batch_tile * turn_cols), 1, ceil_div(batch, batch_tile));
-    const std::int64_t samples_at_once = std::min(batch, tiles_at_once * batch_tile);
+        std::min(batch, std::clamp(kSums / most_cols, kFewSamples, kMostSamples));
+    const std::int64_t batch_tiles = ceil_div(batch, batch_tile);
     // With few segments and samples, columns keep the threads busy.
-    const std::int64_t slabs = std::clamp<std::int64_t>(
-        2 * num_threads / (segments * tiles_at_once), 1, ceil_div(turn_cols, 1024));
-    const std::int64_t slab_cols = ceil_div(ceil_div(turn_cols, slabs), kColumnPad) * kColumnPad;
+    const std::int64_t slabs =
+        std::max(std::clamp<std::int64_t>(2 * num_threads / (segments * batch_tiles), 1,
+                                          ceil_div(padded_dim, 1024)),
+                 ceil_div(padded_dim, kMaxCols));
+    const std::int64_t slab_cols = ceil_div(ceil_div(padded_dim, slabs), kColumnPad) * kColumnPad;
+    const std::int64_t slabs_used = ceil_div(padded_dim, slab_cols);
     const PerThread<char> scratch(
         kernels.sjlt_scratch_bytes(call.key, static_cast<int>(batch_tile), slab_cols), num_threads);
-    const auto acc =
-        allocate_aligned<double>(static_cast<std::size_t>(segments * samples_at_once * turn_cols));
+    OrderedSums sums(batch_tiles * slabs_used, segments, batch_tile * slab_cols);
+    std::atomic<bool> exhausted{false};
 
-    for (std::int64_t col_begin = 0; col_begin < proj_dim; col_begin += turn_cols) {
-        const std::int64_t cols = std::min(turn_cols, padded_dim - col_begin);
-        for (std::int64_t batch_begin = 0; batch_begin < batch; batch_begin += samples_at_once) {
-            const std::int64_t samples = std::min(samples_at_once, batch - batch_begin);
-            const std::int64_t batch_tiles = ceil_div(samples, batch_tile);
-            const std::int64_t here = ceil_div(cols, slab_cols);
-            parallel_for(
-                segments * batch_tiles * here, num_threads, [&](std::int64_t task, int worker) {
-                    const std::int64_t slab = task % here * slab_cols;
-                    const std::int64_t first = task / here % batch_tiles * batch_tile;
-                    const std::int64_t segment = task / here / batch_tiles;
-                    SjltTile tile{};
-                    tile.source = &source;
-                    tile.key = call.key;
-                    tile.batch_begin = batch_begin + first;
-                    tile.batch = static_cast<int>(std::min(batch_tile, samples - first));
-                    tile.tile_begin = tiles.begin + tiles.count * segment / segments;
-                    tile.tile_end = tiles.begin + tiles.count * (segment + 1) / segments;
-                    tile.col_begin = static_cast<std::uint32_t>(col_begin + slab);
-                    tile.cols = static_cast<int>(std::min(slab_cols, cols - slab));
-                    tile.acc = acc.get() + (segment * samples_at_once + first) * turn_cols + slab;
-                    tile.acc_ld = turn_cols;
-                    tile.scratch = scratch[worker];
-                    for (int b = 0; b < tile.batch; ++b) {
-                        std::fill_n(tile.acc + b * tile.acc_ld, tile.cols, 0.0);
-                    }
-                    kernel(tile);
-                });
-            parallel_for(samples, num_threads, [&](std::int64_t b, int) {
-                double* sums = acc.get() + b * turn_cols;
-                for (std::int64_t s = 1; s < segments; ++s) {
-                    const double* more = sums + s * samples_at_once * turn_cols;
-                    for (std::int64_t k = 0; k < cols; ++k) sums[k] += more[k];
-                }
-                store_sums(out, batch_begin + b, col_begin, std::min(cols, proj_dim - col_begin),
-                           sums, call);
-            });
+    const auto work = [&](std::int64_t task, int worker) {
+        const std::int64_t unit = task / segments, segment = task % segments;
+        const std::int64_t col_begin = unit % slabs_used * slab_cols;
+        OrderedSums::Buffer acc = sums.take();
+        SjltTile tile{};
+        tile.source = &source;
+        tile.key = call.key;
+        tile.batch_begin = unit / slabs_used * batch_tile;
+        tile.batch = static_cast<int>(std::min(batch_tile, batch - tile.batch_begin));
+        tile.tile_begin = tiles.begin + tiles.count * segment / segments;
+        tile.tile_end = tiles.begin + tiles.count * (segment + 1) / segments;
+        tile.col_begin = static_cast<std::uint32_t>(col_begin);
+        tile.cols = static_cast<int>(std::min(slab_cols, padded_dim - col_begin));
+        tile.acc = acc.get();
+        tile.acc_ld = slab_cols;
+        tile.scratch = scratch[worker];
+        kernel(tile);
+        acc = sums.add(unit, segment, std::move(acc));
+        if (acc == nullptr) return;  // another segment of the unit is still to come
+        for (int b = 0; b < tile.batch; ++b) {
+            store_sums(out, tile.batch_begin + b, col_begin,
+                       std::min<std::int64_t>(tile.cols, proj_dim - col_begin),
+                       acc.get() + b * slab_cols, call);
         }
-    }
+        sums.give(std::move(acc));
+    };
+    parallel_for(batch_tiles * slabs_used * segments, num_threads,
+                 [&](std::int64_t task, int worker) {
+                     try {
+                         if (!exhausted) work(task, worker);
+                     } catch (const std::bad_alloc&) {
+                         exhausted = true;
+                     }
+                 });
+    if (exhausted) throw std::bad_alloc();
 }
 
 void project_transpose_sjlt(const View& y, const View& out, const Call& call, const Run& run) {

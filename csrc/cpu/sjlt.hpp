@@ -11,8 +11,11 @@ namespace fastproj::cpu {
 namespace {
 
 constexpr int kSjltPass = 4;      // tiles of rows added in one pass over the sums of a sample
+constexpr int kSjltSamples = 2;   // that share the unpacking of a chunk
 constexpr int kSjltFold = 256;    // tiles that one fp32 sum adds up before it is folded
-constexpr int kSjltRows = 16384;  // rows that a pass takes at most: 64 KiB of a sample
+constexpr int kSjltRows = 65536;  // rows that a pass takes at most: 256 KiB of a sample
+constexpr int kSjltGroup = 32;    // tiles whose tables are made at once, at most
+constexpr std::int64_t kSjltTable = 32768;  // chunks of such a group: 128 KiB
 
 constexpr std::int64_t chunks_of(std::int64_t cols) { return (cols + 15) / 16; }
 
@@ -21,173 +24,327 @@ inline int sjlt_pass(const MatrixKey& key) {
     return tiles < 1 ? 1 : tiles < kSjltPass ? tiles : kSjltPass;
 }
 
-// Chunk words come 64 columns a Philox call and kLanes calls at a time.
-constexpr std::int64_t padded_chunks(std::int64_t cols) {
-    constexpr std::int64_t step = 4 * Simd::kLanes;
-    return (chunks_of(cols) + step - 1) / step * step;
+// Tiles whose tables are made at once: a power of two.
+inline int sjlt_group(std::int64_t cols) {
+    int tiles = kSjltPass;
+    while (tiles < kSjltGroup && 2 * tiles * chunks_of(cols) <= kSjltTable) tiles *= 2;
+    return tiles;
 }
 
-// Philox for kLanes counters that differ in word 1, `kCount` vectors side by side.
-template <int kCount>
-void philox_columns(const MatrixKey& key, std::int64_t tile, std::uint32_t which,
-                    const Simd::U* columns, Simd::U (*words)[4]) {
-    using U = Simd::U;
-    U c0[kCount], c1[kCount], c2[kCount], c3[kCount];
-    for (int i = 0; i < kCount; ++i) {
-        c0[i] = U{} + counter0(tile);
-        c1[i] = columns[i];
-        c2[i] = U{} + sjlt_counter2(key, tile, which);
-        c3[i] = U{} + key.stream;
+// Words of `count` places, four each, side by side. `count` is a multiple of kStep.
+class SjltWords {
+  public:
+    using W = Simd::W;
+    static constexpr int kLanes = Simd::kLanes / 2;
+    static constexpr int kStep = kLanes * Simd::kPhiloxLanes;
+
+    SjltWords(const MatrixKey& key, std::uint32_t which)
+        : stream_(key.stream), tag_(sjlt_counter2(key, 0, which)) {
+        for (std::uint32_t round = 0; round < 10; ++round) {
+            keys_[round][0] = static_cast<std::uint32_t>(key.seed) + round * kPhiloxW0;
+            keys_[round][1] = static_cast<std::uint32_t>(key.seed >> 32) + round * kPhiloxW1;
+        }
     }
-    std::uint32_t k0 = static_cast<std::uint32_t>(key.seed);
-    std::uint32_t k1 = static_cast<std::uint32_t>(key.seed >> 32);
-    for (int round = 0; round < 10; ++round) {
+
+    // Counters lie in 64-bit lanes: a product is both its words, and what is above the low 32 bits
+    // never matters. A round is a chain of some six cycles, so several vectors go side by side.
+    void get(const std::uint64_t* tiles, const std::uint64_t* columns, std::uint32_t* words) const {
+        constexpr int kCount = Simd::kPhiloxLanes;
+        W c[kCount][4];
 #pragma GCC unroll 4
         for (int i = 0; i < kCount; ++i) {
-            U hi0, lo0, hi1, lo1;
-            Simd::mul_hi_lo(c0[i], kPhiloxM0, hi0, lo0);
-            Simd::mul_hi_lo(c2[i], kPhiloxM1, hi1, lo1);
-            c0[i] = Simd::xor3(hi1, c1[i], U{} + k0);
-            c1[i] = lo1;
-            c2[i] = Simd::xor3(hi0, c3[i], U{} + k1);
-            c3[i] = lo0;
+            std::memcpy(&c[i][0], tiles + i * kLanes, sizeof(W));
+            std::memcpy(&c[i][1], columns + i * kLanes, sizeof(W));
+            c[i][2] = (c[i][0] >> 24 & ~std::uint64_t{255}) | tag_;
+            c[i][3] = W{} + stream_;
         }
-        k0 += kPhiloxW0;
-        k1 += kPhiloxW1;
-    }
-    for (int i = 0; i < kCount; ++i) {
-        words[i][0] = c0[i], words[i][1] = c1[i], words[i][2] = c2[i], words[i][3] = c3[i];
-    }
-}
-
-// table[h] = the packed chunk of columns col_begin + 16 h of a tile row; col_begin is a multiple of
-// 64. Writes padded_chunks(cols) of them.
-inline void sjlt_table(const MatrixKey& key, std::int64_t tile, std::uint32_t col_begin,
-                       std::int64_t cols, std::uint32_t* table) {
-    using U = Simd::U;
-    constexpr int kLanes = Simd::kLanes;
-    const auto chunks = static_cast<std::uint32_t>(padded_chunks(cols));
-    U column;
-    for (int i = 0; i < kLanes; ++i) column[i] = col_begin / 64 + static_cast<std::uint32_t>(i);
-    for (std::uint32_t h = 0; h < chunks; h += 4 * kLanes) {
-        U words[1][4];
-        philox_columns<1>(key, tile, 1, &column, words);
-        Simd::interleave(words[0], table + h);
-        column += static_cast<std::uint32_t>(kLanes);
-    }
-
-    const std::uint32_t m = key.block_log2 - 4;
-    if (m == 0) {  // one chunk a tile: it reads row chunk 0
-        for (std::uint32_t h = 0; h < chunks; ++h) table[h] = sjlt_packed(table[h], 0);
-        return;
-    }
-    const std::uint32_t mask = (1u << m) - 1u, s = (m + 1) >> 1, first = col_begin / 16;
-    U lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<std::uint32_t>(i);
-    U found[4];
-    for (std::uint32_t h = 0; h < chunks;) {
-        // Permutations of kLanes neighbouring tile columns at a time.
-        const std::uint32_t c = (first + h) >> m;
-        const U columns = lane + c;
-        philox_columns<1>(key, tile, 0, &columns, &found);
-        for (int i = 0; i < kLanes && h < chunks; ++i) {
-            const Words p{{found[0][i], found[1][i], found[2][i], found[3][i]}};
-            std::uint32_t place = (first + h) & mask;
-            const std::uint32_t stop =
-                h + (mask + 1 - place) < chunks ? h + (mask + 1 - place) : chunks;
-            for (; h + kLanes <= stop; h += kLanes, place += kLanes) {
-                U x = ((lane + place) * (p.w[0] | 1u) + p.w[1]) & mask;
-                x ^= x >> s;
-                x = (x * (p.w[2] | 1u) + p.w[3]) & mask;
-                x ^= x >> s;
-                U packed;
-                std::memcpy(&packed, table + h, sizeof packed);
-                packed = packed << 16 | x << 4 | (packed >> 16 & 15u);
-                std::memcpy(table + h, &packed, sizeof packed);
-            }
-            for (; h < stop; ++h, ++place) {
-                table[h] = sjlt_packed(table[h], sjlt_row_chunk(p, place, m));
-            }
-        }
-    }
-}
-
-// sums[i] += the sign of column i times the row that it reads.
-inline void add_chunk(const double* rows, std::uint32_t packed, double* sums) {
-    for (std::uint32_t i = 0; i < kSjltChunk; ++i) {
-        const double value = rows[sjlt_row(packed, i)];
-        sums[i] += sjlt_negative(packed, i) ? -value : value;
-    }
-}
-
-template <int kTiles>
-void add_tiles(const float* const* rows, const std::uint32_t* table, std::int64_t table_ld,
-               std::int64_t chunks, float* sums, const char* next, std::int64_t next_step) {
-    for (std::int64_t h = 0; h < chunks; ++h) {
-        // Chunks are read in random order, so the hardware would not see the next sample coming.
-        for (std::int64_t line = 0; line < next_step; ++line) {
-            __builtin_prefetch(next + 64 * (h * next_step + line));
-        }
-        Simd::Chunk sum = Simd::load_chunk(sums + 16 * h);
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; ++round) {
+            const W k0 = W{} + keys_[round][0], k1 = W{} + keys_[round][1];
 #pragma GCC unroll 4
-        for (int i = 0; i < kTiles; ++i) {
-            Simd::add_chunk(rows[i], table + i * table_ld + h, sum);
+            for (int i = 0; i < kCount; ++i) {
+                const W a = Simd::multiply(c[i][0], kPhiloxM0);
+                const W b = Simd::multiply(c[i][2], kPhiloxM1);
+                c[i][0] = Simd::xor3(b >> 32, c[i][1], k0);
+                c[i][1] = b;
+                c[i][2] = Simd::xor3(a >> 32, c[i][3], k1);
+                c[i][3] = a;
+            }
         }
-        Simd::store_chunk(sum, sums + 16 * h);
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) Simd::interleave(c[i], words + i * 4 * kLanes);
+    }
+
+  private:
+    std::uint32_t stream_, tag_;
+    std::uint64_t keys_[10][2];
+};
+
+constexpr std::int64_t padded(std::int64_t count, std::int64_t step) {
+    return (count + step - 1) / step * step;
+}
+
+// The packed chunks of `cols` columns from col_begin on, a multiple of 64, in `tiles` rows of
+// tiles: tables[i * ld + h].
+class SjltTables {
+  public:
+    static std::size_t bytes(const MatrixKey& key, int tiles, std::int64_t cols) {
+        // Columns that begin at the end of a tile touch the most tiles.
+        const std::uint32_t block = 1u << key.block_log2;
+        const SjltTables sizes(key, block < 64 ? 0 : block - 64, tiles, cols, nullptr);
+        return static_cast<std::size_t>(sizes.words_ * 16 + sizes.places_ * 16 +
+                                        sizes.tile_words_ * 16) +
+               4 * 64;
+    }
+
+    SjltTables(const MatrixKey& key, std::uint32_t col_begin, int tiles, std::int64_t cols,
+               Arena* arena)
+        : ld(4 * ((cols + 63) / 64)),
+          key_(key),
+          first_chunk_(col_begin / 16),
+          chunks_(chunks_of(cols)),
+          tile_cols_((((first_chunk_ + ld - 1) >> (key.block_log2 - 4)) -
+                      (first_chunk_ >> (key.block_log2 - 4))) +
+                     1) {
+        words_ = padded(tiles * ld / 4, SjltWords::kStep);
+        tile_words_ = padded(tiles * tile_cols_, SjltWords::kStep);
+        places_ = words_ > tile_words_ ? words_ : tile_words_;
+        if (arena == nullptr) return;
+        tables_ = arena->take<std::uint32_t>(static_cast<std::size_t>(words_ * 4));
+        permutations_ = arena->take<std::uint32_t>(static_cast<std::size_t>(tile_words_ * 4));
+        tiles_ = arena->take<std::uint64_t>(static_cast<std::size_t>(places_));
+        columns_ = arena->take<std::uint64_t>(static_cast<std::size_t>(places_));
+    }
+
+    const std::uint32_t* operator[](int i) const { return tables_ + i * ld; }
+    std::int64_t ld;  // from one row of tiles to the next
+
+    void make(std::int64_t tile, int tiles) {
+        get(1, tile, tiles, first_chunk_ / 4, ld / 4, tables_);
+        const std::uint32_t m = key_.block_log2 - 4;
+        if (m == 0) {  // one chunk a tile: it reads row chunk 0
+            for (std::int64_t h = 0; h < tiles * ld; ++h) tables_[h] = sjlt_packed(tables_[h], 0);
+            return;
+        }
+        get(0, tile, tiles, first_chunk_ >> m, tile_cols_, permutations_);
+        const std::uint32_t* permutation = permutations_;
+        for (int i = 0; i < tiles; ++i) {
+            std::uint32_t place = first_chunk_ & ((1u << m) - 1u);
+            std::uint32_t* at = tables_ + i * ld;
+            std::int64_t left = ld;
+            for (std::int64_t c = 0; c < tile_cols_; ++c, permutation += 4) {
+                const std::int64_t room = (std::int64_t{1} << m) - place;
+                const std::int64_t count = left < room ? left : room;
+                place_chunks(permutation, m, place, count, at);
+                at += count, left -= count, place = 0;
+            }
+        }
+    }
+
+  private:
+    void get(std::uint32_t which, std::int64_t tile, int tiles, std::uint64_t column,
+             std::int64_t columns, std::uint32_t* words) {
+        std::int64_t count = 0;
+        for (int i = 0; i < tiles; ++i) {
+            for (std::int64_t c = 0; c < columns; ++c) {
+                tiles_[count + c] = static_cast<std::uint64_t>(tile + i);
+                columns_[count + c] = column + static_cast<std::uint64_t>(c);
+            }
+            count += columns;
+        }
+        const std::int64_t end = padded(count, SjltWords::kStep);
+        for (std::int64_t i = count; i < end; ++i) tiles_[i] = columns_[i] = 0;
+        const SjltWords philox(key_, which);
+        for (std::int64_t i = 0; i < end; i += SjltWords::kStep) {
+            philox.get(tiles_ + i, columns_ + i, words + 4 * i);
+        }
+    }
+
+    // Chunks place .. place + count of one tile.
+    static void place_chunks(const std::uint32_t* permutation, std::uint32_t m, std::uint32_t place,
+                             std::int64_t count, std::uint32_t* chunks) {
+        using U = Simd::U;
+        const Words p{{permutation[0], permutation[1], permutation[2], permutation[3]}};
+        const std::uint32_t mask = (1u << m) - 1u, s = (m + 1) >> 1;
+        U lane;
+        for (int i = 0; i < Simd::kLanes; ++i) lane[i] = static_cast<std::uint32_t>(i);
+        U start = (lane + place) * (p.w[0] | 1u) + p.w[1];
+        std::int64_t h = 0;
+        for (; h + Simd::kLanes <= count; h += Simd::kLanes) {
+            U x = start & mask;
+            start += Simd::kLanes * (p.w[0] | 1u);
+            x ^= x >> s;
+            x = (x * (p.w[2] | 1u) + p.w[3]) & mask;
+            x ^= x >> s;
+            U packed;
+            std::memcpy(&packed, chunks + h, sizeof packed);
+            packed = packed << 16 | x << 4 | (packed >> 16 & 15u);
+            std::memcpy(chunks + h, &packed, sizeof packed);
+        }
+        for (; h < count; ++h) {
+            chunks[h] =
+                sjlt_packed(chunks[h], sjlt_row_chunk(p, place + static_cast<std::uint32_t>(h), m));
+        }
+    }
+
+    MatrixKey key_;
+    std::uint32_t first_chunk_;
+    std::int64_t chunks_, tile_cols_;
+    std::int64_t words_, tile_words_, places_;
+    std::uint32_t *tables_ = nullptr, *permutations_ = nullptr;
+    std::uint64_t *tiles_ = nullptr, *columns_ = nullptr;
+};
+
+// A pass of add_tiles. sums[s][16 h + i] += the sign of column i of chunk h times the row that it
+// reads, one tile after the other.
+template <class T, int kSamples>
+struct SjltPass {
+    const T* rows[kSamples];  // [tiles * block]
+    std::int64_t block;
+    const std::uint32_t* table;  // [tiles, table_ld]
+    std::int64_t table_ld, chunks;
+    T* sums;  // [kSamples, sums_ld]
+    std::int64_t sums_ld;
+    // What a later pass reads: chunks are read in random order, so the hardware would not see it
+    // coming.
+    const char* next[kSamples];
+    std::int64_t next_lines;
+};
+
+// Chunks begin .. end, with kAhead cache lines of what comes next a chunk: many at once would wait
+// for each other.
+template <int kTiles, int kAhead, class T, int kSamples>
+void add_chunks(const SjltPass<T, kSamples>& from, std::int64_t begin, std::int64_t end) {
+    const SjltPass<T, kSamples> pass = from;  // into registers: no store below changes it
+    const typename Chunk<T>::Unpack unpack;
+    for (std::int64_t h = begin; h < end; ++h) {
+        T* sums = pass.sums + 16 * h;
+        Chunk<T> sum[kSamples];
+#pragma GCC unroll 8
+        for (int s = 0; s < kSamples; ++s) sum[s].load(sums + s * pass.sums_ld);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTiles; ++i) {
+            if (i < kAhead) {
+#pragma GCC unroll 8
+                for (int s = 0; s < kSamples; ++s) {
+                    __builtin_prefetch(pass.next[s] + 64 * (kAhead * h + i));
+                }
+            }
+            const std::uint32_t* packed = pass.table + i * pass.table_ld + h;
+            std::uint16_t low;
+            std::memcpy(&low, packed, sizeof low);
+            const std::int64_t first = i * pass.block + (low & 0xfff0);
+            const auto pick = unpack(packed);
+#pragma GCC unroll 8
+            for (int s = 0; s < kSamples; ++s) sum[s].add(pass.rows[s] + first, pick);
+        }
+#pragma GCC unroll 8
+        for (int s = 0; s < kSamples; ++s) sum[s].store(sums + s * pass.sums_ld);
     }
 }
 
-template <int kTiles>
-void add_tiles(const double* const* rows, const std::uint32_t* table, std::int64_t table_ld,
-               std::int64_t chunks, double* sums, const char*, std::int64_t) {
-    for (std::int64_t h = 0; h < chunks; ++h) {
-        for (int i = 0; i < kTiles; ++i) {
-            add_chunk(rows[i], table[i * table_ld + h], sums + 16 * h);
-        }
+template <int kTiles, class T, int kSamples>
+void add_tiles(const SjltPass<T, kSamples>& pass) {
+    const std::int64_t chunks = pass.chunks, lines = pass.next_lines;
+    if (lines <= chunks) {
+        add_chunks<kTiles, 1>(pass, 0, lines);
+        add_chunks<kTiles, 0>(pass, lines, chunks);
+    } else {
+        const std::int64_t split =
+            (lines + kTiles - 1) / kTiles < chunks ? (lines + kTiles - 1) / kTiles : chunks;
+        add_chunks<kTiles, kTiles>(pass, 0, split);
+        add_chunks<kTiles, 0>(pass, split, chunks);
     }
 }
 
-// The rows of one tile of a sample where they lie side by side in one piece, else null.
-template <class T>
-const T* rows_in_place(const Source& source, std::int64_t b, std::int64_t row_begin,
-                       std::int64_t count) {
-    constexpr Dtype kInPlace = std::is_same_v<T, double> ? Dtype::kF64 : Dtype::kF32;
+// Rows of a sample as they lie in memory, side by side in one piece; null where they don't.
+struct SjltRaw {
+    const char* at;
+    Dtype dtype;
+    std::int64_t bytes;
+};
+inline SjltRaw raw_rows(const Source& source, std::int64_t b, std::int64_t row_begin,
+                        std::int64_t count) {
     const std::int64_t first = row_begin - source.row_offset;
-    if (first < 0 || first + count > source.rows) return nullptr;
+    if (first < 0 || first + count > source.rows) return {};
     const int at = piece_of(source, first);
     const View& piece = source.pieces[at];
-    if (piece.dtype != kInPlace || piece.stride[1] != 1 ||
-        first + count > source.piece_begin[at + 1]) {
-        return nullptr;
-    }
-    return static_cast<const T*>(piece.data) + b * piece.stride[0] +
-           (first - source.piece_begin[at]);
+    if (piece.stride[1] != 1 || first + count > source.piece_begin[at + 1]) return {};
+    const std::int64_t item = piece.dtype == Dtype::kF64 ? 8 : piece.dtype == Dtype::kF32 ? 4 : 2;
+    return {static_cast<const char*>(piece.data) +
+                (b * piece.stride[0] + first - source.piece_begin[at]) * item,
+            piece.dtype, count * item};
 }
 
 inline std::size_t sjlt_scratch_bytes(const MatrixKey& key, int batch, std::int64_t cols) {
-    const std::size_t tables = static_cast<std::size_t>(sjlt_pass(key)) *
-                               static_cast<std::size_t>(padded_chunks(cols)) * 4;
-    const std::size_t rows = (static_cast<std::size_t>(sjlt_pass(key)) << key.block_log2) * 8;
+    const std::size_t tables = SjltTables::bytes(key, sjlt_group(cols), cols);
+    const std::size_t rows =
+        (static_cast<std::size_t>(kSjltSamples * sjlt_pass(key)) << key.block_log2) * 8;
     const std::size_t sums =
         static_cast<std::size_t>(batch) * static_cast<std::size_t>(chunks_of(cols)) * 16 * 4;
     return tables + rows + sums + 3 * 64;
 }
 
+// `tiles` tiles from t on for samples b .. b + kSamples.
+template <class T, int kSamples>
+void sjlt_pass_add(const SjltTile& tile, SjltPass<T, kSamples> pass, int b, std::int64_t t,
+                   int tiles, T* staged, int next_b, std::int64_t next_t) {
+    constexpr Dtype kInPlace = std::is_same_v<T, double> ? Dtype::kF64 : Dtype::kF32;
+    const std::int64_t block = pass.block;
+    for (int s = 0; s < kSamples; ++s) {
+        const std::int64_t sample = tile.batch_begin + b + s;
+        const SjltRaw raw = raw_rows(*tile.source, sample, t * block, tiles * block);
+        if (raw.at != nullptr && raw.dtype == kInPlace) {
+            pass.rows[s] = reinterpret_cast<const T*>(raw.at);
+        } else {
+            T* to = staged + s * tiles * block;
+            load_span(*tile.source, sample, t * block, tiles * block, to);
+            pass.rows[s] = to;
+        }
+        const SjltRaw next =
+            raw_rows(*tile.source, tile.batch_begin + next_b + s, next_t * block, tiles * block);
+        pass.next[s] = next.at;
+        pass.next_lines =
+            next.at == nullptr || (s > 0 && pass.next_lines == 0) ? 0 : next.bytes / 64;
+    }
+    // A matrix of fewer columns than a tile leaves most rows unread.
+    if (pass.chunks * 16 < block &&
+        reinterpret_cast<const char*>(pass.rows[0]) != reinterpret_cast<const char*>(staged))
+        pass.next_lines = 0;
+    pass.sums += b * pass.sums_ld;
+    if (tiles == kSjltPass) {
+        add_tiles<kSjltPass>(pass);
+        return;
+    }
+    for (int i = 0; i < tiles; ++i) {
+        add_tiles<1>(pass);
+        pass.next_lines = 0;
+        pass.table += pass.table_ld;
+        for (int s = 0; s < kSamples; ++s) pass.rows[s] += block;
+    }
+}
+
 template <class T>
 void sjlt_project(const SjltTile& tile) {
     Arena arena(tile.scratch);
-    const Source& source = *tile.source;
-    const int pass = sjlt_pass(tile.key);
     const std::int64_t chunks = chunks_of(tile.cols), width = 16 * chunks;
-    const std::int64_t table_ld = padded_chunks(tile.cols);
-    const std::int64_t block = std::int64_t{1} << tile.key.block_log2;
-    auto* table = arena.take<std::uint32_t>(static_cast<std::size_t>(pass * table_ld));
-    T* staged = arena.take<T>(static_cast<std::size_t>(pass * block));
-    float* sums = nullptr;
+    const int group = sjlt_group(tile.cols), pass = sjlt_pass(tile.key);
+    SjltTables tables(tile.key, tile.col_begin, group, tile.cols, &arena);
+    T* staged = arena.take<T>(static_cast<std::size_t>(kSjltSamples * pass) << tile.key.block_log2);
+    T* sums;
+    std::int64_t sums_ld;
     if constexpr (std::is_same_v<T, float>) {
         sums = arena.take<float>(static_cast<std::size_t>(tile.batch * width));
         std::memset(sums, 0, static_cast<std::size_t>(tile.batch * width) * sizeof(float));
+        sums_ld = width;
+    } else {
+        sums = tile.acc;
+        sums_ld = tile.acc_ld;
+        for (int b = 0; b < tile.batch; ++b) {
+            std::memset(sums + b * sums_ld, 0, static_cast<std::size_t>(width) * sizeof(double));
+        }
     }
+    bool folded = false;
     const auto fold = [&] {
         if constexpr (std::is_same_v<T, float>) {
             for (int b = 0; b < tile.batch; ++b) {
@@ -195,57 +352,46 @@ void sjlt_project(const SjltTile& tile) {
                     Simd::F value;
                     float* from = sums + b * width + c;
                     std::memcpy(&value, from, sizeof value);
-                    Simd::add_to_double(value, tile.acc + b * tile.acc_ld + c);
+                    double* to = tile.acc + b * tile.acc_ld + c;
+                    if (!folded) std::memset(to, 0, Simd::kLanes * sizeof(double));
+                    Simd::add_to_double(value, to);
                     std::memset(from, 0, sizeof value);
                 }
             }
+            folded = true;
         }
     };
 
-    for (std::int64_t t = tile.tile_begin; t < tile.tile_end; t += pass) {
-        const int tiles = static_cast<int>(tile.tile_end - t < pass ? tile.tile_end - t : pass);
-        for (int i = 0; i < tiles; ++i) {
-            sjlt_table(tile.key, t + i, tile.col_begin, tile.cols, table + i * table_ld);
-        }
-        for (int b = 0; b < tile.batch; ++b) {
-            const T* rows[kSjltPass];
-            for (int i = 0; i < tiles; ++i) {
-                const std::int64_t row = (t + i) * block;
-                rows[i] = rows_in_place<T>(source, tile.batch_begin + b, row, block);
-                if (rows[i] == nullptr) {
-                    load_span(source, tile.batch_begin + b, row, block, staged + i * block);
-                    rows[i] = staged + i * block;
+    const std::int64_t block = std::int64_t{1} << tile.key.block_log2;
+    for (std::int64_t t = tile.tile_begin; t < tile.tile_end; t += group) {
+        const int tiles = static_cast<int>(tile.tile_end - t < group ? tile.tile_end - t : group);
+        tables.make(t, tiles);
+        for (int b = 0; b < tile.batch;) {
+            const int samples = tile.batch - b >= kSjltSamples ? kSjltSamples : 1;
+            for (int i = 0; i < tiles; i += pass) {
+                const int here = tiles - i < pass ? tiles - i : pass;
+                // Memory answers later than a pass over small tiles takes.
+                const int ahead = block <= 1024 ? 2 * pass : pass;
+                std::int64_t next_t = t + i + ahead;
+                int next_b = b;
+                if (i + ahead >= tiles) {
+                    next_t -= tiles, next_b = b + samples;
+                    if (next_b + samples > tile.batch) next_t += tiles, next_b = 0;
+                }
+                const auto add = [&](auto pass) {
+                    sjlt_pass_add(tile, pass, b, t + i, here, staged, next_b, next_t);
+                };
+                if (samples == kSjltSamples) {
+                    add(SjltPass<T, kSjltSamples>{
+                        {}, block, tables[i], tables.ld, chunks, sums, sums_ld, {}, 0});
+                } else {
+                    add(SjltPass<T, 1>{
+                        {}, block, tables[i], tables.ld, chunks, sums, sums_ld, {}, 0});
                 }
             }
-            const bool last = b + 1 == tile.batch;
-            const T* next = rows_in_place<T>(source, tile.batch_begin + (last ? 0 : b + 1),
-                                             (last ? t + pass : t) * block, tiles * block);
-            const std::int64_t lines = tiles * block / 16;
-            // A matrix of fewer columns than a tile leaves most rows unread.
-            const std::int64_t step =
-                next != nullptr && width >= block ? (lines + chunks - 1) / chunks : 0;
-            const auto* ahead = reinterpret_cast<const char*>(next);
-            T* to;
-            if constexpr (std::is_same_v<T, float>) {
-                to = sums + b * width;
-            } else {
-                to = tile.acc + b * tile.acc_ld;
-            }
-            switch (tiles) {
-                case 1:
-                    add_tiles<1>(rows, table, table_ld, chunks, to, ahead, step);
-                    break;
-                case 2:
-                    add_tiles<2>(rows, table, table_ld, chunks, to, ahead, step);
-                    break;
-                case 3:
-                    add_tiles<3>(rows, table, table_ld, chunks, to, ahead, step);
-                    break;
-                default:
-                    add_tiles<4>(rows, table, table_ld, chunks, to, ahead, step);
-            }
+            b += samples;
         }
-        if ((t + pass - tile.tile_begin) % kSjltFold == 0) fold();
+        if ((t + group - tile.tile_begin) % kSjltFold == 0) fold();
     }
     fold();
 }
@@ -256,8 +402,9 @@ void sjlt_transpose(const SjltTransposeTile& tile) {
     Arena arena(tile.scratch);
     const std::int64_t block = std::int64_t{1} << tile.key.block_log2;
     const std::int64_t chunks = chunks_of(tile.cols);
-    auto* table = arena.take<std::uint32_t>(static_cast<std::size_t>(padded_chunks(tile.cols)));
-    sjlt_table(tile.key, tile.tile, 0, tile.cols, table);
+    SjltTables tables(tile.key, 0, 1, tile.cols, &arena);
+    tables.make(tile.tile, 1);
+    const std::uint32_t* table = tables[0];
     for (int b = 0; b < tile.batch; ++b) {
         const T* y = static_cast<const T*>(tile.y) + b * tile.y_ld;
         double* out = tile.out + b * block;
