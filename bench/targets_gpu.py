@@ -12,8 +12,10 @@ import torch
 
 import fastproj
 from bench.providers import generated
-from bench.providers.others_gpu import FAST_JL
+from bench.providers.memory import COPY
+from bench.providers.others_gpu import FAST_JL, HADAMARD, SJLT
 from bench.providers.ours_gpu import BACKENDS, name_of
+from bench.providers.sparse_stored import NAMES as SPARSE_NAMES
 from bench.providers.stored import peak_name, stored_name
 from bench.targets import Target
 from bench.timing import Row
@@ -25,6 +27,8 @@ PEAK, STORED, TF32 = peak_name("bf16"), stored_name("bf16"), stored_name("tf32")
 CUDA, TRITON = name_of("cuda"), name_of("triton")
 # "Equal": within what two runs differ by.
 EQUAL = 0.95
+COPY_SHARE = 0.8
+SPARSE_PEERS = (SJLT, HADAMARD, SPARSE_NAMES["cuda"])
 MEMORY_SHAPES = ((64, 10**6, 4096), (512, 500_000, 16384), (1, 10**6, 100_000))
 
 
@@ -82,6 +86,35 @@ def rate_targets(rows: Sequence[Row], arch: str) -> list[Target]:
         add(f"{what} against R in blocks, B = {batch}", ours, blocks, 1.0)
         for target in targets[-2:]:  # these are for every GPU
             target.judged, target.note = True, ""
+    return targets
+
+
+def sparse_targets(rows: Sequence[Row], arch: str) -> list[Target]:
+    """Kind sjlt: each case's share of copy bandwidth, and the cuda backend against each peer."""
+    cases: dict[tuple[str, int, int, int], dict[str, Row]] = {}
+    for row in rows:
+        if row.kind == "sjlt" and row.case_rows >= LEAST_ROWS and row.seconds:
+            cases.setdefault((row.dtype, row.batch, row.cols, row.block), {})[row.provider] = row
+    targets: list[Target] = []
+    judged = arch == JUDGED_ARCH
+    note = "" if judged else f"for {JUDGED_ARCH}; this is {arch}"
+
+    def add(what: str, figure: float, bound: float) -> None:
+        targets.append(Target(what, figure, bound, at_least=True, judged=judged, note=note))
+
+    for (dtype, batch, cols, block), case in cases.items():
+        where = f"{dtype}, B = {batch}, K = {cols}, block {block}"
+        for backend in BACKENDS:
+            ours = case.get(name_of(backend))
+            if ours is None:
+                continue
+            if COPY in case:
+                share = ours.bandwidth / case[COPY].bandwidth
+                add(f"{backend} sjlt, share of copy bandwidth, {where}", share, COPY_SHARE)
+            for peer in SPARSE_PEERS if backend == "cuda" else ():
+                if peer in case:
+                    ahead = ours.entries_per_second / case[peer].entries_per_second
+                    add(f"{backend} sjlt against {peer}, {where}", ahead, 1.0)
     return targets
 
 
