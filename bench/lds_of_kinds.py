@@ -17,7 +17,6 @@ from fastproj import TRAKer
 from fastproj.trak.evaluation.metrics import lds
 
 BASE = "rademacher"
-RESAMPLES = 2000
 
 
 def scored(
@@ -61,21 +60,25 @@ def options_of(kind: Kind, seed: int) -> dict[str, Any]:
 def against_dense(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each problem, K and kind: the mean LDS, and its difference to dense Rademacher.
 
-    The interval of the difference is a 95 % bootstrap over targets of the mean over seeds: pairs,
-    so that what all kinds have in common drops out. ``spread`` is the standard deviation of the LDS
-    between seeds, of one seed none.
+    The 95 % interval of the difference adds two variances: that of its mean over targets, paired,
+    so that what all kinds have in common drops out; and that of the matrices, pooled over the kinds
+    of a problem and K. With one seed the second is not known, and the interval is too narrow.
+    ``spread`` is the standard deviation of a kind's LDS between seeds. Rows of the problem "mean"
+    average the differences over the problems.
     """
     table: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in rows:
         table.setdefault((row["problem"], row["k"], row["kind"]), []).append(row)
-    found = []
+    found: list[dict[str, Any]] = []
     for (problem, k, kind), runs in table.items():
         base = table.get((problem, k, BASE))
         if base is None:
             continue
-        mine, dense = by_target(runs), by_target(base)
-        apart = mine - dense
-        low, high = interval(apart)
+        alike = [found for (p, other, _), found in table.items() if (p, other) == (problem, k)]
+        apart = by_target(runs) - by_target(base)
+        apart = apart[np.isfinite(apart)]
+        of_targets = apart.var(ddof=1) / len(apart)
+        of_matrices = pooled_variance(alike) * (1 / len(runs) + 1 / len(base))
         means = [run["mean"] for run in runs]
         found.append(
             {
@@ -86,26 +89,50 @@ def against_dense(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "low": float(np.mean([run["low"] for run in runs])),
                 "high": float(np.mean([run["high"] for run in runs])),
                 "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None,
-                "difference": float(np.nanmean(apart)),
-                "difference_low": low,
-                "difference_high": high,
                 "seeds": len(runs),
+                **difference(apart.mean(), of_targets + (kind != BASE) * of_matrices),
             }
         )
+    return found + averages(found)
+
+
+def averages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the problem "mean": for each K and kind, over all problems that have that K."""
+    places = list(dict.fromkeys((row["k"], row["kind"]) for row in rows))
+    count = len({row["problem"] for row in rows})
+    found = []
+    for k, kind in places if count > 1 else ():
+        alike = [row for row in rows if (row["k"], row["kind"]) == (k, kind)]
+        variance = sum(row["difference_variance"] for row in alike) / len(alike) ** 2
+        row = {"problem": "mean", "k": k, "kind": kind, "spread": None}
+        row |= {name: float(np.mean([r[name] for r in alike])) for name in ("lds", "low", "high")}
+        row["seeds"] = min(r["seeds"] for r in alike)
+        row |= difference(float(np.mean([r["difference"] for r in alike])), variance)
+        found.append(row)
     return found
+
+
+def difference(mean: float, variance: float) -> dict[str, float]:
+    """A difference with its 95 % interval."""
+    reach = 1.96 * float(variance) ** 0.5
+    return {
+        "difference": float(mean),
+        "difference_low": float(mean) - reach,
+        "difference_high": float(mean) + reach,
+        "difference_variance": float(variance),
+    }
+
+
+def pooled_variance(groups: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """Variance of the LDS between seeds within a kind; 0 where all kinds have one seed."""
+    means = [[run["mean"] for run in runs] for runs in groups]
+    squares = sum(float(np.square(np.array(m) - np.mean(m)).sum()) for m in means)
+    return squares / max(1, sum(len(m) - 1 for m in means))
 
 
 def by_target(runs: Sequence[dict[str, Any]]) -> npt.NDArray[np.float64]:
     """The mean over runs of each target's correlation, [m]."""
-    return np.mean([run["per_target"] for run in runs], axis=0)
-
-
-def interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean."""
-    values = values[np.isfinite(values)]
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    return np.asarray(np.mean([run["per_target"] for run in runs], axis=0))
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> str:

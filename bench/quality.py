@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, flush=True)
         said.append(text)
 
-    families = {
+    families: dict[str, distortion.Family] = {
         **distortion.FAMILIES,
         "real gradients": distortion.real_gradients(epochs=10 if quick else None),
     }

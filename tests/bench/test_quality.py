@@ -104,22 +104,42 @@ def test_measured_variance_is_that_of_theory_and_a_wrong_one_is_noticed(
     assert all(distortion.disagrees(row) for row in spoiled)
 
 
-def test_difference_to_the_dense_kind_is_paired() -> None:
-    def row(kind: str, seed: int, per_target: list[float]) -> dict[str, Any]:
-        mean = float(np.mean(per_target))
-        facts = {"problem": "p", "k": 64, "kind": kind, "seed": seed, "per_target": per_target}
-        return {**facts, "mean": mean, "low": mean - 0.3, "high": mean + 0.3}
+def lds_row(kind: str, seed: int, per_target: list[float], problem: str = "p") -> dict[str, Any]:
+    mean = float(np.mean(per_target))
+    facts = {"problem": problem, "k": 64, "kind": kind, "seed": seed, "per_target": per_target}
+    return {**facts, "mean": mean, "low": mean - 0.3, "high": mean + 0.3}
 
+
+def test_difference_to_the_dense_kind_is_paired_and_knows_the_matrices() -> None:
     far = [0.1, 0.9, 0.5, 0.2]
-    rows = [row("rademacher", seed, far) for seed in (0, 1)]
-    rows += [row("sjlt 4", seed, [r + 0.01 * (1 + 2 * seed) for r in far]) for seed in (0, 1)]
+    rows = [lds_row("rademacher", seed, far) for seed in (0, 1)]
+    rows += [lds_row("sjlt 4", seed, [r + 0.01 * (1 + 2 * seed) for r in far]) for seed in (0, 1)]
     dense, sparse = lds_of_kinds.against_dense(rows)
     assert (dense["difference"], dense["difference_low"]) == (0, 0)
     assert sparse["difference"] == pytest.approx(0.02)
-    assert sparse["difference_high"] - sparse["difference_low"] < 1e-6
     assert sparse["spread"] == pytest.approx(0.02 / math.sqrt(2))
+    # Seeds apart by 0.02 in one of two kinds: 0.0002 over 2 degrees, twice a half of it.
+    assert sparse["difference_high"] - 0.02 == pytest.approx(1.96 * 0.01)
     assert "+0.0200" in lds_of_kinds.table_of([dense, sparse])
     assert lds_of_kinds.against_dense(rows[2:]) == []
+    one = [row for row in rows if row["seed"] == 0]
+    _, alone = lds_of_kinds.against_dense(one)
+    assert alone["difference_high"] == pytest.approx(alone["difference_low"])  # no spread known
+
+
+def test_problems_are_averaged() -> None:
+    rows = [lds_row("rademacher", 0, [0.1, 0.3], problem) for problem in "ab"]
+    rows += [
+        lds_row("sjlt 4", 0, values, p) for p, values in (("a", [0.2, 0.4]), ("b", [0.0, 0.4]))
+    ]
+    (mean,) = [
+        row
+        for row in lds_of_kinds.against_dense(rows)
+        if (row["problem"], row["kind"]) == ("mean", "sjlt 4")
+    ]
+    assert mean["difference"] == pytest.approx(0.05)
+    # Differences of targets: +0.1 +0.1, and -0.1 +0.1: variances of the means 0 and 0.01.
+    assert mean["difference_variance"] == pytest.approx(0.01 / 4)
 
 
 def test_it_runs_draws_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +157,7 @@ def test_it_runs_draws_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         kind.name for kind in distortion.kinds_of(64)
     }
     assert len(content["distortion"]) == 10 * 5
+    assert {row["problem"] for row in content["lds"]} == {"wine"}
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == 5
 
