@@ -46,6 +46,7 @@ from fastproj.trak.inputs import (
     check_mode,
     check_model,
     check_projector,
+    default_kind,
     matrix_of,
     resolve_device,
     subclass_of,
@@ -98,7 +99,8 @@ class TRAKer:
         are divided by ``normalize_factor``, the square root of the number of parameters.
     saver : a subclass of ``fastproj.trak.Saver``, or None.
     score_computer : a subclass of ``fastproj.trak.ScoreComputer``, or None.
-    proj_dim : k, the dimension of the features, where ``projector`` is None.
+    proj_dim : k, the dimension of the features, where ``projector`` is None. The store has n k
+        numbers, and finalising solves a system of size min(n, k); trak's default is 2048.
     logging_level : of the logger "fastproj.trak".
     use_half_precision : store features as float16 with a scale per row (half the disk space; no
         overflow or underflow). Gradients, projection and solution keep their precision.
@@ -110,8 +112,10 @@ class TRAKer:
         weighs the samples by the curvature of their loss (see ``fastproj.trak.solving.ridge``). A
         number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean
         eigenvalue.
-    kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. "sjlt"
-        costs a few additions an entry of the gradient, the dense kinds proj_dim multiply-adds.
+    kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. kind None
+        is "sjlt", which costs a few additions an entry of the gradient (dense kinds: proj_dim
+        multiply-adds) for scores that are as good (docs/projection.md). Where proj_dim < 16, rows
+        of "sjlt" would be empty: there None is "rademacher", unless a block is given.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
         yes where there are several. False: this process works by itself.
 
@@ -134,7 +138,7 @@ class TRAKer:
         projector: Any = None,
         saver: type[Saver] | None = None,
         score_computer: type[ScoreComputer] | None = None,
-        proj_dim: SupportsIndex = 2048,
+        proj_dim: SupportsIndex = 4096,
         logging_level: int | str = logging.INFO,
         use_half_precision: bool = True,
         proj_max_batch_size: int = 32,
@@ -142,7 +146,7 @@ class TRAKer:
         grad_wrt: Iterable[str] | str | None = None,
         lambda_reg: Lambda = AUTO,
         *,
-        kind: str = "rademacher",
+        kind: str | None = None,
         block: SupportsIndex | None = None,
         distributed: bool | None = None,
     ) -> None:
@@ -164,9 +168,13 @@ class TRAKer:
         self.normalize_factor = math.sqrt(self.num_params_for_grad)
 
         if projector is None:
+            if kind is None:
+                kind = default_kind(proj_dim, block)
             projector = Projector(
                 self.num_params_for_grad, proj_dim, projector_seed, kind, block=block, scale=None
             )
+            if projector.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
+                projector.scale = math.sqrt(projector.block)
         self.projector = check_projector(projector)
         self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
         self.gradient_computer = resolve_gradient_computer(gradient_computer)(

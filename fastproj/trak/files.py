@@ -185,7 +185,7 @@ def read_safetensors(
         if path.exists():
             raise
         raise GoneError(f"{path} is gone; expected nobody to delete it during the run") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     stored = metadata.pop("checksum", "")
     made = digest(json.dumps(dict(sorted(metadata.items())), sort_keys=True).encode())
