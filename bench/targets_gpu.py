@@ -118,15 +118,15 @@ def sparse_targets(rows: Sequence[Row], arch: str) -> list[Target]:
     return targets
 
 
-def extra_memory(backend: str, batch: int, rows: int, cols: int) -> float:
+def extra_memory(backend: str, kind: str, batch: int, rows: int, cols: int) -> float:
     """MiB that torch's allocator gives to a call beyond its input and output."""
     grads = torch.zeros((batch, rows), dtype=torch.bfloat16, device="cuda")
     out = torch.empty((batch, cols), device="cuda")
-    fastproj.project(grads[:1, :512], 16, backend=backend)  # tables that stay
+    fastproj.project(grads[:1, :512], 16, kind=kind, backend=backend)  # tables that stay
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fastproj.project(grads, cols, out=out, backend=backend)
+    fastproj.project(grads, cols, kind=kind, out=out, backend=backend)
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
@@ -134,12 +134,13 @@ def memory_targets() -> list[Target]:
     """Under 64 MiB, at any size."""
     return [
         Target(
-            f"{backend}, extra memory, MiB, B = {batch}, K = {cols}",
-            extra_memory(backend, batch, rows, cols),
+            f"{backend} {kind}, extra memory, MiB, B = {batch}, K = {cols}",
+            extra_memory(backend, kind, batch, rows, cols),
             64.0,
             at_least=False,
         )
         for backend in BACKENDS
         if registry.unavailable(backend) is None
+        for kind in ("rademacher", "sjlt")
         for batch, rows, cols in MEMORY_SHAPES
     ]
