@@ -28,6 +28,7 @@ from fastproj.commands.arguments import positive
 ROWS = 16384  # P of the vectors, zeros behind those that are shorter
 DISTORTION_COLS = (512, 2048)
 LDS_COLS = (512, 2048, 8192)
+RUN = ("problem", "k", "kind", "seed", "mean", "low", "high")  # what a result keeps of an LDS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "vectors": options.vectors,
             "distortion": of_vectors,
             "lds": compared,
-            "lds_runs": [{k: v for k, v in r.items() if k != "per_target"} for r in of_scores],
+            "lds_runs": [{k: r[k] for k in RUN} for r in of_scores],
         }
         path = write_result("quality-quick" if quick else "quality", content, "\n".join(said))
         picture = path.with_suffix(".png")
@@ -183,7 +184,7 @@ def draw(
         axis.invert_yaxis()
         axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.25)
-    axes[0].legend(fontsize=8, loc="lower left")
+    axes[1].legend(fontsize=8, loc="lower right")
     draw_lds(axes[2], compared)
     figure.savefig(path, dpi=90)
     plt.close(figure)
