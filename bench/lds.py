@@ -138,13 +138,18 @@ def measure(
 
 
 def attribute(
-    kind: Any, problem: Problem, checkpoints: Checkpoints, k: int, save_dir: str
+    library: Any, problem: Problem, checkpoints: Checkpoints, k: int, save_dir: str, **options: Any
 ) -> tuple[Any, Scores]:
-    """(the TRAKer, its scores [n, m]) by the calls that both libraries share; trak in float32."""
-    ours = kind is TRAKer
+    """(the TRAKer, its scores [n, m]) by the calls that both libraries share; trak in float32.
+
+    library : fastproj's TRAKer or trak's.
+    options : of it, beyond its defaults.
+    """
+    ours = library is TRAKer
     base = AbstractModelOutput if ours else trak_base()
-    options = {} if ours else {"use_half_precision": False, "device": "cpu"}
-    traker = kind(
+    if not ours:
+        options = {"use_half_precision": False, "device": "cpu", **options}
+    traker = library(
         model=problem.model().eval(),
         task=problem.task(base),
         train_set_size=problem.n,

@@ -16,6 +16,7 @@ import torch
 import fastproj
 from bench.providers.base import float64_product, relative_error
 from bench.record import in_fresh_process
+from fastproj.spec import KINDS
 
 MIB = 2**20
 
@@ -26,7 +27,7 @@ def memory_growth(rows: int = 10**7, batch: int = 8, cols: int = 4096) -> dict[s
     Each kind is measured in a process of its own, in its first call.
     """
     growth: dict[str, Any] = {"rows": rows, "batch": batch, "cols": cols}
-    for kind in ("rademacher", "gaussian"):
+    for kind in KINDS:
         growth[kind] = in_fresh_process("limits", "memory", kind, rows, batch, cols)
     return growth
 

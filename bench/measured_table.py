@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bench.providers.base import DENSE_KINDS
 from bench.providers.ours_gpu import PRECISIONS, name_of
 from fastproj.backends import measured
 from fastproj.call import terms_of
@@ -29,7 +30,7 @@ def measurements(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[int, dict[str, float]]]
     found = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["provider"] in sides and row["gflops"] > 0:
+        if row["provider"] in sides and row["gflops"] > 0 and row["kind"] in DENSE_KINDS:
             backend, precision = sides[row["provider"]]
             terms = terms_of(getattr(torch, row["dtype"]), precision)
             shape = (row["kind"], row["dtype"], terms, row["batch"], row["cols"])

@@ -2,6 +2,7 @@
 
     python -m bench.project                  the whole table, P = 10^6, K = 4096
     python -m bench.project --quick          small sizes, under a minute
+    python -m bench.project --kind sjlt      the sparse kind, beside reading and copying G
     python -m bench.project --acceptance     the project's targets, each PASS, FAIL or N-A
     python -m bench.project --device cuda    on a GPU: the targets, then B, K and P around them
     python -m bench.project --device cuda --quick            the targets alone, minutes
@@ -9,7 +10,8 @@
     python -m bench.project --device cuda --ladder           the families of CUDA kernels
 
 All providers of a case are prepared, checked against float64 and warmed up, then called in turns;
-times are medians. No time is reported for a result that is wrong. GF/s = 2 B P K / time.
+times are medians. No time is reported for a result that is wrong. GF/s = 2 B P K / time. Of kind
+sjlt the rate is in entries and bytes of G, beside those of reading and copying it.
 """
 
 from __future__ import annotations
@@ -22,12 +24,23 @@ from collections.abc import Sequence
 import torch
 
 from bench import project_gpu
-from bench.providers import Case, all_providers
+from bench.project_sparse import (
+    SparseShape,
+    acceptance_shapes,
+    growth_table_of,
+    sparse_table_of,
+    sparse_targets,
+)
+from bench.project_sparse import shapes_of as sparse_shapes
+from bench.providers import DENSE_KINDS, Case, Provider, all_providers
+from bench.providers.ours import name_of, usable_isas
 from bench.providers.stored import peak_name
 from bench.record import write_result
-from bench.targets import FAIL, Target, as_dicts, run_acceptance
+from bench.targets import FAIL, Target, as_dicts, list_of, run_acceptance
 from bench.timing import Row, table_of, time_case
+from fastproj.checks import check_block
 from fastproj.commands.arguments import positive
+from fastproj.spec import KINDS
 
 PEAKS = (peak_name("fp32"), peak_name("bf16"))
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -44,7 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, nargs="+", metavar="B", help="8 32 64 128")
     parser.add_argument("--rows", type=positive, nargs="+", metavar="P", help="10^6")
     parser.add_argument("--cols", type=positive, nargs="+", metavar="K", help="4096")
-    parser.add_argument("--kind", nargs="+", choices=["rademacher", "gaussian"])
+    parser.add_argument("--kind", nargs="+", choices=KINDS, help="all")
+    parser.add_argument(
+        "--block", type=positive, nargs="+", metavar="W", help="of kind sjlt: the default of each K"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="of the gradients: float32")
     parser.add_argument(
         "--provider", nargs="+", metavar="TEXT", help="only providers whose name contains a TEXT"
@@ -67,27 +83,38 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 when a result was wrong or a target was missed."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
     quick = options.quick
-    providers = all_providers(options.device, options.ladder)
+    for block in options.block or []:
+        try:
+            for kind in options.kind or DENSE_KINDS:
+                check_block("--block", kind, block, None)
+        except ValueError as error:
+            parser.error(f"{error}; with --kind sjlt")
+    kinds = options.kind or list(KINDS)
+    of_kind = {kind: all_providers(options.device, options.ladder, kind) for kind in kinds}
     if options.list:
-        print("\n".join(provider.name for provider in providers))
+        names = [provider.name for providers in of_kind.values() for provider in providers]
+        print("\n".join(dict.fromkeys(names)))
         return 0
     if options.provider:
         wanted = [text.lower() for text in options.provider]
-        providers = [p for p in providers if any(text in p.name.lower() for text in wanted)]
-        if not providers:
+        of_kind = {
+            kind: [p for p in providers if any(text in p.name.lower() for text in wanted)]
+            for kind, providers in of_kind.items()
+        }
+        if not any(of_kind.values()):
             print(f"--provider {' '.join(options.provider)}: none; see --list", file=sys.stderr)
             return 2
     if options.device == "cuda":
-        return project_gpu.run(options, providers)
+        return project_gpu.run(options, of_kind)
 
     batches = options.batch or ([8, 32] if quick else [8, 32, 64, 128])
     all_rows = options.rows or [65536 if quick else 10**6]
     all_cols = options.cols or [1024 if quick else 4096]
     dtypes = options.dtype or ["float32"]
     repeats = options.repeats or (3 if quick else 5)
-    kinds = options.kind or ["rademacher", "gaussian"]
 
     def make_case(
         kind: str,
@@ -95,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows: int = all_rows[0],
         cols: int = all_cols[0],
         dtype: str = dtypes[0],
+        block: int = 0,
     ) -> Case:
         return Case(
             batch=batch,
@@ -106,25 +134,49 @@ def main(argv: Sequence[str] | None = None) -> int:
             trak_rows=options.trak_rows or (8192 if quick else 10**5),
             max_seconds=options.max_seconds,
             square=options.square or 4096,
+            block=block,
         )
+
+    def time_sparse(shapes: Sequence[SparseShape], providers: Sequence[Provider]) -> list[Row]:
+        found: list[Row] = []
+        for s in shapes:
+            case = make_case("sjlt", s.batch, s.rows, s.cols, s.dtype, s.block)
+            found += (rows := time_case(case, providers, repeats))
+            print(sparse_table_of(rows), flush=True)
+        ours = name_of("highest", usable_isas()[-1])
+        print(growth_table_of(found, ours), flush=True)
+        return found
 
     print(f"{torch.get_num_threads()} threads, {repeats} repeats")
     measured: list[Row] = []
     targets: list[Target] = []
     if options.acceptance:
-        measured, targets = run_acceptance(make_case, repeats, small=quick)
+        if set(kinds) & set(DENSE_KINDS):
+            measured, targets = run_acceptance(make_case, repeats, small=quick)
+        if "sjlt" in kinds:
+            sparse = time_sparse(acceptance_shapes(quick=quick), of_kind["sjlt"])
+            of_sparse = sparse_targets(sparse, usable_isas())
+            print(list_of(of_sparse))
+            measured, targets = measured + sparse, targets + of_sparse
     else:
         cases = itertools.product(kinds, batches, all_rows, all_cols, dtypes)
         for kind, batch, rows, cols, dtype in cases:
-            found = time_case(make_case(kind, batch, rows, cols, dtype), providers, repeats)
+            if kind == "sjlt" or not of_kind[kind]:
+                continue
+            found = time_case(make_case(kind, batch, rows, cols, dtype), of_kind[kind], repeats)
             print(table_of(found, PEAKS), flush=True)
             measured += found
+        if of_kind.get("sjlt"):
+            measured += time_sparse(sparse_shapes(options, quick=quick), of_kind["sjlt"])
     if not options.no_write:
+        alone = kinds == ["sjlt"]
         name = "project-acceptance" if options.acceptance else f"project-{'-'.join(dtypes)}"
+        if alone:
+            name = "project-acceptance-sjlt" if options.acceptance else "project-sjlt"
         name += "-quick" if quick else ""
         shape = {"batch": batches, "rows": all_rows, "cols": all_cols}
         content = {
-            "options": {**vars(options), **shape},
+            "options": vars(options) if alone else {**vars(options), **shape},
             "rows": [row.as_dict() for row in measured],
             "targets": as_dicts(targets),
         }

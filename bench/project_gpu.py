@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,19 +13,22 @@ from typing import Any
 
 import torch
 
-from bench.providers import Case, Provider
+from bench.project_sparse import COLS as SPARSE_COLS
+from bench.project_sparse import growth_table_of, sparse_table_of
+from bench.providers import DENSE_KINDS, Case, Provider
+from bench.providers.ours_gpu import BACKENDS, name_of
 from bench.providers.stored import peak_name
 from bench.record import write_result
 from bench.targets import FAIL, Target, as_dicts, list_of
-from bench.targets_gpu import memory_targets, rate_targets
+from bench.targets_gpu import memory_targets, rate_targets, sparse_targets
 from bench.timing import GpuTimer, Row, table_of, time_case
 from fastproj.backends import measured
+from fastproj.spec import KINDS, default_block
 
 BATCHES = (1, 8, 16, 32, 64, 128, 256, 512)
 COLS = (512, 2048, 4096, 8192, 16384)
 ROWS = (10**6, 10**7, 10**8)
 DTYPES = ("bfloat16", "float32", "float16")
-KINDS = ("rademacher", "gaussian")
 DEVICE = "cuda"
 PEAKS = (peak_name("bf16"),)
 SQUARE = 8192
@@ -36,16 +39,18 @@ SHARE_OF_GRADS = 0.4
 
 @dataclass(frozen=True)
 class Shape:
-    """One case: grads [batch, rows] of dtype, cols columns."""
+    """One case: grads [batch, rows] of dtype, cols columns; ``block`` is of kind sjlt, else 0."""
 
     kind: str
     dtype: str
     batch: int
     rows: int
     cols: int
+    block: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.dtype} B={self.batch} P={self.rows} K={self.cols}"
+        block = f" block={self.block}" if self.block else ""
+        return f"{self.kind} {self.dtype} B={self.batch} P={self.rows} K={self.cols}{block}"
 
 
 def target_shapes() -> list[Shape]:
@@ -56,10 +61,23 @@ def target_shapes() -> list[Shape]:
     return shapes + [Shape("gaussian", "bfloat16", batch, 10**7, 4096) for batch in (64, 256)]
 
 
+def sparse_shapes() -> list[Shape]:
+    """What the targets of kind sjlt are about: B at K = 4096, then K at B = 8, default blocks.
+
+    With one sample P is larger, or G would be read in the time that a launch takes.
+    """
+    shapes: list[Shape] = []
+    for dtype in DTYPES[:2]:
+        sizes = [(1, 10**8, 4096), (8, 10**7, 4096), (64, 10**7, 4096)]
+        sizes += [(8, 10**7, cols) for cols in SPARSE_COLS]
+        shapes += [Shape("sjlt", dtype, *size, default_block(size[2])) for size in sizes]
+    return list(dict.fromkeys(shapes))
+
+
 def sweep_shapes() -> list[Shape]:
     """B, K and P, one after the other, around B = 64, P = 10^7, K = 4096."""
     shapes: list[Shape] = []
-    for dtype, kind in itertools.product(DTYPES, KINDS):
+    for dtype, kind in itertools.product(DTYPES, DENSE_KINDS):
         shapes += [Shape(kind, dtype, batch, 10**7, 4096) for batch in BATCHES]
         shapes += [Shape(kind, dtype, 64, 10**7, cols) for cols in COLS]
         shapes += [Shape(kind, dtype, 64, rows, 4096) for rows in ROWS]
@@ -69,16 +87,31 @@ def sweep_shapes() -> list[Shape]:
 def shapes_of(options: argparse.Namespace) -> list[Shape]:
     """The cases asked for, each once: what the options name, else the targets (and the sweeps)."""
     named = (options.kind, options.dtype, options.batch, options.rows, options.cols)
+    if options.kind == ["sjlt"] and not any((*named[1:], options.block, options.full)):
+        return sparse_shapes()
     if any(named) or options.full:
         lists = zip(named, (KINDS, DTYPES, BATCHES, ROWS, COLS), strict=True)
         if not options.full:
             lists = zip(named, (KINDS[:1], DTYPES[:1], (64,), (10**7,), (4096,)), strict=True)
-        return [Shape(*words) for words in itertools.product(*(some or all for some, all in lists))]
+        return [
+            Shape(kind, dtype, batch, rows, cols, block)
+            for kind, dtype, batch, rows, cols in itertools.product(
+                *(some or all for some, all in lists)
+            )
+            for block in blocks_of(options, kind, cols)
+        ]
     if options.ladder:
         return [Shape("rademacher", "bfloat16", 64, 10**7, 4096)]
-    targets = target_shapes()
+    targets = [*target_shapes(), *sparse_shapes()]
     only = options.quick or options.acceptance
     return list(dict.fromkeys(targets if only else [*targets, *sweep_shapes()]))
+
+
+def blocks_of(options: argparse.Namespace, kind: str, cols: int) -> Sequence[int]:
+    """The blocks asked for, or the default of K; 0 for dense kinds."""
+    if kind != "sjlt":
+        return (0,)
+    return options.block or (default_block(cols),)
 
 
 def fitting_rows(shape: Shape, free_bytes: int) -> tuple[int, str]:
@@ -115,10 +148,11 @@ def make_case(options: argparse.Namespace, shape: Shape, free_bytes: int) -> Cas
         square=options.square or SQUARE,
         device=DEVICE,
         cut=cut,
+        block=shape.block,
     )
 
 
-def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
+def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) -> int:
     """`python -m bench.project --device cuda`; 1 for a wrong result or a missed target."""
     if not torch.cuda.is_available():
         print("bench: this torch finds no GPU; --device cpu needs none")
@@ -159,15 +193,19 @@ def run(options: argparse.Namespace, providers: Sequence[Provider]) -> int:
         try:
             torch.cuda.empty_cache()
             case = make_case(options, shape, torch.cuda.mem_get_info()[0])
-            found = time_case(case, providers, options.repeats or 10)
+            found = time_case(case, of_kind[shape.kind], options.repeats or 10)
         except RuntimeError as error:  # of a kernel: CUDA takes no more calls after it
             stopped = f"{shape}: {' '.join(str(error).split())[:300]}"
             say(f"\nSTOPPED at {stopped}")
             break
-        say(table_of(found, PEAKS))
+        if found:
+            say(sparse_table_of(found) if shape.block else table_of(found, PEAKS))
         rows += found
         write()
-    targets = rate_targets(rows, arch)
+    for backend in BACKENDS:
+        if any(row.block and row.provider == name_of(backend) and row.seconds for row in rows):
+            say(growth_table_of(rows, name_of(backend)))
+    targets = [*rate_targets(rows, arch), *sparse_targets(rows, arch)]
     if not options.ladder and not stopped:
         targets += memory_targets()
     say(list_of(targets))

@@ -16,6 +16,7 @@ from bench.providers.basic_projector import NAME as TRAK
 from bench.providers.ours import name_of, usable_isas
 from bench.providers.stored import peak_name
 from bench.timing import Row, table_of, time_case
+from fastproj.spec import KINDS
 
 FP32, BF16 = peak_name("fp32"), peak_name("bf16")
 PASS, FAIL, NOT_HERE = "PASS", "FAIL", "N-A"
@@ -127,7 +128,7 @@ def limit_targets(small: bool) -> list[Target]:
             at_least=False,
             note=note or "P = 1e7, B = 8, K = 4096",
         )
-        for kind in ("rademacher", "gaussian")
+        for kind in KINDS
     ]
     latency = limits.call_latency()
     targets.append(

@@ -12,8 +12,10 @@ import torch
 
 import fastproj
 from bench.providers import generated
-from bench.providers.others_gpu import FAST_JL
+from bench.providers.memory import COPY
+from bench.providers.others_gpu import FAST_JL, HADAMARD, SJLT
 from bench.providers.ours_gpu import BACKENDS, name_of
+from bench.providers.sparse_stored import NAMES as SPARSE_NAMES
 from bench.providers.stored import peak_name, stored_name
 from bench.targets import Target
 from bench.timing import Row
@@ -25,6 +27,8 @@ PEAK, STORED, TF32 = peak_name("bf16"), stored_name("bf16"), stored_name("tf32")
 CUDA, TRITON = name_of("cuda"), name_of("triton")
 # "Equal": within what two runs differ by.
 EQUAL = 0.95
+COPY_SHARE = 0.8
+SPARSE_PEERS = (SJLT, HADAMARD, SPARSE_NAMES["cuda"])
 MEMORY_SHAPES = ((64, 10**6, 4096), (512, 500_000, 16384), (1, 10**6, 100_000))
 
 
@@ -85,15 +89,44 @@ def rate_targets(rows: Sequence[Row], arch: str) -> list[Target]:
     return targets
 
 
-def extra_memory(backend: str, batch: int, rows: int, cols: int) -> float:
+def sparse_targets(rows: Sequence[Row], arch: str) -> list[Target]:
+    """Kind sjlt: each case's share of copy bandwidth, and the cuda backend against each peer."""
+    cases: dict[tuple[str, int, int, int], dict[str, Row]] = {}
+    for row in rows:
+        if row.kind == "sjlt" and row.case_rows >= LEAST_ROWS and row.seconds:
+            cases.setdefault((row.dtype, row.batch, row.cols, row.block), {})[row.provider] = row
+    targets: list[Target] = []
+    judged = arch == JUDGED_ARCH
+    note = "" if judged else f"for {JUDGED_ARCH}; this is {arch}"
+
+    def add(what: str, figure: float, bound: float) -> None:
+        targets.append(Target(what, figure, bound, at_least=True, judged=judged, note=note))
+
+    for (dtype, batch, cols, block), case in cases.items():
+        where = f"{dtype}, B = {batch}, K = {cols}, block {block}"
+        for backend in BACKENDS:
+            ours = case.get(name_of(backend))
+            if ours is None:
+                continue
+            if COPY in case:
+                share = ours.bandwidth / case[COPY].bandwidth
+                add(f"{backend} sjlt, share of copy bandwidth, {where}", share, COPY_SHARE)
+            for peer in SPARSE_PEERS if backend == "cuda" else ():
+                if peer in case:
+                    ahead = ours.entries_per_second / case[peer].entries_per_second
+                    add(f"{backend} sjlt against {peer}, {where}", ahead, 1.0)
+    return targets
+
+
+def extra_memory(backend: str, kind: str, batch: int, rows: int, cols: int) -> float:
     """MiB that torch's allocator gives to a call beyond its input and output."""
     grads = torch.zeros((batch, rows), dtype=torch.bfloat16, device="cuda")
     out = torch.empty((batch, cols), device="cuda")
-    fastproj.project(grads[:1, :512], 16, backend=backend)  # tables that stay
+    fastproj.project(grads[:1, :512], 16, kind=kind, backend=backend)  # tables that stay
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fastproj.project(grads, cols, out=out, backend=backend)
+    fastproj.project(grads, cols, kind=kind, out=out, backend=backend)
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
@@ -101,12 +134,13 @@ def memory_targets() -> list[Target]:
     """Under 64 MiB, at any size."""
     return [
         Target(
-            f"{backend}, extra memory, MiB, B = {batch}, K = {cols}",
-            extra_memory(backend, batch, rows, cols),
+            f"{backend} {kind}, extra memory, MiB, B = {batch}, K = {cols}",
+            extra_memory(backend, kind, batch, rows, cols),
             64.0,
             at_least=False,
         )
         for backend in BACKENDS
         if registry.unavailable(backend) is None
+        for kind in ("rademacher", "sjlt")
         for batch, rows, cols in MEMORY_SHAPES
     ]

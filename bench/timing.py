@@ -33,7 +33,9 @@ class Row:
     cols: int
     dtype: str = "float32"
     case_rows: int = 0
+    block: int = 0
     flops: float = 0.0
+    moved_bytes: float = 0.0
     seconds: list[float] = field(default_factory=list)
     error: float = float("nan")
     note: str = ""
@@ -44,12 +46,27 @@ class Row:
         """GF/s at the median time; 0 when there is none."""
         return 1e-9 * self.flops / median(self.seconds) if self.seconds else 0.0
 
+    @property
+    def entries_per_second(self) -> float:
+        """Entries of the gradients at the median time; 0 when there is none."""
+        return self.batch * self.rows / median(self.seconds) if self.seconds else 0.0
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes moved in a second at the median time; 0 when there is none."""
+        return self.moved_bytes / median(self.seconds) if self.seconds else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the result file."""
         middle = median(self.seconds) if self.seconds else None
         error = None if math.isnan(self.error) else self.error
         plain = {**asdict(self), "error": error}
-        return {**plain, "median_seconds": middle, "gflops": self.rate}
+        return {
+            **plain,
+            "median_seconds": middle,
+            "gflops": self.rate,
+            "bytes_per_second": self.bandwidth,
+        }
 
 
 def wall_seconds(call: Callable[[], object]) -> float:
@@ -92,7 +109,7 @@ def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[R
     label = f"{case.kind} B={case.batch}"
     for provider in tqdm(providers, desc=f"{label} check", leave=False, disable=None):
         dtype = str(case.dtype).removeprefix("torch.")
-        facts = (case.kind, case.batch, case.rows, case.cols, dtype, case.rows)
+        facts = (case.kind, case.batch, case.rows, case.cols, dtype, case.rows, case.block)
         row = Row(provider.name, *facts)
         rows.append(row)
         try:
@@ -101,6 +118,11 @@ def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[R
                 row.note = prepared
                 continue
             row.rows, row.flops, row.note = prepared.rows, prepared.flops, prepared.note
+            row.moved_bytes = (
+                case.read_bytes(prepared.rows)
+                if prepared.moved_bytes is None
+                else prepared.moved_bytes
+            )
             with prepared.around():
                 row.error = prepared.error(prepared.call())
         except torch.cuda.OutOfMemoryError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastproj
 
+DENSE_KINDS = ("rademacher", "gaussian")
 CHECK_COLUMNS = 16  # columns per checked slice: first, middle and last
 CHECK_ROWS = 1 << 18  # rows of R held at once while checking
 
@@ -31,10 +32,17 @@ class Case:
     square: int = 4096  # size of the matrices that show torch's peak
     device: str = "cpu"
     cut: str = ""  # why rows are fewer than asked for
+    block: int = 0  # of kind sjlt, else 0
 
     def flops(self, rows: int) -> float:
-        """Multiplications and additions in a projection of ``rows`` rows."""
+        """Multiplications and additions in a projection of ``rows`` rows; of sjlt, additions."""
+        if self.kind == "sjlt":
+            return 1.0 * self.batch * rows * self.cols / self.block
         return 2.0 * self.batch * rows * self.cols
+
+    def read_bytes(self, rows: int) -> float:
+        """Bytes of the gradients of ``rows`` rows."""
+        return 1.0 * self.batch * rows * self.dtype.itemsize
 
 
 @dataclass
@@ -52,6 +60,7 @@ class Prepared:
     bound: float
     note: str = ""
     around: Callable[[], AbstractContextManager[None]] = nullcontext
+    moved_bytes: float | None = None  # read and written; None is those of the gradients alone
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,13 @@ class Inputs:
             self._grads = grads.normal_(generator=generator)  # [B, P]
         return self._grads[:, :rows].contiguous()
 
+    def as_dense(self, max_seconds: float) -> tuple[Case, Inputs]:
+        """The same gradients for a Rademacher matrix, in calls of at most ``max_seconds``."""
+        seconds = min(max_seconds, self.case.max_seconds)
+        case = replace(self.case, kind="rademacher", block=0, max_seconds=seconds)
+        self.grads(1)  # made
+        return case, Inputs(case, self._grads)
+
     def check_columns(self) -> list[slice]:
         """The columns on which results are checked."""
         cols = self.case.cols
@@ -91,7 +107,8 @@ class Inputs:
         if rows not in self._exact:
             grads = self.grads(rows)
             parts = [
-                float64_product(grads, columns, self.case.kind) for columns in self.check_columns()
+                float64_product(grads, columns, self.case.kind, self.case.block)
+                for columns in self.check_columns()
             ]
             self._exact[rows] = torch.cat(parts, dim=1)
         return self._exact[rows]
@@ -111,19 +128,19 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
     return float((result.double() - exact).norm() / exact.norm())
 
 
-def float64_product(grads: Tensor, columns: slice, kind: str) -> Tensor:
+def float64_product(grads: Tensor, columns: slice, kind: str, block: int = 0) -> Tensor:
     """grads [B, P] @ R[:P, columns] in float64, by pieces of R made on the CPU. [B, columns]"""
     shape = (grads.shape[0], columns.stop - columns.start)
     total = grads.new_zeros(shape, dtype=torch.float64)
     for start in range(0, grads.shape[1], CHECK_ROWS):
         stop = min(start + CHECK_ROWS, grads.shape[1])
-        block = checked_block(start, stop, columns.start, columns.stop, kind)
-        total += grads[:, start:stop].double() @ block.to(grads.device).double()
+        part = checked_part(start, stop, columns.start, columns.stop, kind, block)
+        total += grads[:, start:stop].double() @ part.to(grads.device).double()
     return total
 
 
 @lru_cache(maxsize=128)  # up to 8 MiB each, and the next case needs them again
-def checked_block(start: int, stop: int, first: int, last: int, kind: str) -> Tensor:
+def checked_part(start: int, stop: int, first: int, last: int, kind: str, block: int) -> Tensor:
     """R[start:stop, first:last], bf16 (exact), from a backend that is not being timed on a GPU."""
     rows, cols = slice(start, stop), slice(first, last)
-    return fastproj.matrix(rows, cols, kind=kind, dtype=torch.bfloat16)
+    return fastproj.matrix(rows, cols, kind=kind, block=block or None, dtype=torch.bfloat16)

@@ -23,6 +23,8 @@ def prepare(case: Case, inputs: Inputs) -> Prepared | str:
     """A projection of fewer rows: it is so slow that all of them would take minutes."""
     if case.dtype != torch.float32:
         return "timed in float32 only"
+    if case.kind not in TRAK_KINDS:
+        return "has dense matrices only"
     try:
         from trak.projectors import BasicProjector, ProjectionType
     except ImportError:

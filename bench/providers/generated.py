@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bench.providers.base import CHECK_COLUMNS, Case, Inputs, Prepared, Provider, relative_error
+from bench.providers.base import (
+    CHECK_COLUMNS,
+    DENSE_KINDS,
+    Case,
+    Inputs,
+    Prepared,
+    Provider,
+    relative_error,
+)
 
 NAME = "torch.matmul R in blocks"
 BLOCK_BYTES = 256 << 20  # of R, as large as helps
@@ -25,11 +33,15 @@ def draw(rows: int, cols: int, kind: str, dtype: torch.dtype, generator: torch.G
     block = torch.empty((rows, cols), dtype=dtype, device=generator.device)
     if kind == "gaussian":
         return block.normal_(generator=generator)
-    return block.random_(0, 2, generator=generator).mul_(2).sub_(1)
+    if kind == "rademacher":
+        return block.random_(0, 2, generator=generator).mul_(2).sub_(1)
+    raise ValueError(f"draw: received kind={kind!r}; expected rademacher or gaussian")
 
 
 def prepare(case: Case, inputs: Inputs) -> Prepared | str:
     """A projection of the case, or of its first rows."""
+    if case.kind not in DENSE_KINDS:
+        return "draws dense matrices only"
     rows = min(case.rows, MOST_ROWS)
     step = max(1, BLOCK_BYTES // (case.dtype.itemsize * case.cols))
     grads = inputs.grads(rows)  # [B, p]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastproj
 from bench.providers.base import Case, Inputs, Prepared, Provider
+from bench.providers.ours import DENSE, DENSE_SECONDS
 from fastproj.backends import cuda, registry
 
 BACKENDS = ("cuda", "triton")
@@ -38,6 +39,21 @@ def providers() -> list[Provider]:
     ]
 
 
+def sparse_providers() -> list[Provider]:
+    """For kind sjlt: each backend, and the dense Rademacher kernel of the first."""
+    sparse = [
+        Provider(name_of(backend), partial(prepare, backend=backend, precision="highest"))
+        for backend in BACKENDS
+    ]
+    return [*sparse, Provider(f"{name_of(BACKENDS[0])}{DENSE}", prepare_dense)]
+
+
+def prepare_dense(case: Case, inputs: Inputs) -> Prepared | str:
+    """``prepare`` of the same case with kind rademacher."""
+    dense = inputs.as_dense(DENSE_SECONDS)
+    return prepare(*dense, backend=BACKENDS[0], precision="highest")
+
+
 def ladder() -> list[Provider]:
     """One for each family of CUDA kernels."""
     return [
@@ -57,14 +73,15 @@ def prepare(
     reason = registry.unavailable(backend)
     if reason is not None:
         return f"not usable: {reason}"
-    if case.dtype != torch.float32 and precision != "highest":
-        return "precision only matters for float32"
+    if precision != "highest" and (case.dtype != torch.float32 or case.kind == "sjlt"):
+        return "precision only matters for float32 and dense matrices"
     if variant == "sm90" and torch.cuda.get_device_capability() != (9, 0):
         return "needs a GPU of compute capability 9.0"
     project = partial(
         fastproj.project,
         proj_dim=case.cols,
         kind=case.kind,
+        block=case.block or None,
         scale=None,
         precision=precision,
         backend=backend,

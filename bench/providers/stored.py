@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastproj
-from bench.providers.base import Case, Inputs, Prepared, Provider, relative_error
+from bench.providers.base import DENSE_KINDS, Case, Inputs, Prepared, Provider, relative_error
 
 BOUNDS = {"fp32": 1e-5, "tf32": 4e-3, "bf16": 1.6e-2}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -72,6 +72,8 @@ def prepare_peak(case: Case, inputs: Inputs, *, arithmetic: str) -> Prepared | s
 
 def prepare_stored(case: Case, inputs: Inputs, *, arithmetic: str) -> Prepared | str:
     """grads @ R with the same R in memory; fewer rows where R would not fit."""
+    if case.kind not in DENSE_KINDS:
+        return "stores dense matrices only"
     dtype = DTYPES[arithmetic]
     if arithmetic == "tf32" and case.dtype != torch.float32:
         return "timed in float32 only"

@@ -52,6 +52,7 @@ from fastproj.trak.inputs import (
     check_mode,
     check_model,
     check_projector,
+    default_kind,
     matrix_of,
     resolve_device,
     subclass_of,
@@ -109,7 +110,8 @@ class TRAKer:
         are divided by ``normalize_factor``, the square root of the number of parameters.
     saver : a subclass of ``fastproj.trak.Saver``, or None.
     score_computer : a subclass of ``fastproj.trak.ScoreComputer``, or None.
-    proj_dim : k, the dimension of the features, where ``projector`` is None.
+    proj_dim : k, the dimension of the features, where ``projector`` is None. The store has n k
+        numbers, and finalising solves a system of size min(n, k); trak's default is 2048.
     logging_level : of the logger "fastproj.trak".
     use_half_precision : store features as float16 with a scale per row (half the disk space; no
         overflow or underflow). Gradients, projection and solution keep their precision.
@@ -121,8 +123,10 @@ class TRAKer:
         ``fastproj.trak.solving.ridge``). A number is added to the diagonal of XtX, as in TRAK;
         "0.1*mean" is 0.1 times its mean eigenvalue. With ``curvature="fisher"`` it is added to the
         Fisher matrix instead.
-    kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. "sjlt"
-        costs a few additions an entry of the gradient, the dense kinds proj_dim multiply-adds.
+    kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. kind None
+        is "sjlt", which costs a few additions an entry of the gradient (dense kinds: proj_dim
+        multiply-adds) for scores that are as good (docs/projection.md). Where proj_dim < 16, rows
+        of "sjlt" would be empty: there None is "rademacher", unless a block is given.
     curvature : what the inverse is of. "fisher": the Fisher matrix of the labels' likelihood, which
         is the Gauss-Newton matrix of the loss; training samples then count by the gradient of their
         log-likelihood. Some of its rows are drawn at random, at the cost of a second backward for
@@ -151,7 +155,7 @@ class TRAKer:
         projector: Any = None,
         saver: type[Saver] | None = None,
         score_computer: type[ScoreComputer] | None = None,
-        proj_dim: SupportsIndex = 2048,
+        proj_dim: SupportsIndex = 4096,
         logging_level: int | str = logging.INFO,
         use_half_precision: bool = True,
         proj_max_batch_size: int = 32,
@@ -159,7 +163,7 @@ class TRAKer:
         grad_wrt: Iterable[str] | str | None = None,
         lambda_reg: Lambda = AUTO,
         *,
-        kind: str = "rademacher",
+        kind: str | None = None,
         block: SupportsIndex | None = None,
         curvature: str | Fisher = AUTO,
         distributed: bool | None = None,
@@ -182,9 +186,13 @@ class TRAKer:
         self.normalize_factor = math.sqrt(self.num_params_for_grad)
 
         if projector is None:
+            if kind is None:
+                kind = default_kind(proj_dim, block)
             projector = Projector(
                 self.num_params_for_grad, proj_dim, projector_seed, kind, block=block, scale=None
             )
+            if projector.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
+                projector.scale = math.sqrt(projector.block)
         self.projector = check_projector(projector)
         self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
         self.gradient_computer = resolve_gradient_computer(gradient_computer)(

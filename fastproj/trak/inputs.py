@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastproj.checks import check_proj_dim
+from fastproj.spec import MIN_BLOCK
 from fastproj.trak.files import Indices
 
 
@@ -95,6 +97,12 @@ def subclass_of(name: str, received: Any, base: type) -> Any:
             f"{base.__module__}.{base.__qualname__}"
         )
     return received
+
+
+def default_kind(proj_dim: SupportsIndex, block: SupportsIndex | None) -> str:
+    """The kind of TRAKer's matrix where none is named: sjlt, where each row of it has an entry."""
+    whole = block is not None or check_proj_dim("TRAKer", proj_dim) >= MIN_BLOCK
+    return "sjlt" if whole else "rademacher"
 
 
 def matrix_of(projector: Any) -> dict[str, Any]:

@@ -9,15 +9,17 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bench import featurize, record
-from bench.providers import Case, Provider, ours
+import fastproj
+from bench import featurize, project, project_sparse, record
+from bench.providers import Case, Inputs, Provider, memory, ours, sparse_stored
 from bench.targets import Target
-from bench.timing import time_case
+from bench.timing import Row, time_case
 from tests import ROOT
 
 SMALL = (
@@ -32,7 +34,100 @@ def test_every_provider_runs_and_is_right() -> None:
     assert "WRONG" not in done.stdout
     for name in ("torch peak bf16", "stored R fp32", "fastproj highest portable"):
         assert name in done.stdout
-    assert done.stdout.count("TRAK BasicProjector") == 2  # one for each kind
+    assert done.stdout.count("TRAK BasicProjector") == 2  # one for each dense kind
+    assert "\nsjlt, block 24" not in done.stdout  # a power of two at or below K / 4
+    assert "\nsjlt, block 16 (6 a row), float32, B = 3, K = 96" in done.stdout
+    for name in ("read G", "copy G", "torch.sparse CSR", "scipy.sparse CSR"):
+        assert done.stdout.count(name) == 1
+    assert done.stdout.count("fastproj highest portable") >= 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--block", "64"], "received block=64 for kind='rademacher'"),
+        (["--kind", "sjlt", "--block", "48"], "received block=48; expected a power of two"),
+    ],
+)
+def test_a_block_that_is_none_is_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        project.main(words)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_sparse_cases_are_four_entries_a_row_over_b_and_k() -> None:
+    parse = project.build_parser().parse_args
+    shapes = project_sparse.shapes_of(parse(["--kind", "sjlt"]))
+    assert len(shapes) == len(set(shapes)) == 2 * (3 + 4 - 1)
+    assert {s.cols // s.block for s in shapes} == {4}
+    assert {s.cols for s in shapes} == {1024, 4096, 16384, 65536}
+    assert {s.batch for s in shapes} == {1, 8, 32}
+    assert {s.batch * s.rows for s in shapes} == {1 << 25}
+    named = ["--cols", "1024", "--block", "64", "256", "--rows", "99"]
+    assert project_sparse.shapes_of(parse(named)) == [
+        project_sparse.SparseShape("float32", 8, 99, 1024, 64),
+        project_sparse.SparseShape("float32", 8, 99, 1024, 256),
+    ]
+
+
+def test_blocks_have_their_own_exact_results() -> None:
+    for block in (16, 64):
+        case = Case(3, 1500, 64, "sjlt", torch.float32, 2**20, 500, 5.0, block=block)
+        inputs = Inputs(case)
+        matrix = fastproj.matrix(1500, 64, kind="sjlt", block=block).double()
+        exact = inputs.grads(1500).double() @ matrix
+        result = torch.cat([exact[:, columns] for columns in inputs.check_columns()], dim=1)
+        torch.testing.assert_close(inputs.exact(1500), result)
+        assert case.flops(10) == 3 * 10 * 64 / block
+        assert case.read_bytes(10) == 3 * 10 * 4
+
+
+@pytest.mark.parametrize("prepare", [sparse_stored.prepare_torch, sparse_stored.prepare_scipy])
+def test_stored_sparse_matrices_are_ours(prepare: Any) -> None:
+    for rows, stored in ((999, 2**20), (100_000, 12 * 4 * 5000)):
+        case = Case(3, rows, 64, "sjlt", torch.float32, stored, 500, 5.0, block=16)
+        prepared = prepare(case, Inputs(case))
+        assert prepared.rows == min(rows, 5000)
+        assert prepared.error(prepared.call()) <= prepared.bound
+        assert prepared.error(-prepared.call()) > prepared.bound
+
+
+def test_reading_counts_once_and_copying_twice() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        case = Case(3, 1001, 64, "sjlt", dtype, 2**20, 500, 5.0, block=16)
+        read, copy = time_case(case, memory.providers(), 1)
+        assert not read.wrong, read.note
+        assert not copy.wrong, copy.note
+        assert copy.moved_bytes == 2 * 3003 * dtype.itemsize
+        assert 3002 * dtype.itemsize <= read.moved_bytes <= 3003 * dtype.itemsize
+
+
+def sparse_row(provider: str, batch: int, seconds: float, **other: Any) -> Row:
+    facts = {"cols": 4096, "block": 1024, "rows": (1 << 25) // batch, **other}
+    moved = 4.0 * (1 << 25)
+    return Row(provider, "sjlt", batch, seconds=[seconds], moved_bytes=moved, **facts)
+
+
+def test_sparse_targets() -> None:
+    ours, dense = "fastproj highest avx512", "fastproj highest avx512 rademacher"
+    rows = [sparse_row("read G", batch, 0.6) for batch in (1, 8, 32)]
+    rows += [sparse_row(ours, 1, 2.0), sparse_row(ours, 8, 1.0), sparse_row(ours, 32, 0.9)]
+    rows += [sparse_row(dense, 32, 36.0)]
+    for cols, seconds in ((1024, 1.0), (16384, 1.2), (65536, 1.6)):
+        rows.append(sparse_row(ours, 8, seconds, cols=cols, block=cols // 4))
+    targets = project_sparse.sparse_targets(rows, ["portable", "avx2", "avx512"])
+    assert [t.verdict for t in targets] == ["FAIL", "PASS", "PASS", "PASS", "FAIL"]
+    assert [t.figure for t in targets] == pytest.approx([0.3, 0.6, 0.6 / 0.9, 40.0, 1.6])
+    other_block = [sparse_row("read G", 8, 0.6), sparse_row(ours, 8, 1.0, block=512)]
+    assert project_sparse.sparse_targets(other_block, ["avx512"])[1].figure is None
+    assert {t.verdict for t in project_sparse.sparse_targets([], ["avx2"])} == {"N-A"}
+    table = project_sparse.sparse_table_of([rows[1], rows[4]])
+    assert "0.60" in table
+    growth = project_sparse.growth_table_of(rows, ours)
+    assert growth.count("4 a row") == 6
 
 
 def test_an_unknown_provider_is_named() -> None:

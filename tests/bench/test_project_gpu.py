@@ -169,6 +169,29 @@ def test_a_dead_gpu_ends_the_run_and_keeps_what_there_is(
     assert "illegal memory access" in content["stopped"]
 
 
+def test_the_sparse_kind_names_every_peer_and_what_is_missing(
+    gpu_stand_in: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("--kind", "sjlt", "--dtype", "bfloat16", "float32", "--block", "64") == 0
+    out = capsys.readouterr().out
+    assert "sjlt, block 64 (8 a row), bfloat16, B = 8, K = 512" in out
+    assert "fastproj triton highest: nanoseconds an entry of G" in out
+    (path,) = gpu_stand_in.glob("*-project-gpu.json")
+    rows = {(r["provider"], r["dtype"]): r for r in json.loads(path.read_text())["rows"]}
+    assert not any(row["wrong"] for row in rows.values())
+    timed = {name for (name, dtype), row in rows.items() if row["seconds"] and dtype == "float32"}
+    assert timed == {
+        "read G",
+        "copy G",
+        "fastproj cuda highest",
+        "fastproj triton highest",
+        "fastproj cuda highest rademacher",
+        "torch.sparse CSR (cuSPARSE)",
+    }
+    for missing in ("sjlt", "fast_hadamard_transform"):
+        assert rows[missing, "float32"]["note"].startswith("not importable")
+
+
 def test_the_ladder_names_each_family(
     gpu_stand_in: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,16 +224,26 @@ def shapes(*words: str) -> list[Any]:
 
 def test_cases() -> None:
     quick = shapes("--quick")
-    assert len(quick) == 11
+    assert len(quick) == 11 + 12
     assert shapes("--acceptance") == quick
     everything = shapes()
     assert everything[: len(quick)] == quick
-    assert len(everything) == len(set(everything)) == 6 * (8 + 4 + 2)
-    assert len(shapes("--full")) == 2 * 3 * 8 * 3 * 5
-    assert len(shapes("--full", "--dtype", "float32", "--batch", "8", "64")) == 2 * 2 * 3 * 5
+    assert len(everything) == len(set(everything)) == 6 * (8 + 4 + 2) + 12
+    assert len(shapes("--full")) == 3 * 3 * 8 * 3 * 5
+    assert len(shapes("--full", "--dtype", "float32", "--batch", "8", "64")) == 3 * 2 * 3 * 5
     (one,) = shapes("--batch", "3")
     assert str(one) == "rademacher bfloat16 B=3 P=10000000 K=4096"
     assert len(shapes("--ladder")) == 1
+    sparse = shapes("--kind", "sjlt")
+    assert set(sparse) <= set(quick)
+    assert {shape.cols for shape in sparse} == {1024, 4096, 16384, 65536}
+    assert {shape.batch for shape in sparse} == {1, 8, 64}
+    assert {(shape.dtype, shape.cols // shape.block) for shape in sparse} == {
+        ("bfloat16", 4),
+        ("float32", 4),
+    }
+    blocks = shapes("--kind", "sjlt", "--block", "512", "1024", "--cols", "2048")
+    assert [shape.block for shape in blocks] == [512, 1024]
 
 
 def test_gradients_that_do_not_fit_lose_rows_and_say_so() -> None:
@@ -230,9 +263,11 @@ def test_gradients_that_do_not_fit_lose_rows_and_say_so() -> None:
 # ---- other packages ----------------------------------------------------------------------------
 
 
-def prepared(prepare: Any, dtype: torch.dtype = torch.float32, **other: int) -> Any:
+def prepared(
+    prepare: Any, dtype: torch.dtype = torch.float32, kind: str = "rademacher", **other: int
+) -> Any:
     sizes = {"batch": 8, "rows": 2000, "cols": 512, **other}
-    case = Case(kind="rademacher", dtype=dtype, stored_bytes=1, trak_rows=0, max_seconds=1, **sizes)
+    case = Case(kind=kind, dtype=dtype, stored_bytes=1, trak_rows=0, max_seconds=1, **sizes)
     return prepare(case, Inputs(case))
 
 
@@ -256,11 +291,16 @@ def test_fast_jl_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float16" in ready.note
     assert "multiples of 512" in prepared(others_gpu.prepare_fast_jl, cols=500)
     assert "multiples of 8" in prepared(others_gpu.prepare_fast_jl, batch=9)
+    assert "dense" in prepared(others_gpu.prepare_fast_jl, kind="sjlt", block=64)
 
 
 def test_sjlt_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
     class SJLTProjection:
         def __init__(self, original_dim: int, proj_dim: int, c: int) -> None:
+            assert c in (1, 8)
+            made.append(c)
             generator = torch.Generator().manual_seed(0)
             self.columns = torch.randint(proj_dim, (original_dim,), generator=generator)
             self.signs = torch.randint(2, (original_dim,), generator=generator) * 2.0 - 1
@@ -275,6 +315,32 @@ def test_sjlt_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sjlt", fake)
     ready = prepared(others_gpu.prepare_sjlt)
     assert ready.error(ready.call()) <= ready.bound
+    prepared(others_gpu.prepare_sjlt, kind="sjlt", block=64)
+    assert made == [1, 8]  # entries a row
+
+
+def test_hadamard_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        n = x.shape[-1]
+        step = 1
+        while step < n:
+            pairs = x.reshape(*x.shape[:-1], n // (2 * step), 2, step)
+            a, b = pairs.unbind(-2)
+            x = torch.stack([a + b, a - b], -2).reshape(x.shape)
+            step *= 2
+        return x
+
+    fake = types.ModuleType("fast_hadamard_transform")
+    fake.hadamard_transform = transform  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fast_hadamard_transform", fake)
+    monkeypatch.setattr(others_gpu, "HADAMARD_ROWS", 1024)
+    ready = prepared(others_gpu.prepare_hadamard, kind="sjlt", block=128, batch=64)
+    assert ready.rows == 1024
+    assert ready.error(ready.call()) <= ready.bound
+    assert ready.error(2 * ready.call()) > ready.bound
+    assert "K <= 1024 <= P" in prepared(
+        others_gpu.prepare_hadamard, kind="sjlt", cols=2048, block=512
+    )
 
 
 # ---- targets -----------------------------------------------------------------------------------
@@ -329,6 +395,26 @@ def test_targets_judge_nothing_elsewhere_or_on_small_problems() -> None:
     what = "triton rademacher bfloat16 against cuda, B = 16"
     assert verdicts(other)[what] == (0.85, "PASS")
     assert verdicts(other, "sm_80")[what] == (0.85, "FAIL")
+
+
+def test_sparse_targets_against_copy_and_peers() -> None:
+    facts = {"kind": "sjlt", "block": 1024, "moved_bytes": 0.0}
+    rows = [
+        row("copy G", 0.0, 8, **{**facts, "moved_bytes": 3e12}),
+        row("fastproj cuda highest", 0.0, 8, **{**facts, "moved_bytes": 2.4e12}),
+        row("fastproj triton highest", 0.0, 8, **{**facts, "moved_bytes": 2.3e12}),
+        row("sjlt", 0.0, 8, **facts),
+    ]
+    rows[-1].seconds = [0.5]
+    found = {t.what: (t.figure, t.verdict) for t in targets_gpu.sparse_targets(rows, "sm_90")}
+    where = "bfloat16, B = 8, K = 4096, block 1024"
+    assert found == {
+        f"cuda sjlt, share of copy bandwidth, {where}": (0.8, "PASS"),
+        f"cuda sjlt against sjlt, {where}": (0.5, "FAIL"),
+        f"triton sjlt, share of copy bandwidth, {where}": (2.3e12 / 3e12, "FAIL"),
+    }
+    elsewhere = targets_gpu.sparse_targets(rows, "sm_80")
+    assert {target.verdict for target in elsewhere} == {"N-A"}
 
 
 # ---- the table of measurements -------------------------------------------------------------------

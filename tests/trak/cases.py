@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastproj
 from fastproj import TRAKer
+from fastproj.spec import default_block
 from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.solving import finalizing, scoring
 from fastproj.trak.store import features, shards
@@ -80,10 +81,20 @@ def q(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def projected(grads: Tensor, proj_dim: int, model_id: int, seed: int = 0) -> Tensor:
-    """Gradients times the materialised matrix, over sqrt(P), float64 [n, k]."""
+    """Gradients times TRAKer's default matrix, materialised, over sqrt(P), float64 [n, k]."""
     size = grads.shape[1]
-    matrix = fastproj.matrix(size, proj_dim, seed, stream=model_id, dtype=torch.float64)
-    return grads @ matrix / size**0.5
+    return grads @ default_matrix(size, proj_dim, seed, model_id) / size**0.5
+
+
+def default_matrix(size: int, proj_dim: int, seed: int = 0, model_id: int = 0) -> Tensor:
+    """The matrix that a TRAKer has without ``kind``, as long as a dense one, float64 [P, k]."""
+    if proj_dim < 16:
+        return fastproj.matrix(size, proj_dim, seed, stream=model_id, dtype=torch.float64)
+    block = default_block(proj_dim)
+    matrix = fastproj.matrix(
+        size, proj_dim, seed, "sjlt", block=block, stream=model_id, dtype=torch.float64
+    )
+    return matrix * block**0.5
 
 
 def explicit_trak(

@@ -29,7 +29,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,26 @@ ROWS = "drawn"  # of a training shard: how many rows were drawn for each sample
 DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that are drawn
 Found = list[tuple[ShardFile, Indices, Indices]]  # with the numbers and content ids of its rows
 ABSENT = {"curvature": "trak"}  # what metadata that lack a key mean
+OWN_PROJECTOR = "fastproj.projector.Projector"
+MATRIX_ARGUMENTS = ("kind", "block", "proj_dim")
 
 
 class NotReadyError(RuntimeError):
     """A step was called before the one that it builds on."""
+
+
+def same_settings(stored: Mapping[str, Any], wrong: Collection[str]) -> str:
+    """What makes a run go on with a directory whose values differ from the run's in ``wrong``.
+
+    Names the arguments, of TRAKer and of Projector alike, where the matrix is another.
+    """
+    if stored.get("projector") != OWN_PROJECTOR or not set(wrong) & set(MATRIX_ARGUMENTS):
+        return "the same settings"
+    named = set(wrong)
+    if named & {"kind", "block"}:
+        named |= {"kind", "block"}  # a dense kind takes no block, and sjlt another by default
+    words = [f"{key}={stored.get(key)!r}" for key in MATRIX_ARGUMENTS if key in named]
+    return f"the same settings ({', '.join(words)})"
 
 
 class Store:
@@ -120,15 +136,16 @@ class Store:
         stored = read_json(path)
         stored = {**ABSENT, **stored}
         wanted = {"format": FORMAT, **ABSENT, **self.identity}
-        wrong = [
-            f"{key.replace('_', ' ')} {stored.get(key)!r} in the directory, {value!r} in this run"
-            for key, value in wanted.items()
-            if stored.get(key) != value
-        ]
+        wrong = [key for key in wanted if stored.get(key) != wanted[key]]
         if wrong:
+            values = [
+                f"{key.replace('_', ' ')} {stored.get(key)!r} in the directory, "
+                f"{wanted[key]!r} in this run"
+                for key in wrong
+            ]
             raise StoreMismatchError(
-                f"TRAKer: {self.save_dir} holds features of another run: {'; '.join(wrong)}. "
-                "Nothing was changed; use the same settings, or another save_dir"
+                f"TRAKer: {self.save_dir} holds features of another run: {'; '.join(values)}. "
+                f"Nothing was changed; use {same_settings(stored, wrong)}, or another save_dir"
             )
 
     def ids(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import re
@@ -94,6 +95,16 @@ CURES = {
     "models/0/drawn/drawn-*.safetensors": "featurize the same data again",
     "scores/test.mmap": "call finalize_scores again",
 }
+
+
+@pytest.mark.parametrize("offsets", ["[]", "[0]", "3", "null", '"no"', "[0, null]"])
+def test_a_header_with_other_offsets_is_found_and_named(tmp_path, offsets):
+    entry = '"a": {"dtype": "F32", "shape": [1], "data_offsets": ' + offsets + "}"
+    header = '{"__metadata__": {}, ' + entry + "}"
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
+    with pytest.raises(StoreCorruptError, match="is not a whole safetensors file"):
+        module.read_safetensors(path, ["a"])
 
 
 @pytest.mark.parametrize("pattern", FILES)
@@ -444,9 +455,71 @@ def test_a_store_of_the_sparse_kind(tmp_path):
     with pytest.raises(StoreMismatchError, match="block 16 in the directory, 32 in this run"):
         traker(kind="sjlt", block=32)
     with pytest.raises(StoreMismatchError, match="'sjlt' in the directory, 'rademacher'"):
-        traker()
+        traker(kind="rademacher")
     again = traker(kind="sjlt", block=16)
     again.load_checkpoint(model.state_dict(), 0)
     assert again.saver.index(0).done.all()
     with pytest.raises(ValueError, match="only kind='sjlt' has a block"):
-        traker(block=16)
+        traker(kind="gaussian", block=16)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (
+            {"kind": "rademacher", "proj_dim": 48},
+            {},
+            "kind 'rademacher' in the directory, 'sjlt' in this run; block None in the directory",
+        ),
+        ({"kind": "gaussian"}, {"block": 32}, "kind 'gaussian' in the directory, 'sjlt' in"),
+        ({"kind": "sjlt", "block": 16}, {"block": 32}, "block 16 in the directory, 32 in this"),
+        ({"block": 32}, {"kind": "rademacher"}, "kind 'sjlt' in the directory, 'rademacher' in"),
+    ],
+)
+def test_a_store_of_another_matrix_says_which_arguments_go_on_with_it(tmp_path, before, now, said):
+    def traker(**options):
+        return TRAKer(
+            torch.nn.Linear(6, 3),
+            "image_classification",
+            20,
+            save_dir=tmp_path,
+            logging_level="ERROR",
+            **{"proj_dim": 64, **options},
+        )
+
+    traker(**before)
+    with pytest.raises(StoreMismatchError, match=said) as refused:
+        traker(**now)
+    words = re.search(r"use the same settings \((.*)\), or another save_dir", str(refused.value))
+    assert words is not None
+    named = dict(word.split("=") for word in words[1].split(", "))
+    traker(**{**now, **{name: ast.literal_eval(value) for name, value in named.items()}})
+
+
+def test_a_store_of_the_default_kind_is_sparse(tmp_path):
+    for proj_dim, block, kind, chosen in (
+        (256, None, "sjlt", 64),
+        (16, None, "sjlt", 16),
+        (15, None, "rademacher", None),  # rows of sjlt would be empty
+        (8, 32, "sjlt", 32),
+    ):
+        model, folder = torch.nn.Linear(6, 3), tmp_path / f"{proj_dim}"
+        traker = TRAKer(model, "image_classification", 20, folder, proj_dim=proj_dim, block=block)
+        assert (traker.projector.kind, traker.projector.block) == (kind, chosen)
+
+
+def test_features_are_as_long_with_every_kind(tmp_path):
+    """So that lambda_reg, a number on the diagonal of XtX, means the same."""
+    model = torch.nn.Linear(300, 4)
+    x, y = torch.randn(20, 300), torch.randint(0, 4, (20,))
+    lengths = {}
+    for kind, block in (("rademacher", None), ("gaussian", None), ("sjlt", None), ("sjlt", 256)):
+        folder = tmp_path / f"{kind}{block}"
+        made = TRAKer(
+            model, "image_classification", 20, folder, proj_dim=512, kind=kind, block=block
+        )
+        made.load_checkpoint(model.state_dict(), 0)
+        made.featurize((x, y), num_samples=20)
+        lengths[kind, block] = float(made.saver.matrix(0).square().sum())
+    for length in lengths.values():  # 2 / K is the variance of each of 20 terms
+        assert abs(length / lengths["rademacher", None] - 1) < 6 * (2 * 2 / 512) ** 0.5

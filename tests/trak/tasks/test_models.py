@@ -19,6 +19,7 @@ from fastproj.trak import (
     Seq2SeqModelOutput,
     batches,
 )
+from tests.trak import cases
 from tests.trak.model_zoo import FAMILIES, make
 
 COMPUTERS = [HookGradientComputer, FunctionalGradientComputer, IterativeGradientComputer]
@@ -234,11 +235,7 @@ def explicit_scores(model, task, train, targets, proj_dim, lambda_reg):
     def features(batch):
         grads = loop.compute_per_sample_grad(prepared(batch))
         flat = torch.cat([g.reshape(len(g), -1) for g in grads.values()], 1).double()
-        return (
-            flat
-            @ fastproj.matrix(flat.shape[1], proj_dim, dtype=torch.float64)
-            / math.sqrt(flat.shape[1])
-        )
+        return flat @ cases.default_matrix(flat.shape[1], proj_dim) / math.sqrt(flat.shape[1])
 
     phi, phi_target = features(train), features(targets)
     inverse = torch.linalg.inv(phi.T @ phi + lambda_reg * torch.eye(proj_dim))

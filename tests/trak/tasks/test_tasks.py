@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import fastproj
 from fastproj import TRAKer
 from fastproj.trak import (
     AbstractModelOutput,
@@ -18,6 +17,7 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
 )
 from fastproj.trak.tasks import margins, resolve_task
+from tests.trak import cases
 
 
 def test_margin_is_the_log_odds_of_the_label():
@@ -121,7 +121,7 @@ def test_a_function_is_a_task(as_dict, tmp_path):
     traker.featurize(batch, num_samples=8)
     slope = (-2 * (model(x).squeeze(1) - y)).detach()
     exact = torch.cat([slope[:, None] * x, slope[:, None]], 1)  # [8, 4]
-    matrix = fastproj.matrix(4, 5, dtype=torch.float64)
+    matrix = cases.default_matrix(4, 5)
     torch.testing.assert_close(
         traker.saver.matrix(0).double(), exact @ matrix / 2, rtol=1e-5, atol=1e-6
     )
