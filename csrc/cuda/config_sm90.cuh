@@ -9,7 +9,7 @@ constexpr int kThreads90 = 384;
 template <int kA, int kB>
 constexpr int kLeast = kA < kB ? kA : kB;
 
-// A full unrolled 512-row unit gives constant shifts and descriptor offsets; the Gaussian body is
+// A full unrolled panel gives constant shifts and descriptor offsets; the Gaussian body is
 // too long.
 template <Kind kKind, class OpType, int kTermCount, int BLOCK_B, int kTileCount>
 struct Config90 {
@@ -22,21 +22,21 @@ struct Config90 {
     // 64-row tiles in a stage.
     static constexpr int kSubtiles = BLOCK_B >= 64 ? 1 : kTerms > 1 ? 2 : 64 / BLOCK_B;
     static constexpr int kStageRows = 64 * kSubtiles;
-    static constexpr int kUnitStages = kUnitRows / kStageRows;
+    static constexpr int kPanelStages = kPanelRows / kStageRows;
     static constexpr int kTileBytes = BLOCK_B * 128;
     static constexpr int kTermBytes = kTileBytes * kSubtiles;
     static constexpr int kStageBytes = kTermBytes * kTerms;
-    // Rademacher: the loop over a unit's stages is unrolled and the ring holds whole units, so a
-    // stage's place in the unit fixes its address. The Gaussian body is too long for that; its ring
-    // counts stages.
+    // Rademacher: the loop over a panel's stages is unrolled and the ring holds whole panels, so a
+    // stage's place in the panel fixes its address. The Gaussian body is too long for that; its
+    // ring counts stages.
     static constexpr bool kUnroll = kKind == Kind::kRademacher;
-    static constexpr int kUnitBytes = kStageBytes * kUnitStages;
-    static constexpr int kUnits =  // in the ring
-        kTerms > 1 || kUnitBytes > 48 * 1024 ? 1 : 96 * 1024 / kUnitBytes;
-    static constexpr int kStages = kUnroll ? kUnits * kUnitStages : kTerms == 3 ? 5 : 6;
+    static constexpr int kPanelBytes = kStageBytes * kPanelStages;
+    static constexpr int kPanels =  // in the ring
+        kTerms > 1 || kPanelBytes > 48 * 1024 ? 1 : 96 * 1024 / kPanelBytes;
+    static constexpr int kStages = kUnroll ? kPanels * kPanelStages : kTerms == 3 ? 5 : 6;
     // One tile alternates between two sets of fragments: registers that a product in flight reads
     // must not be written, and in a rolled loop both sets would be the same registers.
-    static constexpr int kUnrollStages = kUnroll       ? kUnitStages
+    static constexpr int kUnrollStages = kUnroll       ? kPanelStages
                                          : kTerms == 3 ? 4
                                          : kTiles == 1 ? 2
                                                        : 1;
@@ -53,7 +53,7 @@ struct Config90 {
     // Rows that one accumulator adds up before it is folded into a second one. The tensor cores
     // cut, they do not round; three terms promise fp32, so they are folded often.
     static constexpr int kFoldRows = kTerms == 1 ? 2048 : kTerms == 2 ? 1024 : 64;
-    static constexpr int kFoldUnits = kFoldRows < kUnitRows ? 1 : kFoldRows / kUnitRows;
+    static constexpr int kFoldPanels = kFoldRows < kPanelRows ? 1 : kFoldRows / kPanelRows;
     static constexpr bool kFoldGroups = kFoldRows == 64;
     // A rolled loop over stages that folds must drain in each: the compiler follows products in
     // flight through straight code only.

@@ -75,9 +75,9 @@ FASTPROJ_DEVICE std::uint32_t gaussian_pair(std::uint32_t word, std::uint32_t ta
 
 // ------------------------------------------------------------------------------- generators
 
-// Fragments of kTiles pieces of 16 columns for one 512-row unit after another: start(m, unit); then
+// Fragments of kTiles pieces of 16 columns for one panel after another: start(m, panel); then
 // per 64 rows fragments(m, ...) for each m; advance() after every 128 rows. The words of the next
-// unit can be made in kParts parts along the way: prepare(part, ...) each, then turn() instead of
+// panel can be made in kParts parts along the way: prepare(part, ...) each, then turn() instead of
 // start().
 template <Kind kKind, class Op, int kTiles>
 struct Generator;
@@ -85,23 +85,23 @@ struct Generator;
 template <class Op, int kTiles>
 struct Generator<Kind::kRademacher, Op, kTiles> {
     static constexpr int kParts = 2 * kTiles;
-    std::uint32_t w[kTiles][2][4];     // the words of this unit, the current one first
+    std::uint32_t w[kTiles][2][4];     // the words of this panel, the current one first
     std::uint32_t next[kTiles][2][4];  // those of the next
 
-    FASTPROJ_DEVICE void start(const GeneratorKey& key, int m, std::uint32_t unit,
+    FASTPROJ_DEVICE void start(const GeneratorKey& key, int m, std::uint32_t panel,
                                std::uint32_t column) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const Words words = column_words(key, unit, column + 8 * h);
+            const Words words = column_words(key, panel, column + 8 * h);
 #pragma unroll
             for (int j = 0; j < 4; ++j) w[m][h][j] = words.w[j];
         }
     }
     // `column` is that of tile 0; the tiles lie 64 columns apart.
-    FASTPROJ_DEVICE void prepare(const GeneratorKey& key, int part, std::uint32_t unit,
+    FASTPROJ_DEVICE void prepare(const GeneratorKey& key, int part, std::uint32_t panel,
                                  std::uint32_t column) {
         // Opaque from end to end: between the products where it is called, and nowhere else.
-        const Words words = column_words(key, unit, opaque(column + part / 2 * 64 + part % 2 * 8));
+        const Words words = column_words(key, panel, opaque(column + part / 2 * 64 + part % 2 * 8));
 #pragma unroll
         for (int j = 0; j < 4; ++j) next[part / 2][part % 2][j] = opaque(words.w[j]);
     }
@@ -149,14 +149,15 @@ struct Generator<Kind::kGaussian, Op, kTiles> {
     FASTPROJ_DEVICE void start(const GeneratorKey&, int, std::uint32_t, std::uint32_t) {}
     FASTPROJ_DEVICE void prepare(const GeneratorKey&, int, std::uint32_t, std::uint32_t) {}
     FASTPROJ_DEVICE void turn() {}
-    FASTPROJ_DEVICE void fragments(const GeneratorKey& key, int, int, int group, std::uint32_t unit,
-                                   std::uint32_t column, std::uint32_t (&a)[4][4]) {
+    FASTPROJ_DEVICE void fragments(const GeneratorKey& key, int, int, int group,
+                                   std::uint32_t panel, std::uint32_t column,
+                                   std::uint32_t (&a)[4][4]) {
         column = opaque(column);
 #pragma unroll
         for (int q = 0; q < 2; ++q) {  // 32-row blocks
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const Words words = column_words(key, unit * 16 + group * 2 + q, column + 8 * h);
+                const Words words = column_words(key, panel * 16 + group * 2 + q, column + 8 * h);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     a[2 * q + (j >> 1)][h + 2 * (j & 1)] =
@@ -290,10 +291,10 @@ FASTPROJ_DEVICE void store_chunk(const ProjectParams& p, std::uint32_t tile,
 
 // ------------------------------------------------------------------------------- work and results
 
-// One unit of work: a tile of samples, a tile of columns and a range of 512-row units.
+// One item of work: a tile of samples, a tile of columns and a range of panels.
 struct WorkItem {
     int batch_tile, col_tile, split;
-    int first, last;  // 512-row units
+    int first, last;  // panels
 
     FASTPROJ_DEVICE static WorkItem at(const ProjectParams& p, int index) {
         WorkItem item;
@@ -301,9 +302,9 @@ struct WorkItem {
         const int rest = index / p.col_tiles;
         item.split = rest % p.splits;
         item.batch_tile = rest / p.splits;
-        item.first = static_cast<int>(static_cast<std::int64_t>(p.units) * item.split / p.splits);
+        item.first = static_cast<int>(static_cast<std::int64_t>(p.panels) * item.split / p.splits);
         item.last =
-            static_cast<int>(static_cast<std::int64_t>(p.units) * (item.split + 1) / p.splits);
+            static_cast<int>(static_cast<std::int64_t>(p.panels) * (item.split + 1) / p.splits);
         return item;
     }
 };

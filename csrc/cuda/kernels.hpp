@@ -74,7 +74,8 @@ struct Kernel {
     int fold_rows = 0;  // rows that one accumulator adds up
 };
 
-// One for each list, in the unit that compiles it; an empty Kernel when the key is not in the list.
+// One for each list, in the translation unit that compiles it; an empty Kernel when the key is not
+// in the list.
 Kernel find_sm90_rademacher(const KernelKey& key);
 Kernel find_sm90_rademacher_split(const KernelKey& key);
 Kernel find_sm90_gaussian(const KernelKey& key);

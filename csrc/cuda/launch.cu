@@ -168,12 +168,12 @@ class CudaLauncher {
             grid(ceil_div(p.cols, 64) * p.blocks), p);
     }
     void transpose80(Kind kind, int terms, const TransposeParams& p) {
-        one("project_transpose sm80", transpose_kernel(kind, terms), grid(p.units * p.batch_tiles),
+        one("project_transpose sm80", transpose_kernel(kind, terms), grid(p.panels * p.batch_tiles),
             p);
     }
     void transpose_simple(Kind kind, const TransposeParams& p) {
         one("project_transpose simple", simple_kernel(SimpleKernel::kTranspose, kind),
-            grid(p.units * p.batch_tiles), p);
+            grid(p.panels * p.batch_tiles), p);
     }
 
   private:

@@ -30,8 +30,8 @@ struct Stages {
         if (!more()) return;
         const WorkItem item = WorkItem::at(p, index);
         b = item.batch_tile * C::kBlockB;
-        row = item.first * kUnitRows - p.row_shift;
-        end = item.last * kUnitRows - p.row_shift;
+        row = item.first * kPanelRows - p.row_shift;
+        end = item.last * kPanelRows - p.row_shift;
     }
     FASTPROJ_DEVICE void advance() {
         row += C::kStageRows;
