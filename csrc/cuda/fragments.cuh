@@ -1,9 +1,9 @@
 // R built directly in the register fragments of mma.sync and wgmma.
 //
-// With R transposed as operand A, the thread with g = lane / 4 and t = lane % 4 holds, of each 16
-// (columns) x 16 (rows of P) piece, the row pairs 2t, 2t + 1 of columns g and g + 8, and the same 8
-// rows further on: four registers of two 16-bit values. Spec v1 puts all the bits of one (column,
-// t) into one Philox call.
+// R transposed is operand A. Take a piece of it of 16 columns x 16 rows of P, and the thread with
+// g = lane / 4 and t = lane % 4. The thread holds rows 2t, 2t + 1 of columns g and g + 8, and the
+// same 8 rows further on: four registers of two 16-bit values. Spec v1 puts all the bits of one
+// (column, t) into one Philox call.
 #pragma once
 
 #include "../spec.hpp"
@@ -75,10 +75,10 @@ FASTPROJ_DEVICE std::uint32_t gaussian_pair(std::uint32_t word, std::uint32_t ta
 
 // ------------------------------------------------------------------------------- generators
 
-// Fragments of kTiles pieces of 16 columns for one panel after another: start(m, panel); then
-// per 64 rows fragments(m, ...) for each m; advance() after every 128 rows. The words of the next
-// panel can be made in kParts parts along the way: prepare(part, ...) each, then turn() instead of
-// start().
+// Fragments of kTiles pieces of 16 columns, for one panel after another. A panel begins with
+// start(m, panel). Every 64 rows take a call of fragments(m, ...) for each m, and every 128 rows
+// end with advance(). Alternatively the words of the next panel are made in kParts parts along the
+// way: prepare(part, ...) for each, then turn() instead of start().
 template <Kind kKind, class Op, int kTiles>
 struct Generator;
 

@@ -1,4 +1,4 @@
-// Launches: device and capture guards, tensor maps, checks. See launch.hpp.
+// Launches, with their device and capture guards, tensor maps and checks. See launch.hpp.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 

@@ -1,6 +1,6 @@
 // What the bindings see of the CUDA side: no CUDA headers, no torch, raw pointers and a stream
-// handle. Every function throws std::runtime_error with the failing call and its place; none
-// synchronises or allocates.
+// handle. Every function throws std::runtime_error with the failing call and its place.
+// None synchronises or allocates.
 #pragma once
 
 #include <string>

@@ -84,8 +84,9 @@ constexpr std::int64_t kWorkspaceLimit = std::int64_t{48} << 20;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Splits of the panels: the fewest that minimise the time of the busiest multiprocessor.
-// Depends on P and K, never on B: a row's result must not depend on the batch that it is in.
+// The number of splits of the panels: the smallest that minimises the time of the busiest
+// multiprocessor. It depends on P and K, never on B, because a row's result must not depend on the
+// batch that it is in.
 inline int choose_splits(Kind kind, std::int64_t panels, std::int64_t cols, int multiprocessors) {
     constexpr std::int64_t kOverhead = 3;  // panels: pipeline fill, epilogue, share of the sum
     // Samples of the largest tile: their partial sums must fit in the workspace.
@@ -262,8 +263,8 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     plan.key = {call.key.kind, call.dtype != Dtype::kF16, terms,
                 choose_block_b(plan.variant, call.key.kind, terms, call.batch)};
 
-    // Alignment. The copy engine needs an aligned tensor; the other 16-byte loads also need pieces
-    // that start at multiples of 8 rows of R (fp32: 4) to be aligned.
+    // The copy engine needs an aligned tensor. The other 16-byte loads need aligned addresses of the
+    // rows whose numbers in R are multiples of 8 (fp32: 4).
     const int bytes = element_bytes(call.dtype);
     const auto base = reinterpret_cast<std::uintptr_t>(call.grads);
     const bool row_stride =

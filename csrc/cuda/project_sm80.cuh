@@ -1,11 +1,11 @@
 // Projection with mma.sync: sm_80 and everything later.
 //
 // A block of 8 warps owns 256 columns, 32 a warp, and streams tiles of G through a ring in shared
-// memory: by asynchronous copies (16-bit G, aligned), or by way of asynchronous copies of elements
-// as they are, which are converted a stage later (fp32 split into bf16 terms, and anything
-// unaligned). No register waits for memory: loads into registers share a scoreboard, and whoever
-// waits for one of them waits for all. Each warp generates its fragments of R transposed (operand
-// A) in registers and reads G transposed (operand B) with ldmatrix.
+// memory. Aligned 16-bit G comes by asynchronous copies. All other G comes by asynchronous copies
+// of the elements as they are, which are converted a stage later: fp32 into bf16 terms, and
+// anything unaligned. No register waits for memory, because loads into registers would share a
+// scoreboard, and a wait for one is a wait for all. Each warp generates its fragments of R
+// transposed (operand A) in registers, and reads G transposed (operand B) with ldmatrix.
 #pragma once
 
 #include "fragments.cuh"

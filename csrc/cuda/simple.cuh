@@ -1,5 +1,5 @@
-// Kernels without tensor cores: blocks of R, the sum over splits of P, and projections in double,
-// which serve float64 and stand as the simplest correct version of each operation.
+// Kernels without tensor cores: blocks of R, the sum over splits of P, and projections in double.
+// The last serve float64, and are the simplest correct version of each operation.
 #pragma once
 
 #include "fragments.cuh"
