@@ -263,8 +263,8 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     plan.key = {call.key.kind, call.dtype != Dtype::kF16, terms,
                 choose_block_b(plan.variant, call.key.kind, terms, call.batch)};
 
-    // The copy engine needs an aligned tensor. The other 16-byte loads need aligned addresses of the
-    // rows whose numbers in R are multiples of 8 (fp32: 4).
+    // The copy engine needs an aligned tensor. The other 16-byte loads need aligned addresses of
+    // the rows whose numbers in R are multiples of 8 (fp32: 4).
     const int bytes = element_bytes(call.dtype);
     const auto base = reinterpret_cast<std::uintptr_t>(call.grads);
     const bool row_stride =

@@ -68,10 +68,9 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     Attributes
     ----------
     n_components_ : K.
-    seed_ : the seed, with which ``fastproj.matrix(n_features_in_, n_components_, seed_, kind,
-        block=block_)`` is the matrix.
+    seed_ : the seed. ``fastproj.matrix`` gives the matrix for P, K, ``seed_``, kind, ``block_``.
     block_ : the block of kind "sjlt", None for the others.
-    density_ : 1 / block_ for kind "sjlt", 1.0 for the others.
+    density_ : 1 / ``block_`` for kind "sjlt", 1.0 for the others.
     components_ : of kind "sjlt", the scaled matrix [K, P] as a scipy.sparse.csr_matrix, float64;
         ``transform(X)`` is ``X @ components_.T``. Made at each access; nothing else needs it.
     n_features_in_ : P.
