@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastproj demo",
         description="TRAK on scikit-learn's digits: train, attribute, check by retraining, report. "
-        "Run again with the same settings, it goes on where it was stopped.",
+        "A stopped demo goes on where it was when the same command runs again.",
     )
     parser.add_argument("--out", type=Path, default=Path("fastproj-demo"), metavar="DIR")
     for name, text in (

@@ -373,7 +373,7 @@ def load_array(
                 return read_scores(path)
         array: Any = np.load(path, mmap_mode="r")
         if isinstance(array, np.memmap) and array.offset + array.nbytes != path.stat().st_size:
-            raise corrupt(path, "it goes on behind the array, and not in checksums")
+            raise corrupt(path, "the bytes behind the array are no checksums")
     except OSError as error:
         raise StoreError(f"can't {what} {path} ({error.strerror or error})") from error
     except (ValueError, EOFError, TypeError, SyntaxError) as error:
