@@ -76,7 +76,7 @@ def temporary_path(path: Path) -> Path:
 
 def write_error(path: Path, size: int, error: OSError) -> StoreError:
     """The error where the disk refuses ``path``."""
-    fix = "no finished file is lost; mend this and run again to go on"
+    fix = "nothing that was there is lost; mend this and run again to go on"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
         return StoreError(
