@@ -22,8 +22,7 @@ constexpr int kChunkSteps = kChunkPanels * kPanelSteps;
 constexpr int kTileA = 6, kTileB = 7, kTileShortA = 5;
 constexpr int kLanes = Simd::kLanes;
 
-// ---- Instructions. Written out because GCC 12's intrinsics declare no memory operands.
-// ------------
+// ---- Instructions. Written out because GCC 12's intrinsics declare no memory operands. -------
 
 struct alignas(64) TileConfig {
     std::uint8_t palette = 1;

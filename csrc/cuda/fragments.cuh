@@ -31,8 +31,7 @@ FASTPROJ_DEVICE std::uint32_t rademacher_pair(std::uint32_t word, int bit,
     return and_xor(word << (15 - bit), sign_mask, Op::kOne | Op::kOne << 16);
 }
 
-// ------------------------------------------------------------------------------- the Gaussian
-// table
+// --------------------------------------------------------------------------- the Gaussian table
 
 // The table in shared memory: 256 rows of 128 bytes; row i holds 32 copies, one a lane, of entries
 // 2i and 2i + 1. At a multiple of 32 KiB a lookup is one logic operation and one load from the
@@ -169,8 +168,7 @@ struct Generator<Kind::kGaussian, Op, kTiles> {
     FASTPROJ_DEVICE void advance() {}
 };
 
-// ------------------------------------------------------------------------------- fp32 -> bf16
-// terms
+// --------------------------------------------------------------------------- fp32 -> bf16 terms
 
 // One element that is not finite, or so large that rounding could overflow: exact and slow.
 template <int kTerms>
@@ -228,8 +226,7 @@ FASTPROJ_DEVICE void split_floats(const std::uint32_t (&x)[8], std::uint32_t (&o
     }
 }
 
-// ------------------------------------------------------------------------------- elements into
-// tiles
+// -------------------------------------------------------------------------- elements into tiles
 
 // A tile of 64 rows is moved in chunks of 8 elements, 8 chunks a sample: chunk c is rows 4 c to 4 c
 // + 3 and the same 32 rows further on. So 8 threads take 128 contiguous bytes of fp32 with one
