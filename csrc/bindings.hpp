@@ -1,5 +1,5 @@
-// How both modules read what fastproj/call.py makes: a View from a tuple in the order of its
-// fields, a MatrixKey and a Call from dicts by the names of theirs.
+// How both modules read what fastproj/call.py makes. A View comes as a tuple in the order of its
+// fields. A Call, its MatrixKey included, comes as a dict by the names of its fields.
 #pragma once
 
 #include <pybind11/pybind11.h>

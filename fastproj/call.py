@@ -1,7 +1,7 @@
-"""What one call asks for: built where arguments are checked, carried whole to a backend.
+"""One call as one value: ``ops`` builds it after its checks, and it travels whole to a backend.
 
-Also the numbers that compiled code knows dtypes, kinds and precisions by: they stand here and in
-csrc/call.hpp, nowhere else.
+This module also numbers dtypes, kinds and precisions for compiled code. These numbers stand here
+and in csrc/call.hpp, nowhere else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TERMS = {"highest": 3, "high": 2, "medium": 1}
 
 
 class Call(NamedTuple):
-    """Which rows of which matrix, and how the result is made. Strings are checked ones.
+    """Which rows of which matrix, and how the result is made. The strings have been checked.
 
     key : the matrix.
     row_offset : the row of R that the first column of G meets.

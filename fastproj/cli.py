@@ -1,4 +1,4 @@
-"""The ``fastproj`` command: finds the command that the first word names, and says how it ended."""
+"""The ``fastproj`` command: runs the command that the first word names."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of what is no command: --help, --version and mistakes."""
+    """The parser for everything that is not a command: --help, --version and mistakes."""
     parser = argparse.ArgumentParser(
         prog="fastproj",
         description="Random projection with matrices made on the fly, and TRAK on top.",
@@ -75,7 +75,7 @@ def version() -> str:
 
 
 def call(command: str, arguments: list[str]) -> int:
-    """The exit status of a command with its arguments; a package that it lacks is a message."""
+    """Run a command and return its exit status. A missing package becomes a message."""
     try:
         module = importlib.import_module(f"fastproj.commands.{command}")
     except ModuleNotFoundError as error:

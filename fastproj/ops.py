@@ -1,7 +1,7 @@
 """project, project_transpose, matrix: the public functions.
 
-They check their arguments (``checks``), make one ``Call`` of them and hand it, with 2-D views of
-the tensors, to ``torch_ops``.
+Each checks its arguments (``checks``) and makes one ``Call`` of them. It hands the call and 2-D
+views of the tensors to ``torch_ops``.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def project(
 ) -> Tensor:
     """Project per-sample gradients with a random matrix that is made on the fly.
 
-    ``Y = scale * G @ R[row_offset : row_offset + P, :K]``, the same as
-    ``scale * G @ matrix(slice(row_offset, row_offset + P), K, seed, kind, stream=stream)``
-    (kind sjlt: with its ``block``).
+    ``Y = scale * G @ R[row_offset : row_offset + P, :K]``. This is the same as ``scale * G @
+    matrix(slice(row_offset, row_offset + P), K, seed, kind, stream=stream)`` (kind sjlt: with its
+    ``block``).
 
     Parameters
     ----------
@@ -62,9 +62,9 @@ def project(
     proj_dim : K, 1 <= K <= 2^32.
     seed, stream : what names the matrix; seed < 2^64, stream < 2^32 (a checkpoint's model_id).
     kind : "rademacher" (+1 / -1), "gaussian", or "sjlt" (sparse: K / block entries +1 / -1 a row,
-        so K / block additions an entry of G instead of K multiply-adds).
+        which costs K / block additions for each entry of G instead of K multiply-adds).
     block : of kind "sjlt" alone, and part of the matrix's name: a power of two, 16 to 65,536. None
-        is the largest that leaves at least four entries a row, ``fastproj.spec.default_block(K)``.
+    is the largest that leaves at least four entries in a row, ``fastproj.spec.default_block(K)``.
     row_offset : the row of R that the first column of ``grads`` meets; row_offset + P <= 2^56.
     out : Tensor [B, K] of the result's dtype on the device of ``grads``, written and returned.
     accumulate : add to ``out`` instead of overwriting it.
@@ -108,8 +108,8 @@ def project_call(
 ) -> Tensor:
     """``project`` on behalf of ``function``, which the messages name; checks tensors only.
 
-    With a ``grad_dim``, the rows have to lie within it, or be all of it where they are the
-    ``whole``.
+    Where ``grad_dim`` is given, the rows must lie within it. Where ``whole`` is true, they must be
+    all of it.
     """
     pieces = check_grads(function, grads)
     total = pieces[0].shape[1] if len(pieces) == 1 else sum([piece.shape[1] for piece in pieces])
@@ -162,7 +162,7 @@ def project_transpose(
     ----------
     y : Tensor [B, K], strided, float32, bfloat16, float16 or float64, B >= 0, K >= 1.
     rows : the n rows to produce, an int for rows 0 .. n or a slice(start, stop).
-    scale : "jl" for 1 / sqrt(K), None for 1, or a number.
+    scale : "jl" for 1 / sqrt(K) (sjlt: sqrt(block / K)), None for 1, or a number.
     out : Tensor [B, n] of the result's dtype on the device of ``y``, written and returned.
     seed, kind, block, stream, precision, backend : as in ``project``.
 
@@ -213,7 +213,8 @@ def matrix(
     ----------
     rows, cols : an int n for 0 .. n, or a slice(start, stop); rows < 2^56, columns < 2^32.
     block : needed for kind "sjlt", since no proj_dim gives a default here.
-    dtype : a floating-point dtype (each holds the entries exactly), or int8 but for Gaussian.
+    dtype : a floating-point dtype, each of which holds the entries exactly; or int8 (not for
+        Gaussian).
     device : where the block goes; None is torch's default device.
     seed, kind, stream, backend : as in ``project``.
 

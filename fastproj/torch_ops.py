@@ -1,9 +1,9 @@
-"""What torch needs to know of the operations: custom ops, shapes, derivatives, vmap; and the way
-from checked arguments to a backend.
+"""The way from checked arguments to a backend, past what torch must see.
 
-A call that nothing needs to see (no derivative, no trace, no transform) goes straight to the
-backend. Every other goes through an op, whose schema takes plain numbers and strings: ``_flat``
-and ``_call`` turn a ``Call`` into these and back.
+Torch needs custom ops, their shapes, derivatives and vmap. A call without derivative, trace and
+transform needs none of them, and goes straight to the backend. Every other call goes through an op.
+The schema of an op takes plain numbers and strings: ``_flat`` turns a ``Call`` into these, and
+``_call`` turns them back.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _CALL_SCHEMA = (
 
 
 def _flat(call: Call, backend: str) -> tuple[Any, ...]:
-    """The arguments of an op that say what ``call`` says: schemas know int64, so the seed is the
-    one with the same 64 bits.
+    """``call`` as the arguments of an op. A schema has int64 alone, so the seed becomes the int64
+    with the same 64 bits.
     """
     kind, seed, stream, block = call.key.kind, call.key.seed, call.key.stream, call.key.block
     seed = seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
@@ -62,7 +62,8 @@ _TORCH_FP32_PRECISION = {"bf16": "medium", "tf32": "high"}  # torch >= 2.9; the 
 def _resolved(call: Call, device_type: str) -> Call:
     """``call`` with a precision: its own, or torch's for float32 matmuls on this kind of device.
 
-    Where torch's newer per-device settings are in use, its older word for all of them is refused.
+    Where torch's newer per-device settings are in use, asking torch for the older global one
+    raises.
     """
     if call.precision:
         return call
@@ -353,7 +354,7 @@ class _ProjectTransposeFunction(torch.autograd.Function):
 
 
 def is_direct(tensors: list[Tensor]) -> bool:
-    """Whether nothing needs to see this call: no derivative, trace, mode, lazy bit or subclass."""
+    """Whether torch needn't see this call: no derivative, trace, mode, lazy bit or subclass."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -469,6 +470,6 @@ def _is_direct_into(function: str, out: Tensor, inputs: list[Tensor]) -> bool:
 
 
 def _note_written(out: Tensor) -> None:
-    """What an op does by itself: autograd sees that saved copies of ``out`` are stale."""
+    """Tell autograd that saved copies of ``out`` are stale, as an op does by itself."""
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)

@@ -1,8 +1,8 @@
 """Compile kernels without a GPU and read the machine code: ``python -m fastproj.kernels.aot``.
 
-Makes the table in ``kernels/RESOURCES.md``. For each kernel, shape and architecture: registers,
-spills, matrix instructions, whether R's operand stays in registers, and instructions per entry of
-R. Those are counts in the compiled code, not timings.
+It makes the table in ``kernels/RESOURCES.md``. The table gives, for each kernel, shape and
+architecture: registers, spills, matrix instructions, whether R's operand stays in registers, and
+instructions per entry of R. These are counts in the compiled code, not timings.
 """
 
 from __future__ import annotations
@@ -431,12 +431,15 @@ def main() -> None:
 _PREFACE = """# What the compiled kernels use
 
 Made by `python -m fastproj.kernels.aot --output kernels/RESOURCES.md` with Triton
-{version}, without a GPU. Counts from compiled code, not timings. *Instructions per entry*: what a
-thread issues in the main loop for each entry of R that it makes (an entry then serves B products);
-of kind sjlt for each entry and sample that it adds, hashing included.
-*Spills*: local-memory instructions (NVIDIA) or spilled registers (AMD). *Copies in flight*: tiles
-of G that are still on their way after the main loop has waited for some; with 0 it waits for what
-it has just asked for. What can't be read off is left empty.
+{version}, without a GPU. The figures are counts in compiled code, not timings.
+
+- *Instructions per entry*: what a thread issues in the main loop for each entry of R that it makes.
+  An entry then serves B products. For kind sjlt the count is for each entry and sample that is
+  added, hashing included.
+- *Spills*: local-memory instructions (NVIDIA) or spilled registers (AMD).
+- *Copies in flight*: tiles of G that are still on their way after the main loop has waited for
+  some. With 0 the loop waits for what it has just asked for.
+- A figure that can't be read off the code is left empty.
 
 """
 

@@ -1,7 +1,8 @@
 """Tile sizes for an architecture, dtype and shape: one deterministic function, no autotuner.
 
-``choose`` has a rule and a reason for each case; ``pin`` or ``$FASTPROJ_TRITON_CONFIG`` overrides
-it, for measurements. Results do not depend on the configuration beyond rounding, and R not at all.
+``choose`` has a rule and a reason for each case. ``pin`` or ``$FASTPROJ_TRITON_CONFIG`` overrides
+it, for measurements. Results depend on the configuration by rounding only, and R doesn't depend on
+it.
 """
 
 from __future__ import annotations
@@ -97,9 +98,9 @@ def choose(
     """The configuration of ``project`` for gradients of ``dtype`` as ``terms`` 16-bit terms.
 
     arch : "sm_90", "gfx942"; dtype : "float32", "bfloat16", "float16" or "float64".
-    direct : G can be copied to shared memory as it is, in units of 4 bytes or more. Else it passes
-    through registers, of which fewer are left. Of kind sjlt: loads need no mask. BLOCK_B is the
-    same for both.
+    direct : G can be copied to shared memory as it is, 4 bytes or more at a time. Otherwise it
+        passes through registers, of which fewer are left. For kind sjlt: loads need no mask.
+        BLOCK_B is the same for both.
     """
     if kind == "sjlt":
         config = _choose_sjlt(unit(arch), dtype, B, K, direct)
@@ -199,7 +200,8 @@ def choose_transpose(dtype: str, kind: str, B: int) -> tuple[int, int, int]:
 def choose_transpose_sjlt(dtype: str, B: int, block: int) -> tuple[int, int, int]:
     """BLOCK_B, rows of R to a program, and warps of the sparse ``project_transpose``.
 
-    Rows of a program are of one tile, whose words they share; its samples share places and signs.
+    The rows of a program lie in one tile, whose words they share. Its samples share places and
+    signs.
     """
     rows = min(block, 1024)
     most = 4 if dtype == "float64" else 8

@@ -1,9 +1,10 @@
 """Tiles of R from Philox words, as Triton device functions (spec v1; see ``fastproj.spec``).
 
-A Philox call belongs to one column and one ``lane`` = (row >> 1) & 3; words are ``[BLOCK_K, 4]``,
-a column and a lane to each thread. A tile is ``[BLOCK_K, 64]``: R transposed, 64 consecutive rows,
-the A operand of the product. On tensor cores the thread that holds rows ``2 * lane + {0, 1}`` of a
-column is the one that computed the words, so a tile never leaves the registers.
+A Philox call belongs to one column and one ``lane`` = (row >> 1) & 3. Words are ``[BLOCK_K, 4]``,
+with a column and a lane to each thread. A tile is ``[BLOCK_K, 64]``: 64 consecutive rows of R,
+transposed, which is the A operand of the product. On tensor cores the thread that holds rows
+``2 * lane + {0, 1}`` of a column is the one that computed the words, so a tile never leaves the
+registers.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -59,9 +60,10 @@ def words(block, column, tag, stream_id, seed_low, seed_high):
 def sign_mask(signs, opaque_zero):
     """``signs`` (0x80008000), as a value in a vector register, ``[1, 4]``.
 
-    Two entries are made by one three-input logic operation with the immediate ONES. A mask that
-    the compiler knew would be a second immediate, and a plain argument a constant-bank operand;
-    either splits the operation in two. opaque_zero is 0 at run time only.
+    One three-input logic operation with the immediate ONES makes two entries. A mask that the
+    compiler knew would be a second immediate, and a plain argument would be a constant-bank
+    operand. Either would split the operation in two. So the compiler must not know that opaque_zero
+    is 0.
     """
     lane = tl.arange(0, 4).to(tl.uint32)[None, :]
     return signs.to(tl.uint32) | (lane & opaque_zero.to(tl.uint32))

@@ -1,8 +1,8 @@
 """From tensors to kernel launches: on the current stream, without synchronising.
 
-Every function takes checked tensors (``ops`` checks) and writes its whole output. Nothing but the
-workspace is allocated (at most plan.WORKSPACE_BYTES, from torch's allocator), so after a first call
-that compiles, calls can be captured in a CUDA graph.
+Every function takes tensors that ``ops`` has checked, and writes its whole output. Nothing but the
+workspace is allocated (at most plan.WORKSPACE_BYTES, from torch's allocator). So after a first
+call, which compiles, calls can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Launches of the sparse kind's kernels; ``launch`` calls this.
 
-Nothing is allocated here, so after a first call that compiles, calls can be captured in a CUDA
+Nothing is allocated here. So after a first call, which compiles, calls can be captured in a CUDA
 graph.
 """
 
@@ -29,7 +29,8 @@ def project_panels(
 ) -> None:
     """workspace ``[slots, rows, width]`` from ``launch.slot`` on = partial sums of piece @ R.
 
-    Columns col_offset .. col_offset + K of R; more are written, up to whole tiles of columns.
+    The sums are those of columns col_offset .. col_offset + K of R. More columns are written, up to
+    whole tiles.
     """
     key = call.key
     counter = plan.Counter.at(

@@ -1,9 +1,11 @@
 """Which rows of R a launch covers, how P is split, and how large the workspace is. No Triton.
 
-R's rows are cut into panels, at multiples of their rows in R, not in G: of the dense kinds 512
-rows, so that a panel of Rademacher entries is one spec block; of kind sjlt four tiles. Everything
-here depends on the row range, K and the number of multiprocessors; nothing depends on B, so a row's
-result does not depend on its batch.
+R's rows are cut into panels. A panel starts at a multiple of its height, counted in R and not in G.
+A panel of a dense kind has 512 rows, so that a panel of Rademacher entries is one spec block. A
+panel of kind sjlt is four tiles of rows.
+
+Everything here depends on the row range, K and the number of multiprocessors. Nothing depends on B,
+so a sample's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def whole_counters(kind: str, start: int, stop: int, block: int = 0) -> Iterator
 
 
 def max_columns(kind: str) -> int:
-    """Columns of R in one launch. Of kind sjlt a launch is bound by reading G, not by columns."""
+    """Columns of R in one launch. A launch of kind sjlt is bound by reading G, not by columns."""
     return 2 * MAX_COLUMNS if kind == "sjlt" else MAX_COLUMNS
 
 
@@ -120,8 +122,9 @@ class Room:
 def room(kind: str, columns: int, multiprocessors: int, item_size: int, block: int = 0) -> Room:
     """The room for ``columns`` columns of R (at most max_columns), sums of ``item_size`` bytes.
 
-    A program of kind sjlt takes so many columns that already a row of G has to fill the device by
-    splits of P; so that their partial results fit into the workspace, a launch has fewer rows.
+    A program of kind sjlt takes so many columns that even a single row of G needs splits of P to
+    fill the device. A launch of that kind has fewer rows, so that the partial results of these
+    splits fit into the workspace.
     """
     if kind == "sjlt":
         size = sjlt_columns(columns)
@@ -191,7 +194,7 @@ def plan(
     block : of kind sjlt alone.
 
     Returns groups: the launches of a group fill the workspace, which is then added to the output.
-    There is always one group, if an empty one.
+    There is always at least one group, which may be empty.
     """
     shared = room(kind, columns, multiprocessors, item_size, block)
     slots = shared.slots

@@ -1,9 +1,9 @@
 """out = G @ R: partial sums over ranges of rows, then one sum of the partial sums.
 
 ``project_*_kernel`` writes ``workspace[slot, b, k]`` = the sum over the 512-row panels of one
-range; ``reduce_kernel`` adds the slots in order. No atomics: the result is the same from run to
-run, and since neither the ranges nor the order in which a range is summed depends on B, a row's
-result does not depend on the rows beside it.
+range; ``reduce_kernel`` adds the slots in order. There are no atomics, so the result is the same
+from run to run. Neither the ranges nor the order in which a range is summed depend on B, so a
+sample's result does not depend on the samples beside it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -92,10 +92,10 @@ def product(r, g, total, UNIT: tl.constexpr):
 
 @triton.jit
 def once(x, UNIT: tl.constexpr):
-    """x, 16-bit, made once and shared: a move that the compiler takes for a side effect.
+    """x (16-bit), through a move that the compiler takes for a side effect, so that x is made once.
 
-    For mma.sync it would else move the work that made x behind the exchange of x between threads,
-    where each warp of the program repeats it.
+    For mma.sync the compiler would otherwise move the work that makes x behind the exchange of x
+    between threads. There each warp of the program would repeat it.
     """
     if UNIT == "mma":
         return tl.inline_asm_elementwise(
@@ -109,9 +109,10 @@ def once(x, UNIT: tl.constexpr):
 def split_product(r, g, total, TERMS: tl.constexpr, UNIT: tl.constexpr):
     """The same for a g of float32 (as 1, 2 or 3 bf16 terms), bf16, fp16 or float64.
 
-    Three terms are cut off, not rounded: their sum is g exactly (but for bits below 2^-133, which
-    bf16 has not). The last of one or two is rounded: to 2^-8 or 2^-16 of g. Infinity is all in the
-    first. Small terms are added first: later sums are cut at larger steps.
+    Three terms are cut off, not rounded, so their sum is exactly g (except for bits below 2^-133,
+    which bf16 lacks). The last of one or two terms is rounded, to 2^-8 or 2^-16 of g. The first
+    term holds an infinity alone. Small terms are added first, because later sums are cut at larger
+    steps.
     """
     if g.dtype == tl.float64:
         entries = r.to(tl.float32).to(tl.float64)
@@ -151,7 +152,7 @@ def row_pointers(
 ):
     """Pointers to the first 64 columns of G's tile, at panel 0, ``[BLOCK_B, 64]``; 64-bit.
 
-    Rows past B repeat row B - 1: what they give is never read, and loads need no mask.
+    Rows past B repeat row B - 1, so loads need no mask. The results of these rows are never read.
     """
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     b = tl.minimum(b, B - 1).to(tl.int64)[:, None]

@@ -1,5 +1,5 @@
-// fastproj._cpu: the Python adapter (backends/cpu.py) checks nothing that checks.py has not
-// checked, and this file checks nothing at all.
+// fastproj._cpu. fastproj/checks.py has checked all arguments. Neither the Python adapter
+// (backends/cpu.py) nor this file checks them again.
 #include "../bindings.hpp"
 
 #include <array>

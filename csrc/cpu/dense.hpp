@@ -1,5 +1,6 @@
 // Kernels that write a tile of R as numbers and multiply with it: Gaussian, float64, the adjoint
-// and blocks of R itself. Expects a Simd vocabulary before; local to the translation unit.
+// and blocks of R itself. A Simd vocabulary must be included before. Everything here is local to
+// the translation unit.
 #pragma once
 
 #include <type_traits>
@@ -25,7 +26,8 @@ inline void store_entries(Simd::F entries, double* to) {
 }
 
 // Expands tile[r, c] = R[panel * 512 + part * 128 + r, strip column c] for a strip of kStripVectors
-// vectors of columns. One unit of work is one word: rows 8i + 2 lane and the next, of one vector.
+// vectors of columns. One unit of this work is one word: rows 8i + 2 lane and the next, of one
+// vector.
 template <Kind kKind, int kStripVectors>
 class Expander {
   public:
@@ -117,7 +119,7 @@ inline std::size_t dense_scratch_bytes(int batch, int cols) {
 }
 
 // Sums 512 rows in T before they are added to the double accumulator. While one part of 128 rows is
-// multiplied the next is expanded between the multiplications, on ports that these leave idle.
+// multiplied, the next part is expanded between the multiplications, on ports that they leave idle.
 template <class T, Kind kKind>
 void project_dense(const ProjectTile& tile) {
     constexpr int kBatch = Simd::kDenseBatch / static_cast<int>(sizeof(T) / sizeof(float));

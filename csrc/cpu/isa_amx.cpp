@@ -1,8 +1,8 @@
 // AMX-BF16 on top of AVX-512 and its VBMI. A float32 is 1, 2 or 3 bf16 terms (medium, high,
-// highest); each term of each batch row is a row of its own ("term row") in a plain bf16 x bf16 ->
-// fp32 matrix product. The sums of a batch row's terms over a chunk are added in fp32, smallest
-// terms first, and chunks in double: always in this order, so a row's result does not depend on
-// what it is stacked with.
+// highest). Each term of each batch row is a row of its own ("term row") in a plain bf16 x bf16 ->
+// fp32 matrix product. Over a chunk of four panels, the sums of a batch row's terms are added in
+// fp32, smallest terms first. Chunks are added in double. The order is always the same, so a row's
+// result does not depend on the rows that it is stacked with.
 #include "simd_avx512.hpp"
 // clang-format off
 #include "dense.hpp"
@@ -22,8 +22,7 @@ constexpr int kChunkSteps = kChunkPanels * kPanelSteps;
 constexpr int kTileA = 6, kTileB = 7, kTileShortA = 5;
 constexpr int kLanes = Simd::kLanes;
 
-// ---- Instructions. Written out because GCC 12's intrinsics declare no memory operands.
-// ------------
+// ---- Instructions. Written out because GCC 12's intrinsics declare no memory operands. -------
 
 struct alignas(64) TileConfig {
     std::uint8_t palette = 1;

@@ -1,6 +1,7 @@
-// Rademacher projection by sign sums: R is never expanded. Four gradients have 16 signed sums; four
-// bits of a random word pick one for each column, so one permutation and one addition do the work
-// of four multiply-adds, in fp32 throughout. Expects Simd and dense.hpp before; local to the unit.
+// Rademacher projection by signed sums, which never expands R. Four gradients have 16 signed sums.
+// Four bits of a random word pick one of them for each column. So one permutation and one addition
+// do the work of four multiply-adds, all in fp32. A Simd vocabulary and dense.hpp must be included
+// before. Everything here is local to the translation unit.
 #pragma once
 
 #include <utility>

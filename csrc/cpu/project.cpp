@@ -12,7 +12,7 @@ void project(const std::vector<View>& pieces, const View& out, const Call& call,
     constexpr std::int64_t kSlabCols = 2048;  // tables of signed sums are built once a slab
     constexpr std::int64_t kBatchTile = 64;   // batch rows that share generated words
     constexpr std::int64_t kMaxSegments = 64;
-    constexpr std::int64_t kMinPanels = 8;  // panels of 512 rows in a segment
+    constexpr std::int64_t kMinPanels = 8;  // in a segment
     constexpr std::int64_t kWorkspaceCols = std::int64_t{32 << 20} / 8 / kBatchTile;  // 32 MiB
 
     std::vector<std::int64_t> piece_begin(1, 0);

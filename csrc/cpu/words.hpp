@@ -1,5 +1,5 @@
-// Philox4x32-10 for many columns at once, with what does not change from block to block kept.
-// Expects a Simd vocabulary to be included before; everything here is local to the translation
+// Philox4x32-10 for many columns at once. What does not change from block to block is computed
+// once. A Simd vocabulary must be included before. Everything here is local to the translation
 // unit.
 #pragma once
 
@@ -8,10 +8,10 @@
 namespace fastproj::cpu {
 namespace {
 
-// Only counter word 0 (the block) changes along P and only word 1 (the column) along K. Unrolled,
-// round 1 is scalar but for an xor with the column, and of round 2 only the product with word 0
-// depends on the column, which does not depend on the block: it is kept here, so that a block costs
-// 7.5 vector rounds instead of 10.
+// Only counter word 0 (the block) changes along P, and only word 1 (the column) along K. So round 1
+// is scalar except for an xor with the column. In round 2 only the product with word 0 depends on
+// the column, and it does not depend on the block. It is kept here, so that a block costs 7.5
+// vector rounds instead of 10.
 class ColumnWords {
   public:
     using U = Simd::U;

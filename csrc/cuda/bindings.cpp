@@ -1,4 +1,5 @@
-// fastproj._cuda: raw pointers, shapes, strides and a stream handle in; nothing of torch.
+// fastproj._cuda: takes raw pointers, shapes, strides and a stream handle, and knows nothing of
+// torch.
 #include "../bindings.hpp"
 
 #include "launch.hpp"

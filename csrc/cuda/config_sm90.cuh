@@ -9,8 +9,8 @@ constexpr int kThreads90 = 384;
 template <int kA, int kB>
 constexpr int kLeast = kA < kB ? kA : kB;
 
-// A full unrolled 512-row unit gives constant shifts and descriptor offsets; the Gaussian body is
-// too long.
+// Rademacher: a whole panel is unrolled, which gives constant shifts and descriptor offsets. The
+// Gaussian body is too long for that.
 template <Kind kKind, class OpType, int kTermCount, int BLOCK_B, int kTileCount>
 struct Config90 {
     using Op = OpType;
@@ -22,27 +22,26 @@ struct Config90 {
     // 64-row tiles in a stage.
     static constexpr int kSubtiles = BLOCK_B >= 64 ? 1 : kTerms > 1 ? 2 : 64 / BLOCK_B;
     static constexpr int kStageRows = 64 * kSubtiles;
-    static constexpr int kUnitStages = kUnitRows / kStageRows;
+    static constexpr int kPanelStages = kPanelRows / kStageRows;
     static constexpr int kTileBytes = BLOCK_B * 128;
     static constexpr int kTermBytes = kTileBytes * kSubtiles;
     static constexpr int kStageBytes = kTermBytes * kTerms;
-    // Rademacher: the loop over a unit's stages is unrolled and the ring holds whole units, so a
-    // stage's place in the unit fixes its address. The Gaussian body is too long for that; its ring
-    // counts stages.
+    // Where it is unrolled, the ring holds whole panels, so a stage's place in the panel fixes its
+    // address. Elsewhere the ring counts stages.
     static constexpr bool kUnroll = kKind == Kind::kRademacher;
-    static constexpr int kUnitBytes = kStageBytes * kUnitStages;
-    static constexpr int kUnits =  // in the ring
-        kTerms > 1 || kUnitBytes > 48 * 1024 ? 1 : 96 * 1024 / kUnitBytes;
-    static constexpr int kStages = kUnroll ? kUnits * kUnitStages : kTerms == 3 ? 5 : 6;
+    static constexpr int kPanelBytes = kStageBytes * kPanelStages;
+    static constexpr int kPanels =  // in the ring
+        kTerms > 1 || kPanelBytes > 48 * 1024 ? 1 : 96 * 1024 / kPanelBytes;
+    static constexpr int kStages = kUnroll ? kPanels * kPanelStages : kTerms == 3 ? 5 : 6;
     // One tile alternates between two sets of fragments: registers that a product in flight reads
     // must not be written, and in a rolled loop both sets would be the same registers.
-    static constexpr int kUnrollStages = kUnroll       ? kUnitStages
+    static constexpr int kUnrollStages = kUnroll       ? kPanelStages
                                          : kTerms == 3 ? 4
                                          : kTiles == 1 ? 2
                                                        : 1;
     static constexpr int kTable = kKind == Kind::kGaussian ? kTableSpace : 0;
-    // A second ring, of G as it is, where it is not copied straight into tiles: each element in 32
-    // bits, 64 rows of a sample in 256 bytes. As deep as there is room, up to 6.
+    // A second ring, of G as it is, where G is not copied straight into tiles. Each element has 32
+    // bits, so 64 rows of a sample have 256 bytes. It is as deep as there is room, up to 6 stages.
     static constexpr int kRawBytes = BLOCK_B * kStageRows * 4;
     static constexpr int kRoom = 227 * 1024 - kTable - kStages * (kStageBytes + 2 * 8);
     static constexpr int kRawStages = kLeast<6, kRoom / (kRawBytes + 2 * 8)>;
@@ -51,15 +50,14 @@ struct Config90 {
     // Chunks of 8 elements that a producer thread converts per stage.
     static constexpr int kChunks = BLOCK_B * kStageRows / 8 / 128;
     // Rows that one accumulator adds up before it is folded into a second one. The tensor cores
-    // cut, they do not round; three terms promise fp32, so they are folded often.
+    // cut and do not round. Three terms promise the error of fp32, so they are folded often.
     static constexpr int kFoldRows = kTerms == 1 ? 2048 : kTerms == 2 ? 1024 : 64;
-    static constexpr int kFoldUnits = kFoldRows < kUnitRows ? 1 : kFoldRows / kUnitRows;
+    static constexpr int kFoldPanels = kFoldRows < kPanelRows ? 1 : kFoldRows / kPanelRows;
     static constexpr bool kFoldGroups = kFoldRows == 64;
     // A rolled loop over stages that folds must drain in each: the compiler follows products in
     // flight through straight code only.
     static constexpr bool kFoldStages = kFoldGroups && !kUnroll;
-    // The block starts with 168 registers a thread; what the producers give up the consumers can
-    // have.
+    // The block starts with 168 registers a thread. The consumers get what the producers give up.
     static constexpr int kProducerRegisters = 88;
     static constexpr int kConsumerRegisters = 208;
     static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= kThreads90 * 168,

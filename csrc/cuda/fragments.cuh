@@ -1,9 +1,9 @@
 // R built directly in the register fragments of mma.sync and wgmma.
 //
-// With R transposed as operand A, the thread with g = lane / 4 and t = lane % 4 holds, of each 16
-// (columns) x 16 (rows of P) piece, the row pairs 2t, 2t + 1 of columns g and g + 8, and the same 8
-// rows further on: four registers of two 16-bit values. Spec v1 puts all the bits of one (column,
-// t) into one Philox call.
+// R transposed is operand A. Take a piece of it of 16 columns x 16 rows of P, and the thread with
+// g = lane / 4 and t = lane % 4. The thread holds rows 2t, 2t + 1 of columns g and g + 8, and the
+// same 8 rows further on: four registers of two 16-bit values. Spec v1 puts all the bits of one
+// (column, t) into one Philox call.
 #pragma once
 
 #include "../spec.hpp"
@@ -31,8 +31,7 @@ FASTPROJ_DEVICE std::uint32_t rademacher_pair(std::uint32_t word, int bit,
     return and_xor(word << (15 - bit), sign_mask, Op::kOne | Op::kOne << 16);
 }
 
-// ------------------------------------------------------------------------------- the Gaussian
-// table
+// --------------------------------------------------------------------------- the Gaussian table
 
 // The table in shared memory: 256 rows of 128 bytes; row i holds 32 copies, one a lane, of entries
 // 2i and 2i + 1. At a multiple of 32 KiB a lookup is one logic operation and one load from the
@@ -75,33 +74,33 @@ FASTPROJ_DEVICE std::uint32_t gaussian_pair(std::uint32_t word, std::uint32_t ta
 
 // ------------------------------------------------------------------------------- generators
 
-// Fragments of kTiles pieces of 16 columns for one 512-row unit after another: start(m, unit); then
-// per 64 rows fragments(m, ...) for each m; advance() after every 128 rows. The words of the next
-// unit can be made in kParts parts along the way: prepare(part, ...) each, then turn() instead of
-// start().
+// Fragments of kTiles pieces of 16 columns, for one panel after another. A panel begins with
+// start(m, panel). Every 64 rows take a call of fragments(m, ...) for each m, and every 128 rows
+// end with advance(). Alternatively the words of the next panel are made in kParts parts along the
+// way: prepare(part, ...) for each, then turn() instead of start().
 template <Kind kKind, class Op, int kTiles>
 struct Generator;
 
 template <class Op, int kTiles>
 struct Generator<Kind::kRademacher, Op, kTiles> {
     static constexpr int kParts = 2 * kTiles;
-    std::uint32_t w[kTiles][2][4];     // the words of this unit, the current one first
+    std::uint32_t w[kTiles][2][4];     // the words of this panel, the current one first
     std::uint32_t next[kTiles][2][4];  // those of the next
 
-    FASTPROJ_DEVICE void start(const GeneratorKey& key, int m, std::uint32_t unit,
+    FASTPROJ_DEVICE void start(const GeneratorKey& key, int m, std::uint32_t panel,
                                std::uint32_t column) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const Words words = column_words(key, unit, column + 8 * h);
+            const Words words = column_words(key, panel, column + 8 * h);
 #pragma unroll
             for (int j = 0; j < 4; ++j) w[m][h][j] = words.w[j];
         }
     }
     // `column` is that of tile 0; the tiles lie 64 columns apart.
-    FASTPROJ_DEVICE void prepare(const GeneratorKey& key, int part, std::uint32_t unit,
+    FASTPROJ_DEVICE void prepare(const GeneratorKey& key, int part, std::uint32_t panel,
                                  std::uint32_t column) {
         // Opaque from end to end: between the products where it is called, and nowhere else.
-        const Words words = column_words(key, unit, opaque(column + part / 2 * 64 + part % 2 * 8));
+        const Words words = column_words(key, panel, opaque(column + part / 2 * 64 + part % 2 * 8));
 #pragma unroll
         for (int j = 0; j < 4; ++j) next[part / 2][part % 2][j] = opaque(words.w[j]);
     }
@@ -149,14 +148,15 @@ struct Generator<Kind::kGaussian, Op, kTiles> {
     FASTPROJ_DEVICE void start(const GeneratorKey&, int, std::uint32_t, std::uint32_t) {}
     FASTPROJ_DEVICE void prepare(const GeneratorKey&, int, std::uint32_t, std::uint32_t) {}
     FASTPROJ_DEVICE void turn() {}
-    FASTPROJ_DEVICE void fragments(const GeneratorKey& key, int, int, int group, std::uint32_t unit,
-                                   std::uint32_t column, std::uint32_t (&a)[4][4]) {
+    FASTPROJ_DEVICE void fragments(const GeneratorKey& key, int, int, int group,
+                                   std::uint32_t panel, std::uint32_t column,
+                                   std::uint32_t (&a)[4][4]) {
         column = opaque(column);
 #pragma unroll
         for (int q = 0; q < 2; ++q) {  // 32-row blocks
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const Words words = column_words(key, unit * 16 + group * 2 + q, column + 8 * h);
+                const Words words = column_words(key, panel * 16 + group * 2 + q, column + 8 * h);
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     a[2 * q + (j >> 1)][h + 2 * (j & 1)] =
@@ -168,8 +168,7 @@ struct Generator<Kind::kGaussian, Op, kTiles> {
     FASTPROJ_DEVICE void advance() {}
 };
 
-// ------------------------------------------------------------------------------- fp32 -> bf16
-// terms
+// --------------------------------------------------------------------------- fp32 -> bf16 terms
 
 // One element that is not finite, or so large that rounding could overflow: exact and slow.
 template <int kTerms>
@@ -227,8 +226,7 @@ FASTPROJ_DEVICE void split_floats(const std::uint32_t (&x)[8], std::uint32_t (&o
     }
 }
 
-// ------------------------------------------------------------------------------- elements into
-// tiles
+// -------------------------------------------------------------------------- elements into tiles
 
 // A tile of 64 rows is moved in chunks of 8 elements, 8 chunks a sample: chunk c is rows 4 c to 4 c
 // + 3 and the same 32 rows further on. So 8 threads take 128 contiguous bytes of fp32 with one
@@ -290,10 +288,10 @@ FASTPROJ_DEVICE void store_chunk(const ProjectParams& p, std::uint32_t tile,
 
 // ------------------------------------------------------------------------------- work and results
 
-// One unit of work: a tile of samples, a tile of columns and a range of 512-row units.
+// One item of work: a tile of samples, a tile of columns and a range of panels.
 struct WorkItem {
     int batch_tile, col_tile, split;
-    int first, last;  // 512-row units
+    int first, last;  // panels
 
     FASTPROJ_DEVICE static WorkItem at(const ProjectParams& p, int index) {
         WorkItem item;
@@ -301,9 +299,9 @@ struct WorkItem {
         const int rest = index / p.col_tiles;
         item.split = rest % p.splits;
         item.batch_tile = rest / p.splits;
-        item.first = static_cast<int>(static_cast<std::int64_t>(p.units) * item.split / p.splits);
+        item.first = static_cast<int>(static_cast<std::int64_t>(p.panels) * item.split / p.splits);
         item.last =
-            static_cast<int>(static_cast<std::int64_t>(p.units) * (item.split + 1) / p.splits);
+            static_cast<int>(static_cast<std::int64_t>(p.panels) * (item.split + 1) / p.splits);
         return item;
     }
 };

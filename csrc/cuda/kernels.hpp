@@ -1,6 +1,6 @@
-// Every compiled instantiation, listed once: the translation units, the dispatch and the host
-// emulation all read these lists. A kernel is named by (kind, operand type, terms, BLOCK_B); the
-// fifth number of the sm_90a ones is the 64-column tiles of a consumer.
+// Every compiled instantiation, listed once. The translation units, find_kernel and the host
+// emulation all read these lists. A kernel is named by (kind, operand type, terms, BLOCK_B). The
+// last number of the sm_90a ones is how many 64-column tiles a consumer has.
 #pragma once
 
 #include "../spec.hpp"
@@ -74,7 +74,8 @@ struct Kernel {
     int fold_rows = 0;  // rows that one accumulator adds up
 };
 
-// One for each list, in the unit that compiles it; an empty Kernel when the key is not in the list.
+// One for each list, in the translation unit that compiles it; an empty Kernel when the key is not
+// in the list.
 Kernel find_sm90_rademacher(const KernelKey& key);
 Kernel find_sm90_rademacher_split(const KernelKey& key);
 Kernel find_sm90_gaussian(const KernelKey& key);

@@ -1,4 +1,4 @@
-// Launches: device and capture guards, tensor maps, checks. See launch.hpp.
+// Launches, with their device and capture guards, tensor maps and checks. See launch.hpp.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -121,8 +121,8 @@ const void* find_sjlt_kernel(const SjltKey& key) {
 
 class CudaLauncher {
   public:
-    CudaLauncher(void* stream, int multiprocessors)
-        : stream_(static_cast<cudaStream_t>(stream)), multiprocessors_(multiprocessors) {}
+    CudaLauncher(void* cuda_stream, int multiprocessors)
+        : cuda_stream_(static_cast<cudaStream_t>(cuda_stream)), multiprocessors_(multiprocessors) {}
 
     Kernel find(Variant variant, const KernelKey& key) { return find_kernel(variant, key); }
 
@@ -168,12 +168,12 @@ class CudaLauncher {
             grid(ceil_div(p.cols, 64) * p.blocks), p);
     }
     void transpose80(Kind kind, int terms, const TransposeParams& p) {
-        one("project_transpose sm80", transpose_kernel(kind, terms), grid(p.units * p.batch_tiles),
+        one("project_transpose sm80", transpose_kernel(kind, terms), grid(p.panels * p.batch_tiles),
             p);
     }
     void transpose_simple(Kind kind, const TransposeParams& p) {
         one("project_transpose simple", simple_kernel(SimpleKernel::kTranspose, kind),
-            grid(p.units * p.batch_tiles), p);
+            grid(p.panels * p.batch_tiles), p);
     }
 
   private:
@@ -204,7 +204,7 @@ class CudaLauncher {
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(static_cast<unsigned>(kernel.threads));
         config.dynamicSmemBytes = static_cast<std::size_t>(kernel.shared_bytes);
-        config.stream = stream_;
+        config.stream = cuda_stream_;
         cudaLaunchAttribute attribute{};
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -215,7 +215,7 @@ class CudaLauncher {
         check(cudaLaunchKernelExC(&config, kernel.entry, arguments), "launch of " + where);
     }
 
-    cudaStream_t stream_;
+    cudaStream_t cuda_stream_;
     int multiprocessors_;
 };
 
@@ -317,25 +317,25 @@ Kernel find_kernel(Variant variant, const KernelKey& key) {
     throw std::logic_error("fastproj._cuda: the plan names a kernel that is not compiled");
 }
 
-void project(int device, void* stream, const ProjectCall& call, void* workspace,
+void project(int device, void* cuda_stream, const ProjectCall& call, void* workspace,
              std::int64_t workspace_bytes) {
     const DeviceInfo info = device_info(device);
     DeviceGuard guard(device);
-    CudaLauncher launcher(stream, info.multiprocessors);
+    CudaLauncher launcher(cuda_stream, info.multiprocessors);
     run_project(launcher, info, call, workspace, workspace_bytes);
 }
 
-void project_transpose(int device, void* stream, const TransposeCall& call) {
+void project_transpose(int device, void* cuda_stream, const TransposeCall& call) {
     const DeviceInfo info = device_info(device);
     DeviceGuard guard(device);
-    CudaLauncher launcher(stream, info.multiprocessors);
+    CudaLauncher launcher(cuda_stream, info.multiprocessors);
     run_transpose(launcher, call);
 }
 
-void matrix(int device, void* stream, const MatrixCall& call) {
+void matrix(int device, void* cuda_stream, const MatrixCall& call) {
     const DeviceInfo info = device_info(device);
     DeviceGuard guard(device);
-    CudaLauncher launcher(stream, info.multiprocessors);
+    CudaLauncher launcher(cuda_stream, info.multiprocessors);
     run_matrix(launcher, call);
 }
 

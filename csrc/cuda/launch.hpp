@@ -1,5 +1,5 @@
-// What the bindings see of the CUDA side: no CUDA headers, no torch, raw pointers and a stream
-// handle. Every function throws std::runtime_error with the failing call and its place; none
+// What the bindings see of the CUDA side: no CUDA headers, no torch, raw pointers and the handle of
+// a CUDA stream. Every function throws std::runtime_error with the failing call and its place. None
 // synchronises or allocates.
 #pragma once
 
@@ -29,10 +29,10 @@ std::string compiled_architectures();
 DeviceInfo device_info(int device);
 Kernel find_kernel(Variant variant, const KernelKey& key);
 
-// `stream` is a cudaStream_t of `device`.
-void project(int device, void* stream, const ProjectCall& call, void* workspace,
+// `cuda_stream` is a cudaStream_t of `device`.
+void project(int device, void* cuda_stream, const ProjectCall& call, void* workspace,
              std::int64_t workspace_bytes);
-void project_transpose(int device, void* stream, const TransposeCall& call);
-void matrix(int device, void* stream, const MatrixCall& call);
+void project_transpose(int device, void* cuda_stream, const TransposeCall& call);
+void matrix(int device, void* cuda_stream, const MatrixCall& call);
 
 }  // namespace fastproj::cuda

@@ -21,8 +21,8 @@ enum class Loader : std::int32_t {
     kWords = 5,     // sjlt: 4-byte asynchronous copies of dense rows that start at multiples of 4
 };
 
-// Rows of P in one unit of work: one Philox block of Rademacher, 16 of Gaussian.
-constexpr int kUnitRows = 512;
+// Rows of P in one panel: one Philox block of Rademacher, 16 of Gaussian.
+constexpr int kPanelRows = 512;
 // Columns of R in one column tile of the split-P arithmetic, whatever the kernel's own tile is: the
 // split must not depend on the kernel that the batch size selects.
 constexpr int kSplitColumns = 256;
@@ -37,10 +37,10 @@ struct ProjectParams {
     std::int32_t accumulate;         // add to dst
     std::uint32_t key0, key1;        // Philox key
     std::uint32_t counter2, stream;  // counter words 2 (without the lane) and 3
-    std::uint32_t first_unit;        // counter word 0 of the first 512-row unit
-    std::int32_t row_shift;          // rows of that unit that precede the piece, 0..511
+    std::uint32_t first_panel;       // counter word 0 of the first panel
+    std::int32_t row_shift;          // rows of that panel that precede the piece, 0..511
     std::int32_t rows, batch, cols;
-    std::int32_t units;  // of 512 rows that the piece touches
+    std::int32_t panels;  // of 512 rows that the piece touches
     std::int32_t splits, col_tiles, batch_tiles;
     std::int32_t items;  // the product of the three
     std::int32_t loader, input;
@@ -78,7 +78,7 @@ struct TransposeParams {
     void* out;  // [batch, rows]
     std::int64_t out_stride_b, out_stride_p;
     std::int64_t rows, row_offset;
-    std::int64_t first_unit, units;  // of 512 rows
+    std::int64_t first_panel, panels;  // of 512 rows
     double scale;
     std::uint64_t seed;
     std::uint32_t stream, sign_mask;
@@ -125,7 +125,7 @@ struct SimpleParams {
     double* dst;
     std::int64_t dst_stride_split, dst_stride_b;
     std::int64_t rows, row_offset;
-    std::int64_t first_unit, units;
+    std::int64_t first_panel, panels;
     std::uint64_t seed;
     std::uint32_t stream;
     std::int32_t first_col;  // of R: the column of dst[..., 0]

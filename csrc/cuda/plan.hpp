@@ -84,21 +84,22 @@ constexpr std::int64_t kWorkspaceLimit = std::int64_t{48} << 20;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Splits of `units` 512-row units: the fewest that minimise the time of the busiest multiprocessor.
-// Depends on P and K, never on B: a row's result must not depend on the batch that it is in.
-inline int choose_splits(Kind kind, std::int64_t units, std::int64_t cols, int multiprocessors) {
-    constexpr std::int64_t kOverhead = 3;  // units: pipeline fill, epilogue, share of the sum
+// The number of splits of the panels: the smallest that minimises the time of the busiest
+// multiprocessor. It depends on P and K, never on B, because a row's result must not depend on the
+// batch that it is in.
+inline int choose_splits(Kind kind, std::int64_t panels, std::int64_t cols, int multiprocessors) {
+    constexpr std::int64_t kOverhead = 3;  // panels: pipeline fill, epilogue, share of the sum
     // Samples of the largest tile: their partial sums must fit in the workspace.
     const std::int64_t least_samples = kind == Kind::kRademacher ? 64 : 128;
     const std::int64_t tiles = ceil_div(cols, kSplitColumns);
     const std::int64_t row_bytes = ceil_div(cols, 64) * 64 * 4;
     const std::int64_t most = std::min<std::int64_t>(
-        {units, 4 * static_cast<std::int64_t>(multiprocessors),
+        {panels, 4 * static_cast<std::int64_t>(multiprocessors),
          std::max<std::int64_t>(1, kWorkspaceLimit / (row_bytes * least_samples))});
     std::int64_t best = 1, best_cost = -1;
     for (std::int64_t splits = 1; splits <= most; ++splits) {
         const std::int64_t waves = ceil_div(tiles * splits, multiprocessors);
-        const std::int64_t cost = waves * (ceil_div(units, splits) + kOverhead);
+        const std::int64_t cost = waves * (ceil_div(panels, splits) + kOverhead);
         if (best_cost < 0 || cost < best_cost) {
             best = splits;
             best_cost = cost;
@@ -159,9 +160,9 @@ inline int choose_block_b(Variant variant, Kind kind, int terms, std::int64_t ba
     return best;
 }
 
-// 512-row units that rows [offset, offset + rows) touch.
-inline std::int64_t units_of(std::int64_t offset, std::int64_t rows) {
-    return ceil_div(offset + rows, kUnitRows) - offset / kUnitRows;
+// Panels that rows [offset, offset + rows) touch.
+inline std::int64_t panels_of(std::int64_t offset, std::int64_t rows) {
+    return ceil_div(offset + rows, kPanelRows) - offset / kPanelRows;
 }
 
 // The fewest launches whose partial sums fit in the workspace, of equal size to a tile.
@@ -243,10 +244,10 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
             "project: variant sm90 was asked for, but this device or build has no sm_90a code");
     }
     plan.row_chunk = std::min(call.rows, kLaunchRows);
-    const std::int64_t shift = call.row_offset % kUnitRows;
-    const std::int64_t units =
-        units_of(shift, std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows));
-    plan.splits = choose_splits(call.key.kind, units, call.cols, device.multiprocessors);
+    const std::int64_t shift = call.row_offset % kPanelRows;
+    const std::int64_t panels =
+        panels_of(shift, std::min(call.rows, kLaunchRows - call.row_offset % kLaunchRows));
+    plan.splits = choose_splits(call.key.kind, panels, call.cols, device.multiprocessors);
 
     if (plan.variant == Variant::kSimple) {
         plan.key = {call.key.kind, false, 0, 8};
@@ -262,8 +263,8 @@ inline Plan plan_project(const DeviceInfo& device, const ProjectCall& call) {
     plan.key = {call.key.kind, call.dtype != Dtype::kF16, terms,
                 choose_block_b(plan.variant, call.key.kind, terms, call.batch)};
 
-    // Alignment. The copy engine needs an aligned tensor; the other 16-byte loads also need pieces
-    // that start at multiples of 8 rows of R (fp32: 4) to be aligned.
+    // The copy engine needs an aligned tensor. The other 16-byte loads need aligned addresses of
+    // the rows whose numbers in R are multiples of 8 (fp32: 4).
     const int bytes = element_bytes(call.dtype);
     const auto base = reinterpret_cast<std::uintptr_t>(call.grads);
     const bool row_stride =

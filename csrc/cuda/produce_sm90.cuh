@@ -1,11 +1,13 @@
 // The producer warpgroup of the sm_90a projection: fills the ring of tiles that the consumers read.
 //
-// 16-bit G with aligned rows is copied straight into tiles by the copy engine (copy_tiles90). All
-// else goes through a second ring, of elements as they are, which threads convert into tiles
-// (convert90): the copy engine fills it (fp32, aligned rows), or asynchronous copies of one element
-// each (any alignment, any strides). So what is in flight lies in shared memory, several stages
-// ahead, and no register waits for it: loads into registers share a scoreboard, and whoever waits
-// for one of them waits for all, those of later stages included.
+// The copy engine copies 16-bit G with aligned rows straight into tiles (copy_tiles90). All other G
+// goes through a second ring, of elements as they are, and threads convert it into tiles
+// (convert90). The copy engine fills that ring where G is fp32 with aligned rows. Elsewhere
+// asynchronous copies of one element each fill it, for any alignment and strides.
+//
+// Data in flight are thus on their way to shared memory, several stages ahead, and no register
+// waits for them. Loads into registers would share a scoreboard: a wait for one is a wait for all,
+// those of later stages included.
 #pragma once
 
 #include "config_sm90.cuh"
@@ -30,8 +32,8 @@ struct Stages {
         if (!more()) return;
         const WorkItem item = WorkItem::at(p, index);
         b = item.batch_tile * C::kBlockB;
-        row = item.first * kUnitRows - p.row_shift;
-        end = item.last * kUnitRows - p.row_shift;
+        row = item.first * kPanelRows - p.row_shift;
+        end = item.last * kPanelRows - p.row_shift;
     }
     FASTPROJ_DEVICE void advance() {
         row += C::kStageRows;

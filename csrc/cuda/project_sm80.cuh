@@ -1,11 +1,11 @@
 // Projection with mma.sync: sm_80 and everything later.
 //
 // A block of 8 warps owns 256 columns, 32 a warp, and streams tiles of G through a ring in shared
-// memory: by asynchronous copies (16-bit G, aligned), or by way of asynchronous copies of elements
-// as they are, which are converted a stage later (fp32 split into bf16 terms, and anything
-// unaligned). No register waits for memory: loads into registers share a scoreboard, and whoever
-// waits for one of them waits for all. Each warp generates its fragments of R transposed (operand
-// A) in registers and reads G transposed (operand B) with ldmatrix.
+// memory. Aligned 16-bit G comes by asynchronous copies. All other G comes by asynchronous copies
+// of the elements as they are, which are converted a stage later: fp32 into bf16 terms, and
+// anything unaligned. No register waits for memory, because loads into registers would share a
+// scoreboard, and a wait for one is a wait for all. Each warp generates its fragments of R
+// transposed (operand A) in registers, and reads G transposed (operand B) with ldmatrix.
 #pragma once
 
 #include "fragments.cuh"
@@ -24,7 +24,7 @@ struct Config80 {
     static constexpr int kColumns = 8 * 16 * kTiles;
     static constexpr int kSubtiles = BLOCK_B < 64 && kTerms == 1 ? 64 / BLOCK_B : 1;
     static constexpr int kStageRows = 64 * kSubtiles;
-    static constexpr int kUnitStages = kUnitRows / kStageRows;
+    static constexpr int kPanelStages = kPanelRows / kStageRows;
     static constexpr int kTileBytes = BLOCK_B * 128;
     static constexpr int kTermBytes = kTileBytes * kSubtiles;
     static constexpr int kStageBytes = kTermBytes * kTerms;
@@ -58,7 +58,7 @@ struct Feeder80 {
         : p(params),
           tiles(at),
           b(item.batch_tile * C::kBlockB),
-          row(item.first * kUnitRows - params.row_shift),
+          row(item.first * kPanelRows - params.row_shift),
           thread(threadIdx.x),
           async(params.loader == static_cast<std::int32_t>(Loader::kCpAsync)),
           slots(async ? C::kStages : 2),
@@ -219,7 +219,7 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
     for (int index = blockIdx.x; index < p.items; index += gridDim.x) {
         const WorkItem item = WorkItem::at(p, index);
         const int column = item.col_tile * C::kColumns + warp * 16 * C::kTiles + (lane >> 2);
-        const int stages = (item.last - item.first) * C::kUnitStages;
+        const int stages = (item.last - item.first) * C::kPanelStages;
         float acc[C::kTiles][2 * kPairs][4], sum[C::kTiles][2 * kPairs][4];
 #pragma unroll
         for (int m = 0; m < C::kTiles; ++m) {
@@ -249,13 +249,13 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
 
         Generator<C::kind, typename C::Op, C::kTiles> generator;
         for (int i = 0; i < stages; i += C::kSpan) {
-            const int in_unit = i % C::kUnitStages;
-            const std::uint32_t absolute = p.first_unit + item.first + i / C::kUnitStages;
-            if (in_unit == 0) {
+            const int in_panel = i % C::kPanelStages;
+            const std::uint32_t absolute = p.first_panel + item.first + i / C::kPanelStages;
+            if (in_panel == 0) {
 #pragma unroll
                 for (int m = 0; m < C::kTiles; ++m)
                     generator.start(key, m, absolute, column + m * 16);
-                if (C::kFoldRows > 64 && i / C::kUnitStages % (C::kFoldRows / kUnitRows) == 0)
+                if (C::kFoldRows > 64 && i / C::kPanelStages % (C::kFoldRows / kPanelRows) == 0)
                     fold();
             }
 #pragma unroll
@@ -266,7 +266,7 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
 #pragma unroll
                 for (int sub = 0; sub < C::kSubtiles; ++sub) {
                     const int half = (s * C::kSubtiles + sub) & 1;
-                    const int group = (in_unit + s) * C::kSubtiles + sub;
+                    const int group = (in_panel + s) * C::kSubtiles + sub;
                     std::uint32_t a[C::kTiles][4][4];
 #pragma unroll
                     for (int m = 0; m < C::kTiles; ++m) {

@@ -33,10 +33,10 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
     const std::uint32_t remote_empty =
         remote_address(empty, p.tile_cluster == 2 ? lane & 1 : cluster_rank());
     // Whether a descriptor is the sum of one base and a constant.
-    constexpr bool kFixed = C::kUnroll && C::kUnits == 1;
+    constexpr bool kFixed = C::kUnroll && C::kPanels == 1;
     const std::uint64_t tiles_descriptor = wgmma_descriptor(tiles);
 
-    Ring<C::kUnroll ? C::kUnits : C::kStages> ring;
+    Ring<C::kUnroll ? C::kPanels : C::kStages> ring;
     for (int index = first_item; index < p.items; index += item_step) {
         const WorkItem item = WorkItem::at(p, index);
         const int column =
@@ -74,18 +74,18 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
         std::uint32_t a[2][4][4];  // fragments: one set in use by the tensor cores
 #pragma unroll
         for (int m = 0; m < C::kTiles; ++m) {
-            generator.start(key, m, p.first_unit + item.first, column + m * 64);
+            generator.start(key, m, p.first_panel + item.first, column + m * 64);
         }
-        for (int period = item.first; period < item.last; period += C::kFoldUnits) {
+        for (int period = item.first; period < item.last; period += C::kFoldPanels) {
             const int end =
-                C::kFoldUnits == 1 ? period + 1 : min(period + C::kFoldUnits, item.last);
+                C::kFoldPanels == 1 ? period + 1 : min(period + C::kFoldPanels, item.last);
             std::uint32_t last = 0;  // the stage that is still to be released
-            for (int unit = period; unit < end; ++unit) {
-                const std::uint32_t absolute = p.first_unit + unit;
+            for (int panel = period; panel < end; ++panel) {
+                const std::uint32_t absolute = p.first_panel + panel;
 #pragma unroll C::kUnrollStages
-                for (int s = 0; s < C::kUnitStages; ++s) {
+                for (int s = 0; s < C::kPanelStages; ++s) {
                     const std::uint32_t stage =
-                        C::kUnroll ? ring.place * C::kUnitStages + s : ring.place;
+                        C::kUnroll ? ring.place * C::kPanelStages + s : ring.place;
                     const std::uint64_t descriptor =
                         tiles_descriptor + stage * (C::kStageBytes >> 4);
 #pragma unroll
@@ -94,7 +94,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
                         // Where sums start afresh; nothing is in flight there.
                         const bool first = C::kFoldStages   ? sub == 0
                                            : C::kFoldGroups ? group == 0
-                                                            : unit == period && group == 0;
+                                                            : panel == period && group == 0;
                         const bool wait = !C::kFoldGroups || !first;
 #pragma unroll
                         for (int m = 0; m < C::kTiles; ++m) {
@@ -127,7 +127,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
                                 }
                             }
                             wgmma_commit();
-                            // The next unit's words, one part behind each of the last products:
+                            // The next panel's words, one part behind each of the last products:
                             // all at once, the tensor cores would run dry.
                             const int part =
                                 (group - 8) * C::kTiles + m + decltype(generator)::kParts;

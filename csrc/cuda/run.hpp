@@ -25,11 +25,11 @@ template <class Launcher>
 void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
                const ProjectCall& call, std::int64_t first_col, void* workspace) {
     const bool simple = plan.variant == Variant::kSimple;
-    const std::int64_t shift = call.row_offset % kUnitRows;
-    const std::int64_t units = units_of(shift, call.rows);
+    const std::int64_t shift = call.row_offset % kPanelRows;
+    const std::int64_t panels = panels_of(shift, call.rows);
     const bool sparse = call.key.kind == Kind::kSjlt;
-    const int splits =
-        static_cast<int>(std::min(std::int64_t{plan.splits}, sparse ? sjlt_tiles_of(call) : units));
+    const int splits = static_cast<int>(
+        std::min(std::int64_t{plan.splits}, sparse ? sjlt_tiles_of(call) : panels));
     const bool reduce = simple || sparse || splits > 1;
 
     if (sparse) {
@@ -44,8 +44,8 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         p.dst_stride_split = plan.workspace_row * call.batch;
         p.rows = call.rows;
         p.row_offset = call.row_offset;
-        p.first_unit = call.row_offset / kUnitRows;
-        p.units = units;
+        p.first_panel = call.row_offset / kPanelRows;
+        p.panels = panels;
         p.seed = call.key.seed;
         p.stream = call.key.stream;
         p.batch = static_cast<std::int32_t>(call.batch);
@@ -75,18 +75,18 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
             p.scale = static_cast<float>(call.scale);
             p.accumulate = call.accumulate;
         }
-        const std::int64_t unit = call.row_offset / kUnitRows;
-        const std::int64_t block = call.key.kind == Kind::kRademacher ? unit : unit * 16;
+        const std::int64_t panel = call.row_offset / kPanelRows;
+        const std::int64_t block = call.key.kind == Kind::kRademacher ? panel : panel * 16;
         p.key0 = static_cast<std::uint32_t>(call.key.seed);
         p.key1 = static_cast<std::uint32_t>(call.key.seed >> 32);
         p.counter2 = counter2(call.key.kind, block, 0);
         p.stream = call.key.stream;
-        p.first_unit = static_cast<std::uint32_t>(unit);
+        p.first_panel = static_cast<std::uint32_t>(panel);
         p.row_shift = static_cast<std::int32_t>(shift);
         p.rows = static_cast<std::int32_t>(call.rows);
         p.batch = static_cast<std::int32_t>(call.batch);
         p.cols = static_cast<std::int32_t>(call.cols);
-        p.units = static_cast<std::int32_t>(units);
+        p.panels = static_cast<std::int32_t>(panels);
         p.splits = splits;
         p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, kernel.columns));
         p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, plan.key.block_b));
@@ -240,8 +240,8 @@ void run_transpose(Launcher& launcher, const TransposeCall& call) {
     p.out_stride_p = call.out_stride_p;
     p.rows = call.rows;
     p.row_offset = call.row_offset;
-    p.first_unit = call.row_offset / kUnitRows;
-    p.units = units_of(call.row_offset % kUnitRows, call.rows);
+    p.first_panel = call.row_offset / kPanelRows;
+    p.panels = panels_of(call.row_offset % kPanelRows, call.rows);
     p.scale = call.scale;
     p.seed = call.key.seed;
     p.stream = call.key.stream;

@@ -1,5 +1,5 @@
-// Kernels without tensor cores: blocks of R, the sum over splits of P, and projections in double,
-// which serve float64 and stand as the simplest correct version of each operation.
+// Kernels without tensor cores: blocks of R, the sum over splits of P, and projections in double.
+// The last serve float64, and are the simplest correct version of each operation.
 #pragma once
 
 #include "fragments.cuh"
@@ -12,7 +12,7 @@ FASTPROJ_DEVICE MatrixKey matrix_key(Kind kind, std::uint64_t seed, std::uint32_
     return MatrixKey{kind, stream, seed};
 }
 
-// The bf16 bits of the entry that row `at` of a 512-row unit takes from its word.
+// The bf16 bits of the entry that row `at` of a panel takes from its word.
 template <Kind kKind>
 FASTPROJ_DEVICE std::uint32_t entry_in_word(std::uint32_t word, int at) {
     if constexpr (kKind == Kind::kRademacher) {
@@ -139,7 +139,7 @@ matrix_kernel(FASTPROJ_GRID_CONSTANT MatrixParams p) {
 
 constexpr int kSimpleBatch = 8;     // samples of a block
 constexpr int kSimpleColumns = 64;  // columns of a block; 4 threads a column, one for each lane
-constexpr int kSimpleShared = kSimpleBatch * kUnitRows * 8;
+constexpr int kSimpleShared = kSimpleBatch * kPanelRows * 8;
 
 template <Kind kKind>
 FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
@@ -157,13 +157,13 @@ FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
         double sum[kSimpleBatch];
 #pragma unroll
         for (int b = 0; b < kSimpleBatch; ++b) sum[b] = 0.0;
-        for (std::int64_t unit = p.units * split / p.splits;
-             unit < p.units * (split + 1) / p.splits; ++unit) {
-            const std::int64_t row = (p.first_unit + unit) * kUnitRows;
+        for (std::int64_t panel = p.panels * split / p.splits;
+             panel < p.panels * (split + 1) / p.splits; ++panel) {
+            const std::int64_t row = (p.first_panel + panel) * kPanelRows;
             __syncthreads();
-            for (int at = threadIdx.x; at < kSimpleBatch * kUnitRows; at += kThreadsSimple) {
-                const int b = first_sample + at / kUnitRows;
-                const std::int64_t i = row + at % kUnitRows - p.row_offset;
+            for (int at = threadIdx.x; at < kSimpleBatch * kPanelRows; at += kThreadsSimple) {
+                const int b = first_sample + at / kPanelRows;
+                const std::int64_t i = row + at % kPanelRows - p.row_offset;
                 const bool inside = b < p.batch && i >= 0 && i < p.rows;
                 store_shared_f64(tile + at * 8,
                                  inside ? load_element(p.grads, p.input,
@@ -172,7 +172,7 @@ FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
             }
             __syncthreads();
 #pragma unroll 1
-            for (int start = 0; start < kUnitRows; start += W::kBlock) {
+            for (int start = 0; start < kPanelRows; start += W::kBlock) {
                 const Words words =
                     block_words(key, (row + start) / W::kBlock, lane, p.first_col + column);
 #pragma unroll
@@ -183,7 +183,7 @@ FASTPROJ_DEVICE void project_simple_body(const SimpleParams& p) {
                         const double entry = bits_float(entry_in_word<kKind>(words.w[w], at) << 16);
 #pragma unroll
                         for (int b = 0; b < kSimpleBatch; ++b) {
-                            sum[b] += entry * load_shared_f64(tile + (b * kUnitRows + at) * 8);
+                            sum[b] += entry * load_shared_f64(tile + (b * kPanelRows + at) * 8);
                         }
                     }
                 }
@@ -220,7 +220,7 @@ template <Kind kKind>
 struct TransposeSimple {
     static constexpr int kRows = kKind == Kind::kRademacher ? 512 : 32;
     static constexpr int kColumns = kKind == Kind::kRademacher ? 64 : 16;  // at a time
-    static constexpr int kWordBytes = kUnitRows / kRows * 4 * kColumns * 4 * 4;
+    static constexpr int kWordBytes = kPanelRows / kRows * 4 * kColumns * 4 * 4;
     static constexpr int kSharedBytes = kWordBytes + kSimpleBatch * kColumns * 8;
 };
 
@@ -232,16 +232,16 @@ FASTPROJ_DEVICE void transpose_simple_body(const TransposeParams& p) {
     const MatrixKey key = matrix_key(kKind, p.seed, p.stream);
     const std::uint32_t word_base = shared_base();  // [block, word, column, lane]
     const std::uint32_t y_base = word_base + T::kWordBytes;
-    const std::int64_t items = p.units * p.batch_tiles;
+    const std::int64_t items = p.panels * p.batch_tiles;
     for (std::int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const int first_sample = static_cast<int>(index % p.batch_tiles) * kSimpleBatch;
-        const std::int64_t row = (p.first_unit + index / p.batch_tiles) * kUnitRows;
+        const std::int64_t row = (p.first_panel + index / p.batch_tiles) * kPanelRows;
         double sum[2][kSimpleBatch];
 #pragma unroll
         for (int b = 0; b < kSimpleBatch; ++b) sum[0][b] = sum[1][b] = 0.0;
         for (int first = 0; first < p.cols; first += T::kColumns) {
             __syncthreads();
-            for (int at = threadIdx.x; at < kUnitRows / T::kRows * T::kColumns * 4;
+            for (int at = threadIdx.x; at < kPanelRows / T::kRows * T::kColumns * 4;
                  at += kThreadsSimple) {
                 const int lane = at & 3;
                 const int column = (at >> 2) % T::kColumns;

@@ -1,12 +1,13 @@
 // Kind sjlt: sums of rows gathered in a fixed order (spec.hpp; fastproj/spec.py).
 //
-// 16 neighbouring columns, a chunk, read 16 neighbouring rows of each tile, xor-ed among each
-// other: a packed chunk (spec.hpp) says which and with what signs. A block owns a range of columns,
-// all sums of which are in its registers, and a few samples. It brings whole tiles of G through a
-// ring in shared memory; its threads together make the packed chunks of the next tiles while they
-// use those of the present ones. A thread owns 4 neighbouring columns of several chunks: it reads 4
-// neighbouring rows at once and sorts them in registers. The order of a column's sum is that of the
-// tiles, whatever the configuration.
+// A chunk is 16 neighbouring columns. They read 16 neighbouring rows of each tile, in an order that
+// an xor gives. A packed chunk (spec.hpp) says which rows, in which order and with what signs.
+//
+// A block of threads owns a range of columns and a few samples, and has all their sums in
+// registers. It brings whole tiles of G through a ring in shared memory. Its threads together make
+// the packed chunks of the next tiles while they use those of the present ones. A thread owns 4
+// neighbouring columns of several chunks: it reads 4 neighbouring rows at once and sorts them in
+// registers. A column adds its tiles in order, whatever the configuration.
 #pragma once
 
 #include "simple.cuh"

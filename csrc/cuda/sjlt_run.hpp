@@ -1,4 +1,4 @@
-// Launches of kind sjlt: fills the structs of run.hpp's callers.
+// Launches of kind sjlt: fills in their parameter structs. run.hpp calls these functions.
 #pragma once
 
 #include "plan.hpp"

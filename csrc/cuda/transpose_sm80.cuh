@@ -50,11 +50,11 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
     const std::uint32_t lane_row = ((lane >> 4) * 8 + (lane & 7)) * 128;
     const std::uint32_t lane_piece = (((lane >> 3) & 1) ^ (lane & 7)) << 4;
 
-    const std::int64_t items = p.units * p.batch_tiles;
+    const std::int64_t items = p.panels * p.batch_tiles;
     for (std::int64_t index = blockIdx.x; index < items; index += gridDim.x) {
         const int first_sample = static_cast<int>(index % p.batch_tiles) * C::kBlockB;
-        const std::int64_t unit = p.first_unit + index / p.batch_tiles;
-        const std::int64_t block = kKind == Kind::kRademacher ? unit : unit * 16;
+        const std::int64_t panel = p.first_panel + index / p.batch_tiles;
+        const std::int64_t block = kKind == Kind::kRademacher ? panel : panel * 16;
         GeneratorKey key;
         key.key0 = static_cast<std::uint32_t>(p.seed);
         key.key1 = static_cast<std::uint32_t>(p.seed >> 32);
@@ -128,7 +128,7 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
                 }
             }
             if constexpr (kKind == Kind::kRademacher) {
-                const Words words = column_words(key, counter0(unit), step * 64 + (thread >> 2));
+                const Words words = column_words(key, counter0(panel), step * 64 + (thread >> 2));
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     store_shared(words_at + j * 1024 + thread * 4, words.w[j]);
@@ -192,7 +192,7 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
             for (int n = 0; n < 2 * kPairs; ++n) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {  // D: rows of R down, samples across
-                    const std::int64_t row = unit * kUnitRows + warp * 64 + m * 16 + (lane >> 2) +
+                    const std::int64_t row = panel * kPanelRows + warp * 64 + m * 16 + (lane >> 2) +
                                              8 * (i >> 1) - p.row_offset;
                     const int b = first_sample + n * 8 + 2 * (lane & 3) + (i & 1);
                     if (row < 0 || row >= p.rows || b >= p.batch) continue;

@@ -1,7 +1,7 @@
 """The CPU backend: hands tensors to ``fastproj._cpu`` as pointers, shapes and strides.
 
 The instruction set is the best one that the machine has; ``FASTPROJ_CPU_ISA`` or ``force_isa``
-names another. R is the same under all of them; sums differ by rounding.
+names another. R is the same under all sets. Sums differ by rounding.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The CUDA backend: hands tensors to ``fastproj._cuda`` as pointers, shapes, strides and a stream.
 
-R is generated in registers inside the kernels; see csrc/cuda/README.md. Calls are queued on the
-current stream of the tensors' device, allocate only through torch, never synchronise, and can be
-captured in a CUDA graph. ``FASTPROJ_CUDA_VARIANT`` (simple, sm80, sm90) or ``force_variant`` picks
-a kernel family; R is the same under all of them, sums differ by rounding.
+The kernels generate R in registers: see csrc/cuda/README.md. A call is queued on the current stream
+of the tensors' device. It allocates only through torch, never synchronises, and can be captured in
+a CUDA graph.
+
+``FASTPROJ_CUDA_VARIANT`` (simple, sm80, sm90) or ``force_variant`` picks a kernel family. R is the
+same under all families. Sums differ by rounding.
 """
 
 from __future__ import annotations
@@ -143,8 +145,8 @@ def plan(
     """What a projection of grads ``[batch, rows]`` to ``cols`` columns would use; needs no GPU.
 
     arch : compute capability, e.g. 80 or 90.
-    aligned : rows that start at multiples of 16 bytes, as in a dense tensor whose row is one.
-    block : of kind sjlt, which no other kind has; 0 is the default for ``cols``.
+    aligned : whether every row of the grads starts at a multiple of 16 bytes.
+    block : of kind sjlt alone; 0 stands for the default for ``cols``.
     """
     if kind == "sjlt":
         block = block or default_block(cols)

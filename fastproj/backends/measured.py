@@ -1,7 +1,7 @@
 """Which GPU backend is faster for a shape: looked up in ``measured.json``, never guessed.
 
-``bench/measured_table.py`` writes that file from a benchmark's result. What no measurement is near
-to keeps the registry's order.
+``bench/measured_table.py`` writes that file from a benchmark's result. A shape without a
+measurement near it keeps the registry's order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORTH = 1.1
 
 @dataclass(frozen=True)
 class Hint:
-    """A backend and why it comes first; ``backend`` is None where nothing was measured."""
+    """The backend that comes first, and why; ``backend`` is None where nothing was measured."""
 
     backend: str | None
     reason: str
@@ -53,7 +53,7 @@ class Measurement:
         return sum(apart) if max(apart) <= math.log2(REACH) else math.inf
 
     def hint(self, arch: str, usual: str) -> Hint:
-        """``usual``, or the one that is faster by more than WORTH."""
+        """``usual``, or the other backend if that is faster by more than WORTH."""
         ranked = sorted(self.rates, key=lambda each: -each[1])
         best, top = ranked[0]
         said = ", ".join(f"{name} {rate / top:.2f}" for name, rate in ranked)
@@ -64,7 +64,7 @@ class Measurement:
 
 
 def usual_backend(rows: Sequence[Measurement]) -> str:
-    """The one with the larger geometric mean of rates."""
+    """The backend with the larger geometric mean of rates."""
     means = {
         name: math.prod(dict(row.rates)[name] ** (1 / len(rows)) for row in rows)
         for name in BACKENDS

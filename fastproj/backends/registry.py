@@ -1,6 +1,6 @@
 """Which backend runs a call: the one asked for, or else the first that can.
 
-The order is cuda, triton, cpu, reference; where the GPU backends were measured, the faster of them
+The order is cuda, triton, cpu, reference. Where both GPU backends were measured, the faster one
 comes first (``measured``).
 
 Every adapter module ``fastproj.backends.<name>`` has NAME, unavailable(), unsupported(),
@@ -110,10 +110,11 @@ def choose(
 ) -> Backend:
     """The backend for such input: ``backend``, else $FASTPROJ_BACKEND, else the best that can.
 
-    shape : (B, K) of a projection; None for an operation of which no measurement tells.
+    shape : (B, K) of a projection; None for an operation that is never measured.
     index : which GPU; None is the current one.
 
-    Raises ValueError where the one asked for is unknown, not usable here or can't take the input.
+    Raises ValueError where the backend asked for is unknown, not usable here or can't take the
+    input.
     """
     if backend:
         return _choose(device_type, dtype, kind, backend, "backend", None)
@@ -129,8 +130,8 @@ def choose(
 def _refusal(name: str, device_type: str, dtype: torch.dtype, kind: str) -> str | None:
     """None where backend ``name`` takes such input here, else the reason.
 
-    The input first: whether a GPU can be used is found out by starting CUDA in this process, which
-    processes forked from it could not use then.
+    It asks about the input first. To ask whether a GPU can be used would start CUDA in this
+    process, and then processes forked from it could not use CUDA.
     """
     try:
         return load(name).unsupported(device_type, dtype, kind) or unavailable(name)

@@ -1,7 +1,8 @@
 """The Triton backend: any GPU that Triton takes, NVIDIA or AMD; no compiler at install.
 
-``FASTPROJ_TRITON_CONFIG`` or ``fastproj.kernels.config.pin`` fixes tile sizes: docs/triton.md.
-With ``TRITON_INTERPRET=1`` the kernels run in NumPy on CPU tensors: slow, for checking.
+``FASTPROJ_TRITON_CONFIG`` or ``fastproj.kernels.config.pin`` fixes tile sizes: docs/triton.md. With
+``TRITON_INTERPRET=1`` the kernels run in NumPy on CPU tensors. That is slow, and meant for
+checking.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ def plan(
 ) -> dict[str, str]:
     """What a projection of dense, aligned grads ``[batch, rows]`` to ``cols`` columns would use.
 
-    Needs neither a GPU nor Triton. block : of kind sjlt, the default for ``cols`` where None;
+    Needs neither a GPU nor Triton. block : of kind sjlt alone; None stands for the default for
+    ``cols``.
     arch : such as "sm_90" or "gfx942".
     """
     from fastproj.kernels import config

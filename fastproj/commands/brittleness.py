@@ -20,8 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastproj brittleness",
         description="How many predictions flip when the training samples that help each of them "
-        "most are left out. Outputs must be margins: positive where the model is right. Resumes "
-        "as `fastproj lds` does; trains (targets x sizes + 1) x repeats models.",
+        "most are left out. Outputs must be margins: positive where the model is right. The "
+        "command trains (targets x sizes + 1) x repeats models. A stopped command resumes as "
+        "`fastproj lds` does.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs=None, required=True)

@@ -1,9 +1,9 @@
 """``fastproj demo``: TRAK on real data from beginning to end, on any machine, in a minute or two.
 
-Trains small CNNs on the 8 x 8 digits that scikit-learn ships, attributes their outputs on held-out
-digits to the training digits, and then checks the attribution the hard way: by training hundreds of
-models on random halves of the training set and comparing what they do with what was predicted (the
-linear datamodeling score). Writes an HTML page of what helps and what harms.
+The demo trains small CNNs on the 8 x 8 digits that scikit-learn ships. It attributes their outputs
+on held-out digits to the training digits. Then it checks the attribution: it trains hundreds of
+models on random halves of the training set, and compares their outputs with those that the scores
+predict (the linear datamodeling score). It writes an HTML page of the digits that help and harm.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def build_page(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one core: for tensors as small as these, waiting for others takes longer."""
+    """torch on one core. For tensors as small as these, waiting for other threads takes longer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastproj demo",
         description="TRAK on scikit-learn's digits: train, attribute, check by retraining, report. "
-        "Run again with the same settings, it goes on where it was stopped.",
+        "A stopped demo goes on where it was when the same command runs again.",
     )
     parser.add_argument("--out", type=Path, default=Path("fastproj-demo"), metavar="DIR")
     for name, text in (

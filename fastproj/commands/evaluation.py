@@ -64,14 +64,14 @@ def add_interval(parser: argparse.ArgumentParser) -> None:
 
 
 def check_before_training(scores: Mapping[Path, Any]) -> None:
-    """Raise ValueError for scores that are not finite: hours of training would come before."""
+    """Raise ValueError for scores that are not finite, before hours of training."""
     for path, array in scores.items():
         for _ in () if isinstance(array, TopScores) else row_blocks(str(path), array):
             pass
 
 
 def others_of(truth: GroundTruth, folder: Path) -> str:
-    """What is to be said of the models in a directory that a result is not made of."""
+    """A message about the models in a directory that a result doesn't use."""
     if not truth.unused:
         return ""
     return f"; {truth.unused} more models in {folder} are kept and not used"
@@ -80,7 +80,7 @@ def others_of(truth: GroundTruth, folder: Path) -> str:
 def print_correlation(
     command: str, result: LDS | LOO, path: Path, outputs: npt.NDArray[np.float64]
 ) -> bool:
-    """Print a mean correlation, and which targets [m] have none; whether there is a number."""
+    """Print a mean correlation and the targets [m] without one. Return whether it is a number."""
     print(f"{result}  {path}")
     silent = np.isnan(result.per_target)
     if not silent.any():
@@ -122,7 +122,7 @@ def interval(options: argparse.Namespace) -> dict[str, Any]:
 def guarded(
     command: str, options: argparse.Namespace, run: Callable[[argparse.Namespace], int]
 ) -> int:
-    """Run a command; what a user can put right is a message."""
+    """Run a command. An error that its user can mend becomes a message."""
     try:
         check_sampling(command, options.confidence, options.n_boot, options.seed)
         return run(options)
@@ -136,7 +136,7 @@ def guarded(
 
 
 def agreed(what: str, sizes: dict[str, int], default: int | None = None) -> Any:
-    """The one value of ``sizes``; raises ValueError, naming two, where they differ."""
+    """The common value of ``sizes``. Raises ValueError, naming two of them, where they differ."""
     if len(set(sizes.values())) > 1:
         first = next(iter(sizes.items()))
         other = next(item for item in sizes.items() if item[1] != first[1])

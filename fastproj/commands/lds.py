@@ -21,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``fastproj lds``; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="fastproj lds",
-        description="The linear datamodeling score: how well scores predict what models trained on "
-        "random subsets output. Trains these models, each kept as soon as it is finished: run "
-        "again, the same command goes on where it was stopped; with more --subsets or --repeats, "
-        "it adds to what is there.",
+        description="The linear datamodeling score: how well scores predict the outputs of models "
+        "that are trained on random subsets. The command trains these models and keeps each as "
+        "soon as it is finished. Run it again to go on where it was stopped. More --subsets or "
+        "--repeats add to what is there.",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs="+", required=False)

@@ -21,9 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``fastproj loo``; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="fastproj loo",
-        description="Leave-one-out correlation: trains without one sample at a time, for some "
-        "random samples, and correlates what that does with their scores. Resumes as `fastproj "
-        "lds` does. One sample does little beside a seed: use several --repeats.",
+        description="Leave-one-out correlation. The command trains without one sample at a time, "
+        "for some random samples, and correlates the change of the outputs with the scores. A "
+        "seed changes outputs more than one sample does, so use several --repeats. A stopped "
+        "command resumes as `fastproj lds` does.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs="+", required=True)

@@ -1,7 +1,7 @@
 """``fastproj info --plan``: the tiles, stages, splits, grid and workspace of a projection by GPU.
 
-Nothing is launched or timed; the same arguments always give the same plan. The kernels choose by
-the same functions.
+Nothing is launched or timed. The same arguments always give the same plan. The functions are those
+by which the backends choose.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def plans(
 ) -> list[Plan]:
     """Plans for grads ``[batch, rows]`` to ``cols`` columns, dense and aligned, at row 0 of R.
 
-    For each GPU of GPUS and of this machine, cuda before triton. block : of kind sjlt, the default
-    for ``cols`` where None.
+    There is one for each GPU of GPUS and of this machine, cuda before triton. block : of kind sjlt
+    alone; None stands for the default for ``cols``.
 
-    Raises ValueError for a block that can't be.
+    Raises ValueError for a block that kind sjlt can't have.
     """
     block = check_block("fastproj info --plan", kind, block, cols)
     here = gpus_here()

@@ -68,7 +68,9 @@ def install(*, shadow: bool = False) -> bool:
     if ours:
         _log.info("import fast_jl gives fastproj.compat.fast_jl")
     else:
-        _log.info("import fast_jl gives the real one, %s; install(shadow=True) goes first", origin)
+        _log.info(
+            "import fast_jl gives the real one, %s; install(shadow=True) puts ours first", origin
+        )
     return ours
 
 

@@ -1,9 +1,9 @@
-"""dattri's random projection on fastproj: the same calls, lengths kept on average.
+"""dattri's random projection on fastproj: the same calls, which keep lengths on average.
 
 ``install()`` replaces ``dattri.func.projection.make_random_projector``, by which everything in
-dattri gets its projector. "normal", "rademacher" and "sjlt" are ours; "random_mask", "grass" and
-"identity" stay dattri's. A projector costs nothing to make, so that
-dattri makes one for each batch doesn't matter any more, and ``proj_seed`` names the matrix.
+dattri gets its projector. "normal", "rademacher" and "sjlt" are ours. "random_mask", "grass" and
+"identity" stay dattri's. dattri makes a projector for each batch, which costs nothing here:
+``proj_seed`` names the matrix, and nothing is drawn.
 
 Source: dattri 0.3.0, https://github.com/TRAIS-Lab/dattri, for names and meaning.
 """
@@ -69,8 +69,8 @@ class Projector(AbstractProjector):
     """``features @ R / sqrt(proj_dim)`` with the matrix of (seed, ensemble_id).
 
     For "sjlt", ``features @ R * sqrt(block / proj_dim)``: ``block`` is the power of two at or below
-    proj_dim, at least 16 and at most 65,536, and a row has proj_dim / block entries. That is
-    dattri's one entry, unscaled, where proj_dim is such a power of two.
+    proj_dim, at least 16 and at most 65,536, and a row has proj_dim / block entries. Where proj_dim
+    is such a power of two, a row has one unscaled entry, as in dattri.
 
     Parameters
     ----------

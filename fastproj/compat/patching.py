@@ -30,9 +30,9 @@ def needed(function: str, module: str, package: str) -> ModuleType:
 class Patch:
     """Objects to be replaced by others wherever loaded modules hold them.
 
-    "Hold" is: as a global, or as a value of a global dict (a registry of classes). Objects that
-    hide in closures, default arguments or instances stay what they are. ``undo`` restores those
-    places; modules imported in between keep what they took.
+    A module holds an object as a global, or as a value of a global dict (a registry of classes).
+    Objects in closures, default arguments or instances are not replaced. ``undo`` restores the
+    places that ``apply`` changed. Modules imported in between keep what they took.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """sjlt's ``SJLTProjection`` on kind "sjlt", for any size, dtype and device.
 
-``install()`` replaces the class where sjlt is installed, and otherwise makes ``import sjlt`` give
-this module: sjlt itself needs nvcc to be installed. The matrix is fastproj's, not sjlt's:
+``install()`` replaces the class where sjlt is installed. Elsewhere it makes ``import sjlt`` give
+this module, because sjlt itself needs nvcc at install. The matrix is fastproj's, not sjlt's:
 docs/dropin.md.
 
 Source: sjlt 0.1.7, https://github.com/TRAIS-Lab/sjlt, for names and meaning.

@@ -57,20 +57,20 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     block : of kind "sjlt", as in ``fastproj.project``.
     density : of kind "sjlt", in place of ``block``, the share of entries of R that aren't zero, as
         in ``SparseRandomProjection``: 0 < density <= 1, or "auto" for 1 / sqrt(P). It gives the
-        block at or below 1 / density, a power of two from 16 to 65,536; ``density_`` is what
-        became of it.
+        block at or below 1 / density, a power of two from 16 to 65,536; ``density_`` holds the
+        resulting density.
     random_state : an int is the matrix's seed itself, the same matrix everywhere; a RandomState or
         None draws one.
-    compute_inverse_components : make at fit what the first ``inverse_transform`` would.
+    compute_inverse_components : compute the pseudo-inverse in ``fit``, not in the first
+        ``inverse_transform``.
     precision, backend : as in ``fastproj.project``.
 
     Attributes
     ----------
     n_components_ : K.
-    seed_ : the seed, with which ``fastproj.matrix(n_features_in_, n_components_, seed_, kind,
-        block=block_)`` is the matrix.
+    seed_ : the seed. ``fastproj.matrix`` gives the matrix for P, K, ``seed_``, kind, ``block_``.
     block_ : the block of kind "sjlt", None for the others.
-    density_ : 1 / block_ for kind "sjlt", 1.0 for the others.
+    density_ : 1 / ``block_`` for kind "sjlt", 1.0 for the others.
     components_ : of kind "sjlt", the scaled matrix [K, P] as a scipy.sparse.csr_matrix, float64;
         ``transform(X)`` is ``X @ components_.T``. Made at each access; nothing else needs it.
     n_features_in_ : P.

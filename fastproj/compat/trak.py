@@ -1,9 +1,9 @@
 """``trak.projectors`` on fastproj: the same classes, arguments and meaning.
 
-Either pass one in, ``trak.TRAKer(projector=CudaProjector(...))``, or ``install()`` once before the
-TRAKer is made. What differs from TRAK's, on purpose: every class takes any device, batch size and
-proj_dim; no matrix is kept, so ``free_memory`` has nothing to free; checkpoints and chunks never
-share a matrix (``model_id`` is a stream of its own, not an offset to the seed).
+Either pass one in, ``trak.TRAKer(projector=CudaProjector(...))``, or call ``install()`` once before
+the TRAKer is made. The classes differ from TRAK's on purpose. Every class takes any device, batch
+size and proj_dim. No matrix is kept, so ``free_memory`` has nothing to free. Checkpoints and chunks
+never share a matrix: ``model_id`` is a stream of its own, not an offset to the seed.
 
 Source: TRAK 0.3.2, https://github.com/MadryLab/trak, for names and meaning.
 """
@@ -112,7 +112,9 @@ class NoOpProjector(AbstractProjector):
 
 
 def _pieces(projector: str, grads: Grads, device: torch.device | str) -> list[Tensor]:
-    """``as_pieces``. A width isn't always checked, so the dimensions of a lone tensor are."""
+    """``as_pieces``, after a check that a lone tensor is [B, P]: later checks don't see its
+    shape.
+    """
     if isinstance(grads, Tensor) and grads.dim() != 2:
         raise ValueError(
             f"{projector}.project: received grads {list(grads.shape)}; expected a Tensor [B, P] or "
@@ -178,7 +180,7 @@ class BasicSingleBlockProjector(_Projector):
     proj_type : "normal" or "rademacher", as a str or ProjectionType.
     device : where gradients are moved to, and results lie.
     dtype : of the results. Gradients are not rounded to it first.
-    model_id : without effect; ``project`` is told.
+    model_id : without effect, because ``project`` takes one.
     """
 
     def __init__(
@@ -240,8 +242,8 @@ class CudaProjector(_Projector):
     """``grads @ R`` in float32 (float64 for float64 gradients), on any device.
 
     ``max_batch_size`` has no effect. As in TRAK, ``grad_dim`` is not compared with the gradients:
-    a narrower gradient meets the first rows of the same matrix. It may be 0: TRAK's chunks start
-    with an empty one where the first parameter is larger than a chunk.
+    a narrower gradient meets the first rows of the same matrix. ``grad_dim`` may be 0, because
+    TRAK's chunks start with an empty one where the first parameter is larger than a chunk.
     """
 
     def __init__(
@@ -371,8 +373,8 @@ _patch = Patch()
 def install() -> None:
     """Replace the classes of ``trak.projectors`` in place, wherever loaded modules hold them.
 
-    So also in ``trak.traker`` and in modules that imported them by name. ``import fast_jl`` is
-    made to work too, because TRAKer tries that before it takes a CudaProjector.
+    That includes ``trak.traker`` and modules that imported the classes by name. ``import fast_jl``
+    works afterwards too, because TRAKer tries it before it takes a CudaProjector.
 
     Raises
     ------

@@ -1,4 +1,6 @@
-"""Batches as TRAK sees them: nests of tensors of one first dimension, and parts that are none."""
+"""Batches as TRAK sees them: nests of tensors with one first dimension, and parts that are no
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,8 @@ def taken(part: Any, rows: list[int]) -> Any:
 
 
 class Lists:
-    """What the lists inside a loader's batches are: parts of the batch, or one entry a sample.
+    """What the lists inside a loader's batches are: parts of the batch, or one entry for each
+    sample.
 
     A list of B tensors with B rows each could be either; other batches of the loader say which.
     """
@@ -237,7 +240,7 @@ def size_of(function: str, batch: tuple[Any, ...], count: int | None) -> int:
 
 
 def outer(tree: Any, top: bool = True) -> Iterator[Any]:
-    """The leaves outside of lists and plain tuples inside of the batch."""
+    """The leaves of the batch that lie in no list or plain tuple inside it."""
     inside = children(tree)
     if inside is None:
         yield tree
@@ -281,7 +284,9 @@ def place(
     lists: Lists,
     path: tuple[Any, ...],
 ) -> Any:
-    """A part of a batch of ``size`` samples on ``device``, with lists by sample marked as such."""
+    """A part of a batch of ``size`` samples, moved to ``device``, with lists by sample marked as
+    such.
+    """
     if isinstance(tree, Tensor):
         check_layout(function, tree)
         if not tree.dim() or tree.shape[0] != size:
@@ -335,7 +340,7 @@ def refused(function: str, part: Any) -> TypeError:
 
 
 def constant(t: Tensor, device: torch.device) -> Tensor:
-    """``t`` on ``device``, as what nothing is differentiated by; also one of inference mode."""
+    """``t`` on ``device``, detached. A tensor of inference mode becomes an ordinary one."""
     t = t.detach().to(device)
     return t.clone() if t.is_inference() else t
 
@@ -357,8 +362,8 @@ def size(batch: Any) -> int:
 def select(batch: Any, rows: Any) -> Any:
     """The samples ``rows`` (a slice, mask, list or index) of a prepared batch.
 
-    An index takes the batch dimension off: of a list by sample its entry is left. An object keeps
-    its type, and holds one sample.
+    An index takes the batch dimension off. A list by sample becomes its entry. An object keeps its
+    type, and holds one sample.
     """
 
     def part_of(part: Any) -> Any:
@@ -382,7 +387,7 @@ def as_list(rows: Any) -> Any:
 def unpack(batch: tuple[Any, ...]) -> tuple[list[Tensor], Callable[[Sequence[Any]], Any]]:
     """The tensors of a prepared batch, and what puts others in their place.
 
-    Raises TypeError for a batch of which a single sample can't be had by indexing tensors.
+    Raises TypeError for a batch whose single samples can't be had by indexing tensors.
     """
     for part in parts(batch):
         if not isinstance(part, Tensor) and not isinstance(part, SHARED):
@@ -406,7 +411,9 @@ def kind_of(part: Any) -> str:
 
 
 def structure(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Equal for batches whose samples have equal shapes; other parts count by their content."""
+    """Equal for batches whose samples have equal shapes. Parts that are no tensors count by
+    content.
+    """
     found: list[Any] = []
     for part in parts(batch):
         if isinstance(part, Tensor):
@@ -424,8 +431,9 @@ def structure(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 def content_ids(batch: tuple[Any, ...], batch_size: int) -> npt.NDArray[np.int64]:
     """64 bits of a hash of each sample's content, int64 [B]: equal inputs have equal ids.
 
-    Of a tensor it is the sample's bytes, of a list by sample the entry, of an object what it gives
-    out for the sample; strings and numbers that all samples share are in every sample's hash.
+    The hash takes a sample's bytes from a tensor, its entry from a list by sample, and from an
+    object what the object gives out for it. Strings and numbers that all samples share are in every
+    sample's hash.
     """
     digests = [hashlib.blake2b(digest_size=8) for _ in range(batch_size)]
     for part in parts(batch):

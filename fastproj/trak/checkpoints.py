@@ -1,4 +1,6 @@
-"""Checkpoints: how they get into the model, and whether it still is the one that was loaded."""
+"""Checkpoints: how they are loaded into a model, and whether the model still holds what was
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ def load_state(
 
     Adapters as peft saves them, without their name in the keys, are recognised.
 
-    strict : False takes a checkpoint that lacks something, unless that is in ``grad_wrt``: it
-        stays as the model has it, which is said.
+    strict : False accepts a checkpoint that lacks something, unless that is in ``grad_wrt``. What
+        is lacking keeps the model's values, and a log line names it.
     """
     if not isinstance(checkpoint, Mapping):
         raise TypeError(
@@ -146,7 +148,7 @@ def with_adapter_names(
 
 
 def hint(checkpoint: Mapping[str, Any], missing: list[str], unknown: list[str]) -> str:
-    """How the state_dict may be had from what was given instead, for messages."""
+    """How to get the state_dict out of what was given instead, for messages."""
     for key in ("state_dict", "model_state_dict", "model"):
         if key in unknown and isinstance(checkpoint[key], Mapping):
             return f" (checkpoint[{key!r}]?)"
@@ -162,10 +164,10 @@ Versions = dict[str, tuple[int, int]]
 
 
 class LoadedModel:
-    """A model as it was when a checkpoint had been loaded: it must stay so while features are made.
+    """A model with a loaded checkpoint, which must not change while features are made.
 
-    Rows of an ``nn.Embedding(max_norm=)`` are brought to that norm here, as its forward would do
-    with those it looks up; the forward is then kept from writing to them.
+    Rows of an ``nn.Embedding(max_norm=)`` are scaled down to that norm here. Its forward would do
+    so with the rows that it looks up, and is kept from writing to them.
 
     Buffers that the model's own forward writes to in eval mode (caches, counters) are put back
     where tasks don't get copies, so that features don't depend on the order of batches.
@@ -191,7 +193,7 @@ class LoadedModel:
                 self._copies[name] = t.detach().clone()
 
     def check(self, function: str, run: Callable[[], Any]) -> None:
-        """Raise ValueError if the model isn't the checkpoint any more that was loaded.
+        """Raise ValueError if the model is no longer the checkpoint that was loaded.
 
         run : calls the model once, to see which buffers it writes to by itself.
         """
@@ -267,7 +269,9 @@ class LoadedModel:
         return names
 
     def _small_buffers(self) -> dict[str, Tensor]:
-        """Those compared by value: what batch norm does to its statistics shows in no version."""
+        """The buffers that are compared by value: their version doesn't show what batch norm writes
+        to them.
+        """
         return {
             name: t.detach()
             for name, t in self.model.named_buffers()
@@ -304,7 +308,7 @@ class LoadedModel:
             self._versions.update({name: now[name] for name in names})
 
     def _changed_since(self, function: str, changed: list[str]) -> ValueError:
-        """What to say of a model that isn't the checkpoint any more that was loaded."""
+        """The message about a model that is no longer the checkpoint that was loaded."""
         beside = [name for name in changed if name not in self._persistent]
         said = (
             f"{function}: {listed(changed)} of the model have changed since the "
@@ -347,7 +351,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def versions(model: nn.Module) -> Versions:
-    """What changes where a parameter or buffer is replaced or written to."""
+    """Facts about each parameter and buffer that change where it is replaced or written to."""
     return {
         name: (id(t), 0 if t.is_inference() else t._version)
         for name, t in named_tensors(model).items()

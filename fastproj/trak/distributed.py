@@ -1,7 +1,7 @@
 """One TRAK run in several processes: who does what, and what happens when one of them fails.
 
-The processes share ``save_dir``. What goes between them are small facts (which batch they hold,
-whether they are done), over a gloo group of TRAKer's own; features and XtX go through files.
+The processes share ``save_dir``. Only small facts go between them (which batch they hold, whether
+they are done), over a gloo group of TRAKer's own. Features and XtX go through files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 
 class DistributedError(RuntimeError):
-    """Another process of the run failed, is gone, or does something else."""
+    """Another process of the run failed, is gone, or is in another step."""
 
 
 class Ranks:
@@ -48,7 +48,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that does what is done once."""
+        """Whether this process does what only one of them must do."""
         return self.rank == 0
 
     def all_gather_steps(self, step: str, value: Value) -> list[tuple[str, Value]]:
@@ -73,7 +73,7 @@ class Ranks:
     def all_gather(self, step: str, value: Value) -> list[Value]:
         """The values of all ranks, by rank; all must be in the same step.
 
-        Raises DistributedError where they are not, or a process is gone.
+        Raises DistributedError where ranks are in different steps, or a process is gone.
         """
         every = self.all_gather_steps(step, value)
         other = [(rank, s) for rank, (s, _) in enumerate(every) if s != step]
@@ -90,7 +90,9 @@ class Ranks:
         return self.all_gather(step, value)[0]
 
     def agree(self, step: str, facts: Any) -> bool:
-        """Wait until all ranks are done with their batches; whether all call ``step`` alike."""
+        """Wait until all ranks are done with their batches. Return whether all call ``step``
+        alike.
+        """
         while True:
             every = self.all_gather_steps(step, facts)
             if all(s.startswith("finalize") for s, _ in every):
@@ -115,11 +117,11 @@ class Ranks:
 
 
 class Turns:
-    """Whose each batch is, in one pass over the data of a checkpoint.
+    """Which rank computes which batch, in one pass over the data of a checkpoint.
 
-    The ranks compare the first batch that each is given. Where all hold the same one they see the
-    same loader: they take turns. Where they hold different samples, given by ``inds``, the data
-    are shared out already: each computes what it is given.
+    The ranks compare the first batch that each is given. If all hold the same batch, they go
+    through the same loader and take turns. If they hold different samples, given by ``inds``, the
+    data are shared out already, and each computes what it is given.
 
     Parameters
     ----------
@@ -222,7 +224,7 @@ def ranks_of_this_run(distributed: bool | None) -> Ranks:
 
 
 def leave() -> None:
-    """End the process group that was begun here: left to the interpreter's end, it may abort."""
+    """End the process group that was begun here. Left to the interpreter's end, it may abort."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

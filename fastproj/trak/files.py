@@ -45,11 +45,11 @@ class StoreCorruptError(StoreError):
 
 
 class StoreMismatchError(ValueError):
-    """What the store holds and what this run would add don't belong together."""
+    """The store holds something else than this run would add to."""
 
 
 class GoneError(StoreError):
-    """A file went while it was to be read."""
+    """A file was removed while it was to be read."""
 
 
 def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
@@ -76,7 +76,7 @@ def temporary_path(path: Path) -> Path:
 
 def write_error(path: Path, size: int, error: OSError) -> StoreError:
     """The error where the disk refuses ``path``."""
-    fix = "nothing that was there is lost; put it right and run again to go on"
+    fix = "nothing that was there is lost; mend this and run again to go on"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(path.parent).free
         return StoreError(
@@ -170,9 +170,9 @@ def read_safetensors(
 ) -> tuple[Tensors, dict[str, str]]:
     """Tensors ``names`` (None: all) and the metadata; raises StoreCorruptError, naming the file.
 
-    All are mapped; chosen ones are read alone, since mapping a file makes the system read all of
-    it. ``check=False`` spares the reader of a few rows the checksums of
-    tensors that it has seen whole before; the header's is always checked.
+    All tensors are mapped. Chosen ones are read alone, since mapping a file makes the system read
+    all of it. ``check=False`` leaves out the checksums of the tensors, for a reader of a few rows
+    that has checked them before. The header's checksum is always checked.
     """
     try:
         if names is not None:

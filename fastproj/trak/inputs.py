@@ -1,4 +1,4 @@
-"""Checks of what a TRAKer is given: refused before anything is computed or written."""
+"""Checks of what a TRAKer is given, before anything is computed or written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch
 
 
 def check_model(model: Any) -> None:
-    """Raise TypeError or ValueError for a model that gradients can't be taken of."""
+    """Raise TypeError or ValueError for a model that can't be differentiated."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"TRAKer: received model of type {type(model).__name__}; expected a torch.nn.Module"
@@ -114,9 +114,9 @@ def matrix_of(projector: Any) -> dict[str, Any]:
 
 
 def check_mode(function: str, model: nn.Module) -> None:
-    """Raise ValueError where dropout or batch statistics are on: outputs would be others each time.
+    """Raise ValueError where dropout or batch statistics are on, because outputs would vary.
 
-    Other modules may be in training mode: cuDNN differentiates recurrent ones in no other.
+    Other modules may be in training mode: cuDNN differentiates recurrent ones in no other mode.
     """
     active = [
         name or type(module).__name__

@@ -1,4 +1,4 @@
-"""The progress of work that may take long: a bar on a terminal, a line now and then in a log."""
+"""The progress of long work: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ProgressLines:
     """What ``tqdm`` does, as lines a minute apart: of the logger "fastproj.trak", or on standard
     error where logging is not set up.
 
-    Work that takes less than a minute has none.
+    Work that takes less than a minute writes no line.
 
     Parameters
     ----------

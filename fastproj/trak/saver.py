@@ -1,4 +1,4 @@
-"""A save_dir as TRAKer holds it: the features, what was solved, and TRAK's names for them."""
+"""What ``traker.saver`` holds of a save_dir: features, solutions, and TRAK's names for them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Gradients that no process has whole: DTensors of FSDP2, tensor or expert parallelism.
 
-Each rank projects what it holds with the rows of the matrix that belong to it, and the results are
-summed: ``R`` is a function of the row's number, so nobody needs the others' gradients.
+Each rank projects the shards that it holds with the rows of ``R`` that belong to them, and the
+results are summed. ``R`` is a function of the row's number, so no rank needs another's gradients.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def project_sharded(
 
     Returns
     -------
-    Tensor [B, proj_dim], the same on every rank: that of one process to rounding (exactly so where
-    sums are exact, as for small integers under Rademacher).
+    Tensor [B, proj_dim], the same on every rank. It is what one process would get, to rounding
+    (exactly where sums are exact, as for small integers under Rademacher).
 
     Raises
     ------

@@ -60,7 +60,7 @@ def check(grads: torch.Tensor, cols: int, kind: str, row_offset: int = 0, **opti
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "terms"), INPUTS)
-def test_every_entry_of_a_unit(variant, kind, dtype, terms):
+def test_every_entry_of_whole_blocks(variant, kind, dtype, terms):
     """All rows of whole blocks. Powers of four in one sample tell the signs of 8 rows apart."""
     if kind == "rademacher":
         rows = 512

@@ -29,12 +29,12 @@ def fold_rows(variant: str, kind: str, terms: int) -> int:
 def by_model(
     grads: torch.Tensor, r: Floats, terms: int, fold: int, unit: Unit, splits: int = 1
 ) -> Floats:
-    """grads @ r as a kernel adds it: small terms first, ranges of 512-row units, then their sum."""
+    """grads @ r as a kernel adds it: small terms first, ranges of panels, then their sum."""
     left = tensor_cores.terms_of(grads.float().numpy(), terms)[::-1]
-    units = -(-len(r) // 512)
+    panels = -(-len(r) // 512)
     total = np.zeros((len(grads), r.shape[1]), dtype=np.float32)
     for split in range(splits):
-        rows = slice(units * split // splits * 512, units * (split + 1) // splits * 512)
+        rows = slice(panels * split // splits * 512, panels * (split + 1) // splits * 512)
         total = total + tensor_cores.project([term[:, rows] for term in left], r[rows], fold, unit)
     return total
 

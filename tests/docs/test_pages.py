@@ -322,8 +322,14 @@ def resolve(dotted: str) -> Any:
 
 def test_dotted_names_exist() -> None:
     missing = []
+    compiled = {  # which of them is built depends on the machine
+        f"fastproj.{name}"
+        for path in (ROOT / "csrc").glob("*/bindings.cpp")
+        for name in re.findall(r"PYBIND11_MODULE\((\w+)", path.read_text(encoding="utf-8"))
+    }
     for where, text in prose():
-        for dotted in set(re.findall(r"(?<![\w./`\"-])`*(fastproj(?:\.[A-Za-z_]\w*)+)", text)):
+        found = set(re.findall(r"(?<![\w./`\"-])`*(fastproj(?:\.[A-Za-z_]\w*)+)", text))
+        for dotted in found - compiled:
             try:
                 resolve(dotted)
             except (ImportError, AttributeError):

@@ -1,4 +1,4 @@
-"""Correlation of columns, and how sure it is: a bootstrap that changes how often rows count."""
+"""Correlations of columns, with intervals by a bootstrap that changes how often each row counts."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class WeightedRanks:
         self.end = np.minimum.accumulate(np.where(last, places, size - 1)[::-1], axis=0)[::-1]
 
     def ranks(self, counts: Counts) -> Floats:
-        """float64 [S, m], 1-based; rows with count 0 get a rank that nobody reads."""
+        """float64 [S, m], 1-based. Ranks of rows with count 0 mean nothing."""
         total = np.concatenate(
             [np.zeros((1, self.order.shape[1])), np.cumsum(counts[self.order], axis=0)]
         )

@@ -1,4 +1,4 @@
-"""How good are scores? What they predict, held against what retraining or the truth shows.
+"""How good are scores? Their predictions against what retraining or known labels show.
 
     lds              outputs of models trained on random subsets     (arXiv 2303.14186, section 2.2)
     loo_correlation  outputs of models trained without one sample    (arXiv 1703.04730, section 4.1)
@@ -140,8 +140,8 @@ def noise_ceiling(outputs: npt.ArrayLike) -> float:
     """The LDS that perfect predictions of the expected outputs would reach.
 
     ``sqrt(runs r / (1 + (runs - 1) r))`` with r the mean rank correlation between two retrainings
-    of the same subsets: the Spearman-Brown reliability of their mean, and the root because the
-    ideal prediction carries no noise of its own.
+    of the same subsets. Under the root is the Spearman-Brown reliability of their mean. The root is
+    there because the ideal prediction carries no noise of its own.
 
     outputs : numbers [runs, S, m], outputs of several retrainings (other seeds) on each of S
         subsets; runs >= 2, S >= 3.
@@ -195,15 +195,16 @@ def loo_correlation(
     """Correlation between the scores of samples and what leaving each of them out does.
 
     ``mean over targets t of corr_l(scores[removed[l], t], f_t - outputs[l, t])``. The output f_t of
-    the model trained on everything is the same for all l, drops out, and is not needed
-    (arXiv 1703.04730, section 4.1, where it is Pearson's).
+    the model trained on everything is the same for all l, so it drops out and is not needed (arXiv
+    1703.04730, section 4.1, which takes Pearson's correlation).
 
     Parameters
     ----------
     scores : numbers [n, m].
     removed : integers [L], distinct training samples.
     outputs : numbers [L, m], model output of each target after training on all samples but
-        ``removed[l]``; the mean of several retrainings: a seed changes more than one sample does.
+        ``removed[l]``; better the mean of several retrainings, because a seed changes more than one
+        sample does.
     method : "spearman", "pearson" or "kendall" (tau-b).
     confidence, n_boot, seed : of the percentile interval; each resample draws L samples and m
         targets with replacement.
@@ -417,8 +418,8 @@ def mislabel_auc(
     """How well self-influence finds wrong labels: the area under the ROC curve.
 
     ``P(s of a mislabelled sample > s of a correct one)``, ties counting half, with s_i the score of
-    training sample i on itself: a wrong label is upheld by little but its own sample, which so
-    supports itself more than others do (arXiv 1703.04730, section 5.4).
+    training sample i on itself. Little but the sample itself supports a wrong label, so such a
+    sample supports itself more than others do (arXiv 1703.04730, section 5.4).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Ground truth for attribution: what models that were trained on other samples really do.
+"""Ground truth for attribution: the outputs of models that were trained on other samples.
 
 ``train_subsets`` trains a model on each row of a mask, several at once, and keeps the outputs of
 each in a directory as soon as it is finished:
@@ -7,7 +7,7 @@ each in a directory as soon as it is finished:
         retrain.json                      what all models share: n, seed, hash of the recipe
         models/<samples>-<run>.safetensors     outputs [m]; named by a hash of the training samples
 
-A model's seed is made from the seed, its samples and the number of the retraining, so that a subset
+A model's seed is made from the seed, its samples and the number of the retraining. So a subset
 gives the same model whatever else is trained, and more subsets or retrainings add to what is there.
 """
 
@@ -213,8 +213,8 @@ def train_subsets(
 ) -> GroundTruth:
     """Train a model on each subset, and return what all of them output.
 
-    Models that ``directory`` already holds are not trained again; stopping at any moment loses
-    those that were being trained.
+    Models that ``directory`` already holds are not trained again. A stop at any moment loses only
+    the models in training.
 
     Parameters
     ----------
@@ -230,8 +230,8 @@ def train_subsets(
     seed : of everything random, 0 <= seed < 2^63.
     depends : other files that results depend on, such as data: a directory is refused after one of
         them, or the recipe's own file, has changed. What they import is not looked at.
-    identity : more that the directory must agree with, text or numbers by name; such as what an
-        object given as recipe holds, of which only the class's source is looked at.
+    identity : more that the directory must agree with, text or numbers by name. An example is what
+        an object given as recipe holds: by itself only the source of its class counts.
     names : of the subsets, for messages; None is "subset 0" and so on.
     n_targets : m, where it is known: a recipe that returns another number fails.
     allow_failures : return the subsets all of whose retrainings succeeded, instead of raising.

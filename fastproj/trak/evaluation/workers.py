@@ -1,4 +1,4 @@
-"""Training runs shared out to worker processes, none of which can take another's work with it."""
+"""Training runs in worker processes. One that dies loses no other's work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 class WorkerError(RuntimeError):
-    """No worker can do anything: the recipe can't be loaded, or each training fails."""
+    """No worker can work: the recipe can't be loaded, or each training fails."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def run_in_workers(
 ) -> None:
     """Do ``tasks`` in ``jobs`` processes with ``threads`` torch threads each.
 
-    A worker that dies is replaced, and its task reported as failed. Leaving, for whatever reason,
-    ends all workers; they end by themselves when this process is killed.
+    A worker that dies is replaced, and its task is reported as failed. However this function is
+    left, all workers end. They end by themselves when this process is killed.
 
     Raises
     ------
@@ -267,7 +267,7 @@ def work(pipe: Connection, reference: Any, number: int, threads: int) -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it is gone, in the middle of a training too."""
+    """End this process when the one that started it is gone, even in the middle of a training."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Features on disk and in memory: packed as float16, read back in blocks, ahead of use."""
+"""Features on disk and in memory: packed as float16, and read back in blocks, ahead of use."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class FeatureReader:
 
     Parameters
     ----------
-    look : says where the samples are; ``look(again=True)`` has it found out anew.
+    look : ``look()`` gives where the samples are; ``look(again=True)`` finds it out anew.
     read_shard : ``read_shard(path, names=None, check=True)`` gives a shard's tensors (None: all).
     proj_dim : k.
     """
@@ -120,7 +120,7 @@ class FeatureReader:
         """Features [b, k] and Q [b] (None for targets) of the samples ``inds`` [b], in order.
 
         The features are in ``buffer`` where one is given, until its next use. Where another process
-        has merged shards meanwhile, it looks again where the samples are.
+        has merged shards meanwhile, ``read`` looks again for the samples.
         """
         return self._again(lambda: self._read(inds, buffer), inds)
 
@@ -129,7 +129,7 @@ class FeatureReader:
         return self._again(lambda: self._read_column(inds, name), inds)
 
     def _again(self, read: Callable[[], Item], inds: Indices) -> Item:
-        """What ``read`` gives, once its files stay for so long."""
+        """What ``read`` gives, tried again where its files were merged away meanwhile."""
         for _ in range(TRIES):
             try:
                 return read()
@@ -179,7 +179,9 @@ class FeatureReader:
         return features, q
 
     def expect(self, inds: Indices) -> None:
-        """Let the system start reading the shards of ``inds``: ``read`` will be called for them."""
+        """Let the system start reading the shards of ``inds``, for which ``read`` will be
+        called.
+        """
         if not hasattr(os, "posix_fadvise"):
             return
         for number in np.unique(self.index.shard[inds]).tolist():
@@ -208,7 +210,7 @@ class FeatureReader:
 
 
 class Buffer:
-    """Memory that is used again: fresh memory costs more than what is done with it."""
+    """Memory that is used again, because fresh memory costs more than what is done with it."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)

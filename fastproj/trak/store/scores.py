@@ -1,4 +1,4 @@
-"""Where scores go: an n x m array on disk, or the extremes of each target; whole or not at all."""
+"""Where scores are written: an n x m array on disk, or the extremes of each target."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def read_scores(path: Path | str) -> Scores:
 
 @dataclass(frozen=True)
 class TopScores:
-    """The extremes of each of m targets, best first; what n x m scores are mostly read for.
+    """The extremes of each of m targets, best first: mostly all that is read of n x m scores.
 
     helpful_indices, helpful_scores : int64 and float32 [m, t], the training samples with the
         highest scores and those scores, descending.
@@ -277,7 +277,7 @@ class TopWriter:
         return None
 
     def add(self, rows: Indices, columns: range, block: Scores) -> None:
-        """Let a block [b, m'] of scores compete with what is kept."""
+        """Keep of a block [b, m'] of scores what is more extreme than what is kept."""
         numbers = torch.from_numpy(rows)
         for begin in range(0, len(columns), TOP_COLUMNS):
             part = torch.from_numpy(block[:, begin : begin + TOP_COLUMNS])
@@ -307,7 +307,7 @@ class TopWriter:
 
 
 def lowest_key() -> int:
-    """Stands where nothing is kept yet."""
+    """The key that stands where nothing is kept yet."""
     return torch.iinfo(torch.int64).min
 
 
@@ -361,8 +361,8 @@ def load_array(
 ) -> npt.NDArray[Any]:
     """The array of a .npy file or of ``<exp_name>.mmap``, mapped; checksums are verified first.
 
-    what, expected : is being done, would work; for messages. Raises StoreCorruptError for damage to
-    a file of TRAKer's, other StoreErrors and ValueErrors for what can't be read.
+    what, expected : what is being done, and what would work; for messages. Raises StoreCorruptError
+        for damage to a file of TRAKer's, other StoreErrors and ValueErrors for what can't be read.
     """
     path = Path(path)
     own = path.suffix == ".mmap"
@@ -373,7 +373,7 @@ def load_array(
                 return read_scores(path)
         array: Any = np.load(path, mmap_mode="r")
         if isinstance(array, np.memmap) and array.offset + array.nbytes != path.stat().st_size:
-            raise corrupt(path, "it goes on behind the array, and not in checksums")
+            raise corrupt(path, "the bytes behind the array are no checksums")
     except OSError as error:
         raise StoreError(f"can't {what} {path} ({error.strerror or error})") from error
     except (ValueError, EOFError, TypeError, SyntaxError) as error:

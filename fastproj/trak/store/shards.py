@@ -1,13 +1,15 @@
-"""Which file each sample's features are in; small files are merged, whatever else goes on.
+"""Which file holds each sample's features, and how small files are merged while others read.
 
-A batch is written as a file of its own, and is durable then. Where FAN files of like size are
-there, their batches are copied into one file, and then they are removed; a sample's batch, and with
-it the order in which features are read, stays what it was. Any process may do so at any time:
+A batch is written to a file of its own, and is durable then. Once there are FAN files of similar
+size, their batches are copied into one file, and the FAN files are removed. Each sample stays in
+its batch, so the order in which features are read doesn't change. Any process may merge at any
+time:
 
-- A file goes only after all of its batches are in a *greater* one, with more batches (among equals,
-  with the later name). Of the files that have a batch, the greatest thus never goes.
-- So a process that is killed leaves batches twice, never none, and the next one removes the lesser
-  file. One that reads meets a file that is gone at most, and looks again.
+- A file is removed only after a *greater* file holds all of its batches. The greater of two files
+  has more batches, or the later name where both have equally many. So of the files that hold a
+  batch, the greatest is never removed.
+- So a process that is killed may leave batches twice, but loses none, and the next process removes
+  the lesser file. A process that reads may find that a file is gone, and looks again.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class ShardFile:
 
     @classmethod
     def of(cls, path: Path, metadata: Mapping[str, str], rows: int, size: int) -> ShardFile:
-        """From a file's metadata; one that says nothing of batches holds one, named as it is."""
+        """From a file's metadata. Without batches in them, the file is one batch, named as the
+        file.
+        """
         if "batches" not in metadata:
             return cls(path, (path.stem.split("-", 1)[1],), (rows,), size, ON_TRUST in metadata)
         batches = [batch.split(":") for batch in metadata["batches"].split(",")]
@@ -72,7 +76,7 @@ class ShardFile:
 
     @property
     def large(self) -> bool:
-        """Whether it is not worth copying again."""
+        """Whether the file is too large to be worth copying again."""
         return self.bytes >= LARGE or len(self.keys) >= MOST_BATCHES
 
 
@@ -147,7 +151,7 @@ class ShardIndex:
         return f"{content}-distrusted" if self.distrusted else content
 
     def layout_digest(self) -> str:
-        """Hash of the batches' keys: what decides the order in which features are read."""
+        """Hash of the batches' keys, which decide the order in which features are read."""
         return digest("/".join(sorted(self.keys)).encode())
 
     def add(self, file: ShardFile, inds: Indices, content: Indices, replace: bool) -> None:
@@ -195,7 +199,7 @@ class ShardIndex:
 
 
 def joined(parts: list[Tensors]) -> Tensors | None:
-    """The rows of several files one after the other; None where they don't hold the same."""
+    """The rows of several files one after the other; None where dtypes or shapes differ."""
     kinds = [{name: (t.dtype, t.shape[1:]) for name, t in part.items()} for part in parts]
     if any(kind != kinds[0] for kind in kinds):
         return None
@@ -203,10 +207,10 @@ def joined(parts: list[Tensors]) -> Tensors | None:
 
 
 def scan(folder: Path, role: str, read: Callable[[Path], None]) -> None:
-    """``read`` each file of a folder once; one that goes meanwhile is its to ignore.
+    """``read`` each file of a folder once; ``read`` must ignore a file that is gone.
 
-    Again until a look finds no other files: while one looks, batches may move into a file that
-    it has passed.
+    It looks again until it finds no new file, because batches may move into a file that it has
+    passed.
     """
     seen: set[str] = set()
     while True:
@@ -220,7 +224,7 @@ def scan(folder: Path, role: str, read: Callable[[Path], None]) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process is merging files of this folder now; saves work, not data."""
+    """Whether no other process is merging files of this folder now. It saves work, not data."""
     if sys.platform == "win32":  # without locks; two processes may do the same work
         yield True
         return

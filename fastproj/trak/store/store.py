@@ -1,4 +1,4 @@
-"""The feature store: what TRAK has computed so far, on disk, whatever moment it is killed at.
+"""The feature store: what TRAK has computed so far, on disk, also if it is killed.
 
     save_dir/
         metadata.json                 what all features share: spec, seed, kind, proj_dim, model
@@ -19,8 +19,8 @@
         scores/<exp_name>.top.safetensors   the best and worst training samples of each target
 
 Every file is written under a temporary name, flushed to disk and renamed, so that it is there in
-full or not at all; nothing is ever written to again. Each carries a checksum. Small shards are
-merged into larger ones (``fastproj.trak.store.shards``).
+full or not at all. It is never written to again. Each carries a checksum. Small shards are merged
+into larger ones (``fastproj.trak.store.shards``).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ MATRIX_ARGUMENTS = ("kind", "block", "proj_dim")
 
 
 class NotReadyError(RuntimeError):
-    """A step was called before the one that it builds on."""
+    """A step was called before the step that it builds on."""
 
 
 def same_settings(stored: Mapping[str, Any], wrong: Collection[str]) -> str:
@@ -425,7 +425,7 @@ class Store:
         return file
 
     def _tidy(self, model_id: int, exp_name: str | None) -> None:
-        """Finish what a process that was killed, or an earlier version, left in many files."""
+        """Merge what a killed process, or an earlier version, left in many files."""
         index = self.index(model_id, exp_name)
         for path in index.redundant:
             remove_quietly(path)
@@ -434,7 +434,9 @@ class Store:
             pass
 
     def _merge(self, model_id: int, exp_name: str | None) -> bool:
-        """Merge small files where there are enough; whether any were. Nothing depends on it."""
+        """Merge small files where there are enough. Return whether any were. Results don't
+        change.
+        """
         index = self.index(model_id, exp_name)
         numbers = index.mergeable()
         if not numbers:
@@ -467,7 +469,7 @@ class Store:
     # ---- files of a checkpoint ------------------------------------------------------------------
 
     def _identity_of(self, model_id: int, exp_name: str | None) -> dict[str, str]:
-        """What a file of this run must say of itself."""
+        """What the metadata of a file of this run must say."""
         identity = {key: str(value) for key, value in self.identity.items()}
         return {
             **identity,
@@ -491,7 +493,7 @@ class Store:
         exp_name: str | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> None:
-        """A safetensors file that says which run and checkpoint it is of, and ``facts``."""
+        """Write a safetensors file whose metadata name its run, its checkpoint and ``facts``."""
         write_safetensors(path, tensors, self._identity_of(model_id, exp_name) | dict(facts or {}))
 
     def read(
