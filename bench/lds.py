@@ -62,17 +62,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for problem in chosen(options):
         rows += measure(problem, options)
         print(summary.table(rows, problem.name), flush=True)
-    text = f"{summary.table(rows)}\n{summary.verdict(rows)}"
-    print(f"\n{text}")
-    if not options.no_write:
-        kept = ("dims", "checkpoints", "subsets", "retrainings", "kind", "providers")
-        settings = {name: getattr(options, name) for name in kept}
-        name = "lds-quick" if options.quick else "lds"
-        print(write_result(name, {"settings": settings, "rows": rows}, text))
+        if not options.no_write:  # after each problem: a run that is stopped leaves what it has
+            write(rows, options)
+    print(f"\n{summary.verdict(rows)}")
     missed = summary.missed(rows)
     for line in missed:
         print(f"MISSED {line}")
     return 1 if missed else 0
+
+
+def write(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Write the result files, in place of those of the problems before."""
+    kept = ("dims", "checkpoints", "subsets", "retrainings", "kind", "providers")
+    settings = {name: getattr(options, name) for name in kept}
+    text = f"{summary.table(rows)}\n{summary.verdict(rows)}"
+    name = "lds-quick" if options.quick else "lds"
+    print(write_result(name, {"settings": settings, "rows": rows}, text))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

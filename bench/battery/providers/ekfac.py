@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ def scores(job: Job) -> Iterator[Found]:
     except ImportError as error:
         raise Unsupported(f"ekfac: {error}") from error
     problem = job.problem
+    warnings.simplefilter("ignore", FutureWarning)  # kronfluence's, of torch.cuda.amp
     torch.manual_seed(0)  # of the labels that are drawn
     task = make_task(job)
     train, targets = TensorDataset(*problem.samples), TensorDataset(*problem.targets)
@@ -55,7 +57,7 @@ def scores(job: Job) -> Iterator[Found]:
         )
         for place, damping in enumerate(SWEEP):
             arguments = ScoreArguments(damping_factor=damping)
-            found = analyzer.compute_pairwise_scores(
+            analyzer.compute_pairwise_scores(
                 f"scores{place}",
                 "factors",
                 targets,
@@ -65,11 +67,13 @@ def scores(job: Job) -> Iterator[Found]:
                 score_args=arguments,
                 overwrite_output_dir=True,
             )
-            totals[damping] = totals[damping] + found["all_modules"].double().numpy().T
-        found = analyzer.compute_self_scores(
+            found = analyzer.load_pairwise_scores(f"scores{place}")["all_modules"]
+            # It pairs with the gradient of the loss, minus that of the log-likelihood.
+            totals[damping] = totals[damping] - found.double().numpy().T
+        analyzer.compute_self_scores(
             "own", "factors", train, per_device_train_batch_size=100, overwrite_output_dir=True
         )
-        own = own + found["all_modules"].double().numpy()
+        own = own + analyzer.load_self_scores("own")["all_modules"].double().numpy()
         if done in job.counts:
             yield Found("ekfac", done, totals[None] / done, own / done)
             for damping, total in totals.items():
