@@ -19,17 +19,19 @@ entries a row costs is in the tails: rarer, larger errors.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from tqdm import tqdm
 
 import fastproj
-from bench import problems
+from bench.battery import images, training
 
 ENTRIES = (1, 2, 4, 8, 16)  # a row of sjlt: the block is K over that
 TAIL = 0.999
@@ -174,16 +176,18 @@ class RealGradients:
 
 def real_gradients(*, epochs: int | None = None) -> RealGradients:
     """Of a CNN trained on scikit-learn's digits; 3,530 parameters."""
-    problem = problems.digits()
+    problem = images.digits()
     if epochs is not None:
         problem = problem.with_training(epochs=epochs)
-    (weights,) = problems.checkpoints(problem, 1)
+    with tempfile.TemporaryDirectory() as cache:
+        (weights,) = training.checkpoints(problem, 1, Path(cache))
     model = problem.model()
 
-    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return problem.loss(functional_call(model, params, (x[None],)), y[None])
+    def loss(params: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        batch = tuple(part[None] for part in sample)
+        return -problem.question.likelihood(model, params, batch).sum()
 
-    found = vmap(grad(loss), (None, 0, 0))(weights, problem.x, problem.y)
+    found = vmap(grad(loss), (None, *(0 for _ in problem.samples)))(weights, *problem.samples)
     grads = torch.cat([part.flatten(1) for part in found.values()], 1)  # [n, p]
     return RealGradients(grads[grads.norm(dim=1) > 0])
 

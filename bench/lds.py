@@ -1,285 +1,231 @@
-"""LDS of TRAK scores on real data: fastproj with its defaults and over lambda, beside trak.
+"""How well scores predict retraining: TRAKer and others on the problems of bench.battery.
 
-    python -m bench.lds             all of problems.PROBLEMS at k = 128, 512, 2048
-    python -m bench.lds --quick     digits and breast cancer, smaller: about a minute
+    python -m bench.lds                      all problems, k = 512, 2048, 8192, 1 and 5 checkpoints
+    python -m bench.lds --only digits        one of them
+    python -m bench.lds --held-out           those that no rule was chosen by
+    python -m bench.lds --quick              tiny sizes: half a minute
 
-For each problem it trains models on random halves (the ground truth), and a few on everything
-(the checkpoints that both libraries get), both kept in --cache. Then, for each k:
+For each problem it trains models on random halves of the data (the truth), and a few on everything
+(the checkpoints), and keeps both in --cache. A cell is a problem, a k and a number of checkpoints.
+In each, scores of
 
-    default     the LDS of fastproj.TRAKer as it comes, with a bootstrap interval
-    best        the best of the same features by TRAK's formula, (Phi^T Phi + lambda I)^-1, over
-                lambda = 10^-4 .. 10^4 times the mean eigenvalue
-    trak        trak.TRAKer 0.3.2 as it comes (lambda 0) and its best over the same lambdas, by its
-                own projector and score computer, in float32
+    default       fastproj.TRAKer as it comes
+    trak_rule     TRAKer with TRAK's features and the lambda that it chooses for them
+    trak_sweep    TRAK's formula, (Phi^T Phi + lambda I)^-1, at the best lambda in hindsight
+    trak          trak.TRAKer 0.3.2 as it comes, and trak_own_sweep, its best in hindsight
+    ekfac         kronfluence's EK-FAC without projection, and ekfac_sweep, its best damping
+    cosine        cosines of gradients, not projected
+    bm25          words in common, for texts
 
-The command fails where the default is more than 0.02 below the best, or below trak's best by more
-than the half width of its own interval.
+are held against the outputs of the retrained models (LDS, arXiv 2303.14186, with a bootstrap
+interval), against their log-likelihoods where that is another order, against which labels are wrong
+(area under the ROC curve of the samples' scores on themselves) and against which sentences state
+the fact that a target asks for (mean reciprocal rank, recall at 10). What is not installed, or
+can't take a problem, is left out.
+
+The command fails where the default is more than 0.02 below the best lambda.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from bench import problems
-from bench.problems import Problem
+from bench.battery import PROBLEMS, summary, training
+from bench.battery.problem import Problem
+from bench.battery.providers import PROVIDERS
+from bench.battery.providers.job import Found, Job, Unsupported
 from bench.record import write_result
-from fastproj import TRAKer
 from fastproj.commands.arguments import positive
-from fastproj.trak import AbstractModelOutput
-from fastproj.trak.evaluation.metrics import LDS, lds
+from fastproj.trak.evaluation.metrics import lds, mislabel_auc, noise_ceiling
 
-Scores = npt.NDArray[np.floating[Any]]
-Checkpoints = list[dict[str, Tensor]]
+DIMS = (512, 2048, 8192)
+CHECKPOINTS = (1, 5)
+QUICK = ("digits_wrong20", "docstring_words")
 
-DIMS = (128, 512, 2048)
-SWEEP = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4)
-BATCH = 250
-BELOW_BEST = 0.02  # what the default may lose against the best lambda
+Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 where the default misses what is asked of it."""
+    options = parse(argv)
+    rows: list[Row] = []
+    for problem in chosen(options):
+        rows += measure(problem, options)
+        print(summary.table(rows, problem.name), flush=True)
+        if not options.no_write:  # after each problem: a run that is stopped leaves what it has
+            write(rows, options)
+    print(f"\n{summary.verdict(rows)}")
+    missed = summary.missed(rows)
+    for line in missed:
+        print(f"MISSED {line}")
+    return 1 if missed else 0
+
+
+def write(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Write the result files, in place of those of the problems before."""
+    kept = ("dims", "checkpoints", "subsets", "retrainings", "kind", "providers")
+    settings = {name: getattr(options, name) for name in kept}
+    text = f"{summary.table(rows)}\n{summary.verdict(rows)}"
+    name = "lds-quick" if options.quick else "lds"
+    print(write_result(name, {"settings": settings, "rows": rows}, text))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with their defaults filled in."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="two problems, small sizes")
-    parser.add_argument("--problem", nargs="+", choices=list(problems.PROBLEMS))
-    parser.add_argument("--dims", type=positive, nargs="+", metavar="K", help="128 512 2048")
-    parser.add_argument("--checkpoints", type=positive, default=5, metavar="M")
-    parser.add_argument("--subsets", type=positive, metavar="S", help="random halves; 120")
-    parser.add_argument("--no-trak", action="store_true", help="fastproj only")
+    parser.add_argument("--quick", action="store_true", help="two problems, tiny sizes")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PROBLEMS), metavar="NAME", help="problems"
+    )
+    parser.add_argument("--held-out", action="store_true", help="held-out problems only")
+    parser.add_argument("--dims", type=positive, nargs="+", metavar="K", help="512 2048 8192")
+    parser.add_argument("--checkpoints", type=positive, nargs="+", metavar="M", help="1 5")
+    parser.add_argument("--subsets", type=positive, metavar="S", help="random halves; 200")
+    parser.add_argument(
+        "--retrainings", type=positive, metavar="R", help="of each half; what the problem says"
+    )
+    parser.add_argument("--kind", choices=["rademacher", "sjlt"], default="rademacher")
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
     parser.add_argument("--no-write", action="store_true", help="don't write bench/results/")
-    parser.add_argument("--cache", type=Path, default=Path("build/bench-cache"), metavar="DIR")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=training.default_cache(),
+        metavar="DIR",
+        help="trained models; $FASTPROJ_BENCH_CACHE, or %(default)s",
+    )
     options = parser.parse_args(argv)
-    logging.disable(logging.INFO)
-    names = options.problem or (["digits", "breast_cancer"] if options.quick else problems.PROBLEMS)
-    dims = options.dims or ((128, 512) if options.quick else DIMS)
-    subsets = options.subsets or (60 if options.quick else 120)
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        problem = problems.PROBLEMS[name]()
+    options.dims = options.dims or ([64, 512] if options.quick else list(DIMS))
+    options.checkpoints = options.checkpoints or ([1, 2] if options.quick else list(CHECKPOINTS))
+    options.subsets = options.subsets or (20 if options.quick else 200)
+    return options
+
+
+def chosen(options: argparse.Namespace) -> Iterable[Problem]:
+    """The problems to measure on."""
+    for name in options.only or (QUICK if options.quick else PROBLEMS):
+        sizes = {"n": 300, "targets": 20} if options.quick else {}
+        problem = PROBLEMS[name](**sizes)
         if options.quick:
-            problem = problem.with_training(epochs=problem.training.epochs // 3)
-        masks, runs = problems.ground_truth(problem, subsets, 1, options.cache)
-        checkpoints = kept_checkpoints(problem, options.checkpoints, options.cache)
-        truth = masks.numpy(), runs.mean(0).numpy()
-        for k in dims:
-            row = measure(problem, checkpoints, k, truth, with_trak=not options.no_trak)
-            rows.append(row)
-            print(line(row), flush=True)
-    table = "\n".join([HEADER, *map(line, rows)])
-    print(f"\n{table}")
-    failed = [row for row in rows if faults(row)]
-    for row in failed:
-        print(f"MISSED {row['problem']} k={row['k']}: {'; '.join(faults(row))}")
-    if not options.no_write:
-        settings = {"checkpoints": options.checkpoints, "subsets": subsets, "sweep": SWEEP}
-        name = "lds-quick" if options.quick else "lds"
-        print(write_result(name, {"settings": settings, "rows": rows}, table))
-    return 1 if failed else 0
+            problem = problem.with_training(epochs=max(2, problem.training.epochs // 4))
+        if problem.held_out or not options.held_out:
+            yield problem
 
 
-def kept_checkpoints(problem: Problem, count: int, cache: Path) -> Checkpoints:
-    """Models trained on everything; trained once."""
-    path = cache / f"{problem.name}-{problem.fingerprint()}-checkpoints-{count}.pt"
-    if not path.exists():
-        torch.save(problems.checkpoints(problem, count), path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
-    loaded: Checkpoints = torch.load(path)
-    return loaded
-
-
-def measure(
-    problem: Problem,
-    checkpoints: Checkpoints,
-    k: int,
-    truth: tuple[npt.NDArray[np.bool_], Scores],
-    with_trak: bool,
-) -> dict[str, Any]:
-    """One row of the table: both libraries on the same checkpoints."""
-    row: dict[str, Any] = {"problem": problem.name, "n": problem.n, "k": k}
-    row["parameters"] = sum(p.numel() for p in checkpoints[0].values())
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # trak's, of float16 and of singular matrices
-        started = time.perf_counter()
-        traker, scores = attribute(TRAKer, problem, checkpoints, k, f"{folder}/fastproj")
-        row["fastproj_seconds"] = time.perf_counter() - started
-        row["default"] = as_dict(lds(scores, *truth))
-        chosen = [traker.saver.systems.read_solve(i) for i in range(len(checkpoints))]
-        row["chosen"] = [solved["auto"]["relative"] for solved in chosen]
-        row["rule"] = sorted({solved["auto"]["rule"] for solved in chosen})
-        row["sweep"] = [quick_lds(s, truth) for s in sweep(traker, len(checkpoints))]
-        if with_trak:
-            from trak import TRAKer as Trak
-
-            started = time.perf_counter()
-            other, scores = attribute(Trak, problem, checkpoints, k, f"{folder}/trak")
-            row["trak_seconds"] = time.perf_counter() - started
-            row["trak_default"] = (
-                as_dict(lds(scores, *truth)) if np.isfinite(scores).all() else None
+def measure(problem: Problem, options: argparse.Namespace) -> list[Row]:
+    """The rows of a problem: one for each provider, k and number of checkpoints."""
+    models = training.checkpoints(problem, max(options.checkpoints), options.cache)
+    truth = training.ground_truth(
+        problem, options.subsets, options.cache, retrainings=options.retrainings
+    )
+    ceiling = noise_ceiling(truth.output.numpy()) if len(truth.output) > 1 else None
+    rows: list[Row] = []
+    jobs = [
+        (name, k)
+        for name in options.providers
+        for k in (options.dims if PROVIDERS[name][1] else [0])
+    ]
+    for name, k in tqdm(jobs, desc=problem.name, unit="job", leave=False):
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(problem, models, sorted(options.checkpoints), k, options.kind, folder)
+            started = time.process_time()
+            try:
+                found = list(PROVIDERS[name][0](job))
+            except Unsupported as reason:
+                tqdm.write(f"{problem.name}: {reason}", file=sys.stderr)
+                continue
+            seconds = time.process_time() - started
+        for key in dict.fromkeys((one.provider, one.checkpoints) for one in found):
+            same = [one for one in found if (one.provider, one.checkpoints) == key]
+            rows.append(
+                {
+                    "problem": problem.name,
+                    "held_out": problem.held_out,
+                    "language": problem.language,
+                    "n": problem.n,
+                    "parameters": sum(p.numel() for p in models[0].values()),
+                    "ceiling": ceiling,
+                    "provider": key[0],
+                    "k": k,
+                    "checkpoints": key[1],
+                    "cpu_seconds": round(seconds, 1),
+                    **judged(same, problem, truth),
+                }
             )
-            row["trak_sweep"] = [quick_lds(s, truth) for s in trak_sweep(other, len(checkpoints))]
+    return rows
+
+
+def judged(found: Sequence[Found], problem: Problem, truth: training.Truth) -> Row:
+    """What a provider reaches: of a sweep the best in hindsight, in each measure by itself."""
+    values = [measures(one, problem, truth) for one in found]
+    row: Row = {}
+    for name in dict.fromkeys(name for value in values for name in value):
+        known = [(value[name], place) for place, value in enumerate(values) if name in value]
+        best, place = max(known)
+        row[name] = best
+        if name in ("output", "likelihood"):
+            row[f"{name}_interval"] = interval(found[place], name, truth)
+        if found[place].setting is not None:
+            row[f"{name}_at"] = found[place].setting
+    if len(found) > 1:
+        row["sweep"] = [
+            {"at": one.setting, **value} for one, value in zip(found, values, strict=True)
+        ]
+    if found[0].details:
+        row["details"] = found[0].details
     return row
 
 
-def attribute(
-    library: Any, problem: Problem, checkpoints: Checkpoints, k: int, save_dir: str, **options: Any
-) -> tuple[Any, Scores]:
-    """(the TRAKer, its scores [n, m]) by the calls that both libraries share; trak in float32.
+def measures(found: Found, problem: Problem, truth: training.Truth) -> dict[str, float]:
+    """All that is measured of some scores; nothing of scores that are not finite."""
+    if not np.isfinite(found.scores).all():
+        return {}
+    masks, question = truth.masks.numpy(), problem.question
+    value = {"output": lds(found.scores, masks, truth.output.mean(0).numpy(), n_boot=1).mean}
+    if question.likelihood_differs:
+        against = truth.likelihood.mean(0).numpy()
+        value["likelihood"] = lds(found.scores, masks, against, n_boot=1).mean
+    if problem.wrong is not None and found.own is not None:
+        value["auc"] = mislabel_auc(found.own, problem.wrong.numpy(), n_boot=1).mean
+    if problem.facts is not None:
+        value["mrr"], value["recall"] = retrieval(found.scores, problem.facts.numpy())
+    return {name: number for name, number in value.items() if math.isfinite(number)}
 
-    library : fastproj's TRAKer or trak's.
-    options : of it, beyond its defaults.
+
+def interval(found: Found, name: str, truth: training.Truth) -> tuple[float, float]:
+    """The 95 % bootstrap interval of an LDS."""
+    result = lds(found.scores, truth.masks.numpy(), getattr(truth, name).mean(0).numpy())
+    return result.low, result.high
+
+
+def retrieval(scores: Any, facts: Any, depth: int = 10) -> tuple[float, float]:
+    """(mean reciprocal rank, recall at ``depth``) of the samples that state a target's fact.
+
+    Over the targets that ask for one; a sample ranks behind all others with its score.
     """
-    ours = library is TRAKer
-    base = AbstractModelOutput if ours else trak_base()
-    if not ours:
-        options = {"use_half_precision": False, "device": "cpu", **options}
-    traker = library(
-        model=problem.model().eval(),
-        task=problem.task(base),
-        train_set_size=problem.n,
-        save_dir=save_dir,
-        proj_dim=k,
-        logging_level=logging.ERROR,
-        **options,
+    asked = facts.any(0)
+    scores, facts = scores[:, asked], facts[:, asked]
+    # How many samples score at least as much, the sample itself included: [n, T].
+    order = np.sort(scores, axis=0)
+    ranks = np.stack(
+        [len(scores) - np.searchsorted(order[:, t], scores[:, t]) for t in range(scores.shape[1])],
+        axis=1,
     )
-    what = f"{problem.name}, k = {k}: {'fastproj' if ours else 'trak'}"
-    count = len(problem.target_x)
-    with tqdm(desc=what, total=len(checkpoints) * problem.n, unit="sample", leave=False) as bar:
-        for model_id, checkpoint in enumerate(checkpoints):
-            traker.load_checkpoint(checkpoint, model_id)
-            for rows in torch.arange(problem.n).split(BATCH):
-                traker.featurize((problem.x[rows], problem.y[rows]), num_samples=len(rows))
-                bar.update(len(rows))
-    traker.finalize_features()
-    for model_id, checkpoint in enumerate(checkpoints):
-        traker.start_scoring_checkpoint("targets", checkpoint, model_id, count)
-        traker.score((problem.target_x, problem.target_y), num_samples=count)
-    try:
-        return traker, np.array(traker.finalize_scores("targets"), dtype=np.float64)
-    except torch.linalg.LinAlgError:
-        return traker, np.full((problem.n, count), np.nan)
-
-
-def trak_base() -> type:
-    """What trak's tasks derive from."""
-    from trak.modelout_functions import AbstractModelOutput as Base
-
-    return Base
-
-
-def sweep(traker: TRAKer, count: int) -> list[Scores]:
-    """Scores of fastproj's features at each lambda of SWEEP, a share of the mean eigenvalue."""
-    total = [0.0] * len(SWEEP)
-    q = torch.stack([traker.saver.out_to_loss(i) for i in range(count)]).double().mean(0)
-    for model_id in range(count):
-        phi = traker.saver.matrix(model_id).double()  # [n, k]
-        targets = traker.saver.matrix(model_id, "targets").double()  # [m, k]
-        mean = float(phi.square().sum()) / phi.shape[1]
-        if len(phi) < phi.shape[1]:  # Phi^T (Phi Phi^T + lambda)^-1 is the same, and smaller
-            values, vectors = torch.linalg.eigh(phi @ phi.mT)
-            left, right = vectors * values, vectors.mT @ (phi @ targets.mT) / values.unsqueeze(1)
-        else:
-            values, vectors = torch.linalg.eigh(phi.mT @ phi)
-            left, right = phi @ vectors, vectors.mT @ targets.mT
-        for place, share in enumerate(SWEEP):
-            scores = (left / (values + share * mean)) @ right * q.unsqueeze(1)
-            total[place] = total[place] + scores.numpy() / count
-    return [np.asarray(scores) for scores in total]
-
-
-def trak_sweep(traker: Any, count: int) -> list[Scores]:
-    """Scores of trak's features at the same lambdas, by trak's own score computer."""
-    computer, saver = traker.score_computer, traker.saver
-    stores = []
-    for model_id in range(count):
-        saver.load_current_store(model_id)
-        grads = torch.as_tensor(np.array(saver.current_store["grads"]))
-        q = np.array(saver.current_store["out_to_loss"])
-        saver.load_current_store(model_id, "targets", len(saver.current_store["targets_grads"]))
-        targets = torch.as_tensor(np.array(saver.current_store["targets_grads"]))
-        stores.append((grads, targets, q, computer.get_xtx(grads)))
-    mean = sum(float(xtx.diagonal().mean()) for *_, xtx in stores) / count
-    found: list[Scores] = []
-    for share in SWEEP:
-        computer.lambda_reg = share * mean
-        total = torch.zeros(len(stores[0][0]), len(stores[0][1]))
-        for grads, targets, _, xtx in stores:
-            computer.get_scores(computer.get_x_xtx_inv(grads, xtx), targets, accumulator=total)
-        weight = sum(q for *_, q, _ in stores) / count
-        found.append(total.double().numpy() / count * weight)
-    computer.lambda_reg = 0.0
-    return found
-
-
-def quick_lds(scores: Scores, truth: tuple[Any, Any]) -> float | None:
-    """The LDS alone; None for scores that are not finite."""
-    if not np.isfinite(scores).all():
-        return None
-    value = lds(scores, *truth, n_boot=1).mean
-    return value if math.isfinite(value) else None
-
-
-def as_dict(result: LDS) -> dict[str, float]:
-    """Plain values for the result file."""
-    return {"mean": result.mean, "low": result.low, "high": result.high}
-
-
-def best(values: Sequence[float | None]) -> tuple[float, float]:
-    """(the best LDS of a sweep, its lambda / mean eigenvalue)."""
-    known = [
-        (value, share) for value, share in zip(values, SWEEP, strict=True) if value is not None
-    ]
-    return max(known) if known else (math.nan, math.nan)
-
-
-def faults(row: dict[str, Any]) -> list[str]:
-    """What the default misses in a row."""
-    found = []
-    mean, half = row["default"]["mean"], (row["default"]["high"] - row["default"]["low"]) / 2
-    if best(row["sweep"])[0] - mean > BELOW_BEST:
-        found.append(f"default {best(row['sweep'])[0] - mean:.3f} below the best lambda")
-    if "trak_sweep" in row and best(row["trak_sweep"])[0] - mean > half:
-        found.append(f"default {best(row['trak_sweep'])[0] - mean:.3f} below trak's best")
-    return found
-
-
-HEADER = (
-    "problem           n     k | default (95% CI)       lambda/mean | best   at      loss   | "
-    "trak default  best   at"
-)
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
-    score, (top, at) = row["default"], best(row["sweep"])
-    chosen = float(np.median(row["chosen"]))
-    text = (
-        f"{row['problem']:<14}{row['n']:>5}{row['k']:>6} | {score['mean']:.3f} "
-        f"({score['low']:.3f} .. {score['high']:.3f})  {chosen:>11.3g} | {top:.3f}  {at:<7g} "
-        f"{top - score['mean']:>6.3f} | "
-    )
-    if "trak_sweep" in row:
-        default = row["trak_default"]
-        other, where = best(row["trak_sweep"])
-        left = f"{default['mean']:.3f}" if default else "not finite"
-        text += f"{left:<13} {other:.3f}  {where:g}"
-    return text
+    first = np.where(facts, ranks, len(scores) + 1).min(0)
+    within = (facts & (ranks <= depth)).sum(0) / np.minimum(facts.sum(0), depth)
+    return float((1 / first).mean()), float(within.mean())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ A checkpoint is trained on all samples, a datamodel's model on half of them: hal
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -29,17 +30,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
-from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from bench import problems
+from bench.battery import PROBLEMS, training
+from bench.battery.problem import Problem
+from bench.battery.providers.cosine import gradients
+from bench.battery.training import Checkpoint
 from bench.record import write_result
 from fastproj import TRAKer
+from fastproj.trak import AbstractModelOutput
 from fastproj.trak.evaluation.metrics import LDS, lds, noise_ceiling
 
 Floats = npt.NDArray[np.float64]
-Checkpoint = dict[str, Tensor]
 
 CHECKPOINTS = (1, 2, 3, 5, 7, 10, 15, 20)
 DATAMODELS = (10, 20, 50, 100, 200, 300, 500)
@@ -60,7 +62,7 @@ class Point:
 
 
 def trak_scores(
-    problem: problems.Problem,
+    problem: Problem,
     checkpoints: Sequence[Checkpoint],
     counts: Sequence[int],
     folder: str,
@@ -69,7 +71,7 @@ def trak_scores(
     """(M, scores [n, m]) of the first M checkpoints, for each M of ``counts``."""
     traker = TRAKer(
         problem.model(),
-        "image_classification",
+        problem.question.task(AbstractModelOutput),
         problem.n,
         save_dir=folder,
         logging_level="WARNING",
@@ -78,37 +80,26 @@ def trak_scores(
     for model_id, checkpoint in enumerate(tqdm(checkpoints, desc="featurizing", leave=False)):
         traker.load_checkpoint(checkpoint, model_id)
         for rows in torch.arange(problem.n).split(250):
-            traker.featurize((problem.x[rows], problem.y[rows]), num_samples=len(rows))
+            batch = tuple(part[rows] for part in problem.samples)
+            traker.featurize(batch, num_samples=len(rows))
     traker.finalize_features()
-    size = len(problem.target_y)
+    size = problem.m
     for model_id, checkpoint in enumerate(tqdm(checkpoints, desc="scoring", leave=False)):
         traker.start_scoring_checkpoint("targets", checkpoint, model_id, size)
-        traker.score((problem.target_x, problem.target_y), num_samples=size)
+        traker.score(problem.targets, num_samples=size)
     for count in counts:
         yield count, np.array(traker.finalize_scores("targets", model_ids=range(count)))
 
 
 def tracin_scores(
-    problem: problems.Problem, checkpoints: Sequence[Checkpoint], counts: Sequence[int]
+    problem: Problem, checkpoints: Sequence[Checkpoint], counts: Sequence[int]
 ) -> Iterator[tuple[int, Floats]]:
     """(M, scores [n, m]): ``grad loss(sample) . grad loss(target)``, the mean of M checkpoints."""
-    model = problem.model()
-
-    def loss(params: Checkpoint, x: Tensor, y: Tensor) -> Tensor:
-        return problem.loss(functional_call(model, params, (x[None],)), y[None])
-
-    def gradients(params: Checkpoint, x: Tensor, y: Tensor) -> Tensor:
-        found = vmap(grad(loss), (None, 0, 0))(params, x, y)
-        return torch.cat([g.flatten(1) for g in found.values()], 1)  # [B, P]
-
-    total = np.zeros((problem.n, len(problem.target_y)))
+    total = np.zeros((problem.n, problem.m))
     for done, checkpoint in enumerate(tqdm(checkpoints, desc="TracIn", leave=False), start=1):
-        of_targets = gradients(checkpoint, problem.target_x, problem.target_y)
-        parts = [
-            gradients(checkpoint, problem.x[rows], problem.y[rows]) @ of_targets.mT
-            for rows in torch.arange(problem.n).split(250)
-        ]
-        total += torch.cat(parts).double().numpy()
+        of_samples = gradients(problem, checkpoint, "likelihood", problem.samples)
+        of_targets = gradients(problem, checkpoint, "likelihood", problem.targets)
+        total += (of_samples @ of_targets.mT).double().numpy()
         if done in counts:
             yield done, total / done
 
@@ -138,23 +129,23 @@ def datamodel_scores(masks: npt.NDArray[np.bool_], outputs: Floats) -> Floats:
     return weights
 
 
-def curve(problem: problems.Problem, options: argparse.Namespace) -> dict[str, Any]:
+def curve(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
     """All points of a problem, and the noise ceiling."""
     counts = [count for count in CHECKPOINTS if count <= options.checkpoints]
     sizes = [size for size in DATAMODELS if size <= options.datamodels]
     begun = time.perf_counter()
-    masks, runs = problems.ground_truth(
-        problem, options.subsets, options.retrainings, options.cache, TRUTH_SEED
-    )
-    others, made = problems.ground_truth(problem, max(sizes), 1, options.cache, DATAMODEL_SEED)
+    truth_of = functools.partial(training.ground_truth, problem)
+    truth = truth_of(options.subsets, options.cache, TRUTH_SEED, options.retrainings)
+    made = truth_of(max(sizes), options.cache, DATAMODEL_SEED, 1)
+    masks, runs, others = truth.masks, truth.output, made.masks
     if (others[:, None] == masks).all(2).any():
         raise ValueError("a datamodel's subset is among those that the LDS is measured on")
-    checkpoints = problems.checkpoints(problem, max(counts))
-    truth = runs.double().mean(0).numpy()  # [S, m]
+    checkpoints = training.checkpoints(problem, max(counts), options.cache)
+    outputs = runs.double().mean(0).numpy()  # [S, m]
     points: list[Point] = []
 
     def measure(method: str, models: int, scores: npt.NDArray[Any]) -> None:
-        found: LDS = lds(scores, masks.numpy(), truth, n_boot=options.n_boot)
+        found: LDS = lds(scores, masks.numpy(), outputs, n_boot=options.n_boot)
         points.append(Point(method, models, found.mean, found.low, found.high))
         print(f"{method:<20}{models:>5} models   {found}", flush=True)
 
@@ -162,7 +153,7 @@ def curve(problem: problems.Problem, options: argparse.Namespace) -> dict[str, A
         for count, scores in trak_scores(problem, checkpoints, counts, folder, options.traker):
             measure("TRAK", count, scores)
     for size in sizes:
-        weights = datamodel_scores(others[:size].numpy(), made[0, :size].double().numpy())
+        weights = datamodel_scores(others[:size].numpy(), made.output[0, :size].double().numpy())
         measure("datamodels (ridge)", size, weights)
     for count, inner in tracin_scores(problem, checkpoints, counts):
         measure("TracIn-style", count, inner)
@@ -171,7 +162,7 @@ def curve(problem: problems.Problem, options: argparse.Namespace) -> dict[str, A
     return {
         "problem": problem.name,
         "n": problem.n,
-        "targets": len(problem.target_y),
+        "targets": problem.m,
         "parameters": sum(p.numel() for p in checkpoints[0].values()),
         "training": asdict(problem.training),
         "subsets": options.subsets,
@@ -224,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--problem", nargs="+", choices=list(problems.PROBLEMS), default=["digits"])
+    parser.add_argument("--problem", nargs="+", choices=list(PROBLEMS), default=["digits"])
     parser.add_argument("--checkpoints", type=int, default=max(CHECKPOINTS), help="at most")
     parser.add_argument("--datamodels", type=int, default=max(DATAMODELS), help="models, at most")
     parser.add_argument("--subsets", type=int, default=200, help="that the LDS is measured on")
@@ -235,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--traker", type=json.loads, default={}, metavar="JSON", help="other options of TRAKer"
     )
-    parser.add_argument("--cache", type=Path, default=Path("build/bench-cache"))
+    parser.add_argument("--cache", type=Path, default=training.default_cache())
     parser.add_argument("--no-write", action="store_true", help="no files in bench/results")
     options = parser.parse_args(argv)
     for option, least in (
@@ -250,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     results = []
     for name in options.problem:
-        problem = problems.PROBLEMS[name](**({"n": options.train} if options.train else {}))
+        problem = PROBLEMS[name](**({"n": options.train} if options.train else {}))
         if options.epochs:
             problem = problem.with_training(epochs=options.epochs)
         results.append(curve(problem, options))

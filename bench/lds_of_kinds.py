@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench import lds as bench_lds
-from bench import problems
-from bench.distortion import Kind, kinds_of
-from fastproj import TRAKer
+from bench.battery import training
+from bench.battery.problem import Problem
+from bench.battery.providers import traker
+from bench.battery.providers.job import Job
+from bench.distortion import kinds_of
 from fastproj.trak.evaluation.metrics import lds
 
 BASE = "rademacher"
 
 
 def scored(
-    problem: problems.Problem,
+    problem: Problem,
     dims: Sequence[int],
     seeds: Sequence[int],
     checkpoints: int,
@@ -32,9 +33,8 @@ def scored(
 
     known : (K, seed, name of the kind) of rows that aren't wanted.
     """
-    masks, runs = problems.ground_truth(problem, subsets, 1, cache)
-    kept = bench_lds.kept_checkpoints(problem, checkpoints, cache)
-    truth = masks.numpy(), runs.mean(0).numpy()
+    truth = training.ground_truth(problem, subsets, cache, retrainings=1)
+    kept = training.checkpoints(problem, checkpoints, cache)
     parameters = sum(p.numel() for p in kept[0].values())
     for k in dims:
         for seed in seeds:
@@ -42,19 +42,14 @@ def scored(
                 if (k, seed, kind.name) in known:
                     continue
                 with tempfile.TemporaryDirectory() as folder:
-                    _, scores = bench_lds.attribute(
-                        TRAKer, problem, kept, k, folder, **options_of(kind, seed)
-                    )
-                found = lds(scores, *truth)
+                    job = Job(problem, kept, [checkpoints], k, kind.kind, folder)
+                    options = {"block": kind.block or None, "projector_seed": seed}
+                    scores = traker.run(job, options).finalize_scores("targets")
+                    found = lds(scores, truth.masks.numpy(), truth.output.mean(0).numpy())
                 row = {"problem": problem.name, "n": problem.n, "parameters": parameters}
                 row |= {"k": k, "seed": seed, "kind": kind.name, "block": kind.block}
-                row |= bench_lds.as_dict(found)
+                row |= {"mean": found.mean, "low": found.low, "high": found.high}
                 yield {**row, "per_target": [round(float(r), 5) for r in found.per_target]}
-
-
-def options_of(kind: Kind, seed: int) -> dict[str, Any]:
-    """What TRAKer takes."""
-    return {"kind": kind.kind, "block": kind.block or None, "projector_seed": seed}
 
 
 def against_dense(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

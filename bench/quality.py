@@ -5,7 +5,7 @@
 
 Kinds are rademacher, gaussian, and sjlt with 1 to 16 entries a row (blocks K .. K / 16). Distortion
 is measured on vectors of several structures; bench/distortion.py states and derives the theory. The
-LDS is of fastproj.TRAKer as it comes, on the problems of bench/problems.py, with the same
+LDS is of fastproj.TRAKer as it comes, on the problems of bench/battery, with the same
 checkpoints for all kinds. No speed is measured: it may run beside other work.
 
 The command fails where a measured variance is not what theory says.
@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import distortion, lds_of_kinds, problems
+from bench import distortion, lds_of_kinds
+from bench.battery import PROBLEMS, training
 from bench.record import write_result
 from fastproj.commands.arguments import positive
 
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cols", type=positive, nargs="+", metavar="K", help="512 2048")
     parser.add_argument("--draws", type=positive, help="matrices of each kind: 300")
     parser.add_argument("--vectors", type=positive, default=16, help="of a family in each draw: 16")
-    parser.add_argument("--problem", nargs="*", choices=list(problems.PROBLEMS), help="of the LDS")
+    parser.add_argument("--problem", nargs="*", choices=list(PROBLEMS), help="of the LDS")
     parser.add_argument("--dims", type=positive, nargs="+", metavar="K", help="of the LDS")
     parser.add_argument("--seeds", type=positive, default=1, help="matrices for each LDS: 1")
     parser.add_argument("--checkpoints", type=positive, default=5, metavar="M")
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--log", type=Path, metavar="FILE", help="LDS rows are kept there, and not measured again"
     )
     parser.add_argument("--no-write", action="store_true", help="don't write bench/results/")
-    parser.add_argument("--cache", type=Path, default=Path("build/bench-cache"), metavar="DIR")
+    parser.add_argument("--cache", type=Path, default=training.default_cache(), metavar="DIR")
     return parser
 
 
@@ -103,12 +104,12 @@ def measure_lds(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of lds_of_kinds.scored for every problem; those in ``--log`` are taken from there."""
     names = options.problem
     if names is None:
-        names = ["wine"] if options.quick else list(problems.PROBLEMS)
+        names = ["wine"] if options.quick else list(PROBLEMS)
     dims = options.dims or ((512,) if options.quick else LDS_COLS)
     subsets = options.subsets or (30 if options.quick else 120)
     rows = read_log(options.log)
     for name in names:
-        problem = problems.PROBLEMS[name]()
+        problem = PROBLEMS[name]()
         if options.quick:
             problem = problem.with_training(epochs=problem.training.epochs // 3)
         setting = {

@@ -11,7 +11,8 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeCV
 
-from bench import lds_curve, problems, record
+from bench import lds_curve, record
+from bench.battery import PROBLEMS
 
 
 def test_datamodels_are_sklearns_ridge_with_its_own_choice() -> None:
@@ -27,7 +28,7 @@ def test_datamodels_are_sklearns_ridge_with_its_own_choice() -> None:
 
 
 def test_tracin_is_the_mean_product_of_loss_gradients() -> None:
-    problem = problems.digits(n=6, targets=3)
+    problem = PROBLEMS["digits"](n=6, targets=3)
     checkpoints = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -43,8 +44,8 @@ def test_tracin_is_the_mean_product_of_loss_gradients() -> None:
                 [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]
             )
 
-        samples = [gradient(x, y) for x, y in zip(problem.x, problem.y, strict=True)]
-        targets = [gradient(x, y) for x, y in zip(problem.target_x, problem.target_y, strict=True)]
+        samples = [gradient(x, y) for x, y in zip(*problem.samples, strict=True)]
+        targets = [gradient(x, y) for x, y in zip(*problem.targets, strict=True)]
         expected += torch.stack(samples) @ torch.stack(targets).mT / 2
     ((count, found),) = lds_curve.tracin_scores(problem, checkpoints, [2])
     assert count == 2

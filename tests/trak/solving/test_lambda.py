@@ -638,7 +638,9 @@ def run_bench(tmp_path, *options):
         "-m",
         "bench.lds",
         "--no-write",
-        "--no-trak",
+        "--providers",
+        "default",
+        "trak_rule",
         "--cache",
         str(tmp_path),
     ]
@@ -651,13 +653,13 @@ def run_bench(tmp_path, *options):
 
 @pytest.mark.parametrize("problem", ["breast_cancer", "auto_mpg"])
 def test_the_lds_is_near_the_best(tmp_path, problem):
-    sizes = ("--dims", "64", "512", "--subsets", "40", "--checkpoints", "2")
-    table = run_bench(tmp_path, "--problem", problem, *sizes)
-    assert table.count(problem) == 4
+    sizes = ("--dims", "64", "512", "--subsets", "40", "--checkpoints", "2", "--retrainings", "1")
+    table = run_bench(tmp_path, "--only", problem, *sizes)
+    assert table.count(f"{problem} ") == 12  # three providers at two k, twice
     assert "MISSED" not in table
 
 
 @pytest.mark.slow
 def test_the_lds_is_near_the_best_on_digits(tmp_path):
-    table = run_bench(tmp_path, "--problem", "digits")
+    table = run_bench(tmp_path, "--only", "digits")
     assert "MISSED" not in table

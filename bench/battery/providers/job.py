@@ -1,0 +1,56 @@
+"""What a provider is given, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.battery.problem import Problem
+from bench.battery.training import Checkpoint
+
+Floats = npt.NDArray[np.floating[Any]]
+
+BATCH = 250  # training samples at once
+
+
+class Unsupported(Exception):
+    """This provider can't take this problem, or isn't installed; the message says which."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Scores that are wanted: of the first M checkpoints, for each M of ``counts``.
+
+    proj_dim, kind : of the random matrix, for providers that project.
+    folder : an empty one.
+    """
+
+    problem: Problem
+    checkpoints: Sequence[Checkpoint]
+    counts: Sequence[int]
+    proj_dim: int
+    kind: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """Scores of a provider with the first ``checkpoints`` checkpoints.
+
+    provider : its name in the tables; those of a sweep share one.
+    setting : the value of its parameter, where it has one.
+    scores : [n, m]; NaN or inf where it has none.
+    own : [n], the score of each training sample on itself; None where it says nothing.
+    details : for the result file.
+    """
+
+    provider: str
+    checkpoints: int
+    scores: Floats
+    own: Floats | None = None
+    setting: float | None = None
+    details: dict[str, Any] | None = None

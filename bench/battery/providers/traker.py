@@ -1,0 +1,106 @@
+"""fastproj.TRAKer as it comes, by TRAK's features with its own rule, and over lambda."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.battery.providers.job import BATCH, Floats, Found, Job
+from fastproj import TRAKer
+from fastproj.trak import AbstractModelOutput
+
+# What makes TRAKer use TRAK's features and choose lambda for them; {} is TRAKer as it comes.
+TRAK_RULE: dict[str, Any] = {"curvature": "trak"}
+SWEEP = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4)
+
+
+def default(job: Job) -> Iterator[Found]:
+    """TRAKer with none of its choices made."""
+    traker = run(job, {})
+    for count in job.counts:
+        yield found(traker, "default", count)
+
+
+def rule(job: Job) -> Iterator[Found]:
+    """TRAK's features: with TRAKer's rule, and by TRAK's formula at each lambda of SWEEP."""
+    traker = run(job, TRAK_RULE)
+    for count in job.counts:
+        yield found(traker, "trak_rule", count)
+    yield from sweep(traker, job.counts)
+
+
+def run(job: Job, options: dict[str, Any]) -> TRAKer:
+    """A TRAKer that has featurized all checkpoints and scored the targets with each."""
+    problem = job.problem
+    traker = TRAKer(
+        problem.model().eval(),
+        problem.question.task(AbstractModelOutput),
+        problem.n,
+        save_dir=job.folder,
+        proj_dim=job.proj_dim,
+        kind=job.kind,
+        logging_level="ERROR",
+        **options,
+    )
+    for model_id, checkpoint in enumerate(job.checkpoints):
+        traker.load_checkpoint(checkpoint, model_id)
+        problem.question.prepare(traker, problem.samples)
+        for rows in torch.arange(problem.n).split(BATCH):
+            traker.featurize(tuple(part[rows] for part in problem.samples), num_samples=len(rows))
+    traker.finalize_features()
+    for model_id, checkpoint in enumerate(job.checkpoints):
+        traker.start_scoring_checkpoint("targets", checkpoint, model_id, problem.m)
+        traker.score(problem.targets, num_samples=problem.m)
+    return traker
+
+
+def found(traker: TRAKer, provider: str, count: int) -> Found:
+    """The scores of the first ``count`` checkpoints, and lambda as a share of the mean."""
+    solved = [traker.saver.systems.read_solve(i) for i in range(count)]
+    details = {"lambda": [one.get("auto", {}).get("relative") for one in solved]}
+    scores = np.array(traker.finalize_scores("targets", model_ids=range(count)), np.float64)
+    own = np.asarray(traker.self_influence(range(count)), np.float64)
+    return Found(provider, count, scores, own, details=details)
+
+
+def sweep(traker: TRAKer, counts: Any) -> Iterator[Found]:
+    """TRAK's scores, phi_i (Phi^T Phi + lambda I)^-1 phi_z Q_i, over SWEEP.
+
+    lambda is a share of the mean eigenvalue; as in TRAK, products and Q are averaged apart.
+    """
+    total: list[Floats] = [np.zeros(())] * len(SWEEP)
+    own: list[Floats] = [np.zeros(())] * len(SWEEP)
+    q: Floats = np.zeros(())
+    for done in range(1, max(counts) + 1):
+        phi = traker.saver.matrix(done - 1).double()  # [n, k]
+        targets = traker.saver.matrix(done - 1, "targets").double()  # [m, k]
+        q = q + traker.saver.out_to_loss(done - 1).double().numpy()
+        values, left, right = decomposed(phi, targets)
+        mean = float(phi.square().sum()) / phi.shape[1]
+        for place, share in enumerate(SWEEP):
+            shrunk = values + share * mean
+            total[place] = total[place] + ((left / shrunk) @ right).numpy()
+            own[place] = own[place] + (left.square() / shrunk).sum(1).numpy()
+        if done in counts:
+            weight = q / done / done
+            for place, share in enumerate(SWEEP):
+                scores = total[place] * weight[:, None]
+                yield Found("trak_sweep", done, scores, own[place] * weight, setting=share)
+
+
+def decomposed(phi: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, left, right): phi (Phi^T Phi + l I)^-1 targets^T is left / (values + l) @ right.
+
+    And the same for phi itself with left^T in place of right.
+    """
+    if len(phi) < phi.shape[1]:  # Phi (Phi^T Phi + l)^-1 = (Phi Phi^T + l)^-1 Phi, which is smaller
+        values, vectors = torch.linalg.eigh(phi @ phi.mT)
+        values = values.clamp(min=1e-30)
+        left = vectors * values.sqrt()
+        return values, left, vectors.mT @ (phi @ targets.mT) / values.sqrt().unsqueeze(1)
+    values, vectors = torch.linalg.eigh(phi.mT @ phi)
+    return values.clamp(min=0), phi @ vectors, vectors.mT @ targets.mT

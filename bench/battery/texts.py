@@ -1,0 +1,176 @@
+"""A text classifier and language models on the sentences that Python ships."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+
+from bench.battery.models import CausalLM, Seq2Seq, TextClassifier
+from bench.battery.problem import IGNORED, Classes, Problem
+from bench.battery.sentences import (
+    PAD,
+    SPECIAL,
+    Fact,
+    Sentence,
+    Vocabulary,
+    docstrings,
+    facts,
+    manual,
+)
+from fastproj.testbed.ensembles import Training
+
+T = TypeVar("T")
+
+LENGTH = 16  # words of a sentence
+
+
+def modules(n: int = 800, targets: int = 100, classes: int = 8) -> Problem:
+    """Which module of Python's standard library a sentence of a docstring is from."""
+    found = [(module, s) for module, s in docstrings() if 4 <= len(s) <= LENGTH]
+    counts = Counter(module for module, _ in found)
+    names = sorted(counts, key=lambda name: (-counts[name], name))[:classes]
+    each = -(-(n + targets) // classes)
+    chosen = [
+        (number, sentence)
+        for number, name in enumerate(names)
+        for sentence in shuffled([s for module, s in found if module == name], 0)[:each]
+    ]
+    chosen = shuffled(chosen, 1)[: n + targets]
+    labels = torch.tensor([label for label, _ in chosen])
+    texts = [sentence for _, sentence in chosen]
+    vocabulary = Vocabulary(texts, 400)
+    ids = vocabulary.encode(texts, LENGTH)
+    parts = (ids, (ids != PAD).long(), labels)
+    return Problem(
+        "modules",
+        tuple(part[:n] for part in parts),
+        tuple(part[n:] for part in parts),
+        lambda: TextClassifier(len(vocabulary), LENGTH, classes),
+        Training(epochs=20, batch=40, learning_rate=0.3, weight_decay=1e-2, clip=1.0),
+        Classes("text_classification"),
+        words=(texts[:n], texts[n:]),
+    )
+
+
+# ---- language models ----------------------------------------------------------------------------
+
+
+def causal(
+    name: str, found: Sequence[Sentence], n: int, targets: int, words: int, held_out: bool
+) -> Problem:
+    """A causal language model on n sentences, some of which state facts."""
+    samples, asked, stated, vocabulary = corpus(found, n, targets, words)
+
+    def batch(texts: list[Sentence]) -> tuple[torch.Tensor, ...]:
+        ids = vocabulary.encode(texts, LENGTH)
+        return ids, (ids != PAD).long(), ids.masked_fill(ids == PAD, IGNORED)
+
+    return Problem(
+        name,
+        batch(samples),
+        batch(asked),
+        lambda: CausalLM(len(vocabulary), LENGTH),
+        Training(epochs=20, batch=25, learning_rate=0.5, weight_decay=1e-3, clip=1.0),
+        Classes("causal_lm", LENGTH),
+        held_out=held_out,
+        language=True,
+        facts=stated,
+        words=(samples, asked),
+    )
+
+
+def seq2seq(
+    name: str, found: Sequence[Sentence], n: int, targets: int, words: int, held_out: bool
+) -> Problem:
+    """A model that fills a gap of up to 3 words in n sentences, some of which state facts.
+
+    A question's gap is its answer.
+    """
+    samples, asked, stated, vocabulary = corpus(found, n, targets, words)
+    questions = {tuple(text) for text in asked[: len(asked) // 2]}
+    draw = torch.Generator().manual_seed(3)
+
+    def batch(texts: list[Sentence]) -> tuple[torch.Tensor, ...]:
+        sources, gaps = [], []
+        for text in (text[:LENGTH] for text in texts):
+            question = tuple(text) in questions
+            size = int(torch.randint(1, 4, (), generator=draw))
+            size = 1 if question else size
+            last = len(text) - size
+            begin = int(torch.randint(0, last + 1, (), generator=draw))
+            begin = last if question else begin
+            sources.append([*text[:begin], SPECIAL[2], *text[begin + size :]])
+            gaps.append(text[begin : begin + size])
+        ids = vocabulary.encode(sources, LENGTH)
+        return ids, (ids != PAD).long(), vocabulary.encode(gaps, 3, IGNORED)
+
+    return Problem(
+        name,
+        batch(samples),
+        batch(asked),
+        lambda: Seq2Seq(len(vocabulary), LENGTH),
+        Training(epochs=15, batch=25, learning_rate=0.5, weight_decay=1e-3, clip=1.0),
+        Classes("seq2seq", 3),
+        held_out=held_out,
+        language=True,
+        facts=stated,
+        words=(samples, asked),
+    )
+
+
+def corpus(
+    found: Sequence[Sentence], n: int, targets: int, words: int
+) -> tuple[list[Sentence], list[Sentence], torch.Tensor, Vocabulary]:
+    """n sentences, ``targets`` others, which of the n state what the others ask for, and the words.
+
+    Half of the others are questions; the two sentences that state each fact are among the n.
+    """
+    known: list[Fact] = facts(targets // 2)
+    statements = [sentence for fact in known for sentence in fact.stated]
+    questions = [fact.asked for fact in known]
+    fitting = [s for s in found if 6 <= len(s) <= LENGTH]
+    plain = Vocabulary(fitting, words)
+    fitting = shuffled([s for s in fitting if plain.known(s) >= 0.8], 0)
+    wanted = n + targets - len(questions) - len(statements)
+    if len(fitting) < wanted:
+        raise ValueError(f"received {len(fitting)} sentences; expected {wanted}")
+    others = targets - len(questions)
+    order = shuffled(list(range(n)), 1)
+    samples = [*statements, *fitting[others:wanted]]
+    stated = torch.zeros(n, targets, dtype=torch.bool)
+    for number in range(len(statements)):
+        stated[number, number // 2] = True
+    vocabulary = Vocabulary(fitting[:wanted], words, [*statements, *questions])
+    asked = [*questions, *fitting[:others]]
+    return [samples[i] for i in order], asked, stated[order], vocabulary
+
+
+def docstring_words(n: int = 600, targets: int = 100) -> Problem:
+    """A causal language model on docstrings of Python's standard library."""
+    found = [sentence for _, sentence in docstrings()]
+    return causal("docstring_words", found, n, targets, 300, held_out=False)
+
+
+def docstring_gaps(n: int = 600, targets: int = 100) -> Problem:
+    """A sequence-to-sequence model on the same."""
+    found = [sentence for _, sentence in docstrings()]
+    return seq2seq("docstring_gaps", found, n, targets, 300, held_out=False)
+
+
+def manual_words(n: int = 600, targets: int = 100) -> Problem:
+    """A causal language model on Python's language reference."""
+    return causal("manual_words", manual(), n, targets, 400, held_out=True)
+
+
+def manual_gaps(n: int = 600, targets: int = 100) -> Problem:
+    """A sequence-to-sequence model on the same."""
+    return seq2seq("manual_gaps", manual(), n, targets, 400, held_out=True)
+
+
+def shuffled(items: list[T], seed: int) -> list[T]:
+    """The items in a random order."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order.tolist()]
