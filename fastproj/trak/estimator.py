@@ -650,7 +650,7 @@ class TRAKer:
             self._compare_content(function, ids)
         fisher = self.fisher is not None and (lambda_reg == AUTO or self._takes_lambda)
         if self.fisher is not None and not fisher:
-            self._require_outputs(function, ids, lambda_reg)
+            self._require_outputs(function, lambda_reg)
         finalize(
             self.saver.systems, self.score_computer, ids, lambda_reg, ranks, probabilities, fisher
         )
@@ -903,9 +903,9 @@ class TRAKer:
                 f"samples (the first: {missing[0]}); call featurize for them"
             )
 
-    def _require_outputs(self, function: str, ids: list[int], lambda_reg: Lambda) -> None:
+    def _require_outputs(self, function: str, lambda_reg: Lambda) -> None:
         """Raise ValueError unless the training features are gradients of f, as TRAK's are."""
-        if any(not (self.saver.column(i, "curvature") > 0).any() for i in ids):
+        if not getattr(self.task, "learns_along_output", True):
             raise ValueError(
                 f"{function}: received lambda_reg={lambda_reg!r}, which is TRAK's formula, where "
                 f"the features of {type(self.task).__name__} were made for the Fisher matrix; "

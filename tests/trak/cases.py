@@ -120,7 +120,8 @@ def explicit_trak(
 def fisher_of(
     model: nn.Module, model_id: int, train: tuple[Tensor, Tensor], proj_dim: int, fisher: Fisher
 ) -> tuple[Tensor, Tensor]:
-    """A classifier's Fisher matrix [k, k] and gradients of the log-likelihood [n, k], projected.
+    """A classifier's Fisher matrix plus the empirical one, [k, k], and gradients of the
+    log-likelihood [n, k], projected.
 
     The other classes are those that Draws chooses, by the inverse of their distribution.
     """
@@ -144,7 +145,7 @@ def fisher_of(
             weights.append(count / chosen.sum())
     phi = projected(own, proj_dim, model_id)
     drawn = projected(torch.stack(rows).double(), proj_dim, model_id)
-    matrix = (phi * (slopes * (1 - slopes))[:, None]).T @ phi
+    matrix = (phi * slopes[:, None]).T @ phi  # p q + q^2
     matrix += (drawn * torch.tensor(weights)[:, None]).T @ drawn
     return matrix, phi * slopes[:, None]
 

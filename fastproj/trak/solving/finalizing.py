@@ -17,10 +17,10 @@ from fastproj.trak.files import GoneError, Indices, StoreError, Tensors
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.ridge import (
-    MARGIN,
     Meaning,
     Moments,
     Share,
+    choose_fisher_lambda,
     choose_lambda,
     logistic_share,
     meaning,
@@ -150,9 +150,13 @@ def keep_lambda(
         "form": "dual" if system.dual else "primal",
     }
     if q is not None:
-        if system.fisher and system.dual:
-            moments.image = image(systems.store, model_id, system, moments.fitted, gram.n)
-        choice = choose_lambda(gram, moments, q, 1.0 if system.fisher else MARGIN)
+        if system.fisher:
+            store = systems.store
+            if system.dual and bool((store.column(model_id, "curvature") == 0).any()):
+                moments.image = image(store, model_id, system, moments.fitted, gram.n)
+            choice = choose_fisher_lambda(gram, moments, store.train_set_size)
+        else:
+            choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
         logger.info(
             "model_id %d: lambda %.3g (%.3g * mean) chosen by %s",

@@ -36,6 +36,7 @@ UNSURE, CONTRARY = 0.05, 0.25  # share of Q that are no probabilities: less is a
 SATURATED = 1e-3  # Q this near to 1 says nothing of the curvature; nor do all samples where
 BLIND = 0.8  # more than this share of them are so
 FITTED = 0.1  # share of f^T (W f + Q) that must be left of its terms' sizes to trust its ridge
+TYPICAL = 0.5  # lambda, in units of trace / n, where rows and features say nothing
 COLUMNS = 512  # of an inverse at once
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
@@ -128,10 +129,10 @@ def logistic_share(q: Tensor, power: float) -> Share:
     return Share(sample_weights(q, power), values, slopes, q.double())
 
 
-def choose_lambda(gram: Gram, moments: Moments, q: Meaning, margin: float = MARGIN) -> Choice:
+def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
     """Choose the ridge that is added to a Gram matrix, Phi^T W Phi where Q are probabilities.
 
-    There it is ``margin`` times the training ridge (``fit``). Where features and Q show none, it
+    There it is MARGIN times the training ridge (``fit``). Where features and Q show none, it
     leaves an effective dimension of ``sqrt(n')``, as many directions as n' samples let a linear
     expansion follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made.
     For other Q, it is that; for residuals of a regression, the geometric mean of that and of the
@@ -149,7 +150,7 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning, margin: float = MARG
     ridge = fit(gram, moments) if q.probability > 0 else None
     trust = 0.0 if ridge is None else q.probability * moments.fit_share()
     shares = {"training ridge": trust}
-    log_lambda = trust * math.log(min(max(margin * (ridge or 1.0), least), most))
+    log_lambda = trust * math.log(min(max(MARGIN * (ridge or 1.0), least), most))
     rest = 1 - shares["training ridge"]
     if rest > 0:
         values = torch.linalg.eigvalsh(gram.matrix).clamp(min=0)
@@ -164,6 +165,40 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning, margin: float = MARG
     lam = min(max(math.exp(log_lambda), least), most)
     rule = " and ".join(name for name, share in shares.items() if share > 0)
     return Choice(lam, rule, q.probability, lam * gram.k / trace)
+
+
+def choose_fisher_lambda(gram: Gram, moments: Moments, samples: int) -> Choice:
+    """Choose the ridge that is added to the Fisher matrix.
+
+    It is MARGIN times gamma over ``(1 - d / k) (1 - d / N)``. gamma is the ridge at which one
+    Newton step from the network's outputs agrees with them (``agreeing_ridge``), and d the
+    effective dimension there: k dimensions, and N rows of which most are drawn, fit more easily
+    than all of the network on all of its labels.
+
+    The nearer d comes to k or N, the less gamma says. Below TYPICAL times trace / n, which is best
+    in the mean of many problems, it therefore counts to the power of that product only, and that to
+    the power of the rest. Above, too little would cost more than too much.
+
+    Parameters
+    ----------
+    gram : of all N rows.
+    samples : n.
+    """
+    trace = check_gram(gram) * gram.k
+    least, most = LEAST * trace / samples, MOST * trace
+    ridge = agreeing_ridge(gram, moments)
+    log_lambda, trust = math.log(TYPICAL * trace / samples), 0.0
+    if ridge is not None and LOWEST < math.log(ridge * gram.k / trace) < HIGHEST:
+        dimension = effective_dimension(gram.matrix, ridge)
+        free = max(1 - dimension / gram.k, 0.0) * max(1 - dimension / gram.n, 0.0)
+        trust = free * moments.fit_share()
+        if trust > 0:
+            above = math.log(MARGIN * ridge / free) - log_lambda
+            trust = max(trust, moments.fit_share()) if above > 0 else trust
+            log_lambda += trust * above
+    lam = min(max(math.exp(log_lambda), least), most)
+    rule = f"training ridge, to the power of {trust:.2f}"
+    return Choice(lam, rule, 1.0, lam * gram.k / trace)
 
 
 class Moments:
@@ -268,6 +303,22 @@ def fit(gram: Gram, moments: Moments) -> float | None:
     gram : H [k, k], or its dual.
     """
     unit = gram.trace / gram.k
+    ridge = agreeing_ridge(gram, moments)
+    if ridge is None or math.log(ridge / unit) >= HIGHEST:
+        return None
+    at_least = math.log(ridge / unit) <= LOWEST
+    unused = 1 - effective_dimension(gram.matrix, ridge) / gram.k
+    if unused <= 0 or (at_least and unused > SINGULAR):
+        return None
+    return ridge / unused
+
+
+def agreeing_ridge(gram: Gram, moments: Moments) -> float | None:
+    """The gamma of ``fit``, of k features; None where the network has fitted nothing.
+
+    Where there is none, it is e to LOWEST or HIGHEST, times the mean eigenvalue.
+    """
+    unit = gram.trace / gram.k
     explained = float(moments.explained)
     if not explained > 0 or not unit > 0:
         return None
@@ -277,13 +328,7 @@ def fit(gram: Gram, moments: Moments) -> float | None:
         log_ridge = crossing(lambda ridge, f=agreement: f(ridge * unit), explained)  # type: ignore
         if log_ridge > LOWEST and abs(log_ridge - before) < SETTLED:
             break
-    if log_ridge >= HIGHEST:
-        return None
-    at_least, ridge = log_ridge <= LOWEST, math.exp(log_ridge) * unit
-    unused = 1 - effective_dimension(gram.matrix, ridge) / gram.k
-    if unused <= 0 or (at_least and unused > SINGULAR):
-        return None
-    return ridge / unused
+    return math.exp(log_ridge) * unit
 
 
 def agreements(gram: Gram, moments: Moments) -> Iterator[Callable[[float], float]]:

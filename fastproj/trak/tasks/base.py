@@ -23,17 +23,17 @@ Batch = tuple[Any, ...]
 class Terms(NamedTuple):
     """What a batch of training samples says of the likelihood of its labels.
 
-    The gradient of log p(y_i | x_i) is ``slope[i]`` times that of ``output[i]``. The Fisher matrix
-    is the expectation of the sum over i of ``curvature[i]`` times the outer product of the gradient
-    of ``output[i]`` with itself, and over j of that of ``drawn[i, j]``.
+    The gradient of log p(y_i | x_i) is ``slope[i]`` times that of ``output[i]``. The curvature of
+    the loss is the expectation of the sum over i of ``curvature[i]`` times the outer product of the
+    gradient of ``output[i]`` with itself, and over j of that of ``drawn[i, j]``.
 
     Outputs are linear in the logits z up to second order, with coefficients a that count as
     constants. ``along`` and ``drawn`` have the values a . z: with logits in place of labels, these
     are what a regression on the rows would be fitted to.
 
     output : [B], differentiable.
-    slope, curvature, along : [B], constants. Where ``curvature`` is 0, as where samples have
-        several predictions, ``along`` is the sum of slope times a . z.
+    slope, curvature, along : [B], constants. Where ``curvature`` is 0, a sample has no row but
+        those that are drawn, and ``along`` is a . z for the gradient of its log-likelihood.
     drawn : [B, d], differentiable; d = 0 where ``curvature`` says all.
     """
 
@@ -85,6 +85,11 @@ class AbstractModelOutput(ABC):
     def knows_likelihood(self) -> bool:
         """See above."""
         return False
+
+    @property
+    def learns_along_output(self) -> bool:
+        """Whether ``Terms.output`` is f itself, or has its direction: one prediction a sample."""
+        return True
 
     def check_batch(self, batch: Batch) -> None:  # noqa: B027
         """Raise TypeError or ValueError for a batch that this task can't take."""

@@ -92,6 +92,11 @@ class CLIPModelOutput(BatchedModelOutput):
         """It does."""
         return True
 
+    @property
+    def learns_along_output(self) -> bool:
+        """Not so: the two log-likelihoods have other weights than their log-odds."""
+        return False
+
     def get_embeddings(
         self,
         model: nn.Module,

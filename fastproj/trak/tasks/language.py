@@ -55,6 +55,11 @@ class TokenModelOutput(BatchedModelOutput):
         """It does."""
         return True
 
+    @property
+    def learns_along_output(self) -> bool:
+        """Not so: the log-likelihoods of tokens have other weights than their margins."""
+        return False
+
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """The batch as a dict with "labels"; empty if it isn't one of this task's."""

@@ -11,8 +11,13 @@ second is the expectation of ``q (e_c - pi) (e_c - pi)^T`` over a class c drawn 
 gives one row exactly and one by drawing. (To draw y itself from p would also be unbiased, but of a
 network that fits its labels a rare draw with a huge gradient would be most of the matrix.)
 
-Samples of several predictions (tokens) share a row. Each part of each prediction has a random sign,
-so that the products of different ones cancel in expectation.
+Where rows are drawn, the empirical Fisher matrix, ``q^2 (e_y - pi) (e_y - pi)^T``, is added, which
+costs nothing. The two are equal in expectation where the labels are as the network says. With it,
+what the sketch and the draws leave of noise is less, and the choice of lambda matters less
+(docs/research/lambda.md).
+
+Samples of several predictions (tokens) share a drawn row. Each part of each prediction has a random
+sign, so that the products of different ones cancel in expectation.
 """
 
 from __future__ import annotations
@@ -35,11 +40,13 @@ def class_terms(logits: Tensor, labels: Tensor, noise: Tensor) -> Terms:
     z = at_least_single(logits)
     f = margins(z, labels)
     q, p = torch.sigmoid(-f.detach()), torch.sigmoid(f.detach())
-    draws = noise.shape[1] if z.shape[-1] > 2 else 0
+    two = z.shape[-1] == 2
+    draws = 0 if two else noise.shape[1]
     own, mean, others = contrasts(z, labels, noise[:, :draws, 0, UNIFORM])
     scale = (q / max(draws, 1)).sqrt().unsqueeze(-1)
     drawn = scale * (others - mean.unsqueeze(-1))
-    return Terms(f, q, p * q, (own - mean).detach(), drawn)
+    curvature = p * q if two else q  # p q + q^2
+    return Terms(f, q, curvature, (own - mean).detach(), drawn)
 
 
 def prediction_terms(logits: Tensor, labels: Tensor, weights: Tensor, noise: Tensor) -> Terms:
@@ -61,7 +68,7 @@ def prediction_terms(logits: Tensor, labels: Tensor, weights: Tensor, noise: Ten
     drawn = torch.where(there.unsqueeze(-1), rows, 0.0).sum(1) / max(noise.shape[1], 1) ** 0.5
     along = torch.where(there, weights * q * (own - mean).detach(), 0.0).sum(1)
     output = torch.where(there, weights * log_p, 0.0).sum(1)
-    return Terms(output, torch.ones_like(along), torch.zeros_like(along), along, drawn)
+    return Terms(output, torch.ones_like(along), torch.ones_like(along), along, drawn)
 
 
 def log_odds_terms(log_odds: Tensor, noise: Tensor) -> Terms:
@@ -79,7 +86,7 @@ def log_odds_terms(log_odds: Tensor, noise: Tensor) -> Terms:
     drawn = rows.sum(-1) / max(noise.shape[1], 1) ** 0.5
     along = (q * f.detach()).sum(1)
     output = F.logsigmoid(f).sum(1)
-    return Terms(output, torch.ones_like(along), torch.zeros_like(along), along, drawn)
+    return Terms(output, torch.ones_like(along), torch.ones_like(along), along, drawn)
 
 
 def contrasts(z: Tensor, labels: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

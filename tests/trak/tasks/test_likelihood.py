@@ -215,12 +215,20 @@ def jacobian(case: Case, number: int) -> Tensor:
 
 
 def fisher(case: Case) -> Tensor:
-    """J^T (diag p - p p^T) J of all predictions, times their weights, [D, D]."""
+    """J^T (diag p - p p^T) J of all predictions, times their weights, [D, D].
+
+    Where rows are drawn, plus the outer product of the log-likelihood's gradient with itself.
+    """
     total = torch.zeros(len(case.x), len(case.x), dtype=torch.float64)
     for number, (weight, logits, _) in enumerate(case.predictions(case.x)):
         p = logits.softmax(0)
         j = jacobian(case, number)
         total += weight * j.T @ (torch.diag(p) - torch.outer(p, p)) @ j
+    made = terms_of(case, case.x[None], torch.full((1, 1, case.places[1], 3), 0.5))
+    if made.drawn.shape[1]:
+        y = case.x.clone().requires_grad_()
+        likelihood = sum(w * z.log_softmax(0)[label] for w, z, label in case.predictions(y))
+        total += outer(torch.autograd.grad(likelihood, y)[0])
     return total
 
 
@@ -248,7 +256,7 @@ def test_the_output_is_the_tasks_own_where_that_has_the_same_direction(case):
     """So that lambda as a number is TRAK's formula on the features that are there."""
     model = nn.Identity() if isinstance(case.task, ImageClassificationModelOutput) else Echo()
     made = terms_of(case, case.x[None], torch.full((1, 1, case.places[1], 3), 0.5))
-    if float(made.curvature[0]) > 0:
+    if case.task.learns_along_output:
         batch = case.batch(case.x[None])
         torch.testing.assert_close(made.output, case.task.outputs(model, {}, {}, batch))
         q = case.task.get_out_to_loss_grad(model, {}, {}, batch)
@@ -282,13 +290,12 @@ def variance(case: Case) -> Tensor:
         + sum_{j != k} (M_j[a, a] M_k[b, b] + M_j[a, b] M_k[a, b])
     """
     moments, fourths = [], []
-    exact = terms_of(case, case.x[None], torch.full((1, 1, case.places[1], 3), 0.5)).curvature
     for number, (weight, logits, label) in enumerate(case.predictions(case.x)):
         j = jacobian(case, number)
         pi, p = others_of(logits, label), logits.softmax(0)[label]
         unit = torch.eye(len(pi), dtype=torch.float64)
         own = (weight * p * (1 - p)).sqrt() * (unit[label] - pi) @ j
-        if not float(exact[0]) > 0:  # otherwise it is no part of what is drawn
+        if not case.task.learns_along_output:  # otherwise it is no part of what is drawn
             moments.append(outer(own))
             fourths.append(outer(own) ** 2)
         others = (weight * (1 - p)).sqrt() * (unit - pi) @ j  # [C, D]
@@ -368,6 +375,10 @@ def test_rows_and_values_are_what_a_newton_step_fits(case):
         v[label] += 1
         exact_u += weight * v @ jacobian(case, number)
         exact += weight * z @ v
+    if made.drawn.shape[1]:  # the empirical part is along the gradient of the log-likelihood
+        value = (made.slope * made.along)[0]
+        exact_u += value * made.slope[0] * by_x(made.output, x)[0]
+        exact += value**2
     torch.testing.assert_close(chance @ u, exact_u)
     torch.testing.assert_close(chance @ explained, exact)
 
@@ -583,7 +594,10 @@ def test_log_odds_of_several_labels(labels):
     torch.testing.assert_close(made.slope[:, None] * by_x(made.output, f), 1 - p)
     exact = made.curvature.detach()[:, None, None] * outer(by_x(made.output, f))
     drawn = [outer(by_x(made.drawn[:, j], f)) for j in range(made.drawn.shape[1])]
-    torch.testing.assert_close((exact + sum(drawn)).mean(0), torch.diag((p * (1 - p))[0]))
+    matrix = torch.diag((p * (1 - p))[0])
+    if labels > 1:
+        matrix += outer(1 - p)[0]
+    torch.testing.assert_close((exact + sum(drawn)).mean(0), matrix)
     slope = made.slope if labels == 1 else torch.ones(1)
     along = ((1 - p) * f.detach()).sum(1) / slope
     torch.testing.assert_close(made.along, along)
