@@ -144,7 +144,7 @@ class Draws:
 
 
 def check_terms(terms: Terms, size: int, inds: Indices) -> None:
-    """Raise ValueError unless what a task says of a likelihood can be right."""
+    """Raise ValueError unless what a task says of a likelihood can be right, finite or not."""
     for name in ("output", "slope", "curvature", "along"):
         values = getattr(terms, name)
         if values.shape != (size,):
@@ -152,8 +152,6 @@ def check_terms(terms: Terms, size: int, inds: Indices) -> None:
                 f"featurize: the task's likelihood_terms returned {name} {list(values.shape)} for "
                 f"a batch of {size}; expected [{size}]"
             )
-        if name != "output":
-            check_finite("featurize", name, values, inds)
     if terms.drawn.dim() != 2 or len(terms.drawn) != size:
         raise ValueError(
             f"featurize: the task's likelihood_terms returned drawn {list(terms.drawn.shape)} for "
@@ -166,3 +164,15 @@ def check_terms(terms: Terms, size: int, inds: Indices) -> None:
             f"featurize: sample {inds[row]} has the curvature {float(terms.curvature[row]):g}; "
             "expected none below 0, as of a log-likelihood that is concave in the output"
         )
+
+
+def check_finite_terms(terms: Terms, inds: Indices) -> None:
+    """Raise ValueError where numbers that would be kept are not finite, naming samples.
+
+    Where features aren't finite either, these are to be checked before: a model that mixes its
+    samples may do so in the terms of a batch, and not in the gradients.
+    """
+    for name in ("slope", "curvature", "along", "drawn"):
+        values = getattr(terms, name)
+        if values.numel():  # there may be no drawn rows
+            check_finite("featurize", name, values, inds)

@@ -33,7 +33,13 @@ from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
 from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.checkpoints import LoadedModel, load_state
-from fastproj.trak.curvature import Draws, Fisher, check_terms, resolve_curvature
+from fastproj.trak.curvature import (
+    Draws,
+    Fisher,
+    check_finite_terms,
+    check_terms,
+    resolve_curvature,
+)
 from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
 from fastproj.trak.files import Indices
 from fastproj.trak.fingerprints import layout_fingerprint
@@ -413,6 +419,7 @@ class TRAKer:
                 features, *rows = self._features(samples, model_id, inds[part], training=True)
             on_trust = self._training_computer.on_trust
             made.append((inds[part], content[part], places, features, rows, on_trust))
+        check_finite_terms(terms, inds)
         for where, what, places, features, rows, on_trust in made:
             if rows:  # before the samples: what says that they are done
                 self.saver.write_shard(

@@ -164,5 +164,5 @@ def test_it_runs_draws_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fails(*_: Any, **__: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(lds_of_kinds.bench_lds, "attribute", fails)
+    monkeypatch.setattr(lds_of_kinds.traker, "run", fails)
     quality.main([*words, "--no-write"])

@@ -243,6 +243,7 @@ OTHER_DEFAULTS = {
     "device": None,  # where the model is
     "gradient_computer": "auto",
     "lambda_reg": "auto",
+    "proj_dim": 4096,
 }
 
 
