@@ -17,6 +17,7 @@ from fastproj.trak.files import GoneError, Indices, StoreError, Tensors
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.ridge import (
+    TINY,
     Meaning,
     Moments,
     Share,
@@ -116,8 +117,7 @@ def count_rows(store: Store, model_id: int) -> int:
             f"in {store.shard_dir(model_id, DRAWN)}; expected all of them (load_from_save_dir="
             "False, load_checkpoint and featurize make them again)"
         )
-    exact = bool((store.column(model_id, "curvature") > 0).any())
-    return drawn + exact * store.train_set_size
+    return drawn + store.train_set_size
 
 
 def q_meaning(model_id: int, q: Tensor, probabilities: bool | None) -> Meaning:
@@ -151,10 +151,7 @@ def keep_lambda(
     }
     if q is not None:
         if system.fisher:
-            store = systems.store
-            if system.dual and bool((store.column(model_id, "curvature") == 0).any()):
-                moments.image = image(store, model_id, system, moments.fitted, gram.n)
-            choice = choose_fisher_lambda(gram, moments, store.train_set_size)
+            choice = choose_fisher_lambda(gram, moments, systems.store.train_set_size)
         else:
             choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
@@ -219,7 +216,7 @@ def gram_of(store: Store, system: System, sums: Tensors, n: int, eps: float) -> 
 
 def stored_rows(store: Store, model_id: int, system: System, order: Indices) -> Rows:
     """The rows of a dual system: stored features, weighted, read again at each pass."""
-    sources = [source for source in sources_of(store, model_id, system) if source.has_rows]
+    sources = sources_of(store, model_id, system)
     blocks = blocks_of(sources, store.proj_dim)
     places = np.empty(1 + int(order.max()), np.int64)
     places[order] = np.arange(len(order))
@@ -227,20 +224,10 @@ def stored_rows(store: Store, model_id: int, system: System, order: Indices) -> 
     def stream() -> Iterator[tuple[Tensor, Tensor]]:
         buffer = Buffer()
         for source, inds, features, share in row_stream(sources, blocks):
-            assert share.weights is not None  # it has rows
             rows = weigh(features, share.weights, system.power, buffer)
             yield torch.from_numpy(places[source.first + inds]), rows
 
     return Rows(len(order), stream)
-
-
-def image(store: Store, model_id: int, system: System, vector: Tensor, count: int) -> Tensor:
-    """S times a vector [k], float64 [count]: of the rows of a dual system, in their order."""
-    order = blocks_in_order(store, model_id, system)
-    out = torch.empty(count, dtype=torch.float64)
-    for places, rows in stored_rows(store, model_id, system, order).stream():
-        out[places] = rows.double() @ vector
-    return out
 
 
 # ---- what a matrix is made of -------------------------------------------------------------------
@@ -252,13 +239,11 @@ class Source:
 
     first : the number of its first row among all that a store can have.
     share : takes (samples or rows [b], Q [b] as stored).
-    has_rows : whether they are rows of S; otherwise they only say what lambda is.
     """
 
     reader: FeatureReader
     first: int
     share: Callable[[Indices, Tensor], Share]
-    has_rows: bool = True
 
 
 Block = tuple[int, Indices]  # number of the source, samples or rows
@@ -272,11 +257,11 @@ def sources_of(store: Store, model_id: int, system: System) -> list[Source]:
     weights, values, drawn = (
         store.column(model_id, name).double() for name in ("curvature", "along", "drawn")
     )
-    exact = bool((weights > 0).any())
+    weights.clamp_(min=TINY)  # so that what u has along a row is in the span of the rows
 
     def of_samples(inds: Indices, q: Tensor) -> Share:
         rows = torch.from_numpy(inds)
-        return Share(weights[rows] if exact else None, values[rows], q.double())
+        return Share(weights[rows], values[rows], q.double())
 
     chosen = int((drawn > 0).sum())
     weight = store.train_set_size / max(chosen, 1)
@@ -285,7 +270,7 @@ def sources_of(store: Store, model_id: int, system: System) -> list[Source]:
         values = q.double()
         return Share(torch.full_like(values, weight), values, torch.zeros_like(values))
 
-    sources = [Source(training, 0, of_samples, exact)]
+    sources = [Source(training, 0, of_samples)]
     if chosen:
         sources.append(Source(store.reader(model_id, DRAWN), store.train_set_size, of_rows))
     return sources
@@ -315,15 +300,9 @@ def row_stream(
             advance(len(inds))
 
 
-def blocks_in_order(store: Store, model_id: int, system: System) -> Indices:
-    """The numbers of the rows of S in the order of a dual system."""
-    sources = sources_of(store, model_id, system)
-    return numbers_of(sources, blocks_of(sources, store.proj_dim))
-
-
 def numbers_of(sources: Sequence[Source], blocks: Sequence[Block]) -> Indices:
     """The numbers of the rows of S in some blocks, in order."""
-    parts = [sources[i].first + inds for i, inds in blocks if sources[i].has_rows]
+    parts = [sources[i].first + inds for i, inds in blocks]
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
@@ -407,7 +386,7 @@ def shares(
 
 def rows_in_all(sources: Sequence[Source]) -> int:
     """The number of rows of S."""
-    return sum(int(source.reader.index.done.sum()) for source in sources if source.has_rows)
+    return sum(int(source.reader.index.done.sum()) for source in sources)
 
 
 def add_parts(
@@ -448,13 +427,11 @@ def kernel_part(
             panel = panel.double()
         panel[end : end + len(rows)] = rows
         end += len(rows)
-    before = [block for block in before if sources[block[0]].has_rows]
     start = len(numbers_of(sources, before))
     columns = torch.empty(start + len(order), len(order), dtype=torch.float64)
     buffer = Buffer()
     end = 0
     for _, _, features, share in row_stream(sources, before if len(order) else []):
-        assert share.weights is not None  # it has rows
         rows = weigh(features, share.weights, system.power, buffer)
         columns[end : end + len(rows)] = computer.kernel(rows, panel, n)
         end += len(rows)

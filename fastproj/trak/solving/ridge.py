@@ -44,20 +44,20 @@ LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n an
 class Share(NamedTuple):
     """What some rows of features count, float64 [b] each.
 
-    weights : what a row's outer product counts in S^T S; None where they aren't rows of S.
+    weights : what a row's outer product counts in S^T S; above 0.
     values : the network's own output along each row.
     slopes : Q, the derivative of the log-likelihood along it.
     residuals : Q where it may be that of another loss, outside 0..1 too; None where it can't.
     """
 
-    weights: Tensor | None
+    weights: Tensor
     values: Tensor
     slopes: Tensor
     residuals: Tensor | None = None
 
     def target(self) -> Tensor:
         """What a Newton step from the network's outputs fits, times the weights."""
-        return self.slopes if self.weights is None else self.weights * self.values + self.slopes
+        return self.weights * self.values + self.slopes
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,6 @@ class Moments:
         self.correlated = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T Q
         self.squares = torch.zeros((), dtype=torch.float64)  # Q^T Q
         self.response = torch.zeros(0, dtype=torch.float64)  # [n]: fitted = S^T response, in order
-        self.image: Tensor | None = None  # [n]: S fitted, where no response gives fitted
         self._buffer = Buffer()
 
     def over(self, blocks: Iterable[tuple[Tensor, Share]]) -> Iterator[Tensor]:
@@ -236,11 +235,7 @@ class Moments:
                 self.fitted += product(features, target)
                 self.explained += share.values @ target
                 self.opposed += (-share.values * target).clamp(min=0).sum()
-            if share.weights is None:
-                continue
-            if self.power > 0:
-                response = torch.where(share.weights > 0, target / share.weights.sqrt(), 0.0)
-                self.response = torch.cat([self.response, response])
+                self.response = torch.cat([self.response, target / share.weights.sqrt()])
             rows = weigh(features, share.weights, self.power, self._buffer)
             scaled, exponent = in_range(rows)
             norms = torch.linalg.vector_norm(scaled, dim=1).double() * math.ldexp(1.0, exponent)
@@ -334,23 +329,14 @@ def agreeing_ridge(gram: Gram, moments: Moments) -> float | None:
 def agreements(gram: Gram, moments: Moments) -> Iterator[Callable[[float], float]]:
     """``u^T (H + ridge I)^-1 u`` as a function of the ridge, ever more exact; u: moments.fitted.
 
-    In the dual, with K = S S^T and u = S^T b, b the ``response``, it is
-    ``b^T K (K + ridge I)^-1 b``. Where u isn't made of the rows alone, it is
-    ``(u^T u - (S u)^T (K + ridge I)^-1 S u) / ridge``.
+    In the dual it is ``b^T K (K + ridge I)^-1 b``, with K = S S^T and u = S^T b, b the response.
     """
-    start = moments.fitted
-    if gram.dual:
-        start = moments.response if moments.image is None else moments.image
-    square = float(moments.fitted.square().sum())
+    start = moments.response if gram.dual else moments.fitted
     for nodes, weights in quadratures(gram.matrix, start):
+        numerators = nodes * weights if gram.dual else weights
 
-        def agreement(ridge: float, nodes: Tensor = nodes, weights: Tensor = weights) -> float:
-            shares = weights / (nodes + ridge)
-            if not gram.dual:
-                return float(shares.sum())
-            if moments.image is None:
-                return float((nodes * shares).sum())
-            return (square - float(shares.sum())) / ridge
+        def agreement(ridge: float, nodes: Tensor = nodes, top: Tensor = numerators) -> float:
+            return float((top / (nodes + ridge)).sum())
 
         yield agreement
 

@@ -32,8 +32,7 @@ class Terms(NamedTuple):
     are what a regression on the rows would be fitted to.
 
     output : [B], differentiable.
-    slope, curvature, along : [B], constants. Where ``curvature`` is 0, a sample has no row but
-        those that are drawn, and ``along`` is a . z for the gradient of its log-likelihood.
+    slope, curvature, along : [B], constants; curvature is not below 0.
     drawn : [B, d], differentiable; d = 0 where ``curvature`` says all.
     """
 

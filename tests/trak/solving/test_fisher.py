@@ -123,6 +123,33 @@ def test_lambda_and_scores_are_the_same_in_primal_and_dual(tmp_path, fisher, tas
     assert_close(own, other_own)
 
 
+def test_samples_whose_curvature_underflows_still_pull(tmp_path):
+    """At log-odds of -200 a slope is 1 and its derivative 0 in float32."""
+    x, y = data(24)
+    x = x.float()
+    task = FunctionModelOutput(
+        lambda model, batch: model(batch[0])[:, 0] - 200 * (batch[1] == 0),
+        likelihood=lambda f, batch: F.logsigmoid(f),
+    )
+    found = []
+    for computer in (None, Primal):
+        options = {"proj_dim": 90, "score_computer": computer, "device": "cpu"}
+        traker = TRAKer(cases.net(), task, 24, tmp_path / str(computer), **options)
+        traker.load_checkpoint(cases.net().state_dict(), 0)
+        traker.featurize((x, y), num_samples=24)
+        assert float(traker.saver.column(0, "curvature").min()) == 0
+        traker.finalize_features()
+        systems = traker.saver.systems
+        sums, _, _ = systems.read_gram(0, systems.read_system(0))
+        solved = systems.read_solve(0)
+        if computer is None:
+            assert bool(torch.isfinite(sums["response"]).all())
+        found.append((solved["form"], sums["fitted"], solved["lambda_reg"]))
+    assert [form for form, _, _ in found] == ["dual", "primal"]
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-5)
+
+
 @pytest.mark.parametrize("task", ["image", "tokens"])
 @pytest.mark.parametrize(("n", "k"), [(40, 8), (40, 96)])
 def test_what_is_summed_up(tmp_path, monkeypatch, task, n, k):
