@@ -382,12 +382,12 @@ class TRAKer:
         if new.any() and self._draws is not None:
             self._featurize_fisher(self._draws, model_id, batch, inds, content, new)
         elif new.any():
-            with self._loaded.guarded("featurize"):
+            with self._loaded.guarded("featurize", False):
                 q = self._out_to_loss(batch)  # of the whole batch: a task may compare its samples
             if done.any():
                 rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
                 batch, q = batches.select(batch, rows), q[rows]
-            with self._loaded.guarded("featurize"):
+            with self._loaded.guarded("featurize", True):
                 (features,) = self._features(batch, model_id, inds[new])
             check_finite("featurize", "Q", q, inds[new])
             self._write(model_id, inds[new], content[new], features, q)
@@ -404,7 +404,7 @@ class TRAKer:
     ) -> None:
         """Compute and keep what the likelihood of the ``new`` samples of a batch says."""
         noise = draws.noise(model_id, inds, self.task.num_predictions(batch)).to(self.device)
-        with self._loaded.guarded("featurize"), self._own_dtype():
+        with self._loaded.guarded("featurize", False), self._own_dtype():
             # Of the whole batch: a task may compare its samples.
             terms = self._training_computer.compute_terms((*batch, noise))
         check_terms(terms, len(inds), inds)
@@ -415,7 +415,7 @@ class TRAKer:
             own = bool((part & some).any())
             places = torch.from_numpy(np.flatnonzero(part)).to(self.device)
             samples = batches.select((*batch, noise if own else noise[:, :0]), places)
-            with self._loaded.guarded("featurize"):
+            with self._loaded.guarded("featurize", part is parts[-1]):
                 features, *rows = self._features(samples, model_id, inds[part], training=True)
             on_trust = self._training_computer.on_trust
             made.append((inds[part], content[part], places, features, rows, on_trust))
@@ -759,9 +759,9 @@ class TRAKer:
             if not new.all():
                 rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
                 batch = batches.select(batch, rows)
-            with self._loaded.guarded("score"):
+            with self._loaded.guarded("score", False):
                 self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
-            with self._loaded.guarded("score"):
+            with self._loaded.guarded("score", True):
                 (features,) = self._features(batch, model_id, inds[new])
             self._write(model_id, inds[new], content[new], features, exp_name=exp_name)
         self._advance(num_samples, inds)
