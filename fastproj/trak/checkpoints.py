@@ -186,6 +186,7 @@ class LoadedModel:
         self._hashes = model_digests(model)
         self.digest = combined_digest(self._hashes)
         self._versions = versions(named_tensors(model))
+        self._places = places(model)
         self._persistent = set(model.state_dict())
         self._written: set[str] = set()  # buffers, by the model's own forward
         self._copies: dict[str, Tensor] = {}
@@ -198,6 +199,14 @@ class LoadedModel:
             False: quick_sums(self._small_buffers()),
             True: quick_sums(named_tensors(model)),
         }
+
+    def moved(self) -> bool:
+        """Whether what holds the checkpoint is not what held it when this was asked before.
+
+        Other parameters, buffers, modules or memory: what was kept of the model is then stale.
+        """
+        before, self._places = self._places, places(self.model)
+        return before != self._places
 
     def check(self, function: str, run: Callable[[], Any]) -> None:
         """Raise ValueError if the model is no longer the checkpoint that was loaded.
@@ -365,6 +374,17 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def versions(tensors: Mapping[str, Tensor]) -> Versions:
     """Facts about each tensor that change where it is replaced or written to."""
     return {name: (id(t), 0 if t.is_inference() else t._version) for name, t in tensors.items()}
+
+
+def places(model: nn.Module) -> set[tuple[str, int, int, int]]:
+    """Where the parameters and buffers are: their modules, objects and memory."""
+    return {
+        (f"{path}.{name}", id(module), id(t), t.data_ptr())
+        for path, module in model.named_modules()
+        for own in (module._parameters, module._buffers)
+        for name, t in own.items()
+        if t is not None
+    }
 
 
 def bounded(model: nn.Module) -> list[Any]:

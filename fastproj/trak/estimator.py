@@ -322,11 +322,15 @@ class TRAKer:
         load_state(function, self.model, checkpoint, strict, self.gradient_names)
         self.model.eval()
         self._loaded = LoadedModel(self.model)
+        self._use_model()
+        self._last_ind = 0
+        return model_id
+
+    def _use_model(self) -> None:
+        """Let the gradient computers take up what the model holds."""
         self.gradient_computer.load_model_params(self.model)
         if self.fisher is not None:
             self._training_computer.load_model_params(self.model)
-        self._last_ind = 0
-        return model_id
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -504,6 +508,8 @@ class TRAKer:
         check_indices(function, places, size, total)
         if size:
             self._loaded.check(function, lambda: self._out_to_loss(prepared))
+            if self._loaded.moved():
+                self._use_model()
         return prepared, places
 
     def _check_content(

@@ -195,6 +195,56 @@ def test_averaged_weights_that_are_put_back(tmp_path):
     torch.testing.assert_close(traker.saver.matrix(0).double(), wanted)
 
 
+def data_elsewhere(model):
+    kept = model[0].weight.data.clone()
+    model[0].weight.data.mul_(2)
+    model[0].weight.data = kept
+
+
+def parameter_elsewhere(model):
+    old = model[0].weight
+    model[0].weight = nn.Parameter(old.detach().clone())
+    old.data.mul_(2)
+
+
+def module_elsewhere(model):
+    old = model[0]
+    model[0] = copy.deepcopy(old)
+    old.weight.data.mul_(2)
+
+
+def buffer_elsewhere(model):
+    old = model[2].running_mean
+    model[2].running_mean = old.clone()
+    old.add_(2)
+
+
+def assigned_elsewhere(model):
+    state = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.data.mul_(2)
+    model.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize(
+    "move",
+    [data_elsewhere, parameter_elsewhere, module_elsewhere, buffer_elsewhere, assigned_elsewhere],
+)
+@pytest.mark.parametrize("computer", ["auto", "func", "loop"])
+@pytest.mark.parametrize("curvature", ["trak", "fisher"])
+def test_the_checkpoint_put_back_into_other_memory(tmp_path, move, computer, curvature):
+    """What held it before is another model's now, and must not be used."""
+    model = net()
+    wanted = truth(copy.deepcopy(model))
+    options = {"gradient_computer": computer, "curvature": curvature}
+    traker = cases.make(model, tmp_path, N, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    part(traker, "featurize", slice(0, 4))
+    move(model)
+    part(traker, "featurize", slice(4, N))
+    torch.testing.assert_close(traker.saver.matrix(0).double(), wanted)
+
+
 @pytest.mark.parametrize("size", [4, 1 << 15])
 def test_a_buffer_of_any_size(tmp_path, size):
     class Masked(nn.Module):
