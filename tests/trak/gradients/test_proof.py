@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastproj import TRAKer
 from fastproj.trak import HooksError, NotReadyError
 from tests.trak import cases
 
@@ -313,3 +314,64 @@ def test_gradients_whose_squares_underflow_are_checked(tmp_path):
     traker = make(model, tmp_path, grad_wrt=["body.weight", "body.bias"])
     with pytest.warns(UserWarning, match="can't take this model"):
         featurize(traker, model, floats().float(), [N])
+
+
+class MixesFaint(Switched):
+    """Mixes the samples of small gradients where a sample with a large one is among them."""
+
+    def forward(self, x):
+        h = self.body(x)
+        faint = x.abs().amax(1) < 100
+        places = torch.arange(len(x))
+        if not faint.all():
+            places[faint] = places[faint].flip(0)
+        return self.head(h + 0.3 * h[places])
+
+
+class LosesFaint(Switched):
+    """Their gradients are lost instead."""
+
+    def forward(self, x):
+        h = self.body(x)
+        faint = x.abs().amax(1) < 100
+        if not faint.all():
+            h = torch.where(faint[:, None], h.detach(), h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("kind", [MixesFaint, LosesFaint])
+@pytest.mark.parametrize("large", [1e2, 1e4, 1e5, 3e5])
+@pytest.mark.parametrize("curvature", ["trak", "fisher"])
+def test_errors_are_seen_beside_a_gradient_that_is_much_larger(kind, large, curvature, tmp_path):
+    model = fitted(kind(None))
+    x = floats()
+    x[5] *= large / x[5].abs().max() * 1.01
+    traker = make(model, tmp_path, curvature=curvature)
+    with pytest.warns(UserWarning, match="can't take this model"):
+        featurize(traker, model, x, [N])
+    torch.testing.assert_close(traker.saver.matrix(0), truth(model, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_all_magnitudes_are_taken_by_hooks(dtype, tmp_path, recwarn):
+    """Losses of samples that are sure have gradients of rounding errors: no proof of anything."""
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)
+    )
+    model = model.to(dtype).eval()
+    x = torch.randn(64, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    sure = model(x).argmax(1)
+    with torch.no_grad():
+        for p in model[4].parameters():
+            p *= 60
+    traker = TRAKer(model, loss, 64, tmp_path, proj_dim=8, use_half_precision=False)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((x, sure), num_samples=64)
+    sizes = traker.saver.matrix(0).norm(dim=1)
+    assert sizes.min() < 1e-5 * sizes.max()
+    assert traker.gradient_computer.name == "hooks"
