@@ -152,9 +152,14 @@ def hint(checkpoint: Mapping[str, Any], missing: list[str], unknown: list[str]) 
     for key in ("state_dict", "model_state_dict", "model"):
         if key in unknown and isinstance(checkpoint[key], Mapping):
             return f" (checkpoint[{key!r}]?)"
-    for prefix in ("module.", "_orig_mod."):
-        if missing and {prefix + key for key in missing} <= set(unknown):
-            return f" (its keys begin with {prefix!r}, of a wrapped model: remove that)"
+    for longer, shorter, cure in (
+        (unknown, missing, "its keys begin with {!r}: remove that"),
+        (missing, unknown, "the model's keys begin with {!r}: give the model that is inside of it"),
+    ):
+        for key in longer if shorter else ():
+            prefix = key.removesuffix(shorter[0])
+            if prefix != key and {prefix + name for name in shorter} <= set(longer):
+                return f" ({cure.format(prefix)})"
     return ""
 
 
