@@ -177,8 +177,10 @@ def check_indices(function: str, inds: Indices, size: int, total: int) -> None:
         )
     if len(inds) and (inds.min() < 0 or inds.max() >= total):
         bad = inds[(inds < 0) | (inds >= total)]
+        start = "load_checkpoint" if function == "featurize" else "start_scoring_checkpoint"
         raise ValueError(
-            f"{function}: received sample {bad[0]}; expected 0 <= index < {declared} = {total}"
+            f"{function}: received sample {bad[0]}; expected 0 <= index < {declared} = {total} "
+            f"(num_samples counts on from the last call; {start} starts at 0 again)"
         )
     values, counts = np.unique(inds, return_counts=True)
     if len(values) != len(inds):

@@ -448,7 +448,7 @@ def test_large_buffers_are_not_copied(monkeypatch):
     model = Stateful("count")
     loaded = LoadedModel(model)
     message = "seen of the model have been changed by its own forward"
-    with pytest.raises(ValueError, match=message), loaded.guarded("featurize"):
+    with pytest.raises(ValueError, match=message), loaded.guarded("featurize", False):
         model(DATA[0])
 
 

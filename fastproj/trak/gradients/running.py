@@ -20,17 +20,24 @@ def plainly() -> Iterator[None]:
 
     What ``torch.compile`` made runs without its compiled code: compiling again for hooks, for
     ``torch.func`` and for each batch size would take minutes. (Before torch 2.6 it isn't switched
-    off.) Reentrant checkpoints keep their activations: their graph lacks the parameters inside,
-    whose gradients ``torch.autograd.grad`` takes for zero.
+    off.) Checkpoints keep their activations: the graph of reentrant ones lacks the parameters
+    inside, whose gradients ``torch.autograd.grad`` takes for zero, and the others run modules again
+    without hooks, and not at all under ``torch.func``.
     """
     checkpoints: Any = torch.utils.checkpoint
-    usual = checkpoints.CheckpointFunction
-    checkpoints.CheckpointFunction = KeptActivations
+    names = {
+        "CheckpointFunction": KeptActivations,
+        "_checkpoint_without_reentrant_generator": around_nothing,
+    }
+    usual = {name: getattr(checkpoints, name) for name in names if hasattr(checkpoints, name)}
+    for name in usual:
+        setattr(checkpoints, name, names[name])
     try:
         with eager_stance():
             yield
     finally:
-        checkpoints.CheckpointFunction = usual
+        for name, value in usual.items():
+            setattr(checkpoints, name, value)
 
 
 @contextmanager
@@ -61,6 +68,11 @@ class KeptActivations:
     def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
         """The function itself."""
         return function(*args)
+
+
+def around_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for ``torch.utils.checkpoint._checkpoint_without_reentrant_generator``."""
+    yield
 
 
 def eager_stance() -> AbstractContextManager[Any]:
