@@ -36,8 +36,12 @@ def work(provider: str, workload: str, sizes: Sizes) -> Row:
     row["seconds"] = []
     try:
         return {**row, **measured(provider, workload, sizes)}
-    except (Unsupported, ImportError) as reason:
+    except Unsupported as reason:
         return {**row, "note": f"missing: {reason}", "missing": True}
+    except ImportError as reason:
+        install = PROVIDERS[provider].install
+        cure = f"; python -m pip install {install}" if install else ""
+        return {**row, "note": f"missing: {reason}{cure}", "missing": True}
     except (MemoryError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         # One that fails must not cost the other rows.
         text = " ".join(str(error).split())[:300]
