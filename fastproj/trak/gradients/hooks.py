@@ -153,7 +153,7 @@ class HookGradientComputer(AbstractGradientComputer):
         for sink in sinks:
             sink.close()
         if check is not None:
-            wrong = check.wrong()
+            wrong = check.wrong(recorder.eps)
             if wrong:
                 if self.when_disproved is not None:
                     self.when_disproved()

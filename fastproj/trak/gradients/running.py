@@ -20,17 +20,21 @@ def plainly() -> Iterator[None]:
 
     What ``torch.compile`` made runs without its compiled code: compiling again for hooks, for
     ``torch.func`` and for each batch size would take minutes. (Before torch 2.6 it isn't switched
-    off.) Reentrant checkpoints keep their activations: their graph lacks the parameters inside,
-    whose gradients ``torch.autograd.grad`` takes for zero.
+    off.) Checkpoints keep their activations. The graph of reentrant ones lacks the parameters
+    inside, whose gradients ``torch.autograd.grad`` takes for zero. Others would run a part of the
+    model again in the backward, when the parameters are no longer those that were given.
     """
     checkpoints: Any = torch.utils.checkpoint
-    usual = checkpoints.CheckpointFunction
-    checkpoints.CheckpointFunction = KeptActivations
+    stand_ins = {CHECKPOINT: KeptActivations, NOT_REENTRANT: kept_activations}
+    usual = {name: getattr(checkpoints, name) for name in stand_ins if hasattr(checkpoints, name)}
+    for name in usual:
+        setattr(checkpoints, name, stand_ins[name])
     try:
         with eager_stance():
             yield
     finally:
-        checkpoints.CheckpointFunction = usual
+        for name, function in usual.items():
+            setattr(checkpoints, name, function)
 
 
 @contextmanager
@@ -54,6 +58,9 @@ def modules_named_twice(model: nn.Module) -> list[nn.Module]:
     return [module for module, count in counts.items() if count > 1]
 
 
+CHECKPOINT, NOT_REENTRANT = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
+
+
 class KeptActivations:
     """Stands for ``torch.utils.checkpoint.CheckpointFunction``."""
 
@@ -61,6 +68,14 @@ class KeptActivations:
     def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
         """The function itself."""
         return function(*args)
+
+
+def kept_activations(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for ``torch.utils.checkpoint._checkpoint_without_reentrant_generator``.
+
+    The function is called where it yields.
+    """
+    yield
 
 
 def eager_stance() -> AbstractContextManager[Any]:

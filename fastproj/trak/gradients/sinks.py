@@ -178,8 +178,10 @@ class CheckingSink:
         """There are no more pieces."""
         self.sink.close()
 
-    def wrong(self) -> list[str]:
+    def wrong(self, eps: float = 0.0) -> list[str]:
         """The parameters whose gradient isn't the known one, by more than rounding.
+
+        eps : of the coarsest dtype that the model computed in, if its parameters' is not.
 
         Samples whose gradients are not finite by either are another's to name; where there are too
         many of them, so is the batch.
@@ -193,8 +195,10 @@ class CheckingSink:
         found = []
         for name, left in self.left.items():
             # Of a gradient's norm; float64 models take float32's, as T5's softmax does.
-            eps = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
-            share = min(3 * eps**0.5, 0.1)  # 1e-3 in float32; of 16 bits, 0.04 has been seen
+            own = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
+            share = min(
+                3 * max(eps, own) ** 0.5, 0.1
+            )  # 1e-3 in float32; of 16 bits, 0.04 has been seen
             if not norm(left) <= share * (self.sizes.get(name, 0.0) + 0.1 * total):
                 found.append(name)
         return found
