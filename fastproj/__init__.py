@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastproj.backends.registry import available_backends
+from fastproj.factored import FactoredProjector
 from fastproj.ops import matrix, project, project_transpose
 from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "SPEC_VERSION",
+    "FactoredProjector",
     "Projector",
     "TRAKer",
     "__version__",

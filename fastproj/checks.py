@@ -207,6 +207,22 @@ def check_rows(function: str, name: str, rows: Rows, limit: int) -> tuple[int, i
     return start, stop - start
 
 
+def check_row_numbers(function: str, rows: Tensor, limit: int) -> Tensor:
+    """``rows``, if they are integers [n], 0 <= row < limit."""
+    whole = not (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool)
+    if rows.dim() != 1 or not whole:
+        raise TypeError(
+            f"{function}: received rows={describe(rows)}; expected row numbers [n], int64"
+        )
+    if rows.numel() and not torch.compiler.is_compiling():
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= limit:
+            raise ValueError(
+                f"{function}: received rows from {low} to {high}; expected 0 <= row < {limit}"
+            )
+    return rows
+
+
 def check_input(function: str, name: str, t: object) -> Tensor:
     """``t``, if it is a strided floating-point Tensor that some backend may take."""
     if not isinstance(t, Tensor):

@@ -27,6 +27,7 @@ from fastproj.checks import (
     check_out,
     check_precision,
     check_proj_dim,
+    check_row_numbers,
     check_rows,
     check_scale,
     describe,
@@ -196,7 +197,7 @@ def project_transpose(
 
 
 def matrix(
-    rows: Rows,
+    rows: Rows | Tensor,
     cols: Rows,
     seed: SupportsIndex = 0,
     kind: str = "rademacher",
@@ -211,7 +212,9 @@ def matrix(
 
     Parameters
     ----------
-    rows, cols : an int n for 0 .. n, or a slice(start, stop); rows < 2^56, columns < 2^32.
+    rows, cols : an int n for 0 .. n, or a slice(start, stop); rows < 2^56, columns < 2^32. Rows may
+        also be row numbers, a Tensor [n] of integers in any order: these are made by NumPy on the
+        CPU, whichever the backend.
     block : needed for kind "sjlt", since no proj_dim gives a default here.
     dtype : a floating-point dtype, each of which holds the entries exactly; or int8 (not for
         Gaussian).
@@ -227,7 +230,11 @@ def matrix(
     TypeError, ValueError
         For anything it can't take.
     """
-    row, n = check_rows("matrix", "rows", rows, MAX_ROWS)
+    row, n = (
+        (0, len(check_row_numbers("matrix", rows, MAX_ROWS)))
+        if isinstance(rows, Tensor)
+        else check_rows("matrix", "rows", rows, MAX_ROWS)
+    )
     col, m = check_rows("matrix", "cols", cols, MAX_COLS)
     key = check_key("matrix", seed, kind, stream, block=block)
     if dtype not in DTYPES and (dtype is not torch.int8 or kind == "gaussian"):
@@ -243,4 +250,6 @@ def matrix(
             "that fits in memory"
         )
     name = check_backend("matrix", backend)
+    if isinstance(rows, Tensor):
+        return torch_ops.matrix_rows(rows, m, col, dtype, place, Call(key))
     return torch_ops.matrix(n, m, col, dtype, place, Call(key, row), name)

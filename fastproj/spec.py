@@ -151,6 +151,46 @@ def matrix_block(
     return np.ascontiguousarray(rows[skip : skip + row_stop - row_start])
 
 
+def matrix_rows(
+    key: MatrixKey, rows: npt.NDArray[np.uint64], col_start: int, col_stop: int
+) -> npt.NDArray[np.int8] | npt.NDArray[np.float32]:
+    """``R[rows, col_start:col_stop]`` for row numbers ``rows`` [n] in any order.
+
+    As ``matrix_block``; a Philox call is made once for all rows that it serves.
+    """
+    if key.kind == "sjlt":
+        out = np.zeros((rows.size, col_stop - col_start), dtype=np.int8)
+        k = np.arange(col_start, col_stop, dtype=np.uint64)
+        tiles, tile = np.unique(rows // np.uint64(key.block), return_inverse=True)
+        for number, t in enumerate(tiles):
+            row, sign = sjlt_entries(key, int(t), k)
+            mine = np.flatnonzero(tile == number)
+            hit = (rows[mine] % np.uint64(key.block))[:, None] == row
+            out[mine] = np.where(hit, sign, np.int8(0))
+        return out
+    one, three = np.uint64(1), np.uint64(3)
+    bits = np.uint64(ROW_BLOCK_BITS[key.kind])
+    calls, call = np.unique(rows >> bits << np.uint64(2) | rows >> one & three, return_inverse=True)
+    block, lane = (calls >> np.uint64(2))[:, None], (calls & three)[:, None]
+    tag = np.uint64(KINDS.index(key.kind) << 2)
+    words = philox4x32_10(
+        (
+            block & _MASK32,
+            np.arange(col_start, col_stop, dtype=np.uint64),
+            (block >> _SHIFT32) << np.uint64(8) | tag | lane,
+            key.stream,
+        ),
+        (key.seed & 0xFFFFFFFF, key.seed >> 32),
+    )  # [word, call, column]
+    word = (rows >> bits - np.uint64(2) & three).astype(np.int64)
+    half = (rows & one) << np.uint64(4)
+    u16 = words[word, call] >> half[:, None] & np.uint64(0xFFFF)  # [row, column]
+    if key.kind == "gaussian":
+        return np.asarray(gauss_map()[u16])
+    bit = rows >> np.uint64(3) & np.uint64(15)
+    return np.int8(1) - np.int8(2) * (u16 >> bit[:, None] & one).astype(np.int8)
+
+
 def _sjlt_block(
     key: MatrixKey, row_start: int, row_stop: int, col_start: int, col_stop: int
 ) -> npt.NDArray[np.int8]:

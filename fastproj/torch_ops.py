@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,6 +19,7 @@ from fastproj.backends import registry
 from fastproj.call import Call
 from fastproj.checks import MAX_SEED, check_memory, result_dtype
 from fastproj.spec import MatrixKey
+from fastproj.spec import matrix_rows as matrix_rows_of_spec
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -138,6 +140,14 @@ def _matrix(
     return out
 
 
+def _matrix_rows(
+    rows: Tensor, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, call: Call
+) -> Tensor:
+    numbers = rows.cpu().numpy().astype(np.uint64)
+    entries = matrix_rows_of_spec(call.key, numbers, col_offset, col_offset + cols)
+    return torch.from_numpy(entries).to(device, dtype)
+
+
 # ---- the ops -----------------------------------------------------------------------------------
 
 
@@ -183,6 +193,16 @@ _matrix_op = torch.library.custom_op(
     f"{_CALL_SCHEMA}) -> Tensor",
 )
 
+_matrix_rows_op = torch.library.custom_op(
+    "fastproj::matrix_rows",
+    lambda rows, cols, col_offset, dtype, device, *flat: _matrix_rows(
+        rows, cols, col_offset, dtype, device, _call(*flat)[0]
+    ),
+    mutates_args=(),
+    schema="(Tensor rows, SymInt cols, SymInt col_offset, ScalarType dtype, Device device, "
+    f"{_CALL_SCHEMA}) -> Tensor",
+)
+
 
 # ---- shapes for tracing, derivatives, vmap -----------------------------------------------------
 
@@ -213,6 +233,18 @@ def _(
     rows: int, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, *flat: object
 ) -> Tensor:
     return torch.empty((rows, cols), dtype=dtype, device=device)
+
+
+@_matrix_rows_op.register_fake
+def _(
+    rows: Tensor,
+    cols: int,
+    col_offset: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *flat: object,
+) -> Tensor:
+    return torch.empty((rows.shape[0], cols), dtype=dtype, device=device)
 
 
 def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -457,6 +489,15 @@ def matrix(
     if is_direct([]):
         return _matrix(rows, cols, col_offset, dtype, device, call, backend)
     return _matrix_op(rows, cols, col_offset, dtype, device, *_flat(call, backend))
+
+
+def matrix_rows(
+    rows: Tensor, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, call: Call
+) -> Tensor:
+    """R[rows, col_offset:] by row numbers, int64 [n]; a new tensor [n, cols]."""
+    if is_direct([rows]):
+        return _matrix_rows(rows, cols, col_offset, dtype, device, call)
+    return _matrix_rows_op(rows, cols, col_offset, dtype, device, *_flat(call, ""))
 
 
 def _is_direct_into(function: str, out: Tensor, inputs: list[Tensor]) -> bool:

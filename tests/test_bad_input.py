@@ -219,6 +219,10 @@ MATRIX = [
     case("cols_negative", ValueError, "cols=-1", cols=-1),
     case("rows_open", ValueError, "slice(0, None, None)", rows=slice(0, None)),
     case("cols_step", ValueError, "slice(0, 4, 2)", cols=slice(0, 4, 2)),
+    case("rows_2d", TypeError, "[2, 3] int64", "row numbers [n]", rows=torch.zeros(2, 3).long()),
+    case("rows_float", TypeError, "[3] float32", "int64", rows=torch.zeros(3)),
+    case("rows_below", ValueError, "from -1 to 5", "0 <= row < ", rows=torch.tensor([5, -1])),
+    case("rows_above", ValueError, f"to {2**56}", rows=torch.tensor([2**56])),
 ]
 
 

@@ -262,3 +262,18 @@ def test_seeds_streams_kinds_and_columns_differ(kind: str) -> None:
 def test_the_version_and_the_readable_names_are_fixed() -> None:
     assert spec.SPEC_VERSION == fastproj.SPEC_VERSION == 1
     assert spec.KINDS == ("rademacher", "gaussian", "sjlt")
+
+
+@pytest.mark.parametrize("base", [0, (1 << 43) + 300])
+@pytest.mark.parametrize(("kind", "block"), [("rademacher", 0), ("gaussian", 0), ("sjlt", 64)])
+def test_rows_by_number_are_those_of_the_block(kind: str, block: int, base: int) -> None:
+    key = MatrixKey(kind, 0x123456789ABCDEF0, 7, block)
+    rows = np.random.default_rng(0).integers(0, 2000, 300)
+    whole = spec.matrix_block(key, base, base + 2000, 5, 70)
+    found = spec.matrix_rows(key, (rows + base).astype(np.uint64), 5, 70)
+    assert found.dtype == whole.dtype
+    np.testing.assert_array_equal(found, whole[rows])
+    public = fastproj.matrix(
+        torch.from_numpy(rows + base), slice(5, 70), key.seed, kind, stream=7, block=block or None
+    )
+    np.testing.assert_array_equal(public.numpy(), whole[rows])

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.checks import check_integer
+from fastproj.factored import FactoredProjector
 from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak import batches
@@ -133,6 +134,10 @@ class TRAKer:
         is "sjlt", which costs a few additions an entry of the gradient (dense kinds: proj_dim
         multiply-adds) for scores that are as good (docs/projection.md). Where proj_dim < 16, rows
         of "sjlt" would be empty: there None is "rademacher", unless a block is given.
+    factored : None, or r, where ``projector`` is None: gradients are compressed to r dimensions on
+        both sides of each parameter, before they are formed where that can be, and then projected
+        (``fastproj.FactoredProjector``). Much cheaper for large models, at some cost in quality
+        (docs/gradients.md).
     curvature : what the inverse is of. "fisher": the Fisher matrix of the labels' likelihood, which
         is the Gauss-Newton matrix of the loss; training samples then count by the gradient of their
         log-likelihood. Some of its rows are drawn at random, at the cost of a second backward for
@@ -171,6 +176,7 @@ class TRAKer:
         *,
         kind: str | None = None,
         block: SupportsIndex | None = None,
+        factored: SupportsIndex | None = None,
         curvature: str | Fisher = AUTO,
         distributed: bool | None = None,
     ) -> None:
@@ -194,11 +200,12 @@ class TRAKer:
         if projector is None:
             if kind is None:
                 kind = default_kind(proj_dim, block)
-            projector = Projector(
-                self.num_params_for_grad, proj_dim, projector_seed, kind, block=block, scale=None
+            projector = self._projector(proj_dim, projector_seed, kind, block, factored)
+        elif factored is not None:
+            raise ValueError(
+                f"TRAKer: received factored={factored!r} and a projector; expected one of them "
+                "(fastproj.FactoredProjector is such a projector)"
             )
-            if projector.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
-                projector.scale = math.sqrt(projector.block)
         self.projector = check_projector(projector)
         self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
         self.gradient_computer = resolve_gradient_computer(gradient_computer)(
@@ -254,6 +261,31 @@ class TRAKer:
         self._warned_autocast = False
         self._warned_mixed: set[str | None] = set()  # of the training set (None) or an experiment
         self._lists = batches.Lists()
+
+    def _projector(
+        self,
+        proj_dim: SupportsIndex,
+        seed: SupportsIndex,
+        kind: str,
+        block: SupportsIndex | None,
+        factored: SupportsIndex | None,
+    ) -> Projector | FactoredProjector:
+        """The projector that the arguments ask for, unscaled."""
+        made: Projector | FactoredProjector
+        if factored is None:
+            made = outer = Projector(
+                self.num_params_for_grad, proj_dim, seed, kind, block=block, scale=None
+            )
+        else:
+            params = dict(self.model.named_parameters())
+            shapes = {name: params[name].shape for name in self.gradient_names}
+            made = FactoredProjector(
+                shapes, factored, proj_dim, seed, kind, block=block, scale=None
+            )
+            outer = made.outer
+        if outer.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
+            outer.scale = math.sqrt(outer.block)
+        return made
 
     # ---- featurizing ----------------------------------------------------------------------------
 

@@ -106,11 +106,12 @@ def default_kind(proj_dim: SupportsIndex, block: SupportsIndex | None) -> str:
 
 
 def matrix_of(projector: Any) -> dict[str, Any]:
-    """The kind of a projector's matrix, and its block where it has one."""
+    """The kind of a projector's matrix, and its block and factoring where it has them."""
     kind = getattr(projector, "kind", getattr(projector, "proj_type", "unknown"))
     block = getattr(projector, "block", None)
     found = {"kind": str(getattr(kind, "value", kind))}
-    return found if block is None else {**found, "block": int(block)}
+    extra = {"block": block, "factored": getattr(projector, "factored", None)}
+    return {**found, **{name: int(n) for name, n in extra.items() if n is not None}}
 
 
 def check_mode(function: str, model: nn.Module) -> None:

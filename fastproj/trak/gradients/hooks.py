@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastproj.factored import FactoredProjector
 from fastproj.projector import Projector
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
@@ -20,14 +21,14 @@ from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import warn_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
+from fastproj.trak.gradients.parts import Piece, Workspace
 from fastproj.trak.gradients.proof import Proof, prove, shares_of, structure_of, worth_a_proof
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
-from fastproj.trak.gradients.rules import Workspace, rule_for
+from fastproj.trak.gradients.rules import rule_for
 from fastproj.trak.gradients.sinks import (
     CheckingSink,
     CollectingSink,
     NoSink,
-    Piece,
     ProjectingSink,
     RowSink,
     Sink,
@@ -58,6 +59,8 @@ class HookGradientComputer(AbstractGradientComputer):
     and by ``torch.func.vmap`` of that module alone for others. With a ``fastproj.Projector``, each
     is projected with its row offset and freed, so that no more than one layer's gradients are in
     memory, and often less: large layers come in pieces, embeddings only with the rows looked up.
+    With a ``fastproj.FactoredProjector`` those of linear layers, convolutions and embeddings are
+    never formed, but in the batches that are checked.
     Modules called several times and shared parameters are summed. A parameter that is used outside
     of its module's forward is seen to by a module above it, at last by ``torch.func`` on the whole
     model, which is said.
@@ -107,7 +110,8 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def project_rows(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> list[Tensor]:
         """``projector.project`` of the gradients of each output of the samples, [B, proj_dim]."""
-        if not (isinstance(projector, Projector) and self.gives_rows()):  # whole gradients
+        ours = isinstance(projector, Projector | FactoredProjector)
+        if not (ours and self.gives_rows()):  # whole gradients
             return super().project_rows(batch, projector, model_id)
         self.on_trust = False
         sinks: list[ProjectingSink] = []
@@ -373,7 +377,7 @@ def sees_samples(layout: Layout, shapes: tuple[list[Any], list[Any]]) -> bool:
     if UNCLEAR in layout.inputs or UNCLEAR in layout.outputs:
         return False
     return all(
-        where is not SHARED or shape is None or (len(shape) > 1 and shape[0] == 1)
+        where is not SHARED or shape is None or len(shape) > 1
         for where, shape in zip(layout.outputs, shapes[1], strict=True)
     )
 

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fastproj.trak.gradients.base import dense
 from fastproj.trak.gradients.layout import SHARED, BatchDim
+from fastproj.trak.gradients.parts import Piece
 from fastproj.trak.gradients.running import vectorised
-from fastproj.trak.gradients.sinks import Piece
 
 logger = logging.getLogger("fastproj.trak")
 

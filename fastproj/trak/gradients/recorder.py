@@ -18,8 +18,9 @@ from fastproj.trak.gradients.attention import no_fast_path
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError, by_sample, tree_shapes
 from fastproj.trak.gradients.local import local_gradients
-from fastproj.trak.gradients.rules import Workspace, rule_for
-from fastproj.trak.gradients.sinks import Piece, Sink
+from fastproj.trak.gradients.parts import Part, Workspace
+from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.sinks import Sink
 from fastproj.trak.tasks.training import TrainingOutput
 
 Dims = list[BatchDim | None]
@@ -171,8 +172,9 @@ class Recorder:
             if several:  # one output may be made from another, whose gradient would hold its own
                 leaves[i] = leaf = leaf.clone()
             where = layout.outputs[i]
-            if where is SHARED:  # [1, ...], as embeddings of positions are: one for each sample
-                leaves[i] = leaf = leaf.expand(self.size, *leaf.shape[1:]).contiguous()
+            if where is SHARED:  # as embeddings of positions are: one for each sample
+                own = leaf.shape[1:] if leaf.shape[0] == 1 else leaf.shape
+                leaves[i] = leaf = leaf.expand(self.size, *own).contiguous()
                 where = BatchDim(0, False)
             tensors.append(leaf)
             places.append(i)
@@ -200,8 +202,8 @@ class Recorder:
             found = [torch.finfo(g.dtype).eps for g in given if g is not None]
             if found:
                 self.eps = max(self.eps, *found)
-                for name, piece in call.pieces(given):
-                    self._sink.add(owned.names[name], piece)
+                for name, part in call.parts(given):
+                    self._sink.add(owned.names[name], part)
             if self._last:
                 call.arguments = ((), {})  # let go of the activations
 
@@ -225,7 +227,7 @@ class Call:
     work: Workspace
     autocast: torch.autocast
 
-    def pieces(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Piece]]:
+    def parts(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Part]]:
         """The per-sample gradients of the parameters from those by the outputs, [B, ...] each."""
         module, names = self.owned.module, set(self.owned.names)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
@@ -239,7 +241,7 @@ class Call:
                 x, g = by_row(x, self.dims[0]), by_row(g, self.outputs[0])
             if x.dim() >= rule.least and (not rule.by_rows or x.dim() == g.dim()):
                 x, g = in_one_dtype(module, names, x.detach(), g)
-                yield from rule.pieces(module, x, g, names, self.work)
+                yield from rule.parts(module, x, g, names, self.work)
                 return
         arguments = [
             sample_first(leaf, where, self.size) if where is not SHARED else leaf

@@ -1,39 +1,30 @@
-"""Where the pieces of per-sample gradients go: into a projection, or side by side."""
+"""Where the parts of per-sample gradients go: into a projection, or side by side."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastproj.factored import FactoredProjector, Sides
 from fastproj.projector import Projector
 from fastproj.trak.gradients import base
+from fastproj.trak.gradients.parts import Part, Piece
 from fastproj.trak.gradients.proof import Proof, wide
 
 
-class Piece(NamedTuple):
-    """Entries ``start .. start + n`` of the flattened gradient by one parameter.
-
-    ``values`` are [b, n], of the samples ``rows`` [b], or of all where that is None. A gradient is
-    the sum of the pieces that are given for it; where there are none it is zero.
-    """
-
-    start: int
-    values: Tensor
-    rows: Tensor | None = None
-
-
 class Sink(Protocol):
-    """Takes pieces in any order."""
+    """Takes parts in any order."""
 
-    def add(self, name: str, piece: Piece) -> None:
-        """One more piece of the gradient by the parameter ``name``."""
+    def add(self, name: str, part: Part) -> None:
+        """One more part of the gradient by the parameter ``name``."""
 
     def close(self) -> None:
-        """There are no more pieces."""
+        """There are no more parts."""
 
 
 class CollectingSink:
@@ -42,14 +33,15 @@ class CollectingSink:
     def __init__(self, params: Mapping[str, Tensor], size: int) -> None:
         self.grads = {name: p.new_zeros(size, *p.shape) for name, p in params.items()}
 
-    def add(self, name: str, piece: Piece) -> None:
-        """Add a piece to what is there."""
+    def add(self, name: str, part: Part) -> None:
+        """Add a part to what is there."""
         flat = self.grads[name].view(len(self.grads[name]), -1)  # [B, numel]
-        target = flat[:, piece.start : piece.start + piece.values.shape[1]]
-        if piece.rows is None:
-            target += piece.values
-        else:
-            target.index_add_(0, piece.rows, piece.values)
+        for piece in part.pieces():
+            target = flat[:, piece.start : piece.start + piece.values.shape[1]]
+            if piece.rows is None:
+                target += piece.values
+            else:
+                target.index_add_(0, piece.rows, piece.values)
 
     def close(self) -> None:
         """Nothing is left to do."""
@@ -66,39 +58,44 @@ class ProjectingSink:
         self,
         params: Mapping[str, Tensor],
         size: int,
-        projector: Projector,
+        projector: Projector | FactoredProjector,
         model_id: int,
         uses: Mapping[str, int],
     ) -> None:
-        self.projector = projector
         self.model_id = model_id
-        self.offsets = {}
-        offset = 0
-        for name, p in params.items():
-            self.offsets[name] = offset
-            offset += p.numel()
+        self.sides: dict[str, Sides] = {}
+        if isinstance(projector, FactoredProjector):
+            self.projector = projector.outer
+            self.sides = {name: projector.sides(name, model_id) for name in params}
+            rows = {name: projector.inner_rows(name) for name in params}
+            self.sizes = {name: where.stop - where.start for name, where in rows.items()}
+        else:
+            self.projector = projector
+            self.sizes = {name: p.numel() for name, p in params.items()}
+        starts = accumulate(self.sizes.values(), initial=0)
+        self.offsets = dict(zip(self.sizes, starts, strict=False))
         first = next(iter(params.values()))
         wide = any(p.dtype == torch.float64 for p in params.values())
         self.out = first.new_zeros(
             size, projector.proj_dim, dtype=torch.float64 if wide else torch.float32
         )
-        summed = [
+        self.summed = {
             name
             for name, count in uses.items()
-            if count > 1
-            and size * params[name].numel() * params[name].element_size() <= base.GRAD_BYTES
-        ]
-        self.params = {name: params[name] for name in summed}
+            if count > 1 and size * self.sizes[name] * self.out.element_size() <= base.GRAD_BYTES
+        }
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, piece: Piece) -> None:
-        """Project a piece, or add it to those to be projected at the end."""
-        if name in self.params and piece.rows is None:
+    def add(self, name: str, part: Part) -> None:
+        """Project a part piece by piece, or add it to those to be projected at the end."""
+        sides = self.sides.get(name)
+        for piece in part.pieces() if sides is None else part.compressed(sides):
+            if name not in self.summed or piece.rows is not None:
+                self._project(name, piece)
+                continue
             if name not in self.sums:
-                self.sums[name] = piece.values.new_zeros(len(self.out), self.params[name].numel())
+                self.sums[name] = piece.values.new_zeros(len(self.out), self.sizes[name])
             self.sums[name][:, piece.start : piece.start + piece.values.shape[1]] += piece.values
-        else:
-            self._project(name, piece)
 
     def close(self) -> None:
         """Project the sums."""
@@ -120,27 +117,36 @@ class ProjectingSink:
 
 
 class RowSink:
-    """Passes on the pieces of one row of outputs, and its share of them to a check of all rows."""
+    """Passes on the parts of one row of outputs, and its share of them to a check of all rows."""
 
     def __init__(self, sink: Sink, check: CheckingSink, share: float) -> None:
         self.sink = sink
         self.check = check
         self.share = share
 
-    def add(self, name: str, piece: Piece) -> None:
-        """One more piece of the gradient by the parameter ``name``."""
-        self.sink.add(name, piece)
+    def add(self, name: str, part: Part) -> None:
+        """One more part of the gradient by the parameter ``name``."""
+        if isinstance(self.sink, ProjectingSink) and self.sink.sides:  # which doesn't form it
+            self.sink.add(name, part)
+            for piece in part.pieces():
+                self._check(name, piece)
+        else:
+            for piece in part.pieces():
+                self.sink.add(name, piece)
+                self._check(name, piece)
+
+    def _check(self, name: str, piece: Piece) -> None:
         self.check.add(name, piece._replace(values=piece.values * self.share))
 
     def close(self) -> None:
-        """There are no more pieces."""
+        """There are no more parts."""
         self.sink.close()
 
 
 class NoSink:
-    """Takes pieces that nobody wants."""
+    """Takes parts that nobody wants."""
 
-    def add(self, name: str, piece: Piece) -> None:
+    def add(self, name: str, part: Part) -> None:
         """Let go of it."""
 
     def close(self) -> None:

@@ -24,8 +24,8 @@ from fastproj.trak import (
 from fastproj.trak.gradients import (
     AutomaticGradientComputer,
     hooks,
+    parts,
     resolve_gradient_computer,
-    rules,
 )
 from tests.trak import cases
 
@@ -253,14 +253,17 @@ def flat(grads):
 def test_every_layer_gives_the_gradients_of_autograd(name, pieces, monkeypatch):
     model, batch = build(name)
     if pieces == "pieces":
-        monkeypatch.setattr(rules, "PIECE_BYTES", N * 8 * 20)
-        monkeypatch.setattr(rules, "PATCH_BYTES", 2 * 8 * 100)
+        monkeypatch.setattr(parts, "PIECE_BYTES", N * 8 * 20)
+        monkeypatch.setattr(parts, "PATCH_BYTES", 2 * 8 * 100)
     exact = flat(IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch))
     computer = HookGradientComputer(model, TASK)
     torch.testing.assert_close(flat(computer.compute_per_sample_grad(batch)), exact)
     projector = Projector(exact.shape[1], 7, seed=4, scale=None)
     matrix = fastproj.matrix(exact.shape[1], 7, 4, stream=2, dtype=torch.float64)
     torch.testing.assert_close(computer.project(batch, projector, 2), exact @ matrix)
+    for r in (1, 2, 3):  # no side, one or both of them are compressed
+        factored = fastproj.FactoredProjector(model, r, 32, seed=4, scale=None)
+        torch.testing.assert_close(computer.project(batch, factored, 2), factored.project(exact, 2))
 
 
 @pytest.mark.parametrize("name", ["linear-3d", "positions", "twice", "conv2d"])
@@ -308,11 +311,36 @@ def test_no_more_than_a_layer_is_in_memory_at_once(monkeypatch):
     computer = HookGradientComputer(model, TASK)
     computer.project(batch, projector, 0)
     assert max(shape[1] for shape in projector.seen) == 32 * 32
-    monkeypatch.setattr(rules, "PIECE_BYTES", N * 4 * 100)
+    monkeypatch.setattr(parts, "PIECE_BYTES", N * 4 * 100)
     projector.seen = []
     computer.project(batch, projector, 0)
     assert max(shape[1] for shape in projector.seen) <= 100
     assert sum(shape[1] for shape in projector.seen) == total
+
+
+@pytest.mark.parametrize("computer", ["hooks", "func", "loop", "auto"])
+@pytest.mark.parametrize("size", [1, N])
+def test_all_computers_factor_alike(computer, size):
+    model, batch = build("positions")
+    batch = batches.select(batch, slice(0, size))
+    exact = flat(IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch))
+    factored = fastproj.FactoredProjector(model, 2, 32, scale=None)
+    made = resolve_gradient_computer(computer)(model, TASK)
+    torch.testing.assert_close(made.project(batch, factored, 1), factored.project(exact, 1))
+
+
+def test_a_factored_layer_is_not_formed_but_to_be_checked(monkeypatch):
+    """Of a second batch like the first, no piece is as wide as a layer's gradient."""
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(32, 32) for _ in range(6)), nn.Linear(32, 3))
+    batch = (floats(32).float(), torch.arange(N) % CLASSES)
+    factored = fastproj.FactoredProjector(model, 4, 32, scale=None)
+    factored.outer = Recorded(factored.inner_dim, 32, kind="sjlt", scale=None)
+    computer = HookGradientComputer(model, TASK)
+    computer.project(batch, factored, 0)
+    monkeypatch.setattr(hooks, "worth_a_proof", lambda _: False)
+    monkeypatch.setattr(parts.Product, "pieces", None)
+    computer.project(batch, factored, 0)
+    assert max(shape[1] for shape in factored.outer.seen) == 32
 
 
 def test_embeddings_stay_sparse():

@@ -359,7 +359,7 @@ def test_what_vmap_lacks_is_no_warning_to_the_user(way, tmp_path):
 
 @pytest.mark.parametrize("size", [2, 5])
 def test_folded_images_in_one_piece_and_in_many(size, monkeypatch):
-    from fastproj.trak.gradients import rules
+    from fastproj.trak.gradients import parts
 
     model, batch = build("folded images")
     batch = batch[0][:size], batch[1][:size]
@@ -369,8 +369,8 @@ def test_folded_images_in_one_piece_and_in_many(size, monkeypatch):
         torch.testing.assert_close(
             flat(HookGradientComputer(model, TASK).compute_per_sample_grad(batch)), exact
         )
-        monkeypatch.setattr(rules, "PIECE_BYTES", size * 8 * 5)
-        monkeypatch.setattr(rules, "PATCH_BYTES", 8 * 20)
+        monkeypatch.setattr(parts, "PIECE_BYTES", size * 8 * 5)
+        monkeypatch.setattr(parts, "PATCH_BYTES", 8 * 20)
         torch.testing.assert_close(
             flat(HookGradientComputer(model, TASK).compute_per_sample_grad(batch)), exact
         )

@@ -1,0 +1,261 @@
+"""Parts of per-sample gradients as hooks find them: products that need not be formed whole.
+
+A part is asked for ``pieces`` of the gradient by its parameter, each formed when its turn comes.
+Or, for a ``FactoredProjector``, it is asked for what the parameter's ``Sides`` leave of it: the factors
+of a product are compressed before they are multiplied.
+
+What either gives may lie in a workspace, and is to be used before the next is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastproj.factored import Sides, looked_up_product, multiplied
+
+PIECE_BYTES = 64 * 1024 * 1024  # of gradients formed at once
+PATCH_BYTES = 32 * 1024 * 1024  # patches of images held at once by a convolution
+
+
+class Workspace:
+    """Memory that is used again and again: fresh pages cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, use: str, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor for ``use``; what it held before is lost."""
+        key = use, like.dtype, like.device
+        count = math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < count:
+            self._buffers.pop(key, None)
+            self._buffers[key] = like.new_empty(count)
+        return self._buffers[key][:count].view(shape)
+
+
+class Part(Protocol):
+    """A summand of the gradient by one parameter."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """The same as pieces of the flattened gradient."""
+
+    def compressed(self, sides: Sides) -> Iterator[Piece]:
+        """Pieces of what the sides of the parameter leave of it, flattened."""
+
+
+class Piece(NamedTuple):
+    """Entries ``start .. start + n`` of the flattened gradient by one parameter.
+
+    ``values`` are [b, n], of the samples ``rows`` [b], or of all where that is None. A piece of a
+    parameter of two or more dimensions holds whole rows of it.
+    """
+
+    start: int
+    values: Tensor
+    rows: Tensor | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        """Itself."""
+        yield self
+
+    def compressed(self, sides: Sides) -> Iterator[Piece]:
+        """Both sides applied to what is formed."""
+        start, values = sides.of_rows(self.start, self.values)
+        yield Piece(start, values, self.rows)
+
+
+@dataclass
+class Product:
+    """``left[b]^T @ right[b]`` of [B, T, m] and [B, T, n], for a parameter [m, n]."""
+
+    left: Tensor
+    right: Tensor
+    work: Workspace
+
+    def pieces(self) -> Iterator[Piece]:
+        """Some rows of the [m, n] at a time."""
+        size, _, m = self.left.shape
+        n = self.right.shape[2]
+        step = max(1, PIECE_BYTES // (size * n * self.right.element_size()))
+        for start in range(0, m, step):
+            part = self.left[:, :, start : start + step].transpose(1, 2)  # [B, step, T]
+            values = self.work.take("gradients", self.right, size, part.shape[1], n)
+            torch.bmm(part, self.right, out=values)
+            yield Piece(start * n, values.view(size, -1))
+
+    def compressed(self, sides: Sides) -> Iterator[Piece]:
+        """The product of the two factors, compressed."""
+        if sides.left is None and sides.right is None:
+            yield from self.pieces()
+            return
+        yield Piece(0, multiplied(sides.of_left(self.left), sides.of_right(self.right)))
+
+
+@dataclass
+class Lookup:
+    """The gradient by an embedding's table [V, width]: g [B, T, width] at the rows ids [B, T].
+
+    ``counted`` [B, T] is which of them count.
+    """
+
+    ids: Tensor
+    g: Tensor
+    counted: Tensor
+
+    def pieces(self) -> Iterator[Piece]:
+        """Only the rows that a sample looks up, each once; rows of zeros are left out.
+
+        A piece is one row of the table, or neighbouring rows that the same samples look up.
+        """
+        ids, g, counted = self.ids, self.g, self.counted
+        size, width = g.shape[0], g.shape[-1]
+        sample = torch.arange(size, device=ids.device).unsqueeze(1)
+        pair = (ids.long() * size + sample)[counted]  # sorted by row of the table, then by sample
+        pairs, inverse = pair.unique(return_inverse=True)
+        sums = g.new_zeros(len(pairs), width).index_add_(0, inverse, g[counted])
+        kept = (sums != 0).any(1)
+        pairs, sums = pairs[kept], sums[kept]
+        if not len(pairs):
+            return
+        tokens, rows = (pairs // size).cpu().numpy(), pairs % size
+        for token, count, start, stop in runs(tokens, rows.cpu().numpy()):
+            samples = rows[start : start + (stop - start) // count]
+            values = sums[start:stop].view(count, len(samples), width).transpose(0, 1)
+            yield Piece(token * width, values.reshape(len(samples), -1), samples)
+
+    def compressed(self, sides: Sides) -> Iterator[Piece]:
+        """The rows of the left side that are looked up, times g."""
+        if sides.left is None:  # a small table
+            for piece in self.pieces():
+                yield from piece.compressed(sides)
+            return
+        right = sides.of_right(self.g)
+        yield Piece(0, looked_up_product(sides.left, self.ids, right, self.counted))
+
+
+def runs(tokens: Any, rows: Any) -> Iterator[tuple[int, int, int, int]]:
+    """(first token, number of tokens, start, stop) of neighbouring tokens of the same samples."""
+    bounds = [0, *(np.flatnonzero(np.diff(tokens)) + 1).tolist(), len(tokens)]
+    begin, count = 0, 0
+    for i in range(len(bounds) - 1):
+        start, stop = bounds[i], bounds[i + 1]
+        count += 1
+        more = (
+            i + 2 < len(bounds)
+            and tokens[stop] == tokens[start] + 1
+            and np.array_equal(rows[start:stop], rows[stop : bounds[i + 2]])
+        )
+        if not more:
+            yield int(tokens[begin]), count, begin, stop
+            begin, count = stop, 0
+
+
+@dataclass
+class Patches:
+    """The gradient by the kernel W [O, C / groups, *kernel] of a convolution of x [B, n, C, ...].
+
+    g [B, n, O, ...] is the gradient by its output: that by W is g times the patches of x.
+    """
+
+    layer: Any
+    x: Tensor
+    g: Tensor
+    work: Workspace
+
+    def pieces(self) -> Iterator[Piece]:
+        """Some output channels of one group at a time, or some whole groups."""
+        layer, work = self.layer, self.work
+        g = self.g.transpose(1, 2).flatten(2)  # [B, O, n L]
+        size, out_channels, places = g.shape
+        groups = layer.groups
+        fan_in = layer.weight[0].numel()  # C / groups * kernel
+        x = self.padded().unflatten(0, self.x.shape[:2])
+        g = g.view(size, groups, out_channels // groups, places)
+        item = g.element_size()
+        samples = max(1, PATCH_BYTES // (groups * fan_in * places * item))
+        patches = None
+        if samples >= size:  # patches of all samples, once for all pieces
+            patches = patches_of(layer, x, work)
+        channels = max(1, PIECE_BYTES // (size * fan_in * item))
+        per_group = out_channels // groups
+        group_step = max(1, channels // per_group)
+        channel_step = per_group if channels >= per_group else channels
+        for group in range(0, groups, group_step):
+            of_groups = slice(group, group + group_step)
+            for channel in range(0, per_group, channel_step):
+                part = g[:, of_groups, channel : channel + channel_step]  # [B, G, o, n L]
+                values = work.take("gradients", g, *part.shape[:3], fan_in)
+                for start in range(0, size, samples):
+                    rows = slice(start, start + samples)
+                    found = patches_of(layer, x[rows], work) if patches is None else patches
+                    torch.matmul(part[rows], found[:, of_groups].transpose(2, 3), out=values[rows])
+                first = (group * per_group + channel) * fan_in
+                yield Piece(first, values.view(size, -1))
+
+    def compressed(self, sides: Sides) -> Iterator[Piece]:
+        """The right side applied to patches is a convolution with it in place of the kernel.
+
+        Convolutions in groups are formed first: a group's kernel is small, and each has rows of its
+        own on the left.
+        """
+        if sides.right is None or self.layer.groups > 1:
+            for piece in self.pieces():
+                yield from piece.compressed(sides)
+            return
+        dims = len(self.layer.kernel_size)
+        kernel = sides.right.matrix(self.x).T.reshape(-1, *self.layer.weight.shape[1:])
+        x = torch.convolution(
+            self.padded().to(kernel.dtype),
+            kernel,
+            None,
+            self.layer.stride,
+            [0] * dims,
+            self.layer.dilation,
+            False,
+            [0] * dims,
+            1,
+        )  # [B n, r, ...]
+        size, rows = self.x.shape[:2]
+        right = x.flatten(2).unflatten(0, (size, rows)).transpose(1, 2).flatten(2)  # [B, r, n L]
+        left = self.g.transpose(1, 2).flatten(2).to(right.dtype)  # [B, O, n L]
+        if sides.left is not None:
+            left = torch.matmul(sides.left.matrix(self.g).T, left)
+        yield Piece(0, torch.bmm(left, right.transpose(1, 2)).flatten(1))
+
+    def padded(self) -> Tensor:
+        """x as the convolution sees it, [B n, C, ...]."""
+        layer = self.layer
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = self.x.flatten(0, 1)
+        return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+def patches_of(layer: Any, x: Tensor, work: Workspace) -> Tensor:
+    """The inputs of each output of a convolution of padded x: [B, groups, fan_in, n places]."""
+    size, rows, channels = x.shape[:3]
+    x = x.contiguous()
+    lengths, strides = [], []
+    for i, kernel in enumerate(layer.kernel_size):
+        reach = layer.dilation[i] * (kernel - 1) + 1
+        lengths.append((x.shape[3 + i] - reach) // layer.stride[i] + 1)
+        strides.append(x.stride(3 + i))
+    view = x.as_strided(
+        (size, channels, *layer.kernel_size, rows, *lengths),
+        (
+            x.stride(0),
+            x.stride(2),
+            *(s * d for s, d in zip(strides, layer.dilation, strict=True)),
+            x.stride(1),
+            *(s * d for s, d in zip(strides, layer.stride, strict=True)),
+        ),
+    )
+    patches = work.take("patches", x, *view.shape).copy_(view)
+    return patches.view(size, layer.groups, -1, rows * math.prod(lengths))
