@@ -75,9 +75,10 @@ PROVIDERS: dict[str, Provider] = {
     "plain": Provider("forward + backward", plain.prepare, by_dim=False),
     "dense": features("dense (rademacher)", kind="rademacher"),
     "sjlt": features("sjlt"),
-    "factored-16": features("factored, r = 16", factored=16),
-    "factored-64": features("factored, r = 64", factored=64),
-    "factored-128": features("factored, r = 128", factored=128),
+    **{
+        f"factored-{r}": features(f"factored, r = {r}", r in (16, 64, 128), factored=r)
+        for r in (8, 16, 32, 64, 128)
+    },
     "default": ours_with("as it comes, all drawn for"),
     "func": features("sjlt, torch.func", by_default=False, gradient_computer="func"),
     "loop": features("sjlt, loop", by_default=False, gradient_computer="loop"),
