@@ -225,23 +225,35 @@ def test_a_model_in_bfloat16_has_its_gradients(name):
     assert error(flat(found), exact) < BOUNDS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("curvature", ["trak", "fisher"])
+def features(model, save_dir, batches, **options):
+    """Features by hooks, which pass their own checks on both batches."""
+    traker = cases.make(model, save_dir, 10, proj_dim=32, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    for batch in batches:
+        traker.featurize(batch, num_samples=5)
+    assert traker.gradient_computer.name == "hooks"
+    return traker.saver.matrix(0).double()
+
+
+@pytest.mark.parametrize(
+    "options", [{"curvature": "trak"}, {"curvature": "fisher"}, {"factored": 4}], ids=str
+)
 @pytest.mark.parametrize("name", MODELS)
-def test_features_follow_autocast_by_hooks(name, curvature, tmp_path):
-    """Hooks pass their own checks, also of what is drawn for the Fisher matrix."""
+def test_features_follow_autocast(name, options, tmp_path):
     model, (x, y) = build(name)
-    batches = [(x, y), (x.flip(0), y)]  # the second is checked as well
+    batches = [(x, y), (x.flip(0), y)]
+    exact = features(model, tmp_path / "float32", batches, **options)
+    found = features(Autocast(model), tmp_path / "bfloat16", batches, **options)
+    assert error(found, exact) < BOUNDS[torch.bfloat16]
 
-    def features(model, save_dir):
-        traker = cases.make(model, save_dir, 10, curvature=curvature, proj_dim=32)
-        traker.load_checkpoint(model.state_dict(), 0)
-        for batch in batches:
-            traker.featurize(batch, num_samples=5)
-        assert traker.gradient_computer.name == "hooks"
-        return traker.saver.matrix(0).double()
 
-    exact = features(model, tmp_path / "float32")
-    found = features(Autocast(model), tmp_path / "bfloat16")
+@pytest.mark.parametrize("options", [{}, {"factored": 4}], ids=str)
+def test_features_of_a_model_in_bfloat16(options, tmp_path):
+    model, (x, y) = build("text")
+    batches = [(x, y), (x.flip(0), y)]
+    exact = features(model, tmp_path / "float32", batches, curvature="trak", **options)
+    model = model.bfloat16()
+    found = features(model, tmp_path / "bfloat16", batches, curvature="trak", **options)
     assert error(found, exact) < BOUNDS[torch.bfloat16]
 
 
