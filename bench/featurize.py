@@ -94,7 +94,7 @@ def run_worker(provider: str, workload: str, sizes: Sizes, limit: int) -> Row:
     try:
         row = in_fresh_process("featurize", *words, limit=limit)
     except subprocess.TimeoutExpired:
-        row["note"] = f"stopped: {2 + sizes.repeats} calls took longer than {limit} s"
+        row["note"] = f"stopped: not done after {limit} s (--limit)"
     except RuntimeError as error:
         row["note"] = f"FAILED: {' '.join(str(error).split())[-80:]}"
     return row

@@ -183,7 +183,10 @@ def minilm(quick: bool) -> nn.Module:
     if quick:
         return bert(quick)
     from transformers import BertForSequenceClassification
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it is known that the classifier isn't in the package
+    logging.disable_progress_bar()
     model: nn.Module = BertForSequenceClassification.from_pretrained(
         minilm_folder(), local_files_only=True
     )

@@ -15,8 +15,8 @@ from bench import featurize, record
 from bench.featurization import measure, summary
 from bench.featurization.job import Prepared, Unsupported
 from bench.featurization.measure import Sizes, work
-from bench.featurization.providers import PROVIDERS, Provider, ours
-from bench.featurization.workloads import WORKLOADS, losses_of, steps
+from bench.featurization.providers import PROVIDERS, Provider, layers, ours
+from bench.featurization.workloads import WORKLOADS, logits_of, losses_of, steps
 from bench.targets import FAIL, NOT_HERE, PASS
 
 
@@ -51,6 +51,30 @@ def test_every_provider_of_ours_runs(provider: str) -> None:
     assert row["seconds"] or row.get("missing")
     assert list(summary.wrong([row])) == []
     json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize("provider", [name for name in PROVIDERS if name not in OURS])
+def test_peers_run_or_say_what_installs_them(provider: str) -> None:
+    row = work(provider, "gpt_36m", sizes("gpt_36m"))
+    if row.get("missing"):
+        assert f"; python -m pip install {PROVIDERS[provider].install}" in row["note"]
+    else:
+        assert row["note"] == ""
+        assert row["times"] > 0
+    assert provider != "trak" or row["seconds"]  # it is installed
+
+
+def test_models_for_others_compute_the_same() -> None:
+    kind = WORKLOADS["gpt_36m"]
+    model, batch = kind.model(quick=True), kind.batch(*kind.quick, number=0, quick=True)
+    linear = layers.with_linear_layers(model)
+    torch.testing.assert_close(logits_of(linear, batch), logits_of(model, batch))
+    kinds = [type(module).__name__ for module in linear.modules()]
+    assert "Conv1D" not in kinds
+    assert kinds.count("Linear") == 1 + 4 * 2  # the output layer, and those of two blocks
+    names = layers.called_on_positions(model, batch)
+    assert "transformer.h.1.mlp.c_fc" in names
+    assert "transformer.wte" not in names
 
 
 @pytest.mark.parametrize("workload", list(WORKLOADS))
@@ -105,7 +129,14 @@ def test_what_takes_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(featurize, "in_fresh_process", slow)
     row = featurize.run_worker("sjlt", "gpt2", sizes("gpt2"), 7)
-    assert row["note"] == "stopped: 3 calls took longer than 7 s"
+    assert row["note"] == "stopped: not done after 7 s (--limit)"
+
+
+def test_a_process_of_its_own_gives_the_row() -> None:
+    row = featurize.run_worker("plain", "resnet9", sizes("resnet9"), 300)
+    assert row["note"] == ""
+    assert row["seconds"]
+    assert row["threads"] == 1
 
 
 def row_of(provider: str, times: float, memory: float, quick: bool = False) -> dict[str, Any]:
@@ -157,6 +188,7 @@ def test_the_command_measures_prints_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(featurize, "run_worker", lambda *words: work(*words[:3]))
     words = ["--quick", "--threads", "1", "--repeats", "1", "--model", "resnet9"]
     assert featurize.main([*words, "--provider", "plain", "sjlt"]) == 0
     said = capsys.readouterr().out
