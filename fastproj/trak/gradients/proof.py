@@ -96,7 +96,7 @@ def weighted_gradient(
 
 
 def together(outputs: Tensor) -> Tensor:
-    """One output of each sample, [B], of the outputs [R, B] of a ``TrainingOutput``; or of [B]."""
+    """One output of each sample, [B], of the outputs [R, B] of ``SeveralOutputs``; or of [B]."""
     if outputs.dim() == 1:
         return outputs
     shares = torch.tensor(shares_of(len(outputs)), dtype=outputs.dtype, device=outputs.device)
