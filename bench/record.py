@@ -110,17 +110,19 @@ def write_result(name: str, content: dict[str, Any], text: str = "") -> Path:
     return path
 
 
-def in_fresh_process(module: str, *words: object) -> Any:
+def in_fresh_process(module: str, *words: object, limit: float | None = None) -> Any:
     """What ``python -m bench.<module> <words>`` prints in its last line, read as JSON.
 
     The process imports from where this one does, and reports errors where this one does.
-    Raises RuntimeError where it fails.
+    Raises RuntimeError where it fails, subprocess.TimeoutExpired where it takes longer than
+    ``limit`` seconds.
     """
     done = subprocess.run(
         [sys.executable, "-m", f"bench.{module}", *map(str, words)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
         stdout=subprocess.PIPE,
         text=True,
+        timeout=limit,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(done.args)} failed with status {done.returncode}")

@@ -29,9 +29,9 @@ class Residual(nn.Module):
         return x + self.blocks(x)
 
 
-def resnet9(classes: int = 10) -> nn.Module:
+def resnet9(classes: int = 10, width: int = WIDTH) -> nn.Module:
     """The network of trak's CIFAR-10 example, half as wide again."""
-    w = WIDTH
+    w = width
     return nn.Sequential(
         block(3, w),
         block(w, 2 * w, kernel=5, stride=2, padding=2),

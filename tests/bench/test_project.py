@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import fastproj
-from bench import featurize, project, project_sparse, record
+from bench import project, project_sparse, record
 from bench.providers import Case, Inputs, Provider, memory, ours, sparse_stored
 from bench.targets import Target
 from bench.timing import Row, time_case
@@ -184,31 +183,6 @@ def test_targets_judge_in_the_right_direction() -> None:
     assert Target("error", 9e-7, 1e-6, at_least=False).verdict == "PASS"
     assert Target("rate", 9.0, 3.0, at_least=True, judged=False).verdict == "N-A"
     assert Target("rate", None, 3.0, at_least=True).verdict == "N-A"
-
-
-def test_featurize_measures_and_judges(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
-    monkeypatch.setattr(featurize, "resnet9", lambda: small)
-    rows = {name: featurize.work(name, 2, 8, 1) for name in featurize.PROVIDERS}
-    assert {name: row["computer"] for name, row in rows.items() if row["computer"]} == {
-        "fastproj": "hooks"
-    }
-    for row in rows.values():
-        assert row["samples_per_second"] > 0
-        assert 0 < row["projection_share"] < 1
-        assert row["peak_mib"] >= row["before_mib"] > 0
-    rows["fastproj"].update(samples_per_second=10.0, peak_mib=1.0)
-    rows["traker"].update(samples_per_second=1.0, peak_mib=2.0)
-    monkeypatch.setattr(featurize, "run_worker", lambda name, *sizes: rows[name])
-    assert featurize.main(["--no-write"]) == 0
-    assert "PASS: 10.0x the samples per second of trak" in capsys.readouterr().out
-    rows["fastproj"]["peak_mib"] = 3.0
-    assert featurize.main(["--no-write"]) == 1
-    rows["fastproj"].update(peak_mib=1.0, norms=[1.0, 2.0])
-    assert featurize.main(["--no-write"]) == 1
-    assert "different features" in capsys.readouterr().out
 
 
 def test_a_copy_without_its_repository_is_told_its_commit(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bench.battery.problem import Problem
+from bench.battery.problem import Batch, Problem
 from bench.battery.training import Checkpoint
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -35,6 +35,12 @@ class Job:
     proj_dim: int
     kind: str
     folder: str
+
+    def batches(self) -> Iterator[Batch]:
+        """The training samples in order, BATCH at a time."""
+        samples = self.problem.samples
+        for start in range(0, self.problem.n, BATCH):
+            yield tuple(part[start : start + BATCH] for part in samples)
 
 
 @dataclass(frozen=True)

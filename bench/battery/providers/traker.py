@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.battery.providers.job import BATCH, Floats, Found, Job
+from bench.battery.providers.job import Floats, Found, Job
 from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
 
@@ -35,8 +35,16 @@ def rule(job: Job) -> Iterator[Found]:
 
 def run(job: Job, options: dict[str, Any]) -> TRAKer:
     """A TRAKer that has featurized all checkpoints and scored the targets with each."""
+    traker = make(job, options)
+    for model_id in range(len(job.checkpoints)):
+        featurize(traker, job, model_id)
+    return score(traker, job)
+
+
+def make(job: Job, options: dict[str, Any]) -> TRAKer:
+    """A TRAKer for the problem, with options."""
     problem = job.problem
-    traker = TRAKer(
+    return TRAKer(
         problem.model().eval(),
         problem.question.task(AbstractModelOutput),
         problem.n,
@@ -46,11 +54,20 @@ def run(job: Job, options: dict[str, Any]) -> TRAKer:
         logging_level="ERROR",
         **options,
     )
-    for model_id, checkpoint in enumerate(job.checkpoints):
-        traker.load_checkpoint(checkpoint, model_id)
-        problem.question.prepare(traker, problem.samples)
-        for rows in torch.arange(problem.n).split(BATCH):
-            traker.featurize(tuple(part[rows] for part in problem.samples), num_samples=len(rows))
+
+
+def featurize(traker: TRAKer, job: Job, model_id: int) -> None:
+    """Featurize the training samples with a checkpoint."""
+    problem = job.problem
+    traker.load_checkpoint(job.checkpoints[model_id], model_id)
+    problem.question.prepare(traker, problem.samples)
+    for batch in job.batches():
+        traker.featurize(batch, num_samples=len(batch[0]))
+
+
+def score(traker: TRAKer, job: Job) -> TRAKer:
+    """Finalise, and score the targets with each checkpoint."""
+    problem = job.problem
     traker.finalize_features()
     for model_id, checkpoint in enumerate(job.checkpoints):
         traker.start_scoring_checkpoint("targets", checkpoint, model_id, problem.m)

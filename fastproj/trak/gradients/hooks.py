@@ -245,17 +245,17 @@ class HookGradientComputer(AbstractGradientComputer):
         for sink in sinks:
             sink.close()
         if check is not None:
-            self._judge(check)
-            evened = check.evened()
+            self._judge(check, recorder.eps)
+            evened = check.evened(recorder.eps)
             if evened is not None:
                 del recorder, out, leaves
                 self._check_evenly(batch, evened)
         if proof is None or proof.finite():
             self._remember(structure)
 
-    def _judge(self, check: Check) -> None:
+    def _judge(self, check: Check, eps: float) -> None:
         """Raise HooksError unless the gradients are those that they were compared with."""
-        wrong = check.wrong()
+        wrong = check.wrong(eps)
         if wrong:
             if self.when_disproved is not None:
                 self.when_disproved()
@@ -274,7 +274,7 @@ class HookGradientComputer(AbstractGradientComputer):
         recorder.backward(out, leaves, sinks)
         for number, name, values in self._rest(plan.rest, batch):
             sinks[number].add(name, Piece(0, values))
-        self._judge(check)
+        self._judge(check, recorder.eps)
 
     def _remember(self, structure: int) -> None:
         """Note a structure that was checked, now or before."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class Recorder:
         self.work = Workspace() if work is None else work
         self.shapes: dict[str, list[tuple[list[Any], list[Any]]]] = {}
         self.uses: Counter[str] = Counter()
+        self.eps = 0.0  # of the coarsest dtype that the model computed in
         self._calls: Counter[str] = Counter()
         self._anchors: dict[Any, Tensor] = {}
         self._sink: Sink | None = None
@@ -196,6 +198,7 @@ class Recorder:
             places,
             self.warned,
             self.work,
+            autocast_of(leaves),
         )
         self.uses.update(set(owned.names.values()))
 
@@ -205,7 +208,9 @@ class Recorder:
                 None if g is None else by_sample(g, where, self.size)
                 for g, where in zip(grads, dims, strict=True)
             ]
-            if any(g is not None for g in given):
+            found = [torch.finfo(g.dtype).eps for g in given if g is not None]
+            if found:
+                self.eps = max(self.eps, *found)
                 for name, part in call.parts(given):
                     self._sink.add(owned.names[name], part)
             if self._last:
@@ -229,6 +234,7 @@ class Call:
     places: list[int]
     warned: set[str]
     work: Workspace
+    autocast: torch.autocast
 
     def parts(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Part]]:
         """The per-sample gradients of the parameters from those by the outputs, [B, ...] each."""
@@ -243,23 +249,51 @@ class Call:
             if rule.by_rows:
                 x, g = by_row(x, self.dims[0]), by_row(g, self.outputs[0])
             if x.dim() >= rule.least and (not rule.by_rows or x.dim() == g.dim()):
-                yield from rule.parts(module, x.detach(), g, names, self.work)
+                x, g = in_one_dtype(module, names, x.detach(), g)
+                yield from rule.parts(module, x, g, names, self.work)
                 return
         arguments = [
             sample_first(leaf, where, self.size) if where is not SHARED else leaf
             for leaf, where in zip(leaves, self.dims, strict=True)
         ]
-        yield from local_gradients(
-            module,
-            names,
-            arguments,
-            self.dims,
-            pytree.tree_structure(self.arguments),
-            self.places,
-            grads,
-            self.size,
-            self.warned,
-        )
+        with self.autocast:
+            found = list(
+                local_gradients(
+                    module,
+                    names,
+                    arguments,
+                    self.dims,
+                    pytree.tree_structure(self.arguments),
+                    self.places,
+                    grads,
+                    self.size,
+                    self.warned,
+                )
+            )
+        yield from found
+
+
+def autocast_of(leaves: list[Any]) -> torch.autocast:
+    """The autocast that is on now, where the outputs of a module are."""
+    kind = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+    return torch.autocast(
+        kind,
+        dtype=torch.get_autocast_dtype(kind),
+        enabled=torch.is_autocast_enabled(kind),
+        cache_enabled=False,
+    )
+
+
+def in_one_dtype(module: nn.Module, names: set[str], x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's input and the gradient by its output in the dtype that holds both and its
+    parameters: under autocast they differ. Indices stay as they are.
+    """
+    dtype = reduce(torch.promote_types, (module.get_parameter(name).dtype for name in names))
+    dtype = torch.promote_types(dtype, g.dtype)
+    if x.is_floating_point():
+        dtype = torch.promote_types(dtype, x.dtype)
+        x = x.to(dtype)
+    return x, g.to(dtype)
 
 
 def by_row(t: Tensor, where: BatchDim | None) -> Tensor:

@@ -220,8 +220,10 @@ class Check:
             self.left[name] = part.new_zeros(self.params[name].numel())
         self.left[name][piece.start : piece.start + len(part)] -= part
 
-    def wrong(self) -> list[str]:
+    def wrong(self, eps: float = 0.0) -> list[str]:
         """The parameters whose gradient isn't the known one, by more than rounding.
+
+        eps : of the coarsest dtype that the model computed in, if its parameters' is not.
 
         Samples whose gradients are not finite by either are another's to name; where there are too
         many of them, so is the batch.
@@ -235,15 +237,19 @@ class Check:
         found = []
         for name, left in self.left.items():
             # Of a gradient's norm; float64 models take float32's, as T5's softmax does.
-            eps = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
-            share = min(3 * eps**0.5, 0.1)  # 1e-3 in float32; of 16 bits, 0.04 has been seen
+            own = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
+            # 1e-3 in float32; of 16 bits, 0.04 has been seen.
+            share = min(3 * max(eps, own) ** 0.5, 0.1)
             allowed = share * (self.known.get(name, 0.0) + 0.1 * total) + self.proof.noise
             if not norm(left) <= allowed:
                 found.append(name)
         return found
 
-    def evened(self) -> Evened | None:
-        """Shares in another sum for gradients that are lost in this one beside larger ones."""
+    def evened(self, eps: float = 0.0) -> Evened | None:
+        """Shares in another sum for gradients that are lost in this one beside larger ones.
+
+        eps : as for ``wrong``.
+        """
         dtypes = (p.dtype for p in self.params.values())
-        eps = max(torch.finfo(dtype).eps for dtype in (torch.float32, *dtypes))
+        eps = max(eps, *(torch.finfo(dtype).eps for dtype in (torch.float32, *dtypes)))
         return Evened.of(self.sizes, self.proof.counts, eps)

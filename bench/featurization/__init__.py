@@ -1,0 +1,1 @@
+"""What `python -m bench.featurize` measures: models and batches, providers, timing and tables."""

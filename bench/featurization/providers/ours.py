@@ -1,0 +1,56 @@
+"""fastproj.TRAKer.featurize: features on disk, samples and features checked."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.featurization.job import Job, Prepared, Unsupported
+from fastproj import TRAKer
+
+# Features alone. The default curvature also draws for at most 2 K samples of a training set, which
+# costs up to as much again for these: "default" does so for every sample.
+FEATURES = {"curvature": "trak"}
+
+
+def prepare(job: Job, **options: Any) -> Prepared:
+    """TRAKer with these options, the rest as it comes."""
+    try:
+        traker = TRAKer(
+            job.model,
+            job.workload.task,
+            job.count,
+            save_dir=job.folder,
+            proj_dim=job.proj_dim,
+            logging_level="ERROR",
+            **options,
+        )
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise Unsupported(f"this fastproj can't: {error}") from error
+    traker.load_checkpoint(job.model.state_dict(), model_id=0)
+
+    def call(batch: dict[str, Tensor]) -> None:
+        traker.featurize(batch, num_samples=len(batch["labels"]))
+
+    found = partial(against_gradient, traker) if options.get("curvature") == "trak" else None
+    computer = {"computer": getattr(traker.gradient_computer, "name", None)}
+    return Prepared(call, job.proj_dim, check=found, details=computer)
+
+
+def against_gradient(traker: Any, batch: dict[str, Tensor]) -> float:
+    """|phi|^2 / |grad f|^2 of the sample that was featurized last, the last of ``batch``."""
+    model = traker.model
+    model.zero_grad(set_to_none=True)
+    sample = {name: part[-1:] for name, part in batch.items()}
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    out = traker.task.outputs(model, weights, buffers, (sample,))
+    grads = torch.autograd.grad(out.sum(), list(weights.values()), allow_unused=True)
+    exact = sum(float(g.double().square().sum()) for g in grads if g is not None)
+    done = int(traker.saver.index(0).done.sum())
+    features = traker.saver.matrix(0)[done - 1].double() * traker.normalize_factor
+    return float(features.square().sum()) / traker.proj_dim / exact

@@ -1,0 +1,394 @@
+"""Mixed precision, checkpointing and long sequences: gradients are autograd's within rounding."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastproj.trak import (
+    CausalLMModelOutput,
+    FunctionalGradientComputer,
+    HookGradientComputer,
+    HooksError,
+    ImageClassificationModelOutput,
+    IterativeGradientComputer,
+)
+from fastproj.trak.gradients import AutomaticGradientComputer, recorder
+from tests.trak import cases
+
+WORDS, WIDTH, CLASSES = 11, 8, 3
+# Relative errors of gradients: a few units in the last place of what the model computes in.
+BOUNDS = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 1e-5}
+
+
+class Text(nn.Module):
+    """Every kind of layer that texts go through; places are shared by all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH, padding_idx=1)
+        self.places = nn.Embedding(6, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.down = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.last = nn.RMSNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids):
+        h = self.words(ids) + self.places(torch.arange(ids.shape[1]).unsqueeze(0))
+        h = h + self.down(F.gelu(self.up(self.norm(h))))
+        return self.head(self.last(h).mean(1))
+
+
+class Images(nn.Module):
+    """Every kind of layer that images go through."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.batch = nn.BatchNorm2d(4)
+        self.group = nn.GroupNorm(2, 4)
+        self.second = nn.Conv2d(4, 4, 3, groups=2)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        h = self.second(self.group(F.relu(self.batch(self.first(x)))))
+        return self.head(h.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """One layer of fused attention over any number of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids):
+        h = self.norm(self.words(ids))
+        q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head((h + self.out(attended.transpose(1, 2).flatten(2))).mean(1))
+
+
+class Gated(nn.Module):
+    """Layers without a rule: parameters of its own, and a recurrent one."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.scaled = Scaled()
+        self.memory = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids):
+        return self.head(self.memory(self.scaled(self.words(ids)))[0].mean(1))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return x + x @ self.gain
+
+
+class Checkpointed(nn.Module):
+    """Blocks of several layers whose activations are computed again in the backward."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(WIDTH),
+                nn.Linear(WIDTH, 2 * WIDTH),
+                nn.GELU(),
+                nn.Linear(2 * WIDTH, WIDTH),
+            )
+            for _ in range(2)
+        )
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids):
+        h = self.words(ids)
+        for block in self.blocks:
+            h = h + checkpoint(block, h, use_reentrant=self.reentrant)
+        return self.head(h.mean(1))
+
+
+class Autocast(nn.Module):
+    """A model that is run under autocast, which its own forward turns on."""
+
+    def __init__(self, model, dtype=torch.bfloat16):
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, *args, **kwargs):
+        with torch.autocast("cpu", dtype=self.dtype):
+            return self.model(*args, **kwargs)
+
+
+def texts(n, length=6):
+    return torch.randint(0, WORDS, (n, length), generator=torch.Generator().manual_seed(n))
+
+
+def images(n):
+    return torch.randn(n, 3, 6, 6, generator=torch.Generator().manual_seed(n))
+
+
+MODELS = {
+    "text": (Text, texts),
+    "images": (Images, images),
+    "attention": (Attention, texts),
+    "no rule": (Gated, texts),
+    "checkpoint": (lambda: Checkpointed(False), texts),
+    "reentrant checkpoint": (lambda: Checkpointed(True), texts),
+}
+
+
+def build(name):
+    make, data = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.4)
+    x = data(5)
+    return model, (x, torch.arange(len(x)) % CLASSES)
+
+
+def truth(model, batch):
+    """float64 [n, P]: plain autograd of the model in float64, sample by sample, no autocast."""
+    model = copy.deepcopy(model).double()
+    x, labels = batch
+    rows = []
+    for sample, label in zip(x.double() if x.is_floating_point() else x, labels, strict=True):
+        model.zero_grad()
+        logits = model(sample.unsqueeze(0))[0]
+        others = torch.cat([logits[:label], logits[label + 1 :]])
+        (logits[label] - others.logsumexp(0)).backward()
+        rows.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+    return torch.stack(rows)
+
+
+def flat(grads):
+    return torch.cat([g.reshape(len(g), -1).double() for g in grads.values()], 1)
+
+
+def error(found, exact):
+    """The largest relative error of a sample."""
+    return float(((found - exact).norm(dim=1) / exact.norm(dim=1)).max())
+
+
+TASK = ImageClassificationModelOutput()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_hooks_follow_autocast_inside_the_model(name, dtype):
+    model, batch = build(name)
+    exact = truth(model, batch)
+    computer = HookGradientComputer(Autocast(model, dtype), TASK)
+    found = computer.compute_per_sample_grad(batch)
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    assert 1e-6 < error(flat(found), exact) < BOUNDS[dtype]  # it did compute in 16 bits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_autocast_they_are_exact(name):
+    model, batch = build(name)
+    found = HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    assert error(flat(found), truth(model, batch)) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["text", "images", "attention"])
+def test_a_model_in_bfloat16_has_its_gradients(name):
+    model, batch = build(name)
+    exact = truth(model, batch)
+    if name == "images":
+        batch = (batch[0].bfloat16(), batch[1])
+    found = HookGradientComputer(model.bfloat16(), TASK).compute_per_sample_grad(batch)
+    assert {g.dtype for g in found.values()} == {torch.bfloat16}
+    assert error(flat(found), exact) < BOUNDS[torch.bfloat16]
+
+
+def features(model, save_dir, batches, **options):
+    """Features by hooks, which pass their own checks on both batches."""
+    traker = cases.make(model, save_dir, 10, proj_dim=32, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    for batch in batches:
+        traker.featurize(batch, num_samples=5)
+    assert traker.gradient_computer.name == "hooks"
+    return traker.saver.matrix(0).double()
+
+
+@pytest.mark.parametrize(
+    "options", [{"curvature": "trak"}, {"curvature": "fisher"}, {"factored": 4}], ids=str
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_features_follow_autocast(name, options, tmp_path):
+    model, (x, y) = build(name)
+    batches = [(x, y), (x.flip(0), y)]
+    exact = features(model, tmp_path / "float32", batches, **options)
+    found = features(Autocast(model), tmp_path / "bfloat16", batches, **options)
+    assert error(found, exact) < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("options", [{}, {"factored": 4}], ids=str)
+def test_features_of_a_model_in_bfloat16(options, tmp_path):
+    model, (x, y) = build("text")
+    batches = [(x, y), (x.flip(0), y)]
+    exact = features(model, tmp_path / "float32", batches, curvature="trak", **options)
+    model = model.bfloat16()
+    found = features(model, tmp_path / "bfloat16", batches, curvature="trak", **options)
+    assert error(found, exact) < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("computer", [FunctionalGradientComputer, IterativeGradientComputer])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_other_computers_take_checkpoints(computer, reentrant):
+    model, batch = build("reentrant checkpoint" if reentrant else "checkpoint")
+    found = computer(model, TASK).compute_per_sample_grad(batch)
+    assert error(flat(found), truth(model, batch)) < BOUNDS[torch.float32]
+
+
+@pytest.mark.parametrize("computer", [HookGradientComputer, IterativeGradientComputer])
+@pytest.mark.parametrize("name", ["checkpoint", "reentrant checkpoint"])
+def test_checkpoints_of_frozen_models_keep_to_the_weights_given(computer, name):
+    """The parameters of the model itself have no say in the backward."""
+    model, batch = build(name)
+    exact = truth(model, batch)
+    made = computer(model.requires_grad_(False), TASK, grad_wrt=["blocks.0.1.weight"])
+    (found,) = made.compute_per_sample_grad(batch).values()
+    names = [name for name, _ in model.named_parameters()]
+    sizes = [p.numel() for p in model.parameters()]
+    parts = dict(zip(names, exact.split(sizes, 1), strict=True))
+    assert error(found.flatten(1).double(), parts["blocks.0.1.weight"]) < BOUNDS[torch.float32]
+
+
+def test_checkpoints_are_as_before_afterwards():
+    """A user's training goes on with activations computed again."""
+    model, batch = build("checkpoint")
+    HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model(batch[0]).sum().backward()
+    assert len(calls) == 2
+
+
+# ---- long sequences ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_two_thousand_tokens(autocast):
+    model, _ = build("attention")
+    batch = texts(3, 2048), torch.arange(3)
+    exact = truth(model, batch)
+    asked = Autocast(model) if autocast else model
+    found = HookGradientComputer(asked, TASK).compute_per_sample_grad(batch)
+    bound = BOUNDS[torch.bfloat16 if autocast else torch.float32]
+    assert error(flat(found), exact) < bound
+
+
+class UnderAutocast(CausalLMModelOutput):
+    """A task that turns autocast on around the model."""
+
+    def predictions(self, *args):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().predictions(*args)
+
+
+def causal(attention, length):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=length,
+        vocab_size=40,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation=attention,
+    )
+    ids = torch.randint(0, 40, (3, length), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return GPT2LMHeadModel(config).eval(), batch
+
+
+@pytest.mark.parametrize(
+    ("task", "attention", "length", "reentrant"),
+    [
+        *product((CausalLMModelOutput, UnderAutocast), ("sdpa",), (12,), (None, False, True)),
+        (UnderAutocast, "eager", 12, None),
+        (UnderAutocast, "sdpa", 2048, None),
+        (CausalLMModelOutput, "sdpa", 2048, False),
+    ],
+)
+def test_language_models_of_transformers(task, attention, length, reentrant):
+    model, batch = causal(attention, length)
+    loop = IterativeGradientComputer(copy.deepcopy(model).double(), CausalLMModelOutput())
+    exact = flat(loop.compute_per_sample_grad((batch,)))
+    if reentrant is not None:
+        options = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.train()  # transformers computes activations again in training mode alone
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    computer = HookGradientComputer(model, task())
+    found = flat(computer.compute_per_sample_grad((batch,)))
+    bound = BOUNDS[torch.bfloat16 if task is UnderAutocast else torch.float32]
+    assert error(found, exact) < bound
+
+
+# ---- what is checked, and said -------------------------------------------------------------------
+
+
+def test_autocast_loosens_the_check_no_further_than_its_rounding(monkeypatch):
+    """A layer whose gradient is a fifth too large is found under autocast too."""
+    model, batch = build("text")
+    usual = recorder.in_one_dtype
+
+    def too_large(module, names, x, g):
+        x, g = usual(module, names, x, g)
+        return x, 1.2 * g if module is model.up else g
+
+    monkeypatch.setattr(recorder, "in_one_dtype", too_large)
+    with pytest.raises(HooksError, match=r"up\.weight"):
+        HookGradientComputer(Autocast(model), TASK).compute_per_sample_grad(batch)
+
+
+def test_without_autocast_the_check_is_as_strict_as_before(monkeypatch):
+    model, batch = build("text")
+    usual = recorder.in_one_dtype
+
+    def too_large(module, names, x, g):
+        x, g = usual(module, names, x, g)
+        return x, 1.01 * g if module is model.up else g
+
+    monkeypatch.setattr(recorder, "in_one_dtype", too_large)
+    with pytest.raises(HooksError, match=r"up\.weight"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+
+
+def test_auto_stays_with_hooks_under_autocast(recwarn):
+    model, batch = build("text")
+    computer = AutomaticGradientComputer(Autocast(model), TASK)
+    computer.compute_per_sample_grad(batch)
+    assert computer.name == "hooks"
+    assert not [str(w.message) for w in recwarn if "hooks" in str(w.message)]
