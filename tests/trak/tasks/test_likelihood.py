@@ -26,7 +26,6 @@ from fastproj.trak import (
 )
 from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.tasks.base import Terms
-from fastproj.trak.tasks.likelihood import log_odds_terms
 
 IGNORED = -100
 
@@ -80,6 +79,36 @@ def text(classes: int, label: int) -> Case:
         lambda x: ({"logits": x, "labels": torch.full((len(x),), label)},),
         lambda x: [(1.0, x, label)],
     )
+
+
+def one_logit(task: Any, label: int, squeezed: bool) -> Case:
+    """The logit of class 1 of two: class 0 has 0."""
+
+    def batch(x: Tensor) -> Any:
+        logits, labels = x[:, 0] if squeezed else x, torch.full((len(x),), label)
+        images = isinstance(task, ImageClassificationModelOutput)
+        return (logits, labels) if images else ({"logits": logits, "labels": labels},)
+
+    return Case(task, numbers(1), batch, lambda x: [(1.0, torch.cat([0 * x, x]), label)])
+
+
+def multilabel(kind: Any, labels: list[float]) -> Case:
+    """Each label is a prediction of two classes."""
+
+    def batch(x: Tensor) -> Any:
+        every = torch.tensor(labels).expand(len(x), -1)
+        images = kind is ImageClassificationModelOutput
+        return (x, every) if images else ({"logits": x, "labels": every},)
+
+    def predictions(x: Tensor) -> list[tuple[float, Tensor, int]]:
+        return [
+            (1.0, torch.stack([torch.zeros_like(z), z]), int(label))
+            for z, label in zip(x, labels, strict=True)
+        ]
+
+    count = len(labels)
+    task = kind(multilabel=True)
+    return Case(task, numbers(count), batch, predictions, ([*range(count)], count))
 
 
 def causal(reduction: str, classes: int, labels: list[int]) -> Case:
@@ -145,6 +174,12 @@ CASES = {
     "image, 5 classes": lambda: image(5, 4),
     "text, 2 classes": lambda: text(2, 0),
     "text, 4 classes": lambda: text(4, 2),
+    "image, one logit, 1": lambda: one_logit(ImageClassificationModelOutput(), 1, False),
+    "image, one logit, 0": lambda: one_logit(ImageClassificationModelOutput(), 0, True),
+    "text, one logit": lambda: one_logit(TextClassificationModelOutput(), 0, False),
+    "image, three labels": lambda: multilabel(ImageClassificationModelOutput, [1, 0, 1]),
+    "image, one of one label": lambda: multilabel(ImageClassificationModelOutput, [1]),
+    "text, two labels": lambda: multilabel(TextClassificationModelOutput, [0.0, 1.0]),
     "causal, sum": lambda: causal("sum", 3, [0, 2, IGNORED, 1]),
     "causal, mean": lambda: causal("mean", 3, [0, 2, IGNORED, 1]),
     "causal, two tokens": lambda: causal("sum", 2, [1, 0, 1]),
@@ -262,7 +297,10 @@ def test_the_output_is_the_tasks_own_where_that_has_the_same_direction(case):
         q = case.task.get_out_to_loss_grad(model, {}, {}, batch)
         torch.testing.assert_close(made.slope, q)
     else:
-        assert case.places != ([0], 1) or isinstance(case.task, CausalLMModelOutput)
+        several = isinstance(case.task, CausalLMModelOutput) or getattr(
+            case.task, "multilabel", False
+        )
+        assert several or case.places != ([0], 1)
 
 
 # ---- the matrix ---------------------------------------------------------------------------------
@@ -579,25 +617,3 @@ def test_a_function_has_a_loss_or_a_likelihood():
     function = LIKELIHOODS["counts"][0]
     with pytest.raises(ValueError, match="received both loss and likelihood; expected one"):
         FunctionModelOutput(lambda *_: None, loss=torch.exp, likelihood=function)
-
-
-@pytest.mark.parametrize("labels", [1, 3])
-def test_log_odds_of_several_labels(labels):
-    """Each of them is a prediction of two classes, whose row is exact but for its sign."""
-    x = numbers(1, labels)
-    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=labels))).double()
-    noise = torch.full((len(signs), 1, labels, 3), 0.5, dtype=torch.float64)
-    noise[:, 0, :, 1] = signs
-    f = x.expand(len(signs), -1).clone().requires_grad_()
-    made = log_odds_terms(f, noise)
-    p = torch.sigmoid(f.detach())
-    torch.testing.assert_close(made.slope[:, None] * by_x(made.output, f), 1 - p)
-    exact = made.curvature.detach()[:, None, None] * outer(by_x(made.output, f))
-    drawn = [outer(by_x(made.drawn[:, j], f)) for j in range(made.drawn.shape[1])]
-    matrix = torch.diag((p * (1 - p))[0])
-    if labels > 1:
-        matrix += outer(1 - p)[0]
-    torch.testing.assert_close((exact + sum(drawn)).mean(0), matrix)
-    slope = made.slope if labels == 1 else torch.ones(1)
-    along = ((1 - p) * f.detach()).sum(1) / slope
-    torch.testing.assert_close(made.along, along)
