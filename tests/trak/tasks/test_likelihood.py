@@ -7,6 +7,7 @@ the Fisher matrix is made of; chosen classes and signs are enumerated, so expect
 from __future__ import annotations
 
 import itertools
+import math
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -512,6 +513,23 @@ def test_every_sample_is_chosen_as_often():
     runs = np.arange(0, 320, 16)
     seen = sum(Draws(320, 8, Fisher(64), seed).chosen(runs) for seed in range(2000))
     assert np.abs(seen - 400).max() < 6 * (2000 * 0.2 * 0.8) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "run"), [(1600, 8, 16), (10_000, 255, 16), (10_000, 256, 32), (100_001, 700, 64)]
+)
+def test_runs_are_spread_evenly(n, k, run):
+    """Samples may be sorted by class; and few batches have both kinds of samples."""
+    chosen = Draws(n, k, Fisher(), seed=5).chosen(np.arange(n))
+    starts = np.flatnonzero(chosen & ~np.concatenate([[False], chosen[:-1]]))
+    assert (starts % run == 0).all()
+    assert chosen.reshape(-1)[: n // run * run].reshape(-1, run).std(1).max() == 0
+    picked = np.flatnonzero(chosen[::run])
+    step = -(-n // run) / len(picked)
+    assert len(picked) == -(-2 * k // run)
+    assert set(np.diff(picked)) <= {math.floor(step), math.ceil(step)}
+    others = {Draws(n, k, Fisher(), seed).chosen(np.arange(n)).tobytes() for seed in range(9)}
+    assert len(others) > 1
 
 
 @pytest.mark.parametrize(
