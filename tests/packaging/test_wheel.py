@@ -57,7 +57,7 @@ def test_sdist_holds_the_sources_and_nothing_built(built: Built) -> None:
 def test_wheel_has_one_top_level_package(built: Built) -> None:
     names = names_in(built.wheel)
     tops = {name.partition("/")[0] for name in names}
-    assert tops == {"fastproj", f"fastproj-{fastproj.__version__}.dist-info"}
+    assert tops == {"fastproj", f"torch_fastproj-{fastproj.__version__}.dist-info"}
     assert [name for name in names if re.fullmatch(r"fastproj/_cpu\.[\w.-]+\.so", name)]
     assert "fastproj/_build_info.py" in names
     assert "fastproj/backends/measured.json" in names
