@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from fastproj import namesake
 from fastproj.backends.registry import available_backends
 from fastproj.factored import FactoredProjector
 from fastproj.ops import matrix, project, project_transpose
@@ -25,6 +27,10 @@ __all__ = [
     "project",
     "project_transpose",
 ]
+
+_problem = namesake.problem()
+if _problem is not None:
+    warnings.warn(f"fastproj: {_problem}", stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ import numpy
 import torch
 
 import fastproj
+from fastproj import namesake
 from fastproj.backends import registry
 from fastproj.commands import plan
 from fastproj.spec import KINDS
@@ -60,6 +61,7 @@ def collect_info() -> dict[str, Any]:
     return {
         "fastproj": fastproj.__version__,
         "spec_version": fastproj.SPEC_VERSION,
+        "problem": namesake.problem() or "",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -90,6 +92,7 @@ def print_info(options: argparse.Namespace) -> int:
         ("cpu", f"{info['cpu']}, {info['cores']} cores"),
         ("gpu", ", ".join(info["gpus"]) or "none that this torch can use"),
     ]
+    rows += [("problem", info["problem"])] if info["problem"] else []
     print_rows(rows)
     print("\nbackends, in the order in which they are tried")
     for name, backend in info["backends"].items():

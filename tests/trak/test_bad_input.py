@@ -76,7 +76,7 @@ def test_a_missing_package_is_named(package):
     code = f"import sys; sys.modules[{package!r}] = None; import fastproj; fastproj.TRAKer"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr.strip().endswith(
-        f"fastproj.trak needs {package}: pip install 'fastproj[trak]'"
+        f"fastproj.trak needs {package}: pip install 'torch-fastproj[trak]'"
     )
 
 
