@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from fastproj.trak.evaluation.report import Page, write_report
 from fastproj.trak.files import StoreError
 from fastproj.trak.store.scores import load_array, load_scores
 
+TEXTS = "expected a list of texts, or of lists of tokens"
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``fastproj report``."""
@@ -25,6 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         """
         fastproj report trak_results/scores/held_out.mmap --train-labels labels.npy
         fastproj report scores.npy --train-images train.npy --target-images targets.npy --top 5
+        fastproj report scores.npy --train-texts facts.txt --target-texts questions.txt
+        fastproj report scores.npy --train-texts tokens.json --token-scores tokens.npy
+        fastproj report scores.npy --train-table train.csv --target-table targets.csv
         """,
     )
     parser.add_argument(
@@ -47,6 +54,28 @@ def build_parser() -> argparse.ArgumentParser:
         ("target-labels", "[m]"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE.npy", help=what)
+    for name, whose in (("train-texts", "training samples"), ("target-texts", "targets")):
+        parser.add_argument(
+            f"--{name}",
+            type=Path,
+            metavar="FILE",
+            help=f"passages of the {whose}: .txt with one a line, or .json, a list of texts or of "
+            "lists of tokens",
+        )
+    parser.add_argument(
+        "--token-scores",
+        type=Path,
+        metavar="FILE.npy",
+        help="[m, n, T]: what each token of a training sample adds to its score; --train-texts "
+        "must then be lists of tokens",
+    )
+    for name, whose in (("train-table", "training samples"), ("target-table", "targets")):
+        parser.add_argument(
+            f"--{name}",
+            type=Path,
+            metavar="FILE.csv",
+            help=f"rows of the {whose}; the first line names the columns",
+        )
     parser.add_argument("--title", default="TRAK scores", metavar="TEXT", help="of the page")
     add_json(parser)
     return parser
@@ -61,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> Outcome:
     """Write the page, and print where it is."""
     scores = load_scores(options.scores)
+    columns, tables = load_tables(options.train_table, options.target_table)
     page = Page(
         options.title,
         scores,
@@ -68,6 +98,12 @@ def run(options: argparse.Namespace) -> Outcome:
         options.top,
         train_images=load(options.train_images),
         target_images=load(options.target_images),
+        train_texts=load_texts(options.train_texts),
+        target_texts=load_texts(options.target_texts),
+        token_scores=load(options.token_scores),
+        train_rows=tables[0],
+        target_rows=tables[1],
+        columns=columns,
         train_labels=load(options.train_labels),  # type: ignore[arg-type]
         target_labels=load(options.target_labels),  # type: ignore[arg-type]
         facts={"scores": options.scores.name, "shape": f"{scores.shape}"},
@@ -80,3 +116,50 @@ def run(options: argparse.Namespace) -> Outcome:
 def load(path: Path | None) -> npt.NDArray[np.generic] | None:
     """The array of a file that was named."""
     return None if path is None else load_array(path)
+
+
+def load_texts(path: Path | None) -> list[str] | list[list[str]] | None:
+    """The passages of a .txt or .json file, as texts or as lists of tokens.
+
+    Raises ValueError for a file that holds something else.
+    """
+    if path is None:
+        return None
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return text.splitlines()
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); {TEXTS}") from None
+    if isinstance(found, list):
+        if all(isinstance(passage, str) for passage in found):
+            return found
+        lists = all(isinstance(passage, list) for passage in found)
+        if lists and all(isinstance(token, str) for passage in found for token in passage):
+            return found
+    raise ValueError(f"{path} holds something else; {TEXTS}")
+
+
+def load_tables(
+    *paths: Path | None,
+) -> tuple[list[str], list[list[list[str]] | None]]:
+    """The names of the columns, which must be the same, and the rows of each file."""
+    columns: list[str] = []
+    tables: list[list[list[str]] | None] = []
+    for path in paths:
+        if path is None:
+            tables.append(None)
+            continue
+        with open(path, encoding="utf-8", newline="") as file:
+            head, *rows = list(csv.reader(file)) or [[]]
+        if columns and head != columns:
+            raise ValueError(f"{path} has the columns {head}; expected {columns}, as {paths[0]}")
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(head):
+                raise ValueError(
+                    f"{path}, line {number}: received {len(row)} values; expected {len(head)}"
+                )
+        columns = head
+        tables.append(rows)
+    return columns, tables
