@@ -22,7 +22,7 @@ CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu c
     csrc/cuda/*.cpp bench/*.cu tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py build_cuda.py build_machine_code.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all compat sanitize bench gpu docs docs-links format clean
+.PHONY: help demo test lint unit test-all compat sanitize bench figures gpu docs docs-links format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
@@ -31,6 +31,7 @@ help:
 	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
+	@echo "make figures   write the numbers and pictures of the README and the pages from bench/results/"
 	@echo "make gpu       all that needs a GPU, in four calls: gpu-first (build, half a minute of questions, targets), gpu-tests,"
 	@echo "               gpu-more (Triton, sanitizers), gpu-sweep; VENV= PYTHON=python3 installs nothing, OUT=folder keeps results"
 	@echo "make docs      build the pages and the API reference into $(SITE); docs-links also asks other sites"
@@ -120,6 +121,9 @@ sanitize: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.project $(BENCH_ARGS)
+
+figures: $(VENV)/.bench
+	$(BIN)/python -m bench.figures
 
 # A warning, such as of a link that leads nowhere, is an error.
 SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees
