@@ -283,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
         """
         fastproj demo                                       # writes fastproj-demo/report.html
         fastproj demo --train 300 --subsets 50 --targets 20 # less of everything
-        fastproj demo --lambda-reg 0.1*mean --out other     # a ridge of your own
+        fastproj demo --lambda-reg '0.1*mean' --out other   # a ridge of your own
         """,
     )
     parser.add_argument("--out", type=Path, default=Path("fastproj-demo"), metavar="DIR")
