@@ -33,16 +33,31 @@ def build_parser() -> argparse.ArgumentParser:
         """,
     )
     parser.add_argument(
-        "--batch", type=positive, nargs="+", default=[8, 32], metavar="B", help="default 8 32"
+        "--batch",
+        type=positive,
+        nargs="+",
+        default=[8, 32],
+        metavar="B",
+        help="samples (default: 8 32)",
     )
-    parser.add_argument("--rows", type=positive, default=65536, metavar="P", help="default 65536")
-    parser.add_argument("--cols", type=positive, default=1024, metavar="K", help="default 1024")
-    parser.add_argument("--kind", choices=KINDS, default="rademacher", help="default rademacher")
     parser.add_argument(
-        "--block", type=positive, metavar="W", help="of kind sjlt; default by --cols"
+        "--rows", type=positive, default=65536, metavar="P", help="parameters (default: 65536)"
     )
     parser.add_argument(
-        "--repeats", type=positive, default=5, metavar="N", help="timed calls, default 5"
+        "--cols",
+        type=positive,
+        default=1024,
+        metavar="K",
+        help="dimensions to project to (default: 1024)",
+    )
+    parser.add_argument(
+        "--kind", choices=KINDS, default="rademacher", help="of random matrix (default: rademacher)"
+    )
+    parser.add_argument(
+        "--block", type=positive, metavar="W", help="of kind sjlt (default: by --cols)"
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=5, metavar="N", help="timed calls (default: 5)"
     )
     add_json(parser)
     return parser

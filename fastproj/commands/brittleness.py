@@ -31,11 +31,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs=None, required=True)
-    parser.add_argument("--targets", type=int, nargs="+", metavar="T", help="the first 10")
     parser.add_argument(
-        "--remove", type=int, nargs="+", default=[10, 20, 50, 100], metavar="K", help="10 20 50 100"
+        "--targets", type=int, nargs="+", metavar="T", help="which targets (default: the first 10)"
     )
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="models each; 3")
+    parser.add_argument(
+        "--remove",
+        type=int,
+        nargs="+",
+        default=[10, 20, 50, 100],
+        metavar="K",
+        help="numbers of samples to leave out (default: 10 20 50 100)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="models trained without each (default: 3)",
+    )
     evaluation.add_training(parser, "fastproj-brittleness")
     return parser
 

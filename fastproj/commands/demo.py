@@ -286,7 +286,13 @@ def build_parser() -> argparse.ArgumentParser:
         fastproj demo --lambda-reg '0.1*mean' --out other   # a ridge of your own
         """,
     )
-    parser.add_argument("--out", type=Path, default=Path("fastproj-demo"), metavar="DIR")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastproj-demo"),
+        metavar="DIR",
+        help="where to write (default: fastproj-demo)",
+    )
     for name, text in (
         ("seed", "of everything random"),
         ("train", "training digits, at most 1700"),
@@ -299,14 +305,14 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         default = getattr(defaults, name.replace("-", "_"))
         parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text}; {default}"
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
         )
     parser.add_argument(
         "--lambda-reg",
         type=number_or_text,
         default=defaults.lambda_reg,
         metavar="L",
-        help=f"ridge: auto, a number, or a share of the mean eigenvalue; {defaults.lambda_reg}",
+        help="ridge: auto, a number, or a share of the mean eigenvalue (default: auto)",
     )
     add_json(parser)
     return parser

@@ -42,14 +42,29 @@ def add_scores(parser: argparse.ArgumentParser, nargs: str | None, required: boo
 
 def add_training(parser: argparse.ArgumentParser, out: str) -> None:
     """What ``train_subsets`` and the intervals take."""
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=out)
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="models trained at once; 1"
+        "--out",
+        type=Path,
+        default=Path(out),
+        metavar="DIR",
+        help=f"where to keep trained models and numbers (default: {out})",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="torch threads a job; the cores shared out"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="models trained at once, each in a process (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random; 0")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="torch threads of each of them (default: the cores, shared out)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)"
+    )
     parser.add_argument(
         "--depends",
         type=Path,
@@ -64,9 +79,19 @@ def add_training(parser: argparse.ArgumentParser, out: str) -> None:
 def add_interval(parser: argparse.ArgumentParser) -> None:
     """What the intervals are made with, and how the numbers are printed."""
     parser.add_argument(
-        "--confidence", type=float, default=0.95, metavar="C", help="of intervals; 0.95"
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="C",
+        help="of the intervals (default: 0.95)",
     )
-    parser.add_argument("--n-boot", type=int, default=500, metavar="N", help="resamples; 500")
+    parser.add_argument(
+        "--n-boot",
+        type=int,
+        default=500,
+        metavar="N",
+        help="resamples that the intervals come from (default: 500)",
+    )
     add_json(parser)
 
 

@@ -41,15 +41,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="the tiles, stages, splits, grid and workspace that the GPU backends would use for "
         "gradients [B, P] of DTYPE (fp32, bf16, fp16, fp64) and K columns",
     )
-    parser.add_argument("--kind", default="rademacher", choices=KINDS, help="of the launch")
     parser.add_argument(
-        "--block", type=int, metavar="W", help="of the launch, for kind sjlt; default by K"
+        "--kind", default="rademacher", choices=KINDS, help="of --launch (default: rademacher)"
+    )
+    parser.add_argument(
+        "--block", type=int, metavar="W", help="of --launch, for kind sjlt (default: by K)"
     )
     parser.add_argument(
         "--precision",
         default="highest",
         choices=["highest", "high", "medium"],
-        help="of the launch",
+        help="of --launch (default: highest)",
     )
     return parser
 

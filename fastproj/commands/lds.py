@@ -47,16 +47,27 @@ def build_parser() -> argparse.ArgumentParser:
         "[S, m] or [runs, S, m]",
     )
     parser.add_argument(
-        "--train-set-size", type=int, metavar="N", help="needed where no --scores are given"
+        "--train-set-size",
+        type=int,
+        metavar="N",
+        help="of the recipe; needed where no --scores are given",
     )
     parser.add_argument(
         "--subsets",
         type=int,
         metavar="S",
-        help="models; 100. Fewer than --out or --ground-truth holds: the first S of them",
+        help="random subsets to train on (default: 100). Fewer than --out or --ground-truth holds: "
+        "the first S of them",
     )
-    parser.add_argument("--fraction", type=float, metavar="F", help="of the training set; 0.5")
-    parser.add_argument("--repeats", type=int, metavar="N", help="models a subset; 1")
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        metavar="F",
+        help="of the training set in each subset (default: 0.5)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="models trained on each subset (default: 1)"
+    )
     evaluation.add_training(parser, "fastproj-lds")
     return parser
 

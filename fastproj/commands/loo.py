@@ -34,9 +34,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs="+", required=True)
-    parser.add_argument("--samples", type=int, default=50, metavar="L", help="left out; 50")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="models each; 5")
-    parser.add_argument("--method", choices=list(METHODS), default="spearman")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=50,
+        metavar="L",
+        help="samples that are left out (default: 50)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        metavar="N",
+        help="models trained without each (default: 5)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=list(METHODS),
+        default="spearman",
+        help="which correlation (default: spearman)",
+    )
     evaluation.add_training(parser, "fastproj-loo")
     return parser
 

@@ -38,7 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flipped", type=Path, required=True, metavar="FILE.npy", help="bool [n]: wrong labels"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the resampling; 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the resampling (default: 0)"
+    )
     evaluation.add_interval(parser)
     return parser
 

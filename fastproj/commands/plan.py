@@ -36,32 +36,86 @@ def build_parser() -> argparse.ArgumentParser:
         """,
     )
     required = parser.add_argument_group("what is asked")
-    required.add_argument("--model-parameters", type=positive, required=True, metavar="P",
-                          help="parameters whose gradients are taken, such as 1.2e8")  # fmt: skip
-    required.add_argument("--samples", type=positive, required=True, metavar="N",
-                          help="training samples")  # fmt: skip
-    parser.add_argument("--proj-dim", type=positive, default=2048, metavar="K",
-                        help="dimension of the features; 2048")  # fmt: skip
-    parser.add_argument("--kind", choices=KINDS, default="rademacher", help="rademacher")
-    parser.add_argument("--block", type=positive, metavar="W", help="of kind sjlt; by --proj-dim")
-    parser.add_argument("--targets", type=positive, default=100, metavar="M", help="100")
-    parser.add_argument("--checkpoints", type=positive, default=1, metavar="C", help="1")
-    parser.add_argument("--batch", type=positive, default=32, metavar="B",
-                        help="samples whose gradients are projected together; 32")  # fmt: skip
-    parser.add_argument("--curvature", choices=CURVATURES, default=CURVATURES[0],
-                        help='auto, which is counted as "fisher"')  # fmt: skip
-    parser.add_argument("--full-precision", action="store_true",
-                        help="features stored as float32, not float16")  # fmt: skip
-    parser.add_argument("--gradient-seconds", type=seconds, metavar="S",
-                        help="time of one sample's gradient, as you measured it")  # fmt: skip
-    parser.add_argument("--factored", type=positive, metavar="R",
-                        help="both sides of each linear layer's gradient compressed to R. What "
-                        "that costs depends on the layers; see the next two")  # fmt: skip
-    parser.add_argument("--width", type=positive, metavar="D",
-                        help="with --factored: assume P / D^2 layers of D x D. Without it, D is "
-                        "that of a transformer 64 times as wide as it has blocks")  # fmt: skip
-    parser.add_argument("--tokens", type=positive, default=512, metavar="T",
-                        help="with --factored: tokens a sample; 512")  # fmt: skip
+    required.add_argument(
+        "--model-parameters",
+        type=positive,
+        required=True,
+        metavar="P",
+        help="parameters whose gradients are taken, such as 1.2e8",
+    )
+    required.add_argument(
+        "--samples", type=positive, required=True, metavar="N", help="training samples"
+    )
+    parser.add_argument(
+        "--proj-dim",
+        type=positive,
+        default=2048,
+        metavar="K",
+        help="dimension of the features (default: 2048)",
+    )
+    parser.add_argument(
+        "--kind", choices=KINDS, default="rademacher", help="of random matrix (default: rademacher)"
+    )
+    parser.add_argument(
+        "--block", type=positive, metavar="W", help="of kind sjlt (default: by --proj-dim)"
+    )
+    parser.add_argument(
+        "--targets",
+        type=positive,
+        default=100,
+        metavar="M",
+        help="outputs that are asked about (default: 100)",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=positive,
+        default=1,
+        metavar="C",
+        help="trained models that scores are averaged over (default: 1)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=32,
+        metavar="B",
+        help="samples whose gradients are projected together (default: 32)",
+    )
+    parser.add_argument(
+        "--curvature",
+        choices=CURVATURES,
+        default=CURVATURES[0],
+        help='of the loss (default: auto, which is counted as "fisher")',
+    )
+    parser.add_argument(
+        "--full-precision", action="store_true", help="features stored as float32, not float16"
+    )
+    parser.add_argument(
+        "--gradient-seconds",
+        type=seconds,
+        metavar="S",
+        help="time of one sample's gradient, as you measured it",
+    )
+    parser.add_argument(
+        "--factored",
+        type=positive,
+        metavar="R",
+        help="both sides of each linear layer's gradient compressed to R. What "
+        "that costs depends on the layers; see the next two",
+    )
+    parser.add_argument(
+        "--width",
+        type=positive,
+        metavar="D",
+        help="with --factored: assume P / D^2 layers of D x D. Without it, D is "
+        "that of a transformer 64 times as wide as it has blocks",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=512,
+        metavar="T",
+        help="with --factored: tokens a sample (default: 512)",
+    )
     add_json(parser)
     return parser
 

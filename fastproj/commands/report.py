@@ -41,17 +41,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="scores/<exp_name>.mmap or .top.safetensors, or any .npy [n, m]",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("trak-report.html"), metavar="HTML", help="where to write"
+        "--out",
+        type=Path,
+        default=Path("trak-report.html"),
+        metavar="HTML",
+        help="where to write (default: trak-report.html)",
     )
-    parser.add_argument("--targets", type=int, nargs="+", metavar="T", help="default: the first 12")
     parser.add_argument(
-        "--top", type=int, default=8, metavar="N", help="samples on each side, default 8"
+        "--targets", type=int, nargs="+", metavar="T", help="which targets (default: the first 12)"
+    )
+    parser.add_argument(
+        "--top", type=int, default=8, metavar="N", help="samples on each side (default: 8)"
     )
     for name, what in (
-        ("train-images", "[n, ...], grey or colour"),
-        ("target-images", "[m, ...]"),
-        ("train-labels", "[n], numbers or short texts"),
-        ("target-labels", "[m]"),
+        ("train-images", "images of the training samples [n, ...], grey or colour"),
+        ("target-images", "images of the targets [m, ...]"),
+        ("train-labels", "labels of the training samples [n], numbers or short texts"),
+        ("target-labels", "labels of the targets [m]"),
     ):
         parser.add_argument(f"--{name}", type=Path, metavar="FILE.npy", help=what)
     for name, whose in (("train-texts", "training samples"), ("target-texts", "targets")):
@@ -76,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="FILE.csv",
             help=f"rows of the {whose}; the first line names the columns",
         )
-    parser.add_argument("--title", default="TRAK scores", metavar="TEXT", help="of the page")
+    parser.add_argument(
+        "--title", default="TRAK scores", metavar="TEXT", help="of the page (default: TRAK scores)"
+    )
     add_json(parser)
     return parser
 

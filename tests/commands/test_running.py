@@ -47,8 +47,11 @@ def test_every_help_has_examples_that_can_be_typed(word: str) -> None:
 @pytest.mark.parametrize("word", PARSERS)
 def test_every_option_says_what_it_is(word: str) -> None:
     for action in PARSERS[word]._actions:
-        said = action.help or str(action.default or action.metavar or "")
-        assert said not in ("", str(argparse.SUPPRESS)), action.option_strings or action.dest
+        name = action.option_strings or action.dest
+        said = action.help or ""
+        assert len(said.split()) >= 2, name
+        if action.default not in (None, False, argparse.SUPPRESS, []):
+            assert f"(default: {str(action.default).strip('[').split(',')[0]}" in said, name
     assert "--json" in PARSERS[word].format_help()
 
 
