@@ -121,15 +121,15 @@ def speed(folder: Path) -> str:
     slowest = max(per_entry(row) for _, row in rows)
     machine = source.content["machine"]
     lines = [
-        "| projector | ms a sample and million parameters | |",
+        "| projector | ms a sample and million parameters | times as fast |",
         "|---|---|---|",
         *(
             f"| {what} | {digits(1e9 * per_entry(row))} | {times(slowest / per_entry(row))} |"
             for what, row in rows
         ),
         "",
-        f"float32 in, B = {BATCH}, K = {COLS}, {machine['cpu']} "
-        f"({', '.join(isas(machine))}), {machine['threads']} threads: "
+        f"{BATCH} float32 gradients at a time, to {COLS:,} dimensions, on {machine['threads']} "
+        f"threads of {machine['cpu']} ({', '.join(isas(machine))}): "
         f"`{speed_command(source)}` ([result]({source.link})).",
     ]
     return "\n".join(lines)
@@ -162,7 +162,7 @@ def digits(value: float) -> str:
 
 def times(ratio: float) -> str:
     """How many times as fast as the slowest."""
-    return f"{digits(ratio)}×" if ratio > 1 else "1"
+    return f"{digits(ratio)}×"
 
 
 # ---- LDS against seconds ------------------------------------------------------------------------
@@ -240,9 +240,11 @@ def lds_seconds(folder: Path) -> str:
     held_out = " held-out" if set(problems) <= kept else ""
     return (
         f"![LDS against CPU seconds. {said}]({PICTURE})\n\n"
-        f"The LDS ([what it is](docs/evaluation.md)) and the CPU seconds of scoring with {count} "
-        f"checkpoint{'s' * (count > 1)}, means over {len(problems)}{held_out} problems. "
-        f"`python -m bench.lds` measures them ([result]({source.link}))."
+        "How well scores predict what models trained on other data do "
+        f"([LDS](docs/evaluation.md)), and what they cost, with {count} "
+        f"checkpoint{'s' * (count > 1)} and gradients projected to k dimensions: means over "
+        f"{len(problems)}{held_out} problems. `python -m bench.lds` measures them "
+        f"([result]({source.link}))."
     )
 
 

@@ -54,14 +54,15 @@ OPTIONS = {"kind": ["rademacher", "sjlt"], "batch": [32], "rows": [1000], "cols"
 def test_table_of_speed(tmp_path: Path) -> None:
     write(tmp_path, "2026-01-01", "project-float32", rows=ROWS, options=OPTIONS)
     assert figures.speed(tmp_path).splitlines() == [
-        "| projector | ms a sample and million parameters | |",
+        "| projector | ms a sample and million parameters | times as fast |",
         "|---|---|---|",
         "| `torch.matmul`, `R` stored in float32 | 100 | 20× |",
-        "| TRAK's projector (`BasicProjector`) | 2,000 | 1 |",
+        "| TRAK's projector (`BasicProjector`) | 2,000 | 1× |",
         "| fastproj, `rademacher` | 10 | 200× |",
         "| fastproj, `sjlt` | 1 | 2,000× |",
         "",
-        "float32 in, B = 32, K = 4096, Abacus (AVX2), 3 threads: `python -m bench.project --kind "
+        "32 float32 gradients at a time, to 4,096 dimensions, on 3 threads of Abacus (AVX2): "
+        "`python -m bench.project --kind "
         "rademacher sjlt --batch 32 --rows 1000 --cols 4096` "
         "([result](bench/results/2026-01-01-0123456789-project-float32.json)).",
     ]
@@ -104,7 +105,9 @@ def test_points_are_of_the_problems_that_all_have(tmp_path: Path) -> None:
     assert found == [("default", 512, 2.0, 0.5), ("ekfac", 0, 20.0, 0.25)]
     text = figures.lds_seconds(tmp_path)
     assert "fastproj, k = 512: 0.50 in 2 s; EK-FAC (kronfluence): 0.25 in 20 s](" in text
-    assert "with 5 checkpoints, means over 2 held-out problems" in text
+    assert (
+        "with 5 checkpoints and gradients projected to k dimensions: means over 2 held-out" in text
+    )
 
 
 def test_a_result_with_more_ways_to_score_is_drawn_and_newer_ones_after(tmp_path: Path) -> None:
