@@ -17,6 +17,7 @@ from fastproj.trak.evaluation.report import Page, write_report
 from fastproj.trak.files import StoreError
 from fastproj.trak.store.scores import load_array, load_scores
 
+UTF_8 = "utf-8-sig"  # with or without the mark that spreadsheets write first
 TEXTS = "expected a list of texts, or of lists of tokens"
 
 
@@ -133,9 +134,9 @@ def load_texts(path: Path | None) -> list[str] | list[list[str]] | None:
     """
     if path is None:
         return None
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding=UTF_8)
     if path.suffix != ".json":
-        return text.splitlines()
+        return text.removesuffix("\n").split("\n")  # splitlines also ends lines at U+2028
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -159,7 +160,7 @@ def load_tables(
         if path is None:
             tables.append(None)
             continue
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding=UTF_8, newline="") as file:
             head, *rows = list(csv.reader(file)) or [[]]
         if columns and head != columns:
             raise ValueError(f"{path} has the columns {head}; expected {columns}, as {paths[0]}")

@@ -215,6 +215,17 @@ def test_bash_completes(
     assert set(offered) <= set(done.stdout.split()), done.stdout
 
 
+@pytest.mark.parametrize(("shell", "first"), [("zsh", "#compdef fastproj"), ("tcsh", "# AUTO")])
+def test_other_shells_have_scripts_too(
+    shell: str, first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("shtab")
+    assert cli.main(["--print-completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(first)
+    assert all(word in text for word in cli.COMMANDS)
+
+
 def test_completion_without_shtab_names_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

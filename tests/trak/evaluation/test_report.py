@@ -337,11 +337,12 @@ def test_command_reads_texts_and_tables(tmp_path, capsys):
     np.save(tmp_path / "scores.npy", texts.scores)
     np.save(tmp_path / "tokens.npy", texts.token_scores)
     (tmp_path / "tokens.json").write_text(json.dumps(texts.train_texts))
-    (tmp_path / "targets.txt").write_text("\n".join(f"question {j}" for j in range(6)))
+    lines = [f"question\u2028{j}" for j in range(6)]
+    (tmp_path / "targets.txt").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     for name, rows in (("train.csv", table.train_rows), ("targets.csv", table.target_rows)):
         lines = [table.columns, *rows]
         text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
 
     def run(*words):
         files = [str(tmp_path / w) if "." in w else w for w in words]
@@ -351,10 +352,13 @@ def test_command_reads_texts_and_tables(tmp_path, capsys):
     told = ("--train-texts", "tokens.json", "--token-scores", "tokens.npy")
     assert run(*told, "--target-texts", "targets.txt", "--top", "2") == (0, "")
     page = (tmp_path / "p.html").read_text()
-    assert "question 5" in page
+    assert "question\u20285" in page
+    assert "\ufeff" not in page
     assert marks_of(page)
     assert run("--train-table", "train.csv", "--target-table", "targets.csv") == (0, "")
-    assert "<td>&lt;Kyoto&gt;</td>" in (tmp_path / "p.html").read_text()
+    page = (tmp_path / "p.html").read_text()
+    assert "<td>&lt;Kyoto&gt;</td>" in page
+    assert '<th scope="col">cylinders</th>' in page
     (tmp_path / "other.csv").write_text("a,b\n" + "1,2\n" * 6)
     (tmp_path / "short.csv").write_text("a,b\n1,2\n3\n")
     (tmp_path / "bad.json").write_text("{")
