@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from fastproj.commands.arguments import filled
-from fastproj.commands.running import DONE, EXIT_STATUS, FAILED, INTERRUPTED, MISUSED, interrupted
+from fastproj.commands.running import DONE, EXIT_STATUS, FAILED, MISUSED, interrupted
 
 # The command fastproj.commands.<word>, imported when it is called -> what it is for
 COMMANDS = {
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) is gone: leave nothing for the interpreter to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    if status == INTERRUPTED and argv is None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would break into the exit
+    if argv is None:  # the process ends here: Ctrl-C has nothing left to stop, and would show it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return status
 
 

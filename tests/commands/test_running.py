@@ -167,19 +167,23 @@ def test_interrupted_while_torch_is_imported() -> None:
     assert (done.returncode, done.stderr) == (130, "fastproj demo: stopped\n")
 
 
-def test_a_second_interrupt_does_not_break_into_the_exit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [("os.kill(os.getpid(), signal.SIGINT)", 130, "fastproj info: stopped\n"), ("0, {}", 0, "")],
+)
+def test_an_interrupt_does_not_break_into_the_exit(ends: str, status: int, said: str) -> None:
     program = (
         "import atexit, os, signal\n"
         "from fastproj import cli\n"
         "from fastproj.commands import info\n"
-        "def stop(options): os.kill(os.getpid(), signal.SIGINT)\n"
+        f"def stop(options): return {ends}\n"
         "info.print_info = stop\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
         "import sys; sys.argv[1:] = ['info']\n"
         "sys.exit(cli.main())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "fastproj info: stopped\n")
+    assert (done.returncode, done.stderr) == (status, said)
 
 
 # ---- completion ---------------------------------------------------------------------------------
