@@ -22,7 +22,7 @@ CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu c
     csrc/cuda/*.cpp bench/*.cu tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py build_cuda.py build_machine_code.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all compat sanitize bench wheels wheels-check arm64 gpu docs docs-links format clean
+.PHONY: help demo test lint unit test-all compat sanitize bench figures wheels wheels-check arm64 gpu docs docs-links format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
@@ -31,6 +31,7 @@ help:
 	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
+	@echo "make figures   write the numbers and pictures of the README and the pages from bench/results/"
 	@echo "make wheels    the sdist and manylinux wheels for every Python found, into dist/; wheels-check tries them"
 	@echo "make arm64     kernels compiled for ARM64 and macOS, and their tests under qemu"
 	@echo "make gpu       all that needs a GPU, in four calls: gpu-first (build, half a minute of questions, targets), gpu-tests,"
@@ -122,6 +123,9 @@ sanitize: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.project $(BENCH_ARGS)
+
+figures: $(VENV)/.bench
+	$(BIN)/python -m bench.figures
 
 # FASTPROJ_CUDA_ARCHS and CUDA_HOME choose GPUs and nvcc. WHEELS_ARGS="--no-cuda --pythons 3.12" for less.
 WHEELS_ARGS ?=
