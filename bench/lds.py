@@ -4,7 +4,7 @@
     python -m bench.lds --only digits        one of them
     python -m bench.lds --held-out           those that no rule was chosen by
     python -m bench.lds --quick              tiny sizes: half a minute
-    python -m bench.lds --beside FILE.json   rows that FILE has, and that are not measured, are kept
+    python -m bench.lds --beside FILE        rows that FILE has, and that are not measured, are kept
 
 For each problem it trains models on random halves of the data (the truth), and a few on everything
 (the checkpoints), and keeps both in --cache. A cell is a problem, a k and a number of checkpoints.

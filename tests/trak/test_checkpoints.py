@@ -98,7 +98,7 @@ def a_step(model):
 
 
 def averaged_weights(model):
-    """``ema.copy_to(...)`` of usual packages."""
+    """ema.copy_to(...) of usual packages."""
     for p, shadow in zip(model.parameters(), net(1).parameters(), strict=True):
         p.data.copy_(0.9 * p.data + 0.1 * shadow.data)
 

@@ -44,7 +44,7 @@ class Evened:
 
 @dataclass(frozen=True)
 class Proof:
-    """The gradient of ``sum_ri weights[i] shares[r, i] f_r(z_i)``, by parameter that f depends on.
+    """The gradient of ``sum weights[i] shares[r, i] f_r(z_i)``, by parameter that f depends on.
 
     The sum is over the samples that ``counts``; the others have gradients that are not finite,
     those by the parameters ``infinite``. More than MOST_APART of them are not told apart: the sums
@@ -129,7 +129,7 @@ def weighted_gradient(
     weights: Tensor,
     shares: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The gradient of ``sum_ri weights[i] shares[r, i] f_r(z_i)`` over some samples of a batch, all
+    """The gradient of ``sum weights[i] shares[r, i] f_r(z_i)`` over some samples of a batch, all
     at once; shares of None are ``shares_of``.
     """
     part = batches.select(batch, rows)
