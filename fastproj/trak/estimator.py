@@ -239,7 +239,6 @@ class TRAKer:
             save_dir,
             {
                 "spec_version": SPEC_VERSION,
-                "projector": f"{type(projector).__module__}.{type(projector).__qualname__}",
                 "seed": seed,
                 **matrix_of(projector),
                 "proj_dim": self.proj_dim,

@@ -106,10 +106,14 @@ def default_kind(proj_dim: SupportsIndex, block: SupportsIndex | None) -> str:
 
 
 def matrix_of(projector: Any) -> dict[str, Any]:
-    """The kind of a projector's matrix, and its block and factoring where it has them."""
+    """What is stored of a projector: its class, its matrix, and what it does before that."""
     kind = getattr(projector, "kind", getattr(projector, "proj_type", "unknown"))
     block = getattr(projector, "block", None)
-    found = {"kind": str(getattr(kind, "value", kind))}
+    made = type(getattr(projector, "outer", projector))  # factored ones have another key beside
+    found = {
+        "projector": f"{made.__module__}.{made.__qualname__}",
+        "kind": str(getattr(kind, "value", kind)),
+    }
     extra = {"block": block, "factored": getattr(projector, "factored", None)}
     return {**found, **{name: int(n) for name, n in extra.items() if n is not None}}
 
