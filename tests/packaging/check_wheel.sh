@@ -21,5 +21,5 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 echo "== $(basename "$wheel") with $want in an empty environment"
 venv/bin/python -m pip install -q "$wheel" "$want"
-venv/bin/python "$here/known_answers.py"
+venv/bin/python "$here/known_answers.py" cpu
 venv/bin/fastproj info

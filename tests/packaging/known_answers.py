@@ -1,8 +1,9 @@
-"""The known answers, asked of the fastproj that is installed: `python known_answers.py`.
+"""The known answers, asked of the fastproj that is installed: `python known_answers.py [cpu ...]`.
 
 Needs torch and NumPy and nothing else of the tests but tests/data. Every backend and every
 instruction set that the machine has is asked: known entries and blocks of R, projections of small
-integers (which are exact), the adjoint, autograd and vmap. Exits with 1 where anything differs.
+integers (which are exact), the adjoint, autograd and vmap. Exits with 1 where anything differs, or
+where a backend that the command line names can't be asked.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ def main() -> int:
         transforms,
     )
     passed = failed = 0
+    lacking = set(sys.argv[1:])
     for backend, device, isa in places():
+        lacking.discard(backend)
         if isa is not None:
             os.environ["FASTPROJ_CPU_ISA"] = isa
         for question in questions:
@@ -150,6 +153,9 @@ def main() -> int:
             else:
                 passed += 1
                 print(f"{name}: ok", flush=True)
+    for backend in sorted(lacking):
+        failed += 1
+        print(f"{backend}: it can't be asked here")
     print(f"fastproj {fastproj.__version__} of {Path(fastproj.__file__).parent}")
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")
     print(f"{passed} passed, {failed} failed")

@@ -73,7 +73,7 @@ def test_answers_on_arm64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             ROOT / folder, to, ignore=shutil.ignore_patterns("*.so"), dirs_exist_ok=True
         )
     script = ROOT / "tests" / "packaging" / "known_answers.py"
-    use = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['']; "
+    use = f"import runpy, sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['', 'cpu']; "
     use += f"runpy.run_path({str(script)!r}, run_name='__main__')"
     done = subprocess.run([*python, "-c", use], stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0, done.stdout
