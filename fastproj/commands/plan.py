@@ -248,7 +248,7 @@ def print_plan(
             print(f"    {name:<32}not usable: {found['reason']}")
             continue
         rate = f"{found['entries_per_second']:.2g} entries of G a second"
-        print(f"    {name:<32}{in_time(found['seconds']):<12}{rate}")
+        print(f"    {name:<32}{in_time(found['seconds']):<12} {rate}")
     left_out = ["reading and writing files"]
     if options.gradient_seconds is None:
         left_out.insert(0, "the model's forward and backward passes (--gradient-seconds)")
@@ -276,8 +276,9 @@ def in_bytes(count: float) -> str:
 
 
 def in_time(value: float) -> str:
-    """Such as "3.4 s", "12 min", "1.5 h" or "40 days"."""
+    """Such as "3.4 s", "12 min", "1.5 h", "40 days" or "7 years"."""
     for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172800, 3600, "h")):
         if value < limit:
             return f"{value / unit:.2g} {name}"
-    return f"{value / 86400:,.0f} days"
+    days = value / 86400
+    return f"{days:,.0f} days" if days < 1000 else f"{days / 365.25:,.0f} years"

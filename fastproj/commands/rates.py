@@ -14,7 +14,8 @@ from fastproj.backends import registry
 
 ENOUGH = 0.05  # seconds that a call must take for its time to mean something
 LARGEST = 1 << 26  # bytes of gradients in a call
-FIRST = 64  # rows of the first call; each next one has twice as many
+FIRST = 512  # rows of the first call, a Philox block; each next one has twice as many
+REFERENCE_ENTRIES = 1 << 19  # of R in the reference backend's first call, which makes each alone
 SIDE = 1024  # of the matrices that are multiplied and factored
 
 
@@ -58,6 +59,8 @@ def projection_rate(
     if reason is not None:
         return Rate(backend, 0.0, reason)
     part = min(FIRST, rows)
+    if backend == "reference":
+        part = max(1, min(part, REFERENCE_ENTRIES // cols))
     while True:
         grads = torch.randn(batch, part, device=device)  # [B, P']
 

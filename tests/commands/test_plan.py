@@ -154,6 +154,16 @@ def test_calls_grow_until_they_take_long_enough(monkeypatch: pytest.MonkeyPatch)
     assert rates.projection_rate("reference", 1000, 8, "rademacher", None, 4).entries == 4000.0
     assert seen == [10, 20, 40, 80]
     seen.clear()
+    monkeypatch.setattr(rates, "REFERENCE_ENTRIES", 40)
+    assert rates.projection_rate("reference", 1000, 8, "rademacher", None, 4).entries == 4000.0
+    assert seen[0] == 5
+    seen.clear()
+    assert rates.projection_rate("reference", 1000, 80, "rademacher", None, 4).entries == 4000.0
+    assert seen[0] == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(rates, "seconds_of", seconds_of)
+    monkeypatch.setattr(rates, "FIRST", 10)
+    seen.clear()
     assert rates.projection_rate("reference", 25, 8, "rademacher", None, 4).entries == 4000.0
     assert seen == [10, 20, 25]
 
@@ -190,7 +200,8 @@ def test_bytes(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.034, "0.034 s"), (99, "99 s"), (720, "12 min"), (1e6, "12 days")]
+    ("value", "text"),
+    [(0.034, "0.034 s"), (99, "99 s"), (720, "12 min"), (1e6, "12 days"), (1e9, "32 years")],
 )
 def test_times(value: float, text: str) -> None:
     assert plan.in_time(value) == text

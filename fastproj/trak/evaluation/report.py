@@ -106,6 +106,8 @@ def check(page: Page) -> None:
     bad = [t for t in page.targets if not 0 <= t < m]
     if bad:
         raise ValueError(f"report: received target {bad[0]}; expected 0 <= target < {m}")
+    if page.target_rows is not None and page.train_rows is None:
+        raise ValueError("report: received target_rows alone; expected train_rows beside them")
     check_tokens(page)
 
 
@@ -132,8 +134,9 @@ def render(page: Page) -> str:
     head = [f"<h1>{title}</h1>"]
     if page.intro:
         head.append(f"<p>{html.escape(page.intro)}</p>")
-    links = "".join(f'<li><a href="#target-{t}">target {t}</a></li>' for t in page.targets)
-    if len(page.targets) > 1:
+    targets = list(dict.fromkeys(page.targets))  # each once: its section has a name
+    links = "".join(f'<li><a href="#target-{t}">target {t}</a></li>' for t in targets)
+    if len(targets) > 1:
         head.append(f'<nav aria-label="targets"><ul>{links}</ul></nav>')
     body = [] if page.lds is None else [render_lds(page)]
     body.append(
@@ -149,7 +152,7 @@ def render(page: Page) -> str:
             '<p class="soft">Marked tokens add most to a score: <mark class="h3">underlined</mark> '
             'to help, <mark class="d3">dashed</mark> to harm; the darker, the more.</p>'
         )
-    body += [render_target(page, target) for target in page.targets]
+    body += [render_target(page, target) for target in targets]
     body.append("</section>")
     if page.facts:
         rows = "".join(

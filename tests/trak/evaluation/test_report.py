@@ -138,6 +138,11 @@ def test_each_target_shows_its_extremes_in_order():
         np.testing.assert_allclose(found, column[wanted], rtol=6e-3)
 
 
+def test_a_target_that_is_named_twice_is_shown_once():
+    text = render(image_page(targets=[4, 1, 4]))
+    assert re.findall(r'<h3 id="target-(\d)"', text) == ["4", "1"]
+
+
 def test_lds_and_its_interval_are_there():
     shown = image_page()
     text = Checker(render(shown)).text
@@ -167,6 +172,7 @@ def test_no_side_shows_samples_of_the_wrong_sign():
         ({"targets": [6]}, "target 6; expected 0 <= target < 6"),
         ({"train_texts": ["a"]}, "1 train_texts"),
         ({"target_rows": [[1]]}, "1 target_rows"),
+        ({"target_rows": [[1]] * 6}, "target_rows alone; expected train_rows beside them"),
         ({"train_rows": [[1, 2]] * 40, "columns": ["a"]}, "a row of 2 values with 1 columns"),
         ({"token_scores": np.zeros((6, 40, 3))}, "no train_texts as passage, with token_scores"),
         (
