@@ -2,7 +2,7 @@
 
 A linear layer's gradient by its weight [O, I] is a product, ``sum_t g_t a_t^T``. Both factors are
 compressed before they are multiplied: ``sum_t (L^T g_t)(A^T a_t)^T`` with random L [O, r] and
-A [I, r]. This costs ``2 T (O r + I r + r^2)`` operations in place of ``2 T O I`` and a projection of
+A [I, r]. This costs ``2 T (O r + I r + r^2)`` operations instead of ``2 T O I`` and a projection of
 O I numbers. The r x r numbers that are left of a layer are projected to ``proj_dim`` like any
 gradient. Inner products of gradients keep their expectation.
 """

@@ -47,7 +47,9 @@ from fastproj.trak.fingerprints import layout_fingerprint
 from fastproj.trak.gradients import (
     AbstractGradientComputer,
     count_params,
+    modules_of,
     parameter_names,
+    project_modules,
     resolve_gradient_computer,
 )
 from fastproj.trak.inputs import (
@@ -68,9 +70,11 @@ from fastproj.trak.progress import progress
 from fastproj.trak.saver import Saver
 from fastproj.trak.solving.finalizing import finalize, solution_of
 from fastproj.trak.solving.scoring import (
+    scores_of_targets,
     self_scores,
     takes_own_q,
     target_chunks,
+    target_weights,
     write_scores,
 )
 from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, Solution, check_lambda
@@ -80,7 +84,7 @@ from fastproj.trak.store.scores import (
     read_top_scores,
 )
 from fastproj.trak.store.store import DRAWN, NotReadyError
-from fastproj.trak.tasks import TrainingOutput, describe_task, resolve_task
+from fastproj.trak.tasks import TokenOutput, TrainingOutput, describe_task, resolve_task
 
 MAX_SAMPLES = 1 << 48
 
@@ -261,6 +265,7 @@ class TRAKer:
         self._warned_autocast = False
         self._warned_mixed: set[str | None] = set()  # of the training set (None) or an experiment
         self._lists = batches.Lists()
+        self._target_weights: tuple[tuple[int, str], Tensor] | None = None  # for a stream
 
     def _projector(
         self,
@@ -439,18 +444,23 @@ class TRAKer:
         new: npt.NDArray[np.bool_],
     ) -> None:
         """Compute and keep what the likelihood of the ``new`` samples of a batch says."""
+        chosen = draws.chosen(inds) & new
         noise = draws.noise(model_id, inds, self.task.num_predictions(batch)).to(self.device)
+        if not chosen.any():
+            noise = noise[:, :0]
         with self._loaded.guarded("featurize", False), self._own_dtype():
             # Of the whole batch: a task may compare its samples.
             terms = self._training_computer.compute_terms((*batch, noise))
         check_terms(terms, len(inds), inds)
-        some = draws.chosen(inds) if terms.drawn.shape[1] else np.zeros(len(inds), np.bool_)
+        some = chosen if terms.drawn.shape[1] else np.zeros(len(inds), np.bool_)
         parts = [part for part in (new & some, new & ~some) if part.any()]
         made = []
         for part in parts:
             own = bool((part & some).any())
             places = torch.from_numpy(np.flatnonzero(part)).to(self.device)
-            samples = batches.select((*batch, noise if own else noise[:, :0]), places)
+            samples = *batch, noise if own or not terms.drawn.shape[1] else noise[:, :0]
+            if not part.all():  # else it is the batch that the terms are of
+                samples = batches.select(samples, places)
             with self._loaded.guarded("featurize", part is parts[-1]):
                 features, *rows = self._features(samples, model_id, inds[part], training=True)
             on_trust = self._training_computer.on_trust
@@ -522,27 +532,32 @@ class TRAKer:
                 f"{function}: received {'neither' if inds is None else 'both'} inds and "
                 "num_samples; expected exactly one of them"
             )
-        check_mode(function, self.model)
         if inds is None:
             count = check_integer(function, "num_samples", num_samples or 0, 0, MAX_SAMPLES)
             places = np.arange(self._last_ind, self._last_ind + count)
         else:
             places = as_indices(function, inds)
             count = len(places)
-        prepared, size = batches.prepare(function, batch, self.device, count, self._lists)
-        if hasattr(self.task, "check_batch"):
-            self.task.check_batch(prepared)
+        prepared, size = self._prepare(function, batch, count)
         if inds is None and count != size:
             raise ValueError(
                 f"{function}: received num_samples={count} with a batch of {size} samples; "
                 "expected the two to agree (the last batch of a loader is often smaller)"
             )
         check_indices(function, places, size, total)
+        return prepared, places
+
+    def _prepare(self, function: str, batch: Any, count: int | None) -> tuple[tuple[Any, ...], int]:
+        """The batch on the device, checked, and its size."""
+        check_mode(function, self.model)
+        prepared, size = batches.prepare(function, batch, self.device, count, self._lists)
+        if hasattr(self.task, "check_batch"):
+            self.task.check_batch(prepared)
         if size:
             self._loaded.check(function, lambda: self._out_to_loss(prepared))
             if self._loaded.moved():
                 self._use_model()
-        return prepared, places
+        return prepared, size
 
     def _check_content(
         self, model_id: int, inds: Indices, stored: Indices, received: Indices
@@ -755,6 +770,7 @@ class TRAKer:
         self._turns = Turns(self.ranks, done, ("score", model_id, exp_name))
         self._exp_name = exp_name
         self._loaded_for = "score"
+        self._target_weights = None
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -763,20 +779,39 @@ class TRAKer:
         batch: Any,
         inds: Any = None,
         num_samples: SupportsIndex | None = None,
-    ) -> None:
+        *,
+        per: str | None = None,
+        stream: bool = False,
+    ) -> npt.NDArray[np.float32] | None:
         """Compute and keep the features of a batch of targets.
 
         Targets that are there are skipped, unless the batch holds other data for them than before:
         then the new ones count.
 
+        With ``per`` or ``stream`` nothing is kept: scores by the checkpoint at hand are returned.
+        Their mean over checkpoints is what ``finalize_scores`` would average.
+
         Parameters
         ----------
-        batch, inds, num_samples : as in ``featurize``, with the targets' numbers.
+        batch, inds, num_samples : as in ``featurize``, with the targets' numbers. With ``per`` or
+            ``stream`` they have none.
+        per : "module", or "token" for language models: the scores of the targets in ``batch`` in
+            parts, which add up to them. By module they are those of the gradient by its own
+            parameters, in the order of ``modules``; by token those of the margin of each label.
+            "token" takes a backward for each label.
+        stream : ``batch`` holds training samples that are not in the training set, of which the
+            features are not kept: a stream of candidates, say. Their scores on the targets of this
+            experiment are returned, of which all must have been given before.
+
+        Returns
+        -------
+        None; or float32 [train_set_size, B, parts] with ``per``, [B, num_targets] (or groups) with
+        ``stream``.
 
         Raises
         ------
         NotReadyError
-            Before ``start_scoring_checkpoint``.
+            Before ``start_scoring_checkpoint``; with ``stream``, before all targets.
         TypeError, ValueError
             As ``featurize``.
         """
@@ -786,11 +821,21 @@ class TRAKer:
                 "score: no checkpoint is loaded for scoring; call start_scoring_checkpoint("
                 "exp_name, checkpoint, model_id, num_targets) first, after finalize_features"
             )
+        if per is not None or stream:
+            if inds is not None or num_samples is not None or (per is not None and stream):
+                raise ValueError(
+                    "score: received per or stream with inds, num_samples or each other; expected "
+                    "one of per and stream, and the batch alone: nothing of it is kept"
+                )
+            prepared, size = self._prepare("score", batch, None)
+            if stream:
+                return self._stream(prepared, size, model_id, exp_name)
+            return self._scores_in_parts(prepared, size, model_id, per)
         index = self.saver.index(model_id, exp_name)
         batch, inds = self._check_batch("score", batch, inds, num_samples, len(index.shard))
         if not self._is_mine("score", batch, inds, num_samples):
             self._advance(num_samples, inds)
-            return
+            return None
         content = batches.content_ids(batch, len(inds))
         new = ~(index.done[inds] & (index.content[inds] == content))
         if new.any():
@@ -803,6 +848,76 @@ class TRAKer:
                 (features,) = self._features(batch, model_id, inds[new])
             self._write(model_id, inds[new], content[new], features, exp_name=exp_name)
         self._advance(num_samples, inds)
+        return None
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules whose own parameters gradients are taken by, for ``score(per="module")``."""
+        return modules_of(self.gradient_names)
+
+    def _scores_in_parts(
+        self, batch: tuple[Any, ...], size: int, model_id: int, per: str | None
+    ) -> npt.NDArray[np.float32]:
+        """The scores of the targets in a batch, [n, B, parts]."""
+        computer = self.gradient_computer
+        if not isinstance(computer, AbstractGradientComputer) or not computer.gives_rows():
+            raise ValueError(
+                f"score: received per={per!r} with a gradient_computer of another kind; expected "
+                '"auto", "hooks", "func" or "loop"'
+            )
+        if per == "module" and not isinstance(self.projector, Projector | FactoredProjector):
+            raise ValueError(
+                f'score: received per="module" with a {type(self.projector).__name__}, which '
+                "can't project parts of a gradient; expected fastproj.Projector or "
+                "fastproj.FactoredProjector"
+            )
+        if per == "token" and not hasattr(self.task, "token_outputs"):
+            raise ValueError(
+                f'score: received per="token" with the task {type(self.task).__name__}; expected '
+                "causal_lm or seq2seq, or a task with token_outputs"
+            )
+        if per not in ("module", "token"):
+            raise ValueError(f"score: received per={per!r}; expected 'module' or 'token'")
+        with self._loaded.guarded("score", True), self._own_dtype():
+            self._out_to_loss(batch)
+            if per == "module":
+                parts = project_modules(computer, batch, self.projector, model_id)
+            else:
+                tokens = computer.sibling(TokenOutput(self.task))
+                parts = tokens.project_rows(batch, self.projector, model_id)
+        rows = [self._scaled(part.detach(), np.arange(size)) for part in parts]
+        scores = scores_of_targets(
+            self.saver.systems, self.score_computer, model_id, torch.stack(rows, 1).flatten(0, 1)
+        )
+        return scores.reshape(len(scores), size, len(rows))
+
+    def _stream(
+        self, batch: tuple[Any, ...], size: int, model_id: int, exp_name: str
+    ) -> npt.NDArray[np.float32]:
+        """The scores of samples on all targets of an experiment, [B, m], by this checkpoint."""
+        key = model_id, exp_name
+        if self._target_weights is None or self._target_weights[0] != key:
+            self._require_targets(exp_name, model_id)
+            columns = range(self.saver.num_columns(exp_name))
+            weights = target_weights(self.saver, model_id, exp_name, columns, self._solution)
+            self._target_weights = key, weights.to(self.score_computer.device)
+        inds = np.arange(size)
+        with self._loaded.guarded("score", True), self._own_dtype():
+            if self._draws is None:
+                q = self._out_to_loss(batch)
+                (features,) = self._features(batch, model_id, inds)
+            else:
+                predictions = self.task.num_predictions(batch)
+                noise = self._draws.noise(model_id, inds, predictions, some=False)
+                samples = *batch, noise.to(self.device)
+                terms = self._training_computer.compute_terms(samples)
+                check_terms(terms, size, inds)
+                check_finite_terms(terms, inds)
+                q = terms.slope.float()
+                (features,) = self._features(samples, model_id, inds, training=True)
+        product = self.score_computer.scores(features.float().cpu(), self._target_weights[1])
+        scores: npt.NDArray[np.float32] = product.mul_(q.cpu().unsqueeze(1)).numpy()
+        return scores
 
     def finalize_scores(
         self,

@@ -7,6 +7,8 @@ from fastproj.trak.gradients.choice import AutomaticGradientComputer, resolve_gr
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer, HooksError
 from fastproj.trak.gradients.loop import IterativeGradientComputer
+from fastproj.trak.gradients.modules import project_modules
+from fastproj.trak.gradients.sinks import modules_of
 
 __all__ = [
     "AbstractGradientComputer",
@@ -16,6 +18,8 @@ __all__ = [
     "HooksError",
     "IterativeGradientComputer",
     "count_params",
+    "modules_of",
     "parameter_names",
+    "project_modules",
     "resolve_gradient_computer",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastproj.trak import batches
 from fastproj.trak.gradients.running import modules_named_twice, plainly, restored
 from fastproj.trak.tasks.base import BatchedModelOutput, Terms, run
-from fastproj.trak.tasks.training import TrainingOutput, definer
+from fastproj.trak.tasks.training import SeveralOutputs, definer
 
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
 TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
@@ -87,7 +87,7 @@ class AbstractGradientComputer(ABC):
     def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
         """The same of each of the task's outputs of a sample, from one forward.
 
-        Of a ``TrainingOutput`` they are its outputs and drawn rows; of other tasks there is one.
+        ``SeveralOutputs`` has several, other tasks have one.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has neither compute_rows nor compute_per_sample_grad"
@@ -147,7 +147,7 @@ class AbstractGradientComputer(ABC):
     def samples_at_once(self, batch: tuple[Any, ...]) -> int:
         """How many samples' gradients fit into GRAD_BYTES; at least one."""
         per_sample = sum(p.numel() * p.element_size() for p in self.chosen.values())
-        if isinstance(self.task, TrainingOutput):
+        if isinstance(self.task, SeveralOutputs):
             per_sample *= self.task.rows_at_most(batch)
         return max(1, GRAD_BYTES // max(1, per_sample))
 
@@ -173,12 +173,12 @@ class AbstractGradientComputer(ABC):
         return out
 
     def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
-        """f of the sample of a batch of one, a scalar; of a ``TrainingOutput``, [1 + d]."""
+        """f of the sample of a batch of one, a scalar; of ``SeveralOutputs``, [R]."""
         if getattr(type(self.task), "get_output", None) is not BatchedModelOutput.get_output:
             return self.output(chosen, *batches.select(batch, 0))
         # The same without taking the batch dimension off, which not all parts can get back.
         out = self.outputs(chosen, batch)
-        return out.reshape(-1) if isinstance(self.task, TrainingOutput) else out.reshape(())
+        return out.reshape(-1) if isinstance(self.task, SeveralOutputs) else out.reshape(())
 
     def _of_task(self, method: Callable[..., Any], chosen: Grads, *args: Any) -> Any:
         """A method of the task with these parameters, on a copy of its arguments."""

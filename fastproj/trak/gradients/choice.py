@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastproj.factored import FactoredProjector
+from fastproj.projector import Projector
 from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer
 from fastproj.trak.gradients.loop import IterativeGradientComputer
+from fastproj.trak.gradients.modules import project_modules
+from fastproj.trak.tasks.base import Terms
 
 NAMES: dict[str, type[AbstractGradientComputer]] = {
     "hooks": HookGradientComputer,
@@ -77,6 +81,27 @@ class AutomaticGradientComputer(AbstractGradientComputer):
             lambda computer: computer.project_rows(batch, projector, model_id)
         )
         return rows
+
+    def project_modules(
+        self, batch: tuple[Any, ...], projector: Projector | FactoredProjector, model_id: int
+    ) -> list[Tensor]:
+        """What each of ``modules_of`` the parameters adds to ``project``, [B, proj_dim] each."""
+        rows: list[Tensor] = self._first(
+            lambda computer: project_modules(computer, batch, projector, model_id)
+        )
+        return rows
+
+    def compute_terms(self, batch: tuple[Any, ...]) -> Terms:
+        """What the computer in use has for them."""
+        computer = self._current()
+        computer.trusting = self.trusting
+        return computer.compute_terms(batch)
+
+    def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
+        """What the computer in use has for it."""
+        computer = self._current()
+        computer.trusting = self.trusting
+        return computer.compute_loss_grad(batch)
 
     def _first(self, use: Callable[[AbstractGradientComputer], Any]) -> Any:
         """The result of the first computer that has one; later batches start with it."""

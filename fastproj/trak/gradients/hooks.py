@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastproj.factored import FactoredProjector
 from fastproj.projector import Projector
@@ -24,22 +27,41 @@ from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.gradients.parts import Piece, Workspace
 from fastproj.trak.gradients.proof import Evened, Proof, prove, structure_of, worth_a_proof
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
+from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
 from fastproj.trak.gradients.sinks import (
     Check,
     CollectingSink,
+    ModuleSink,
     NoSink,
     ProjectingSink,
     RowSink,
     Sink,
 )
+from fastproj.trak.tasks.base import Terms
 
 ALONE_FIRST = 4  # samples of the first batch that are checked each by itself
 STRUCTURES = 1 << 16  # remembered at most
 CALL_ENTRIES = 1 << 16  # of a gradient, that cost as much as calling a projector for fewer
 MANY_STRUCTURES = 32  # from here on it is worth a word that every other batch has one of its own
 
+Looked = TypeVar("Looked")
+
 logger = logging.getLogger("fastproj.trak")
+
+
+class Forward(NamedTuple):
+    """One forward of a batch with hooks listening.
+
+    structure : a hash of its shapes and control flow.
+    leaves : of the graph behind ``out``.
+    """
+
+    plan: Plan
+    recorder: Recorder
+    out: Tensor
+    structure: int
+    leaves: list[Tensor]
 
 
 @dataclass
@@ -88,6 +110,7 @@ class HookGradientComputer(AbstractGradientComputer):
         self._owned = owned_modules(model, set(self.names))
         self._used: set[str] = set()  # what f of some batch has been seen to depend on
         self._structures: set[int] = set()  # of batches that were checked
+        self._ahead: tuple[list[Any], Forward] | None = None
         self._batches = 0  # so far, of several samples
         self._proofs = 0
         self._plans: dict[Any, Plan] = {}
@@ -125,10 +148,72 @@ class HookGradientComputer(AbstractGradientComputer):
         self._run(batch, sink)
         return [sink.out for sink in sinks]
 
+    def project_modules(
+        self, batch: tuple[Any, ...], projector: Projector | FactoredProjector, model_id: int
+    ) -> list[Tensor]:
+        """What each of ``modules_of`` the parameters adds to ``project``, [B, proj_dim] each."""
+        self.on_trust = False
+        sinks: list[ModuleSink] = []
+
+        def sink(uses: Counter[str]) -> Sink:
+            size = batches.size(batch)
+            sinks.append(ModuleSink(self.chosen, size, projector, model_id, uses))
+            return sinks[-1]
+
+        self._run(batch, sink)
+        return sinks[0].outs
+
+    # ---- beside the gradients -------------------------------------------------------------------
+
+    def compute_terms(self, batch: tuple[Any, ...]) -> Terms:
+        """As for all computers, from the forward that the gradients are then taken through."""
+        return self._look(batch, super().compute_terms)
+
+    def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
+        """As for all computers, from the forward that the gradients are then taken through."""
+        return self._look(batch, super().compute_loss_grad)
+
+    def _look(self, batch: tuple[Any, ...], look: Callable[[tuple[Any, ...]], Looked]) -> Looked:
+        """``look(batch)``, on what the model returns in a forward that is kept for ``_run``.
+
+        ``look`` comes before anything else sees the outputs: it checks labels, which may be out of
+        range. A batch that will be checked against plain autograd has the memory for itself.
+        """
+        self._ahead = None
+        if batches.size(batch) == 1 or not self.trusting or worth_a_proof(self._batches + 1):
+            return look(batch)
+        replay = Replay(self.model)
+        found: list[Looked] = []
+
+        def first(recorder: Recorder) -> None:
+            with recorder.deaf(), replay.playing():
+                found.append(look(batch))
+
+        try:
+            made = self._forward(batch, replay, first)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # one of hooks comes again where gradients are asked for
+            return look(batch)
+        if not found:  # the task doesn't call the model itself
+            found.append(look(batch))
+        self._ahead = pytree.tree_leaves(batch), made
+        return found[-1]
+
+    def _forward_ahead(self, batch: tuple[Any, ...]) -> Forward | None:
+        """What ``_look`` has kept, if it is of this batch; it is given once."""
+        kept, self._ahead = self._ahead, None
+        if kept is None:
+            return None
+        leaves = pytree.tree_leaves(batch)
+        same = len(leaves) == len(kept[0]) and all(map(operator.is_, leaves, kept[0]))
+        return kept[1] if same else None
+
     # ---- one batch ------------------------------------------------------------------------------
 
     def _run(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
         """Send the pieces of all gradients of a batch to sinks, one for each output of a sample."""
+        ahead = self._forward_ahead(batch)
         if batches.size(batch) == 1:  # nothing to ascribe to a sample, nothing to check
             self._single(batch, make_sink)
             return
@@ -139,12 +224,16 @@ class HookGradientComputer(AbstractGradientComputer):
                 'gradient_computer="auto", "func" or "loop"'
             )
         self._batches += 1
-        proof = self._prove(batch) if worth_a_proof(self._batches) else None
-        plan, recorder, out, structure, leaves = self._forward(batch)
-        if proof is None and structure not in self._structures:
-            del recorder, out, leaves  # plain autograd needs the memory
+        proof = None
+        if worth_a_proof(self._batches):
+            ahead = None  # plain autograd needs the memory
             proof = self._prove(batch)
-            plan, recorder, out, structure, leaves = self._forward(batch)
+        made = ahead or self._forward(batch)
+        if proof is None and made.structure not in self._structures:
+            del ahead, made
+            proof = self._prove(batch)
+            made = self._forward(batch)
+        plan, recorder, out, structure, leaves = made
         sinks = [make_sink(recorder.uses) for _ in out]
         check = None
         if proof is not None:
@@ -159,7 +248,7 @@ class HookGradientComputer(AbstractGradientComputer):
             self._judge(check)
             evened = check.evened()
             if evened is not None:
-                del recorder, out, leaves
+                del ahead, made, recorder, out, leaves
                 self._check_evenly(batch, evened)
         if proof is None or proof.finite():
             self._remember(structure)
@@ -249,8 +338,16 @@ class HookGradientComputer(AbstractGradientComputer):
             self._used |= names
             self._plans.clear()
 
-    def _forward(self, batch: tuple[Any, ...]) -> tuple[Plan, Recorder, Tensor, int, list[Tensor]]:
-        """The plan for a batch, its outputs with hooks listening, their structure and leaves."""
+    def _forward(
+        self,
+        batch: tuple[Any, ...],
+        replay: Replay | None = None,
+        first: Callable[[Recorder], None] | None = None,
+    ) -> Forward:
+        """Run the task on a batch with hooks listening.
+
+        replay, first : what notes the model's calls, and is called after the first of them.
+        """
         while True:
             plan = self._plan(batch)
             unused = {
@@ -259,13 +356,16 @@ class HookGradientComputer(AbstractGradientComputer):
                 if name not in self._used
             }
             size = batches.size(batch)
-            with Recorder(plan.hooked, size, plan.layouts, self.said, self._work) as recorder:
+            with (
+                Recorder(plan.hooked, size, plan.layouts, self.said, self._work) as recorder,
+                replay.recording(partial(first, recorder)) if replay and first else nullcontext(),
+            ):
                 out = recorder.outputs(self, {**self.chosen, **unused}, batch)
             structure, leaves = structure_of(batch, out)
             reached = {id(leaf) for leaf in leaves}
             found = {name for name, p in unused.items() if id(p) in reached}
             if not found:
-                return plan, recorder, out, structure, leaves
+                return Forward(plan, recorder, out, structure, leaves)
             self._use(found)  # as f of the batches before did not
 
     def _rest(self, names: list[str], batch: tuple[Any, ...]) -> Iterator[tuple[int, str, Tensor]]:

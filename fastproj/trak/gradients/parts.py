@@ -1,8 +1,8 @@
 """Parts of per-sample gradients as hooks find them: products that need not be formed whole.
 
-A part is asked for ``pieces`` of the gradient by its parameter, each formed when its turn comes. Or,
-for a ``FactoredProjector``, it is asked for what the parameter's ``Sides`` leave of it: the factors
-of a product are compressed before they are multiplied.
+A part is asked for ``pieces`` of the gradient by its parameter, each formed when its turn comes.
+Or, for a ``FactoredProjector``, it is asked for what the parameter's ``Sides`` leave of it: the
+factors of a product are compressed before they are multiplied.
 
 What either gives may lie in a workspace, and is to be used before the next is asked for.
 """

@@ -20,7 +20,7 @@ from fastproj.trak.gradients.local import local_gradients
 from fastproj.trak.gradients.parts import Part, Workspace
 from fastproj.trak.gradients.rules import rule_for
 from fastproj.trak.gradients.sinks import Sink
-from fastproj.trak.tasks.training import TrainingOutput
+from fastproj.trak.tasks.training import SeveralOutputs
 
 Dims = list[BatchDim | None]
 
@@ -88,7 +88,7 @@ class Recorder:
         """The outputs of each sample of a batch, [1, B] or more, with hooks listening."""
         with torch.enable_grad(), no_fast_path(), self._listen():
             out = computer.outputs(weights, batch)
-        if isinstance(computer.task, TrainingOutput):
+        if isinstance(computer.task, SeveralOutputs):
             return out
         if out.shape != (self.size,):
             raise HooksError(
@@ -110,6 +110,15 @@ class Recorder:
             torch.autograd.grad(
                 out, leaves, torch.ones_like(out), allow_unused=True, retain_graph=not self._last
             )
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Within the block, calls of the modules go unheard."""
+        listening, self._listening = self._listening, False
+        try:
+            yield
+        finally:
+            self._listening = listening
 
     @contextmanager
     def _listen(self) -> Iterator[None]:

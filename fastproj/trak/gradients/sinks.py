@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Protocol
 
@@ -114,6 +114,43 @@ class ProjectingSink:
         else:
             part = self.projector.project(values, self.model_id, row_offset=offset)  # [b, k]
             self.out.index_add_(0, piece.rows, part)
+
+
+class ModuleSink:
+    """Projections module by module, ``outs``: what each adds to the projection of all."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        size: int,
+        projector: Projector | FactoredProjector,
+        model_id: int,
+        uses: Mapping[str, int],
+    ) -> None:
+        self._sinks = {
+            module: ProjectingSink(params, size, projector, model_id, uses)
+            for module in modules_of(params)
+        }
+        self.outs = [sink.out for sink in self._sinks.values()]
+
+    def add(self, name: str, part: Part) -> None:
+        """Project a part with others of its module."""
+        self._sinks[module_of(name)].add(name, part)
+
+    def close(self) -> None:
+        """There are no more parts."""
+        for sink in self._sinks.values():
+            sink.close()
+
+
+def module_of(name: str) -> str:
+    """The module that a parameter belongs to; the model itself is ""."""
+    return name.rpartition(".")[0]
+
+
+def modules_of(names: Iterable[str]) -> list[str]:
+    """The modules that parameters belong to, each once, in the order of their first."""
+    return list(dict.fromkeys(map(module_of, names)))
 
 
 class RowSink:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -67,6 +68,22 @@ def write_scores(
                     sink.add(rows, columns, total.mul_(share.unsqueeze(1)).numpy())
                     advance(len(rows))
     sink.finish()
+
+
+def scores_of_targets(
+    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor
+) -> npt.NDArray[np.float32]:
+    """The scores of all training samples by one checkpoint, [n, m], of target features [m, k]."""
+    store = systems.store
+    weights = solution_of(systems, computer, model_id).apply(targets).to(targets.dtype)
+    weights = weights.to(computer.device)
+    scores = np.empty((store.train_set_size, len(targets)), np.float32)
+    reader = store.reader(model_id)
+    blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
+    for rows, _, features, q in feature_stream([reader], blocks):
+        assert q is not None  # training shards have it
+        scores[rows] = computer.scores(features, weights).mul_(q.unsqueeze(1)).numpy()
+    return scores
 
 
 def self_scores(

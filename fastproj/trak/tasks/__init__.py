@@ -10,7 +10,12 @@ from fastproj.trak.tasks.language import CausalLMModelOutput, Seq2SeqModelOutput
 from fastproj.trak.tasks.margin import margins
 from fastproj.trak.tasks.names import TASKS, describe_task, resolve_task
 from fastproj.trak.tasks.text import TextClassificationModelOutput
-from fastproj.trak.tasks.training import TrainingOutput, has_likelihood
+from fastproj.trak.tasks.training import (
+    SeveralOutputs,
+    TokenOutput,
+    TrainingOutput,
+    has_likelihood,
+)
 
 __all__ = [
     "TASKS",
@@ -21,8 +26,10 @@ __all__ = [
     "FunctionModelOutput",
     "ImageClassificationModelOutput",
     "Seq2SeqModelOutput",
+    "SeveralOutputs",
     "Terms",
     "TextClassificationModelOutput",
+    "TokenOutput",
     "TrainingOutput",
     "describe_task",
     "has_likelihood",

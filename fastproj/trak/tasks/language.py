@@ -99,9 +99,16 @@ class TokenModelOutput(BatchedModelOutput):
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """f of each sample, [B]."""
         logits, labels = self.predictions(model, weights, buffers, self.inputs(batch))
+        return self._by_token(logits, labels).sum(1)
+
+    def token_outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
+        """What each label adds to f, [B, T]; 0 where it does not count."""
+        return self._by_token(*self.predictions(model, weights, buffers, self.inputs(batch)))
+
+    def _by_token(self, logits: Tensor, labels: Tensor) -> Tensor:
         margin, mask = token_margins(logits, labels)
-        total = torch.where(mask, margin, 0.0).sum(1)
-        return total / mask.sum(1) if self.reduction == "mean" else total
+        margin = torch.where(mask, margin, 0.0)
+        return margin / mask.sum(1, keepdim=True) if self.reduction == "mean" else margin
 
     def get_out_to_loss_grad(
         self, model: Any, weights: Params, buffers: Params, batch: Batch

@@ -1,7 +1,10 @@
-"""What training samples are differentiated by, where the curvature is that of the likelihood."""
+"""Tasks that give several outputs of a sample: what training samples are differentiated by where
+the curvature is that of the likelihood, and the tokens of a sequence one by one.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -12,19 +15,47 @@ from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, Terms, r
 OWN = ("outputs", "get_output", "get_out_to_loss_grad")  # methods that a likelihood belongs to
 
 
-class TrainingOutput(BatchedModelOutput):
-    """What training samples are differentiated by: ``Terms.output``, and the drawn rows.
-
-    A batch is that of ``task`` with the noise of ``likelihood_terms`` as one more part.
-    """
+class SeveralOutputs(BatchedModelOutput):
+    """A task whose ``outputs`` are [R, B]: R of each sample, which share a forward."""
 
     model_holds_weights = False  # ``run`` sees to it
 
     def __init__(self, task: Any) -> None:
         self.task = task
 
-    @staticmethod
-    def rows_at_most(batch: Batch) -> int:
+    @abstractmethod
+    def rows_at_most(self, batch: Batch) -> int:
+        """How many outputs a sample of a batch has, at most."""
+
+
+class TokenOutput(SeveralOutputs):
+    """The margin of each label of a sequence by itself, [T, B]: f is their sum."""
+
+    def rows_at_most(self, batch: Batch) -> int:
+        """T."""
+        return int(self.task.num_predictions(batch))
+
+    def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
+        """[T, B]; 0 where a label does not count."""
+        method = self.task.token_outputs
+        by_sample: Tensor = run(method, model, weights, buffers, batch)
+        return by_sample.T
+
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Params, buffers: Params, batch: Batch
+    ) -> Tensor:
+        """Q of the whole sequence."""
+        q: Tensor = run(self.task.get_out_to_loss_grad, model, weights, buffers, batch)
+        return q
+
+
+class TrainingOutput(SeveralOutputs):
+    """What training samples are differentiated by: ``Terms.output``, and the drawn rows.
+
+    A batch is that of ``task`` with the noise of ``likelihood_terms`` as one more part.
+    """
+
+    def rows_at_most(self, batch: Batch) -> int:
         """How many outputs a sample of a batch has, at most."""
         return 1 + int(batch[-1].shape[1])
 

@@ -1,0 +1,113 @@
+"""One forward for the gradients of a batch and what else is asked about it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from fastproj import TRAKer
+from fastproj.trak.gradients import HookGradientComputer, hooks
+from fastproj.trak.gradients.replay import Replay
+from fastproj.trak.tasks import ImageClassificationModelOutput
+
+
+class Counting(nn.Module):
+    """A small network that counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.calls = 0
+
+    def forward(self, x, scale=1.0):
+        self.calls += 1
+        return self.body(x) * scale
+
+
+def batch_of(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 6, generator=generator), torch.arange(size) % 3
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "trak"])
+@pytest.mark.parametrize("computer", ["auto", "hooks"])
+def test_a_batch_like_one_before_costs_one_forward(curvature, computer, tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "worth_a_proof", lambda number: number == 1)
+    stores = {}
+    for way in (computer, "loop"):
+        model = Counting().eval()
+        traker = TRAKer(
+            model,
+            "image_classification",
+            20,
+            tmp_path / way,
+            proj_dim=64,
+            gradient_computer=way,
+            curvature=curvature,
+            use_half_precision=False,
+            logging_level=logging.ERROR,
+        )
+        traker.load_checkpoint(model.state_dict(), 0)
+        calls = []
+        for number in range(4):
+            before = model.calls
+            traker.featurize(batch_of(5, number), num_samples=5)
+            calls.append(model.calls - before)
+        if way == computer:
+            assert calls[1:] == [1, 1, 1]
+        traker.finalize_features()
+        traker.start_scoring_checkpoint("t", model.state_dict(), 0, 10)
+        for number in range(2):
+            before = model.calls
+            traker.score(batch_of(5, 10 + number), num_samples=5)
+        if way == computer:
+            assert model.calls - before == 1
+        stores[way] = torch.from_numpy(traker.finalize_scores("t").copy())
+    torch.testing.assert_close(stores[computer], stores["loop"], rtol=1e-3, atol=1e-5)
+
+
+def test_a_wrong_label_is_named_before_the_gradients_meet_it(tmp_path):
+    model = Counting().eval()
+    traker = TRAKer(model, "image_classification", 20, tmp_path, logging_level=logging.ERROR)
+    traker.load_checkpoint(model.state_dict(), 0)
+    for number in range(3):
+        traker.featurize(batch_of(4, number), num_samples=4)
+    images, labels = batch_of(4, 3)
+    with pytest.raises(ValueError, match="label 9"):
+        traker.featurize((images, labels + torch.tensor([0, 0, 7, 0])), num_samples=4)
+    traker.featurize((images, labels), num_samples=4)
+    assert traker.gradient_computer.name == "hooks"
+
+
+def test_what_is_kept_is_of_that_batch_alone():
+    """Another batch, or the same tensors with another partner, takes a forward of its own."""
+    model = Counting().eval()
+    computer = HookGradientComputer(model, ImageClassificationModelOutput())
+    for number in range(5):
+        computer.compute_per_sample_grad(batch_of(4, number))
+    one, other = batch_of(4, 7), batch_of(4, 8)
+    exact = computer.compute_per_sample_grad(one)
+    computer.compute_loss_grad(other)
+    found = computer.compute_per_sample_grad(one)
+    for name, g in exact.items():
+        assert torch.equal(found[name], g)
+
+
+def test_only_a_call_with_the_same_arguments_is_replayed():
+    model = Counting()
+    replay = Replay(model)
+    x = torch.ones(2, 6)
+    with replay.recording(lambda: None):
+        first = model(x, scale=2.0)
+    with replay.playing():
+        assert torch.equal(model(x.clone(), scale=2.0), first)
+        assert model.calls == 1
+    for given in ((x, 3.0), (x + 1, 2.0), (x,)):
+        with replay.playing():
+            model(*given)
+    assert model.calls == 4
+    assert "forward" not in vars(model)

@@ -1,0 +1,132 @@
+"""score(per=, stream=): scores that are returned and not kept add up to those that are."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastproj import TRAKer
+from fastproj.trak.store.store import NotReadyError
+
+VOCAB, T, N, M = 11, 6, 24, 5
+
+
+class Words(nn.Module):
+    """A small causal language model with positions as nanoGPT has them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(VOCAB, 8)
+        self.places = nn.Embedding(T, 8)
+        self.body = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, VOCAB, bias=False)
+
+    def forward(self, input_ids):
+        x = self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+        x = x.cumsum(1) / torch.arange(1, 1 + input_ids.shape[1])[:, None]
+        return self.head(self.norm(x + torch.tanh(self.body(x))))
+
+
+def batch_of(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (size, T), generator=generator)
+    labels = ids.clone()
+    labels[0, 4:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def scored(folder, computer="auto", **settings):
+    """A TRAKer with all targets of an experiment scored, and the training batch and scores."""
+    model = Words().double().eval()
+    traker = TRAKer(
+        model,
+        "causal_lm",
+        N,
+        folder,
+        proj_dim=64,
+        gradient_computer=computer,
+        use_half_precision=False,
+        logging_level=logging.ERROR,
+        **settings,
+    )
+    train = batch_of(N, 1)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize(train, num_samples=N)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("t", model.state_dict(), 0, M)
+    traker.score(batch_of(M, 2), num_samples=M)
+    return traker, train, np.array(traker.finalize_scores("t"))
+
+
+SETTINGS = [{}, {"curvature": "trak"}, {"factored": 4}, {"factored": 4, "curvature": "trak"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("computer", ["auto", "func", "loop"])
+def test_parts_add_up_to_the_score(computer, settings, tmp_path):
+    traker, _, scores = scored(tmp_path, computer, **settings)
+    for size in (M, 1):
+        targets = {name: t[:size] for name, t in batch_of(M, 2).items()}
+        by_module = traker.score(targets, per="module")
+        assert traker.modules == ["tokens", "places", "body", "norm", "head"]
+        assert by_module.shape == (N, size, 5)
+        np.testing.assert_allclose(by_module.sum(2), scores[:, :size], rtol=1e-4, atol=1e-6)
+        by_token = traker.score(targets, per="token")
+        assert by_token.shape == (N, size, T - 1)
+        assert not by_token[:, 0, 3:].any()  # labels of -100
+        np.testing.assert_allclose(by_token.sum(2), scores[:, :size], rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_counts_as_if_it_were_the_only_label(tmp_path):
+    traker, _, _ = scored(tmp_path)
+    targets = batch_of(1, 2)
+    by_token = traker.score(targets, per="token")
+    for place in range(3):
+        labels = torch.full_like(targets["labels"], -100)
+        labels[0, place + 1] = targets["labels"][0, place + 1]
+        alone = traker.score({**targets, "labels": labels}, per="token")
+        np.testing.assert_allclose(alone[:, 0, place], by_token[:, 0, place], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("computer", ["auto", "loop"])
+def test_a_stream_of_training_samples_has_their_scores(computer, settings, tmp_path):
+    traker, train, scores = scored(tmp_path, computer, **settings)
+    files = sorted(str(path) for path in tmp_path.rglob("*"))
+    for some in (slice(0, 7), slice(7, N), slice(3, 4)):
+        found = traker.score({name: t[some] for name, t in train.items()}, stream=True)
+        np.testing.assert_allclose(found, scores[some], rtol=1e-4, atol=1e-6)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == files
+
+
+def test_what_is_refused(tmp_path):
+    traker, train, _ = scored(tmp_path)
+    targets = batch_of(M, 2)
+    with pytest.raises(ValueError, match="'module' or 'token'"):
+        traker.score(targets, per="layer")
+    with pytest.raises(ValueError, match="the batch alone"):
+        traker.score(targets, per="token", num_samples=M)
+    with pytest.raises(ValueError, match="the batch alone"):
+        traker.score(targets, per="token", stream=True)
+    traker.start_scoring_checkpoint("later", traker.model.state_dict(), 0, M)
+    with pytest.raises(NotReadyError, match="lacks 5 of 5 targets"):
+        traker.score(train, stream=True)
+
+
+def test_tokens_are_of_language_models_alone(tmp_path):
+    model = nn.Linear(4, 3).eval()
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    traker = TRAKer(model, "image_classification", 6, tmp_path, logging_level=logging.ERROR)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize(batch, num_samples=6)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("t", model.state_dict(), 0, 6)
+    with pytest.raises(ValueError, match="causal_lm or seq2seq"):
+        traker.score(batch, per="token")
+    assert traker.score(batch, per="module").shape == (6, 6, 1)
