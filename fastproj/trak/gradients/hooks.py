@@ -248,7 +248,7 @@ class HookGradientComputer(AbstractGradientComputer):
             self._judge(check, recorder.eps)
             evened = check.evened(recorder.eps)
             if evened is not None:
-                del recorder, out, leaves
+                del ahead, made, recorder, out, leaves
                 self._check_evenly(batch, evened)
         if proof is None or proof.finite():
             self._remember(structure)
