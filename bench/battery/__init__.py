@@ -33,6 +33,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "docstring_gaps": texts.docstring_gaps,
     "captions": captions.captions,
     "photos": images.photos,
+    "pixels": images.pixels,
     "shapes": images.shapes,
     "manual_words": texts.manual_words,
     "manual_gaps": texts.manual_gaps,

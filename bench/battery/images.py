@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.battery.models import CNN, MLP, DigitsCNN, ViT
-from bench.battery.problem import Problem, separate
+from bench.battery.problem import Problem, Regression, separate
 from fastproj.testbed.digits import digits as load_digits
 from fastproj.testbed.ensembles import Training
 
@@ -136,6 +136,36 @@ def photos(n: int = 800, targets: int = 100) -> Problem:
     training = Training(epochs=12, batch=40, learning_rate=0.05, weight_decay=1e-3, clip=2.0)
     problem = Problem("photos", samples, asked, lambda: CNN(24, 8), training, held_out=True)
     return with_wrong_labels(problem, 0.1, 8, "photos")
+
+
+def pixels(n: int = 600, targets: int = 100) -> Problem:
+    """How bright the middle of 9 x 9 pixels of the photographs is, without its 5 x 5 neighbours."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(1)
+    pictures = [image.mean(2) / 255.0 for image in load_sample_images().images]  # [427, 640]
+    around = np.ones((9, 9), np.bool_)
+    around[2:7, 2:7] = False
+    x, y = [], []
+    for number in range(n + targets):
+        row, column = int(rng.integers(0, 427 - 9)), int(rng.integers(0, 640 - 9))
+        patch = pictures[number % 2][row : row + 9, column : column + 9]
+        x.append(patch[around])
+        y.append(patch[4, 4])
+    x_all, y_all = np.stack(x), np.array(y)
+    x_all = (x_all - x_all.mean()) / x_all.std()
+    y_all = (y_all - y_all.mean()) / y_all.std()
+    samples, asked = separate(
+        torch.tensor(x_all, dtype=torch.float32),
+        torch.tensor(y_all, dtype=torch.float32),
+        n,
+        targets,
+        0,
+    )
+    training = Training(epochs=30, batch=40, learning_rate=0.02, weight_decay=1e-3, clip=5.0)
+    return Problem(
+        "pixels", samples, asked, lambda: MLP(56, 32, 1), training, Regression(), held_out=True
+    )
 
 
 # ---- made here ----------------------------------------------------------------------------------
