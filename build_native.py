@@ -12,6 +12,8 @@ FASTPROJ_CUDA        the same for `fastproj._cuda`, which is built wherever an n
 FASTPROJ_CUDA_ARCHS  such as "80;90a" or "9.0+PTX"; unset: TORCH_CUDA_ARCH_LIST, or all of ours
 FASTPROJ_SANITIZE    1 builds `fastproj._cpu` with the address and undefined-behaviour sanitizers
 CXX                  the C++ compiler
+FASTPROJ_KERNEL_CXX  another C++ compiler, for the kernels: isa_*.cpp, and what nvcc gives to one.
+                     They call nothing of the C++ library, so it may be another one than CXX has
 CXXFLAGS, LDFLAGS    flags added to every C++ compilation, and to the link
 MAX_JOBS             how many compilations run at once; unset: ninja decides
 ==================== ===========================================================================
@@ -43,22 +45,28 @@ from build_cuda import run
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+KERNEL_CXX = "FASTPROJ_KERNEL_CXX"
+MACOS_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"]
 
-# Instruction sets beyond the baseline: name -> flags. csrc/cpu/isa_<name>.cpp is compiled alone, so
-# that no flag leaks into another file; machine.cpp is told by -DFASTPROJ_HAVE_<NAME>.
+# Instruction sets beyond the baseline: name -> (architecture, flags). csrc/cpu/isa_<name>.cpp is
+# compiled alone, so that no flag leaks into another file; machine.cpp is told by
+# -DFASTPROJ_HAVE_<NAME>.
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
-X86_ISAS: dict[str, list[str]] = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-    "avx512": _AVX512,
-    "amx": [*_AVX512, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"],
+ISAS: dict[str, tuple[str, list[str]]] = {
+    "avx2": ("x86_64", ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]),
+    "avx512": ("x86_64", _AVX512),
+    "amx": ("x86_64", [*_AVX512, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"]),
+    "neon": ("aarch64", []),  # all of AArch64 has it
 }
-ISA_PROBE = """
-#ifndef __x86_64__
-#error not x86-64
-#endif
-#include <immintrin.h>
-int probe() { return 0; }
-"""
+
+
+def isa_probe(arch: str) -> str:
+    """Source that compiles where the compiler makes code for `arch`, whatever machine this is."""
+    header = {"x86_64": "immintrin.h", "aarch64": "arm_neon.h"}[arch]
+    return (
+        f"#ifndef __{arch}__\n#error another architecture\n#endif\n"
+        f"#include <{header}>\nint probe() {{ return 0; }}\n"
+    )
 
 
 class BuildError(BaseError):
@@ -76,13 +84,14 @@ class Compile:
 
 @dataclass(frozen=True)
 class Module:
-    """One extension module; `link` is the link command without objects and output."""
+    """One extension module; `link` is the link command without objects, libraries and output."""
 
     name: str
     units: Sequence[Compile]
     link: Sequence[str]
     info: dict[str, object] = field(default_factory=dict)
     archs: Sequence[str] = ()  # of GPUs
+    libraries: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ def compiles(command: Sequence[str], text: str) -> tuple[bool, str]:
 def shared_flags() -> list[str]:
     """Link flags for an extension module on this platform."""
     if sys.platform == "darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup"]
+        return MACOS_FLAGS
     return ["-shared"]
 
 
@@ -127,15 +136,20 @@ def user_flags(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
 
-def find_compiler() -> list[str] | str:
-    """The C++ compiler as a list of words, or the reason why there is none that works."""
+def find_compiler(variable: str = "CXX") -> list[str] | str:
+    """The C++ compiler as a list of words, or the reason why there is none that works.
+
+    variable : that may name it; the compiler of the kernels is that of CXX if it does not.
+    """
     if sys.platform == "win32":
         return "the C++ kernels are not built on Windows yet; use Linux, macOS or WSL for them"
-    named = user_flags("CXX")
+    named = user_flags(variable)
+    if not named and variable != "CXX":
+        return find_compiler()
     candidates = [named] if named else [["c++"], ["g++"], ["clang++"]]
     present = [command for command in candidates if shutil.which(command[0])]
     if not present:
-        looked = f"CXX={shlex.join(named)}" if named else "c++, g++ and clang++"
+        looked = f"{variable}={shlex.join(named)}" if named else "c++, g++ and clang++"
         return (
             f"no C++ compiler was found (looked for {looked}); "
             "install one, e.g. `apt-get install g++`, and reinstall fastproj"
@@ -147,8 +161,8 @@ def find_compiler() -> list[str] | str:
         if works:
             return command
     return (
-        f"{shlex.join(present[-1])} can't compile a trivial C++17 file; reinstall it or set CXX "
-        f"({' '.join(said.split())[-300:]})"
+        f"{shlex.join(present[-1])} can't compile a trivial C++17 file; reinstall it or set "
+        f"{variable} ({' '.join(said.split())[-300:]})"
     )
 
 
@@ -185,10 +199,11 @@ def cpu_module(version: str) -> Module | Skipped:
     wanted = switch("FASTPROJ_CPU")
     if wanted is False:
         return Skipped(name, "left out on request (FASTPROJ_CPU=0); reinstall without that")
-    compiler = find_compiler()
+    compiler, kernel_compiler = find_compiler(), find_compiler(KERNEL_CXX)
     includes = binding_flags() if isinstance(compiler, list) else []
-    if isinstance(compiler, str) or isinstance(includes, str):
-        reason = compiler if isinstance(compiler, str) else str(includes)
+    problems = [found for found in (compiler, kernel_compiler, includes) if isinstance(found, str)]
+    if isinstance(compiler, str) or isinstance(kernel_compiler, str) or problems:
+        reason = problems[0]
         if wanted:
             raise BuildError(f"FASTPROJ_CPU=1, but {reason}")
         return Skipped(name, reason)
@@ -196,36 +211,38 @@ def cpu_module(version: str) -> Module | Skipped:
     sanitize = bool(switch("FASTPROJ_SANITIZE"))
     checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if sanitize else []
     mode = ["-O1", "-g", "-fno-omit-frame-pointer", *checks] if sanitize else ["-O3", "-DNDEBUG"]
-    base = [*compiler, "-std=c++17", *mode, "-fPIC", "-fvisibility=hidden", "-pthread"]
-    base += ["-Wall", "-Wextra", f"-I{CSRC}", *user_flags("CXXFLAGS")]
+    flags = ["-std=c++17", *mode, "-fPIC", "-fvisibility=hidden", "-pthread"]
+    flags += ["-Wall", "-Wextra", f"-I{CSRC}", *user_flags("CXXFLAGS")]
+    base, kernel = [*compiler, *flags], [*kernel_compiler, *flags]
     # gcc before 13 warns about its own AVX-512 headers (GCC bug 105593).
     quiet = [
         flag
         for flag in ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
-        if compiles([*compiler, "-Werror", flag, "-c"], "int probe();\n")[0]
+        if compiles([*kernel_compiler, "-Werror", flag, "-c"], "int probe();\n")[0]
     ]
 
     isas = {"portable": list[str]()}
-    for isa, flags in X86_ISAS.items():
+    for isa, (arch, machine) in ISAS.items():
         source = CSRC / "cpu" / f"isa_{isa}.cpp"
-        if source.is_file() and compiles([*compiler, "-std=c++17", "-c", *flags], ISA_PROBE)[0]:
-            isas[isa] = [*flags, *(quiet if "-mavx512f" in flags else [])]
+        probe = [*kernel_compiler, "-std=c++17", "-c", *machine]
+        if source.is_file() and compiles(probe, isa_probe(arch))[0]:
+            isas[isa] = [*machine, *(quiet if "-mavx512f" in machine else [])]
     have = [f"-DFASTPROJ_HAVE_{isa.upper()}" for isa in isas if isa != "portable"]
     bind = [*base, *have, *includes, f'-DFASTPROJ_VERSION="{version}"']
     cpu = CSRC / "cpu"
-    units = [Compile(cpu / f"isa_{isa}.cpp", [*base, *flags]) for isa, flags in isas.items()]
+    units = [Compile(cpu / f"isa_{isa}.cpp", [*kernel, *more]) for isa, more in isas.items()]
     units += [
         Compile(source, bind if source.stem == "bindings" else [*base, *have])
         for source in sorted(cpu.glob("*.cpp"))
         if not source.stem.startswith("isa_")
     ]
     link = [*compiler, *shared_flags(), "-pthread", *checks, *user_flags("LDFLAGS")]
-    info = {"compiler": compiler_version(compiler), "isas": list(isas), "sanitize": sanitize}
+    info = {"compiler": compiler_version(kernel_compiler), "isas": list(isas), "sanitize": sanitize}
     return Module(name, units, link, info)
 
 
 def cuda_module(version: str) -> Module | Skipped:
-    """Build parameters of `fastproj._cuda`: csrc/cuda/*.cu by nvcc, bindings.cpp by the C++ one."""
+    """Build parameters of `fastproj._cuda`: kernels by nvcc, launches and bindings by CXX."""
     name = "fastproj._cuda"
     wanted = switch("FASTPROJ_CUDA")
     if wanted is False:
@@ -243,11 +260,12 @@ def cuda_module(version: str) -> Module | Skipped:
     if nvcc is None:
         looked = "CUDA_HOME, CUDA_PATH, PATH"
         return missing(f"no nvcc was found ({looked}); install the CUDA toolkit", loud=False)
-    compiler = find_compiler()
+    compiler, kernel_compiler = find_compiler(), find_compiler(KERNEL_CXX)
     includes = binding_flags() if isinstance(compiler, list) else []
-    if isinstance(compiler, str) or isinstance(includes, str):
-        return missing(compiler if isinstance(compiler, str) else str(includes), loud=True)
-    through = [nvcc, "-ccbin", compiler[0]]
+    problems = [found for found in (compiler, kernel_compiler, includes) if isinstance(found, str)]
+    if isinstance(compiler, str) or isinstance(kernel_compiler, str) or problems:
+        return missing(problems[0], loud=True)
+    through = [nvcc, "-ccbin", kernel_compiler[0]]
     problem = build_cuda.nvcc_problem(nvcc, [*through, "-std=c++17"])
     if problem is not None:
         return missing(problem, loud=True)
@@ -263,14 +281,21 @@ def cuda_module(version: str) -> Module | Skipped:
     through += [flag for arch in archs for flag in arch.flags()]
     device = [*through, "-std=c++17", "-O3", "-DNDEBUG", f"-I{CSRC}"]
     device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v,-warn-spills"]
-    host = [*compiler, "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"]
-    host += ["-Wall", "-Wextra", f"-I{CSRC}", *includes, f'-DFASTPROJ_VERSION="{version}"']
-    units = [Compile(source, device, label="NVCC") for source in sources]
-    units.append(Compile(CSRC / "cuda" / "bindings.cpp", [*host, *user_flags("CXXFLAGS")]))
-    link = [*through, "-shared", "-cudart", "static"]
+    cuda_includes, cuda_libraries = build_cuda.toolkit_flags(nvcc)
+    host = [*compiler, "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread"]
+    host += ["-Wall", "-Wextra", f"-I{CSRC}", *user_flags("CXXFLAGS")]
+    bind = [*host, *includes, f'-DFASTPROJ_VERSION="{version}"']
+    # launch.cu holds no kernel, and calls the C++ library, which must be that of the bindings.
+    listed = ",".join(str(10 * build_cuda.number(arch)) for arch in archs)
+    launch = [*host, *cuda_includes, f"-D__CUDA_ARCH_LIST__={listed}", "-x", "c++"]
+    units = [Compile(source, device, "NVCC") for source in sources if source.stem != "launch"]
+    units += [Compile(source, launch) for source in sources if source.stem == "launch"]
+    units.append(Compile(CSRC / "cuda" / "bindings.cpp", bind))
+    link = [*compiler, *shared_flags(), "-pthread", *user_flags("LDFLAGS")]
+    after = [*cuda_libraries, "-lcudart_static", "-ldl", "-lrt"]
     names = [str(arch) for arch in archs]
     info: dict[str, object] = {"compiler": compiler_version([nvcc], -2), "archs": names}
-    return Module(name, units, link, info, names)
+    return Module(name, units, link, info, names, after)
 
 
 # ------------------------------------------------------------------------------------------- ninja
@@ -288,7 +313,7 @@ rule compile_device
   depfile = $out.d
   deps = gcc
 rule link
-  command = $tool $in -o $out
+  command = $tool $in $libraries -o $out
   description = LINK $out
 """
 
@@ -303,13 +328,16 @@ def ninja_text(module: Module, output: Path) -> str:
     lines, objects = [NINJA_RULES], []
     for unit in module.units:
         stem = unit.source.stem if unit.source.suffix == ".cpp" else unit.source.name
+        if stem == "bindings":  # all that the version of Python changes
+            stem += f".{sys.implementation.cache_tag}"
         objects.append(ninja_path(f"{stem}.o"))
         tool = shlex.join(unit.command).replace("$", "$$")
-        rule = "compile_device" if unit.source.suffix == ".cu" else "compile"
+        rule = "compile_device" if unit.label == "NVCC" else "compile"
         lines.append(f"build {objects[-1]}: {rule} {ninja_path(unit.source)}")
         lines.append(f"  tool = {tool}\n  label = {unit.label}")
     lines.append(f"build {ninja_path(output)}: link {' '.join(objects)}")
-    lines.append(f"  tool = {shlex.join(module.link).replace('$', '$$')}\n")
+    lines.append(f"  tool = {shlex.join(module.link).replace('$', '$$')}")
+    lines.append(f"  libraries = {shlex.join(module.libraries).replace('$', '$$')}\n")
     return "\n".join(lines)
 
 
@@ -324,10 +352,10 @@ def find_ninja() -> str:
     return found
 
 
-def object_folder(module: Module, flavour: str = "") -> Path:
+def object_folder(module: Module, flavour: str = "release") -> Path:
     """Where the objects of `module` are kept: one folder for each set of GPU architectures."""
     name = "-".join([module.name.rpartition("._")[2], *module.archs])
-    return ROOT / "build" / f"ninja-{sys.implementation.cache_tag}{flavour}" / name
+    return ROOT / "build" / f"ninja-{flavour}" / name
 
 
 def build_module(module: Module, folder: Path, output: Path, *targets: str) -> None:
@@ -431,7 +459,7 @@ class NinjaBuild(build_ext):
     def build_extensions(self) -> None:
         """Build every module that can be, record all of them."""
         version = self.distribution.get_version()
-        flavour = "-sanitize" if switch("FASTPROJ_SANITIZE") else ""
+        flavour = "sanitize" if switch("FASTPROJ_SANITIZE") else "release"
         record: dict[str, dict[str, object]] = {}
         for module in (cpu_module(version), cuda_module(version)):
             key = module.name.rpartition("._")[2]

@@ -4,6 +4,7 @@
     python -m bench.lds --only digits        one of them
     python -m bench.lds --held-out           those that no rule was chosen by
     python -m bench.lds --quick              tiny sizes: half a minute
+    python -m bench.lds --beside FILE        rows that FILE has, and that are not measured, are kept
 
 For each problem it trains models on random halves of the data (the truth), and a few on everything
 (the checkpoints), and keeps both in --cache. A cell is a problem, a k and a number of checkpoints.
@@ -29,6 +30,7 @@ The command fails where the default is more than 0.02 below the best lambda.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -44,7 +46,7 @@ from bench.battery import PROBLEMS, summary, training
 from bench.battery.problem import Problem
 from bench.battery.providers import PROVIDERS
 from bench.battery.providers.job import Found, Job, Unsupported
-from bench.record import write_result
+from bench.record import commit, write_result
 from fastproj.commands.arguments import positive
 from fastproj.trak.evaluation.metrics import lds, mislabel_auc, noise_ceiling
 
@@ -52,15 +54,19 @@ DIMS = (512, 2048, 8192)
 CHECKPOINTS = (1, 5)
 QUICK = ("digits_wrong20", "docstring_words")
 
+COMMIT = commit()  # as the modules were read
+
 Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 where the default misses what is asked of it."""
     options = parse(argv)
-    rows: list[Row] = []
+    rows: list[Row] = [
+        row for path in options.beside for row in json.loads(path.read_text())["rows"]
+    ]
     for problem in chosen(options):
-        rows += measure(problem, options)
+        rows = merged(rows, measure(problem, options))
         print(summary.table(rows, problem.name), flush=True)
         if not options.no_write:  # after each problem: a run that is stopped leaves what it has
             write(rows, options)
@@ -69,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in missed:
         print(f"MISSED {line}")
     return 1 if missed else 0
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """All rows, in the order of PROBLEMS; new ones in place of old ones."""
+    found = {(*summary.cell(row), row["provider"]): row for row in (*old, *new)}
+    order = {name: place for place, name in enumerate(PROBLEMS)}
+    return sorted(found.values(), key=lambda row: order[row["problem"]])
 
 
 def write(rows: Sequence[Row], options: argparse.Namespace) -> None:
@@ -98,6 +111,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--kind", choices=["rademacher", "sjlt"], default="rademacher")
     parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS), default=list(PROVIDERS))
+    parser.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="FILE", help="results to go on from"
+    )
     parser.add_argument("--no-write", action="store_true", help="don't write bench/results/")
     parser.add_argument(
         "--cache",
@@ -161,6 +177,8 @@ def measure(problem: Problem, options: argparse.Namespace) -> list[Row]:
                     "k": k,
                     "checkpoints": key[1],
                     "cpu_seconds": round(seconds, 1),
+                    "kind": options.kind,
+                    "commit": COMMIT,
                     **judged(same, problem, truth),
                 }
             )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from fastproj.backends.registry import available_backends
-from fastproj.factored import FactoredProjector
-from fastproj.ops import matrix, project, project_transpose
-from fastproj.projector import Projector
-from fastproj.spec import SPEC_VERSION
+from fastproj import namesake
 
 if TYPE_CHECKING:
+    from fastproj.backends.registry import available_backends
+    from fastproj.factored import FactoredProjector
+    from fastproj.ops import matrix, project, project_transpose
+    from fastproj.projector import Projector
+    from fastproj.spec import SPEC_VERSION
     from fastproj.trak import TRAKer
 
 __version__ = "0.1.0"
@@ -25,14 +28,47 @@ __all__ = [
     "project",
     "project_transpose",
 ]
+_PLACES = {
+    "available_backends": "fastproj.backends.registry",
+    "matrix": "fastproj.ops",
+    "project": "fastproj.ops",
+    "project_transpose": "fastproj.ops",
+    "FactoredProjector": "fastproj.factored",
+    "Projector": "fastproj.projector",
+    "SPEC_VERSION": "fastproj.spec",
+}
+# Modules that come with them, and so may be used without a further import.
+_MODULES = (
+    "backends",
+    "call",
+    "checks",
+    "factored",
+    "gauss_table",
+    "ops",
+    "projector",
+    "spec",
+    "torch_ops",
+)
+
+_problem = namesake.problem()
+if _problem is not None:
+    warnings.warn(f"fastproj: {_problem}", stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:
-    """TRAKer on first use: projecting needs none of what TRAK imports."""
+    """What is public, imported when the first of it is used.
+
+    Importing torch takes seconds, in which the ``fastproj`` command must already take Ctrl-C.
+    TRAKer comes by itself: projecting needs none of what TRAK imports.
+    """
     if name == "TRAKer":
         from fastproj.trak import TRAKer
 
         return TRAKer
+    if name in _PLACES or name in _MODULES:
+        modules = {place: importlib.import_module(place) for place in _PLACES.values()}
+        globals().update({n: getattr(modules[place], n) for n, place in _PLACES.items()})
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

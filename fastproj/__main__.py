@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import sys
 
+import fastproj
+from fastproj import namesake
+
+if not hasattr(fastproj, "SPEC_VERSION"):  # the other package's __init__.py is in our place
+    sys.exit(f"fastproj: {namesake.problem()}")
+
 from fastproj.cli import main
 
 sys.exit(main())

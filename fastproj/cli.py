@@ -6,22 +6,34 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
-from fastproj.commands.arguments import INTERRUPTED
+from fastproj.commands.arguments import filled
+from fastproj.commands.running import DONE, EXIT_STATUS, FAILED, MISUSED, interrupted
 
 # The command fastproj.commands.<word>, imported when it is called -> what it is for
 COMMANDS = {
     "info": "what this machine can do, and what it lacks",
     "demo": "TRAK on real data, from training to an HTML report",
-    "report": "an HTML page of finished scores",
+    "bench": "time this machine against a stored matrix, in under a minute",
+    "plan": "disk, memory and time that a TRAK run will take here",
     "lds": "how well scores predict models trained on random subsets",
     "loo": "how well scores predict leaving single samples out",
     "brittleness": "predictions that flip without what helps them most",
     "mislabel": "how well self-influence finds wrong labels",
-    "bench": "time this machine against a stored matrix, in under a minute",
+    "report": "an HTML page of finished scores",
 }
+DESCRIPTION = """Random projection with matrices made on the fly, and TRAK on top: which training
+samples raise a model's output, and which lower it.
+
+Begin with `fastproj info`, then `fastproj demo`. `fastproj COMMAND --help` has examples."""
+SHELLS = ("bash", "zsh", "tcsh")
+COMPLETION = """completion by tab, for bash (in zsh: as _fastproj in a folder of $fpath):
+  fastproj --print-completion bash > ~/.local/share/bash-completion/completions/fastproj"""
+PACKAGES = {"sklearn": "scikit-learn"}  # where they are not called as their module is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,14 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = run(arguments)
         sys.stdout.flush()
-        return status
     except KeyboardInterrupt:
-        print("\nfastproj: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+        status = interrupted(word)
     except BrokenPipeError:
         # The reader (`| head`) is gone: leave nothing for the interpreter to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return FAILED
+    if argv is None:  # the process ends here: Ctrl-C has nothing left to stop, and would show it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
 
 
 def run(arguments: list[str]) -> int:
@@ -49,21 +63,32 @@ def run(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
         return call(arguments[0], arguments[1:])
     parser = build_parser()
-    parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.print_completion:
+        return print_completion(options.print_completion)
     parser.print_help(sys.stderr)
-    return 2
+    return MISUSED
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser for everything that is not a command: --help, --version and mistakes."""
+def build_parser(whole: bool = False) -> argparse.ArgumentParser:
+    """The parser for --help, --version and mistakes; with ``whole``, also for every command."""
     parser = argparse.ArgumentParser(
         prog="fastproj",
-        description="Random projection with matrices made on the fly, and TRAK on top.",
+        description=filled(DESCRIPTION),
+        epilog=f"{EXIT_STATUS}\n\n{COMPLETION}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastproj {version()}")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print a script that completes words by tab in {', '.join(SHELLS)} (needs shtab)",
+    )
     words = parser.add_subparsers(title="commands", metavar="COMMAND")
     for word, purpose in COMMANDS.items():
-        words.add_parser(word, help=purpose)
+        parents = [load(word).build_parser()] if whole else []
+        words.add_parser(word, help=purpose, parents=parents, add_help=not whole)
     return parser
 
 
@@ -74,20 +99,41 @@ def version() -> str:
     return __version__
 
 
+def load(command: str) -> ModuleType:
+    """The module of a command: it has ``build_parser()`` and ``main(argv)``."""
+    return importlib.import_module(f"fastproj.commands.{command}")
+
+
 def call(command: str, arguments: list[str]) -> int:
     """Run a command and return its exit status. A missing package becomes a message."""
     try:
-        module = importlib.import_module(f"fastproj.commands.{command}")
+        module = load(command)
     except ModuleNotFoundError as error:
-        missing = error.name or "a module"
-        if missing.startswith("fastproj"):
-            print(f"fastproj {command}: not part of this installation ({error})", file=sys.stderr)
-        else:
-            package = {"sklearn": "scikit-learn"}.get(missing, missing)
-            print(f"fastproj {command}: needs {missing}; pip install {package}", file=sys.stderr)
-        return 1
+        return missing_package(f"fastproj {command}", error)
     entry: Callable[[list[str]], int | None] = module.main
-    return entry(arguments) or 0
+    return entry(arguments) or DONE
+
+
+def missing_package(program: str, error: ModuleNotFoundError) -> int:
+    """Say what to install; returns the exit status."""
+    missing = error.name or "a module"
+    if missing.startswith("fastproj"):
+        print(f"{program}: not part of this installation ({error})", file=sys.stderr)
+    else:
+        package = PACKAGES.get(missing, missing)
+        print(f"{program}: needs {missing}; pip install {package}", file=sys.stderr)
+    return FAILED
+
+
+def print_completion(shell: str) -> int:
+    """Print a shell's completion script, as shtab writes it from the parsers."""
+    try:
+        from fastproj.commands.completion import script
+
+        print(script(build_parser(whole=True), shell), end="")
+    except ModuleNotFoundError as error:
+        return missing_package("fastproj --print-completion", error)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +37,23 @@ def test_the_library_needs_no_command() -> None:
     assert importers("fastproj.commands.demo") == set()
     outside = {path for path in importers("fastproj.commands") if not path.startswith("bench/")}
     assert outside == {"fastproj/cli.py"}
+
+
+def test_the_package_is_imported_at_its_first_use() -> None:
+    """torch takes a second; then all that was there at once before is there."""
+    program = (
+        "import sys, fastproj, fastproj.cli\n"
+        "assert 'torch' not in sys.modules\n"
+        "fastproj.backends.registry.NAMES, fastproj.spec.KINDS\n"
+        "[getattr(fastproj, name) for name in fastproj._MODULES]\n"
+        "import torch\n"
+        "assert torch.ops.fastproj.project and 'fastproj.trak' not in sys.modules\n"
+        "assert not hasattr(fastproj, 'nothing')\n"
+        "from fastproj import *\n"
+        "assert TRAKer is fastproj.TRAKer and project is fastproj.project\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_library_needs_no_testbed() -> None:

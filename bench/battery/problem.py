@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastproj.testbed.ensembles import Training, split
+from fastproj.trak import AbstractModelOutput, CLIPModelOutput, FunctionModelOutput
 from fastproj.trak.tasks import margins
 
 IGNORED = -100  # a label that does not count
@@ -110,6 +111,11 @@ class Regression(Question):
 
     def task(self, base: type) -> Any:
         """The task whose loss is half of the squared error: Q is the residual."""
+        if issubclass(AbstractModelOutput, base):
+            return FunctionModelOutput(
+                lambda model, batch: model(batch[0]).squeeze(-1),
+                likelihood=lambda f, batch: -0.5 * (batch[1] - f) ** 2,
+            )
 
         class SquaredError(base):
             def __init__(self) -> None:
@@ -171,8 +177,6 @@ class Pairs(Question):
 
     def task(self, base: type) -> Any:
         """fastproj's task."""
-        from fastproj.trak import CLIPModelOutput
-
         return CLIPModelOutput(simulated_batch_size=self.size, seed=0)
 
     def prepare(self, traker: Any, samples: Batch) -> None:

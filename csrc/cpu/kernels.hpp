@@ -10,8 +10,8 @@
 
 namespace fastproj::cpu {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
-constexpr int kNumIsas = 4;
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3, kNeon = 4 };
+constexpr int kNumIsas = 5;
 
 // All kernels walk P in panels of 512 rows aligned to multiples of 512: one Rademacher block or
 // sixteen Gaussian ones. Rows of a panel outside the input count as zeros.
@@ -120,5 +120,6 @@ KernelTable kernels_portable();
 KernelTable kernels_avx2();
 KernelTable kernels_avx512();
 KernelTable kernels_amx();
+KernelTable kernels_neon();
 
 }  // namespace fastproj::cpu

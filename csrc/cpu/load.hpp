@@ -34,6 +34,10 @@ struct Float16 {
 inline float to_float(Float16 x) {
 #if defined(__F16C__)
     return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+    __fp16 half;
+    std::memcpy(&half, &x.bits, sizeof half);
+    return half;
 #else
     const std::uint32_t sign = (x.bits & 0x8000u) << 16;
     const std::uint32_t magnitude = x.bits & 0x7fffu;

@@ -37,6 +37,15 @@ std::size_t project_scratch_bytes(int batch, int cols) {
     return lookup > dense ? lookup : dense;
 }
 
+// The 8 signed sums of four rows whose first sign is +: bit s of n says whether the sign of row s +
+// 1 differs from that of row s.
+inline void build_half_table(float g0, float g1, float g2, float g3, float* table) {
+    for (int n = 0; n < 8; ++n) {
+        const int b1 = n & 1, b2 = b1 ^ (n >> 1 & 1), b3 = b2 ^ (n >> 2);
+        table[n] = (g0 + (b1 ? -g1 : g1)) + ((b2 ? -g2 : g2) + (b3 ? -g3 : g3));
+    }
+}
+
 // The tables of one panel for a block of batch rows, in the order that accumulate reads them:
 // [word][step][batch row][entry].
 template <class Policy>

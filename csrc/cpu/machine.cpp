@@ -2,26 +2,58 @@
 
 #include <stdexcept>
 
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__x86_64__)
 #include <cpuid.h>
-#define FASTPROJ_X86 1
-#endif
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#endif
 
 namespace fastproj::cpu {
+namespace {
 
-#if defined(FASTPROJ_X86) && defined(FASTPROJ_HAVE_AMX)
-static std::string amx_unavailable() {
-    unsigned eax, ebx, ecx, edx;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBf16) == 0 ||
-        (edx & kTile) == 0) {
-        return "this processor lacks AMX-TILE and AMX-BF16";
+#if defined(__x86_64__)
+// What cpuid says, and xgetbv: which registers the operating system saves. Read here, because the
+// answers of __builtin_cpu_supports come from the compiler's runtime library, and that of zig says
+// no to everything.
+class Processor {
+  public:
+    Processor() {
+        unsigned eax, ebx, ecx, edx;
+        if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return;
+        ecx1_ = ecx;
+        if (!(ecx1_ >> 27 & 1)) return;  // OSXSAVE: xgetbv is there
+        unsigned low, high;
+        __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        saved_ = low;
+        if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) ebx7_ = ebx, ecx7_ = ecx, edx7_ = edx;
     }
-#if defined(__linux__) && defined(__x86_64__)
+    bool avx2() const {  // with FMA, F16C and BMI2
+        return (saved_ & kYmm) == kYmm && has(ecx1_, 12) && has(ecx1_, 28) && has(ecx1_, 29) &&
+               has(ebx7_, 5) && has(ebx7_, 8);
+    }
+    bool avx512() const {  // F, DQ, BW and VL
+        return avx2() && (saved_ & kZmm) == kZmm && has(ebx7_, 16) && has(ebx7_, 17) &&
+               has(ebx7_, 30) && has(ebx7_, 31);
+    }
+    bool avx512_vbmi() const { return avx512() && has(ecx7_, 1); }
+    bool amx_bf16() const { return has(edx7_, 22) && has(edx7_, 24); }
+
+  private:
+    static constexpr unsigned kYmm = 0x06, kZmm = 0xe6;  // bits of XCR0
+    static bool has(unsigned word, int bit) { return word >> bit & 1; }
+    unsigned ecx1_ = 0, ebx7_ = 0, ecx7_ = 0, edx7_ = 0, saved_ = 0;
+};
+
+[[maybe_unused]] const Processor& processor() {
+    static const Processor found;
+    return found;
+}
+
+[[maybe_unused]] std::string amx_unavailable() {
+    if (!processor().amx_bf16()) return "this processor lacks AMX-TILE and AMX-BF16";
+#if defined(__linux__)
     // Linux gives a process the 8 KiB of tile state only when asked: ARCH_REQ_XCOMP_PERM,
     // XFEATURE_XTILEDATA. Threads inherit it.
     static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -31,6 +63,8 @@ static std::string amx_unavailable() {
 #endif
 }
 #endif
+
+}  // namespace
 
 const char* isa_name(Isa isa) {
     switch (isa) {
@@ -42,45 +76,37 @@ const char* isa_name(Isa isa) {
             return "avx512";
         case Isa::kAmx:
             return "amx";
+        case Isa::kNeon:
+            return "neon";
     }
     throw std::invalid_argument("fastproj._cpu: unknown instruction set");
 }
 
 std::string isa_unavailable(Isa isa) {
-    const std::string not_built = "this build of fastproj has no code for it";
-    (void)not_built;
     switch (isa) {
         case Isa::kPortable:
             return "";
+#if defined(FASTPROJ_HAVE_AVX2)
         case Isa::kAvx2:
-#if defined(FASTPROJ_X86) && defined(FASTPROJ_HAVE_AVX2)
-            if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
-                return "this processor lacks AVX2 and FMA";
-            }
-            return "";
-#else
-            return not_built;
+            return processor().avx2() ? "" : "this processor lacks AVX2 and FMA";
 #endif
+#if defined(FASTPROJ_HAVE_AVX512)
         case Isa::kAvx512:
-#if defined(FASTPROJ_X86) && defined(FASTPROJ_HAVE_AVX512)
-            if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-                !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
-                return "this processor lacks AVX-512 F, BW, DQ and VL";
-            }
-            return "";
-#else
-            return not_built;
+            return processor().avx512() ? "" : "this processor lacks AVX-512 F, BW, DQ and VL";
 #endif
+#if defined(FASTPROJ_HAVE_AMX)
         case Isa::kAmx:
-#if defined(FASTPROJ_X86) && defined(FASTPROJ_HAVE_AMX)
-            if (!isa_unavailable(Isa::kAvx512).empty()) return isa_unavailable(Isa::kAvx512);
-            if (!__builtin_cpu_supports("avx512vbmi")) return "this processor lacks AVX-512 VBMI";
+            if (!processor().avx512()) return "this processor lacks AVX-512 F, BW, DQ and VL";
+            if (!processor().avx512_vbmi()) return "this processor lacks AVX-512 VBMI";
             return amx_unavailable();
-#else
-            return not_built;
 #endif
+#if defined(FASTPROJ_HAVE_NEON)
+        case Isa::kNeon:
+            return "";
+#endif
+        default:
+            return "this build of fastproj has no code for it";
     }
-    throw std::invalid_argument("fastproj._cpu: unknown instruction set");
 }
 
 KernelTable kernels_for(Isa isa) {
@@ -98,6 +124,10 @@ KernelTable kernels_for(Isa isa) {
 #if defined(FASTPROJ_HAVE_AMX)
         case Isa::kAmx:
             return kernels_amx();
+#endif
+#if defined(FASTPROJ_HAVE_NEON)
+        case Isa::kNeon:
+            return kernels_neon();
 #endif
         default:
             throw std::invalid_argument("fastproj._cpu: instruction set not compiled in");

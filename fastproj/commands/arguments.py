@@ -1,22 +1,46 @@
-"""Values that commands read from their command line."""
+"""What the command lines of all commands share: their help, and the values that they read."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import shutil
+import textwrap
 
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+def command_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of ``fastproj command``, whose help ends with examples."""
+    lines = textwrap.dedent(examples).strip().splitlines()
+    return argparse.ArgumentParser(
+        prog=f"fastproj {command}",
+        description=filled(description),
+        epilog="\n".join(["examples:", *(f"  {line}".rstrip() for line in lines)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def filled(text: str) -> str:
+    """Paragraphs, as wide as argparse makes the rest."""
+    width = max(shutil.get_terminal_size().columns - 2, 11)
+    paragraphs = text.strip().split("\n\n")
+    return "\n\n".join(textwrap.fill(" ".join(p.split()), width) for p in paragraphs)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option --json, which means the same everywhere."""
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object on standard output, and everything else on standard error",
+    )
 
 
 def positive(text: str) -> int:
     """An argument that must be an integer of at least 1."""
     try:
-        value = int(float(text)) if "e" in text.lower() else int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"received {text!r}; expected an integer of at least 1")
-    return value
+        return size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def size(text: str) -> int:

@@ -3,48 +3,85 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastproj
 from fastproj.backends import registry
-from fastproj.commands.arguments import positive
+from fastproj.commands.arguments import add_json, command_parser, positive
+from fastproj.commands.running import DONE, FAILED, Outcome, execute
 from fastproj.spec import KINDS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``fastproj bench``."""
+    parser = command_parser(
+        "bench",
+        "Times fastproj against torch.matmul with the matrix in memory. Every row is checked "
+        "against float64 first; a wrong result gets no time and the exit status 1. The full "
+        "benchmark is `python -m bench.project` in the sources.",
+        """
+        fastproj bench
+        fastproj bench --batch 1 64 --rows 1e6 --cols 512 --kind sjlt
+        fastproj bench --json > rates.json
+        """,
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        nargs="+",
+        default=[8, 32],
+        metavar="B",
+        help="samples (default: 8 32)",
+    )
+    parser.add_argument(
+        "--rows", type=positive, default=65536, metavar="P", help="parameters (default: 65536)"
+    )
+    parser.add_argument(
+        "--cols",
+        type=positive,
+        default=1024,
+        metavar="K",
+        help="dimensions to project to (default: 1024)",
+    )
+    parser.add_argument(
+        "--kind", choices=KINDS, default="rademacher", help="of random matrix (default: rademacher)"
+    )
+    parser.add_argument(
+        "--block", type=positive, metavar="W", help="of kind sjlt (default: by --cols)"
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=5, metavar="N", help="timed calls (default: 5)"
+    )
+    add_json(parser)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``fastproj bench``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastproj bench",
-        description="Times fastproj against torch.matmul with the matrix in memory; every row is "
-        "checked against float64 first. The full benchmark is `python -m bench.project` in the "
-        "sources.",
-    )
-    parser.add_argument("--batch", type=positive, nargs="+", default=[8, 32], metavar="B")
-    parser.add_argument("--rows", type=positive, default=65536, metavar="P", help="default 65536")
-    parser.add_argument("--cols", type=positive, default=1024, metavar="K", help="default 1024")
-    parser.add_argument("--kind", choices=KINDS, default="rademacher")
-    parser.add_argument("--block", type=positive, metavar="W", help="of kind sjlt")
-    parser.add_argument("--repeats", type=positive, default=5, help="timed calls, default 5")
-    return run(parser.parse_args(argv))
-
-
-def run(options: argparse.Namespace) -> int:
-    """Check and time every batch; 1 where a result is wrong."""
-    rows, cols, kind = options.rows, options.cols, options.kind
+    parser = build_parser()
+    options = parser.parse_args(argv)
     try:
-        used = registry.choose("cpu", torch.float32, kind).NAME
-        shape = fastproj.Projector(rows, cols, kind=kind, block=options.block)
-        stored = shape.matrix()  # [P, K]
-    except ValueError as refusal:  # FASTPROJ_BACKEND or FASTPROJ_CPU_ISA names what can't run here
-        print(f"fastproj bench: {refusal}", file=sys.stderr)
-        return 2
+        options.shape = fastproj.Projector(
+            options.rows, options.cols, kind=options.kind, block=options.block
+        )
+    except ValueError as refusal:
+        parser.error(str(refusal))
+    return execute("bench", options, run)
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Check and time every batch; FAILED where a result is wrong."""
+    rows, cols, kind = options.rows, options.cols, options.kind
+    used = registry.choose("cpu", torch.float32, kind).NAME
+    shape: fastproj.Projector = options.shape
+    stored = shape.matrix()  # [P, K]
     print(
         f"P = {rows}, K = {cols}, {kind}{f' with block {shape.block}' if shape.block else ''}, "
         f"float32 in, backend {used}, "
@@ -52,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         "GF/s: 2 B P K / time, as if R were dense; GB/s: the bytes of G / time\n"
         f"{'':<28}{'B':>5}{'ms':>10}{'GF/s':>9}{'GB/s':>9}{'against float64':>18}"
     )
-    status = 0
+    found: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(0)
     for batch in options.batch:
         grads = torch.randn(batch, rows, generator=generator)  # [B, P]
@@ -71,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
             error = float((call().double() - exact).norm() / exact.norm())
             if not error <= bound:
                 print(f"{name:<28}{batch:>5}   WRONG: error {error:.1e}, allowed {bound:.0e}")
-                status = 1
+                found.append({"provider": name, "batch": batch, "error": error, "wrong": True})
                 continue
             seconds = []
             for _ in range(options.repeats):
@@ -84,4 +121,17 @@ def run(options: argparse.Namespace) -> int:
                 f"{name:<28}{batch:>5}{1e3 * median(seconds):>10.2f}{rate:>9.0f}{read:>9.2f}"
                 f"{error:>18.1e}"
             )
-    return status
+            found.append(
+                {
+                    "provider": name,
+                    "batch": batch,
+                    "error": error,
+                    "wrong": False,
+                    "seconds": seconds,
+                    "gflops": rate,
+                    "gigabytes_per_second": read,
+                }
+            )
+    facts = {"rows": rows, "cols": cols, "kind": kind, "block": shape.block, "backend": used}
+    status = FAILED if any(row["wrong"] for row in found) else DONE
+    return status, {**facts, "threads": torch.get_num_threads(), "results": found}

@@ -10,32 +10,55 @@ from dataclasses import asdict
 import numpy as np
 
 from fastproj.commands import evaluation
+from fastproj.commands.arguments import command_parser
+from fastproj.commands.running import DONE, Outcome
 from fastproj.trak.evaluation.metrics import brittleness, most_helpful
 from fastproj.trak.evaluation.retrain import all_but, train_subsets
 from fastproj.trak.store.scores import load_scores
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``fastproj brittleness``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastproj brittleness",
-        description="How many predictions flip when the training samples that help each of them "
-        "most are left out. Outputs must be margins: positive where the model is right. The "
-        "command trains (targets x sizes + 1) x repeats models. A stopped command resumes as "
-        "`fastproj lds` does.",
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``fastproj brittleness``."""
+    parser = command_parser(
+        "brittleness",
+        "How many predictions flip when the training samples that help each of them most are left "
+        "out. Outputs must be margins: positive where the model is right. The command trains "
+        "(targets x sizes + 1) x repeats models. A stopped command resumes as `fastproj lds` does.",
+        """
+        fastproj brittleness recipe.py --scores trak_results/scores/held_out.mmap
+        fastproj brittleness recipe.py --scores a.npy --targets 0 7 --remove 10 100 --jobs 2
+        """,
     )
     parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs=None, required=True)
-    parser.add_argument("--targets", type=int, nargs="+", metavar="T", help="the first 10")
     parser.add_argument(
-        "--remove", type=int, nargs="+", default=[10, 20, 50, 100], metavar="K", help="10 20 50 100"
+        "--targets", type=int, nargs="+", metavar="T", help="which targets (default: the first 10)"
     )
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="models each; 3")
+    parser.add_argument(
+        "--remove",
+        type=int,
+        nargs="+",
+        default=[10, 20, 50, 100],
+        metavar="K",
+        help="numbers of samples to leave out (default: 10 20 50 100)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="models trained without each (default: 3)",
+    )
     evaluation.add_training(parser, "fastproj-brittleness")
-    return evaluation.guarded("brittleness", parser.parse_args(argv), run)
+    return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj brittleness``; returns the exit status."""
+    return evaluation.guarded("brittleness", build_parser().parse_args(argv), run)
+
+
+def run(options: argparse.Namespace) -> Outcome:
     """Train without what helps each target most, and print the share of flips."""
     scores = load_scores(options.scores)
     n, m = scores.shape
@@ -68,7 +91,6 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     facts = {"recipe": options.recipe, "scores": str(options.scores), "targets": targets}
-    evaluation.write_results(
-        options, {**facts, "n_runs": options.repeats, "result": asdict(result)}, options.out
-    )
-    return 0
+    content = {**facts, "n_runs": options.repeats, "result": asdict(result)}
+    evaluation.write_results(content, options.out)
+    return DONE, content

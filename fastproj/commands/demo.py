@@ -12,11 +12,10 @@ import argparse
 import hashlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastproj
-from fastproj.commands.arguments import INTERRUPTED
+from fastproj.commands.arguments import add_json, command_parser
+from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.testbed import ensembles
 from fastproj.testbed.digits import DigitsCNN, digits, ensemble_logits, patches
 from fastproj.testbed.ensembles import Ensemble, Training, random_halves, split
@@ -273,15 +273,26 @@ def run(settings: Settings, out: Path) -> LDS:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``fastproj demo``; returns the exit status."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``fastproj demo``."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(
-        prog="fastproj demo",
-        description="TRAK on scikit-learn's digits: train, attribute, check by retraining, report. "
-        "A stopped demo goes on where it was when the same command runs again.",
+    parser = command_parser(
+        "demo",
+        "TRAK on scikit-learn's digits: train, attribute, check by retraining, report. It takes a "
+        "minute or two. A stopped demo goes on where it was when the same command runs again.",
+        """
+        fastproj demo                                       # writes fastproj-demo/report.html
+        fastproj demo --train 300 --subsets 50 --targets 20 # less of everything
+        fastproj demo --lambda-reg '0.1*mean' --out other   # a ridge of your own
+        """,
     )
-    parser.add_argument("--out", type=Path, default=Path("fastproj-demo"), metavar="DIR")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastproj-demo"),
+        metavar="DIR",
+        help="where to write (default: fastproj-demo)",
+    )
     for name, text in (
         ("seed", "of everything random"),
         ("train", "training digits, at most 1700"),
@@ -293,29 +304,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("epochs", "of each training"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; {default}")
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
     parser.add_argument(
         "--lambda-reg",
         type=number_or_text,
         default=defaults.lambda_reg,
-        help=f"ridge: auto, a number, or a share of the mean eigenvalue; {defaults.lambda_reg}",
+        metavar="L",
+        help="ridge: auto, a number, or a share of the mean eigenvalue (default: auto)",
     )
-    options = vars(parser.parse_args(argv))
-    out: Path = options.pop("out")
-    settings = Settings(**options)
+    add_json(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``fastproj demo``; returns the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    named = vars(options)
+    settings = Settings(**{f.name: named[f.name] for f in fields(Settings) if f.name in named})
     check(parser, settings)
-    try:
-        run(settings, out)
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped. Finished work is kept in {out}; the same command goes on from there",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    except (StoreError, OSError) as error:
-        print(f"fastproj demo: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    def whole(options: argparse.Namespace) -> Outcome:
+        result = run(settings, options.out)
+        return DONE, {"report": str(options.out / "report.html"), "lds": asdict(result)}
+
+    kept = f"Finished work is kept in {options.out}; the same command goes on from there"
+    return execute("demo", options, whole, (StoreError, OSError), kept)
 
 
 def number_or_text(text: str) -> Lambda:

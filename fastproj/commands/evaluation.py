@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 import fastproj
-from fastproj.commands.arguments import INTERRUPTED
+from fastproj.commands.arguments import add_json
+from fastproj.commands.running import Outcome, execute, plain
 from fastproj.trak.evaluation.metrics import LDS, LOO, check_sampling, row_blocks
 from fastproj.trak.evaluation.retrain import GroundTruth, TrainingError
 from fastproj.trak.evaluation.workers import WorkerError
@@ -41,10 +42,29 @@ def add_scores(parser: argparse.ArgumentParser, nargs: str | None, required: boo
 
 def add_training(parser: argparse.ArgumentParser, out: str) -> None:
     """What ``train_subsets`` and the intervals take."""
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=out)
-    parser.add_argument("--jobs", type=int, default=1, help="models trained at once; 1")
-    parser.add_argument("--threads", type=int, help="torch threads a job; the cores shared out")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random; 0")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        metavar="DIR",
+        help=f"where to keep trained models and numbers (default: {out})",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="models trained at once, each in a process (default: 1)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="torch threads of each of them (default: the cores, shared out)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)"
+    )
     parser.add_argument(
         "--depends",
         type=Path,
@@ -57,10 +77,22 @@ def add_training(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def add_interval(parser: argparse.ArgumentParser) -> None:
-    """What the intervals are made with, and where the numbers go."""
-    parser.add_argument("--confidence", type=float, default=0.95, help="of intervals; 0.95")
-    parser.add_argument("--n-boot", type=int, default=500, help="resamples; 500")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+    """What the intervals are made with, and how the numbers are printed."""
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        default=0.95,
+        metavar="C",
+        help="of the intervals (default: 0.95)",
+    )
+    parser.add_argument(
+        "--n-boot",
+        type=int,
+        default=500,
+        metavar="N",
+        help="resamples that the intervals come from (default: 500)",
+    )
+    add_json(parser)
 
 
 def check_before_training(scores: Mapping[Path, Any]) -> None:
@@ -120,19 +152,19 @@ def interval(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def guarded(
-    command: str, options: argparse.Namespace, run: Callable[[argparse.Namespace], int]
+    command: str, options: argparse.Namespace, run: Callable[[argparse.Namespace], Outcome]
 ) -> int:
     """Run a command. An error that its user can mend becomes a message."""
-    try:
+
+    def checked(options: argparse.Namespace) -> Outcome:
         check_sampling(command, options.confidence, options.n_boot, options.seed)
         return run(options)
-    except KeyboardInterrupt:
-        kept = f". Finished models are kept in {options.out}; the same command goes on from there"
-        print(f"\nfastproj {command}: stopped{kept if 'out' in options else ''}", file=sys.stderr)
-        return INTERRUPTED
-    except (StoreError, TrainingError, WorkerError, ValueError, TypeError, OSError) as error:
-        print(f"fastproj {command}: {error}", file=sys.stderr)
-        return 1
+
+    kept = ""
+    if "out" in options:
+        kept = f"Finished models are kept in {options.out}; the same command goes on from there"
+    mendable = (StoreError, TrainingError, WorkerError, ValueError, TypeError, OSError)
+    return execute(command, options, checked, mendable, kept)
 
 
 def agreed(what: str, sizes: dict[str, int], default: int | None = None) -> Any:
@@ -146,26 +178,9 @@ def agreed(what: str, sizes: dict[str, int], default: int | None = None) -> Any:
     return next(iter(sizes.values()), default)
 
 
-def write_results(
-    options: argparse.Namespace, content: dict[str, Any], folder: Path | None
-) -> None:
-    """Write the numbers to --json, or to results.json in the command's own directory."""
-    path = options.json or (None if folder is None else folder / "results.json")
-    if path is None:
-        return
+def write_results(content: dict[str, Any], folder: Path) -> None:
+    """Write the numbers to results.json in the command's own directory."""
+    path = folder / "results.json"
     text = json.dumps(plain({"fastproj": fastproj.__version__, **content}), indent=1) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()), len(text))
     print(f"numbers: {path}")
-
-
-def plain(value: Any) -> Any:
-    """Values that JSON has: lists for arrays, null for what is not finite."""
-    if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
-    if isinstance(value, np.ndarray | list | tuple):
-        return [plain(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

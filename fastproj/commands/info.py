@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -15,33 +14,60 @@ import numpy
 import torch
 
 import fastproj
+from fastproj import namesake
 from fastproj.backends import registry
-from fastproj.commands import plan
+from fastproj.commands import launch
+from fastproj.commands.arguments import add_json, command_parser
+from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.spec import KINDS
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``fastproj info``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastproj info", description="What this machine can do, and what it lacks."
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``fastproj info``."""
+    parser = command_parser(
+        "info",
+        "What this machine can do, and what it lacks: processors, backends and why one can't be "
+        "used, optional packages, environment variables.",
+        """
+        fastproj info
+        fastproj info --json
+        fastproj info --launch 64 1e7 4096 bf16   # what the GPU backends would start; needs no GPU
+        """,
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     parser.add_argument(
-        "--plan",
+        "--launch",
         nargs=4,
         metavar=("B", "P", "K", "DTYPE"),
         help="the tiles, stages, splits, grid and workspace that the GPU backends would use for "
         "gradients [B, P] of DTYPE (fp32, bf16, fp16, fp64) and K columns",
     )
-    parser.add_argument("--kind", default="rademacher", choices=KINDS, help="of the plan")
     parser.add_argument(
-        "--block", type=int, metavar="W", help="of the plan, for kind sjlt; default by K"
+        "--kind", default="rademacher", choices=KINDS, help="of --launch (default: rademacher)"
     )
     parser.add_argument(
-        "--precision", default="highest", choices=["highest", "high", "medium"], help="of the plan"
+        "--block", type=int, metavar="W", help="of --launch, for kind sjlt (default: by K)"
     )
+    parser.add_argument(
+        "--precision",
+        default="highest",
+        choices=["highest", "high", "medium"],
+        help="of --launch (default: highest)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj info``; returns the exit status."""
+    parser = build_parser()
     options = parser.parse_args(argv)
-    return print_info(options) if options.plan is None else plan.print_plans(options)
+    if options.launch is None:
+        return execute("info", options, print_info)
+    try:
+        options.found = launch.plans_of(options)
+    except ValueError as refusal:
+        parser.error(f"--launch: {refusal}")
+    return execute("info", options, launch.print_plans)
 
 
 def collect_info() -> dict[str, Any]:
@@ -60,6 +86,7 @@ def collect_info() -> dict[str, Any]:
     return {
         "fastproj": fastproj.__version__,
         "spec_version": fastproj.SPEC_VERSION,
+        "problem": namesake.problem() or "",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -75,12 +102,11 @@ def collect_info() -> dict[str, Any]:
     }
 
 
-def print_info(options: argparse.Namespace) -> int:
+def print_info(options: argparse.Namespace) -> Outcome:
     """Print what ``collect_info`` finds."""
     info = collect_info()
     if options.json:
-        print(json.dumps(info, indent=2))
-        return 0
+        return DONE, info
     precision = info["float32_matmul_precision"]
     rows = [
         ("fastproj", f"{info['fastproj']}, matrix spec {info['spec_version']}"),
@@ -90,6 +116,7 @@ def print_info(options: argparse.Namespace) -> int:
         ("cpu", f"{info['cpu']}, {info['cores']} cores"),
         ("gpu", ", ".join(info["gpus"]) or "none that this torch can use"),
     ]
+    rows += [("problem", info["problem"])] if info["problem"] else []
     print_rows(rows)
     print("\nbackends, in the order in which they are tried")
     for name, backend in info["backends"].items():
@@ -108,7 +135,7 @@ def print_info(options: argparse.Namespace) -> int:
     if info["environment"]:
         print("\nenvironment")
         print_rows(list(info["environment"].items()), "  ")
-    return 0
+    return DONE, info
 
 
 def print_rows(rows: Sequence[tuple[str, str]], indent: str = "") -> None:

@@ -11,20 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from fastproj.commands import evaluation
+from fastproj.commands.arguments import command_parser
+from fastproj.commands.running import DONE, FAILED, Outcome
 from fastproj.trak.evaluation.metrics import lds, noise_ceiling
 from fastproj.trak.evaluation.retrain import GroundTruth, random_subsets, train_subsets
 from fastproj.trak.files import StoreError
 from fastproj.trak.store.scores import load_scores
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``fastproj lds``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastproj lds",
-        description="The linear datamodeling score: how well scores predict the outputs of models "
-        "that are trained on random subsets. The command trains these models and keeps each as "
-        "soon as it is finished. Run it again to go on where it was stopped. More --subsets or "
-        "--repeats add to what is there.",
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``fastproj lds``."""
+    parser = command_parser(
+        "lds",
+        "The linear datamodeling score: how well scores predict the outputs of models that are "
+        "trained on random subsets. The command trains these models and keeps each as soon as it "
+        "is finished. Run it again to go on where it was stopped. More --subsets or --repeats add "
+        "to what is there.",
+        """
+        fastproj lds recipe.py --scores trak_results/scores/held_out.mmap --jobs 2 --out truth
+        fastproj lds --ground-truth truth --scores other.npy      # trains nothing again
+        fastproj lds recipe.py --train-set-size 1000 --out truth  # train now, score later
+
+        recipe.py says how to train:
+            def train(indices, seed): ...   # int64 [s] -> a model
+            def outputs(model): ...         # -> [m], the output of each target
+        """,
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs="+", required=False)
@@ -36,17 +47,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         "[S, m] or [runs, S, m]",
     )
     parser.add_argument(
-        "--train-set-size", type=int, metavar="N", help="needed where no --scores are given"
+        "--train-set-size",
+        type=int,
+        metavar="N",
+        help="of the recipe; needed where no --scores are given",
     )
     parser.add_argument(
         "--subsets",
         type=int,
         metavar="S",
-        help="models; 100. Fewer than --out or --ground-truth holds: the first S of them",
+        help="random subsets to train on (default: 100). Fewer than --out or --ground-truth holds: "
+        "the first S of them",
     )
-    parser.add_argument("--fraction", type=float, help="of the training set; 0.5")
-    parser.add_argument("--repeats", type=int, metavar="N", help="models a subset; 1")
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        metavar="F",
+        help="of the training set in each subset (default: 0.5)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="models trained on each subset (default: 1)"
+    )
     evaluation.add_training(parser, "fastproj-lds")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj lds``; returns the exit status."""
+    parser = build_parser()
     options = parser.parse_args(argv)
     if (options.recipe is None) == (options.ground_truth is None):
         parser.error("expected either RECIPE or --ground-truth")
@@ -59,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return evaluation.guarded("lds", options, run)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Outcome:
     """Train or read the ground truth, and print the LDS of each score file."""
     scores = {path: load_scores(path) for path in options.scores or []}
     sizes = {str(path): array.shape[0] for path, array in scores.items()}
@@ -105,13 +133,18 @@ def run(options: argparse.Namespace) -> int:
     ceiling = noise_ceiling(truth.outputs) if n_runs > 1 and n_subsets >= 3 else None
     if ceiling is not None and math.isfinite(ceiling):
         print(f"the randomness of training leaves at most about {ceiling:.2f} to predict")
-    facts = {"ground_truth": made, "n_runs": n_runs, "n_subsets": n_subsets, "n_targets": n_targets}
-    evaluation.write_results(
-        options,
-        {**facts, "noise_ceiling": ceiling, "failed": truth.failed, "results": results},
-        options.out if options.ground_truth is None else None,
-    )
-    return 0 if good and not truth.failed else 1
+    content = {
+        "ground_truth": made,
+        "n_runs": n_runs,
+        "n_subsets": n_subsets,
+        "n_targets": n_targets,
+        "noise_ceiling": ceiling,
+        "failed": truth.failed,
+        "results": results,
+    }
+    if options.ground_truth is None:
+        evaluation.write_results(content, options.out)
+    return DONE if good and not truth.failed else FAILED, content
 
 
 def keep(truth: GroundTruth, path: Path) -> None:

@@ -11,31 +11,59 @@ from typing import Any
 import numpy as np
 
 from fastproj.commands import evaluation
+from fastproj.commands.arguments import command_parser
+from fastproj.commands.running import DONE, FAILED, Outcome
 from fastproj.trak.evaluation.correlation import METHODS
 from fastproj.trak.evaluation.metrics import loo_correlation
 from fastproj.trak.evaluation.retrain import all_but, train_subsets
 from fastproj.trak.store.scores import load_scores
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``fastproj loo``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastproj loo",
-        description="Leave-one-out correlation. The command trains without one sample at a time, "
-        "for some random samples, and correlates the change of the outputs with the scores. A "
-        "seed changes outputs more than one sample does, so use several --repeats. A stopped "
-        "command resumes as `fastproj lds` does.",
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``fastproj loo``."""
+    parser = command_parser(
+        "loo",
+        "Leave-one-out correlation. The command trains without one sample at a time, for some "
+        "random samples, and correlates the change of the outputs with the scores. A seed changes "
+        "outputs more than one sample does, so use several --repeats. A stopped command resumes "
+        "as `fastproj lds` does.",
+        """
+        fastproj loo recipe.py --scores trak_results/scores/held_out.mmap --samples 50
+        fastproj loo recipe.py --scores a.npy b.npy --repeats 10 --jobs 4   # compare two
+        """,
     )
     parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs="+", required=True)
-    parser.add_argument("--samples", type=int, default=50, metavar="L", help="left out; 50")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="models each; 5")
-    parser.add_argument("--method", choices=list(METHODS), default="spearman")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=50,
+        metavar="L",
+        help="samples that are left out (default: 50)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        metavar="N",
+        help="models trained without each (default: 5)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=list(METHODS),
+        default="spearman",
+        help="which correlation (default: spearman)",
+    )
     evaluation.add_training(parser, "fastproj-loo")
-    return evaluation.guarded("loo", parser.parse_args(argv), run)
+    return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj loo``; returns the exit status."""
+    return evaluation.guarded("loo", build_parser().parse_args(argv), run)
+
+
+def run(options: argparse.Namespace) -> Outcome:
     """Train without some samples, and print the correlation for each score file."""
     scores: dict[Path, Any] = {path: load_scores(path) for path in options.scores}
     n = evaluation.agreed("training samples", {str(path): a.shape[0] for path, a in scores.items()})
@@ -64,5 +92,6 @@ def run(options: argparse.Namespace) -> int:
         good &= evaluation.print_correlation("loo", result, path, truth.mean)
         results.append({"scores": str(path), **asdict(result)})
     facts = {"recipe": options.recipe, "removed": removed.tolist(), "n_runs": options.repeats}
-    evaluation.write_results(options, {**facts, "results": results}, options.out)
-    return 0 if good else 1
+    content = {**facts, "results": results}
+    evaluation.write_results(content, options.out)
+    return DONE if good else FAILED, content

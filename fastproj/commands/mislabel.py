@@ -11,15 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from fastproj.commands import evaluation
+from fastproj.commands.arguments import command_parser
+from fastproj.commands.running import DONE, Outcome
 from fastproj.trak.evaluation.metrics import mislabel_auc
 from fastproj.trak.store.scores import load_array
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """``fastproj mislabel``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="fastproj mislabel",
-        description="How well self-influence finds wrong labels: the area under the ROC curve.",
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``fastproj mislabel``."""
+    parser = command_parser(
+        "mislabel",
+        "How well self-influence finds wrong labels that are known: the area under the ROC curve. "
+        "1 is perfect, 0.5 is chance. Python's traker.self_influence() makes the scores.",
+        """
+        fastproj mislabel --scores self_influence.npy --flipped flipped.npy
+        fastproj mislabel --scores self_influence.npy --flipped flipped.npy --json > auc.json
+        """,
     )
     parser.add_argument(
         "--scores",
@@ -31,12 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--flipped", type=Path, required=True, metavar="FILE.npy", help="bool [n]: wrong labels"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the resampling; 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the resampling (default: 0)"
+    )
     evaluation.add_interval(parser)
-    return evaluation.guarded("mislabel", parser.parse_args(argv), run)
+    return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj mislabel``; returns the exit status."""
+    return evaluation.guarded("mislabel", build_parser().parse_args(argv), run)
+
+
+def run(options: argparse.Namespace) -> Outcome:
     """Print the AUC."""
     flipped = load_array(options.flipped)
     values = load_array(options.scores)
@@ -50,7 +64,4 @@ def run(options: argparse.Namespace) -> int:
             "(traker.self_influence())",
             file=sys.stderr,
         )
-    evaluation.write_results(
-        options, {"scores": str(options.scores), "result": asdict(result)}, None
-    )
-    return 0
+    return DONE, {"scores": str(options.scores), "result": asdict(result)}

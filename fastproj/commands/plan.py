@@ -1,156 +1,284 @@
-"""``fastproj info --plan``: the tiles, stages, splits, grid and workspace of a projection by GPU.
-
-Nothing is launched or timed. The same arguments always give the same plan. The functions are those
-by which the backends choose.
-"""
+"""``fastproj plan``: disk, memory and time of a TRAK run, before it is started."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from fastproj.backends import cuda, triton
 from fastproj.checks import check_block
-from fastproj.commands.arguments import size
+from fastproj.commands.arguments import add_json, command_parser, positive
+from fastproj.commands.costs import Layers, Run
+from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
+from fastproj.commands.running import DONE, Outcome, execute
+from fastproj.spec import KINDS
+from fastproj.trak.curvature import CURVATURES, TRAK
 
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "float64": torch.float64,
-    "fp64": torch.float64,
-}
+UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What a plan depends on: the architecture, such as "sm_90", and the multiprocessors."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``fastproj plan``."""
+    parser = command_parser(
+        "plan",
+        "How much disk, memory and time a TRAK run will take on this machine. The sizes are "
+        "arithmetic. The times come from rates that the command measures, in a few seconds, for "
+        "every backend that works here. The model's own forward and backward passes depend on the "
+        "model: measure them for one sample and give --gradient-seconds to have them counted.",
+        """
+        fastproj plan --model-parameters 1.2e8 --samples 5e4 --proj-dim 8192 --kind sjlt
+        fastproj plan --model-parameters 1e6 --samples 1e4 --proj-dim 2048 --checkpoints 10
+        fastproj plan --model-parameters 7e9 --samples 1e5 --proj-dim 4096 --kind sjlt \\
+            --factored 16 --width 4096 --tokens 2048 --json
+        """,
+    )
+    required = parser.add_argument_group("what is asked")
+    required.add_argument(
+        "--model-parameters",
+        type=positive,
+        required=True,
+        metavar="P",
+        help="parameters whose gradients are taken, such as 1.2e8",
+    )
+    required.add_argument(
+        "--samples", type=positive, required=True, metavar="N", help="training samples"
+    )
+    parser.add_argument(
+        "--proj-dim",
+        type=positive,
+        default=2048,
+        metavar="K",
+        help="dimension of the features (default: 2048)",
+    )
+    parser.add_argument(
+        "--kind", choices=KINDS, default="rademacher", help="of random matrix (default: rademacher)"
+    )
+    parser.add_argument(
+        "--block", type=positive, metavar="W", help="of kind sjlt (default: by --proj-dim)"
+    )
+    parser.add_argument(
+        "--targets",
+        type=positive,
+        default=100,
+        metavar="M",
+        help="outputs that are asked about (default: 100)",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        type=positive,
+        default=1,
+        metavar="C",
+        help="trained models that scores are averaged over (default: 1)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=32,
+        metavar="B",
+        help="samples whose gradients are projected together (default: 32)",
+    )
+    parser.add_argument(
+        "--curvature",
+        choices=CURVATURES,
+        default=CURVATURES[0],
+        help='of the loss (default: auto, which is counted as "fisher")',
+    )
+    parser.add_argument(
+        "--full-precision", action="store_true", help="features stored as float32, not float16"
+    )
+    parser.add_argument(
+        "--gradient-seconds",
+        type=seconds,
+        metavar="S",
+        help="time of one sample's gradient, as you measured it",
+    )
+    parser.add_argument(
+        "--factored",
+        type=positive,
+        metavar="R",
+        help="both sides of each linear layer's gradient compressed to R. What "
+        "that costs depends on the layers; see the next two",
+    )
+    parser.add_argument(
+        "--width",
+        type=positive,
+        metavar="D",
+        help="with --factored: assume P / D^2 layers of D x D. Without it, D is "
+        "that of a transformer 64 times as wide as it has blocks",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=512,
+        metavar="T",
+        help="with --factored: tokens a sample (default: 512)",
+    )
+    add_json(parser)
+    return parser
 
-    name: str
-    arch: str
-    multiprocessors: int
 
-    @property
-    def label(self) -> str:
-        """Such as "sm_90, 132 multiprocessors (H100 SXM)"."""
-        return f"{self.arch}, {self.multiprocessors} multiprocessors ({self.name})"
-
-
-# One of each architecture that is built for.
-GPUS = (
-    Gpu("A100", "sm_80", 108),
-    Gpu("RTX 3090", "sm_86", 82),
-    Gpu("L40S", "sm_89", 142),
-    Gpu("H100 SXM", "sm_90", 132),
-    Gpu("B200", "sm_100", 148),
-    Gpu("RTX 5090", "sm_120", 170),
-    Gpu("MI300X", "gfx942", 304),
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One backend on one GPU; ``facts`` is empty where ``reason`` says why there are none."""
-
-    backend: str
-    gpu: Gpu
-    facts: dict[str, str]
-    reason: str = ""
-
-
-def gpus_here() -> list[Gpu]:
-    """The GPUs of this machine, each sort once."""
-    found: list[Gpu] = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        arch = f"sm_{properties.major}{properties.minor}"
-        if torch.version.hip:
-            arch = properties.gcnArchName.split(":")[0]
-        found.append(Gpu(properties.name, arch, properties.multi_processor_count))
-    return list(dict.fromkeys(found))
-
-
-def plans(
-    batch: int,
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
-    kind: str,
-    precision: str,
-    block: int | None = None,
-) -> list[Plan]:
-    """Plans for grads ``[batch, rows]`` to ``cols`` columns, dense and aligned, at row 0 of R.
-
-    There is one for each GPU of GPUS and of this machine, cuda before triton. block : of kind sjlt
-    alone; None stands for the default for ``cols``.
-
-    Raises ValueError for a block that kind sjlt can't have.
-    """
-    block = check_block("fastproj info --plan", kind, block, cols)
-    here = gpus_here()
-    known = [
-        gpu
-        for gpu in GPUS
-        if (gpu.arch, gpu.multiprocessors) not in {(g.arch, g.multiprocessors) for g in here}
-    ]
-    found: list[Plan] = []
-    for gpu in [*here, *known]:
-        if gpu.arch.startswith("sm_"):
-            reason = cuda.not_built() or ""
-            facts = {} if reason else cuda.plan(
-                batch, rows, cols, dtype, kind, precision, block=block,
-                arch=int(gpu.arch[3:]), multiprocessors=gpu.multiprocessors,
-            )  # fmt: skip
-            found.append(Plan("cuda", gpu, facts, reason))
-        facts = triton.plan(
-            batch, rows, cols, dtype, kind, precision, block=block or None,
-            arch=gpu.arch, multiprocessors=gpu.multiprocessors,
-        )  # fmt: skip
-        found.append(Plan("triton", gpu, facts))
-    return found
-
-
-def print_plans(options: argparse.Namespace) -> int:
-    """Print a table for each backend, with a column for each GPU; returns the exit status."""
+def seconds(text: str) -> float:
+    """An argument that must be a time above 0."""
     try:
-        batch, rows, cols = (size(text) for text in options.plan[:3])
-        if options.plan[3] not in DTYPES:
-            raise ValueError(f"received DTYPE {options.plan[3]!r}; expected {', '.join(DTYPES)}")
-        dtype = DTYPES[options.plan[3]]
-        found = plans(batch, rows, cols, dtype, options.kind, options.precision, options.block)
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"received {text!r}; expected seconds, above 0")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj plan``; returns the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    try:
+        options.block = check_block("--block", options.kind, options.block, options.proj_dim)
     except ValueError as refusal:
-        print(f"fastproj info --plan: {refusal}", file=sys.stderr)
-        return 2
-    if options.json:
-        content = [
-            {"backend": plan.backend, **vars(plan.gpu), "facts": plan.facts, "reason": plan.reason}
-            for plan in found
-        ]
-        print(json.dumps(content, indent=2))
-        return 0
-    name = str(dtype).removeprefix("torch.")
-    print(f"B = {batch}, P = {rows}, K = {cols}, {name}, {options.kind}, {options.precision};")
-    print("dense rows that start at multiples of 16 bytes, at row 0 of R")
-    for backend in dict.fromkeys(plan.backend for plan in found):
-        mine = [plan for plan in found if plan.backend == backend]
-        if mine[0].reason:
-            print(f"\n{backend}: {mine[0].reason}")
+        parser.error(str(refusal))
+    if options.width is not None and options.factored is None:
+        parser.error("--width goes with --factored")
+    return execute("plan", options, run)
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Count, measure, print."""
+    whole = Run(
+        options.model_parameters,
+        options.samples,
+        options.proj_dim,
+        options.targets,
+        options.checkpoints,
+        options.curvature != TRAK,
+        not options.full_precision,
+        options.batch,
+    )
+    layers = None
+    if options.factored is not None:
+        layers = Layers.assumed(whole.parameters, options.width, options.tokens)
+    entries = whole.parameters if layers is None else layers.entries(options.factored)
+    began = time.perf_counter()
+    rates = projection_rates(
+        entries, whole.proj_dim, options.kind, options.block or None, whole.batch
+    )
+    product = {dtype: matmul_rate(dtype) for dtype in (torch.float32, torch.float64)}
+    spent = {
+        "finalising": whole.gram_operations()
+        / product[torch.float64 if whole.gram_is_exact() else torch.float32]
+        + whole.solve_operations() / cholesky_rate(),
+        "scoring": whole.score_operations() / product[torch.float32],
+    }
+    measured = time.perf_counter() - began
+    if options.gradient_seconds is not None:
+        spent = {"gradients": options.gradient_seconds * whole.gradients, **spent}
+    if layers is not None:
+        compress = layers.operations(options.factored) * whole.gradients
+        spent = {"compressing both sides": compress / product[torch.float32], **spent}
+    backends = {
+        rate.backend: {
+            "entries_per_second": rate.entries,
+            "seconds": whole.gradients * entries / rate.entries if rate.entries else None,
+            "reason": rate.reason,
+        }
+        for rate in rates
+    }
+    content = {
+        "run": {**vars(whole), "kind": options.kind, "block": options.block},
+        "factored": layers and {"rank": options.factored, **vars(layers), "entries": entries},
+        "disk_bytes": whole.disk(),
+        "disk_bytes_while_finalising": whole.disk_while_finalising(),
+        "memory_bytes": whole.memory(),
+        "stored_matrix_bytes": whole.stored_matrix(),
+        "project_seconds": backends,
+        "seconds": spent,
+        "threads": torch.get_num_threads(),
+    }
+    if not options.json:
+        print_plan(whole, options, layers, entries, backends, spent, measured)
+    return DONE, content
+
+
+def print_plan(
+    whole: Run,
+    options: argparse.Namespace,
+    layers: Layers | None,
+    entries: int,
+    backends: Mapping[str, Mapping[str, Any]],
+    spent: Mapping[str, float],
+    measured: float,
+) -> None:
+    """Three tables, and what they leave out."""
+    block = f" with block {options.block}" if options.block else ""
+    curvature = "fisher" if whole.fisher else "trak"
+    print(
+        f"{whole.parameters:,} parameters, {whole.samples:,} training samples, {whole.targets:,} "
+        f"targets, {whole.checkpoints} checkpoint{'s' * (whole.checkpoints > 1)}\n"
+        f"K = {whole.proj_dim}, {options.kind}{block}, curvature {curvature}, "
+        f"{whole.gradients:,} gradients in all"
+    )
+    if layers is not None:
+        print(
+            f"factored to {options.factored}: assumed are {layers.count:.0f} linear layers of "
+            f"{layers.width} x {layers.width} and {layers.tokens} tokens a sample (--width, "
+            f"--tokens); a gradient then has {entries:,} entries"
+        )
+    disk = whole.disk()
+    print_table("disk", {name: in_bytes(size) for name, size in disk.items()})
+    print_row("in all", in_bytes(sum(disk.values())))
+    if parts := whole.disk_while_finalising():
+        print_row("and while finalising", in_bytes(parts))
+    print_table(
+        "memory, beside the model, Python and torch",
+        {name: in_bytes(size) for name, size in whole.memory().items()},
+    )
+    print("  (gradients: hooks hold one layer's at a time)")
+    print(f"  A stored R would take {in_bytes(whole.stored_matrix())}; none is stored.")
+    threads = torch.get_num_threads()
+    print_table(
+        f"time on this machine, {threads} thread{'s' * (threads > 1)} (rates measured in "
+        f"{measured:.1f} s)",
+        {name: in_time(value) for name, value in spent.items()},
+    )
+    print("  projecting, by backend")
+    for name, found in backends.items():
+        if found["seconds"] is None:
+            print(f"    {name:<32}not usable: {found['reason']}")
             continue
-        heads = [[plan.gpu.arch for plan in mine], [plan.gpu.name for plan in mine]]
-        cells = [("", *heads[0]), (backend, *heads[1])]
-        cells.append(("multiprocessors", *(str(plan.gpu.multiprocessors) for plan in mine)))
-        facts = dict.fromkeys(fact for plan in mine for fact in plan.facts)
-        cells += [(fact, *(plan.facts.get(fact, "-") for plan in mine)) for fact in facts]
-        widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-        print()
-        for row in cells:
-            line = "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-            print(line.rstrip())
-    return 0
+        rate = f"{found['entries_per_second']:.2g} entries of G a second"
+        print(f"    {name:<32}{in_time(found['seconds']):<12} {rate}")
+    left_out = ["reading and writing files"]
+    if options.gradient_seconds is None:
+        left_out.insert(0, "the model's forward and backward passes (--gradient-seconds)")
+    print(f"\nNot counted: {', '.join(left_out)}.")
+
+
+def print_table(title: str, rows: Mapping[str, str]) -> None:
+    """A title, and a row for each entry."""
+    print(f"\n{title}")
+    for name, value in rows.items():
+        print_row(name, value)
+
+
+def print_row(name: str, value: str) -> None:
+    """Two columns."""
+    print(f"  {name:<34}{value}")
+
+
+def in_bytes(count: float) -> str:
+    """Such as "819 MB", in powers of 1000."""
+    unit = 0
+    while count >= 999.5 and unit < len(UNITS) - 1:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {UNITS[unit]}"
+
+
+def in_time(value: float) -> str:
+    """Such as "3.4 s", "12 min", "1.5 h", "40 days" or "7 years"."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (172800, 3600, "h")):
+        if value < limit:
+            return f"{value / unit:.2g} {name}"
+    days = value / 86400
+    return f"{days:,.0f} days" if days < 1000 else f"{days / 365.25:,.0f} years"

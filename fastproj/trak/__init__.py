@@ -53,7 +53,7 @@ except ModuleNotFoundError as error:
     if missing not in ("safetensors", "tqdm"):
         raise
     raise ModuleNotFoundError(
-        f"fastproj.trak needs {missing}: pip install 'fastproj[trak]'", name=missing
+        f"fastproj.trak needs {missing}: pip install 'torch-fastproj[trak]'", name=missing
     ) from error
 
 __all__ = [

@@ -198,9 +198,10 @@ def prepare(
     if not isinstance(batch, tuple) and (isinstance(batch, Mapping) or holds_samples(batch)):
         batch = (batch,)
     if not isinstance(batch, Sequence) or isinstance(batch, str | bytes):
-        received = describe(batch) if isinstance(batch, Tensor) else type(batch).__name__
+        one = isinstance(batch, Tensor)
+        received = describe(batch) if one else f"a batch of type {type(batch).__name__}"
         raise TypeError(
-            f"{function}: received a batch of type {received}; expected a tuple or list such as "
+            f"{function}: received {received}; expected a tuple or list such as "
             "(images, labels), or a dict; a single input goes in as (input,)"
         )
     if not isinstance(batch, tuple):
@@ -269,7 +270,12 @@ def check_shapes(function: str, tensors: list[Tensor], cure: str) -> None:
 
 def check_layout(function: str, t: Tensor) -> None:
     """Raise TypeError unless a tensor is dense."""
-    if t.layout != torch.strided or t.is_nested:
+    if t.is_nested:
+        raise TypeError(
+            f"{function}: received a batch with a nested tensor; expected a list with one tensor "
+            "for each sample (list(t.unbind()))"
+        )
+    if t.layout != torch.strided:
         raise TypeError(
             f"{function}: received a batch with a tensor of layout {t.layout}; expected "
             "dense tensors (to_dense() makes one of a sparse one)"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak.files import tensor_digest
-from fastproj.trak.fingerprints import combined_digest, model_digests
+from fastproj.trak.fingerprints import combined_digest, model_digests, quick_sums
 from fastproj.trak.tasks.base import COPYING, SMALL_BYTES
 
 COPIED_BYTES = 1 << 26  # of buffers kept to be put back, the smallest first
@@ -152,9 +152,14 @@ def hint(checkpoint: Mapping[str, Any], missing: list[str], unknown: list[str]) 
     for key in ("state_dict", "model_state_dict", "model"):
         if key in unknown and isinstance(checkpoint[key], Mapping):
             return f" (checkpoint[{key!r}]?)"
-    for prefix in ("module.", "_orig_mod."):
-        if missing and {prefix + key for key in missing} <= set(unknown):
-            return f" (its keys begin with {prefix!r}, of a wrapped model: remove that)"
+    for longer, shorter, cure in (
+        (unknown, missing, "its keys begin with {!r}: remove that"),
+        (missing, unknown, "the model's keys begin with {!r}: give the model that is inside of it"),
+    ):
+        for key in longer if shorter else ():
+            prefix = key.removesuffix(shorter[0])
+            if prefix != key and {prefix + name for name in shorter} <= set(longer):
+                return f" ({cure.format(prefix)})"
     return ""
 
 
@@ -165,6 +170,9 @@ Versions = dict[str, tuple[int, int]]
 
 class LoadedModel:
     """A model with a loaded checkpoint, which must not change while features are made.
+
+    Writes that PyTorch counts are noticed at every call of the model, those that it doesn't (by
+    ``p.data`` or numpy) by a checksum of all values before anything of a batch is kept.
 
     Rows of an ``nn.Embedding(max_norm=)`` are scaled down to that norm here. Its forward would do
     so with the rows that it looks up, and is kept from writing to them.
@@ -182,7 +190,8 @@ class LoadedModel:
         settle_norms(model)
         self._hashes = model_digests(model)
         self.digest = combined_digest(self._hashes)
-        self._versions = versions(model)
+        self._versions = versions(named_tensors(model))
+        self._places = places(model)
         self._persistent = set(model.state_dict())
         self._written: set[str] = set()  # buffers, by the model's own forward
         self._copies: dict[str, Tensor] = {}
@@ -191,13 +200,25 @@ class LoadedModel:
             room -= t.nbytes
             if room >= 0:
                 self._copies[name] = t.detach().clone()
+        self._sums = {
+            False: quick_sums(self._small_buffers()),
+            True: quick_sums(named_tensors(model)),
+        }
+
+    def moved(self) -> bool:
+        """Whether what holds the checkpoint is not what held it when this was asked before.
+
+        Other parameters, buffers, modules or memory: what was kept of the model is then stale.
+        """
+        before, self._places = self._places, places(self.model)
+        return before != self._places
 
     def check(self, function: str, run: Callable[[], Any]) -> None:
         """Raise ValueError if the model is no longer the checkpoint that was loaded.
 
         run : calls the model once, to see which buffers it writes to by itself.
         """
-        changed = self._changed()
+        changed = self._changed(False)
         if set(changed) <= self._written:
             self._put_back(changed)
         elif set(changed) <= set(self._copies):
@@ -205,7 +226,7 @@ class LoadedModel:
             self._put_back(changed)
             token = COPYING.set(False)
             try:
-                with self.guarded(function), torch.no_grad():
+                with self.guarded(function, False), torch.no_grad():
                     run()
             finally:
                 COPYING.reset(token)
@@ -216,21 +237,24 @@ class LoadedModel:
             raise self._changed_since(function, changed)
 
     @contextmanager
-    def guarded(self, function: str) -> Iterator[None]:
+    def guarded(self, function: str, every: bool) -> Iterator[None]:
         """Within the block the model is called; what it writes to by itself is put back.
 
         Raises ValueError where its forward changes parameters.
+
+        every : whether to look at all values then, as has to be done before anything is kept.
         """
         changed: list[str] = []
         try:
             with no_renorm(self.model):
                 yield
         finally:
-            changed = self._changed()
+            changed = self._changed(every)
             for name in [name for name in changed if name not in self._hashes]:
                 made = named_tensors(self.model)[name].detach()  # by its first forward
                 self._hashes[name], self._copies[name] = tensor_digest(made), made.clone()
-            caches = [name for name in changed if name in self._copies]
+            counted = self._counted(changed)
+            caches = [name for name in counted if name in self._copies]
             self._put_back(caches)
         for name in caches:
             if name not in self._written:
@@ -243,51 +267,45 @@ class LoadedModel:
                 )
         rest = [name for name in changed if name not in caches]
         if rest:
-            raise ValueError(
-                f"{function}: {listed(rest)} of the model have been changed by its own forward, "
-                "in eval mode: the features would be those of another model than the checkpoint. "
-                "Nothing of the batch was kept; expected a forward that leaves them as they are, "
-                "or a checkpoint taken after one (model.state_dict(), where a second forward "
-                "changes nothing more)"
-            )
+            raise self._changed_within(function, rest, [n for n in rest if n in counted])
 
-    def _changed(self) -> list[str]:
-        """The names of parameters and buffers that are not as they were loaded."""
-        now = versions(self.model)
-        small = self._small_buffers()
-        if now == self._versions and self._same(small):
-            return []
+    def _changed(self, every: bool) -> list[str]:
+        """The names of parameters and buffers that are not as they were loaded.
+
+        every : whether all that PyTorch counts no write to is looked at, or small buffers alone.
+        """
         tensors = named_tensors(self.model)
-        names = []
-        for name in {**self._versions, **now}:
-            if now.get(name) == self._versions.get(name) and name not in small:
-                continue
-            if name not in tensors or tensor_digest(tensors[name]) != self._hashes.get(name):
-                names.append(name)
-        if not names:
-            self._versions = now  # loaded again, by another TRAKer
-        return names
+        now = versions(tensors)
+        sums = quick_sums(tensors if every else self._small_buffers())
+        suspects = {name for name, _ in now.items() ^ self._versions.items()}
+        for names, _ in sums.items() ^ self._sums[every].items():
+            suspects.update(names)
+        if not suspects:
+            return []
+        changed = [
+            name
+            for name in {**self._versions, **now}
+            if name in suspects
+            and (name not in tensors or tensor_digest(tensors[name]) != self._hashes.get(name))
+        ]
+        if not changed:  # the same values: loaded again, by another TRAKer
+            self._versions, self._sums[every] = now, sums
+        return changed
+
+    def _counted(self, changed: list[str]) -> list[str]:
+        """Those of the changed names that would have been noticed before the model was called."""
+        now, small = versions(named_tensors(self.model)), self._small_buffers()
+        return [
+            name for name in changed if name in small or now.get(name) != self._versions.get(name)
+        ]
 
     def _small_buffers(self) -> dict[str, Tensor]:
-        """The buffers that are compared by value: their version doesn't show what batch norm writes
-        to them.
-        """
+        """The buffers that a forward may well write to, as batch norm does with no new version."""
         return {
-            name: t.detach()
+            name: t
             for name, t in self.model.named_buffers()
             if name in self._copies and t.nbytes <= SMALL_BYTES
         }
-
-    def _same(self, buffers: dict[str, Tensor]) -> bool:
-        """Whether these buffers have the values that they were loaded with."""
-        groups: dict[Any, list[str]] = {}
-        for name, t in buffers.items():
-            groups.setdefault((t.device, t.dtype), []).append(name)
-        return all(
-            all(buffers[name].shape == self._copies[name].shape for name in names)
-            and same_bits(joined(buffers, names), joined(self._copies, names))
-            for names in groups.values()
-        )
 
     def _put_back(self, names: Collection[str], values: Mapping[str, Tensor] | None = None) -> None:
         """Give buffers the values that they had, or others."""
@@ -298,14 +316,36 @@ class LoadedModel:
             if kept is None:  # it was gone
                 buffers[own] = None
                 continue
-            if here is None or here.shape != kept.shape or here.dtype != kept.dtype:
+            alike = here is not None and (here.shape, here.dtype) == (kept.shape, kept.dtype)
+            if here is None or not alike or 0 in here.stride():  # entries share memory
                 buffers[own] = kept.clone()
             else:
                 with torch.no_grad():
                     here.copy_(kept)
-        now = versions(self.model)
+        now = versions(named_tensors(self.model))
         if values is None:
             self._versions.update({name: now[name] for name in names})
+
+    def _changed_within(self, function: str, changed: list[str], counted: list[str]) -> ValueError:
+        """The message about what is no longer the checkpoint's after the model was called."""
+        if counted:
+            said, expected = (
+                "been changed by its own forward, in eval mode: the features would be those of "
+                "another model than the checkpoint",
+                "a forward that leaves them as they are",
+            )
+        else:
+            said, expected = (
+                "changed since the checkpoint was loaded, by writes that PyTorch doesn't count "
+                "(through .data or numpy)",
+                "load_checkpoint or start_scoring_checkpoint of it after every change, and a "
+                "forward that leaves them as they are",
+            )
+        return ValueError(
+            f"{function}: {listed(counted or changed)} of the model have {said}. Nothing of the "
+            f"batch was kept; expected {expected}, or a checkpoint taken after one "
+            "(model.state_dict(), where a second forward changes nothing more)"
+        )
 
     def _changed_since(self, function: str, changed: list[str]) -> ValueError:
         """The message about a model that is no longer the checkpoint that was loaded."""
@@ -331,30 +371,24 @@ def listed(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
-def joined(tensors: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    """Several tensors in one row."""
-    return torch.cat([tensors[name].reshape(-1) for name in names])
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, NaN equal to NaN."""
-    return torch.equal(a, b) or (
-        a.is_floating_point()
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.nan_to_num(), b.nan_to_num())
-    )
-
-
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def versions(model: nn.Module) -> Versions:
-    """Facts about each parameter and buffer that change where it is replaced or written to."""
+def versions(tensors: Mapping[str, Tensor]) -> Versions:
+    """Facts about each tensor that change where it is replaced or written to."""
+    return {name: (id(t), 0 if t.is_inference() else t._version) for name, t in tensors.items()}
+
+
+def places(model: nn.Module) -> set[tuple[str, int, int, int]]:
+    """Where the parameters and buffers are: their modules, objects and memory."""
     return {
-        name: (id(t), 0 if t.is_inference() else t._version)
-        for name, t in named_tensors(model).items()
+        (f"{path}.{name}", id(module), id(t), t.data_ptr())
+        for path, module in model.named_modules()
+        for own in (module._parameters, module._buffers)
+        for name, t in own.items()
+        if t is not None
     }
 
 

@@ -19,7 +19,8 @@ from fastproj.trak.tasks import Terms, has_likelihood
 
 FISHER, TRAK = "fisher", "trak"
 CURVATURES = (AUTO, FISHER, TRAK)
-RUN = 16  # samples that follow one another are drawn for together: batches split into few sizes
+RUNS = 16, 64  # samples that follow one another are drawn for together: few batches are split.
+LEAST_RUNS = 16  # of which there are at least so many, before they get longer
 PER_DIM = 2  # samples that are drawn for, for each dimension of the features
 SALT = 0x46697368  # of random numbers for drawing: not those of the projection
 MASK = 0xFFFFFFFF
@@ -99,17 +100,19 @@ class Draws:
         self.n = n
         self.draws = fisher.draws
         self.key = (seed & MASK) ^ SALT, seed >> 32
-        runs = -(-n // RUN)
         wanted = min(n, PER_DIM * proj_dim if fisher.samples is None else fisher.samples)
+        least, most = RUNS
+        self.run = min(max(1 << (wanted // LEAST_RUNS).bit_length() >> 1, least), most)
+        runs, count = -(-n // self.run), -(-wanted // self.run)
         self._chosen = np.ones(runs, np.bool_)
-        count = -(-wanted // RUN)
-        if count < runs:
-            numbers = np.arange(runs, dtype=np.uint64)
-            words = philox4x32_10((numbers & MASK, numbers >> 32, MASK, MASK), self.key)
-            order = np.argsort((words[0] << np.uint64(32)) | words[1], kind="stable")
-            self._chosen[order[count:]] = False
-        sizes = np.full(runs, RUN)
-        sizes[-1] = n - RUN * (runs - 1)
+        if count < runs:  # at equal distances, for samples may be sorted; the first one at random
+            zero = np.zeros(1, np.uint64)
+            (word, *_) = philox4x32_10((zero, zero, zero + MASK, zero + MASK), self.key)
+            places = (np.arange(count) + float(word[0]) * 2.0**-32) * runs / count
+            self._chosen[:] = False
+            self._chosen[places.astype(np.int64)] = True
+        sizes = np.full(runs, self.run)
+        sizes[-1] = n - self.run * (runs - 1)
         self.count = int(sizes[self._chosen].sum())
 
     def describe(self) -> str:
@@ -118,7 +121,7 @@ class Draws:
 
     def chosen(self, inds: Indices) -> npt.NDArray[np.bool_]:
         """Which of the samples ``inds`` [b] rows are drawn for."""
-        return self._chosen[inds // RUN]
+        return self._chosen[inds // self.run]
 
     def rows(self, inds: Indices) -> Indices:
         """The numbers of the rows of samples ``inds`` [b], int64 [b, d]."""

@@ -239,7 +239,6 @@ class TRAKer:
             save_dir,
             {
                 "spec_version": SPEC_VERSION,
-                "projector": f"{type(projector).__module__}.{type(projector).__qualname__}",
                 "seed": seed,
                 **matrix_of(projector),
                 "proj_dim": self.proj_dim,
@@ -359,11 +358,15 @@ class TRAKer:
         load_state(function, self.model, checkpoint, strict, self.gradient_names)
         self.model.eval()
         self._loaded = LoadedModel(self.model)
+        self._use_model()
+        self._last_ind = 0
+        return model_id
+
+    def _use_model(self) -> None:
+        """Let the gradient computers take up what the model holds."""
         self.gradient_computer.load_model_params(self.model)
         if self.fisher is not None:
             self._training_computer.load_model_params(self.model)
-        self._last_ind = 0
-        return model_id
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -419,12 +422,12 @@ class TRAKer:
         if new.any() and self._draws is not None:
             self._featurize_fisher(self._draws, model_id, batch, inds, content, new)
         elif new.any():
-            with self._loaded.guarded("featurize"):
+            with self._loaded.guarded("featurize", False):
                 q = self._out_to_loss(batch)  # of the whole batch: a task may compare its samples
             if done.any():
                 rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
                 batch, q = batches.select(batch, rows), q[rows]
-            with self._loaded.guarded("featurize"):
+            with self._loaded.guarded("featurize", True):
                 (features,) = self._features(batch, model_id, inds[new])
             check_finite("featurize", "Q", q, inds[new])
             self._write(model_id, inds[new], content[new], features, q)
@@ -444,7 +447,7 @@ class TRAKer:
         noise = draws.noise(model_id, inds, self.task.num_predictions(batch)).to(self.device)
         if not chosen.any():
             noise = noise[:, :0]
-        with self._loaded.guarded("featurize"), self._own_dtype():
+        with self._loaded.guarded("featurize", False), self._own_dtype():
             # Of the whole batch: a task may compare its samples.
             terms = self._training_computer.compute_terms((*batch, noise))
         check_terms(terms, len(inds), inds)
@@ -457,7 +460,7 @@ class TRAKer:
             samples = *batch, noise if own or not terms.drawn.shape[1] else noise[:, :0]
             if not part.all():  # else it is the batch that the terms are of
                 samples = batches.select(samples, places)
-            with self._loaded.guarded("featurize"):
+            with self._loaded.guarded("featurize", part is parts[-1]):
                 features, *rows = self._features(samples, model_id, inds[part], training=True)
             on_trust = self._training_computer.on_trust
             made.append((inds[part], content[part], places, features, rows, on_trust))
@@ -551,6 +554,8 @@ class TRAKer:
             self.task.check_batch(prepared)
         if size:
             self._loaded.check(function, lambda: self._out_to_loss(prepared))
+            if self._loaded.moved():
+                self._use_model()
         return prepared, size
 
     def _check_content(
@@ -836,9 +841,9 @@ class TRAKer:
             if not new.all():
                 rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
                 batch = batches.select(batch, rows)
-            with self._loaded.guarded("score"):
+            with self._loaded.guarded("score", False):
                 self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
-            with self._loaded.guarded("score"):
+            with self._loaded.guarded("score", True):
                 (features,) = self._features(batch, model_id, inds[new])
             self._write(model_id, inds[new], content[new], features, exp_name=exp_name)
         self._advance(num_samples, inds)
@@ -872,7 +877,7 @@ class TRAKer:
             )
         if per not in ("module", "token"):
             raise ValueError(f"score: received per={per!r}; expected 'module' or 'token'")
-        with self._loaded.guarded("score"), self._own_dtype():
+        with self._loaded.guarded("score", True), self._own_dtype():
             self._out_to_loss(batch)
             if per == "module":
                 parts = project_modules(computer, batch, self.projector, model_id)
@@ -896,7 +901,7 @@ class TRAKer:
             weights = target_weights(self.saver, model_id, exp_name, columns, self._solution)
             self._target_weights = key, weights.to(self.score_computer.device)
         inds = np.arange(size)
-        with self._loaded.guarded("score"), self._own_dtype():
+        with self._loaded.guarded("score", True), self._own_dtype():
             if self._draws is None:
                 q = self._out_to_loss(batch)
                 (features,) = self._features(batch, model_id, inds)

@@ -106,10 +106,14 @@ def default_kind(proj_dim: SupportsIndex, block: SupportsIndex | None) -> str:
 
 
 def matrix_of(projector: Any) -> dict[str, Any]:
-    """The kind of a projector's matrix, and its block and factoring where it has them."""
+    """What is stored of a projector: its class, its matrix, and what it does before that."""
     kind = getattr(projector, "kind", getattr(projector, "proj_type", "unknown"))
     block = getattr(projector, "block", None)
-    found = {"kind": str(getattr(kind, "value", kind))}
+    made = type(getattr(projector, "outer", projector))  # factored ones have another key beside
+    found = {
+        "projector": f"{made.__module__}.{made.__qualname__}",
+        "kind": str(getattr(kind, "value", kind)),
+    }
     extra = {"block": block, "factored": getattr(projector, "factored", None)}
     return {**found, **{name: int(n) for name, n in extra.items() if n is not None}}
 
@@ -177,8 +181,10 @@ def check_indices(function: str, inds: Indices, size: int, total: int) -> None:
         )
     if len(inds) and (inds.min() < 0 or inds.max() >= total):
         bad = inds[(inds < 0) | (inds >= total)]
+        start = "load_checkpoint" if function == "featurize" else "start_scoring_checkpoint"
         raise ValueError(
-            f"{function}: received sample {bad[0]}; expected 0 <= index < {declared} = {total}"
+            f"{function}: received sample {bad[0]}; expected 0 <= index < {declared} = {total} "
+            f"(num_samples counts on from the last call; {start} starts at 0 again)"
         )
     values, counts = np.unique(inds, return_counts=True)
     if len(values) != len(inds):

@@ -30,7 +30,7 @@ def amx_emulator(tmp_path_factory) -> ctypes.CDLL:
     return emulator
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "amx"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx", "neon"])
 def isa(request, monkeypatch) -> str:
     """Calls in the test run on this instruction set."""
     name = request.param

@@ -11,11 +11,12 @@ import torch
 
 from bench import lds, record
 from bench.battery import PROBLEMS, summary, training
-from bench.battery.providers import PROVIDERS, bm25, cosine, traker
+from bench.battery.providers import PROVIDERS, bm25, cosine, traker, trakpkg
 from bench.battery.providers.job import Found, Job
 from bench.battery.sentences import facts
 from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
+from fastproj.trak.tasks import has_likelihood
 
 SMALL = {"n": 160, "targets": 20}
 
@@ -147,6 +148,43 @@ def test_the_sweep_is_traks_formula(tmp_path: Path) -> None:
         assert (found.setting, found.checkpoints) == (0.1, 2)
         np.testing.assert_allclose(found.scores, expected * q[:, None], rtol=1e-6, atol=1e-12)
         np.testing.assert_allclose(found.own, own * q, rtol=1e-6)
+
+
+def test_trak_is_scored_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default is lambda 0, which is the sweep's limit; where k > n, XtX is singular."""
+    pytest.importorskip("trak")
+    monkeypatch.setattr(trakpkg, "SWEEP", (1e-9, 1.0))
+    problem = small("diabetes")
+    checkpoints = training.checkpoints(problem, 2, tmp_path)
+    for k in (8, 256):
+        job = Job(problem, checkpoints, [1, 2], k, "", str(tmp_path / str(k)))
+        own, *sweep = list(trakpkg.scores(job))[-3:]
+        assert (own.provider, own.checkpoints) == ("trak", 2)
+        assert [(one.setting, one.checkpoints) for one in sweep] == [(1e-9, 2), (1.0, 2)]
+        assert all(np.isfinite(one.scores).all() for one in sweep)
+        if k < problem.n:
+            scale = np.abs(own.scores).max()
+            np.testing.assert_allclose(own.scores, sweep[0].scores, rtol=0, atol=1e-3 * scale)
+            assert np.abs(own.scores - sweep[1].scores).max() > 0.1 * scale
+
+
+def test_a_regression_tells_its_likelihood() -> None:
+    problem = small("auto_mpg")
+    task = problem.question.task(AbstractModelOutput)
+    assert has_likelihood(task)
+    model = problem.model()
+    weights = dict(model.named_parameters())
+    q = task.get_out_to_loss_grad(model, weights, {}, problem.samples)
+    output = problem.question.output(model, weights, problem.samples)
+    torch.testing.assert_close(q, problem.samples[1] - output)
+
+
+def test_results_are_gone_on_from() -> None:
+    base = {"k": 8, "checkpoints": 1, "provider": "default"}
+    old = [{**base, "problem": name, "output": 0.1} for name in ("digits", "wine")]
+    new = [{**base, "problem": name, "output": 0.2} for name in ("wine", "mnist")]
+    found = [(row["problem"], row["output"]) for row in lds.merged(old, new)]
+    assert found == [("digits", 0.1), ("mnist", 0.2), ("wine", 0.2)]
 
 
 def test_cosines_are_of_loss_and_output(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert backend["usable"] == (backend["reason"] == "")
 
 
-def test_plan_is_a_table_for_each_gpu_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["info", "--plan", "64", "1e7", "4096", "bf16"]
+def test_launch_is_a_table_for_each_gpu_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["info", "--launch", "64", "1e7", "4096", "bf16"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "B = 64, P = 10000000, K = 4096, bfloat16, rademacher, highest" in out
@@ -40,12 +40,12 @@ def test_plan_is_a_table_for_each_gpu_backend(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == out
 
 
-def test_plan_as_json_holds_what_the_kernels_choose(capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_as_json_holds_what_the_kernels_choose(capsys: pytest.CaptureFixture[str]) -> None:
     from fastproj.backends import cuda
 
     words = ["--json", "--kind", "gaussian", "--precision", "high"]
-    assert cli.main(["info", "--plan", "33", "10**6", "512", "fp32", *words]) == 0
-    plans = json.loads(capsys.readouterr().out)
+    assert cli.main(["info", "--launch", "33", "10**6", "512", "fp32", *words]) == 0
+    plans = json.loads(capsys.readouterr().out)["launches"]
     for plan in plans:
         facts = plan["facts"]
         if plan["backend"] == "cuda" and cuda.not_built():
@@ -70,27 +70,33 @@ def test_plan_as_json_holds_what_the_kernels_choose(capsys: pytest.CaptureFixtur
         (["1", "10", "10", "int8"], "received DTYPE 'int8'; expected float32, fp32"),
     ],
 )
-def test_plan_names_a_wrong_word(
+def test_launch_names_a_wrong_word(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["info", "--plan", *words]) == 2
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["info", "--launch", *words])
+    assert caught.value.code == 2
     assert said in capsys.readouterr().err
 
 
-def test_plan_of_the_sparse_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_launch_of_the_sparse_kind(capsys: pytest.CaptureFixture[str]) -> None:
     """Its block is passed on to both backends; one that can't be is refused."""
-    shape = ["info", "--json", "--plan", "8", "10**6", "4096", "bf16", "--kind", "sjlt"]
+    shape = ["info", "--json", "--launch", "8", "10**6", "4096", "bf16", "--kind", "sjlt"]
     assert cli.main(shape) == 0
-    default = json.loads(capsys.readouterr().out)
+    default = json.loads(capsys.readouterr().out)["launches"]
     assert cli.main([*shape, "--block", "64"]) == 0
-    other = json.loads(capsys.readouterr().out)
+    other = json.loads(capsys.readouterr().out)["launches"]
     for backend in ("cuda", "triton"):
         facts = [
             [plan["facts"] for plan in plans if plan["backend"] == backend and not plan["reason"]]
             for plans in (default, other)
         ]
         assert facts[0] != facts[1] or not facts[0], backend
-    assert cli.main([*shape, "--block", "48"]) == 2
-    assert "expected a power of two from 16 to 65536" in capsys.readouterr().err
-    assert cli.main([*shape[:-1], "gaussian", "--block", "64"]) == 2
-    assert "only kind='sjlt' has a block" in capsys.readouterr().err
+    for words, said in (
+        ([*shape, "--block", "48"], "expected a power of two from 16 to 65536"),
+        ([*shape[:-1], "gaussian", "--block", "64"], "only kind='sjlt' has a block"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err

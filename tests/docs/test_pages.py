@@ -240,6 +240,7 @@ PLACE = re.compile(rf"(?<![\w./-])((?:{'|'.join(CODE)}|\.ci|\.github)/[\w./*<>-]
 # Files that a reader writes, a command makes, or another package has.
 ELSEWHERE = {
     "recipe.py", "script.py", "train.py", "trouble.py", "log.txt",
+    "passages.txt", "questions.txt", "captions.txt", "tokens.json",
     "checkpoint.json", "metadata.json", "solve.json", "results.json", "retrain.json",
     "retrained.json", "distrusted.json", "preflight.json", "fastproj/_build_info.py",
     "bench/results/<day>-<commit>-project-gpu.json",

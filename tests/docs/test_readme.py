@@ -17,10 +17,14 @@ def test_python_blocks_run_in_order() -> None:
         exec(compile(block, "README.md", "exec"), scope)
 
 
+def test_it_fits_two_screens() -> None:
+    assert README.count("\n") <= 100
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = set(re.findall(r"\bmake ([a-z-]+)", README))
-    assert {"demo", "docs", "gpu"} <= named
+    assert {"demo", "docs"} <= named
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 

@@ -94,6 +94,11 @@ class Venv:
         pip = (sys.executable, "-m", "pip", "--python", self.python, "install", "--no-deps")
         return run(*pip, *what, cwd=self.elsewhere, env=env)
 
+    def uninstall(self, name: str) -> str:
+        """pip's output of removing a distribution."""
+        pip = (sys.executable, "-m", "pip", "--python", self.python, "uninstall", "-y")
+        return run(*pip, name, cwd=self.elsewhere)
+
     def run(self, *arguments: str | Path, env: dict[str, str] | None = None) -> str:
         """Output of this environment's Python, run far from the sources."""
         return run(self.python, *arguments, cwd=self.elsewhere, env=env).strip()

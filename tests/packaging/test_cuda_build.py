@@ -23,7 +23,7 @@ VARIABLES = ("FASTPROJ_CUDA", "FASTPROJ_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CU
 def _nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(build_native, "find_compiler", lambda: ["c++"])
+    monkeypatch.setattr(build_native, "find_compiler", lambda variable="CXX": ["c++"])
 
 
 def nvcc(
@@ -137,9 +137,33 @@ def test_it_is_built_wherever_an_nvcc_is_found(
     assert list(module.archs) == ["80", "86", "89", "90a", "100", "120+PTX"]
     device = {unit.source.stem for unit in module.units if unit.source.suffix == ".cu"}
     assert device == {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    assert list(module.link[-2:]) == ["-cudart", "static"]
+    assert "-lcudart_static" in module.libraries
     monkeypatch.setenv("FASTPROJ_CUDA", "0")
     assert "on request" in skipped().reason
+
+
+def test_nothing_that_calls_the_cpp_library_is_compiled_by_the_compiler_of_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be another one than that of CXX, which links."""
+    nvcc(tmp_path, monkeypatch)
+    compilers = {"CXX": ["new++"], build_native.KERNEL_CXX: ["fast++"]}
+    monkeypatch.setattr(build_native, "find_compiler", lambda variable="CXX": compilers[variable])
+    cpu, cuda = build_native.cpu_module("0"), build_native.cuda_module("0")
+    assert isinstance(cpu, build_native.Module)
+    assert isinstance(cuda, build_native.Module)
+    for unit in cpu.units:
+        kernel = unit.source.stem.startswith("isa_")
+        assert unit.command[0] == ("fast++" if kernel else "new++"), unit.source
+    for unit in cuda.units:
+        if unit.source.stem in ("launch", "bindings"):
+            assert unit.command[0] == "new++"
+        else:
+            at = list(unit.command).index("-ccbin")
+            assert unit.command[at + 1] == "fast++"
+    assert cpu.link[0] == cuda.link[0] == "new++"
+    archs = [word for unit in cuda.units for word in unit.command if "__CUDA_ARCH_LIST__" in word]
+    assert archs == ["-D__CUDA_ARCH_LIST__=800,860,890,900,1000,1200"]
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_missing_package_is_named(package):
     code = f"import sys; sys.modules[{package!r}] = None; import fastproj; fastproj.TRAKer"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stderr.strip().endswith(
-        f"fastproj.trak needs {package}: pip install 'fastproj[trak]'"
+        f"fastproj.trak needs {package}: pip install 'torch-fastproj[trak]'"
     )
 
 
@@ -254,7 +254,7 @@ def test_order_of_calls(tmp_path, model, train):
 @pytest.mark.parametrize(
     ("batch", "kind", "message"),
     [
-        (torch.zeros(4, 1, 5, 5), TypeError, r"batch of type \[4, 1, 5, 5\] float32"),
+        (torch.zeros(4, 1, 5, 5), TypeError, r"received \[4, 1, 5, 5\] float32 on cpu"),
         ({"x": torch.zeros(4, 1, 5, 5)}, ValueError, "dict of x"),
         ("images", TypeError, "type str; expected a tuple or list such as .* or a dict"),
         ((torch.zeros(4, 1, 5, 5), [0, 1, 2, 3]), TypeError, r"list of int.*as_tensor\(labels\)"),
@@ -591,7 +591,12 @@ def test_whole_tables_are_taken_where_grad_wrt_leaves_them_out(tmp_path, train):
         (
             lambda state: {f"module.{key}": t for key, t in state.items()},
             ValueError,
-            "begin with 'module.', of a wrapped model",
+            "its keys begin with 'module.': remove that",
+        ),
+        (
+            lambda state: {f"net.body.{key}": t for key, t in state.items()} | {"a.b": state},
+            ValueError,
+            "its keys begin with 'net.body.': remove that",
         ),
         (
             lambda state: {key: t.numpy() for key, t in state.items()},
@@ -605,6 +610,26 @@ def test_checkpoints_that_hold_something_else(traker, model, make, kind, message
     with pytest.raises(kind, match=message):
         traker.load_checkpoint(make(model.state_dict()), 0)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_checkpoints_of_a_model_that_is_wrapped_now(tmp_path, model):
+    wrapped = nn.Sequential(model)
+    with pytest.raises(ValueError, match=r"the model's keys begin with '0\.': give the model that"):
+        cases.make(wrapped, tmp_path, N).load_checkpoint(model.state_dict(), 0)
+    cases.make(wrapped[0], tmp_path / "inside", N).load_checkpoint(model.state_dict(), 0)
+
+
+def test_a_nested_tensor_goes_in_as_a_list(traker):
+    images = torch.nested.nested_tensor([torch.zeros(1, 5, n) for n in (5, 6)])
+    with pytest.raises(TypeError, match=r"nested tensor; expected .* \(list\(t\.unbind\(\)\)\)"):
+        traker.featurize((images, torch.tensor([0, 1])), num_samples=2)
+
+    def first(model, batch):
+        return torch.stack([model(x[None, ..., :5])[0, 0] for x in batch[0]])
+
+    own = TRAKer(traker.model, first, N, traker.save_dir / "own", proj_dim=8, device="cpu")
+    own.load_checkpoint(traker.model.state_dict(), 0)
+    own.featurize((list(images.unbind()), torch.tensor([0, 1])), num_samples=2)
 
 
 def test_numbers_of_checkpoints_and_of_samples_that_are_none(traker, model, train):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 import warnings
 from collections import UserDict, namedtuple
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,7 +23,7 @@ from fastproj import TRAKer
 from fastproj.trak import (
     AbstractModelOutput,
     BatchedModelOutput,
-    FunctionModelOutput,
+    ImageClassificationModelOutput,
     StoreMismatchError,
     batches,
     progress,
@@ -106,21 +108,69 @@ def test_labels_of_every_form_get_a_hint_that_can_be_obeyed(task, labels, cure, 
     task.check_batch(({"inputs": inputs, "labels": obeyed},))
 
 
-def test_the_task_that_the_message_gives_for_one_logit_is_right(tmp_path):
+@pytest.mark.parametrize(
+    "kind", ["ImageClassificationModelOutput", "TextClassificationModelOutput"]
+)
+def test_the_task_that_the_message_gives_for_several_classes_is_right(kind):
+    single = getattr(fastproj.trak, kind)()
+    labels = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0]])
+    for wrong in (labels, labels.bool(), labels.float(), labels + 1):
+        with pytest.raises(ValueError, match="multilabel=True") as error:
+            single.check_batch(({"inputs": torch.zeros(4, 3), "labels": wrong},))
+        given = re.search(r"\w+\(multilabel=True\)", str(error.value))[0]
+        task = eval(given, {kind: getattr(fastproj.trak, kind)})
+    for right in (labels, labels.bool(), labels.float()):
+        task.check_batch(({"inputs": torch.zeros(4, 3), "labels": right},))
+    for wrong, message in (
+        (
+            labels[:, 0],
+            r"labels \[4\] int64 on cpu with multilabel=True; expected \[B, L\] of 0 and 1",
+        ),
+        (labels + 1, "label 2 at row 0, column 0"),
+        (torch.full((4, 3), torch.nan), "label nan at row 0, column 0"),
+        (labels / 2, "label 0.5 at row 0, column 0"),
+        ([1, 0, 1, 0], "labels of type list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task.check_batch(({"inputs": torch.zeros(4, 3), "labels": wrong},))
+    if "Image" in kind:
+        with pytest.raises(ValueError, match=r"returned \[4, 2\] .*for labels \[4, 3\]"):
+            task.outputs(nn.Identity(), {}, {}, (torch.zeros(4, 2), labels))
+
+
+@pytest.mark.parametrize("computer", ["hooks", "func", "loop"])
+@pytest.mark.parametrize("curvature", ["trak", "fisher"])
+@pytest.mark.parametrize("labels", ["one logit", "one logit, squeezed", "several"])
+def test_yes_or_no_tasks_give_their_features_and_q(tmp_path, computer, curvature, labels):
+    """f is the log-odds of what is right, summed over labels; Q the mean of 1 - p."""
     torch.manual_seed(0)
-    model, x, y = nn.Linear(3, 1), torch.randn(N, 3), torch.randint(0, 2, (N,))
-    with pytest.raises(ValueError, match="With one logit z for two classes give") as error:
-        features(tmp_path / "a", model, "image_classification", (x, y))
-    task = str(error.value).partition("give ")[2].partition(" as the task")[0]
-    task = eval(task, {"FunctionModelOutput": FunctionModelOutput, "torch": torch})
-    traker = traker_of(tmp_path / "b", model, task)
-    traker.load_checkpoint(model.state_dict(), 0)
-    traker.featurize((x, y), num_samples=N)
-    p = torch.sigmoid(model(x).squeeze(1))
-    p = torch.where(y == 1, p, 1 - p).double()
-    wanted = exact_features(model, lambda i: (2 * y[i] - 1) * model(x[i]).squeeze(0), N)
+    count = 3 if labels == "several" else 1
+    model, x, y = nn.Linear(3, count), torch.randn(N, 3), torch.randint(0, 2, (N, count))
+    task = ImageClassificationModelOutput(multilabel=labels == "several")
+    batch = (x, y.float()) if labels == "several" else (x, y[:, 0])
+    asked = nn.Sequential(model, nn.Flatten(0)) if "squeezed" in labels else model
+    traker = traker_of(tmp_path, asked, task, gradient_computer=computer, curvature=curvature)
+    traker.load_checkpoint(asked.state_dict(), 0)
+    for rows in torch.arange(N).split(5):
+        traker.featurize(tuple(part[rows] for part in batch), num_samples=len(rows))
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("t", asked.state_dict(), 0, N)
+    traker.score(batch, num_samples=N)
+    assert np.isfinite(traker.finalize_scores("t")).all()
+
+    def odds(i):
+        return (2 * y[i] - 1) * model(x[i])  # [L]
+
+    wanted = exact_features(model, lambda i: odds(i).sum(), N)
+    torch.testing.assert_close(traker.saver.matrix(0, "t").double(), wanted, rtol=1e-5, atol=1e-6)
+    p = torch.stack([torch.sigmoid(odds(i)) for i in range(N)]).double().detach()
+    found = traker.saver.out_to_loss(0).double()
+    if labels == "several" and curvature == "fisher":
+        wanted = exact_features(model, lambda i: F.logsigmoid(odds(i)).sum(), N)
+        torch.testing.assert_close(found, torch.ones(N).double())
+    else:
+        torch.testing.assert_close(found, (1 - p).mean(1))
     torch.testing.assert_close(traker.saver.matrix(0).double(), wanted, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(traker.saver.out_to_loss(0).double(), 1 - p.detach())
 
 
 def test_token_labels_get_a_hint_that_can_be_obeyed():
@@ -448,7 +498,7 @@ def test_large_buffers_are_not_copied(monkeypatch):
     model = Stateful("count")
     loaded = LoadedModel(model)
     message = "seen of the model have been changed by its own forward"
-    with pytest.raises(ValueError, match=message), loaded.guarded("featurize"):
+    with pytest.raises(ValueError, match=message), loaded.guarded("featurize", False):
         model(DATA[0])
 
 

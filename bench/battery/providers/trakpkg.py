@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench.battery.problem import Classes, Regression
 from bench.battery.providers.job import BATCH, Floats, Found, Job, Unsupported
-from bench.battery.providers.traker import SWEEP
+from bench.battery.providers.traker import SWEEP, decomposed
+
+ROWS = 256  # of an inverse whose size is measured
 
 
 def scores(job: Job) -> Iterator[Found]:
@@ -45,32 +48,44 @@ def scores(job: Job) -> Iterator[Found]:
                 batch = tuple(part[rows] for part in problem.samples)
                 traker.featurize(batch, num_samples=len(rows))
         for model_id, checkpoint in enumerate(job.checkpoints):
+            finalize(traker, model_id)
             traker.start_scoring_checkpoint("targets", checkpoint, model_id, count)
             traker.score(problem.targets, num_samples=count)
         yield from over_lambda(traker, job)
 
 
+def finalize(traker: Any, model_id: int) -> None:
+    """trak's own step, without which it takes no targets; features are NaN where it fails."""
+    try:
+        traker.finalize_features([model_id])
+    except torch.linalg.LinAlgError:  # as it comes, lambda is 0: XtX of few samples is singular
+        traker.saver.current_store["features"][:] = np.nan
+        traker.saver.model_ids[model_id]["is_finalized"] = 1
+        traker.saver.serialize_current_model_id_metadata()
+
+
 def over_lambda(traker: Any, job: Job) -> Iterator[Found]:
-    """ "trak" at lambda 0, which is its default, and "trak_own_sweep" over SWEEP."""
-    computer, saver = traker.score_computer, traker.saver
+    """ "trak" at lambda 0, which is its default, and by its formula "trak_own_sweep" over SWEEP.
+
+    As in trak, the inverse of XtX is divided by the mean size of its entries.
+    """
+    saver = traker.saver
     totals: dict[float, Floats] = {share: np.zeros(()) for share in (0.0, *SWEEP)}
     weight: Floats = np.zeros(())
     for done in range(1, max(job.counts) + 1):
         saver.load_current_store(done - 1)
-        grads = torch.as_tensor(np.array(saver.current_store["grads"]))
-        weight = weight + np.array(saver.current_store["out_to_loss"])
+        phi = torch.tensor(np.array(saver.current_store["grads"]), dtype=torch.float64)
+        own = np.array(saver.current_store["features"], np.float64)
+        weight = weight + np.array(saver.current_store["out_to_loss"], np.float64)
         saver.load_current_store(done - 1, "targets", job.problem.m)
-        targets = torch.as_tensor(np.array(saver.current_store["targets_grads"]))
-        xtx = computer.get_xtx(grads)
-        for share in totals:
-            computer.lambda_reg = share * float(xtx.diagonal().mean())
-            product = torch.zeros(len(grads), len(targets))
-            try:
-                computer.get_scores(computer.get_x_xtx_inv(grads, xtx), targets, product)
-            except torch.linalg.LinAlgError:
-                product.fill_(torch.nan)
-            totals[share] = totals[share] + product.double().numpy()
-        computer.lambda_reg = 0.0
+        targets = torch.tensor(np.array(saver.current_store["targets_grads"]), dtype=torch.float64)
+        totals[0.0] = totals[0.0] + own @ targets.numpy().T
+        values, left, right = decomposed(phi, targets)
+        mean = float(phi.square().sum()) / phi.shape[1]
+        for share in SWEEP:
+            ridge = share * mean
+            product = (left / (values + ridge)) @ right / size_of_inverse(phi, left, values, ridge)
+            totals[share] = totals[share] + product.numpy()
         if done in job.counts:
             for share, total in totals.items():
                 found = total / done * weight / done
@@ -78,3 +93,12 @@ def over_lambda(traker: Any, job: Job) -> Iterator[Found]:
                     yield Found("trak_own_sweep", done, found, setting=share)
                 else:
                     yield Found("trak", done, found)
+
+
+def size_of_inverse(phi: Tensor, left: Tensor, values: Tensor, ridge: float) -> float:
+    """The mean size of the entries of (Phi^T Phi + ridge I)^-1, by some of its rows."""
+    step = max(1, phi.shape[1] // ROWS)
+    rotated = left.mT @ phi  # values * V^T
+    some = torch.eye(phi.shape[1], dtype=phi.dtype)[::step]
+    some -= (rotated[:, ::step] / (values * (values + ridge)).unsqueeze(1)).mT @ rotated
+    return float(some.abs().mean()) / ridge

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,54 +12,40 @@ import numpy as np
 import numpy.typing as npt
 
 from fastproj.trak.evaluation.metrics import LDS
+from fastproj.trak.evaluation.passages import Passage, Weights, render_passage
+from fastproj.trak.evaluation.pictures import histogram, image, scatter
+from fastproj.trak.evaluation.style import STYLE
 from fastproj.trak.files import write_atomic
 from fastproj.trak.store.scores import TopScores
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --back: #ffffff; --soft: #667080;
-  --line: #d5dae1; --panel: #f5f7f9; --good: #14733c; --bad: #b3261e; --mark: #2f6fde; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --back: #14171b; --soft: #98a2b0;
-  --line: #343b45; --panel: #1d2127; --good: #5fce8e; --bad: #ff8a80; --mark: #82aaff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 66rem; color: var(--text);
-  background: var(--back); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
-p { margin: .3rem 0; max-width: 46rem; }
-.soft, figcaption { color: var(--soft); }
-.big { font-size: 1.9rem; font-variant-numeric: tabular-nums; }
-.row { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem; align-items: flex-start; }
-.target { border: 1px solid var(--line); background: var(--panel); border-radius: .5rem;
-  padding: .8rem 1rem; margin: .8rem 0; display: flex; flex-wrap: wrap; gap: .6rem 1.4rem; }
-.samples { display: flex; flex-wrap: wrap; gap: .5rem; }
-.side { flex: 1 1 20rem; }
-.side h3 { font-size: .9rem; margin: 0 0 .3rem; font-weight: 600; }
-figure { margin: 0; text-align: center; font-size: .78rem; line-height: 1.3;
-  font-variant-numeric: tabular-nums; }
-img { display: block; margin: 0 auto .15rem; height: 3.4rem; min-width: 3.4rem;
-  image-rendering: pixelated; border: 1px solid var(--line); }
-.target > figure img { height: 6.4rem; }
-.help { color: var(--good); } .hurt { color: var(--bad); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td { padding: .12rem 1.2rem .12rem 0; vertical-align: top; }
-td:first-child { color: var(--soft); }
-svg { max-width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
-svg .axis { stroke: var(--line); } svg .mark { fill: var(--mark); }
-"""
+TOKENS = (
+    "passage, with token_scores; expected train_texts as lists of tokens, which make the text when "
+    "joined"
+)
 
 
 @dataclass
 class Page:
-    """What a page shows. Images and labels are optional.
+    """What a page shows. Everything but the scores is optional, and may be combined: images with
+    texts are pairs, as those of CLIP.
 
     scores : [n, m], training samples by targets, or TopScores (``finalize_scores`` with top_k).
     targets : which of the m targets to show, in order.
     train_images, target_images : [n, ...] and [m, ...], grey [H, W] or colour [H, W, 3], uint8, or
         floats that are scaled from their common range.
+    train_texts, target_texts : n and m passages. A passage is a text, or a list of its tokens as
+        strings, white space included: they make the text when joined.
+    token_scores : what each token of a training sample adds to its score: [m, n, T], or a mapping
+        from (target, training sample) to [T]. Of an array, what is behind a passage's last token
+        is left out; a mapping may lack passages. They are shown without marks then.
+        ``train_texts`` must be tokens.
+    train_rows, target_rows : n and m rows of a table, each of len(columns) values.
+    columns : the names of the table's columns.
     train_labels, target_labels : n and m short texts or numbers.
     target_notes : a line for each of the m targets.
     facts : parameters and results of the run, as rows of a table.
     scatters : (title, x, y) of plots of predicted against measured outputs.
+    lang : the language that the samples' texts are in, such as "en".
     """
 
     title: str
@@ -72,6 +55,12 @@ class Page:
     intro: str = ""
     train_images: npt.NDArray[np.generic] | None = None
     target_images: npt.NDArray[np.generic] | None = None
+    train_texts: Sequence[Passage] | None = None
+    target_texts: Sequence[Passage] | None = None
+    token_scores: npt.NDArray[Any] | Mapping[tuple[int, int], npt.ArrayLike] | None = None
+    train_rows: Sequence[Sequence[object]] | npt.NDArray[Any] | None = None
+    target_rows: Sequence[Sequence[object]] | npt.NDArray[Any] | None = None
+    columns: Sequence[str] = ()
     train_labels: Sequence[object] | None = None
     target_labels: Sequence[object] | None = None
     target_notes: Sequence[str] | None = None
@@ -79,6 +68,7 @@ class Page:
     ceiling: float | None = None
     facts: Mapping[str, object] = field(default_factory=dict)
     scatters: Sequence[tuple[str, npt.NDArray[np.float64], npt.NDArray[np.float64]]] = ()
+    lang: str = "en"
 
 
 def write_report(path: Path | str, page: Page) -> Path:
@@ -103,6 +93,10 @@ def check(page: Page) -> None:
         ("train_labels", page.train_labels, n),
         ("target_images", page.target_images, m),
         ("target_labels", page.target_labels, m),
+        ("train_texts", page.train_texts, n),
+        ("target_texts", page.target_texts, m),
+        ("train_rows", page.train_rows, n),
+        ("target_rows", page.target_rows, m),
         ("target_notes", page.target_notes, m),
     ):
         if part is not None and len(part) != wanted:
@@ -112,34 +106,72 @@ def check(page: Page) -> None:
     bad = [t for t in page.targets if not 0 <= t < m]
     if bad:
         raise ValueError(f"report: received target {bad[0]}; expected 0 <= target < {m}")
+    if page.target_rows is not None and page.train_rows is None:
+        raise ValueError("report: received target_rows alone; expected train_rows beside them")
+    check_tokens(page)
+
+
+def check_tokens(page: Page) -> None:
+    """Raise ValueError where there are token scores of what has no tokens."""
+    if page.token_scores is None:
+        return
+    if page.train_texts is None:
+        raise ValueError(f"report: received no train_texts as {TOKENS}")
+    if isinstance(page.token_scores, Mapping):
+        return
+    n, m = page.scores.shape
+    shape = page.token_scores.shape
+    if len(shape) != 3 or shape[:2] != (m, n):
+        raise ValueError(
+            f"report: received token_scores {list(shape)} with scores [{n}, {m}]; expected "
+            f"[{m}, {n}, T]: targets, training samples, tokens"
+        )
 
 
 def render(page: Page) -> str:
     """The page as HTML."""
     title = html.escape(page.title)
-    body = [f"<h1>{title}</h1>"]
+    head = [f"<h1>{title}</h1>"]
     if page.intro:
-        body.append(f"<p>{html.escape(page.intro)}</p>")
-    if page.lds is not None:
-        body.append(render_lds(page))
-    body.append("<h2>Most helpful and most harmful training samples</h2>")
+        head.append(f"<p>{html.escape(page.intro)}</p>")
+    targets = list(dict.fromkeys(page.targets))  # each once: its section has a name
+    links = "".join(f'<li><a href="#target-{t}">target {t}</a></li>' for t in targets)
+    if len(targets) > 1:
+        head.append(f'<nav aria-label="targets"><ul>{links}</ul></nav>')
+    body = [] if page.lds is None else [render_lds(page)]
+    body.append(
+        '<section aria-labelledby="samples"><h2 id="samples">Most helpful and most harmful '
+        "training samples</h2>"
+    )
     body.append(
         '<p class="soft">A positive score: with this sample in the training set, the model is '
-        "expected to be surer of the target's label. A negative one: less sure.</p>"
+        "expected to be surer of the target. A negative one: less sure.</p>"
     )
-    body += [render_target(page, target) for target in page.targets]
+    if page.token_scores is not None:
+        body.append(
+            '<p class="soft">Marked tokens add most to a score: <mark class="h3">underlined</mark> '
+            'to help, <mark class="d3">dashed</mark> to harm; the darker, the more.</p>'
+        )
+    body += [render_target(page, target) for target in targets]
+    body.append("</section>")
     if page.facts:
         rows = "".join(
-            f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
+            f'<tr><th scope="row">{html.escape(str(name))}</th>'
+            f"<td>{html.escape(str(value))}</td></tr>"
             for name, value in page.facts.items()
         )
-        body.append(f"<h2>The run</h2><table>{rows}</table>")
+        body.append(
+            f'<section aria-labelledby="run"><h2 id="run">The run</h2><table>{rows}</table>'
+            "</section>"
+        )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>"
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><header>"
+        + "\n".join(head)
+        + "</header>\n<main>"
         + "\n".join(body)
-        + "</body></html>\n"
+        + "</main></body></html>\n"
     )
 
 
@@ -157,31 +189,46 @@ def render_lds(page: Page) -> str:
     plots = [histogram(spread, "targets by their rank correlation")]
     plots += [scatter(x, y, name) for name, x, y in page.scatters]
     return (
-        '<h2>Linear datamodeling score</h2><div class="row"><div>'
+        '<section aria-labelledby="lds"><h2 id="lds">Linear datamodeling score</h2>'
+        '<div class="row"><div>'
         f'<div class="big">{lds.mean:.3f}</div><div class="soft">{lds.confidence:.0%} interval '
         f"{lds.low:.3f} to {lds.high:.3f}</div></div>"
         f"<p>Rank correlation between the output that the scores predict for models trained on "
         f"random subsets, and the output of {lds.n_subsets} subsets' models that were really "
         f"trained; mean over {len(lds.per_target)} targets.{ceiling}</p></div>"
-        f'<div class="row">{"".join(plots)}</div>'
+        f'<div class="row">{"".join(plots)}</div></section>'
     )
 
 
 def render_target(page: Page, target: int) -> str:
     """One target with its extremes."""
     helpful, harmful = extremes(page.scores, target, page.top)
-    notes = [f"target {target}"]
+    largest = largest_weight(page, target, [*helpful, *harmful])
+    notes = []
     if page.target_labels is not None:
         notes.append(f"label {page.target_labels[target]}")
     if page.target_notes is not None:
         notes.append(page.target_notes[target])
-    picture = image(page.target_images, target)
+    alt = ", ".join([f"target {target}", *notes])
+    picture = image(page.target_images, target, alt)
+    caption = "<br>".join(html.escape(note) for note in notes)
+    if picture or caption:
+        caption = f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    if page.target_texts is not None:
+        caption += in_language(page, render_passage(page.target_texts[target]))
+    kind = "target" if page.train_texts is None else "target texts"
+    only_rows = page.train_rows is not None and page.train_images is page.train_texts is None
+    sides = ""
+    if not only_rows:
+        sides = render_side(page, target, helpful, "help", "most helpful", largest)
+        sides += render_side(page, target, harmful, "hurt", "most harmful", largest)
     return (
-        f'<div class="target"><figure>{picture}<figcaption>'
-        f"{'<br>'.join(html.escape(note) for note in notes)}</figcaption></figure>"
-        + render_side(page, helpful, "help", "most helpful")
-        + render_side(page, harmful, "hurt", "most harmful")
-        + "</div>"
+        f'<section class="{kind}" aria-labelledby="target-{target}">'
+        f'<h3 id="target-{target}" tabindex="-1">target {target}</h3>'
+        + (f'<div class="question">{caption}</div>' if caption else "")
+        + sides
+        + render_rows(page, target, helpful, harmful)
+        + "</section>"
     )
 
 
@@ -214,118 +261,103 @@ def extremes(
     return [s for s in helpful if s[1] > 0], [s for s in harmful if s[1] < 0]
 
 
-def render_side(page: Page, samples: Samples, style: str, title: str) -> str:
-    """Training samples with their scores and labels."""
-    figures = []
+def weights_of(page: Page, target: int, sample: int) -> Weights | None:
+    """What the tokens of a training sample add to its score; None where nothing is known."""
+    if page.token_scores is None or page.train_texts is None:
+        return None
+    passage = page.train_texts[sample]
+    if isinstance(passage, str):
+        raise ValueError(f"report: received the text {passage[:40]!r} as training {TOKENS}")
+    count = len(passage)
+    if isinstance(page.token_scores, Mapping):
+        found = page.token_scores.get((target, sample))
+        if found is None:
+            return None
+        weights = np.asarray(found, np.float64)
+    else:
+        weights = np.asarray(page.token_scores[target, sample, :count], np.float64)
+    if weights.shape != (count,) or not np.isfinite(weights).all():
+        raise ValueError(
+            f"report: received token_scores {list(weights.shape)} of training sample {sample} for "
+            f"target {target}; expected [{count}], one for each token, all finite"
+        )
+    return weights
+
+
+def largest_weight(page: Page, target: int, samples: Samples) -> float:
+    """The largest weight of a token among a target's samples, without its sign."""
+    found = [weights_of(page, target, i) for i, _ in samples]
+    return max((float(np.abs(w).max(initial=0)) for w in found if w is not None), default=0.0)
+
+
+def in_language(page: Page, inner: str) -> str:
+    """Passages, in their own language where that is another than the page's."""
+    lang = "" if page.lang == "en" else f' lang="{html.escape(page.lang)}"'
+    return f"<div{lang}>{inner}</div>"
+
+
+def render_side(
+    page: Page, target: int, samples: Samples, style: str, title: str, largest: float
+) -> str:
+    """Training samples with their scores, labels, images and texts."""
+    items = []
     for i, score in samples:
         label = "" if page.train_labels is None else f"{html.escape(str(page.train_labels[i]))} · "
-        figures.append(
-            f"<figure>{image(page.train_images, i)}<figcaption>{label}#{i}<br>"
-            f'<span class="{style}">{score:+.3g}</span></figcaption></figure>'
+        alt = f"training sample {i}"
+        if page.train_labels is not None:
+            alt += f", label {page.train_labels[i]}"
+        text = ""
+        if page.train_texts is not None:
+            weights = weights_of(page, target, i)
+            text = in_language(page, render_passage(page.train_texts[i], weights, largest))
+        items.append(
+            f"<li><figure>{image(page.train_images, i, alt)}<figcaption>{label}#{i}<br>"
+            f'<span class="{style}">{score:+.3g}</span></figcaption></figure>{text}</li>'
         )
-    inner = "".join(figures) or '<span class="soft">none</span>'
-    return f'<div class="side"><h3>{title}</h3><div class="samples">{inner}</div></div>'
+    inner = f'<ul class="samples" role="list">{"".join(items)}</ul>'
+    if not items:
+        inner = '<p class="soft">none</p>'
+    return f'<div class="side"><h4>{title}</h4>{inner}</div>'
 
 
-# ---- pictures -----------------------------------------------------------------------------------
-
-
-def image(images: npt.NDArray[np.generic] | None, index: int) -> str:
-    """An <img> of one picture, inlined; nothing where there are no pictures."""
-    if images is None:
+def render_rows(page: Page, target: int, helpful: Samples, harmful: Samples) -> str:
+    """A table of the target's row and those of its samples, wider than the page if need be."""
+    if page.train_rows is None:
         return ""
-    encoded = base64.b64encode(png(to_uint8(images, index))).decode()
-    return f'<img alt="sample {index}" src="data:image/png;base64,{encoded}">'
-
-
-def to_uint8(images: npt.NDArray[np.generic], index: int) -> npt.NDArray[np.uint8]:
-    """Picture ``index`` as uint8 [H, W] or [H, W, 3]; floats are scaled from their common range."""
-    picture = np.asarray(images[index])
-    if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[2] not in (1, 3):
-        picture = np.moveaxis(picture, 0, 2)  # channels first, as torch has them
-    if picture.ndim == 3 and picture.shape[2] == 1:
-        picture = picture[:, :, 0]
-    if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] != 3):
-        raise ValueError(
-            f"report: received an image of shape {list(picture.shape)}; expected [H, W], "
-            "[H, W, 3] or [3, H, W]"
+    heads = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in page.columns)
+    rows = []
+    if page.target_rows is not None:
+        rows.append(
+            '<tr><th scope="row">target</th><td></td>' + cells(page, page.target_rows[target])
         )
-    if picture.dtype == np.uint8:
-        return picture
-    low, high = float(np.min(images)), float(np.max(images))
-    scaled = (picture.astype(np.float64) - low) / max(high - low, 1e-12)
-    return np.rint(255 * scaled).astype(np.uint8)
-
-
-def png(picture: npt.NDArray[np.uint8]) -> bytes:
-    """An 8-bit PNG of [H, W] grey or [H, W, 3] colour (PNG specification, section 5)."""
-    height, width = picture.shape[:2]
-    colour_type = 2 if picture.ndim == 3 else 0
-    lines = np.ascontiguousarray(picture).reshape(height, -1)
-    raw = b"".join(b"\0" + line.tobytes() for line in lines)  # filter 0 before each line
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    for samples, style in ((helpful, "help"), (harmful, "hurt")):
+        for i, score in samples:
+            name = f"#{i}" if page.train_labels is None else f"#{i} · {page.train_labels[i]}"
+            rows.append(
+                f'<tr><th scope="row">{html.escape(name)}</th>'
+                f'<td class="{style}">{score:+.3g}</td>' + cells(page, page.train_rows[i])
+            )
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(raw, 9))
-        + chunk(b"IEND", b"")
+        f'<p class="soft" id="rows-{target}">The row of target {target}, the most helpful and the '
+        "most harmful samples.</p>"
+        f'<div class="wide" role="region" aria-labelledby="rows-{target}" tabindex="0"><table>'
+        f'<thead><tr><th scope="col">sample</th><th scope="col">score</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def histogram(values: npt.NDArray[np.float64], caption: str, bins: int = 20) -> str:
-    """An inline SVG histogram over -1..1."""
-    width, height, base = 320, 150, 122
-    counts, edges = np.histogram(values, bins=bins, range=(-1, 1))
-    unit = (base - 10) / max(1, counts.max())
-    step = (width - 20) / bins
-    bars = "".join(
-        f'<rect class="mark" x="{10 + i * step + 1:.1f}" y="{base - c * unit:.1f}" '
-        f'width="{step - 2:.1f}" height="{c * unit:.1f}"><title>{edges[i]:.1f} to '
-        f"{edges[i + 1]:.1f}: {c}</title></rect>"
-        for i, c in enumerate(counts)
-    )
-    ticks = "".join(
-        f'<text x="{10 + (width - 20) * (v + 1) / 2:.0f}" y="{base + 14}" '
-        f'text-anchor="middle">{v:g}</text>'
-        for v in (-1, -0.5, 0, 0.5, 1)
-    )
-    return svg(
-        width,
-        height,
-        f'{bars}<line class="axis" x1="10" x2="{width - 10}" y1="{base}" y2="{base}"/>{ticks}',
-        caption,
-    )
+def cells(page: Page, row: Sequence[object] | npt.NDArray[Any]) -> str:
+    """The values of a row, and its end."""
+    if len(row) != len(page.columns):
+        raise ValueError(
+            f"report: received a row of {len(row)} values with {len(page.columns)} columns; "
+            "expected as many of one as of the other"
+        )
+    return "".join(f"<td>{html.escape(in_short(value))}</td>" for value in row) + "</tr>"
 
 
-def scatter(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], caption: str) -> str:
-    """An inline SVG scatter plot; predicted to the right, measured upwards."""
-    width, height = 220, 150
-
-    def place(values: npt.NDArray[np.float64], low: float, high: float) -> npt.NDArray[np.float64]:
-        span = float(np.ptp(values)) or 1.0
-        return low + (values - values.min()) / span * (high - low)
-
-    dots = "".join(
-        f'<circle class="mark" fill-opacity=".6" cx="{a:.1f}" cy="{b:.1f}" r="2"/>'
-        for a, b in zip(place(x, 26, width - 8), place(y, height - 26, 8), strict=True)
-    )
-    frame = (
-        f'<path class="axis" fill="none" d="M20 4V{height - 20}H{width - 4}"/>'
-        f'<text x="{width - 4}" y="{height - 6}" text-anchor="end">predicted</text>'
-        f'<text x="14" y="8" transform="rotate(-90 14 8)" text-anchor="end">measured</text>'
-    )
-    return svg(width, height, frame + dots, caption)
-
-
-def svg(width: int, height: int, inner: str, caption: str) -> str:
-    """A figure around an inline SVG."""
-    return (
-        f'<figure><svg role="img" aria-label="{html.escape(caption)}" width="{width}" '
-        f'height="{height}" viewBox="0 0 {width} {height}">{inner}</svg>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+def in_short(value: object) -> str:
+    """A value of a table; of numbers four digits are enough."""
+    if isinstance(value, float | np.floating):
+        return f"{value:.4g}"
+    return str(value)

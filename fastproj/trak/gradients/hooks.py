@@ -25,12 +25,12 @@ from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, t
 from fastproj.trak.gradients.local import warn_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.gradients.parts import Piece, Workspace
-from fastproj.trak.gradients.proof import Proof, prove, shares_of, structure_of, worth_a_proof
+from fastproj.trak.gradients.proof import Evened, Proof, prove, structure_of, worth_a_proof
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
 from fastproj.trak.gradients.sinks import (
-    CheckingSink,
+    Check,
     CollectingSink,
     ModuleSink,
     NoSink,
@@ -237,26 +237,44 @@ class HookGradientComputer(AbstractGradientComputer):
         sinks = [make_sink(recorder.uses) for _ in out]
         check = None
         if proof is not None:
-            check = CheckingSink(NoSink(), proof, self.chosen)
-            shares = zip(sinks, shares_of(len(out)), strict=True)
-            sinks = [RowSink(sink, check, share) for sink, share in shares]
+            check = Check(proof, self.chosen, len(out))
+            sinks = [RowSink(sink, check, row) for row, sink in enumerate(sinks)]
         recorder.backward(out, leaves, sinks)
         for number, name, values in self._rest(plan.rest, batch):
             sinks[number].add(name, Piece(0, values))
         for sink in sinks:
             sink.close()
         if check is not None:
-            wrong = check.wrong(recorder.eps)
-            if wrong:
-                if self.when_disproved is not None:
-                    self.when_disproved()
-                raise HooksError(
-                    f"hooks: the gradient by {listed(wrong)} is not that of plain autograd; is the "
-                    "parameter used outside of its module's forward, are samples mixed, or does "
-                    "the model draw random numbers (dropout in training mode)?"
-                )
+            self._judge(check, recorder.eps)
+            evened = check.evened(recorder.eps)
+            if evened is not None:
+                del recorder, out, leaves
+                self._check_evenly(batch, evened)
         if proof is None or proof.finite():
             self._remember(structure)
+
+    def _judge(self, check: Check, eps: float) -> None:
+        """Raise HooksError unless the gradients are those that they were compared with."""
+        wrong = check.wrong(eps)
+        if wrong:
+            if self.when_disproved is not None:
+                self.when_disproved()
+            raise HooksError(
+                f"hooks: the gradient by {listed(wrong)} is not that of plain autograd; is the "
+                "parameter used outside of its module's forward, are samples mixed, or does "
+                "the model draw random numbers (dropout in training mode)?"
+            )
+
+    def _check_evenly(self, batch: tuple[Any, ...], evened: Evened) -> None:
+        """Check a batch again, with the gradients brought to like sizes."""
+        proof = self._prove(batch, evened)
+        plan, recorder, out, _, leaves = self._forward(batch)
+        check = Check(proof, self.chosen, len(out))
+        sinks: list[Sink] = [RowSink(NoSink(), check, row) for row in range(len(out))]
+        recorder.backward(out, leaves, sinks)
+        for number, name, values in self._rest(plan.rest, batch):
+            sinks[number].add(name, Piece(0, values))
+        self._judge(check, recorder.eps)
 
     def _remember(self, structure: int) -> None:
         """Note a structure that was checked, now or before."""
@@ -303,11 +321,11 @@ class HookGradientComputer(AbstractGradientComputer):
             raise self.no_dependence()
         self._dependent = True
 
-    def _prove(self, batch: tuple[Any, ...]) -> Proof:
+    def _prove(self, batch: tuple[Any, ...], evened: Evened | None = None) -> Proof:
         """What the gradients of a batch must be, and with it which parameters f depends on."""
         self._proofs += 1
         alone = ALONE_FIRST if self._proofs == 1 else 1
-        proof = prove(self, batch, alone, seed=self._proofs)
+        proof = prove(self, batch, alone, self._proofs, evened)
         if not proof.sums and not self._dependent:
             raise self.no_dependence()
         self._dependent = True

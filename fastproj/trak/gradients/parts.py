@@ -21,7 +21,9 @@ from torch import Tensor
 
 from fastproj.factored import Sides, looked_up_product, multiplied
 
-PIECE_BYTES = 64 * 1024 * 1024  # of gradients formed at once
+# Of gradients formed at once: they stay in a cache until they are projected. On a CPU, 1 to 64 MiB
+# cost the same to within 3 % (GPT of 36M, T = 128, B = 8).
+PIECE_BYTES = 16 * 1024 * 1024
 PATCH_BYTES = 32 * 1024 * 1024  # patches of images held at once by a convolution
 
 

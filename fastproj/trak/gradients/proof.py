@@ -14,11 +14,37 @@ from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, dense
 
 MOST_APART = 8  # samples without a finite gradient that are sought in a batch
+UNEVEN = 3e-3  # of the norm of all: the whole gradient of a smaller sample is near the tolerance
+FAINT = 1e-6  # of the largest: smaller gradients may be rounding errors
+
+
+@dataclass(frozen=True)
+class Evened:
+    """Shares of gradients in a sum where none is lost beside others that are much larger."""
+
+    shares: Tensor  # [R, B], float64, at most 1
+    noise: float
+
+    @classmethod
+    def of(cls, sizes: Tensor, counts: Tensor, eps: float) -> Evened | None:
+        """For gradients of these norms [R, B], of the samples that ``counts``; None where all would
+        be noticed in a plain sum, or where rounding errors would hide them in this one, too.
+
+        A loss has slopes of p - 1, whose rounding errors don't shrink with them.
+        """
+        seen = sizes[:, counts]
+        largest = float(seen.max()) if seen.numel() else 0.0
+        if not 0 < largest < float("inf") or not bool((seen < UNEVEN * norm(seen)).any()):
+            return None
+        noise = eps * largest * sizes.shape[1] ** 0.5
+        floor = sizes.clamp(min=FAINT * largest)
+        smallest = float(floor[:, counts].min())
+        return cls((smallest / floor).nan_to_num(1.0), noise) if noise < smallest else None
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The gradient of ``sum_i weights[i] f(z_i)``, by parameter that f depends on.
+    """The gradient of ``sum weights[i] shares[r, i] f_r(z_i)``, by parameter that f depends on.
 
     The sum is over the samples that ``counts``; the others have gradients that are not finite,
     those by the parameters ``infinite``. More than MOST_APART of them are not told apart: the sums
@@ -29,14 +55,30 @@ class Proof:
     sums: dict[str, Tensor]
     counts: Tensor  # [B], bool
     infinite: list[str]
+    evened: Evened | None = None
 
     def finite(self) -> bool:
         """Whether it is about all samples."""
         return not self.infinite
 
+    def weights_of(self, row: int) -> Tensor:
+        """What the gradients of one of a sample's outputs count, [B]."""
+        if self.evened is not None:
+            return self.weights * self.evened.shares[row]
+        return self.weights * shares_of(row + 1)[row]
+
+    @property
+    def noise(self) -> float:
+        """The norm that rounding errors of the sum may have."""
+        return 0.0 if self.evened is None else self.evened.noise
+
 
 def prove(
-    computer: AbstractGradientComputer, batch: tuple[Any, ...], alone: int, seed: int
+    computer: AbstractGradientComputer,
+    batch: tuple[Any, ...],
+    alone: int,
+    seed: int,
+    evened: Evened | None = None,
 ) -> Proof:
     """The weighted sum of the gradients of all samples of a batch, by plain autograd.
 
@@ -61,7 +103,8 @@ def prove(
         rows = parts.pop(0)
         if not len(rows):
             continue
-        found = weighted_gradient(computer, batch, rows, weights[rows])
+        shares = None if evened is None else evened.shares[:, rows]
+        found = weighted_gradient(computer, batch, rows, weights[rows], shares)
         odd = {name for name, g in found.items() if not is_finite(g)}
         few = int((~counts).sum()) < MOST_APART
         if odd and few and len(rows) > 1:
@@ -77,31 +120,31 @@ def prove(
             if bool(counts[rows].all()):
                 sums[name] += g
     known = {name: sums[name] for name in computer.names if name in sums}
-    return Proof(weights, known, counts, sorted(infinite))
+    return Proof(weights, known, counts, sorted(infinite), evened)
 
 
 def weighted_gradient(
-    computer: AbstractGradientComputer, batch: tuple[Any, ...], rows: Tensor, weights: Tensor
+    computer: AbstractGradientComputer,
+    batch: tuple[Any, ...],
+    rows: Tensor,
+    weights: Tensor,
+    shares: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The gradient of ``sum_i weights[i] f(z_i)`` over some rows of a batch, all at once."""
+    """The gradient of ``sum weights[i] shares[r, i] f_r(z_i)`` over some samples of a batch, all
+    at once; shares of None are ``shares_of``.
+    """
     part = batches.select(batch, rows)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
-        out = together(computer.outputs(chosen, part))
+        out = computer.outputs(chosen, part)  # [B], or [R, B] of a ``TrainingOutput``
         if not out.requires_grad:
             return {}
-        grads = torch.autograd.grad(
-            out, list(chosen.values()), weights.to(out.dtype).view_as(out), allow_unused=True
-        )
+        if shares is None:
+            counted = torch.tensor(shares_of(out.numel() // len(rows)), device=out.device)
+            shares = counted.double().unsqueeze(1)
+        slopes = (shares * weights).to(out.dtype).view_as(out)
+        grads = torch.autograd.grad(out, list(chosen.values()), slopes, allow_unused=True)
     return {n: dense(g) for n, g in zip(chosen, grads, strict=True) if g is not None}
-
-
-def together(outputs: Tensor) -> Tensor:
-    """One output of each sample, [B], of the outputs [R, B] of ``SeveralOutputs``; or of [B]."""
-    if outputs.dim() == 1:
-        return outputs
-    shares = torch.tensor(shares_of(len(outputs)), dtype=outputs.dtype, device=outputs.device)
-    return shares @ outputs
 
 
 def shares_of(rows: int) -> list[float]:
@@ -112,6 +155,11 @@ def shares_of(rows: int) -> list[float]:
 def is_finite(t: Tensor) -> bool:
     """Whether all entries are."""
     return bool(torch.isfinite(t).all())
+
+
+def norm(t: Tensor) -> float:
+    """The norm of a tensor of any magnitude: squares of 1e-25 or 1e25 are not float32's."""
+    return float(torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float64)))
 
 
 def wide(t: Tensor) -> torch.dtype:

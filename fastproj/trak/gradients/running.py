@@ -20,21 +20,24 @@ def plainly() -> Iterator[None]:
 
     What ``torch.compile`` made runs without its compiled code: compiling again for hooks, for
     ``torch.func`` and for each batch size would take minutes. (Before torch 2.6 it isn't switched
-    off.) Checkpoints keep their activations. The graph of reentrant ones lacks the parameters
-    inside, whose gradients ``torch.autograd.grad`` takes for zero. Others would run a part of the
-    model again in the backward, when the parameters are no longer those that were given.
+    off.) Checkpoints keep their activations: the graph of reentrant ones lacks the parameters
+    inside, whose gradients ``torch.autograd.grad`` takes for zero, and the others run modules again
+    without hooks, and not at all under ``torch.func``.
     """
     checkpoints: Any = torch.utils.checkpoint
-    stand_ins = {CHECKPOINT: KeptActivations, NOT_REENTRANT: kept_activations}
-    usual = {name: getattr(checkpoints, name) for name in stand_ins if hasattr(checkpoints, name)}
+    names = {
+        "CheckpointFunction": KeptActivations,
+        "_checkpoint_without_reentrant_generator": around_nothing,
+    }
+    usual = {name: getattr(checkpoints, name) for name in names if hasattr(checkpoints, name)}
     for name in usual:
-        setattr(checkpoints, name, stand_ins[name])
+        setattr(checkpoints, name, names[name])
     try:
         with eager_stance():
             yield
     finally:
-        for name, function in usual.items():
-            setattr(checkpoints, name, function)
+        for name, value in usual.items():
+            setattr(checkpoints, name, value)
 
 
 @contextmanager
@@ -58,9 +61,6 @@ def modules_named_twice(model: nn.Module) -> list[nn.Module]:
     return [module for module, count in counts.items() if count > 1]
 
 
-CHECKPOINT, NOT_REENTRANT = "CheckpointFunction", "_checkpoint_without_reentrant_generator"
-
-
 class KeptActivations:
     """Stands for ``torch.utils.checkpoint.CheckpointFunction``."""
 
@@ -70,11 +70,8 @@ class KeptActivations:
         return function(*args)
 
 
-def kept_activations(*args: Any, **kwargs: Any) -> Iterator[None]:
-    """Stands for ``torch.utils.checkpoint._checkpoint_without_reentrant_generator``.
-
-    The function is called where it yields.
-    """
+def around_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Stands for ``torch.utils.checkpoint._checkpoint_without_reentrant_generator``."""
     yield
 
 

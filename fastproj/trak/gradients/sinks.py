@@ -14,7 +14,7 @@ from fastproj.factored import FactoredProjector, Sides
 from fastproj.projector import Projector
 from fastproj.trak.gradients import base
 from fastproj.trak.gradients.parts import Part, Piece
-from fastproj.trak.gradients.proof import Proof, wide
+from fastproj.trak.gradients.proof import Evened, Proof, norm, wide
 
 
 class Sink(Protocol):
@@ -154,26 +154,23 @@ def modules_of(names: Iterable[str]) -> list[str]:
 
 
 class RowSink:
-    """Passes on the parts of one row of outputs, and its share of them to a check of all rows."""
+    """Passes on the parts of one row of outputs, and lets a check of all rows see them."""
 
-    def __init__(self, sink: Sink, check: CheckingSink, share: float) -> None:
+    def __init__(self, sink: Sink, check: Check, row: int) -> None:
         self.sink = sink
         self.check = check
-        self.share = share
+        self.row = row
 
     def add(self, name: str, part: Part) -> None:
         """One more part of the gradient by the parameter ``name``."""
         if isinstance(self.sink, ProjectingSink) and self.sink.sides:  # which doesn't form it
             self.sink.add(name, part)
             for piece in part.pieces():
-                self._check(name, piece)
+                self.check.compare(name, piece, self.row)
         else:
             for piece in part.pieces():
                 self.sink.add(name, piece)
-                self._check(name, piece)
-
-    def _check(self, name: str, piece: Piece) -> None:
-        self.check.add(name, piece._replace(values=piece.values * self.share))
+                self.check.compare(name, piece, self.row)
 
     def close(self) -> None:
         """There are no more parts."""
@@ -190,36 +187,38 @@ class NoSink:
         """Nothing is left to do."""
 
 
-class CheckingSink:
-    """Passes pieces on, and compares the weighted sum of all gradients with a known one."""
+class Check:
+    """Compares the weighted sum of all gradients with a known one.
 
-    def __init__(self, sink: Sink, proof: Proof, params: Mapping[str, Tensor]) -> None:
-        self.sink = sink
+    Attributes
+    ----------
+    sizes : [R, B], float64: the norm of each gradient, but for pieces that cancel one another.
+    """
+
+    def __init__(self, proof: Proof, params: Mapping[str, Tensor], rows: int) -> None:
         self.proof = proof
         self.params = params
         self.finite = torch.ones_like(proof.counts)  # [B], whether a sample's gradient is
-        self.sizes = {name: norm(g) for name, g in proof.sums.items()}
+        self.known = {name: norm(g) for name, g in proof.sums.items()}
         self.left = {name: g.view(-1) for name, g in proof.sums.items()}
+        self.sizes = proof.weights.new_zeros(rows, len(proof.weights))
 
-    def add(self, name: str, piece: Piece) -> None:
+    def compare(self, name: str, piece: Piece, row: int) -> None:
         """Subtract the samples' part from what is expected."""
-        self.sink.add(name, piece)
-        values, weights, counts = piece.values, self.proof.weights, self.proof.counts
-        if piece.rows is not None:
-            weights, counts = weights[piece.rows], counts[piece.rows]
+        values, weights, counts = piece.values, self.proof.weights_of(row), self.proof.counts
+        samples = slice(None) if piece.rows is None else piece.rows
+        weights, counts = weights[samples], counts[samples]
+        size = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
+        self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], size)
         if self.proof.infinite:
             finite = torch.isfinite(values).all(1)
-            self.finite[slice(None) if piece.rows is None else piece.rows] &= finite
+            self.finite[samples] &= finite
             values, weights = values[counts], weights[counts]  # 0 times inf would be NaN
         dtype = wide(values)
         part = weights.to(dtype) @ values.to(dtype)
         if name not in self.left:  # f of this batch doesn't depend on it
             self.left[name] = part.new_zeros(self.params[name].numel())
         self.left[name][piece.start : piece.start + len(part)] -= part
-
-    def close(self) -> None:
-        """There are no more pieces."""
-        self.sink.close()
 
     def wrong(self, eps: float = 0.0) -> list[str]:
         """The parameters whose gradient isn't the known one, by more than rounding.
@@ -229,24 +228,28 @@ class CheckingSink:
         Samples whose gradients are not finite by either are another's to name; where there are too
         many of them, so is the batch.
         """
-        overflowing = [name for name, size in self.sizes.items() if not math.isfinite(size)]
+        overflowing = [name for name, size in self.known.items() if not math.isfinite(size)]
         if overflowing:
             return overflowing if self.finite.all() else []
         if bool((self.finite & ~self.proof.counts).any()):
             return self.proof.infinite
-        total = sum(size**2 for size in self.sizes.values()) ** 0.5
+        total = sum(size**2 for size in self.known.values()) ** 0.5
         found = []
         for name, left in self.left.items():
             # Of a gradient's norm; float64 models take float32's, as T5's softmax does.
             own = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
-            share = min(
-                3 * max(eps, own) ** 0.5, 0.1
-            )  # 1e-3 in float32; of 16 bits, 0.04 has been seen
-            if not norm(left) <= share * (self.sizes.get(name, 0.0) + 0.1 * total):
+            # 1e-3 in float32; of 16 bits, 0.04 has been seen.
+            share = min(3 * max(eps, own) ** 0.5, 0.1)
+            allowed = share * (self.known.get(name, 0.0) + 0.1 * total) + self.proof.noise
+            if not norm(left) <= allowed:
                 found.append(name)
         return found
 
+    def evened(self, eps: float = 0.0) -> Evened | None:
+        """Shares in another sum for gradients that are lost in this one beside larger ones.
 
-def norm(t: Tensor) -> float:
-    """The norm of a tensor of any magnitude: squares of 1e-25 or 1e25 are not float32's."""
-    return float(torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float64)))
+        eps : as for ``wrong``.
+        """
+        dtypes = (p.dtype for p in self.params.values())
+        eps = max(eps, *(torch.finfo(dtype).eps for dtype in (torch.float32, *dtypes)))
+        return Evened.of(self.sizes, self.proof.counts, eps)

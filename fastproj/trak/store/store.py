@@ -62,7 +62,7 @@ DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that
 Found = list[tuple[ShardFile, Indices, Indices]]  # with the numbers and content ids of its rows
 ABSENT = {"curvature": "trak"}  # what metadata that lack a key mean
 OWN_PROJECTOR = "fastproj.projector.Projector"
-MATRIX_ARGUMENTS = ("kind", "block", "proj_dim")
+MATRIX_ARGUMENTS = ("kind", "block", "proj_dim", "factored")
 
 
 class NotReadyError(RuntimeError):
@@ -72,7 +72,7 @@ class NotReadyError(RuntimeError):
 def same_settings(stored: Mapping[str, Any], wrong: Collection[str]) -> str:
     """What makes a run go on with a directory whose values differ from the run's in ``wrong``.
 
-    Names the arguments, of TRAKer and of Projector alike, where the matrix is another.
+    Names the arguments of TRAKer where the matrix is another.
     """
     if stored.get("projector") != OWN_PROJECTOR or not set(wrong) & set(MATRIX_ARGUMENTS):
         return "the same settings"
@@ -136,11 +136,11 @@ class Store:
         stored = read_json(path)
         stored = {**ABSENT, **stored}
         wanted = {"format": FORMAT, **ABSENT, **self.identity}
-        wrong = [key for key in wanted if stored.get(key) != wanted[key]]
+        wrong = [key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key)]
         if wrong:
             values = [
                 f"{key.replace('_', ' ')} {stored.get(key)!r} in the directory, "
-                f"{wanted[key]!r} in this run"
+                f"{wanted.get(key)!r} in this run"
                 for key in wrong
             ]
             raise StoreMismatchError(

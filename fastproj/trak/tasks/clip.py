@@ -200,11 +200,14 @@ class CLIPModelOutput(BatchedModelOutput):
     ) -> Terms:
         """Those of both predictions, at half weight each, as in the loss that CLIP is trained by.
 
-        The classes are the right partner and those of the simulated batch.
+        The classes are the right partner and those of the simulated batch. The scale is a constant:
+        f doesn't depend on it, scores were no better with its gradient (bench.lds, captions), and
+        that would take another run of the whole model where it belongs to no module below it.
         """
         others = self._embeddings(model)
         u, v, scale = embed(model, weights, buffers, batch)
         scale = scale if self.temperature is None else self.temperature
+        scale = scale.detach() if isinstance(scale, Tensor) else scale
         own = (u * v).sum(1, keepdim=True)  # [B, 1]
         to_texts = torch.cat([own, u @ others.texts.T], 1)  # [B, 1 + S]
         to_images = torch.cat([own, v @ others.images.T], 1)

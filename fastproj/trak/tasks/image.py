@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from fastproj.trak.tasks.base import (
-    Batch,
-    BatchedModelOutput,
-    Params,
-    Terms,
-    call,
-    check_temperature,
-    describe_parts,
-    logits_of,
-)
-from fastproj.trak.tasks.likelihood import class_terms
-from fastproj.trak.tasks.margin import check_labels, check_logits, classification_q, margins
+from fastproj.trak.tasks.base import Batch, Params, call, describe_parts, logits_of
+from fastproj.trak.tasks.classification import ClassificationModelOutput
 
 NAME = "image_classification"
 
 
-class ImageClassificationModelOutput(BatchedModelOutput):
+class ImageClassificationModelOutput(ClassificationModelOutput):
     """Multi-class margin; a batch is (images [B, ...], labels [B]), or a dict of the two.
 
     ``f(z; theta) = log(p / (1 - p)) = logit_y - logsumexp(other logits)`` and ``Q = 1 - p``, with
@@ -32,52 +21,41 @@ class ImageClassificationModelOutput(BatchedModelOutput):
     images as its first argument and returns logits [B, C], or an object with ``.logits``. In a
     dict, the labels are "labels" (or "label"), and the images the other entry.
 
+    One logit z, [B] or [B, 1], is that of class 1 of two: p is its sigmoid for label 1, and 1 minus
+    that for label 0. With ``multilabel``, f is the sum over the labels of the log-odds of what is
+    right, ``z_l`` for label 1 and ``-z_l`` for 0, and Q the mean of their 1 - p; the log-likelihood
+    is the sum of theirs, minus the binary cross-entropies.
+
     Parameters
     ----------
     temperature : divides the logits inside the softmax of Q.
+    multilabel : a sample has any number of L labels at once. The logits are [B, L], and the labels
+        [B, L] are 1 where the sample has a label and 0 where it hasn't.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        self.temperature = check_temperature(type(self).__name__, temperature)
-
-    @property
-    def knows_likelihood(self) -> bool:
-        """Not of a temperature, which is that of Q alone."""
-        return self.temperature == 1
+    name: ClassVar[str] = NAME
 
     def check_batch(self, batch: Batch) -> None:
-        """Images and integer labels [B]."""
+        """Images and labels."""
         parts = as_pair(batch)
         if len(parts) != 2 or not isinstance(parts[0], Tensor):
             raise ValueError(
                 f"{NAME}: received a batch of {len(batch)} parts ({describe_parts(batch)}); "
                 "expected (images [B, ...], labels [B]) or a dict with labels and one more entry"
             )
-        check_labels(NAME, parts[1])
+        self.check_labels(parts[1])
 
-    def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
-        """The margins of a batch, [B]."""
-        images, labels = as_pair(batch)
-        return margins(logits_of(NAME, call(model, weights, buffers, images)), labels)
-
-    def get_out_to_loss_grad(
+    def predict(
         self, model: Any, weights: Params, buffers: Params, batch: Batch
-    ) -> Tensor:
-        """1 - p of each sample, [B]."""
+    ) -> tuple[Tensor, Tensor]:
+        """The model of the images."""
         images, labels = as_pair(batch)
-        with torch.no_grad():
-            logits = logits_of(NAME, call(model, weights, buffers, images))
-            return classification_q(NAME, logits, labels, self.temperature)
+        return logits_of(NAME, call(model, weights, buffers, images)), labels
 
-    def likelihood_terms(
-        self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
-    ) -> Terms:
-        """Those of one class of each sample."""
-        images, labels = as_pair(batch)
-        logits = logits_of(NAME, call(model, weights, buffers, images))
-        if not torch.is_grad_enabled():  # values are looked at, once for each batch
-            check_logits(NAME, logits, labels)
-        return class_terms(logits, labels, noise)
+    def labels_of(self, batch: Batch) -> Tensor:
+        """The second of the two."""
+        labels: Tensor = as_pair(batch)[1]
+        return labels
 
 
 def as_pair(batch: Batch) -> Batch:

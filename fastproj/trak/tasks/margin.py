@@ -31,8 +31,24 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return correct - logits.scatter(-1, index, -torch.inf).logsumexp(-1)
 
 
-def check_labels(task: str, labels: object) -> None:
-    """Raise TypeError or ValueError, saying what would work, unless ``labels`` are classes [B]."""
+def logits_of_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits [B, C] as they are; [B, 2] of one logit [B] or [B, 1], which is that of class 1."""
+    if logits.shape in ((len(labels),), (len(labels), 1)):
+        one = logits.reshape(-1, 1)
+        return torch.cat([torch.zeros_like(one), one], 1)
+    return logits
+
+
+def yes_or_no(logits: Tensor, labels: Tensor) -> Tensor:
+    """The log-odds of what is right, [B, L]: of a label that is 1 its logit, otherwise minus it."""
+    return torch.where(labels > 0, logits, -logits)
+
+
+def check_labels(task: str, labels: object, kind: str) -> None:
+    """Raise TypeError or ValueError, saying what would work, unless ``labels`` are classes [B].
+
+    kind : the class of the task.
+    """
     if isinstance(labels, batches.SampleList | batches.SampleTuple) and labels:
         number = isinstance(labels[0], numbers.Number)
         cure = (
@@ -53,14 +69,44 @@ def check_labels(task: str, labels: object) -> None:
         return
     raise ValueError(
         f"{task}: received labels {describe(labels)}; expected [B] class numbers, int64 "
-        f"({cure_of(task, labels)})"
+        f"({cure_of(task, labels, kind)})"
     )
+
+
+def check_multilabel(task: str, labels: object) -> None:
+    """Raise ValueError unless ``labels`` are 0 and 1, [B, L]."""
+    expected = "expected [B, L] of 0 and 1, whether the sample has each of L labels"
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"{task}: received labels of type {type(labels).__name__} with multilabel=True; "
+            f"{expected}"
+        )
+    if labels.dim() != 2 or labels.is_complex():
+        raise ValueError(
+            f"{task}: received labels {describe(labels)} with multilabel=True; {expected}"
+        )
+    wrong = ((labels != 0) & (labels != 1)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise ValueError(
+            f"{task}: received label {labels[row, column].item():g} at row {row}, column {column} "
+            f"of the batch with multilabel=True; {expected}"
+        )
+
+
+def check_multilabel_logits(task: str, logits: Tensor, labels: Tensor) -> None:
+    """Raise ValueError unless there is one logit for each label."""
+    if logits.shape != labels.shape:
+        raise ValueError(
+            f"{task}: the model returned {describe(logits)} for labels {list(labels.shape)} with "
+            "multilabel=True; expected one logit for each label"
+        )
 
 
 OWN = "a function of (model, batch) as the task"
 
 
-def cure_of(task: str, labels: Tensor) -> str:
+def cure_of(task: str, labels: Tensor, kind: str) -> str:
     """How class numbers [B] come from labels of another form, or what to do without."""
     if labels.is_complex():
         return "complex numbers name no class"
@@ -80,13 +126,14 @@ def cure_of(task: str, labels: Tensor) -> str:
         return f"labels{long}.argmax(1), if every sample has one class only"
     if whole and bool(((labels == 0) | (labels == 1)).all()):
         return (
-            f"several classes of a sample at once, or none, have no number; give {OWN}, with the "
-            "sum of their log-odds as its output"
+            "several classes of a sample at once, or none, have no number; give "
+            f"{kind}(multilabel=True) as the task"
         )
     if whole:
         return (
             f"{labels.shape[1]} numbers a sample are not one class; labels of tokens go with "
-            "task='causal_lm' or 'seq2seq', several labels of a sample with " + OWN
+            "task='causal_lm' or 'seq2seq', several labels of a sample as [B, L] of 0 and 1 with "
+            f"{kind}(multilabel=True)"
         )
     return f"soft labels have no number; give {OWN}"
 
@@ -96,7 +143,7 @@ def check_logits(task: str, logits: Tensor, labels: Tensor) -> None:
     if logits.dim() != 2 or logits.shape[0] != labels.shape[0] or logits.shape[1] < 2:
         raise ValueError(
             f"{task}: the model returned {describe(logits)} for {len(labels)} "
-            f"samples; expected logits [B, C] with C >= 2{one_logit(logits)}"
+            "samples; expected logits [B, C], or one logit of class 1 for each"
         )
     bad = ((labels < 0) | (labels >= logits.shape[1])).nonzero()
     if len(bad):
@@ -105,20 +152,3 @@ def check_logits(task: str, logits: Tensor, labels: Tensor) -> None:
             f"{task}: received label {int(labels[first])} at row {first} of the "
             f"batch; expected classes 0..{logits.shape[1] - 1}, as many as the model has logits"
         )
-
-
-def one_logit(logits: Tensor) -> str:
-    """What to do with a model that has one logit for two classes."""
-    if logits.dim() > 2 or (logits.dim() == 2 and logits.shape[1] != 1):
-        return ""
-    return (
-        ". With one logit z for two classes give FunctionModelOutput(lambda model, batch: "
-        "(2 * batch[1] - 1) * model(batch[0]).reshape(-1), loss=lambda f: "
-        "torch.nn.functional.softplus(-f)) as the task, labels [B] in 0 and 1"
-    )
-
-
-def classification_q(task: str, logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """1 - p of each sample, [B]; from the margin, so that it keeps its digits near p = 1."""
-    check_logits(task, logits, labels)
-    return torch.sigmoid(-margins(logits / temperature, labels))

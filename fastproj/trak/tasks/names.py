@@ -19,6 +19,7 @@ TASKS: dict[str, type[AbstractModelOutput]] = {
     "seq2seq": Seq2SeqModelOutput,
     "causal_lm": CausalLMModelOutput,
 }
+UNSAID = (("likelihood", None), ("multilabel", False))  # settings that stores before them lack
 METHODS = ("get_output", "get_out_to_loss_grad")
 
 
@@ -54,6 +55,6 @@ def describe_task(task: Any) -> str:
     settings = {
         key: getattr(value, "__name__", type(value).__name__) if callable(value) else value
         for key, value in vars(task).items()
-        if not key.startswith("_") and (key, value) != ("likelihood", None)
+        if not key.startswith("_") and (key, value) not in UNSAID
     }
     return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from fastproj.trak.tasks.base import (
-    Batch,
-    BatchedModelOutput,
-    Params,
-    Terms,
-    call,
-    check_temperature,
-    describe_parts,
-    logits_of,
-)
-from fastproj.trak.tasks.likelihood import class_terms
-from fastproj.trak.tasks.margin import check_labels, check_logits, classification_q, margins
+from fastproj.trak.tasks.base import Batch, Params, call, describe_parts, logits_of
+from fastproj.trak.tasks.classification import ClassificationModelOutput
 
 NAME = "text_classification"
 TUPLES = {
@@ -28,29 +17,26 @@ TUPLES = {
 }
 
 
-class TextClassificationModelOutput(BatchedModelOutput):
+class TextClassificationModelOutput(ClassificationModelOutput):
     """Multi-class margin of a text classifier, as for images; a Hugging Face batch.
 
     ``f(z; theta) = log(p / (1 - p))`` and ``Q = 1 - p``, with ``p`` the softmax probability of the
     label (arXiv 2303.14186, sections 3.3 and 4). A batch is (input_ids, token_type_ids,
     attention_mask, labels) as in trak, (input_ids, attention_mask, labels), or a dict with "labels"
-    whose other entries are the model's keyword arguments.
+    whose other entries are the model's keyword arguments. One logit, and ``multilabel``, mean what
+    they do in ``ImageClassificationModelOutput``.
 
     Parameters
     ----------
     temperature : divides the logits inside the softmax of Q.
+    multilabel : a sample has any number of L labels at once. The logits are [B, L], and the labels
+        [B, L] are 1 where the sample has a label and 0 where it hasn't.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        self.temperature = check_temperature(type(self).__name__, temperature)
-
-    @property
-    def knows_likelihood(self) -> bool:
-        """Not of a temperature, which is that of Q alone."""
-        return self.temperature == 1
+    name: ClassVar[str] = NAME
 
     def check_batch(self, batch: Batch) -> None:
-        """Model inputs and integer labels [B]."""
+        """Model inputs and labels."""
         inputs = as_inputs(batch)
         labels = inputs.pop("labels", None)
         if labels is None or not inputs:
@@ -59,34 +45,20 @@ class TextClassificationModelOutput(BatchedModelOutput):
                 "expected (input_ids, token_type_ids, attention_mask, labels), (input_ids, "
                 "attention_mask, labels), or a dict with labels and the model's inputs"
             )
-        check_labels(NAME, labels)
+        self.check_labels(labels)
 
-    def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
-        """The margins of a batch, [B]."""
-        inputs = as_inputs(batch)
-        labels = inputs.pop("labels")
-        return margins(logits_of(NAME, call(model, weights, buffers, **inputs)), labels)
-
-    def get_out_to_loss_grad(
+    def predict(
         self, model: Any, weights: Params, buffers: Params, batch: Batch
-    ) -> Tensor:
-        """1 - p of each sample, [B]."""
+    ) -> tuple[Tensor, Tensor]:
+        """The model of everything but the labels."""
         inputs = as_inputs(batch)
         labels = inputs.pop("labels")
-        with torch.no_grad():
-            logits = logits_of(NAME, call(model, weights, buffers, **inputs))
-            return classification_q(NAME, logits, labels, self.temperature)
+        return logits_of(NAME, call(model, weights, buffers, **inputs)), labels
 
-    def likelihood_terms(
-        self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
-    ) -> Terms:
-        """Those of one class of each sample."""
-        inputs = as_inputs(batch)
-        labels = inputs.pop("labels")
-        logits = logits_of(NAME, call(model, weights, buffers, **inputs))
-        if not torch.is_grad_enabled():  # values are looked at, once for each batch
-            check_logits(NAME, logits, labels)
-        return class_terms(logits, labels, noise)
+    def labels_of(self, batch: Batch) -> Tensor:
+        """The entry of this name."""
+        labels: Tensor = as_inputs(batch)["labels"]
+        return labels
 
 
 def as_inputs(batch: Batch) -> dict[str, Any]:

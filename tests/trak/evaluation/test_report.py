@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import struct
 import zlib
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from fastproj.commands.report import main
-from fastproj.trak import lds
-from fastproj.trak.evaluation.report import Page, png, render, to_uint8, write_report
+from fastproj.trak.evaluation import passages
+from fastproj.trak.evaluation.pictures import png, to_uint8
+from fastproj.trak.evaluation.report import Page, render, write_report
+from fastproj.trak.evaluation.style import DARK, LIGHT
 from tests.trak import cases
+from tests.trak.evaluation.pages import FACTS, PAGES, image_page, pair_page, table_page, text_page
 
 VOID = {"meta", "img", "br"}  # HTML elements without an end tag that the page uses
 
@@ -46,47 +51,73 @@ class Checker(HTMLParser):
         self.text += data
 
 
-def page(**options):
-    rng = np.random.default_rng(0)
-    scores = rng.normal(size=(40, 6)).astype(np.float32)
-    masks = rng.random((30, 40)) < 0.5
-    measured = masks @ scores + rng.normal(size=(30, 6))
-    return Page(
-        **{
-            "title": "A & B <c>",
-            "scores": scores,
-            "targets": [4, 1],
-            "top": 3,
-            "train_images": rng.integers(0, 256, (40, 8, 8)).astype(np.uint8),
-            "target_images": rng.random((6, 3, 5, 7)),
-            "train_labels": [f"<{i}>" for i in range(40)],
-            "target_labels": list(range(6)),
-            "target_notes": ["a note & more"] * 6,
-            "lds": lds(scores, masks, measured),
-            "ceiling": 0.87,
-            "facts": {"seed": 0, "model": "<net>"},
-            "scatters": [("target 1", measured[:, 1], (masks @ scores)[:, 1])],
-            **options,
-        }
-    )
-
-
-def test_page_refers_to_nothing_outside():
-    text = render(page())
+@pytest.mark.parametrize("kind", PAGES)
+def test_page_refers_to_nothing_outside(kind):
+    text = render(PAGES[kind]())
     checked = Checker(text)
     assert not {"script", "link", "iframe", "object", "base"} & set(checked.tags)
+    names = {value for _, name, value in checked.attributes if name == "id"}
     for tag, name, value in checked.attributes:
-        assert name not in {"href", "srcset", "onload", "style"}, (tag, name)
+        assert name not in {"srcset", "onload", "style"}, (tag, name)
         if name == "src":
             assert value.startswith("data:image/png;base64,")
-    assert not re.search(r"https?:|url\(|@import|//[a-z]", text)
+        if name == "href":
+            assert value.startswith("#")
+            assert value[1:] in names
+        if name in ("aria-labelledby", "aria-describedby"):
+            assert value in names
+    assert len(names) == sum(name == "id" for _, name, _ in checked.attributes)
+    assert not re.search(r"https?:|url\(|@import|//[a-z]", re.sub('base64,[^"]*', "", text))
     assert 'charset="utf-8"' in text
     assert "prefers-color-scheme: dark" in text
     assert "color-scheme: light dark" in text
 
 
+@pytest.mark.parametrize("kind", PAGES)
+def test_structure_for_those_who_do_not_see(kind):
+    """Landmarks, headings that skip no level, and a text for every picture."""
+    checked = Checker(render(PAGES[kind]()))
+    assert [checked.tags.count(tag) for tag in ("header", "main", "nav", "h1")] == [1, 1, 1, 1]
+    levels = [int(tag[1]) for tag in checked.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    alts = [value for tag, name, value in checked.attributes if (tag, name) == ("img", "alt")]
+    assert len(alts) == checked.tags.count("img")
+    assert all(re.match(r"(target|training sample) \d", alt) for alt in alts)
+    plots = [v for tag, name, v in checked.attributes if (tag, name) == ("svg", "aria-label")]
+    assert len(plots) == checked.tags.count("svg")
+    assert ("lang", "en") in {(name, value) for _, name, value in checked.attributes}
+
+
+def luminance(colour):
+    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one, other):
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
+def test_contrast(colours):
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for back in ("back", "panel"):
+        for text in ("text", "soft", "good", "bad", "mark"):
+            assert contrast(colours[text], colours[back]) >= 4.5, (text, back)
+    marks = [name for name in colours if name[1:].isdigit()]
+    assert len(marks) == 2 * passages.LEVELS
+    for back in marks:
+        assert contrast(colours["text"], colours[back]) >= 4.5, back
+    for sign in "hd":  # the more a token matters, the further its mark is from the page
+        away = [contrast(colours[f"{sign}{n}"], colours["back"]) for n in range(1, 5)]
+        assert away == sorted(away)
+
+
 def test_texts_are_escaped():
-    text = render(page())
+    text = render(image_page())
     assert "<c>" not in text
     assert "<net>" not in text
     assert not re.search(r"<\d", text)
@@ -94,7 +125,7 @@ def test_texts_are_escaped():
 
 
 def test_each_target_shows_its_extremes_in_order():
-    shown = page()
+    shown = image_page()
     text = Checker(render(shown)).text
     blocks = re.split(r"target (?=\d+label)", text)[1:]
     assert [block[0] for block in blocks] == ["4", "1"]
@@ -107,8 +138,13 @@ def test_each_target_shows_its_extremes_in_order():
         np.testing.assert_allclose(found, column[wanted], rtol=6e-3)
 
 
+def test_a_target_that_is_named_twice_is_shown_once():
+    text = render(image_page(targets=[4, 1, 4]))
+    assert re.findall(r'<h3 id="target-(\d)"', text) == ["4", "1"]
+
+
 def test_lds_and_its_interval_are_there():
-    shown = page()
+    shown = image_page()
     text = Checker(render(shown)).text
     assert f"{shown.lds.mean:.3f}" in text
     assert f"{shown.lds.low:.3f} to {shown.lds.high:.3f}" in text
@@ -116,7 +152,7 @@ def test_lds_and_its_interval_are_there():
 
 
 def test_only_scores_will_do():
-    text = render(Page("bare", page().scores, [0]))
+    text = render(Page("bare", image_page().scores, [0]))
     assert "<img" not in text
     Checker(text)
 
@@ -134,13 +170,120 @@ def test_no_side_shows_samples_of_the_wrong_sign():
         ({"train_images": np.zeros((39, 8, 8))}, "39 train_images"),
         ({"target_labels": [1]}, "1 target_labels"),
         ({"targets": [6]}, "target 6; expected 0 <= target < 6"),
+        ({"train_texts": ["a"]}, "1 train_texts"),
+        ({"target_rows": [[1]]}, "1 target_rows"),
+        ({"target_rows": [[1]] * 6}, "target_rows alone; expected train_rows beside them"),
+        ({"train_rows": [[1, 2]] * 40, "columns": ["a"]}, "a row of 2 values with 1 columns"),
+        ({"token_scores": np.zeros((6, 40, 3))}, "no train_texts as passage, with token_scores"),
+        (
+            {"train_texts": ["a text"] * 40, "token_scores": np.zeros((6, 40, 3))},
+            "the text 'a text' as training passage, with token_scores; expected train_texts as",
+        ),
+        (
+            {"train_texts": [["a", "b"]] * 40, "token_scores": np.zeros((40, 6, 3))},
+            r"token_scores \[40, 6, 3\] with scores \[40, 6\]; expected \[6, 40, T\]",
+        ),
+        (
+            {"train_texts": [["a", "b"]] * 40, "token_scores": np.zeros((6, 40, 1))},
+            r"token_scores \[1\] of training sample \d+ for target 4; expected \[2\]",
+        ),
+        (
+            {"train_texts": [["a", "b"]] * 40, "token_scores": np.full((6, 40, 2), np.nan)},
+            "one for each token, all finite",
+        ),
         ({"train_images": np.zeros((40, 8, 8, 5))}, r"shape \[8, 8, 5\]"),
     ],
 )
 def test_parts_that_do_not_fit_leave_no_file(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
-        write_report(tmp_path / "page.html", page(**wrong))
+        write_report(tmp_path / "page.html", image_page(**wrong))
     assert not list(tmp_path.iterdir())
+
+
+# ---- passages, pairs, tables --------------------------------------------------------------------
+
+
+def marks_of(text):
+    """(class, token) of each marked token."""
+    return re.findall(r'<mark class="(\w+)" title="[^"]*">([^<]*)</mark>', text)
+
+
+def test_tokens_that_matter_are_marked_by_sign_and_size():
+    words = ["All", " cats", " are", " grey", ".", " "]
+    weights = np.array([0.1, 1.0, 0.4, -0.6, -0.01, 5.0])
+    text = passages.render_passage(words, weights, largest=1.0)
+    assert marks_of(text) == [("h4", "cats"), ("h2", "are"), ("d3", "grey")]
+    assert "most: “cats” +1, “grey” -0.6, “are” +0.4" in text
+    assert Checker(text).text.startswith("All cats are grey. ")
+
+
+def test_without_weights_a_passage_is_text():
+    for passage in ("a <b>", ["a", " <b>"]):
+        assert passages.render_passage(passage) == ('<p class="passage" dir="auto">a &lt;b&gt;</p>')
+    nothing = passages.render_passage(["a"], np.zeros(1), largest=0.0)
+    assert nothing == '<p class="passage" dir="auto">a</p>'
+
+
+def test_a_long_passage_is_shown_where_it_matters_and_can_be_opened():
+    words = [f" w{i}" for i in range(1000)]
+    weights = np.zeros(1000)
+    weights[700], weights[730] = 2.0, -1.0
+    text = passages.render_passage(words, weights, largest=2.0)
+    shown, _, rest = text.partition("<details>")
+    assert 0 < len(re.findall(r"w\d+", Checker(shown).text.split("most:")[0])) <= 60
+    assert marks_of(shown) == [("h4", "w700"), ("d3", "w730")]
+    assert "".join(words) in rest
+    long = passages.render_passage("word " * 10_000)
+    assert long.count("word ") < 10_000 / 2
+    assert "(50,000 characters in all)" in long
+    assert "…" in long.partition("<details>")[0]
+
+
+def test_text_page_marks_the_tokens_of_its_samples():
+    shown = text_page(targets=[3], top=1)
+    text = render(shown)
+    (helps, harms) = (int(i) for i in re.findall(r"#(\d+)<br>", text))
+    column = shown.scores[:, 3]
+    assert (helps, harms) == (column.argmax(), column.argmin())
+    pair = [shown.token_scores[3, i, : len(shown.train_texts[i])] for i in (helps, harms)]
+    largest = max(np.abs(weights).max() for weights in pair)
+    for i, weights in zip((helps, harms), pair, strict=True):
+        assert passages.render_passage(shown.train_texts[i], weights, largest) in text
+    mapping = {(3, helps): pair[0]}
+    some = render(text_page(targets=[3], top=1, token_scores=mapping))
+    assert passages.render_passage(shown.train_texts[helps], pair[0], np.abs(pair[0]).max()) in some
+    assert passages.render_passage(shown.train_texts[harms]) in some
+    bare = render(text_page(token_scores=None))
+    assert "<mark" not in bare
+    assert "Marked tokens" not in bare
+    assert 'lang="fi"' in render(text_page(lang="fi"))
+
+
+def test_pairs_have_image_and_text():
+    shown = pair_page(targets=[2], top=2)
+    checked = Checker(render(shown))
+    assert checked.tags.count("img") == 1 + 2 * 2
+    for i in np.argsort(-shown.scores[:, 2])[:2]:
+        assert f"#{i}" in checked.text
+        assert shown.train_texts[i][:40] in checked.text
+    assert FACTS[2] in checked.text
+
+
+def test_rows_stand_under_their_columns():
+    shown = table_page(targets=[1], top=2)
+    text = render(shown)
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in text.split("<tr>")[1:]]
+    assert rows[0] == ["sample", "score", *shown.columns]
+    assert rows[1][:2] == ["target", ""]
+    column = shown.scores[:, 1]
+    wanted = [*np.argsort(-column)[:2], *np.argsort(column)[:2]]
+    assert [int(row[0][1:].split()[0]) for row in rows[2:]] == wanted
+    assert [float(row[1]) for row in rows[2:]] == pytest.approx(column[wanted], rel=6e-3)
+    assert float(rows[2][2]) == pytest.approx(shown.train_rows[wanted[0]][0], rel=1e-3)
+    assert rows[2][-1] == "&lt;Kyoto&gt;"
+    assert "most helpful</h4>" not in text  # the table says it
+    both = render(table_page(train_images=image_page().train_images))
+    assert "most helpful</h4>" in both
 
 
 def read_png(data):
@@ -177,12 +320,12 @@ def test_pictures_of_torch_and_of_floats():
     assert picture.max() == 255
     assert picture.min() >= 127  # scaled by the range of all pictures, not of this one
     assert to_uint8(np.zeros((2, 1, 8, 8)), 0).shape == (8, 8)
-    source = re.search(r'base64,([^"]+)"', render(page())).group(1)
+    source = re.search(r'base64,([^"]+)"', render(image_page())).group(1)
     assert read_png(base64.b64decode(source)).shape == (5, 7, 3)
 
 
 def test_command(tmp_path, capsys):
-    shown = page()
+    shown = image_page()
     np.save(tmp_path / "scores.npy", shown.scores)
     np.save(tmp_path / "images.npy", shown.train_images)
     out = tmp_path / "out" / "page.html"
@@ -193,6 +336,53 @@ def test_command(tmp_path, capsys):
     assert main([str(tmp_path / "missing.npy")]) == 1
     assert "missing.npy" in capsys.readouterr().err
     assert main([*arguments, "--train-labels", str(tmp_path / "images.npy"), "--top", "0"]) == 0
+
+
+def test_command_reads_texts_and_tables(tmp_path, capsys):
+    texts, table = text_page(), table_page()
+    np.save(tmp_path / "scores.npy", texts.scores)
+    np.save(tmp_path / "tokens.npy", texts.token_scores)
+    (tmp_path / "tokens.json").write_text(json.dumps(texts.train_texts))
+    lines = [f"question\u2028{j}" for j in range(6)]
+    (tmp_path / "targets.txt").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    for name, rows in (("train.csv", table.train_rows), ("targets.csv", table.target_rows)):
+        lines = [table.columns, *rows]
+        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+
+    def run(*words):
+        files = [str(tmp_path / w) if "." in w else w for w in words]
+        status = main([str(tmp_path / "scores.npy"), "--out", str(tmp_path / "p.html"), *files])
+        return status, capsys.readouterr().err
+
+    told = ("--train-texts", "tokens.json", "--token-scores", "tokens.npy")
+    assert run(*told, "--target-texts", "targets.txt", "--top", "2") == (0, "")
+    page = (tmp_path / "p.html").read_text()
+    assert "question\u20285" in page
+    assert "\ufeff" not in page
+    assert marks_of(page)
+    assert run("--train-table", "train.csv", "--target-table", "targets.csv") == (0, "")
+    page = (tmp_path / "p.html").read_text()
+    assert "<td>&lt;Kyoto&gt;</td>" in page
+    assert '<th scope="col">cylinders</th>' in page
+    (tmp_path / "other.csv").write_text("a,b\n" + "1,2\n" * 6)
+    (tmp_path / "short.csv").write_text("a,b\n1,2\n3\n")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "numbers.json").write_text("[1, 2]")
+    for words, said in (
+        (
+            ("--train-table", "train.csv", "--target-table", "other.csv"),
+            "other.csv has the columns",
+        ),
+        (("--train-table", "short.csv"), "short.csv, line 3: received 1 values; expected 2"),
+        (("--train-texts", "bad.json"), "bad.json is no JSON"),
+        (("--train-texts", "numbers.json"), "numbers.json holds something else; expected a list"),
+        (("--train-texts", "missing.txt"), "missing.txt"),
+        (("--train-texts", "targets.txt"), "received 6 train_texts with scores [40, 6]"),
+    ):
+        status, err = run(*words)
+        assert status == 1
+        assert said in err
 
 
 def test_extremes_make_the_same_page_as_all_scores(tmp_path, capsys):

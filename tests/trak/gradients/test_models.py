@@ -226,6 +226,10 @@ MODELS = {
     "batch mean": (linear, lambda p, x: p["a"](x) - p["a"](x).mean(0, keepdim=True)),
     "inputs differentiated": (linear, differentiates_inputs),
     "checkpoint": (linear, lambda p, x: checkpoint(p["a"], x, use_reentrant=False).tanh()),
+    "checkpoint of layers": (
+        lambda: {"a": nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), "b": nn.Tanh()},
+        lambda p, x: checkpoint(p["a"], p["b"](x), use_reentrant=False),
+    ),
     "reentrant checkpoint": (linear, reentrant),
     "lstm": (recurrent(nn.LSTM), lambda p, x: p["r"](p["a"](x))[0]),
     "lstm's states": (

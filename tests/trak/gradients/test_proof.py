@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
+from fastproj import TRAKer
 from fastproj.trak import HooksError, NotReadyError
 from tests.trak import cases
 
@@ -42,6 +44,14 @@ class Switched(nn.Module):
         h = self.body(x).tanh()
         places = torch.arange(len(x))
         return self.head(h + 0.3 * h[places.flip(0) if self.mixes(x) else places])
+
+
+class Linearly(Switched):
+    """Without a bound on what it hands on."""
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.head(0.2 * h + 0.8 * h.flip(0))
 
 
 class Rolled(Switched):
@@ -313,3 +323,129 @@ def test_gradients_whose_squares_underflow_are_checked(tmp_path):
     traker = make(model, tmp_path, grad_wrt=["body.weight", "body.bias"])
     with pytest.warns(UserWarning, match="can't take this model"):
         featurize(traker, model, floats().float(), [N])
+
+
+class MixesFaint(Switched):
+    """Mixes the samples of small gradients where a sample with a large one is among them."""
+
+    def forward(self, x):
+        h = self.body(x)
+        faint = x.abs().amax(1) < 100
+        places = torch.arange(len(x))
+        if not faint.all():
+            places[faint] = places[faint].flip(0)
+        return self.head(h + 0.3 * h[places])
+
+
+class LosesFaint(Switched):
+    """Their gradients are lost instead."""
+
+    def forward(self, x):
+        h = self.body(x)
+        faint = x.abs().amax(1) < 100
+        if not faint.all():
+            h = torch.where(faint[:, None], h.detach(), h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("kind", [MixesFaint, LosesFaint])
+@pytest.mark.parametrize("large", [1e2, 1e4, 1e5, 3e5])
+@pytest.mark.parametrize("curvature", ["trak", "fisher"])
+def test_errors_are_seen_beside_a_gradient_that_is_much_larger(kind, large, curvature, tmp_path):
+    model = fitted(kind(None))
+    x = floats()
+    x[5] *= large / x[5].abs().max() * 1.01
+    traker = make(model, tmp_path, curvature=curvature)
+    with pytest.warns(UserWarning, match="can't take this model"):
+        featurize(traker, model, x, [N])
+    torch.testing.assert_close(traker.saver.matrix(0), truth(model, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_all_magnitudes_are_taken_by_hooks(dtype, tmp_path, recwarn):
+    """Losses of samples that are sure have gradients of rounding errors: no proof of anything."""
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)
+    )
+    model = model.to(dtype).eval()
+    x = torch.randn(64, 4, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    sure = model(x).argmax(1)
+    with torch.no_grad():
+        for p in model[4].parameters():
+            p *= 60
+    traker = TRAKer(model, loss, 64, tmp_path, proj_dim=8, use_half_precision=False)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((x, sure), num_samples=64)
+    sizes = traker.saver.matrix(0).norm(dim=1)
+    assert sizes.min() < 1e-5 * sizes.max()
+    assert traker.gradient_computer.name == "hooks"
+
+
+# ---- float16 ------------------------------------------------------------------------------------
+
+
+def half_precise(model, x, save_dir):
+    """A TRAKer in float16, its batch, and the features by plain autograd of each sample alone."""
+    model, x = fitted(model).half(), x.half()
+    batch = (x, torch.zeros(len(x), dtype=torch.int64))
+    wanted = cases.projected(cases.gradients(model, batch), 8, 0)
+    return make(model, save_dir, len(x)), batch, wanted
+
+
+def adding_up(n, size):
+    """Inputs of one sign, whose gradients add up."""
+    return floats(n).abs().clamp(0.1, 1) * size
+
+
+def linear():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("n", [2, 4, 24, 64])
+@pytest.mark.parametrize("size", [1e4, 4e4])
+def test_a_sum_that_overflows_float16_is_no_doubt_of_its_samples(n, size, tmp_path, recwarn):
+    traker, batch, wanted = half_precise(linear(), adding_up(n, size), tmp_path)
+    assert wanted.isfinite().all()
+    traker.featurize(batch, num_samples=n)
+    assert traker.gradient_computer.name == "hooks"
+    assert not recwarn.list
+    torch.testing.assert_close(traker.saver.matrix(0).double(), wanted, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("computer", ["auto", "func", "loop"])
+@pytest.mark.parametrize("places", [[0], [3, 17], list(range(5, 17))])
+def test_samples_that_overflow_float16_themselves_are_named(places, computer, tmp_path):
+    """Also where there are more of them than are sought one by one."""
+    x = adding_up(24, 1.0)
+    x[places] *= 6e4 / x[places].amax(1, keepdim=True)
+    model = fitted(linear())
+    with torch.no_grad():
+        model[1].weight *= 20
+    batch = (x.half(), torch.zeros(24, dtype=torch.int64))
+    options = {"gradient_computer": computer, "curvature": "trak"}
+    traker = make(model.half(), tmp_path, 24, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="not finite") as error:
+            traker.featurize(batch, num_samples=24)
+    named = [int(word) for word in re.findall(r"\d+", str(error.value).split("are not")[0])]
+    assert named == places[: len(named)]
+    assert not traker.saver.index(0).done.any()
+    rest = [i for i in range(24) if i not in places]
+    traker.featurize((batch[0][rest], batch[1][rest]), inds=rest)
+
+
+@pytest.mark.parametrize("n", [4, 24])
+def test_mixed_samples_are_noticed_where_their_sum_overflows_float16(n, tmp_path):
+    x = adding_up(n, 4e4)
+    x[::2] *= 0.2
+    traker, batch, wanted = half_precise(Linearly(None), x, tmp_path)
+    with pytest.warns(UserWarning, match="can't take this model"):
+        traker.featurize(batch, num_samples=n)
+    error = traker.saver.matrix(0).double() - wanted
+    assert (error.norm(dim=1) < 0.01 * wanted.norm(dim=1)).all()

@@ -82,8 +82,7 @@ def test_all_computers_give_the_gradients_of_every_output(name, caplog):
         for rows, wanted in zip(alone, exact, strict=True):
             close(rows, {n: g[1:2] for n, g in wanted.items()})
     said = [r.message for r in caplog.records if r.name == "fastproj.trak"]
-    assert all("'logit_scale'" in message for message in said)
-    assert (name == "clip") is bool(said)
+    assert not said  # no parameter takes another run of the whole model
 
 
 @pytest.mark.parametrize("name", ["resnet", "gpt2"])

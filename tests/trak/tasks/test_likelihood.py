@@ -7,6 +7,7 @@ the Fisher matrix is made of; chosen classes and signs are enumerated, so expect
 from __future__ import annotations
 
 import itertools
+import math
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,7 +27,6 @@ from fastproj.trak import (
 )
 from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.tasks.base import Terms
-from fastproj.trak.tasks.likelihood import log_odds_terms
 
 IGNORED = -100
 
@@ -80,6 +80,36 @@ def text(classes: int, label: int) -> Case:
         lambda x: ({"logits": x, "labels": torch.full((len(x),), label)},),
         lambda x: [(1.0, x, label)],
     )
+
+
+def one_logit(task: Any, label: int, squeezed: bool) -> Case:
+    """The logit of class 1 of two: class 0 has 0."""
+
+    def batch(x: Tensor) -> Any:
+        logits, labels = x[:, 0] if squeezed else x, torch.full((len(x),), label)
+        images = isinstance(task, ImageClassificationModelOutput)
+        return (logits, labels) if images else ({"logits": logits, "labels": labels},)
+
+    return Case(task, numbers(1), batch, lambda x: [(1.0, torch.cat([0 * x, x]), label)])
+
+
+def multilabel(kind: Any, labels: list[float]) -> Case:
+    """Each label is a prediction of two classes."""
+
+    def batch(x: Tensor) -> Any:
+        every = torch.tensor(labels).expand(len(x), -1)
+        images = kind is ImageClassificationModelOutput
+        return (x, every) if images else ({"logits": x, "labels": every},)
+
+    def predictions(x: Tensor) -> list[tuple[float, Tensor, int]]:
+        return [
+            (1.0, torch.stack([torch.zeros_like(z), z]), int(label))
+            for z, label in zip(x, labels, strict=True)
+        ]
+
+    count = len(labels)
+    task = kind(multilabel=True)
+    return Case(task, numbers(count), batch, predictions, ([*range(count)], count))
 
 
 def causal(reduction: str, classes: int, labels: list[int]) -> Case:
@@ -145,6 +175,12 @@ CASES = {
     "image, 5 classes": lambda: image(5, 4),
     "text, 2 classes": lambda: text(2, 0),
     "text, 4 classes": lambda: text(4, 2),
+    "image, one logit, 1": lambda: one_logit(ImageClassificationModelOutput(), 1, False),
+    "image, one logit, 0": lambda: one_logit(ImageClassificationModelOutput(), 0, True),
+    "text, one logit": lambda: one_logit(TextClassificationModelOutput(), 0, False),
+    "image, three labels": lambda: multilabel(ImageClassificationModelOutput, [1, 0, 1]),
+    "image, one of one label": lambda: multilabel(ImageClassificationModelOutput, [1]),
+    "text, two labels": lambda: multilabel(TextClassificationModelOutput, [0.0, 1.0]),
     "causal, sum": lambda: causal("sum", 3, [0, 2, IGNORED, 1]),
     "causal, mean": lambda: causal("mean", 3, [0, 2, IGNORED, 1]),
     "causal, two tokens": lambda: causal("sum", 2, [1, 0, 1]),
@@ -262,7 +298,10 @@ def test_the_output_is_the_tasks_own_where_that_has_the_same_direction(case):
         q = case.task.get_out_to_loss_grad(model, {}, {}, batch)
         torch.testing.assert_close(made.slope, q)
     else:
-        assert case.places != ([0], 1) or isinstance(case.task, CausalLMModelOutput)
+        several = isinstance(case.task, CausalLMModelOutput) or getattr(
+            case.task, "multilabel", False
+        )
+        assert several or case.places != ([0], 1)
 
 
 # ---- the matrix ---------------------------------------------------------------------------------
@@ -477,6 +516,23 @@ def test_every_sample_is_chosen_as_often():
 
 
 @pytest.mark.parametrize(
+    ("n", "k", "run"), [(1600, 8, 16), (10_000, 255, 16), (10_000, 256, 32), (100_001, 700, 64)]
+)
+def test_runs_are_spread_evenly(n, k, run):
+    """Samples may be sorted by class; and few batches have both kinds of samples."""
+    chosen = Draws(n, k, Fisher(), seed=5).chosen(np.arange(n))
+    starts = np.flatnonzero(chosen & ~np.concatenate([[False], chosen[:-1]]))
+    assert (starts % run == 0).all()
+    assert chosen.reshape(-1)[: n // run * run].reshape(-1, run).std(1).max() == 0
+    picked = np.flatnonzero(chosen[::run])
+    step = -(-n // run) / len(picked)
+    assert len(picked) == -(-2 * k // run)
+    assert set(np.diff(picked)) <= {math.floor(step), math.ceil(step)}
+    others = {Draws(n, k, Fisher(), seed).chosen(np.arange(n)).tobytes() for seed in range(9)}
+    assert len(others) > 1
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"samples": 0}, "samples=0; expected an integer >= 1"),
@@ -579,25 +635,3 @@ def test_a_function_has_a_loss_or_a_likelihood():
     function = LIKELIHOODS["counts"][0]
     with pytest.raises(ValueError, match="received both loss and likelihood; expected one"):
         FunctionModelOutput(lambda *_: None, loss=torch.exp, likelihood=function)
-
-
-@pytest.mark.parametrize("labels", [1, 3])
-def test_log_odds_of_several_labels(labels):
-    """Each of them is a prediction of two classes, whose row is exact but for its sign."""
-    x = numbers(1, labels)
-    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=labels))).double()
-    noise = torch.full((len(signs), 1, labels, 3), 0.5, dtype=torch.float64)
-    noise[:, 0, :, 1] = signs
-    f = x.expand(len(signs), -1).clone().requires_grad_()
-    made = log_odds_terms(f, noise)
-    p = torch.sigmoid(f.detach())
-    torch.testing.assert_close(made.slope[:, None] * by_x(made.output, f), 1 - p)
-    exact = made.curvature.detach()[:, None, None] * outer(by_x(made.output, f))
-    drawn = [outer(by_x(made.drawn[:, j], f)) for j in range(made.drawn.shape[1])]
-    matrix = torch.diag((p * (1 - p))[0])
-    if labels > 1:
-        matrix += outer(1 - p)[0]
-    torch.testing.assert_close((exact + sum(drawn)).mean(0), matrix)
-    slope = made.slope if labels == 1 else torch.ones(1)
-    along = ((1 - p) * f.detach()).sum(1) / slope
-    torch.testing.assert_close(made.along, along)

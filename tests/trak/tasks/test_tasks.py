@@ -93,7 +93,9 @@ def test_wrong_batches_are_named(batch, message):
     [
         (torch.zeros(2, 3), torch.tensor([0, 3]), r"label 3 at row 1 .* classes 0\.\.2"),
         (torch.zeros(2, 3), torch.tensor([-1, 0]), "label -1 at row 0"),
-        (torch.zeros(2, 1), torch.tensor([0, 0]), "C >= 2"),
+        (torch.zeros(2, 1), torch.tensor([0, 2]), r"label 2 at row 1 .* classes 0\.\.1"),
+        (torch.zeros(2), torch.tensor([-1, 1]), "label -1 at row 0"),
+        (torch.zeros(1, 2), torch.tensor([0, 0]), r"\[1, 2\] .*or one logit of class 1"),
         (torch.zeros(2, 3, 4), torch.tensor([0, 0]), r"\[2, 3, 4\]"),
     ],
 )

@@ -1,0 +1,149 @@
+"""What a TRAK run costs: bytes on disk, bytes in memory and operations, by arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.solving.finalizing import (
+    MAX_PARTS,
+    PANEL_BYTES,
+    PART_ROWS,
+    PART_ROWS_PER_DIM,
+)
+from fastproj.trak.solving.scoring import WEIGHT_BYTES
+from fastproj.trak.solving.solve import EXACT_FLOPS
+from fastproj.trak.store.features import block_rows
+
+# Beside the features of a row: its number and content, a row's exponent, Q; with the Fisher matrix
+# also what a sample counts in it.
+ROW_BYTES, COUNT_BYTES = 24, 12
+BLOCKS = 5  # blocks of features in memory: three that are read ahead, one weighed, one product
+MATRICES = 4  # float64 matrices of the system's size while lambda is chosen and it is solved
+FACTORED = 4  # times that a system is factored: for lambda's dimension, its check, and scoring
+ASPECT = 64  # a transformer's width over its depth, as of GPT-2
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers that the factored gradients are assumed to be of: ``count`` of width x width."""
+
+    count: float
+    width: int
+    tokens: int
+
+    @classmethod
+    def assumed(cls, parameters: int, width: int | None, tokens: int) -> Layers:
+        """Those of a transformer with so many parameters, 12 d^2 a block, of width d.
+
+        ``width`` None is a width of ASPECT times the depth.
+        """
+        if width is None:
+            width = max(1, round((ASPECT * parameters / 12) ** (1 / 3)))
+        return cls(parameters / width**2, width, tokens)
+
+    def entries(self, rank: int) -> int:
+        """The numbers of a sample's gradient after both sides are compressed to ``rank``."""
+        side = min(rank, self.width)
+        return round(self.count * side**2)
+
+    def operations(self, rank: int) -> float:
+        """Floating-point operations to compress one sample's gradient: 2 T (I r + O r + r^2)."""
+        if rank >= self.width:
+            return 2.0 * self.tokens * self.count * self.width**2  # it is formed as it is
+        return 2.0 * self.tokens * self.count * (2 * self.width * rank + rank**2)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A TRAK run.
+
+    parameters, samples, targets, checkpoints, proj_dim : P, n, m, M, k.
+    fisher : whether the curvature is the Fisher matrix.
+    half : whether features are stored as float16.
+    batch : samples whose gradients are projected together.
+    """
+
+    parameters: int
+    samples: int
+    proj_dim: int
+    targets: int
+    checkpoints: int
+    fisher: bool
+    half: bool = True
+    batch: int = 32
+
+    @property
+    def drawn(self) -> int:
+        """Rows of the Fisher matrix that are drawn, for each checkpoint."""
+        if not self.fisher:
+            return 0
+        return Draws(self.samples, self.proj_dim, Fisher(), 0).count
+
+    @property
+    def rows(self) -> int:
+        """Rows that the system is made of."""
+        return self.samples + self.drawn
+
+    @property
+    def size(self) -> int:
+        """Of the square matrix that lambda is added to: rows, where they are fewer than k."""
+        return min(self.rows, self.proj_dim)
+
+    @property
+    def gradients(self) -> int:
+        """Per-sample gradients that are computed and projected, over all checkpoints."""
+        return self.checkpoints * (self.rows + self.targets)
+
+    def disk(self) -> dict[str, int]:
+        """Bytes in save_dir, by what they are of."""
+        row = self.proj_dim * (2 if self.half else 4) + ROW_BYTES
+        counts = COUNT_BYTES if self.fisher else 0
+        found = {"features": self.checkpoints * self.samples * (row + counts)}
+        if self.fisher:
+            found["drawn rows of the Fisher matrix"] = self.checkpoints * self.drawn * row
+        found["matrices"] = self.checkpoints * 8 * self.size**2
+        found["features of targets"] = self.checkpoints * self.targets * row
+        found["scores"] = 4 * self.samples * self.targets
+        return found
+
+    def disk_while_finalising(self) -> int:
+        """Bytes of the parts that a matrix is summed in, until it is whole."""
+        if self.rows < self.proj_dim:
+            panel = max(1, PANEL_BYTES // (4 * self.proj_dim))
+            return 8 * self.rows**2 if self.rows > panel else 0
+        part = max(-(-self.rows // MAX_PARTS), PART_ROWS, PART_ROWS_PER_DIM * self.proj_dim)
+        parts = -(-self.rows // part)
+        return 8 * self.size**2 * parts if parts > 1 else 0
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of each step's arrays, without Python, torch and the model."""
+        blocks = BLOCKS * 4 * block_rows(self.proj_dim) * self.proj_dim
+        system = 8 * self.size**2
+        weights = min(4 * self.targets * self.proj_dim * self.checkpoints, WEIGHT_BYTES)
+        return {
+            "gradients of a batch, at most": 4 * self.batch * self.parameters,
+            "finalising": MATRICES * system + blocks,
+            "scoring": 2 * system + 2 * weights + blocks,
+        }
+
+    def gram_operations(self) -> float:
+        """Floating-point operations of the products that the systems are made of."""
+        other = max(self.rows, self.proj_dim)
+        return float(self.checkpoints) * self.size**2 * other  # half of them: it is symmetric
+
+    def gram_is_exact(self) -> bool:
+        """Whether these are in float64 throughout."""
+        return float(self.size) ** 2 * max(self.rows, self.proj_dim) <= EXACT_FLOPS
+
+    def solve_operations(self) -> float:
+        """float64 operations of the factors."""
+        return self.checkpoints * FACTORED * self.size**3 / 3
+
+    def score_operations(self) -> float:
+        """float32 operations of the scores."""
+        return 2.0 * self.checkpoints * self.samples * self.targets * self.proj_dim
+
+    def stored_matrix(self) -> int:
+        """Bytes of R in float32, which is never stored."""
+        return 4 * self.parameters * self.proj_dim
