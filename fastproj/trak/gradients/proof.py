@@ -113,7 +113,8 @@ def prove(
         infinite |= odd
         if odd and few:
             counts[rows] = False
-        for name, g in found.items():
+        for name in list(found):
+            g = found.pop(name)  # let go of before the next part's
             if name not in sums:
                 sums[name] = torch.zeros(g.shape, dtype=wide(g), device=g.device)
             if bool(counts[rows].all()):
