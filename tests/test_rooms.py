@@ -50,6 +50,7 @@ FLOORS = (
     {"checkpoints", "evaluation", "gradients", "solving"},
     {"curvature", "saver"},
     {"estimator"},
+    {"hf"},
 )
 
 
