@@ -15,6 +15,7 @@ from fastproj.commands.arguments import INTERRUPTED
 COMMANDS = {
     "info": "what this machine can do, and what it lacks",
     "demo": "TRAK on real data, from training to an HTML report",
+    "trak": "scores of training samples for a Hugging Face model, from local files",
     "report": "an HTML page of finished scores",
     "lds": "how well scores predict models trained on random subsets",
     "loo": "how well scores predict leaving single samples out",
