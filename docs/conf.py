@@ -31,8 +31,8 @@ highlight_language = "none"  # an indented block is a formula or a command
 
 # The order of the pages, in one place: the pages themselves are plain Markdown.
 CONTENTS = {
-    "TRAK": ["docs/quickstart", "docs/tasks", "docs/gradients", "docs/running", "docs/evaluation",
-             "docs/command-line", "docs/from-trak", "docs/research/lambda"],
+    "TRAK": ["docs/quickstart", "docs/tasks", "docs/huggingface", "docs/gradients", "docs/running",
+             "docs/evaluation", "docs/command-line", "docs/from-trak", "docs/research/lambda"],
     "Projection": ["docs/projection", "docs/install", "docs/dropin"],
     "API": ["docs/api/projection", "docs/api/trak", "docs/api/compat"],
     "Inside": ["docs/architecture", "docs/glossary", "csrc/cpu/README", "csrc/cuda/README",

@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "TRAK on real data, from training to an HTML report",
     "bench": "time this machine against a stored matrix, in under a minute",
     "plan": "disk, memory and time that a TRAK run will take here",
+    "trak": "scores of training samples for a Hugging Face model, from local files",
     "lds": "how well scores predict models trained on random subsets",
     "loo": "how well scores predict leaving single samples out",
     "brittleness": "predictions that flip without what helps them most",

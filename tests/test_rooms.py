@@ -69,6 +69,7 @@ FLOORS = (
     {"checkpoints", "evaluation", "gradients", "solving"},
     {"curvature", "saver"},
     {"estimator"},
+    {"hf"},
 )
 
 

@@ -45,8 +45,10 @@ try:
         CLIPModelOutput,
         FunctionModelOutput,
         ImageClassificationModelOutput,
+        MaskedLMModelOutput,
         Seq2SeqModelOutput,
         TextClassificationModelOutput,
+        TokenClassificationModelOutput,
     )
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]
@@ -75,6 +77,7 @@ __all__ = [
     "HooksError",
     "ImageClassificationModelOutput",
     "IterativeGradientComputer",
+    "MaskedLMModelOutput",
     "NotReadyError",
     "Page",
     "Saver",
@@ -87,6 +90,7 @@ __all__ = [
     "StoreMismatchError",
     "TRAKer",
     "TextClassificationModelOutput",
+    "TokenClassificationModelOutput",
     "TopScores",
     "TrainingError",
     "all_but",

@@ -522,6 +522,19 @@ class TRAKer:
         todo = [inds[~done[inds]] for inds in every if not done[inds].all()]
         return [inds.tolist() for inds in self._turns.deal("remaining_batches", todo)]
 
+    def has_drawn_rows(self, inds: Any) -> npt.NDArray[np.bool_]:
+        """Which training samples rows of the Fisher matrix are drawn for, bool [b].
+
+        ``featurize`` computes those of a batch by themselves. Loaders that choose what shares a
+        batch may keep the two kinds apart.
+
+        inds : integers [b], the samples' places in the training set.
+        """
+        places = as_indices("has_drawn_rows", inds)
+        if self._draws is None:
+            return np.zeros(len(places), np.bool_)
+        return self._draws.chosen(places)
+
     def _check_batch(
         self, function: str, batch: Any, inds: Any, num_samples: SupportsIndex | None, total: int
     ) -> tuple[tuple[Any, ...], Indices]:

@@ -135,6 +135,7 @@ def test_importing_fastproj_loads_neither_trak_nor_what_it_needs() -> None:
 def test_the_public_names() -> None:
     assert set(fastproj.__all__) == {
         "SPEC_VERSION",
+        "FactoredProjector",
         "Projector",
         "TRAKer",
         "__version__",

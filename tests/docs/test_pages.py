@@ -106,6 +106,37 @@ def gpt2() -> Scope:
     }
 
 
+def hugging_face() -> Scope:
+    """run/checkpoint-50 and -100 with a tokenizer, train.jsonl and dev.jsonl."""
+    from tests.trak.hf import models
+
+    for seed, step in enumerate((50, 100)):
+        models.model_for("causal_lm", seed).save_pretrained(f"run/checkpoint-{step}")
+        models.tokenizer().save_pretrained(f"run/checkpoint-{step}")
+    for name, rows in (("train", 12), ("dev", 5)):
+        lines = (f'{{"text": "w{row} w{row % 4}"}}\n' for row in range(rows))
+        Path(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {}
+
+
+def in_training() -> Scope:
+    import transformers
+
+    from tests.trak.hf import models, training
+
+    samples = models.samples_for("causal_lm", 12)
+    return {
+        "train": samples,
+        "targets": samples[:5],
+        "model": models.model_for("causal_lm"),
+        "Trainer": transformers.Trainer,
+        "collate": training.collate,
+        "arguments": transformers.TrainingArguments(
+            "run", max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
+        ),
+    }
+
+
 def stopped() -> Scope:
     train_set, model = images(70), classifier()
     traker = fastproj.TRAKer(model, "image_classification", train_set_size=70, save_dir="run")
@@ -157,6 +188,8 @@ def projected(scope: Scope) -> bool:
 CASES: list[tuple[str, str, Callable[[], Scope], Callable[[Scope], bool]]] = [
     ("evaluation.md", "def train(", dict, lambda s: callable(s["train"])),
     ("evaluation.md", "train_subsets", retraining, lambda s: s["truth"].masks.shape == (100, 20)),
+    ("huggingface.md", "HFTRAKer", hugging_face, lambda s: shape(s["scores"]) == (12, 5)),
+    ("huggingface.md", "TRAKCallback", in_training, lambda s: shape(s["scores"]) == (12, 5)),
     ("projection.md", "project_transpose", dict, projected),
     ("quickstart.md", "import TRAKer", vision, lambda s: shape(s["scores"]) == (12, 5)),
     ("running.md", "remaining_batches", stopped, lambda s: not s["traker"].remaining_batches(64)),

@@ -62,8 +62,22 @@ def test_every_example_is_run():
         "image_classification",
         "evaluation",
         "distributed",  # by test_distributed.py
+        "data_selection",
         *OTHERS,
     }
+
+
+def test_data_selection(tmp_path, monkeypatch, capsys):
+    """What scores choose beats chance, by more than seeds differ."""
+    options = {"out": tmp_path, "pool": 160, "share": 0.1, "seeds": 2, "proj-dim": 128}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["data_selection", *arguments])
+    runpy.run_path(str(EXAMPLES / "data_selection.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "scores [160, 1]" in printed
+    found = re.findall(r"(selected|random) +[\d.]+ \(from ([\d.]+) to ([\d.]+)", printed)
+    (_, _, worst), (_, best, _) = found
+    assert float(worst) < float(best)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -6,7 +6,12 @@ from fastproj.trak.tasks.base import AbstractModelOutput, BatchedModelOutput, Te
 from fastproj.trak.tasks.clip import CLIPModelOutput
 from fastproj.trak.tasks.function import FunctionModelOutput
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
-from fastproj.trak.tasks.language import CausalLMModelOutput, Seq2SeqModelOutput
+from fastproj.trak.tasks.language import (
+    CausalLMModelOutput,
+    MaskedLMModelOutput,
+    Seq2SeqModelOutput,
+    TokenClassificationModelOutput,
+)
 from fastproj.trak.tasks.margin import margins
 from fastproj.trak.tasks.names import TASKS, describe_task, resolve_task
 from fastproj.trak.tasks.text import TextClassificationModelOutput
@@ -25,10 +30,12 @@ __all__ = [
     "CausalLMModelOutput",
     "FunctionModelOutput",
     "ImageClassificationModelOutput",
+    "MaskedLMModelOutput",
     "Seq2SeqModelOutput",
     "SeveralOutputs",
     "Terms",
     "TextClassificationModelOutput",
+    "TokenClassificationModelOutput",
     "TokenOutput",
     "TrainingOutput",
     "describe_task",

@@ -221,6 +221,40 @@ class Seq2SeqModelOutput(TokenModelOutput):
         return logits_of(self.name, output), labels
 
 
+class MaskedLMModelOutput(TokenModelOutput):
+    """Tokens that are hidden from an encoder (BERT, RoBERTa, ...).
+
+    A batch is (input_ids, attention_mask, labels), or a dict of the model's keyword arguments and
+    "labels". The input_ids have tokens hidden; the labels are these tokens at their own positions,
+    and -100 everywhere else, as Hugging Face's data collators make them. Hide the same tokens of a
+    sample each time: what is hidden belongs to the sample.
+    """
+
+    name = "masked_lm"
+    expected = "(input_ids, attention_mask, labels), or a dict with labels"
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Keyword arguments and labels."""
+        return as_dict(batch, ("input_ids", "attention_mask", "labels"), least=3)
+
+    def predictions(
+        self, model: Any, weights: Params, buffers: Params, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of all positions, and the labels."""
+        labels = inputs.pop("labels")
+        return logits_of(self.name, call(model, weights, buffers, **inputs)), labels
+
+
+class TokenClassificationModelOutput(MaskedLMModelOutput):
+    """A class for each token (named entities, parts of speech).
+
+    A batch is that of ``MaskedLMModelOutput``, with nothing hidden. The labels are the classes of
+    the tokens, and -100 where a token has none.
+    """
+
+    name = "token_classification"
+
+
 def token_cure(what: str, t: Any) -> str:
     """How token numbers [B, T] come from something of another form, or nothing."""
     if not isinstance(t, Tensor):
@@ -257,5 +291,11 @@ def without_cache(model: Any) -> dict[str, bool]:
 
 
 def forward_names(model: Any) -> set[str]:
-    """The names of the arguments of a model's forward."""
-    return set(inspect.signature(model.forward).parameters)
+    """The names of the arguments of a model's forward; peft's wrapper takes those of its model."""
+    return set(inspect.signature(base_of(model).forward).parameters)
+
+
+def base_of(model: Any) -> Any:
+    """The model inside peft's wrapper, or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model

@@ -8,7 +8,12 @@ from fastproj.trak.tasks.base import AbstractModelOutput
 from fastproj.trak.tasks.clip import CLIPModelOutput
 from fastproj.trak.tasks.function import FunctionModelOutput
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
-from fastproj.trak.tasks.language import CausalLMModelOutput, Seq2SeqModelOutput
+from fastproj.trak.tasks.language import (
+    CausalLMModelOutput,
+    MaskedLMModelOutput,
+    Seq2SeqModelOutput,
+    TokenClassificationModelOutput,
+)
 from fastproj.trak.tasks.text import TextClassificationModelOutput
 
 TASKS: dict[str, type[AbstractModelOutput]] = {
@@ -18,6 +23,8 @@ TASKS: dict[str, type[AbstractModelOutput]] = {
     "text_classification": TextClassificationModelOutput,
     "seq2seq": Seq2SeqModelOutput,
     "causal_lm": CausalLMModelOutput,
+    "masked_lm": MaskedLMModelOutput,
+    "token_classification": TokenClassificationModelOutput,
 }
 UNSAID = (("likelihood", None), ("multilabel", False))  # settings that stores before them lack
 METHODS = ("get_output", "get_out_to_loss_grad")

@@ -1,0 +1,286 @@
+"""``fastproj trak``: scores for a Hugging Face model, from local folders and files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastproj.commands.arguments import add_json, positive
+from fastproj.commands.running import DONE, Outcome, execute
+from fastproj.trak.distributed import DistributedError
+from fastproj.trak.files import StoreError
+from fastproj.trak.hf import (
+    HFTRAKer,
+    checkpoints_in,
+    load_model,
+    load_tokenizer,
+    read_samples,
+    tokenize,
+)
+from fastproj.trak.hf.heads import AUTO_CLASSES, kind_of_model
+from fastproj.trak.store.store import NotReadyError
+from fastproj.trak.tasks.language import base_of
+
+DESCRIPTION = """\
+Which training samples raise or lower what a model says of a target? TRAK scores for a Hugging Face
+model, its training set and targets, all in local folders and files: the command asks no network.
+It prints the most helpful and the most harmful samples of the first targets, and keeps all scores.
+"""
+EPILOG = """\
+examples:
+  fastproj trak run/ --train train.jsonl --targets dev.jsonl
+  fastproj trak run/checkpoint-100 run/checkpoint-200 --train train.parquet --targets dev.txt
+  fastproj trak adapters/ --base llama/ --train train.jsonl --targets dev.jsonl --mean
+  torchrun --nproc-per-node 2 -m fastproj trak run/ --train train.jsonl --targets dev.jsonl
+
+models:
+  A folder that save_pretrained wrote, a whole model or peft's adapters, or the output folder of a
+  Trainer, of which all checkpoint-<step> folders are taken. Scores are averaged over checkpoints.
+  The first folder's class says what is predicted.
+
+data:
+  .jsonl, .txt (a text a line), .parquet, or a folder of datasets' save_to_disk. What samples have:
+    language model      {"text": ...}, or {"prompt": ..., "completion": ...}, which alone counts
+    masked model        {"text": ...}; 15 % of the tokens are hidden, the same ones each time
+    sequence to sequence  {"source": ..., "target": ...}
+    classifier          {"text": ..., "label": ...}, and "text_pair" where there are two texts
+    tokenised samples   {"input_ids": [...], "labels": ...}
+  --column text=review says where an entry has another name.
+
+A stopped run goes on when the same command runs again. Exit status: 0 when the scores are there, 1
+for an error that the message says how to mend, 2 for wrong arguments, 130 when interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fastproj trak``; returns the exit status."""
+    options = build_parser().parse_args(argv)
+    mendable = (
+        DistributedError,
+        ModuleNotFoundError,
+        NotReadyError,
+        OSError,
+        StoreError,
+        TypeError,
+        ValueError,
+    )
+    kept = f"What is finished is kept in {options.out}; the same command goes on from there"
+    return execute("trak", options, run, mendable, kept)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="fastproj trak",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="local folders")
+    data = parser.add_argument_group("data")
+    data.add_argument("--train", type=Path, required=True, metavar="PATH", help="training set")
+    data.add_argument("--targets", type=Path, required=True, metavar="PATH", help="what to explain")
+    data.add_argument(
+        "--column",
+        type=renaming,
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="another name of an entry; may be repeated",
+    )
+    data.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="T",
+        help="cut samples to T tokens; what the tokenizer and the model can take",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--task", choices=list(AUTO_CLASSES), help="what the model predicts")
+    model.add_argument("--base", type=Path, metavar="DIR", help="the model that adapters belong to")
+    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="where MODEL has none")
+    model.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of parameters and gradients (default: auto, as in the files)",
+    )
+    model.add_argument("--device", help="such as cuda (default: cpu)", default="cpu")
+    model.add_argument(
+        "--grad-wrt",
+        choices=["auto", "all"],
+        default="auto",
+        help="gradients by all parameters, or by adapters where there are any (default: auto)",
+    )
+    scores = parser.add_argument_group("scores")
+    scores.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastproj-trak"),
+        metavar="DIR",
+        help="where to write (default: fastproj-trak)",
+    )
+    scores.add_argument(
+        "--name", default="targets", help="of this set of targets (default: targets)"
+    )
+    scores.add_argument(
+        "--mean",
+        action="store_true",
+        help="one score a sample, for all targets together: to select data with",
+    )
+    scores.add_argument(
+        "--proj-dim",
+        type=positive,
+        default=4096,
+        metavar="K",
+        help="dimension of the features (default: 4096)",
+    )
+    scores.add_argument(
+        "--batch-size", type=positive, default=16, metavar="B", help="samples at once (default: 16)"
+    )
+    scores.add_argument("--seed", type=int, default=0, help="of the projection (default: 0)")
+    scores.add_argument(
+        "--top", type=positive, default=5, help="samples to print and report (default: 5)"
+    )
+    scores.add_argument("--show", type=int, default=3, help="targets to print (default: 3)")
+    add_json(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Load, tokenise, score and print."""
+    checkpoints = [found for path in options.models for found in checkpoints_in(path)]
+    rows = {name: read_samples(getattr(options, name)) for name in ("train", "targets")}
+    model = load_model(checkpoints[-1], options.task, base=options.base, dtype=options.dtype)
+    task = options.task or kind_of_model("fastproj trak", model)
+    texts = any("input_ids" not in samples[0] for samples in rows.values())
+    tokenizer = find_tokenizer(options, checkpoints, needed=texts or task == "masked_lm")
+    limit = options.max_length or longest(model, tokenizer)
+    data = {
+        name: tokenize(
+            samples,
+            tokenizer,
+            task,
+            max_length=limit,
+            columns=dict(options.column),
+            label2id=getattr(base_of(model).config, "label2id", None),
+        )
+        for name, samples in rows.items()
+    }
+    traker = HFTRAKer(
+        model,
+        data["train"],
+        checkpoints,
+        options.out,
+        device=options.device,
+        tokenizer=tokenizer,
+        task=options.task,
+        batch_size=options.batch_size,
+        grad_wrt=None if options.grad_wrt == "all" else options.grad_wrt,
+        proj_dim=options.proj_dim,
+        projector_seed=options.seed,
+        logging_level=logging.WARNING,
+    )
+    first = traker.traker.ranks.first
+    if first:
+        print(
+            f"{type(base_of(model)).__name__}, {task}: gradients by "
+            f"{traker.traker.num_params_for_grad:,} parameters, {len(checkpoints)} checkpoint(s), "
+            f"{len(data['train'])} training samples, {len(data['targets'])} targets",
+            flush=True,
+        )
+    groups = [0] * len(data["targets"]) if options.mean else None
+    scores = traker.score(data["targets"], options.name, groups=groups, reduction="mean")
+    return DONE, report(options, task, checkpoints, rows, scores) if first else {}
+
+
+def find_tokenizer(options: argparse.Namespace, checkpoints: list[Path], needed: bool) -> Any:
+    """The tokenizer of --tokenizer, of a checkpoint or of the base model; None where there is none
+    and none is needed.
+    """
+    given = [path for path in (options.tokenizer,) if path is not None]
+    places = given or [*reversed(checkpoints), *options.models, *filter(None, [options.base])]
+    try:
+        return load_tokenizer(*places)
+    except FileNotFoundError as error:
+        if needed or given:
+            raise FileNotFoundError(f"{error}; --tokenizer names it") from None
+        return None
+
+
+def longest(model: Any, tokenizer: Any) -> int | None:
+    """The most tokens that the tokenizer and the positions of the model allow; None: no limit."""
+    config = base_of(model).config
+    limits = [
+        getattr(tokenizer, "model_max_length", None),
+        getattr(config, "max_position_embeddings", None),
+    ]
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 30]
+    return min(known, default=None)
+
+
+def report(
+    options: argparse.Namespace,
+    task: str,
+    checkpoints: list[Path],
+    rows: Mapping[str, Any],
+    scores: Any,
+) -> dict[str, Any]:
+    """Print the extremes of the first targets; returns those of all, for --json."""
+    found = []
+    for column in range(scores.shape[1]):
+        order = np.argsort(scores[:, column], kind="stable")
+        found.append(
+            {
+                name: [{"sample": int(i), "score": float(scores[i, column])} for i in chosen]
+                for name, chosen in (
+                    ("helpful", order[::-1][: options.top]),
+                    ("harmful", order[: options.top]),
+                )
+            }
+        )
+    for column, extremes in enumerate(found[: max(options.show, 0)]):
+        title = (
+            "all targets"
+            if options.mean
+            else f"target {column}: {text_of(rows['targets'][column])}"
+        )
+        print(f"\n{title}")
+        for name, samples in extremes.items():
+            for entry in samples:
+                said = text_of(rows["train"][entry["sample"]])
+                print(f"  {name} {entry['score']:+10.3g}  sample {entry['sample']}: {said}")
+    path = options.out / "scores" / f"{options.name}.mmap"
+    print(f"\nscores {list(scores.shape)}: {path} (numpy.load reads it)")
+    return {
+        "scores": str(path),
+        "shape": list(scores.shape),
+        "task": task,
+        "checkpoints": list(map(str, checkpoints)),
+        "train": str(options.train),
+        "targets": str(options.targets),
+        "mean_of_targets": options.mean,
+        "extremes": found,
+    }
+
+
+def text_of(sample: Mapping[str, Any], width: int = 90) -> str:
+    """A line about a sample."""
+    shown = {name: part for name, part in sample.items() if isinstance(part, str | int | float)}
+    text = json.dumps(shown or {"tokens": len(sample["input_ids"])}, ensure_ascii=False)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def renaming(text: str) -> tuple[str, str]:
+    """NAME=COLUMN as a pair."""
+    name, equals, column = text.partition("=")
+    if not (name and equals and column):
+        raise argparse.ArgumentTypeError(
+            f"received {text!r}; expected NAME=COLUMN, such as text=review"
+        )
+    return name, column

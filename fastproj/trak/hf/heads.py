@@ -1,0 +1,113 @@
+"""What a transformers model is for, read off its class, and the task that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from fastproj.trak.tasks.base import logits_of
+from fastproj.trak.tasks.function import FunctionModelOutput
+from fastproj.trak.tasks.language import base_of
+
+# The task -> transformers' table of its classes, and how names of other classes end. Where tables
+# overlap (BART is among the masked models, too), the first counts.
+TABLES = {
+    "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM", ()),
+    "text_classification": ("SEQUENCE_CLASSIFICATION", ("ForSequenceClassification",)),
+    "token_classification": ("TOKEN_CLASSIFICATION", ("ForTokenClassification",)),
+    "causal_lm": ("CAUSAL_LM", ("ForCausalLM", "LMHeadModel")),
+    "masked_lm": ("MASKED_LM", ("ForMaskedLM",)),
+}
+AUTO_CLASSES = {
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "text_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+}
+AMBIGUOUS = ("XLMWithLMHeadModel", "FlaubertWithLMHeadModel")  # masked, causal and translating
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft has put adapters into the model."""
+    return getattr(model, "peft_config", None) is not None or bool(
+        getattr(model, "_hf_peft_config_loaded", False)
+    )
+
+
+def kind_of(name: str) -> str | None:
+    """The task of a model class by its name; None where the name doesn't say."""
+    if name in AMBIGUOUS:
+        return None
+    for task, (table, _) in TABLES.items():
+        if name in classes_of(table):
+            return task
+    for task, (_, endings) in TABLES.items():
+        if name.endswith(endings):
+            return task
+    return None
+
+
+@cache
+def classes_of(table: str) -> frozenset[str]:
+    """The names of the classes in one of transformers' tables."""
+    values = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()
+    return frozenset(name for v in values for name in ((v,) if isinstance(v, str) else v))
+
+
+def kind_of_model(function: str, model: nn.Module) -> str:
+    """The task that the model's class is for. Raises ValueError where the class doesn't say."""
+    base = base_of(model)
+    kind = kind_of(type(base).__name__)
+    if kind is None:
+        heads = ", ".join(AUTO_CLASSES.values())
+        raise ValueError(
+            f"{function}: received a model of class {type(base).__name__}, which doesn't say what "
+            f"it predicts; expected one with a head, as {heads} load it, or task= one of "
+            f"{', '.join(map(repr, TABLES))}, or a task of your own with labels as it takes them"
+        )
+    return kind
+
+
+def task_for(function: str, model: nn.Module, kind: str) -> Any:
+    """What ``TRAKer(task=...)`` takes for a model of this kind."""
+    if kind != "text_classification":
+        return kind
+    config = base_of(model).config
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        raise ValueError(
+            f"{function}: received a model with problem_type={problem!r}, where a sample may have "
+            "several labels or none; expected one class a sample, or task= a function of "
+            "(model, batch) that returns one output for each sample, such as the log-odds of the "
+            "label that is asked about"
+        )
+    if problem == "regression" and config.num_labels != 1:
+        raise ValueError(
+            f"{function}: received a model that predicts {config.num_labels} numbers for each "
+            "sample; expected one, or task= a function of (model, batch) that returns one output "
+            "for each sample"
+        )
+    if problem == "regression" or config.num_labels == 1:
+        return FunctionModelOutput(predicted_number, likelihood=gaussian)
+    return kind
+
+
+def is_regression(task: Any) -> bool:
+    """Whether labels are numbers to predict, not classes."""
+    return isinstance(task, FunctionModelOutput) and task.output is predicted_number
+
+
+def predicted_number(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a regression model predicts, [B]; its squared error is the loss."""
+    inputs = {name: part for name, part in batch.items() if name != "labels"}
+    return logits_of("regression", model(**inputs)).squeeze(-1)
+
+
+def gaussian(output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The log-likelihood of numbers with variance 1, [B]: minus half the squared error."""
+    return -0.5 * (batch["labels"] - output) ** 2

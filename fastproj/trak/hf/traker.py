@@ -1,0 +1,256 @@
+"""HFTRAKer: from a transformers model, a tokenised data set and checkpoints to scores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, SupportsIndex
+
+import numpy as np
+from torch import nn
+
+from fastproj.checks import check_integer
+from fastproj.trak.estimator import TRAKer
+from fastproj.trak.gradients.base import TRAINABLE
+from fastproj.trak.hf.collate import Collator, labels_of
+from fastproj.trak.hf.folders import Checkpoint, load_model, load_weights
+from fastproj.trak.hf.heads import has_adapters, kind_of_model, task_for
+from fastproj.trak.hf.lengths import plan_batches
+from fastproj.trak.hf.masking import Masking
+from fastproj.trak.hf.samples import Samples
+from fastproj.trak.progress import progress
+from fastproj.trak.tasks import TASKS
+
+AUTO = "auto"
+AS_IT_IS = "the model as it is"
+
+
+class HFTRAKer:
+    """Scores of targets for a transformers model, its training set and its checkpoints.
+
+        traker = HFTRAKer("run/checkpoint-300", train, ["run/checkpoint-100", "run/checkpoint-300"])
+        scores = traker.score(targets)  # [n_train, n_targets]
+
+    Samples are padded to few lengths and put into batches by length; scores are in the order of the
+    data set. Everything is kept in ``save_dir``: a run that was stopped is repeated, and skips what
+    is there. Processes of torchrun share the work (docs/running.md).
+
+    Parameters
+    ----------
+    model : a transformers model, with or without peft's adapters, or the local folder of one. It is
+        put into eval mode; its parameters become those of the checkpoint that was loaded last.
+    train : the tokenised training set: a ``datasets.Dataset`` or another sequence of dicts, an
+        iterable of dicts (which is read into memory), or what a tokenizer returns for a list of
+        texts. A sample has "input_ids", not padded, and what else the model's forward takes.
+        "labels" (or "label") are the class; for language models the tokens to predict, with -100
+        where none counts. Without labels all tokens of a causal model count, and 15 % of the tokens
+        of a masked one are hidden, for each sample the same each time.
+    checkpoints : local folders of whole models or of adapters, or state_dicts, in a list (their
+        model_ids are 0, 1, 2 ...) or in a dict by model_id; None is the model as it is.
+    save_dir : where features and scores are kept.
+    tokenizer : for the padding token, where the model's configuration has none, and the mask token.
+    task : None is what the model's class is for: "causal_lm", "seq2seq", "text_classification",
+        "token_classification", "masked_lm", or the regression of a classifier with one label.
+        Otherwise as in ``TRAKer``; a batch is then a dict of tensors.
+    batch_size : samples at once.
+    grad_wrt : as in ``TRAKer``; "auto" is "trainable" for a model with adapters, else all.
+    options : other arguments of ``TRAKer``, such as proj_dim.
+
+    Attributes
+    ----------
+    traker : the ``TRAKer``.
+
+    Raises
+    ------
+    TypeError, ValueError, FileNotFoundError
+        For a model, samples or folders that can't work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | os.PathLike[str],
+        train: Any,
+        checkpoints: Iterable[Checkpoint] | Mapping[int, Checkpoint] | None = None,
+        save_dir: str | os.PathLike[str] = "./trak_results",
+        *,
+        tokenizer: Any = None,
+        task: Any = None,
+        batch_size: SupportsIndex = 16,
+        grad_wrt: Iterable[str] | str | None = AUTO,
+        **options: Any,
+    ) -> None:
+        name = type(self).__name__
+        self.batch_size = check_integer(name, "batch_size", batch_size, 1, 1 << 20)
+        self.model: Any = model if isinstance(model, nn.Module) else load_model(model, task)
+        self.checkpoints = numbered(name, checkpoints)
+        self.tokenizer = tokenizer
+        self.seed = options.get("projector_seed", 0)
+        self.kind: str | None = task if isinstance(task, str) and task in TASKS else None
+        if task is None:
+            self.kind = kind_of_model(name, self.model)
+            task = task_for(name, self.model, self.kind)
+        self.task = task
+        self._train = self.collator("train", train)
+        if grad_wrt == AUTO:
+            grad_wrt = TRAINABLE if has_adapters(self.model) else None
+        self.traker = TRAKer(
+            self.model, task, len(self._train.samples), save_dir, grad_wrt=grad_wrt, **options
+        )
+
+    def featurize(self) -> None:
+        """Featurize the training set under all checkpoints, and finalise; what is there is skipped.
+
+        ``score`` does so too.
+        """
+        for model_id in self.checkpoints:
+            self._featurize(model_id, self._weights(model_id))
+
+    def score(
+        self,
+        targets: Any,
+        exp_name: str = "targets",
+        *,
+        groups: Any = None,
+        reduction: str = "sum",
+        top_k: SupportsIndex | None = None,
+    ) -> Any:
+        """The scores of all training samples for each target; featurizes first what is not there.
+
+        Parameters
+        ----------
+        targets : tokenised samples like those of the training set.
+        exp_name : names this set of targets.
+        groups, reduction : as in ``TRAKer.start_scoring_checkpoint``: one column for each group of
+            targets.
+        top_k : as in ``TRAKer.finalize_scores``: the extremes alone.
+
+        Returns
+        -------
+        float32 [n_train, n_targets]: entry [i, j] > 0 where training sample i raises the output of
+        target j. With ``top_k``: ``TopScores``.
+        """
+        collator = self.collator("targets", targets)
+        for model_id in self.checkpoints:
+            weights = self._weights(model_id)
+            self._featurize(model_id, weights)
+            self._score(model_id, weights, collator, exp_name, groups, reduction)
+        return self.traker.finalize_scores(exp_name, list(self.checkpoints), top_k=top_k)
+
+    def featurize_checkpoint(self, model_id: int, checkpoint: Checkpoint) -> None:
+        """Featurize the training set under one checkpoint, and finalise its features.
+
+        For checkpoints that come one by one. ``score_checkpoint`` does the same for targets, and
+        ``traker.finalize_scores`` makes scores of all.
+        """
+        self._featurize(model_id, load_weights(self.model, checkpoint))
+
+    def score_checkpoint(
+        self,
+        model_id: int,
+        checkpoint: Checkpoint,
+        targets: Any,
+        exp_name: str = "targets",
+        *,
+        groups: Any = None,
+        reduction: str = "sum",
+    ) -> None:
+        """Compute and keep the features of targets under one checkpoint that was featurized.
+
+        targets : as in ``score``, or what ``collator`` made of them.
+        """
+        collator = self.collator("targets", targets)
+        weights = load_weights(self.model, checkpoint)
+        self._score(model_id, weights, collator, exp_name, groups, reduction)
+
+    def collator(self, name: str, data: Any) -> Collator:
+        """What makes batches of a data set.
+
+        name : "train" | "targets".
+        data : samples; or a collator, which is returned.
+        """
+        if isinstance(data, Collator):
+            return data
+        samples = Samples(type(self).__name__, name, data)
+        masking = None
+        if self.kind == "masked_lm" and labels_of(samples[0]) is None:
+            masking = Masking(self.tokenizer, name, seed=self.seed)
+        return Collator(samples, self.model, self.kind, self.task, self.tokenizer, masking, name)
+
+    def _featurize(self, model_id: int, weights: Mapping[str, Any]) -> None:
+        self.traker.load_checkpoint(weights, model_id)
+        shapes = self._train.shapes
+        drawn = self.traker.has_drawn_rows(np.arange(len(shapes)))
+        keys = [(*shape, int(own)) for shape, own in zip(shapes, drawn, strict=True)]
+        what = f"featurizing model_id {model_id}"
+        self._pass(self._train, keys, self.traker.featurize, what)
+        self.traker.finalize_features([model_id])
+
+    def _score(
+        self,
+        model_id: int,
+        weights: Mapping[str, Any],
+        collator: Collator,
+        exp_name: str,
+        groups: Any,
+        reduction: str,
+    ) -> None:
+        self.traker.start_scoring_checkpoint(
+            exp_name,
+            weights,
+            model_id,
+            len(collator.samples),
+            groups=groups,
+            reduction=reduction,
+        )
+        what = f"scoring model_id {model_id}"
+        self._pass(collator, collator.shapes, self.traker.score, what)
+
+    def _pass(
+        self,
+        collator: Collator,
+        keys: list[tuple[int, ...]],
+        use: Callable[..., object],
+        what: str,
+    ) -> None:
+        """Give all batches to ``use``, which skips what is there or another process's turn, and
+        warns where what is there was of other data.
+
+        Every process gives the same ones: those of a training wait for each other elsewhere, too,
+        so none may have to wait here for one that has nothing to do.
+        """
+        batches = plan_batches(keys, collator.lengths, self.batch_size)
+        with progress(what, len(keys), "sample") as bar:
+            for batch in batches:
+                use(collator.batch(batch), inds=batch)
+                bar.update(len(batch))
+
+    def _weights(self, model_id: int) -> Mapping[str, Any]:
+        """The state_dict of a checkpoint."""
+        checkpoint = self.checkpoints[model_id]
+        if checkpoint is AS_IT_IS:
+            return self.model.state_dict()
+        return load_weights(self.model, checkpoint)
+
+
+def numbered(function: str, checkpoints: Any) -> dict[int, Any]:
+    """Checkpoints by model_id."""
+    if checkpoints is None:
+        return {0: AS_IT_IS}
+    if isinstance(checkpoints, str | os.PathLike):
+        raise TypeError(
+            f"{function}: received checkpoints={str(checkpoints)!r}; expected a list of local "
+            f"folders, such as [{str(checkpoints)!r}], or fastproj.trak.hf.checkpoints_in of it"
+        )
+    if isinstance(checkpoints, Mapping):
+        if not all(isinstance(key, int) for key in checkpoints):
+            raise TypeError(
+                f"{function}: received checkpoints as a dict with the key "
+                f"{next(iter(checkpoints), None)!r}; expected a list of checkpoints (a state_dict "
+                "goes in as [state_dict]), or a dict whose keys are model_ids"
+            )
+        found = dict(checkpoints)
+    else:
+        found = dict(enumerate(checkpoints))
+    if not found:
+        raise ValueError(f"{function}: received no checkpoints; expected at least one")
+    return found

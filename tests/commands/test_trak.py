@@ -1,0 +1,226 @@
+"""``fastproj trak``: from local folders and files to scores, and what it says of others."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import datasets
+import numpy as np
+import pytest
+import transformers as tf
+
+from fastproj import cli
+from fastproj.trak.hf import HFTRAKer, load_model, load_tokenizer, tokenize
+from tests.trak.hf import models
+
+TRAIN = [{"text": f"w{i} w{i + 1} w{i % 3}"} for i in range(12)]
+TARGETS = [{"text": "w0 w1 w0"}, {"text": "w5 w6 w2"}]
+FEW = ("--proj-dim", 16)
+
+
+def run(*arguments):
+    return cli.main(["trak", *map(str, arguments)])
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Whoever asks the network fails the test."""
+    import socket
+
+    def refused(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """run/checkpoint-5 and -10 with a tokenizer, train.jsonl and targets.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    for seed, step in enumerate((5, 10)):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        models.model_for("causal_lm", seed).save_pretrained(folder)
+        models.tokenizer().save_pretrained(folder)
+    write(tmp_path / "train.jsonl", TRAIN)
+    write(tmp_path / "targets.jsonl", TARGETS)
+    return tmp_path
+
+
+DATA = ("--train", "train.jsonl", "--targets", "targets.jsonl", *FEW)
+
+
+def test_scores_of_the_checkpoints_of_a_training(here, capsys):
+    assert run("run", *DATA, "--json", "numbers.json", "--top", 2) == 0
+    printed = capsys.readouterr().out
+    assert "GPT2LMHeadModel, causal_lm: gradients by 4,976 parameters, 2 checkpoint(s)" in printed
+    found = np.load("fastproj-trak/scores/targets.mmap")
+    tokenizer = load_tokenizer("run/checkpoint-5")
+    folders = ["run/checkpoint-5", "run/checkpoint-10"]
+    rows, targets = (tokenize(rows, tokenizer, "causal_lm") for rows in (TRAIN, TARGETS))
+    traker = HFTRAKer(load_model(folders[0]), rows, folders, "other", proj_dim=16)
+    np.testing.assert_array_equal(found, traker.score(targets))
+    best = int(found[:, 0].argmax())
+    assert f"helpful {found[best, 0]:+10.3g}  sample {best}: {json.dumps(TRAIN[best])}" in printed
+    numbers = json.loads((here / "numbers.json").read_text())
+    assert numbers["shape"] == [12, 2]
+    assert numbers["checkpoints"] == folders
+    for column, extremes in enumerate(numbers["extremes"]):
+        order = np.argsort(found[:, column], kind="stable")
+        assert [entry["sample"] for entry in extremes["helpful"]] == order[::-1][:2].tolist()
+        assert [entry["sample"] for entry in extremes["harmful"]] == order[:2].tolist()
+    assert run("run", *DATA) == 0  # again, from what is there
+    np.testing.assert_array_equal(np.load("fastproj-trak/scores/targets.mmap"), found)
+
+
+def test_one_score_for_all_targets(here, capsys):
+    assert run("run/checkpoint-5", *DATA, "--out", "each") == 0
+    assert run("run/checkpoint-5", *DATA, "--mean", "--out", "mean", "--name", "dev") == 0
+    each, mean = np.load("each/scores/targets.mmap"), np.load("mean/scores/dev.mmap")
+    np.testing.assert_allclose(mean[:, 0], each.mean(1), atol=1e-5 * np.abs(each).max())
+    assert "all targets" in capsys.readouterr().out
+
+
+def test_adapters(here):
+    models.model_for("causal_lm").save_pretrained("base")
+    models.tokenizer().save_pretrained("base")
+    model = models.with_adapters(load_model("base"))
+    for seed in (1, 2):
+        models.save_adapters(model, seed, here / "lora" / f"checkpoint-{seed}")
+    assert run("lora", *DATA, "--base", "base") == 0
+    assert np.load("fastproj-trak/scores/targets.mmap").shape == (12, 2)
+    metadata = json.loads((here / "fastproj-trak" / "metadata.json").read_text())
+    assert metadata["num_params"] == 128
+    assert run("lora", *DATA, "--base", "base", "--grad-wrt", "all", "--out", "all") == 0
+    assert json.loads((here / "all" / "metadata.json").read_text())["num_params"] > 4976
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("masked_lm", {"text": "w0 w1 w2 w3"}),
+        ("seq2seq", {"source": "w0 w1", "target": "w2 w3"}),
+        ("text_classification", {"text": "w0 w1", "label": "LABEL_1"}),
+    ],
+)
+def test_other_models(here, kind, row):
+    models.model_for(kind).save_pretrained("model")
+    models.tokenizer().save_pretrained("model")
+    write(here / "train.jsonl", [row] * 6)
+    write(here / "targets.jsonl", [row])
+    assert run("model", *DATA) == 0
+    assert np.isfinite(np.load("fastproj-trak/scores/targets.mmap")).all()
+
+
+def test_files_of_other_kinds_and_other_names(here):
+    rows = [{"body": row["text"], "other": 1} for row in TRAIN]
+    datasets.Dataset.from_list(rows).to_parquet("train.parquet")
+    datasets.Dataset.from_list([{"body": row["text"]} for row in TARGETS]).save_to_disk("targets")
+    (here / "targets.txt").write_text("".join(row["text"] + "\n" for row in TARGETS))
+    model = "run/checkpoint-5"
+    assert run(model, *DATA, "--out", "a") == 0
+    column = ("--column", "text=body")
+    assert run(model, "--train", "train.parquet", "--targets", "targets", *column, *FEW) == 0
+    first, second = (np.load(f"{out}/scores/targets.mmap") for out in ("a", "fastproj-trak"))
+    np.testing.assert_array_equal(first, second)
+    assert run(model, "--train", "train.jsonl", "--targets", "targets.txt", *FEW, "--out", "b") == 0
+    np.testing.assert_array_equal(np.load("b/scores/targets.mmap"), first)
+
+
+def test_tokenised_samples_need_no_tokenizer(here):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (here / "run" / "checkpoint-5" / name).unlink()
+    rows = [{"input_ids": ids} for ids in models.token_lists(8)]
+    write(here / "train.jsonl", rows)
+    write(here / "targets.jsonl", rows[:2])
+    assert run("run/checkpoint-5", *DATA) == 0
+
+
+def test_long_samples_are_cut_to_what_the_model_takes(here, caplog):
+    write(here / "train.jsonl", [*TRAIN, {"text": "w0 " * 100}])
+    with caplog.at_level(logging.WARNING, "fastproj.trak"):
+        assert run("run/checkpoint-5", *DATA) == 0
+    assert f"1 of 13 samples were cut to {models.LONGEST} tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gpt2", *DATA), "'gpt2', which is no folder here; expected a local folder"),
+        (("run", *DATA, "--train", "none.jsonl"), "'none.jsonl', which is not here"),
+        (("run", *DATA, "--train", "run"), "holds no data set"),
+        (("run", *DATA, "--tokenizer", "run"), "found no tokenizer in run"),
+        (("run", *DATA, "--base", "run/checkpoint-5"), "expected a folder of adapters"),
+        (
+            ("run", *DATA, "--task", "masked_lm"),
+            "AutoModelForMaskedLM can't load; expected another task",
+        ),
+        (("run", *DATA, "--column", "text=body"), "expected 'body'"),
+        (("run", *DATA, "--name", "a/b"), "a/b"),
+        (("run", *DATA, "--device", "nowhere"), "nowhere"),
+        (("run", *DATA, "--seed", "-1"), "seed"),
+    ],
+)
+def test_what_can_not_work_is_said(here, capsys, arguments, said):
+    assert run(*arguments) == 1
+    printed = capsys.readouterr().err
+    assert "fastproj trak: " in printed
+    assert said in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "MODEL"),
+        (("run", "--train", "a.txt"), "--targets"),
+        (("run", *DATA, "--column", "text"), "expected NAME=COLUMN"),
+        (("run", *DATA, "--proj-dim", "0"), "expected an integer of at least 1"),
+        (("run", *DATA, "--task", "lm"), "invalid choice: 'lm'"),
+    ],
+)
+def test_wrong_arguments(capsys, arguments, said):
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_interrupted(here, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HFTRAKer, "score", interrupted)
+    assert run("run", *DATA) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+
+
+def test_the_help_teaches(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--help")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    for said in ("asks no network", "prompt", "source", "text_pair", "exit status", "torchrun"):
+        assert said.lower() in printed.lower()
+    assert cli.COMMANDS["trak"]
+
+
+def test_without_transformers_the_package_is_named(monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("no", name="transformers")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert run("run", *DATA) == 1
+    assert "needs transformers; pip install transformers" in capsys.readouterr().err
+
+
+def test_a_model_without_a_head_is_refused(here, capsys):
+    tf.BertModel(tf.BertConfig(**models.BERT)).save_pretrained("bert")
+    assert run("bert", *DATA) == 1
+    assert "names the class BertModel" in capsys.readouterr().err

@@ -1,0 +1,211 @@
+"""Models, adapters and tokenizers in local folders, and what is said of folders without."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+from fastproj.trak.hf import HFTRAKer, checkpoints_in, load_model, load_tokenizer
+from fastproj.trak.hf.heads import kind_of
+from tests.trak.hf import models
+
+OPTIONS = {"proj_dim": 16, "logging_level": logging.ERROR}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Whoever asks the network fails the test."""
+    import socket
+
+    def refused(*args, **options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """The output directory of a Trainer: checkpoint-9, checkpoint-10, checkpoint-100."""
+    folder = tmp_path_factory.mktemp("run")
+    for seed, step in enumerate((10, 9, 100)):
+        models.model_for("causal_lm", seed).save_pretrained(folder / f"checkpoint-{step}")
+    return folder
+
+
+def scores(folder, model, checkpoints):
+    samples = models.samples_for("causal_lm", 10)
+    return np.array(HFTRAKer(model, samples, checkpoints, folder, **OPTIONS).score(samples[:2]))
+
+
+def test_checkpoints_come_in_the_order_of_training(run_dir):
+    assert [path.name for path in checkpoints_in(run_dir)] == [
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-100",
+    ]
+    assert checkpoints_in(run_dir / "checkpoint-9") == [run_dir / "checkpoint-9"]
+
+
+def test_folders_are_the_states_in_them(tmp_path, run_dir):
+    states = [models.model_for("causal_lm", seed).state_dict() for seed in (1, 0)]
+    wanted = scores(tmp_path / "a", models.model_for("causal_lm", 5), states)
+    found = scores(tmp_path / "b", run_dir / "checkpoint-100", checkpoints_in(run_dir)[:2])
+    np.testing.assert_array_equal(found, wanted)
+    other = scores(tmp_path / "c", run_dir / "checkpoint-100", None)
+    assert (other != wanted).any()
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_adapters_are_the_states_in_them(tmp_path, injected):
+    model = models.with_adapters(models.model_for("causal_lm"))
+    folders, states = [], []
+    for seed in (1, 2):
+        folders.append(models.save_adapters(model, seed, tmp_path / f"checkpoint-{seed}"))
+        states.append({name: t.clone() for name, t in model.state_dict().items()})
+    wanted = scores(tmp_path / "a", model, states)
+    assert (wanted != scores(tmp_path / "one", model, states[:1])).any()
+    other: object = model
+    if injected:  # by transformers, without peft's wrapper
+        other = models.model_for("causal_lm")
+        other.add_adapter(model.peft_config["default"])
+    np.testing.assert_allclose(scores(tmp_path / "b", other, folders), wanted, rtol=1e-6)
+
+
+def test_adapters_and_their_base(tmp_path):
+    base = models.model_for("causal_lm")
+    base.save_pretrained(tmp_path / "base")
+    model = models.with_adapters(tf.GPT2LMHeadModel.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapters")
+    loaded = load_model(tmp_path / "adapters")  # which say where their base is
+    for (name, a), b in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    trainable = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trainable == {name for name, _ in loaded.named_parameters() if "lora_" in name}
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "meta/llama"
+    (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"'meta/llama', which is no folder here.*--base"):
+        load_model(tmp_path / "adapters")
+    again = load_model(tmp_path / "adapters", base=tmp_path / "base")
+    assert all(map(torch.equal, again.state_dict().values(), loaded.state_dict().values()))
+
+
+def test_dtype_is_that_of_the_files_or_what_is_asked_for(tmp_path):
+    models.model_for("causal_lm").to(torch.bfloat16).save_pretrained(tmp_path)
+    assert next(load_model(tmp_path).parameters()).dtype == torch.bfloat16
+    assert next(load_model(tmp_path, dtype="float32").parameters()).dtype == torch.float32
+    assert not load_model(tmp_path).training
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "masked_lm", "seq2seq", "text_classification"])
+def test_the_task_may_be_named_where_the_configuration_says_nothing(tmp_path, kind):
+    model = models.model_for(kind)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"names the class \(none\)"):
+        load_model(tmp_path)
+    assert type(load_model(tmp_path, kind)) is type(model)
+    with pytest.raises(ValueError, match="received task='lm'"):
+        load_model(tmp_path, "lm")
+
+
+def test_parameters_are_not_filled_at_random(tmp_path):
+    """A base model's folder for a classifier: transformers would only warn."""
+    models.model_for("masked_lm").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lacks 4 parameters of BertForSequenceClassification"):
+        load_model(tmp_path, "text_classification")
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "said"),
+    [
+        ("gpt2", FileNotFoundError, "no folder here.*hf download gpt2 --local-dir DIR"),
+        ("openai-community/gpt2", FileNotFoundError, "hf download openai-community/gpt2"),
+        ("a/b/c", FileNotFoundError, "no folder here; expected a local folder, as save_pre[^(]*$"),
+        ("file.txt", FileNotFoundError, "is a file; expected a local folder"),
+        ("empty", FileNotFoundError, "holds no model; expected config.json"),
+        ("trained", FileNotFoundError, "checkpoints_in.*lists checkpoint-5"),
+        (7, TypeError, "received int"),
+    ],
+)
+def test_what_is_no_local_folder(tmp_path, monkeypatch, path, error, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "trained" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(error, match=said):
+        load_model(path)
+    samples = models.samples_for("causal_lm", 3)
+    with pytest.raises(error, match=said):
+        scores(tmp_path / "out", models.model_for("causal_lm"), [path])
+    with pytest.raises(error, match="received"):
+        HFTRAKer(path, samples, None, tmp_path / "out")
+
+
+def test_checkpoints_of_another_kind_than_the_model(tmp_path):
+    plain = models.model_for("causal_lm")
+    plain.save_pretrained(tmp_path / "whole")
+    adapted = models.with_adapters(models.model_for("causal_lm"))
+    adapted.save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ValueError, match="a whole model, for a model with adapters"):
+        scores(tmp_path / "out", adapted, [tmp_path / "whole"])
+    with pytest.raises(ValueError, match="adapters, for a model without any"):
+        scores(tmp_path / "other", plain, [tmp_path / "adapters"])
+    with pytest.raises(ValueError, match=r"received base=.*holds a whole model"):
+        load_model(tmp_path / "whole", base=tmp_path / "whole")
+    (tmp_path / "adapters" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+        scores(tmp_path / "out", adapted, [tmp_path / "adapters"])
+
+
+def test_adapters_of_another_shape(tmp_path):
+    import peft
+
+    model = models.with_adapters(models.model_for("causal_lm"))
+    for name, lora in (
+        ("rank", peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True)),
+        ("more", peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+        ("fewer", peft.LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)),
+    ):
+        peft.get_peft_model(models.model_for("causal_lm"), lora).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match="are not those of the model"):
+            scores(tmp_path / "out", model, [tmp_path / name])
+
+
+def test_tokenizers(tmp_path):
+    models.tokenizer().save_pretrained(tmp_path / "there")
+    (tmp_path / "empty").mkdir()
+    assert load_tokenizer(tmp_path / "empty", tmp_path / "there")("w0 w1")["input_ids"] == [5, 6, 2]
+    with pytest.raises(FileNotFoundError, match="found no tokenizer in"):
+        load_tokenizer(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("GPT2LMHeadModel", "causal_lm"),
+        ("LlamaForCausalLM", "causal_lm"),
+        ("MyOwnForCausalLM", "causal_lm"),
+        ("T5ForConditionalGeneration", "seq2seq"),
+        ("BartForConditionalGeneration", "seq2seq"),  # a masked one, too
+        ("MarianMTModel", "seq2seq"),
+        ("BertForMaskedLM", "masked_lm"),
+        ("ModernBertForMaskedLM", "masked_lm"),
+        ("BertForTokenClassification", "token_classification"),
+        ("GPT2ForSequenceClassification", "text_classification"),
+        ("XLMWithLMHeadModel", None),
+        ("LlavaForConditionalGeneration", None),
+        ("BertModel", None),
+        ("BertForQuestionAnswering", None),
+    ],
+)
+def test_what_classes_are_for(name, kind):
+    assert kind_of(name) == kind

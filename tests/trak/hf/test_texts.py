@@ -1,0 +1,146 @@
+"""Texts in files as tokenised samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import datasets
+import pytest
+
+from fastproj.trak.hf import read_samples, tokenize
+from tests.trak.hf import models
+
+ROWS = [{"text": "w0 w1", "label": 1}, {"text": "w2", "label": 0}]
+END = models.EOS
+
+
+def write(folder, name):
+    """ROWS in a file of this name."""
+    path = folder / name
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif path.suffix == ".txt":
+        path.write_text("w0 w1\n\nw2\n")
+    elif path.suffix:
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "\n")
+    else:
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "a.parquet", "folder"])
+def test_files(tmp_path, name):
+    assert list(read_samples(write(tmp_path, name))) == ROWS
+
+
+def test_a_text_a_line(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "fastproj.trak"):
+        found = read_samples(str(write(tmp_path, "a.txt")))
+    assert found == [{"text": "w0 w1"}, {"text": "w2"}]
+    assert "1 of 3 lines are empty" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.jsonl", None, "is not here; expected a local path"),
+        ("a.csv", "a,b\n", r"expected .jsonl \(or .json\), .txt, .parquet"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2: no JSON"),
+        ("a.jsonl", '{"text": "a"}\n5\n', "line 2: a int; expected an object"),
+        ("a.json", "[1]", "entry 0: a int"),
+        ("a.json", "[1,\n", "line 2: no JSON"),
+        ("a.jsonl", "\n", "without a sample"),
+        ("a.txt", "\n", "without a sample"),
+        ("a.parquet", "nothing", "no parquet file"),
+    ],
+)
+def test_files_that_can_not_be_read(tmp_path, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        read_samples(tmp_path / name)
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    with pytest.raises(ValueError, match="holds no data set"):
+        read_samples(tmp_path)
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    splits.save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match=r"several splits; expected one of: .*splits/train"):
+        read_samples(tmp_path / "splits")
+    assert list(read_samples(tmp_path / "splits" / "train")) == ROWS
+
+
+def test_a_text():
+    for task in ("causal_lm", "masked_lm"):
+        (found,) = tokenize([{"text": "w0 w1"}], models.tokenizer(), task)
+        assert found["input_ids"] == [5, 6, END]
+        assert "labels" not in found
+
+
+def test_of_a_prompt_and_completion_the_completion_is_predicted():
+    pair = {"prompt": "w0 w1", "completion": " w2 w3"}
+    (found,) = tokenize([pair], models.tokenizer(), "causal_lm")
+    assert found["input_ids"] == [5, 6, 7, 8, END]
+    assert found["labels"] == [-100, -100, 7, 8, END]
+    with pytest.raises(ValueError, match="no token of its completion within 2 tokens"):
+        tokenize([pair], models.tokenizer(), "causal_lm", max_length=2)
+
+
+def test_a_source_and_its_target():
+    (found,) = tokenize([{"source": "w0 w1", "target": "w2"}], models.tokenizer(), "seq2seq")
+    assert found["input_ids"] == [5, 6, END]
+    assert found["labels"] == [7, END]
+
+
+def test_classes():
+    rows = [{"review": "w0", "text_pair": "w1", "stars": 2}, {"review": "w2", "stars": "good"}]
+    found = tokenize(
+        rows,
+        models.tokenizer(),
+        "text_classification",
+        columns={"text": "review", "label": "stars"},
+        label2id={"bad": 0, "good": 1},
+    )
+    assert [sample["input_ids"] for sample in found] == [[5, END, 6, END], [7, END]]
+    assert [sample["labels"] for sample in found] == [2, 1]
+
+
+def test_what_is_too_long_is_cut_and_counted(caplog):
+    rows = [{"text": "w0 w1 w2 w3"}, {"text": "w0"}]
+    with caplog.at_level(logging.WARNING, "fastproj.trak"):
+        found = tokenize(rows, models.tokenizer(), "causal_lm", max_length=3)
+    assert [sample["input_ids"] for sample in found] == [[5, 6, 7], [5, END]]
+    assert "1 of 2 samples were cut to 3 tokens" in caplog.text
+
+
+def test_what_is_tokenised_stays_as_it_is():
+    sample = {"input_ids": [9, 8], "labels": [-100, 8]}
+    assert tokenize([sample], None, "causal_lm") == [sample]
+
+
+@pytest.mark.parametrize(
+    ("task", "sample", "options", "said"),
+    [
+        ("lm", {"text": "w0"}, {}, "received task='lm'"),
+        ("causal_lm", {"prompt": "w0"}, {}, "expected 'text' or 'prompt' and 'completion'"),
+        ("seq2seq", {"text": "w0"}, {}, "sample 0 has 'text'; expected 'source' and 'target'"),
+        ("token_classification", {"text": "w0"}, {}, "expected 'input_ids'"),
+        ("causal_lm", {"text": 5}, {}, "'text' of type int"),
+        ("causal_lm", {"text": "w0"}, {"columns": {"text": "body"}}, "expected 'body' or"),
+        ("causal_lm", {"text": "w0"}, {"columns": {"label": "x"}}, "which causal_lm doesn't take"),
+        ("text_classification", {"text": "w0", "label": "x"}, {}, r"label 'x'.*\(none\)"),
+        (
+            "text_classification",
+            {"text": "w0", "label": "x"},
+            {"label2id": {"y": 0}},
+            r"config.label2id has \('y'\)",
+        ),
+    ],
+)
+def test_samples_that_can_not_be_tokenised(task, sample, options, said):
+    with pytest.raises(ValueError, match=said):
+        tokenize([sample], models.tokenizer(), task, **options)

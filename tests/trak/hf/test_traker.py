@@ -1,0 +1,346 @@
+"""HFTRAKer: the scores are those of every sample by itself, whatever shares its batch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from fastproj import TRAKer
+from fastproj.trak.hf import HFTRAKer
+from fastproj.trak.hf.collate import labels_of
+from fastproj.trak.hf.masking import SHARE, Masking
+from tests.trak.hf import models
+
+KINDS = (
+    "causal_lm",
+    "masked_lm",
+    "seq2seq",
+    "text_classification",
+    "token_classification",
+    "regression",
+)
+OPTIONS = {"proj_dim": 24, "use_half_precision": False, "logging_level": logging.ERROR}
+
+
+def run(folder, model, train, targets, **options):
+    traker = HFTRAKer(model, train, None, folder, **{**OPTIONS, **options})
+    return np.array(traker.score(targets))
+
+
+def close(a, b, share=2e-3):
+    np.testing.assert_allclose(a, b, atol=share * np.abs(b).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_those_of_samples_one_by_one(tmp_path, kind):
+    """Neither padding nor the order of batches changes a score: against TRAKer, a sample at a time,
+    not padded, by plain autograd.
+    """
+    model, tokenizer = models.model_for(kind), models.tokenizer()
+    train, targets = models.samples_for(kind, 20), models.samples_for(kind, 4, seed=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # hooks that had to give way
+        found = run(tmp_path / "hf", model, train, targets, tokenizer=tokenizer, batch_size=4)
+    task = (
+        kind
+        if kind != "regression"
+        else HFTRAKer(model, train, None, tmp_path / "task", **OPTIONS).task
+    )
+    traker = TRAKer(model, task, 20, tmp_path / "one", gradient_computer="loop", **OPTIONS)
+    traker.load_checkpoint(model.state_dict(), 0)
+    for index, sample in enumerate(train):
+        traker.featurize(alone(kind, "train", index, sample), inds=[index])
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("targets", model.state_dict(), 0, 4)
+    for index, sample in enumerate(targets):
+        traker.score(alone(kind, "targets", index, sample), inds=[index])
+    close(found, traker.finalize_scores("targets"))
+
+
+def alone(kind, of, index, sample):
+    ids = torch.tensor(sample["input_ids"])
+    labels = labels_of(sample)
+    if kind == "causal_lm":
+        labels = ids
+    elif kind == "masked_lm":
+        ids, labels = Masking(models.tokenizer(), of).hide(index, ids, None)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["labels"] = torch.as_tensor(labels)
+    return {name: part.unsqueeze(0) for name, part in batch.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_the_batch_size_does_not_matter(tmp_path, batch_size):
+    model, train = models.model_for("causal_lm"), models.samples_for("causal_lm", 20)
+    wanted = run(tmp_path / "a", model, train, train[:5], batch_size=7)
+    close(run(tmp_path / "b", model, train, train[:5], batch_size=batch_size), wanted)
+
+
+def test_another_order_of_the_data_gives_the_scores_in_that_order(tmp_path):
+    model, train = models.model_for("causal_lm"), models.samples_for("causal_lm", 20)
+    order = np.random.default_rng(3).permutation(20)
+    # TRAK's curvature, which draws nothing: random numbers are those of a sample's place.
+    wanted = run(tmp_path / "a", model, train, train[:5], curvature="trak", lambda_reg="0.1*mean")
+    moved = [train[i] for i in order]
+    found = run(tmp_path / "b", model, moved, train[:5], curvature="trak", lambda_reg="0.1*mean")
+    close(found, wanted[order])
+
+
+def test_a_second_run_goes_on_with_what_is_there(tmp_path, monkeypatch):
+    model, train = models.model_for("causal_lm"), models.samples_for("causal_lm", 20)
+    first = run(tmp_path, model, train, train[:5], batch_size=4)
+    computed = []
+    features = TRAKer._features
+
+    def counted(self, batch, model_id, inds, **kind):
+        computed.extend(inds)
+        return features(self, batch, model_id, inds, **kind)
+
+    monkeypatch.setattr(TRAKer, "_features", counted)
+    # With another batch size: what a sample holds is the same, so nothing warns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = run(tmp_path, model, train, train[:5], batch_size=7)
+    assert computed == []
+    np.testing.assert_array_equal(first, second)
+
+
+def test_other_data_in_the_same_place_is_said(tmp_path):
+    model, train = models.model_for("causal_lm"), models.samples_for("causal_lm", 20)
+    run(tmp_path, model, train, train[:5])
+    other = [train[1], train[0], *train[2:]]
+    with pytest.warns(UserWarning, match="featurized from other data"):
+        run(tmp_path, model, other, train[:5])
+
+
+def test_few_shapes_are_checked(tmp_path):
+    """Samples of many lengths, and more than rows are drawn for: few structures."""
+    model, train = models.model_for("causal_lm"), models.samples_for("causal_lm", 300)
+    traker = HFTRAKer(model, train, None, tmp_path, batch_size=10, **{**OPTIONS, "proj_dim": 16})
+    drawn = traker.traker.has_drawn_rows(range(300))
+    assert 0 < drawn.sum() < 300
+    shapes = set()
+    featurize = traker.traker.featurize
+
+    def noted(batch, inds):
+        shapes.add((tuple(batch["input_ids"].shape), tuple(drawn[inds])))
+        featurize(batch, inds=inds)
+
+    traker.traker.featurize = noted
+    traker.featurize()
+    lengths = {shape[1] for shape, _ in shapes}
+    assert len(lengths) <= 4
+    assert len(shapes) <= 4 * len(lengths)  # drawn or not, full or the last of its kind
+
+
+# ---- what a data set may be ---------------------------------------------------------------------
+
+
+def as_tensors(samples):
+    return [{name: torch.tensor(part) for name, part in s.items()} for s in samples]
+
+
+def as_columns(samples):
+    columns = {name: [s[name] for s in samples] for name in samples[0]}
+    return tf.BatchEncoding(columns)
+
+
+class MapStyle:
+    """A PyTorch data set: no iteration of its own."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[int(index)]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        datasets.Dataset.from_list,
+        lambda samples: datasets.Dataset.from_list(samples).with_format("torch"),
+        lambda samples: datasets.Dataset.from_list(samples).to_iterable_dataset(),
+        lambda samples: (sample for sample in samples),
+        as_columns,
+        as_tensors,
+        MapStyle,
+    ],
+)
+def test_forms_of_a_data_set(tmp_path, form):
+    model = models.model_for("text_classification")
+    samples = models.samples_for("text_classification", 12)
+    wanted = run(tmp_path / "a", model, samples, samples[:3])
+    found = run(tmp_path / "b", model, form(samples), form(samples[:3]))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_what_the_model_takes_is_passed_on_and_the_rest_said(tmp_path, caplog):
+    """token_type_ids matter to BERT; "text" isn't an argument of it."""
+    model = models.model_for("text_classification")
+    plain = models.samples_for("text_classification", 12)
+    typed = [
+        {**s, "token_type_ids": [i % 2 for i in range(len(s["input_ids"]))], "text": "x"}
+        for s in plain
+    ]
+    wanted = run(tmp_path / "a", model, plain, plain[:3])
+    with caplog.at_level(logging.INFO, "fastproj.trak"):
+        found = run(tmp_path / "b", model, typed, typed[:3], logging_level=logging.INFO)
+    assert "takes no text; left out of train" in caplog.text
+    assert (found != wanted).any()
+    zeros = [{**s, "token_type_ids": [0] * len(s["input_ids"])} for s in plain]
+    np.testing.assert_array_equal(run(tmp_path / "c", model, zeros, zeros[:3]), wanted)
+
+
+def test_labels_that_do_not_count(tmp_path):
+    """-100 hides the prompt: scores differ, and those of a label that is hidden are of the rest."""
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 12)
+    masked = [{**s, "labels": [-100] * 2 + s["input_ids"][2:]} for s in samples]
+    whole = [{**s, "labels": s["input_ids"]} for s in samples]
+    wanted = run(tmp_path / "a", model, samples, samples[:3])
+    np.testing.assert_array_equal(run(tmp_path / "b", model, whole, samples[:3]), wanted)
+    assert np.abs(run(tmp_path / "c", model, masked, samples[:3]) - wanted).max() > 0
+
+
+# ---- adapters -----------------------------------------------------------------------------------
+
+
+def test_gradients_are_by_the_adapters_alone(tmp_path):
+    model = models.with_adapters(models.model_for("causal_lm"))
+    samples = models.samples_for("causal_lm", 12)
+    traker = HFTRAKer(model, samples, None, tmp_path / "a", **OPTIONS)
+    names = traker.traker.gradient_names
+    assert names
+    assert all("lora_" in name for name in names)
+    wanted = run(tmp_path / "b", model, samples, samples[:3], grad_wrt=names)
+    np.testing.assert_array_equal(traker.score(samples[:3]), wanted)
+    every = HFTRAKer(model, samples, None, tmp_path / "c", grad_wrt=None, **OPTIONS)
+    assert every.traker.num_params_for_grad == sum(p.numel() for p in model.parameters())
+
+
+def test_a_head_that_is_trained_beside_adapters_counts(tmp_path):
+    config = tf.GPT2Config(**models.GPT2, num_labels=3)
+    model = models.with_adapters(tf.GPT2ForSequenceClassification(config), task_type="SEQ_CLS")
+    samples = models.samples_for("text_classification", 12)
+    traker = HFTRAKer(model, samples, None, tmp_path, **OPTIONS)
+    assert any("score" in name for name in traker.traker.gradient_names)
+    assert np.isfinite(traker.score(samples[:3])).all()
+
+
+# ---- masked language models ---------------------------------------------------------------------
+
+
+def test_hidden_tokens_belong_to_the_sample():
+    masking = Masking(models.tokenizer(), "train")
+    ids = torch.tensor(models.token_lists(1, 2000, 2000)[0])
+    hidden, labels = masking.hide(5, ids, None)
+    where = labels != -100
+    assert torch.equal(labels[where], ids[where])
+    assert (hidden[where] == models.MASK).all()
+    assert torch.equal(hidden[~where], ids[~where])
+    assert abs(float(where.float().mean()) - SHARE) < 4 * (SHARE * (1 - SHARE) / 2000) ** 0.5
+    again, _ = masking.hide(5, ids, None)
+    assert torch.equal(hidden, again)
+    for other in (
+        masking.hide(6, ids, None),
+        Masking(models.tokenizer(), "targets").hide(5, ids, None),
+    ):
+        assert not torch.equal(hidden, other[0])
+
+
+def test_special_tokens_are_not_hidden_and_something_is():
+    masking = Masking(models.tokenizer(), "train", share=1e-9)
+    ids = torch.tensor([models.BOS, 7, models.EOS])
+    hidden, labels = masking.hide(0, ids, None)
+    assert hidden.tolist() == [models.BOS, models.MASK, models.EOS]
+    assert labels.tolist() == [-100, 7, -100]
+    hidden, _ = masking.hide(0, torch.tensor([7, 8]), torch.tensor([1, 0]))
+    assert hidden.tolist() == [7, models.MASK]
+
+
+# ---- what can't work ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "said"),
+    [
+        ("causal_lm", [], "without a sample"),
+        ("causal_lm", [{"text": "w1"}], "whose samples have 'text'.*tokenize makes them"),
+        ("causal_lm", "train.jsonl", "of type str"),
+        ("causal_lm", 5, "of type int"),
+        ("causal_lm", [[5, 6]], "sample 0 of type list"),
+        ("causal_lm", {"input_ids": [[5]], "labels": []}, "columns of unequal lengths"),
+        ("causal_lm", [{"input_ids": []}], "sample 0 of train has no tokens"),
+        ("causal_lm", [{"input_ids": [[5, 6]]}], r"has input_ids \[1, 2\]"),
+        ("causal_lm", [{"input_ids": [5, 6], "labels": [5]}], r"labels \[1\] and 2 input_ids"),
+        ("seq2seq", [{"input_ids": [5, 6]}], "has no labels"),
+        ("text_classification", [{"input_ids": [5, 6]}], "has no labels"),
+        ("text_classification", [{"input_ids": [5, 6], "label": [1, 0]}], "has 2 labels"),
+        (
+            "text_classification",
+            [{"input_ids": [5], "label": 1}, {"input_ids": [5], "label": 1, "token_type_ids": [0]}],
+            "expected the same entries in all",
+        ),
+    ],
+)
+def test_samples_that_can_not_work(tmp_path, kind, train, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        HFTRAKer(models.model_for(kind), train, None, tmp_path, **OPTIONS).featurize()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        (nn.Linear(3, 3), {}, "class Linear, which doesn't say what it predicts"),
+        (tf.BertModel(tf.BertConfig(**models.BERT)), {}, "class BertModel"),
+        (models.model_for("masked_lm"), {}, "without a mask token"),
+        (models.model_for("causal_lm"), {"batch_size": 0}, "batch_size"),
+        (models.model_for("causal_lm"), {"checkpoints": []}, "received no checkpoints"),
+        (models.model_for("causal_lm"), {"checkpoints": "run"}, "checkpoints_in of it"),
+        (
+            models.model_for("causal_lm"),
+            {"checkpoints": models.model_for("causal_lm").state_dict()},
+            r"a state_dict goes in as \[state_dict\]",
+        ),
+        (
+            tf.BertForSequenceClassification(
+                tf.BertConfig(**models.BERT, problem_type="multi_label_classification")
+            ),
+            {},
+            "several labels or none",
+        ),
+        (
+            tf.BertForSequenceClassification(
+                tf.BertConfig(**models.BERT, problem_type="regression", num_labels=2)
+            ),
+            {},
+            "predicts 2 numbers",
+        ),
+    ],
+)
+def test_models_that_can_not_work(tmp_path, model, options, said):
+    samples = models.samples_for("causal_lm", 3)
+    with pytest.raises((TypeError, ValueError), match=said):
+        HFTRAKer(model, samples, save_dir=tmp_path, **{**OPTIONS, **options}).featurize()
+
+
+def test_a_task_of_ones_own(tmp_path):
+    """A function of (model, batch); the batch is the dict of the model's arguments."""
+
+    def first_logit(model, batch):
+        return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0, 5]
+
+    samples = models.samples_for("causal_lm", 6)
+    found = run(tmp_path, models.model_for("causal_lm"), samples, samples[:2], task=first_logit)
+    assert np.isfinite(found).all()
+    assert found.shape == (6, 2)
