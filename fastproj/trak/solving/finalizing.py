@@ -151,7 +151,8 @@ def keep_lambda(
     }
     if q is not None:
         if system.fisher:
-            choice = choose_fisher_lambda(gram, moments, systems.store.train_set_size)
+            n = systems.store.train_set_size
+            choice = choose_fisher_lambda(gram, moments, n, q.residual)
         else:
             choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()

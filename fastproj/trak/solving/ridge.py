@@ -167,13 +167,16 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
     return Choice(lam, rule, q.probability, lam * gram.k / trace)
 
 
-def choose_fisher_lambda(gram: Gram, moments: Moments, samples: int) -> Choice:
+def choose_fisher_lambda(
+    gram: Gram, moments: Moments, samples: int, residual: float = 0.0
+) -> Choice:
     """Choose the ridge that is added to the Fisher matrix.
 
     It is MARGIN times gamma over ``(1 - d / k) (1 - d / N)``. gamma is the ridge at which one
     Newton step from the network's outputs agrees with them (``agreeing_ridge``), and d the
     effective dimension there: k dimensions, and N rows of which most are drawn, fit more easily
-    than all of the network on all of its labels.
+    than all of the network on all of its labels. Of a regression it is twice that: see
+    docs/research/lambda.md.
 
     The nearer d comes to k or N, the less gamma says. Below TYPICAL times trace / n, which is best
     in the mean of many problems, it therefore counts to the power of that product only, and that to
@@ -183,6 +186,7 @@ def choose_fisher_lambda(gram: Gram, moments: Moments, samples: int) -> Choice:
     ----------
     gram : of all N rows.
     samples : n.
+    residual : how far the slopes of the log-likelihoods are residuals of a regression, 0 .. 1.
     """
     trace = check_gram(gram) * gram.k
     least, most = LEAST * trace / samples, MOST * trace
@@ -193,7 +197,7 @@ def choose_fisher_lambda(gram: Gram, moments: Moments, samples: int) -> Choice:
         free = max(1 - dimension / gram.k, 0.0) * max(1 - dimension / gram.n, 0.0)
         trust = free * moments.fit_share()
         if trust > 0:
-            above = math.log(MARGIN * ridge / free) - log_lambda
+            above = math.log(2**residual * MARGIN * ridge / free) - log_lambda
             trust = max(trust, moments.fit_share()) if above > 0 else trust
             log_lambda += trust * above
     lam = min(max(math.exp(log_lambda), least), most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from fastproj.trak import (
 )
 from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.files import read_json
+from fastproj.trak.solving import ridge
+from fastproj.trak.solving.solve import Gram
 from fastproj.trak.store.store import DRAWN
 from tests.trak import cases
 
@@ -349,6 +352,18 @@ def test_a_regression_has_nothing_to_draw(tmp_path):
 
 
 # ---- batches, stops, and files ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.5, 1.0])
+def test_a_regression_has_up_to_twice_the_ridge(residual, monkeypatch):
+    """Where nothing puts gamma in doubt: small beside k and N, and above what is typical."""
+    monkeypatch.setattr(ridge, "agreeing_ridge", lambda *_: 40.0)
+    sure = SimpleNamespace(fit_share=lambda: 1.0)
+    gram = Gram(torch.eye(500, dtype=torch.float64), 10**6, 500, 1e-12)
+    dimension = ridge.effective_dimension(gram.matrix, 40.0)
+    free = (1 - dimension / 500) * (1 - dimension / 10**6)
+    choice = ridge.choose_fisher_lambda(gram, sure, 500, residual)
+    assert choice.lambda_reg == pytest.approx(2**residual * ridge.MARGIN * 40.0 / free)
 
 
 @pytest.mark.parametrize("computer", ["loop", "hooks"])
