@@ -83,7 +83,7 @@ def finalize(
     with ranks.barrier(STEP):
         if ranks.first and fisher:
             counts = {i: count_rows(store, i) for i in model_ids}
-            meanings = {i: Meaning(1.0, 0.0) for i in model_ids}
+            meanings = {i: meaning(store.out_to_loss(i), True) for i in model_ids}
         elif ranks.first and lambda_reg == AUTO:
             meanings = {i: q_meaning(i, store.out_to_loss(i), probabilities) for i in model_ids}
     meanings, counts = ranks.broadcast(STEP, (meanings, counts))
