@@ -137,7 +137,8 @@ def test_other_numbers_make_pages_and_picture_out_of_date(tmp_path: Path) -> Non
     folder = tmp_path / "results"
     shutil.copytree(figures.RESULTS, folder)
     assert figures.out_of_date(tmp_path, folder) == []
-    write(folder, "2126-01-01", "lds", rows=LDS)
+    rows = figures.lds_source(folder).content["rows"]
+    write(folder, "2126-01-01", "lds", rows=[{**row, "output": row["output"] / 2} for row in rows])
     assert figures.out_of_date(tmp_path, folder) == ["README.md", figures.PICTURE]
     source = figures.lds_source(folder)
     figures.draw_lds(tmp_path / figures.PICTURE, source)
