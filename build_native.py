@@ -46,7 +46,6 @@ from build_cuda import run
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 KERNEL_CXX = "FASTPROJ_KERNEL_CXX"
-MACOS_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"]
 
 # Instruction sets beyond the baseline: name -> (architecture, flags). csrc/cpu/isa_<name>.cpp is
 # compiled alone, so that no flag leaks into another file; machine.cpp is told by
@@ -127,7 +126,7 @@ def compiles(command: Sequence[str], text: str) -> tuple[bool, str]:
 def shared_flags() -> list[str]:
     """Link flags for an extension module on this platform."""
     if sys.platform == "darwin":
-        return MACOS_FLAGS
+        return ["-bundle", "-undefined", "dynamic_lookup"]
     return ["-shared"]
 
 
