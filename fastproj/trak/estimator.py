@@ -104,8 +104,8 @@ class TRAKer:
     ----------
     model : the module whose checkpoints are loaded. It is put into eval mode, on ``device``.
     task : "image_classification", "text_classification", "clip", "seq2seq", "causal_lm",
-        "masked_lm", "token_classification", an instance of an ``AbstractModelOutput`` subclass, or a function ``f(model, batch)`` that
-        returns the outputs [B].
+        "masked_lm", "token_classification", an instance of an ``AbstractModelOutput`` subclass, or
+        a function ``f(model, batch)`` that returns the outputs [B].
     train_set_size : n, the number of training samples.
     save_dir : where features and scores are kept. One that holds another model, task, seed, kind,
         proj_dim or n is refused.
