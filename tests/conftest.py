@@ -7,6 +7,8 @@ device that the backend takes; ``device`` is the matching device. Cases on a GPU
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,3 +88,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def level_of_the_log() -> Iterator[None]:
+    """A TRAKer sets the level of its logger for the whole process; the next test wants it unset."""
+    logger = logging.getLogger("fastproj.trak")
+    level = logger.level
+    yield
+    logger.setLevel(level)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -52,7 +50,6 @@ def scored(folder, computer="auto", **settings):
         proj_dim=64,
         gradient_computer=computer,
         use_half_precision=False,
-        logging_level=logging.ERROR,
         **settings,
     )
     train = batch_of(N, 1)
@@ -122,7 +119,7 @@ def test_what_is_refused(tmp_path):
 def test_tokens_are_of_language_models_alone(tmp_path):
     model = nn.Linear(4, 3).eval()
     batch = torch.randn(6, 4), torch.arange(6) % 3
-    traker = TRAKer(model, "image_classification", 6, tmp_path, logging_level=logging.ERROR)
+    traker = TRAKer(model, "image_classification", 6, tmp_path)
     traker.load_checkpoint(model.state_dict(), 0)
     traker.featurize(batch, num_samples=6)
     traker.finalize_features()

@@ -391,9 +391,12 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def _plan(self, batch: tuple[Any, ...]) -> Plan:
         """The plan for samples of these shapes."""
-        key = shapes_of(batch)
+        row = most_hidden(batch)
+        key = shapes_of(batch), row is None
         if key not in self._plans:
-            self._plans[key] = self._make_plan(batch)
+            self._plans[key] = self._make_plan(
+                batches.select(batch, slice(row or 0, (row or 0) + 1))
+            )
         return self._plans[key]
 
     def _make_plan(self, batch: tuple[Any, ...]) -> Plan:
@@ -503,6 +506,22 @@ def sees_samples(layout: Layout, shapes: tuple[list[Any], list[Any]]) -> bool:
 def shares(calls: list[Layout]) -> bool:
     """Whether some output of a module is the same for all samples."""
     return any(SHARED in layout.outputs for layout in calls)
+
+
+def most_hidden(batch: tuple[Any, ...]) -> int | None:
+    """The sample of which masks [B, T] of 0 and 1 hide the most; None where they hide nothing.
+
+    Models may leave out a mask that hides nothing, and take another way: so does transformers'
+    T5. A sample with padding goes the way of a batch in which some have it.
+    """
+    hidden: Tensor | None = None
+    for t in batches.leaves(batch):
+        if t.dim() == 2 and not t.is_floating_point() and not t.is_complex() and t.numel():
+            low, high = t.aminmax()
+            if int(low) == 0 and int(high) <= 1:
+                zeros = (t == 0).sum(1)
+                hidden = zeros if hidden is None else hidden + zeros
+    return None if hidden is None else int(hidden.argmax())
 
 
 def shapes_of(batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from fastproj.trak import (
     HookGradientComputer,
     ImageClassificationModelOutput,
     IterativeGradientComputer,
+    Seq2SeqModelOutput,
 )
 from tests.trak import cases
 
@@ -477,3 +478,26 @@ def test_a_mixture_of_experts_keeps_the_hooks():
     found = HookGradientComputer(model, task).compute_per_sample_grad(batch)
     exact = IterativeGradientComputer(model, task).compute_per_sample_grad(batch)
     torch.testing.assert_close(flat(found), flat(exact))
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_mask_that_hides_nothing_of_the_first_sample(first):
+    """transformers' T5 leaves such a mask out where the sample is alone."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=20, num_layers=2, num_heads=2
+    )
+    config.decoder_start_token_id = 0
+    model = transformers.T5ForConditionalGeneration(config).double().eval()
+    ids = torch.randint(3, 60, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[(first + 1) % 3, 6:] = 0
+    mask[(first + 2) % 3, 4:] = 0
+    task = Seq2SeqModelOutput()
+    computer = HookGradientComputer(model, task)
+    whole = torch.ones_like(mask)
+    for masks in (whole, mask, mask.bool()):  # of one shape: the plans differ
+        batch = ids, masks, ids[:, :5]
+        exact = IterativeGradientComputer(model, task).compute_per_sample_grad(batch)
+        torch.testing.assert_close(flat(computer.compute_per_sample_grad(batch)), flat(exact))

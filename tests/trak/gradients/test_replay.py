@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from torch import nn
@@ -49,7 +47,6 @@ def test_a_batch_like_one_before_costs_one_forward(curvature, computer, tmp_path
             gradient_computer=way,
             curvature=curvature,
             use_half_precision=False,
-            logging_level=logging.ERROR,
         )
         traker.load_checkpoint(model.state_dict(), 0)
         calls = []
@@ -72,7 +69,7 @@ def test_a_batch_like_one_before_costs_one_forward(curvature, computer, tmp_path
 
 def test_a_wrong_label_is_named_before_the_gradients_meet_it(tmp_path):
     model = Counting().eval()
-    traker = TRAKer(model, "image_classification", 20, tmp_path, logging_level=logging.ERROR)
+    traker = TRAKer(model, "image_classification", 20, tmp_path)
     traker.load_checkpoint(model.state_dict(), 0)
     for number in range(3):
         traker.featurize(batch_of(4, number), num_samples=4)
