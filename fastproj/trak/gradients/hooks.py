@@ -110,7 +110,7 @@ class HookGradientComputer(AbstractGradientComputer):
         self._owned = owned_modules(model, set(self.names))
         self._used: set[str] = set()  # what f of some batch has been seen to depend on
         self._structures: set[int] = set()  # of batches that were checked
-        self._ahead: tuple[list[Any], Forward] | None = None
+        self._ahead: tuple[list[Any], Forward, Proof | None] | None = None
         self._batches = 0  # so far, of several samples
         self._proofs = 0
         self._plans: dict[Any, Plan] = {}
@@ -177,10 +177,11 @@ class HookGradientComputer(AbstractGradientComputer):
         """``look(batch)``, on what the model returns in a forward that is kept for ``_run``.
 
         ``look`` comes before anything else sees the outputs: it checks labels, which may be out of
-        range. A batch that will be checked against plain autograd has the memory for itself.
+        range. What it gives for a batch is the same, bit for bit, whether the batch is checked or
+        not: with gradients and without, PyTorch may round otherwise.
         """
         self._ahead = None
-        if batches.size(batch) == 1 or not self.trusting or worth_a_proof(self._batches + 1):
+        if batches.size(batch) == 1 or not self.trusting:
             return look(batch)
         replay = Replay(self.model)
         found: list[Looked] = []
@@ -189,7 +190,10 @@ class HookGradientComputer(AbstractGradientComputer):
             with recorder.deaf(), replay.playing():
                 found.append(look(batch))
 
+        proof = None
         try:
+            if worth_a_proof(self._batches + 1):  # before the forward: it needs the memory
+                proof = self._prove(batch)
             made = self._forward(batch, replay, first)
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -197,23 +201,23 @@ class HookGradientComputer(AbstractGradientComputer):
             return look(batch)
         if not found:  # the task doesn't call the model itself
             found.append(look(batch))
-        self._ahead = pytree.tree_leaves(batch), made
+        self._ahead = pytree.tree_leaves(batch), made, proof
         return found[-1]
 
-    def _forward_ahead(self, batch: tuple[Any, ...]) -> Forward | None:
+    def _forward_ahead(self, batch: tuple[Any, ...]) -> tuple[Forward | None, Proof | None]:
         """What ``_look`` has kept, if it is of this batch; it is given once."""
         kept, self._ahead = self._ahead, None
         if kept is None:
-            return None
+            return None, None
         leaves = pytree.tree_leaves(batch)
         same = len(leaves) == len(kept[0]) and all(map(operator.is_, leaves, kept[0]))
-        return kept[1] if same else None
+        return kept[1:] if same else (None, None)
 
     # ---- one batch ------------------------------------------------------------------------------
 
     def _run(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
         """Send the pieces of all gradients of a batch to sinks, one for each output of a sample."""
-        ahead = self._forward_ahead(batch)
+        ahead, proof = self._forward_ahead(batch)
         if batches.size(batch) == 1:  # nothing to ascribe to a sample, nothing to check
             self._single(batch, make_sink)
             return
@@ -224,16 +228,17 @@ class HookGradientComputer(AbstractGradientComputer):
                 'gradient_computer="auto", "func" or "loop"'
             )
         self._batches += 1
-        proof = None
-        if worth_a_proof(self._batches):
+        if proof is None and worth_a_proof(self._batches):
             ahead = None  # plain autograd needs the memory
             proof = self._prove(batch)
         made = ahead or self._forward(batch)
+        ahead = None
         if proof is None and made.structure not in self._structures:
-            del ahead, made
+            del made
             proof = self._prove(batch)
             made = self._forward(batch)
         plan, recorder, out, structure, leaves = made
+        del made
         sinks = [make_sink(recorder.uses) for _ in out]
         check = None
         if proof is not None:
@@ -248,7 +253,7 @@ class HookGradientComputer(AbstractGradientComputer):
             self._judge(check, recorder.eps)
             evened = check.evened(recorder.eps)
             if evened is not None:
-                del ahead, made, recorder, out, leaves
+                del recorder, out, leaves
                 self._check_evenly(batch, evened)
         if proof is None or proof.finite():
             self._remember(structure)
