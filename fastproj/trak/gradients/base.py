@@ -6,12 +6,12 @@ import difflib
 import math
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastproj.factored import one_dtype
 from fastproj.trak import batches
 from fastproj.trak.gradients.running import modules_named_twice, plainly, restored
 from fastproj.trak.tasks.base import BatchedModelOutput, Terms, run
@@ -109,7 +109,7 @@ class AbstractGradientComputer(ABC):
         self.on_trust = False
         self.check_dependence(batch)
         chunks = [
-            [projector.project(one_dtype(grads), model_id=model_id) for grads in rows]
+            [projector.project(with_one_dtype(grads), model_id=model_id) for grads in rows]
             for rows in self.iter_rows(batch)
         ]
         return [torch.cat(parts).detach() for parts in zip(*chunks, strict=True)]
@@ -212,13 +212,9 @@ def own(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     return copy
 
 
-def one_dtype(grads: Grads) -> Grads:
+def with_one_dtype(grads: Grads) -> Grads:
     """Gradients of several dtypes in the one that holds them all exactly."""
-    dtypes = {g.dtype for g in grads.values()}
-    if len(dtypes) < 2:
-        return grads
-    wide = reduce(torch.promote_types, dtypes)
-    return {name: g.to(wide) for name, g in grads.items()}
+    return dict(zip(grads, one_dtype(list(grads.values())), strict=True))
 
 
 def dense(g: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from fastproj import TRAKer
 from fastproj.trak.gradients import HookGradientComputer, hooks
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.tasks import ImageClassificationModelOutput
+from tests.trak import cases
 
 
 class Counting(nn.Module):
@@ -108,3 +109,22 @@ def test_only_a_call_with_the_same_arguments_is_replayed():
             model(*given)
     assert model.calls == 4
     assert "forward" not in vars(model)
+
+
+def test_features_do_not_depend_on_which_batches_were_checked(tmp_path):
+    """Bit for bit, and Q with them; of a network whose gradients are checked evenly, too."""
+    train = cases.data(20)
+    state = cases.trained(1, train).state_dict()
+    kept = []
+    for place, order in enumerate(([0, 1, 2, 3, 4], [4, 2, 0, 3, 1])):
+        model = cases.net()
+        traker = cases.make(model, tmp_path / str(place), 20)
+        traker.load_checkpoint(state, 0)
+        for number in order:
+            rows = torch.arange(4 * number, 4 * number + 4)
+            traker.featurize((train[0][rows], train[1][rows]), inds=rows)
+        assert traker.gradient_computer.name == "hooks"
+        assert traker._training_computer.name == "hooks"
+        kept.append((traker.saver.matrix(0), traker.saver.out_to_loss(0)))
+    for ours, theirs in zip(*kept, strict=True):
+        assert torch.equal(ours, theirs)
