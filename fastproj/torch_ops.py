@@ -8,6 +8,7 @@ The schema of an op takes plain numbers and strings: ``_flat`` turns a ``Call`` 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,13 @@ from fastproj.spec import matrix_rows as matrix_rows_of_spec
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 # ---- a call as an op's arguments ---------------------------------------------------------------
-# The precision stays as given ("" = default), so that a compiled graph follows torch's when it
-# runs. The row offset comes first and is the only one that the rules below look at.
+# Torch takes some microseconds for each argument, so strings go two by two. The precision stays as
+# given ("" = default), so that a compiled graph follows torch's when it runs. The row offset comes
+# first and is the only one that the rules below look at.
 
 _CALL_SCHEMA = (
-    "SymInt row_offset, float scale, str precision, str backend, "
-    "str kind, SymInt seed, SymInt stream, SymInt block"
+    "SymInt row_offset, float scale, str precision_backend, "
+    "str kind_block, SymInt seed, SymInt stream"
 )
 
 
@@ -39,20 +41,22 @@ def _flat(call: Call, backend: str) -> tuple[Any, ...]:
     """
     kind, seed, stream, block = call.key.kind, call.key.seed, call.key.stream, call.key.block
     seed = seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
-    return call.row_offset, call.scale, call.precision, backend, kind, seed, stream, block
+    how, which = f"{call.precision},{backend}", f"{kind},{block}"
+    return call.row_offset, call.scale, how, which, seed, stream
 
 
+@functools.lru_cache(maxsize=1024)  # a key checks what it is made of
 def _call(
     row_offset: int,
     scale: float,
-    precision: str,
-    backend: str,
-    kind: str,
+    precision_backend: str,
+    kind_block: str,
     seed: int,
     stream: int,
-    block: int,
 ) -> tuple[Call, str]:
-    key = MatrixKey(kind, seed & (MAX_SEED - 1), stream, block)
+    precision, backend = precision_backend.split(",")
+    kind, block = kind_block.split(",")
+    key = MatrixKey(kind, seed & (MAX_SEED - 1), stream, int(block))
     return Call(key, row_offset, scale, precision=precision), backend
 
 

@@ -194,7 +194,7 @@ def test_out_is_refused_under_a_transform(backend: str, device: str) -> None:
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize(("kind", "block"), [*((kind, 0) for kind in KINDS), ("sjlt", 16)])
 def test_opcheck(backend: str, device: str, kind: str, block: int, needs_grad: bool) -> None:
-    call = (7, 0.5, "highest", backend, kind, -5, 3, block)
+    call = (7, 0.5, f"highest,{backend}", f"{kind},{block}", -5, 3)
     a = normals((4, 10)).to(device)
     b = normals((4, 6)).to(device).T.contiguous().T
     out = torch.zeros(4, 6, device=device)

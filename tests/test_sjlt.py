@@ -316,7 +316,7 @@ def test_vmap_and_compile() -> None:
     assert torch.equal(compiled(g[0]), expected[0])
     torch.library.opcheck(
         torch.ops.fastproj.project,
-        ([g[0]], 200, 0, 1.0, "", "", "sjlt", 0, 0, 32),
+        ([g[0]], 200, 0, 1.0, ",", "sjlt,32", 0, 0),
         test_utils=("test_schema", "test_faketensor"),
     )
 
