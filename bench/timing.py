@@ -17,6 +17,9 @@ from tqdm import tqdm
 from bench.providers import Case, Inputs, Prepared, Provider
 
 FLUSH_BYTES = 1 << 30  # beyond any GPU's L2
+# OpenMP's threads spin for some milliseconds after an operation of torch, on cores that the next
+# provider wants: without a pause, who comes after torch looks up to twice as slow.
+SETTLE_SECONDS = 0.03
 
 
 @dataclass
@@ -70,7 +73,8 @@ class Row:
 
 
 def wall_seconds(call: Callable[[], object]) -> float:
-    """Seconds of one call, by the clock."""
+    """Seconds of one call, by the clock, once what ran before has come to rest."""
+    time.sleep(SETTLE_SECONDS)
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
