@@ -23,8 +23,8 @@ VERSION = 1
 BACKENDS = ("cuda", "triton")
 # A measurement speaks for shapes up to this far from its own, in batch and in columns.
 REACH = 4.0
-# Backends sum in different orders, so a row's last bits depend on the backend. That the backend
-# depends on the batch must be worth it.
+# Backends sum in different orders, so a row's last bits depend on the backend. To let the backend
+# depend on the batch must be worth it.
 WORTH = 1.1
 
 
