@@ -14,8 +14,8 @@ from fastproj.backends import registry
 
 ENOUGH = 0.05  # seconds that a call must take for its time to mean something
 LARGEST = 1 << 26  # bytes of gradients in a call
-FIRST = 512  # rows of the first call, a Philox block; each next one has twice as many
-REFERENCE_ENTRIES = 1 << 19  # of R in the reference backend's first call, which makes each alone
+FIRST = 512  # rows of the first call, a panel; each further call has twice as many
+REFERENCE_ENTRIES = 1 << 19  # of R in the reference backend's first call: it makes them one by one
 SIDE = 1024  # of the matrices that are multiplied and factored
 
 
