@@ -173,7 +173,7 @@ class AbstractGradientComputer(ABC):
         return out
 
     def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
-        """f of the sample of a batch of one, a scalar; of ``SeveralOutputs``, [R]."""
+        """f of the sample of a batch of one, a scalar; of ``SeveralOutputs``, [rows]."""
         if getattr(type(self.task), "get_output", None) is not BatchedModelOutput.get_output:
             return self.output(chosen, *batches.select(batch, 0))
         # The batch dimension stays: some parts of a batch can't get it back.

@@ -22,12 +22,12 @@ FAINT = 1e-6  # of the largest: smaller gradients may be rounding errors
 class Evened:
     """The factors of a sum in which no gradient is lost beside much larger ones."""
 
-    shares: Tensor  # [R, B], float64, at most 1
+    shares: Tensor  # [rows, B], float64, at most 1
     noise: float
 
     @classmethod
     def of(cls, sizes: Tensor, counts: Tensor, eps: float) -> Evened | None:
-        """The factors for gradients of these norms [R, B], of the samples in ``counts``.
+        """The factors for gradients of these norms [rows, B], of the samples in ``counts``.
 
         None where a plain sum would show every gradient, or where rounding errors would hide some
         in this sum too. (A loss has slopes of p - 1. Their rounding errors don't shrink with them.)
@@ -135,7 +135,7 @@ def weighted_gradient(
     part = batches.select(batch, rows)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
-        out = computer.outputs(chosen, part)  # [B], or [R, B] of ``SeveralOutputs``
+        out = computer.outputs(chosen, part)  # [B], or [rows, B] of ``SeveralOutputs``
         if not out.requires_grad:
             return {}
         if shares is None:

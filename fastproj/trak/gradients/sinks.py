@@ -192,7 +192,7 @@ class Check:
 
     Attributes
     ----------
-    sizes : [R, B], float64: the norm of each gradient, as if its pieces were orthogonal.
+    sizes : [rows, B], float64: the norm of each gradient, as if its pieces were orthogonal.
     """
 
     def __init__(self, proof: Proof, params: Mapping[str, Tensor], rows: int) -> None:

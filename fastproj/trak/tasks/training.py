@@ -16,7 +16,7 @@ OWN = ("outputs", "get_output", "get_out_to_loss_grad")  # methods that a likeli
 
 
 class SeveralOutputs(BatchedModelOutput):
-    """A task whose ``outputs`` are [R, B]: R of each sample, which share a forward."""
+    """A task whose ``outputs`` are [rows, B]: several of each sample, which share a forward."""
 
     model_holds_weights = False  # ``run`` sees to it
 
