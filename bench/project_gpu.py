@@ -172,7 +172,7 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
     stopped = ""
 
     def write(targets: Sequence[Target] = ()) -> Path | None:
-        """After every case: what is there when a kernel hangs is what there is to look at."""
+        """After every case, because a kernel that hangs leaves nothing but what was saved."""
         if options.no_write:
             return None
         name = "project-gpu" + "-quick" * options.quick + "-ladder" * options.ladder

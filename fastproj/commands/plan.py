@@ -15,7 +15,8 @@ from fastproj.commands.costs import Layers, Run
 from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.spec import KINDS
-from fastproj.trak.curvature import CURVATURES, TRAK
+from fastproj.trak.curvature import CURVATURES
+from fastproj.trak.solving.systems import TRAK
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 

@@ -15,9 +15,9 @@ from fastproj.trak.files import Indices
 from fastproj.trak.gradients import AbstractGradientComputer
 from fastproj.trak.inputs import check_finite
 from fastproj.trak.solving.solve import AUTO, Lambda
+from fastproj.trak.solving.systems import FISHER, TRAK
 from fastproj.trak.tasks import Terms, has_likelihood
 
-FISHER, TRAK = "fisher", "trak"
 CURVATURES = (AUTO, FISHER, TRAK)
 RUNS = 16, 64  # neighbouring samples get their rows together, in runs: few batches are split.
 LEAST_RUNS = 16  # There are at least so many runs before they get longer.
