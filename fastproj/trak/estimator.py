@@ -679,8 +679,8 @@ class TRAKer:
                     f"({', '.join(map(str, lost[:10]))}{' ...' if len(lost) > 10 else ''}) were "
                     "computed by module hooks, and a check has just found such gradients to be "
                     "wrong for another batch. They count as not computed now: call "
-                    f"{'featurize' if name is None else 'score'} for them again, after what is "
-                    "going on (a script that is run again does)",
+                    f"{'featurize' if name is None else 'score'} for them again after this pass, "
+                    "or run the script again",
                     stacklevel=stack_to_caller(),
                 )
 
@@ -1019,8 +1019,8 @@ class TRAKer:
     def self_influence(self, model_ids: Iterable[int] | None = None) -> npt.NDArray[np.float32]:
         """The score of each training sample on itself, for ``fastproj.trak.mislabel_auc``.
 
-        This is the diagonal of the n x n scores for the training set as targets. The stored
-        features give it without the other scores.
+        The diagonal of the n x n scores that the training set has as targets, from the features
+        that are there, without making the others.
 
         Parameters
         ----------

@@ -135,7 +135,7 @@ def weighted_gradient(
     part = batches.select(batch, rows)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
-        out = computer.outputs(chosen, part)  # [B], or [rows, B] of ``SeveralOutputs``
+        out = computer.outputs(chosen, part)  # [B], or [R, B] of ``SeveralOutputs``
         if not out.requires_grad:
             return {}
         if shares is None:
