@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastproj
-from fastproj.backends import registry
+from fastproj.backends import measured, registry
 
 ENOUGH = 0.05  # seconds that a call must take for its time to mean something
 LARGEST = 1 << 26  # bytes of gradients in a call
@@ -52,7 +52,7 @@ def projection_rate(
     backend: str, rows: int, cols: int, kind: str, block: int | None, batch: int
 ) -> Rate:
     """The rate of one backend."""
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    device = "cuda" if backend in measured.BACKENDS else "cpu"
     reason = registry.unavailable(backend)
     if reason is None:
         reason = registry.load(backend).unsupported(device, torch.float32, kind)
