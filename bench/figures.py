@@ -121,7 +121,7 @@ def speed(folder: Path) -> str:
     slowest = max(per_entry(row) for _, row in rows)
     machine = source.content["machine"]
     lines = [
-        "| projector | ms a sample and million parameters | times as fast |",
+        "| projector | ms per sample and million parameters | times as fast |",
         "|---|---|---|",
         *(
             f"| {what} | {digits(1e9 * per_entry(row))} | {times(slowest / per_entry(row))} |"
@@ -240,11 +240,10 @@ def lds_seconds(folder: Path) -> str:
     held_out = " held-out" if set(problems) <= kept else ""
     return (
         f"![LDS against CPU seconds. {said}]({PICTURE})\n\n"
-        "How well scores predict what models trained on other data do "
-        f"([LDS](docs/evaluation.md)), and what they cost, with {count} "
-        f"checkpoint{'s' * (count > 1)} and gradients projected to k dimensions: means over "
-        f"{len(problems)}{held_out} problems. `python -m bench.lds` measures them "
-        f"([result]({source.link}))."
+        "The [LDS](docs/evaluation.md) says how well scores predict the outputs of models that "
+        f"are trained on other data. A point is the mean over {len(problems)}{held_out} problems, "
+        f"with {count} checkpoint{'s' * (count > 1)} and gradients projected to k dimensions "
+        f"(`python -m bench.lds`, [result]({source.link}))."
     )
 
 

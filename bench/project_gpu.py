@@ -16,7 +16,7 @@ import torch
 from bench.project_sparse import COLS as SPARSE_COLS
 from bench.project_sparse import growth_table_of, sparse_table_of
 from bench.providers import DENSE_KINDS, Case, Provider
-from bench.providers.ours_gpu import BACKENDS, name_of
+from bench.providers.ours_gpu import name_of
 from bench.providers.stored import peak_name
 from bench.record import write_result
 from bench.targets import FAIL, Target, as_dicts, list_of
@@ -172,7 +172,7 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
     stopped = ""
 
     def write(targets: Sequence[Target] = ()) -> Path | None:
-        """After every case: what is there when a kernel hangs is what there is to look at."""
+        """After every case, because a kernel that hangs leaves nothing but what was saved."""
         if options.no_write:
             return None
         name = "project-gpu" + "-quick" * options.quick + "-ladder" * options.ladder
@@ -202,7 +202,7 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
             say(sparse_table_of(found) if shape.block else table_of(found, PEAKS))
         rows += found
         write()
-    for backend in BACKENDS:
+    for backend in measured.BACKENDS:
         if any(row.block and row.provider == name_of(backend) and row.seconds for row in rows):
             say(growth_table_of(rows, name_of(backend)))
     targets = [*rate_targets(rows, arch), *sparse_targets(rows, arch)]

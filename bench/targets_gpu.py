@@ -14,12 +14,12 @@ import fastproj
 from bench.providers import generated
 from bench.providers.memory import COPY
 from bench.providers.others_gpu import FAST_JL, HADAMARD, SJLT
-from bench.providers.ours_gpu import BACKENDS, name_of
+from bench.providers.ours_gpu import name_of
 from bench.providers.sparse_stored import NAMES as SPARSE_NAMES
 from bench.providers.stored import peak_name, stored_name
 from bench.targets import Target
 from bench.timing import Row
-from fastproj.backends import registry
+from fastproj.backends import measured, registry
 
 JUDGED_ARCH = "sm_90"
 COLS, LEAST_ROWS = 4096, 10**7
@@ -104,7 +104,7 @@ def sparse_targets(rows: Sequence[Row], arch: str) -> list[Target]:
 
     for (dtype, batch, cols, block), case in cases.items():
         where = f"{dtype}, B = {batch}, K = {cols}, block {block}"
-        for backend in BACKENDS:
+        for backend in measured.BACKENDS:
             ours = case.get(name_of(backend))
             if ours is None:
                 continue
@@ -139,7 +139,7 @@ def memory_targets() -> list[Target]:
             64.0,
             at_least=False,
         )
-        for backend in BACKENDS
+        for backend in measured.BACKENDS
         if registry.unavailable(backend) is None
         for kind in ("rademacher", "sjlt")
         for batch, rows, cols in MEMORY_SHAPES

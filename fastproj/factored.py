@@ -3,8 +3,8 @@
 A linear layer's gradient by its weight [O, I] is a product, ``sum_t g_t a_t^T``. Both factors are
 compressed before they are multiplied: ``sum_t (L^T g_t)(A^T a_t)^T`` with random L [O, r] and
 A [I, r]. This costs ``2 T (O r + I r + r^2)`` operations instead of ``2 T O I`` and a projection of
-O I numbers. The r x r numbers that are left of a layer are projected to ``proj_dim`` like any
-gradient. Inner products of gradients keep their expectation.
+O I numbers. The r x r numbers of each layer are then projected to ``proj_dim`` like any gradient.
+Inner products of gradients keep their expectation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastproj import checks, ops
 from fastproj.projector import Projector
 
-SIDES_SEED = 0x9E3779B97F4A7C15  # xor-ed with the seed: what sides are drawn from
+SIDES_SEED = 0x9E3779B97F4A7C15  # xor-ed with the seed, it is the seed of the sides
 SIDES_KIND = "rademacher"
 
 
@@ -121,7 +121,7 @@ class FactoredProjector:
     Attributes
     ----------
     grad_dim : P, the number of entries of a gradient.
-    inner_dim : how many are left of them for the projection.
+    inner_dim : the number of entries of a compressed gradient.
 
     Raises
     ------
@@ -193,7 +193,7 @@ class FactoredProjector:
         return Sides(rows, cols, side(left, rows, kept[0]), side(right, cols, kept[1]))
 
     def inner_rows(self, name: str) -> slice:
-        """Where what is left of one parameter lies among the ``inner_dim`` numbers."""
+        """The places of one parameter's compressed gradient among the ``inner_dim`` numbers."""
         start = self._places[name][2]
         return slice(start, start + math.prod(self._inner_shape(name)))
 
@@ -240,8 +240,8 @@ class FactoredProjector:
         ----------
         pairs : by name, for each parameter of ``shapes``: a pair (left [B, T, m], right [B, T, n])
             whose gradient is ``sum_t left[b, t] right[b, t]^T``. For ``nn.Linear`` these are the
-            gradients by its output, and its inputs. Of an embedding [V, n], left may be the row
-            numbers [B, T], int64. Or the gradient itself, [B, *shape].
+            gradients by its output, and its inputs. For an embedding [V, n], left may be the row
+            numbers [B, T], int64. Instead of a pair: the gradient itself, [B, *shape].
         model_id, out : as in ``project``.
 
         Raises
@@ -265,7 +265,7 @@ class FactoredProjector:
     def _product(
         self, function: str, name: str, pair: tuple[Tensor, Tensor], sides: Sides
     ) -> Tensor:
-        """What is left of the gradient that a pair of factors is of, [B, inner]."""
+        """The compressed gradient of a pair of factors, [B, inner]."""
         tensors = isinstance(pair, (tuple, list)) and [isinstance(t, Tensor) for t in pair]
         if tensors != [True, True]:
             raise TypeError(

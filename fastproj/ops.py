@@ -61,11 +61,12 @@ def project(
     grads : Tensor [B, P], strided, float32, bfloat16, float16 or float64, B >= 0, P >= 1; or a dict
         or sequence of [B, ...] tensors, flattened per sample and taken in order as one [B, P].
     proj_dim : K, 1 <= K <= 2^32.
-    seed, stream : what names the matrix; seed < 2^64, stream < 2^32 (a checkpoint's model_id).
+    seed, stream : numbers that name the matrix; seed < 2^64, stream < 2^32 (a checkpoint's
+        model_id).
     kind : "rademacher" (+1 / -1), "gaussian", or "sjlt" (sparse: K / block entries +1 / -1 a row,
         which costs K / block additions for each entry of G instead of K multiply-adds).
     block : of kind "sjlt" alone, and part of the matrix's name: a power of two, 16 to 65,536. None
-    is the largest that leaves at least four entries in a row, ``fastproj.spec.default_block(K)``.
+        is ``fastproj.spec.default_block(K)``, the largest with at least four entries in a row.
     row_offset : the row of R that the first column of ``grads`` meets; row_offset + P <= 2^56.
     out : Tensor [B, K] of the result's dtype on the device of ``grads``, written and returned.
     accumulate : add to ``out`` instead of overwriting it.
@@ -213,7 +214,7 @@ def matrix(
     Parameters
     ----------
     rows, cols : an int n for 0 .. n, or a slice(start, stop); rows < 2^56, columns < 2^32. Rows may
-        also be row numbers, a Tensor [n] of integers in any order: these are made by NumPy on the
+        also be a Tensor [n] of row numbers, integers in any order. NumPy makes such rows on the
         CPU, whichever the backend.
     block : needed for kind "sjlt", since no proj_dim gives a default here.
     dtype : a floating-point dtype, each of which holds the entries exactly; or int8 (not for

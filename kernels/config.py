@@ -135,7 +135,7 @@ def _choose_sjlt(unit: str, dtype: str, B: int, K: int, direct: bool) -> Config:
 
 
 def _check_sjlt(config: Config, K: int) -> None:
-    """What the kernel and the workspace's width rely on, of a pinned configuration."""
+    """Raise ValueError for a pinned configuration that the kernel or the workspace can't have."""
     columns = plan.sjlt_columns(K)
     if not 64 <= config.BLOCK_K <= columns or config.STEP_ROWS != plan.PANEL_TILES:
         raise ValueError(

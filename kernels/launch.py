@@ -38,7 +38,7 @@ class Device:
 
     arch: str
     multiprocessors: int
-    unit: str  # the kernels' UNIT
+    unit: str  # the matrix unit, UNIT in the kernels
 
 
 @lru_cache(maxsize=64)
@@ -62,7 +62,7 @@ def magnitudes(device: torch.device, half: bool) -> Tensor:
 
 
 cached_plan = lru_cache(maxsize=256)(
-    lambda sizes, *rest: plan.plan(list(sizes), *rest)  # the same layers come again and again
+    lambda sizes, *rest: plan.plan(list(sizes), *rest)  # layers of the same sizes come again
 )
 
 
@@ -205,7 +205,7 @@ def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
     n_rows = out.shape[1]
     dtype = str(y.dtype).removeprefix("torch.")
     block_b, block_k, num_warps = config.choose_transpose(dtype, key.kind, out.shape[0])
-    block_rows = 64 if key.kind == "gaussian" else 512
+    tile_rows = 64 if key.kind == "gaussian" else 512
     most = MAX_GRID * block_b
     with guard(out):
         table = magnitudes(out.device, y.dtype == torch.float16)
@@ -213,9 +213,9 @@ def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
         spans = list(plan.whole_counters(key.kind, row_offset, row_offset + n_rows))
         for (some_y, some_out), (start, stop) in itertools.product(pairs, spans):
             B = some_out.shape[0]
-            first = start // block_rows
-            counter = plan.Counter.at(key.kind, first * block_rows)
-            project_transpose_kernel[(-(-stop // block_rows) - first, -(-B // block_b))](
+            first = start // tile_rows
+            counter = plan.Counter.at(key.kind, first * tile_rows)
+            project_transpose_kernel[(-(-stop // tile_rows) - first, -(-B // block_b))](
                 some_y,
                 some_out,
                 table,
@@ -226,7 +226,7 @@ def project_transpose(y: Tensor, out: Tensor, call: Call) -> None:
                 y.stride(1),
                 out.stride(0),
                 out.stride(1),
-                first * block_rows - row_offset,
+                first * tile_rows - row_offset,
                 double_bits(scale),
                 counter.block,
                 counter.tag,

@@ -30,9 +30,9 @@ _VARYING = [
     "seed_low",
     "seed_high",
     "slot",
-    "n_groups",
-    "group_step",
-    "groups_per_split",
+    "n_panels",
+    "panel_step",
+    "panels_per_split",
 ]
 _VARYING_TRANSPOSE = [
     "B",
@@ -256,24 +256,24 @@ def project_sjlt_kernel(
     B,
     stride_b: tl.int64,
     stride_p: tl.int64,
-    origin: tl.int64,  # G's column at the first row of group 0; negative when P starts inside it
+    origin: tl.int64,  # G's column at the first row of panel 0; negative when P starts inside it
     n_rows: tl.int64,  # P
     col_offset: tl.int64,
-    tile,  # number of group 0's first tile, low 32 bits: a multiple of 4
+    tile,  # number of panel 0's first tile, low 32 bits: a multiple of 4
     tag,  # (tile >> 32) << 8 | (LOG2 - 4) << 4 | kind << 2
     stream_id,
     seed_low,
     seed_high,
     slot,  # of the first split
     width,  # of the workspace: K, padded
-    n_groups,  # of four tiles
-    group_step,  # group i starts 4 * group_step * i tiles after group 0
-    groups_per_split,
+    n_panels,  # of four tiles
+    panel_step,  # panel i starts 4 * panel_step * i tiles after panel 0
+    panels_per_split,
     LOG2: tl.constexpr,  # of the tiles' rows and columns
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,  # stride_p is 1
-    MASKED: tl.constexpr,  # groups reach outside of G
+    MASKED: tl.constexpr,  # panels reach outside of G
     PAIRS: tl.constexpr,  # G of 16 bits, not MASKED, its rows at every tile aligned to 4 bytes
 ):
     """Partial sums of G @ R. Grid: column tiles, row tiles, splits."""
@@ -286,8 +286,8 @@ def project_sjlt_kernel(
     b = tl.minimum(b, B - 1).to(tl.int64)[:, None]  # rows past B are never read
     samples = g_ptr + b * stride_b.to(tl.int64)
     column = (tl.program_id(0) * BLOCK_K + col_offset).to(tl.uint32)
-    first = tl.program_id(2) * groups_per_split
-    last = tl.minimum(first + groups_per_split, n_groups)
+    first = tl.program_id(2) * panels_per_split
+    last = tl.minimum(first + panels_per_split, n_panels)
     # Columns of even chunks and of odd ones: both are in one word of packed_chunks. PAIRS: and of
     # those the even and the odd columns.
     REPEAT: tl.constexpr = 8 if PAIRS else 16
@@ -296,8 +296,8 @@ def project_sjlt_kernel(
     total_odd = tl.zeros((BLOCK_B, COLUMNS), SUM)
     total_even_next = tl.zeros((BLOCK_B, COLUMNS), SUM)
     total_odd_next = tl.zeros((BLOCK_B, COLUMNS), SUM)
-    for group in range(first, last):
-        t = group * group_step * 4
+    for panel in range(first, last):
+        t = panel * panel_step * 4
         packed = packed_chunks(
             tile.to(tl.uint32) + t.to(tl.uint32),
             column,

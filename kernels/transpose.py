@@ -1,4 +1,4 @@
-"""out = scale * y @ R.T: the adjoint of ``project``, a program for each block of rows of R."""
+"""out = scale * y @ R.T: the adjoint of ``project``, a program for each tile of rows of R."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -39,7 +39,7 @@ def project_transpose_kernel(
     stride_yk: tl.int64,
     stride_ob: tl.int64,
     stride_op: tl.int64,
-    origin: tl.int64,  # out's column at the first row of block 0; negative inside the block
+    origin: tl.int64,  # out's column at the first row of tile 0; negative when out starts inside it
     scale: tl.int64,  # the bits of a float64
     block,  # spec block number of the first row, low 32 bits
     tag,
@@ -54,7 +54,7 @@ def project_transpose_kernel(
     UNIT: tl.constexpr,
     NUM_WARPS: tl.constexpr,
 ):
-    """Grid: blocks of rows (512 Rademacher, 64 Gaussian), row tiles of y."""
+    """Grid: tiles of R's rows (512 Rademacher, 64 Gaussian), row tiles of y."""
     ROWS: tl.constexpr = 64 if GAUSSIAN else 512
     DTYPE: tl.constexpr = tl.float16 if y_ptr.dtype.element_ty == tl.float16 else tl.bfloat16
     SUM: tl.constexpr = out_ptr.dtype.element_ty

@@ -13,8 +13,8 @@ import fastproj
 from bench.providers.base import Case, Inputs, Prepared, Provider
 from bench.providers.ours import DENSE, DENSE_SECONDS
 from fastproj.backends import cuda, registry
+from fastproj.backends.measured import BACKENDS
 
-BACKENDS = ("cuda", "triton")
 PRECISIONS = ("highest", "high", "medium")
 # A result worse than this is wrong, not rounded. Sums of 16-bit products are cut, not rounded, by
 # the tensor cores, up to 2048 rows in one accumulator.

@@ -424,7 +424,8 @@ void project_tiles(const ProjectTile& tile) {
     ColumnWords words(tile.key, tile.col_begin, cols, arena.take<char>(ColumnWords::bytes(cols)));
     const int term_rows = tile.batch * kTerms;
     const int term_tiles = ceil_div(term_rows, kTileRows);
-    // Blocks of about the same size, but for three terms, which must not be torn apart.
+    // Blocks of about the same size. With three terms, full ones: so no batch row's terms are torn
+    // apart.
     const int block_tiles =
         kTerms == 3 ? kMaxTiles : ceil_div(term_tiles, ceil_div(term_tiles, kMaxTiles));
     const std::size_t packed = static_cast<std::size_t>(term_tiles) * kChunkSteps * kTileBytes / 2;

@@ -1,4 +1,4 @@
-// Reading gradients: any dtype, stride and split into pieces, into a contiguous panel of 512 rows.
+// Reads gradients of any dtype and stride, from one piece or several, as a panel of 512 numbers.
 // Included by each instruction set's translation unit; everything here is local to it.
 #pragma once
 

@@ -10,9 +10,9 @@
 namespace fastproj::cpu {
 namespace {
 
-// Sums of `units` parts of an output, each the sum over `segments` of P. What is ready before its
-// turn waits, nobody else does. Threads take segments in order, so a few buffers are alive at a
-// time, and they are used again: fresh memory costs more than the sums themselves.
+// Sums of `units` parts of an output, each the sum over `segments` of P. A segment that is ready
+// before its turn waits; no thread does. Threads take segments in order, so a few buffers are alive
+// at a time, and they are used again: fresh memory costs more than the sums themselves.
 class OrderedSums {
   public:
     using Buffer = std::unique_ptr<double[], FreeAligned<double>>;
@@ -40,7 +40,7 @@ class OrderedSums {
         unused_.push_back(std::move(buffer));
     }
 
-    // The whole sum of the unit to the caller that completes it, null to all others.
+    // Returns the unit's whole sum to the caller that completes it, null to all others.
     Buffer add(std::int64_t unit, std::int64_t segment, Buffer buffer) {
         Unit& to = units_[static_cast<std::size_t>(unit)];
         Buffer* ready = &ready_[static_cast<std::size_t>(unit * segments_)];
@@ -74,7 +74,7 @@ class OrderedSums {
 
     const std::int64_t segments_;
     const std::size_t count_;
-    std::mutex mutex_;  // of all that follows, but for the sum of a busy unit
+    std::mutex mutex_;  // of all that follows, except the sum of a busy unit
     std::vector<Unit> units_;
     std::vector<Buffer> ready_, unused_;
     std::size_t buffers_ = 0;

@@ -205,14 +205,14 @@ struct SjltPass {
     std::int64_t table_ld, chunks;
     T* sums;  // [kSamples, sums_ld]
     std::int64_t sums_ld;
-    // What a later pass reads: chunks are read in random order, so the hardware would not see it
-    // coming.
+    // Rows of a later pass, to prefetch: chunks are read in random order, which the hardware can't
+    // foresee.
     const char* next[kSamples];
     std::int64_t next_lines;
 };
 
-// Chunks begin .. end, with kAhead cache lines of what comes next a chunk: many at once would wait
-// for each other.
+// Adds chunks begin .. end. Each chunk prefetches kAhead cache lines of a later pass: many at once
+// would wait for each other.
 template <int kTiles, int kAhead, class T, int kSamples>
 void add_chunks(const SjltPass<T, kSamples>& from, std::int64_t begin, std::int64_t end) {
     const SjltPass<T, kSamples> pass = from;  // into registers: no store below changes it
@@ -370,7 +370,7 @@ void sjlt_project(const SjltTile& tile) {
             const int samples = tile.batch - b >= kSjltSamples ? kSjltSamples : 1;
             for (int i = 0; i < tiles; i += pass) {
                 const int here = tiles - i < pass ? tiles - i : pass;
-                // Memory answers later than a pass over small tiles takes.
+                // A pass over small tiles takes less time than memory needs to answer.
                 const int ahead = block <= 1024 ? 2 * pass : pass;
                 std::int64_t next_t = t + i + ahead;
                 int next_b = b;

@@ -99,7 +99,7 @@ struct Generator<Kind::kRademacher, Op, kTiles> {
     // `column` is that of tile 0; the tiles lie 64 columns apart.
     FASTPROJ_DEVICE void prepare(const GeneratorKey& key, int part, std::uint32_t panel,
                                  std::uint32_t column) {
-        // Opaque from end to end: between the products where it is called, and nowhere else.
+        // Opaque at both ends: so the compiler leaves it between the products where it is called.
         const Words words = column_words(key, panel, opaque(column + part / 2 * 64 + part % 2 * 8));
 #pragma unroll
         for (int j = 0; j < 4; ++j) next[part / 2][part % 2][j] = opaque(words.w[j]);

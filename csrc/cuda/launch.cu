@@ -177,7 +177,7 @@ class CudaLauncher {
     }
 
   private:
-    // Blocks take several items when there are more than fill the device a few times over.
+    // Blocks take several items where there are more items than fill the device a few times.
     int grid(std::int64_t items) const {
         return static_cast<int>(std::min<std::int64_t>(items, std::int64_t{16} * multiprocessors_));
     }
@@ -194,7 +194,7 @@ class CudaLauncher {
                                   std::to_string(kernel.shared_bytes) + " bytes of shared memory)";
         if (kernel.entry == nullptr)
             throw std::logic_error(where + ": no such kernel was compiled");
-        {  // Also where the default would do: it loads the kernel, as a capture must not.
+        {  // Set even where the default would do: this loads the kernel, as a capture must not.
             RelaxedCapture relaxed;
             check(cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        kernel.shared_bytes),

@@ -29,7 +29,7 @@ FASTPROJ_DEVICE void consume90(const ProjectParams& p, std::uint32_t tiles, std:
     key.sign_mask = p.sign_mask;
     key.table = table | lane * 4;
 
-    // Each block that a tile was copied to has a lane that releases it; the others name their own.
+    // Lane i releases a tile in the i-th block that it was copied to. Other lanes release none.
     const std::uint32_t remote_empty =
         remote_address(empty, p.tile_cluster == 2 ? lane & 1 : cluster_rank());
     // Whether a descriptor is the sum of one base and a constant.

@@ -1,5 +1,5 @@
 // The configuration of a projection of kind sjlt: a pure function of the device and of the shape.
-// Splits depend on the rows and the columns alone; the rest does not change any sum's order.
+// Splits depend on the rows, the columns and the device. No other choice changes a sum's order.
 #pragma once
 
 #include <algorithm>
@@ -92,8 +92,9 @@ inline SjltPlan plan_sjlt(Dtype dtype, std::int64_t batch, std::int64_t cols,
     return best;
 }
 
-// Splits of `tiles` tiles of rows. About 1024 threads a multiprocessor for one sample, but partial
-// sums must stay a small part of what is read of G (16 rows a column), and fit for 8 samples.
+// How many splits `tiles` tiles of rows have: enough for about 1024 threads a multiprocessor with
+// one sample. But partial sums must stay a small part of the bytes read of G (at least 16 rows a
+// column), and those of 8 samples must fit into the workspace.
 inline int sjlt_splits(std::int64_t tiles, std::int64_t rows, std::int64_t cols,
                        int multiprocessors, std::int64_t workspace) {
     const std::int64_t row_bytes = cols * 4;

@@ -1,8 +1,8 @@
-"""The CUDA backend: hands tensors to ``fastproj._cuda`` as pointers, shapes, strides and a stream.
+"""The CUDA backend: hands tensors to ``fastproj._cuda`` as pointers, shapes and strides.
 
-The kernels generate R in registers: see csrc/cuda/README.md. A call is queued on the current stream
-of the tensors' device. It allocates only through torch, never synchronises, and can be captured in
-a CUDA graph.
+The kernels generate R in registers: see csrc/cuda/README.md. A call is queued on the current CUDA
+stream of the tensors' device. It allocates only through torch, never synchronises, and can be
+captured in a CUDA graph.
 
 ``FASTPROJ_CUDA_VARIANT`` (simple, sm80, sm90) or ``force_variant`` picks a kernel family. R is the
 same under all families. Sums differ by rounding.

@@ -20,11 +20,11 @@ from fastproj.call import terms_of
 
 TABLE = Path(__file__).with_name("measured.json")
 VERSION = 1
-BACKENDS = ("cuda", "triton")
+BACKENDS = ("cuda", "triton")  # those for GPUs
 # A measurement speaks for shapes up to this far from its own, in batch and in columns.
 REACH = 4.0
-# Backends sum in different orders, so a row's last bits depend on the backend. That the backend
-# depends on the batch must be worth it.
+# Backends sum in different orders, so a row's last bits depend on the backend. To let the backend
+# depend on the batch must be worth it.
 WORTH = 1.1
 
 

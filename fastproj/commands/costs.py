@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.solving.finalizing import (
+    KERNEL_PART_BYTES,
     MAX_PARTS,
-    PANEL_BYTES,
     PART_ROWS,
     PART_ROWS_PER_DIM,
 )
@@ -110,8 +110,8 @@ class Run:
     def disk_while_finalising(self) -> int:
         """Bytes of the parts that a matrix is summed in, until it is whole."""
         if self.rows < self.proj_dim:
-            panel = max(1, PANEL_BYTES // (4 * self.proj_dim))
-            return 8 * self.rows**2 if self.rows > panel else 0
+            part = max(1, KERNEL_PART_BYTES // (4 * self.proj_dim))
+            return 8 * self.rows**2 if self.rows > part else 0
         part = max(-(-self.rows // MAX_PARTS), PART_ROWS, PART_ROWS_PER_DIM * self.proj_dim)
         parts = -(-self.rows // part)
         return 8 * self.size**2 * parts if parts > 1 else 0

@@ -15,7 +15,8 @@ from fastproj.commands.costs import Layers, Run
 from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.spec import KINDS
-from fastproj.trak.curvature import CURVATURES, TRAK
+from fastproj.trak.curvature import CURVATURES
+from fastproj.trak.solving.systems import TRAK
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
@@ -98,16 +99,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--factored",
         type=positive,
-        metavar="R",
-        help="both sides of each linear layer's gradient compressed to R. What "
-        "that costs depends on the layers; see the next two",
+        metavar="r",
+        help="both sides of each linear layer's gradient are compressed to r. The "
+        "cost depends on the layers; see the next two options",
     )
     parser.add_argument(
         "--width",
         type=positive,
         metavar="D",
-        help="with --factored: assume P / D^2 layers of D x D. Without it, D is "
-        "that of a transformer 64 times as wide as it has blocks",
+        help="with --factored: assume P / D^2 layers of D x D (default: the D of a "
+        "transformer with D / 64 blocks)",
     )
     parser.add_argument(
         "--tokens",

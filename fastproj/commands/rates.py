@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import fastproj
-from fastproj.backends import registry
+from fastproj.backends import measured, registry
 
 ENOUGH = 0.05  # seconds that a call must take for its time to mean something
 LARGEST = 1 << 26  # bytes of gradients in a call
-FIRST = 512  # rows of the first call, a Philox block; each next one has twice as many
-REFERENCE_ENTRIES = 1 << 19  # of R in the reference backend's first call, which makes each alone
+FIRST = 512  # rows of the first call, a panel; each further call has twice as many
+REFERENCE_ENTRIES = 1 << 19  # of R in the reference backend's first call: it makes them one by one
 SIDE = 1024  # of the matrices that are multiplied and factored
 
 
@@ -52,7 +52,7 @@ def projection_rate(
     backend: str, rows: int, cols: int, kind: str, block: int | None, batch: int
 ) -> Rate:
     """The rate of one backend."""
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    device = "cuda" if backend in measured.BACKENDS else "cpu"
     reason = registry.unavailable(backend)
     if reason is None:
         reason = registry.load(backend).unsupported(device, torch.float32, kind)

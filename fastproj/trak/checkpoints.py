@@ -171,8 +171,8 @@ Versions = dict[str, tuple[int, int]]
 class LoadedModel:
     """A model with a loaded checkpoint, which must not change while features are made.
 
-    Writes that PyTorch counts are noticed at every call of the model, those that it doesn't (by
-    ``p.data`` or numpy) by a checksum of all values before anything of a batch is kept.
+    Every call of the model notices writes that PyTorch counts. A checksum of all values, before
+    anything of a batch is kept, notices the others (by ``p.data`` or numpy).
 
     Rows of an ``nn.Embedding(max_norm=)`` are scaled down to that norm here. Its forward would do
     so with the rows that it looks up, and is kept from writing to them.
@@ -206,9 +206,8 @@ class LoadedModel:
         }
 
     def moved(self) -> bool:
-        """Whether what holds the checkpoint is not what held it when this was asked before.
-
-        Other parameters, buffers, modules or memory: what was kept of the model is then stale.
+        """Whether the checkpoint is in other parameters, buffers, modules or memory than at the
+        last call. What was kept of the model is then stale.
         """
         before, self._places = self._places, places(self.model)
         return before != self._places
@@ -242,7 +241,7 @@ class LoadedModel:
 
         Raises ValueError where its forward changes parameters.
 
-        every : whether to look at all values then, as has to be done before anything is kept.
+        every : whether to look at all values at its end. Do so before anything is kept.
         """
         changed: list[str] = []
         try:
@@ -272,7 +271,8 @@ class LoadedModel:
     def _changed(self, every: bool) -> list[str]:
         """The names of parameters and buffers that are not as they were loaded.
 
-        every : whether all that PyTorch counts no write to is looked at, or small buffers alone.
+        every : whether to look at all values that PyTorch counts no write to, or at small buffers
+            alone.
         """
         tensors = named_tensors(self.model)
         now = versions(tensors)

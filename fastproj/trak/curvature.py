@@ -15,26 +15,26 @@ from fastproj.trak.files import Indices
 from fastproj.trak.gradients import AbstractGradientComputer
 from fastproj.trak.inputs import check_finite
 from fastproj.trak.solving.solve import AUTO, Lambda
+from fastproj.trak.solving.systems import FISHER, TRAK
 from fastproj.trak.tasks import Terms, has_likelihood
 
-FISHER, TRAK = "fisher", "trak"
 CURVATURES = (AUTO, FISHER, TRAK)
-RUNS = 16, 64  # samples that follow one another are drawn for together: few batches are split.
-LEAST_RUNS = 16  # of which there are at least so many, before they get longer
-PER_DIM = 2  # samples that are drawn for, for each dimension of the features
+RUNS = 16, 64  # neighbouring samples get their rows together, in runs: few batches are split.
+LEAST_RUNS = 16  # There are at least so many runs before they get longer.
+PER_DIM = 2  # samples that rows are drawn for, for each dimension of the features
 SALT = 0x46697368  # of random numbers for drawing: not those of the projection
 MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """The Fisher matrix of the labels' likelihood as the curvature, and what it is estimated from.
+    """The Fisher matrix of the labels' likelihood as the curvature: how many rows of it are drawn.
 
     Parameters
     ----------
-    samples : m, how many training samples rows are drawn for; None is ``min(n, 2 k)``. The rest of
-        the matrix is from all n.
-    draws : d, how many rows are drawn for each of them.
+    samples : m, the number of training samples that get drawn rows; None is ``min(n, 2 k)``. All n
+        samples have a row that isn't drawn.
+    draws : d, the number of rows drawn for each of these m.
     """
 
     samples: int | None = None
@@ -116,7 +116,7 @@ class Draws:
         self.count = int(sizes[self._chosen].sum())
 
     def describe(self) -> str:
-        """What is stored and said of it."""
+        """Its text in the store and in the log."""
         return f"fisher, {self.draws} row(s) drawn for {self.count} of {self.n} samples"
 
     def chosen(self, inds: Indices) -> npt.NDArray[np.bool_]:
@@ -172,8 +172,8 @@ def check_terms(terms: Terms, size: int, inds: Indices) -> None:
 def check_finite_terms(terms: Terms, inds: Indices) -> None:
     """Raise ValueError where numbers that would be kept are not finite, naming samples.
 
-    Where features aren't finite either, these are to be checked before: a model that mixes its
-    samples may do so in the terms of a batch, and not in the gradients.
+    Check the features first: a model that mixes its samples may spread a NaN in the terms of a
+    batch, and not in the gradients.
     """
     for name in ("slope", "curvature", "along", "drawn"):
         values = getattr(terms, name)

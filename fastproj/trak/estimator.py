@@ -97,8 +97,8 @@ class TRAKer:
     The calls are those of ``trak.TRAKer`` 0.3.2, in the same order: for each checkpoint
     ``load_checkpoint`` and ``featurize`` over the training set; ``finalize_features``; for each
     checkpoint ``start_scoring_checkpoint`` and ``score`` over the targets; ``finalize_scores``.
-    Everything is kept in ``save_dir``: a run that was stopped is repeated from the start, and
-    skips what is there.
+    Everything is kept in ``save_dir``. Start a stopped run again from its beginning: it skips what
+    is there.
 
     Parameters
     ----------
@@ -112,10 +112,10 @@ class TRAKer:
     load_from_save_dir : True goes on with what is there; any number of processes may. False
         starts each model_id afresh: what an earlier run left for it is renamed, not used.
     device : where to compute; None is where the model is.
-    gradient_computer : "hooks" | "func" | "loop"; "auto" is the first of them that can take the
-        model and task, and says so where that isn't the first. Or a class with
-        ``load_model_params``, ``compute_per_sample_grad`` and ``compute_loss_grad``, built with
-        model, task, grad_dim, dtype, device, grad_wrt.
+    gradient_computer : "hooks" | "func" | "loop"; "auto" is the first of them that works for the
+        model and task, and warns where it isn't "hooks". Or a class with ``load_model_params``,
+        ``compute_per_sample_grad`` and ``compute_loss_grad``, built with model, task, grad_dim,
+        dtype, device, grad_wrt.
     projector : an object with ``proj_dim`` (0: the gradients as they are) and
         ``project(grads, model_id=)``; None is ``fastproj.Projector``. Give it unscaled: features
         are divided by ``normalize_factor``, the square root of the number of parameters.
@@ -139,17 +139,17 @@ class TRAKer:
         multiply-adds) for scores that are as good (docs/projection.md). Where proj_dim < 16, rows
         of "sjlt" would be empty: there None is "rademacher", unless a block is given.
     factored : None, or r, where ``projector`` is None: gradients are compressed to r dimensions on
-        both sides of each parameter, before they are formed where that can be, and then projected
+        both sides of each parameter, before they are formed where possible, and then projected
         (``fastproj.FactoredProjector``). Much cheaper for large models, at some cost in quality
         (docs/gradients.md).
-    curvature : what the inverse is of. "fisher": the Fisher matrix of the labels' likelihood, which
-        is the Gauss-Newton matrix of the loss; training samples then count by the gradient of their
-        log-likelihood. Some of its rows are drawn at random, at the cost of a second backward for
-        at most 2 k samples (``fastproj.trak.Fisher`` has settings). "trak": TRAK's Phi^T Phi, with
-        weights Q (1 - Q) where lambda is "auto". "auto" is "fisher" where ``lambda_reg`` is "auto"
-        and the task knows its likelihood, as all of fastproj's tasks do but plain functions.
+    curvature : the matrix that is inverted. "fisher": the Fisher matrix of the labels' likelihood,
+        which is the Gauss-Newton matrix of the loss. Training samples then count by the gradient of
+        their log-likelihood. Some of its rows are drawn at random, at the cost of a second backward
+        for at most 2 k samples (``fastproj.trak.Fisher`` has settings). "trak": TRAK's Phi^T Phi,
+        with weights Q (1 - Q) where lambda is "auto". "auto" is "fisher" where ``lambda_reg`` is
+        "auto" and the task knows its likelihood. All of fastproj's tasks do but plain functions.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
-        yes where there are several. False: this process works by itself.
+        True where there are several. With False, this process works by itself.
 
     Raises
     ------
@@ -310,11 +310,11 @@ class TRAKer:
         checkpoint : state_dict of the model.
         model_id : 0 <= model_id < 2^32, the number of this checkpoint in the ensemble; it selects
             the projection matrix.
-        _allow_featurizing_already_registered : accepted for TRAK's sake; as in trak 0.3.2, a
-            model_id that is there is gone on with, whatever this says.
-        strict : False takes a checkpoint that lacks something, such as the adapters that peft's
-            ``save_pretrained`` keeps: what is missing stays as the model has it now, which is
-            logged. What gradients are taken by (``grad_wrt``) must be there.
+        _allow_featurizing_already_registered : accepted for TRAK's sake, and without effect, as in
+            trak 0.3.2: a model_id that is there is continued.
+        strict : False takes a checkpoint that lacks parameters, such as the adapters that peft's
+            ``save_pretrained`` writes. Missing ones keep the values that the model has now, and a
+            log line names them. The parameters of ``grad_wrt`` must be there.
 
         Raises
         ------
@@ -337,7 +337,7 @@ class TRAKer:
         self._beside: int | None = None  # another checkpoint that content is compared with
 
     def _register(self, model_id: int) -> None:
-        """Enter a checkpoint into the store; what is set aside first is so once, by rank 0."""
+        """Enter a checkpoint into the store. Only rank 0 sets old features aside, once."""
         checkpoint = self._loaded.digest
         every = [("load_checkpoint", model_id)]
         if not self.saver.load_from_save_dir:
@@ -378,11 +378,11 @@ class TRAKer:
     ) -> None:
         """Compute and keep the features and Q of a batch of training samples.
 
-        ``phi(z) = P^T grad f(z; theta) / normalize_factor``; samples that are there are skipped.
-        With curvature "fisher", f is the log-likelihood of the labels where that has another
-        direction, and rows of the Fisher matrix are kept too.
-        When it returns, the batch is on disk. Where several processes see the same batches, each
-        computes its share and skips the rest.
+        ``phi(z) = P^T grad f(z; theta) / normalize_factor``. Samples that are there are skipped.
+        With curvature "fisher", the log-likelihood of the labels takes the place of f where their
+        gradients have different directions. Drawn rows of the Fisher matrix are kept too.
+        When ``featurize`` returns, the batch is on disk. Where several processes see the same
+        batches, each computes its share and skips the rest.
 
         Parameters
         ----------
@@ -391,7 +391,8 @@ class TRAKer:
             one entry for each sample (strings, tensors of unequal lengths), strings and numbers
             that all samples share, and objects that hold the batch's samples: batches of PyTorch
             Geometric, or any with a length and ``select(rows)``. B is the first dimension of the
-            first tensor; without one, what an object says, or the number of inds or num_samples.
+            first tensor. Without a tensor, it is the length of an object, or the number of inds,
+            or num_samples.
         inds : integers [B], the samples' places in the training set; or
         num_samples : B, for samples that follow those of the last call.
 
@@ -442,7 +443,7 @@ class TRAKer:
         content: Indices,
         new: npt.NDArray[np.bool_],
     ) -> None:
-        """Compute and keep what the likelihood of the ``new`` samples of a batch says."""
+        """Compute and keep the features and terms of the ``new`` samples of a batch."""
         chosen = draws.chosen(inds) & new
         noise = draws.noise(model_id, inds, self.task.num_predictions(batch)).to(self.device)
         if not chosen.any():
@@ -606,7 +607,9 @@ class TRAKer:
         return q.reshape(-1).float()
 
     def _own_dtype(self) -> torch.autocast:
-        """Gradients in the dtype of the model, under a caller's autocast too; which is said."""
+        """A context without the caller's autocast, which a log line mentions: gradients have the
+        model's dtype.
+        """
         if torch.is_autocast_enabled(self.device.type) and not self._warned_autocast:
             self._warned_autocast = True
             logger.warning(
@@ -663,7 +666,7 @@ class TRAKer:
         self.saver.write_shard(model_id, inds, content, features, q, exp_name, on_trust)
 
     def _distrust(self, model_id: int) -> None:
-        """Let what was kept on trust not count: a check has found the gradients to be wrong."""
+        """Let features on trust no longer count: a check has found such gradients to be wrong."""
         names = [None, DRAWN, *self.saver.experiments]
         before = [self.saver.index(model_id, name).done for name in names]
         self.saver.distrust(model_id, "hooks: gradients that were not plain autograd's")
@@ -676,8 +679,8 @@ class TRAKer:
                     f"({', '.join(map(str, lost[:10]))}{' ...' if len(lost) > 10 else ''}) were "
                     "computed by module hooks, and a check has just found such gradients to be "
                     "wrong for another batch. They count as not computed now: call "
-                    f"{'featurize' if name is None else 'score'} for them again, after what is "
-                    "going on (a script that is run again does)",
+                    f"{'featurize' if name is None else 'score'} for them again after this pass, "
+                    "or run the script again",
                     stacklevel=stack_to_caller(),
                 )
 
@@ -689,15 +692,15 @@ class TRAKer:
     ) -> None:
         """Sum up the Gram matrix of each checkpoint, choose its lambda, and check that it solves.
 
-        What is stored is the matrix itself (k x k; n x n where n < k): XtX, or Phi^T W Phi for
-        "auto"; the inverse is applied to the targets when scoring. So another ``lambda_reg`` needs
-        no gradients again: call this again with it.
+        The matrix itself is stored (k x k; n x n where n < k): the Fisher matrix, XtX, or
+        Phi^T W Phi for "auto". Its inverse is applied to the targets when scoring. So another
+        ``lambda_reg`` needs no new gradients: call this again with it.
 
         Parameters
         ----------
         model_ids : which checkpoints; None is all in ``save_dir``.
-        del_grads : accepted for TRAK's sake. There is no second n x k array to save: the features
-            are what scores are made of.
+        del_grads : accepted for TRAK's sake, and without effect: there is only one n x k array, the
+            features, and scores are made of them.
         lambda_reg : None is the constructor's.
 
         Raises
@@ -800,20 +803,20 @@ class TRAKer:
         Targets that are there are skipped, unless the batch holds other data for them than before:
         then the new ones count.
 
-        With ``per`` or ``stream`` nothing is kept: scores by the checkpoint at hand are returned.
-        Their mean over checkpoints is what ``finalize_scores`` would average.
+        With ``per`` or ``stream`` nothing is kept. The scores by the checkpoint that is loaded are
+        returned; ``finalize_scores`` would average such scores over checkpoints.
 
         Parameters
         ----------
         batch, inds, num_samples : as in ``featurize``, with the targets' numbers. With ``per`` or
             ``stream`` they have none.
-        per : "module", or "token" for language models: the scores of the targets in ``batch`` in
-            parts, which add up to them. By module they are those of the gradient by its own
-            parameters, in the order of ``modules``; by token those of the margin of each label.
-            "token" takes a backward for each label.
-        stream : ``batch`` holds training samples that are not in the training set, of which the
-            features are not kept: a stream of candidates, say. Their scores on the targets of this
-            experiment are returned, of which all must have been given before.
+        per : "module", or "token" for language models: the scores of the targets in ``batch``, in
+            parts that add up to them. A module's part comes from the gradient by its own
+            parameters; parts are in the order of ``modules``. A token's part comes from the margin
+            of its label, and takes a backward.
+        stream : ``batch`` holds other training samples, such as candidates for the training set.
+            Their scores on all targets of this experiment are returned, and their features are not
+            kept. All targets must have been given before.
 
         Returns
         -------
@@ -1025,7 +1028,7 @@ class TRAKer:
 
         Returns
         -------
-        float32 [n_train], in memory. High where a sample's label is upheld by little but itself.
+        float32 [n_train], in memory. High where little else but the sample supports its label.
 
         Raises
         ------

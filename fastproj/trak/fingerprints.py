@@ -17,7 +17,7 @@ JOINED_BYTES = 1 << 16  # tensors up to this size are summed together
 WORD = 8  # bytes
 ROWS = 8  # of words that are summed before they are weighted
 PART_BYTES = 1 << 27  # summed at once: an eighth of it is held
-WEIGHTS = 4099  # different ones: a prime, so that no row or column of a matrix has one alone
+WEIGHTS = 4099  # a prime, so that no row or column of a matrix has the same weight throughout
 
 Sums = dict[tuple[str, ...], int]
 
@@ -83,7 +83,8 @@ def weighted_sum(flat: Tensor) -> Tensor:
     """A checksum of the bytes of ``flat`` [n] that depends on their places; int64, 0-dimensional.
 
     Of each PART_BYTES, 64-bit words w[r, j] in ROWS rows are summed as
-    ``sum_j a[j % WEIGHTS] sum_r w[r, j]`` modulo 2^64, with random odd a; so are those sums.
+    ``sum_j a[j % WEIGHTS] sum_r w[r, j]`` modulo 2^64, with random odd a. The sums of several parts
+    are summed in the same way.
     """
     data = flat.view(torch.uint8)
     weights = weights_on(flat.device)

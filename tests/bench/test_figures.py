@@ -54,7 +54,7 @@ OPTIONS = {"kind": ["rademacher", "sjlt"], "batch": [32], "rows": [1000], "cols"
 def test_table_of_speed(tmp_path: Path) -> None:
     write(tmp_path, "2026-01-01", "project-float32", rows=ROWS, options=OPTIONS)
     assert figures.speed(tmp_path).splitlines() == [
-        "| projector | ms a sample and million parameters | times as fast |",
+        "| projector | ms per sample and million parameters | times as fast |",
         "|---|---|---|",
         "| `torch.matmul`, `R` stored in float32 | 100 | 20× |",
         "| TRAK's projector (`BasicProjector`) | 2,000 | 1× |",
@@ -106,7 +106,7 @@ def test_points_are_of_the_problems_that_all_have(tmp_path: Path) -> None:
     text = figures.lds_seconds(tmp_path)
     assert "fastproj, k = 512: 0.50 in 2 s; EK-FAC (kronfluence): 0.25 in 20 s](" in text
     assert (
-        "with 5 checkpoints and gradients projected to k dimensions: means over 2 held-out" in text
+        "the mean over 2 held-out problems, with 5 checkpoints and gradients projected to k" in text
     )
 
 

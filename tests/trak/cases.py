@@ -178,7 +178,7 @@ def small_blocks(setattr: Any = setattr) -> None:
     setattr(scoring, "TARGET_ROWS", 2)
     setattr(finalizing, "PART_ROWS", 5)
     setattr(finalizing, "PART_ROWS_PER_DIM", 0)
-    setattr(finalizing, "PANEL_BYTES", 1)
+    setattr(finalizing, "KERNEL_PART_BYTES", 1)
 
 
 def make(model: nn.Module, save_dir: Path, n: int, **options: Any) -> TRAKer:

@@ -36,9 +36,9 @@ class Page:
     train_texts, target_texts : n and m passages. A passage is a text, or a list of its tokens as
         strings, white space included: they make the text when joined.
     token_scores : what each token of a training sample adds to its score: [m, n, T], or a mapping
-        from (target, training sample) to [T]. Of an array, what is behind a passage's last token
-        is left out; a mapping may lack passages. They are shown without marks then.
-        ``train_texts`` must be tokens.
+        from (target, training sample) to [T]. Entries of an array beyond a passage's last token are
+        left out. Passages that a mapping lacks are shown without marks. ``train_texts`` must be
+        tokens.
     train_rows, target_rows : n and m rows of a table, each of len(columns) values.
     columns : the names of the table's columns.
     train_labels, target_labels : n and m short texts or numbers.

@@ -63,7 +63,7 @@ class GroundTruth:
 
     masks : bool [S, n].
     outputs : float64 [runs, S, m], of several retrainings of each subset.
-    rows : int64 [S], which of the masks that were asked for these are.
+    rows : int64 [S], the place of each among the masks that were asked for.
     failed : by name, why those that are missing could not be trained.
     unused : how many models the directory holds beside these, from earlier calls that asked for
         more or for others.
@@ -230,8 +230,8 @@ def train_subsets(
     seed : of everything random, 0 <= seed < 2^63.
     depends : other files that results depend on, such as data: a directory is refused after one of
         them, or the recipe's own file, has changed. What they import is not looked at.
-    identity : more that the directory must agree with, text or numbers by name. An example is what
-        an object given as recipe holds: by itself only the source of its class counts.
+    identity : further facts that the directory must agree with, text or numbers by name. Give the
+        settings of an object that is the recipe: without them, only its class's source counts.
     names : of the subsets, for messages; None is "subset 0" and so on.
     n_targets : m, where it is known: a recipe that returns another number fails.
     allow_failures : return the subsets all of whose retrainings succeeded, instead of raising.

@@ -38,9 +38,9 @@ class AbstractGradientComputer(ABC):
 
     Attributes
     ----------
-    trusting : whether results may rest on checks of some of the batches.
-    on_trust : whether what ``project`` returned last does.
-    when_disproved : called where such a check fails: what was on trust may be wrong.
+    trusting : whether gradients may be used that were checked in some of the batches only.
+    on_trust : whether the last result of ``project`` is such.
+    when_disproved : called when a check fails: results on trust may be wrong.
     """
 
     trusting: bool = True
@@ -61,11 +61,11 @@ class AbstractGradientComputer(ABC):
         self.device = device
         self.names = parameter_names(model, grad_wrt)
         self.grad_dim = grad_dim
-        self.said: set[str] = set()  # what a user is told once
+        self.said: set[str] = set()  # what a user has been told
         self.load_model_params(model)
 
     def sibling(self, task: Any) -> AbstractGradientComputer:
-        """Another for another task of the same model; a user is told nothing twice."""
+        """Such a computer for another task of the same model. A user is told nothing twice."""
         made = type(self)(self.model, task, self.grad_dim, None, self.device, self.names)
         made.said = self.said
         return made
@@ -85,9 +85,9 @@ class AbstractGradientComputer(ABC):
         return self.compute_rows(batch)[0]
 
     def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
-        """The same of each of the task's outputs of a sample, from one forward.
+        """``compute_per_sample_grad`` for each output of the task, from one forward.
 
-        ``SeveralOutputs`` has several, other tasks have one.
+        A task has one output; ``SeveralOutputs`` has several.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has neither compute_rows nor compute_per_sample_grad"
@@ -95,8 +95,8 @@ class AbstractGradientComputer(ABC):
 
     @classmethod
     def gives_rows(cls) -> bool:
-        """Whether ``compute_rows`` says all; a subclass may know ``compute_per_sample_grad`` alone,
-        which is of one output.
+        """Whether ``compute_rows`` can be used. A subclass may override
+        ``compute_per_sample_grad`` alone, which knows one output.
         """
         return definer(cls, "compute_rows") <= definer(cls, "compute_per_sample_grad")
 
@@ -105,7 +105,7 @@ class AbstractGradientComputer(ABC):
         return self.project_rows(batch, projector, model_id)[0]
 
     def project_rows(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> list[Tensor]:
-        """The same of each of the task's outputs of a sample, from one forward."""
+        """``project`` for each output of the task, from one forward."""
         self.on_trust = False
         self.check_dependence(batch)
         chunks = [
@@ -125,7 +125,7 @@ class AbstractGradientComputer(ABC):
                 yield [self.compute_per_sample_grad(part)]
 
     def check_dependence(self, batch: tuple[Any, ...]) -> None:
-        """Raise ValueError if f of no sample has to do with the parameters; once per checkpoint."""
+        """Raise ValueError if f of no sample depends on the parameters; once per checkpoint."""
         rows = range(0 if self._dependent else batches.size(batch))
         for row in rows:
             gradient = self.gradients_of(batch, row)[0]
@@ -136,7 +136,7 @@ class AbstractGradientComputer(ABC):
             raise self.no_dependence()
 
     def no_dependence(self) -> ValueError:
-        """What to say where f has nothing to do with the parameters."""
+        """The error where f doesn't depend on the parameters."""
         return ValueError(
             f"TRAKer: the output of {type(self.task).__name__} doesn't depend on any of the "
             f"{len(self.names)} parameters that gradients are taken by (such as "
@@ -163,7 +163,7 @@ class AbstractGradientComputer(ABC):
         return out
 
     def outputs(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
-        """f of each sample as a function of the chosen parameters, [B]; of tasks for batches."""
+        """f of each sample as a function of the chosen parameters, [B]; for batched tasks."""
         out: Tensor = self._of_task(self.task.outputs, chosen, batch)
         return out
 
@@ -173,10 +173,10 @@ class AbstractGradientComputer(ABC):
         return out
 
     def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
-        """f of the sample of a batch of one, a scalar; of ``SeveralOutputs``, [R]."""
+        """f of the sample of a batch of one, a scalar; of ``SeveralOutputs``, [rows]."""
         if getattr(type(self.task), "get_output", None) is not BatchedModelOutput.get_output:
             return self.output(chosen, *batches.select(batch, 0))
-        # The same without taking the batch dimension off, which not all parts can get back.
+        # The batch dimension stays: some parts of a batch can't get it back.
         out = self.outputs(chosen, batch)
         return out.reshape(-1) if isinstance(self.task, SeveralOutputs) else out.reshape(())
 
@@ -186,8 +186,8 @@ class AbstractGradientComputer(ABC):
             return run(method, self.model, {**self.fixed, **chosen}, self.buffers, *own(args))
 
     def gradients_of(self, batch: tuple[Any, ...], row: int) -> list[dict[str, Tensor | None]]:
-        """The gradients of one sample's outputs by plain autograd; None where one has nothing to do
-        with a parameter.
+        """The gradients of one sample's outputs by plain autograd; None where an output doesn't
+        depend on a parameter.
         """
         chosen = {name: p.clone().requires_grad_() for name, p in self.chosen.items()}
         with torch.enable_grad():

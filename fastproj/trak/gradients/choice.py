@@ -27,11 +27,11 @@ NAMES: dict[str, type[AbstractGradientComputer]] = {
 
 
 class AutomaticGradientComputer(AbstractGradientComputer):
-    """Module hooks, or ``torch.func`` where they can't, or a loop where that can't either.
+    """Module hooks; where they fail, ``torch.func``; where that fails, a loop.
 
-    Tasks without batched outputs start at ``torch.func``. Every step down is a warning that says
-    why; what a step gives up is speed and memory, not accuracy. A batch that none can take raises
-    what the last one says, and costs no step.
+    Tasks without batched outputs start at ``torch.func``. A step down costs speed and memory, not
+    accuracy. A warning gives its reason. A batch that no computer can take raises the error of the
+    last one, and leaves the step as it was.
     """
 
     _computer: AbstractGradientComputer
@@ -48,7 +48,7 @@ class AutomaticGradientComputer(AbstractGradientComputer):
             self._computer = self._make(self._left[0])
 
     def sibling(self, task: Any) -> AbstractGradientComputer:
-        """Another for another task of the same model, which goes down the steps with this one."""
+        """Such a computer for another task of the same model. The two step down together."""
         made = super().sibling(task)
         assert isinstance(made, AutomaticGradientComputer)
         made._left, made._computer.said = self._left, self.said

@@ -31,8 +31,8 @@ class FunctionalGradientComputer(AbstractGradientComputer):
 
         chosen, in_dims = self.chosen, None
         if any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in self.model.modules()):
-            # A state that begins alike for all samples can't take up one for each in place, unless
-            # the weights that it is multiplied by count as a sample's own.
+            # All samples begin with one state, which vmap can't overwrite with one for each sample.
+            # It can where the weights that multiply the state are a sample's own.
             size, in_dims = batches.size(batch), 0
             chosen = {name: p.expand(size, *p.shape) for name, p in chosen.items()}
         vectorised = vmap(

@@ -42,8 +42,8 @@ from fastproj.trak.tasks.base import Terms
 
 ALONE_FIRST = 4  # samples of the first batch that are checked each by itself
 STRUCTURES = 1 << 16  # remembered at most
-CALL_ENTRIES = 1 << 16  # of a gradient, that cost as much as calling a projector for fewer
-MANY_STRUCTURES = 32  # from here on it is worth a word that every other batch has one of its own
+CALL_ENTRIES = 1 << 16  # projecting so many entries costs as much as one more call
+MANY_STRUCTURES = 32  # checked before a warning that every other batch has a structure of its own
 
 Looked = TypeVar("Looked")
 
@@ -76,22 +76,22 @@ class Plan:
 class HookGradientComputer(AbstractGradientComputer):
     """One forward and one backward for a batch; each layer's gradients are formed and let go.
 
-    Every module that has parameters is hooked: from its input and the gradient by its output
-    follow the per-sample gradients of its parameters, by a formula for common layers (``rules``)
-    and by ``torch.func.vmap`` of that module alone for others. With a ``fastproj.Projector``, each
-    is projected with its row offset and freed, so that no more than one layer's gradients are in
-    memory, and often less: large layers come in pieces, embeddings only with the rows looked up.
-    With a ``fastproj.FactoredProjector`` those of linear layers, convolutions and embeddings are
-    never formed, but in the batches that are checked.
-    Modules called several times and shared parameters are summed. A parameter that is used outside
-    of its module's forward is seen to by a module above it, at last by ``torch.func`` on the whole
-    model, which is said.
+    Every module that has parameters is hooked. Its input and the gradient by its output give the
+    per-sample gradients of its parameters: by a formula for common layers (``rules``), by
+    ``torch.func.vmap`` of that module alone for others. With a ``fastproj.Projector``, each is
+    projected at its row offset and freed. So at most one layer's gradients are in memory, and often
+    less: large layers come in pieces, embeddings with the rows that are looked up. With a
+    ``fastproj.FactoredProjector``, those of linear layers, convolutions and embeddings are formed
+    only in batches that are checked.
+    The gradients of a module that is called several times, and of a shared parameter, are summed.
+    Where a parameter is used outside of its module's forward, a module above it takes its place, at
+    last the whole model under ``torch.func``. A log line says so.
 
-    The task must be a ``BatchedModelOutput``. Where the batch dimension is inside the model is
-    found by running batches of 2 and 3 copies of a sample; a module that other samples call more
-    often is an error. After each ``load_model_params``, the gradients of all samples of the first
-    batch of each structure (shapes, control flow) are checked against plain autograd, and now and
-    then those of a later one (``proof``). Of a batch of one sample they are plain autograd's.
+    The task must be a ``BatchedModelOutput``. Batches of 2 and 3 copies of a sample show where the
+    batch dimension is inside the model. A module that other samples call more often is an error.
+    After each ``load_model_params``, the first batch of each structure (shapes, control flow) is
+    checked against plain autograd, and now and then a later one (``proof``). A batch of one sample
+    gets plain autograd's gradients.
 
     Raises
     ------
@@ -176,9 +176,9 @@ class HookGradientComputer(AbstractGradientComputer):
     def _look(self, batch: tuple[Any, ...], look: Callable[[tuple[Any, ...]], Looked]) -> Looked:
         """``look(batch)``, on what the model returns in a forward that is kept for ``_run``.
 
-        ``look`` comes before anything else sees the outputs: it checks labels, which may be out of
-        range. What it gives for a batch is the same, bit for bit, whether the batch is checked or
-        not: with gradients and without, PyTorch may round otherwise.
+        ``look`` runs before anything else uses the outputs, because it checks labels. Its result
+        has the same bits whether or not the batch is checked: with gradients and without, PyTorch
+        may round differently.
         """
         self._ahead = None
         if batches.size(batch) == 1 or not self.trusting:
@@ -205,7 +205,7 @@ class HookGradientComputer(AbstractGradientComputer):
         return found[-1]
 
     def _forward_ahead(self, batch: tuple[Any, ...]) -> tuple[Forward | None, Proof | None]:
-        """What ``_look`` has kept, if it is of this batch; it is given once."""
+        """What ``_look`` has kept of this batch; it is given once."""
         kept, self._ahead = self._ahead, None
         if kept is None:
             return None, None
@@ -271,7 +271,7 @@ class HookGradientComputer(AbstractGradientComputer):
             )
 
     def _check_evenly(self, batch: tuple[Any, ...], evened: Evened) -> None:
-        """Check a batch again, with the gradients brought to like sizes."""
+        """Check a batch again, with the gradients brought to similar sizes."""
         proof = self._prove(batch, evened)
         plan, recorder, out, _, leaves = self._forward(batch)
         check = Check(proof, self.chosen, len(out))
@@ -405,10 +405,10 @@ class HookGradientComputer(AbstractGradientComputer):
         return self._plans[key]
 
     def _make_plan(self, batch: tuple[Any, ...]) -> Plan:
-        """Hook the modules whose every call has one batch dimension; others leave it to a parent.
+        """Hook the modules whose every call has one batch dimension, and the parents of the others.
 
-        Such are modules that make something all samples share (the position biases of T5), and
-        those whose parameters another module reads (the output projection of
+        The others are modules that make something all samples share (the position biases of T5),
+        and those whose parameters another module reads (the output projection of
         ``nn.MultiheadAttention``). What gets to the top is left to ``torch.func``.
         """
         left: dict[str, Owned] = {}
@@ -433,12 +433,12 @@ class HookGradientComputer(AbstractGradientComputer):
             sound = {n for path in left if path not in failed for n in left[path].names.values()}
             for path in failed:
                 if path in left:
-                    # One that is never called only lends its name to what others share with it.
+                    # One that is never called may share a parameter with one that is.
                     seen_elsewhere = rest if layouts[path] else rest | sound
                     hand_up(left, path, self.model, seen_elsewhere)
             if not failed:
                 break
-        for path, owned in list(left.items()):  # what the whole model is run for is complete
+        for path, owned in list(left.items()):  # the run of the whole model needs no addition
             owned.names = {local: name for local, name in owned.names.items() if name not in rest}
             if not owned.names:
                 del left[path]
@@ -454,7 +454,7 @@ class HookGradientComputer(AbstractGradientComputer):
     def _not_for_each(
         self, hooked: list[Owned], layouts: dict[str, list[Layout]], batch: tuple[Any, ...]
     ) -> list[str]:
-        """The modules whose outputs are shared, where one for each sample is not as good.
+        """The modules with an output that all samples share, where one for each sample won't do.
 
         The model may repeat such an output itself, or take row 0 of it.
         """
@@ -516,8 +516,8 @@ def shares(calls: list[Layout]) -> bool:
 def most_hidden(batch: tuple[Any, ...]) -> int | None:
     """The sample of which masks [B, T] of 0 and 1 hide the most; None where they hide nothing.
 
-    Models may leave out a mask that hides nothing, and take another way: so does transformers'
-    T5. A sample with padding goes the way of a batch in which some have it.
+    Models may drop a mask that hides nothing, and then run other code: transformers' T5 does. A
+    sample with padding runs the code of a batch with padding.
     """
     hidden: Tensor | None = None
     for t in batches.leaves(batch):
@@ -547,7 +547,7 @@ def owned_modules(model: nn.Module, chosen: set[str]) -> list[Owned]:
 
 
 def hand_up(left: dict[str, Owned], path: str, model: nn.Module, but: set[str]) -> None:
-    """Let the parent of a module see to its parameters, but for some."""
+    """Give a module's parameters to its parent, except those in ``but``."""
     owned = left.pop(path)
     above, _, own = path.rpartition(".")
     names = {f"{own}.{local}": name for local, name in owned.names.items() if name not in but}

@@ -1,10 +1,10 @@
 """Parts of per-sample gradients as hooks find them: products that need not be formed whole.
 
-A part is asked for ``pieces`` of the gradient by its parameter, each formed when its turn comes.
-Or, for a ``FactoredProjector``, it is asked for what the parameter's ``Sides`` leave of it: the
-factors of a product are compressed before they are multiplied.
+``Part.pieces`` gives the gradient by a parameter piece by piece, each formed when its turn comes.
+For a ``FactoredProjector``, ``Part.compressed`` gives the gradient as the parameter's ``Sides``
+compress it: the factors of a product are compressed before they are multiplied.
 
-What either gives may lie in a workspace, and is to be used before the next is asked for.
+A piece may lie in a workspace. Use it before you ask for the next.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Part(Protocol):
     """A summand of the gradient by one parameter."""
 
     def pieces(self) -> Iterator[Piece]:
-        """The same as pieces of the flattened gradient."""
+        """The summand, as pieces of the flattened gradient."""
 
     def compressed(self, sides: Sides) -> Iterator[Piece]:
-        """Pieces of what the sides of the parameter leave of it, flattened."""
+        """The summand compressed by the sides of the parameter, as flattened pieces."""
 
 
 class Piece(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the hooks' gradients of a batch are held against, and which batches are worth it."""
+"""What the hooks' gradients of a batch are compared with, and which batches are checked."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ FAINT = 1e-6  # of the largest: smaller gradients may be rounding errors
 
 @dataclass(frozen=True)
 class Evened:
-    """Shares of gradients in a sum where none is lost beside others that are much larger."""
+    """The factors of a sum in which no gradient is lost beside much larger ones."""
 
-    shares: Tensor  # [R, B], float64, at most 1
+    shares: Tensor  # [rows, B], float64, at most 1
     noise: float
 
     @classmethod
     def of(cls, sizes: Tensor, counts: Tensor, eps: float) -> Evened | None:
-        """For gradients of these norms [R, B], of the samples that ``counts``; None where all would
-        be noticed in a plain sum, or where rounding errors would hide them in this one, too.
+        """The factors for gradients of these norms [rows, B], of the samples in ``counts``.
 
-        A loss has slopes of p - 1, whose rounding errors don't shrink with them.
+        None where a plain sum would show every gradient, or where rounding errors would hide some
+        in this sum too. (A loss has slopes of p - 1. Their rounding errors don't shrink with them.)
         """
         seen = sizes[:, counts]
         largest = float(seen.max()) if seen.numel() else 0.0
@@ -46,9 +46,9 @@ class Evened:
 class Proof:
     """The gradient of ``sum weights[i] shares[r, i] f_r(z_i)``, by parameter that f depends on.
 
-    The sum is over the samples that ``counts``; the others have gradients that are not finite,
-    those by the parameters ``infinite``. More than MOST_APART of them are not told apart: the sums
-    are not finite then.
+    The sum is over the samples in ``counts``. The others have gradients by the parameters
+    ``infinite`` that are not finite. At most MOST_APART samples are left out for that. Where there
+    are more, the sums are not finite.
     """
 
     weights: Tensor  # [B], float64, all different, of size 1/4 to 1
@@ -58,11 +58,11 @@ class Proof:
     evened: Evened | None = None
 
     def finite(self) -> bool:
-        """Whether it is about all samples."""
+        """Whether the gradients of all samples are finite."""
         return not self.infinite
 
     def weights_of(self, row: int) -> Tensor:
-        """What the gradients of one of a sample's outputs count, [B]."""
+        """The factors [B] of the gradients of output ``row``."""
         if self.evened is not None:
             return self.weights * self.evened.shares[row]
         return self.weights * shares_of(row + 1)[row]
@@ -82,11 +82,10 @@ def prove(
 ) -> Proof:
     """The weighted sum of the gradients of all samples of a batch, by plain autograd.
 
-    The batch is split at random into ``alone`` single samples and two halves of the others. So a
-    gradient that is lost or doubled for any sample shows, and by the random weights also one that
-    two samples share: hooks ascribe it to another of them than autograd does. That outputs hang on
-    what else is in the batch shows as well, because the other computation never has the same
-    samples together.
+    The batch is split at random into ``alone`` single samples and two halves of the others. A
+    gradient that is lost or doubled for any sample shows in the sum. By the random weights, so does
+    one that hooks ascribe to the wrong sample. An output that depends on what else is in the batch
+    shows too, because the same samples are never together here.
     """
     size = batches.size(batch)
     generator = torch.Generator().manual_seed(seed)
@@ -148,7 +147,7 @@ def weighted_gradient(
 
 
 def shares_of(rows: int) -> list[float]:
-    """What each output counts in the one that is checked for all of them."""
+    """The factor of each of a sample's outputs in the sum that is checked."""
     return [(-1) ** r / (1 + r) for r in range(rows)]
 
 
@@ -170,7 +169,7 @@ def wide(t: Tensor) -> torch.dtype:
 def worth_a_proof(number: int) -> bool:
     """Whether to check batch ``number``, counted from 1, even if it is like one before: 1, 2, 4 ...
 
-    Of like batches one may mix its samples, by its values, where another doesn't.
+    Of two batches with the same structure, one may mix its samples because of its values.
     """
     return number & (number - 1) == 0
 
@@ -178,8 +177,8 @@ def worth_a_proof(number: int) -> bool:
 def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]]:
     """A hash of a batch's shapes and of the autograd graph behind its outputs; the graph's leaves.
 
-    Of the graph's operations all that they note but tensors and sizes counts: dimensions, indices,
-    steps, flags. So a branch that rolls or transposes otherwise is another structure.
+    An operation counts with all that it saves, except tensors and sizes: dimensions, indices,
+    steps, flags. So a branch that rolls or transposes differently is another structure.
     """
     shapes = tuple((tuple(t.shape), t.dtype) for t in batches.leaves(batch))
     if out.grad_fn is None:
@@ -206,7 +205,7 @@ def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]
 
 @cache
 def attributes_of(kind: Any) -> list[str]:
-    """The names of what an operation's node notes, but for tensors and what only says sizes."""
+    """The names of what an operation's node saves, except tensors and sizes."""
     names = {name for name in dir(kind) if name.startswith("_saved_")}
     return sorted(
         name
@@ -216,5 +215,5 @@ def attributes_of(kind: Any) -> list[str]:
 
 
 def noted(value: Any) -> Any:
-    """A hashable stand-in for a value that an operation notes."""
+    """A hashable stand-in for a value that an operation saves."""
     return value if isinstance(value, Hashable) else repr(value)

@@ -100,7 +100,7 @@ class Recorder:
         return out.unsqueeze(0)
 
     def backward(self, outputs: Tensor, leaves: list[Tensor], sinks: list[Sink]) -> None:
-        """The backward of the sum of each row of outputs [R, B]; gradients go to that row's sink.
+        """The backward of the sum of each row of ``outputs``, [rows, B], into that row's sink.
 
         leaves : of the graph behind ``outputs``: anchors, and inputs that the model differentiates
             by.

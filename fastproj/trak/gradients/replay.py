@@ -79,7 +79,7 @@ def replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two arguments are equal; what can't be told is not."""
+    """Whether two arguments are equal; False where that can't be told."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         alike = a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
         return alike and torch.equal(a, b)

@@ -2,7 +2,7 @@
 
 A rule takes the layer, its input x [B, ...] and g = df/dy [B, ...] with the samples first (by rows:
 [B, n, ...], n rows of the layer's batch for each sample), and yields (name of the parameter in the
-layer, Part). What it yields is to be used before the next is asked for.
+layer, Part). Use each part before you ask for the next.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def convolution(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspa
 
 
 def embedding(layer: Any, ids: Tensor, g: Tensor, names: set[str], work: Workspace) -> Parts:
-    """``y = W[ids]``: the rows that a sample looks up, but for that of padding."""
+    """``y = W[ids]``: the rows that a sample looks up, except that of padding."""
     size, width = g.shape[0], g.shape[-1]
     ids, g = ids.reshape(size, -1), g.reshape(size, -1, width)  # [B, T], [B, T, width]
     counted = torch.ones_like(ids, dtype=torch.bool)
@@ -111,7 +111,7 @@ def by_channel(t: Tensor) -> Tensor:
 
 
 class LayerRule(NamedTuple):
-    """How a kind of layer is seen to.
+    """The rule of one sort of layer.
 
     names : the parameters that the rule knows.
     least : the smallest number of dimensions of a sample-first input.

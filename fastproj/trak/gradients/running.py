@@ -88,8 +88,8 @@ def eager_stance() -> AbstractContextManager[Any]:
 def vectorised(module: nn.Module) -> Iterator[None]:
     """Within the block, ``torch.func.vmap`` can follow ``module`` where there is a way.
 
-    Fused attention has no rule for it, and oneDNN's recurrent layers have no gradient of theirs in
-    eval mode. That other operations are run sample by sample is PyTorch's affair, not the user's.
+    Fused attention has no rule for it. oneDNN's recurrent layers have no gradient in eval mode.
+    PyTorch's warning that it runs other operations sample by sample is off.
     """
     recurrent = any(isinstance(m, nn.RNNBase) for m in module.modules())
     set_warning = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda _: None)

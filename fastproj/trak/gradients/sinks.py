@@ -117,7 +117,7 @@ class ProjectingSink:
 
 
 class ModuleSink:
-    """Projections module by module, ``outs``: what each adds to the projection of all."""
+    """A projection for each module, in ``outs``: what it adds to the projection of all."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class Check:
 
     Attributes
     ----------
-    sizes : [R, B], float64: the norm of each gradient, but for pieces that cancel one another.
+    sizes : [rows, B], float64: the norm of each gradient, as if its pieces were orthogonal.
     """
 
     def __init__(self, proof: Proof, params: Mapping[str, Tensor], rows: int) -> None:
@@ -223,10 +223,10 @@ class Check:
     def wrong(self, eps: float = 0.0) -> list[str]:
         """The parameters whose gradient isn't the known one, by more than rounding.
 
-        eps : of the coarsest dtype that the model computed in, if its parameters' is not.
+        eps : of the coarsest dtype that the model computed in, if that isn't its parameters'.
 
-        Samples whose gradients are not finite by either are another's to name; where there are too
-        many of them, so is the batch.
+        Gradients that are not finite by autograd either are no fault of the hooks: the check of
+        features names such samples.
         """
         overflowing = [name for name, size in self.known.items() if not math.isfinite(size)]
         if overflowing:
@@ -236,9 +236,9 @@ class Check:
         total = sum(size**2 for size in self.known.values()) ** 0.5
         found = []
         for name, left in self.left.items():
-            # Of a gradient's norm; float64 models take float32's, as T5's softmax does.
+            # At least float32's: float64 models may compute in it, as T5's softmax does.
             own = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
-            # 1e-3 in float32; of 16 bits, 0.04 has been seen.
+            # The share is 1e-3 in float32. In 16 bits, errors of 0.04 have been seen.
             share = min(3 * max(eps, own) ** 0.5, 0.1)
             allowed = share * (self.known.get(name, 0.0) + 0.1 * total) + self.proof.noise
             if not norm(left) <= allowed:
@@ -246,7 +246,7 @@ class Check:
         return found
 
     def evened(self, eps: float = 0.0) -> Evened | None:
-        """Shares in another sum for gradients that are lost in this one beside larger ones.
+        """The factors of a second sum, where gradients are lost in this one beside larger ones.
 
         eps : as for ``wrong``.
         """

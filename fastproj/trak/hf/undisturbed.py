@@ -50,7 +50,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def random_modules(model: nn.Module) -> list[Any]:
-    """What has random numbers of torch's, but for CUDA's: torch itself, and the model's device."""
+    """Torch and the module of the model's device, if it has random numbers; but not torch.cuda."""
     kinds = {p.device.type for p in model.parameters()} - {"cpu", "cuda", "meta"}
     modules = [torch, *(torch.get_device_module(kind) for kind in sorted(kinds))]
     return [module for module in modules if hasattr(module, "get_rng_state")]

@@ -52,11 +52,11 @@ from fastproj.trak.store.store import DRAWN, Store
 STEP = "finalize_features"
 SUMMARY = ("method", "lambda_reg", "n", "rank", "condition")  # of Solution.summary
 TRIES = 5  # where another process removes the parts that are being summed
-MAX_PARTS = 16  # that a Gram matrix is kept in until it is whole
-PART_ROWS = 4096  # samples in a part, at least;
-PART_ROWS_PER_DIM = 8  # and so many times k, for a part (8 k^2 bytes) to be smaller than they are
-PANEL_BYTES = 1 << 28  # of features that all others are multiplied with, in the dual
-OUTSIDE = 1e-5  # by which rounding may put a probability outside 0..1
+MAX_PARTS = 16  # A Gram matrix is kept in at most so many parts until it is whole.
+PART_ROWS = 4096  # A part is of at least so many samples,
+PART_ROWS_PER_DIM = 8  # and so many times k: its 8 k^2 bytes are then fewer than the features'.
+KERNEL_PART_BYTES = 1 << 28  # of a part's features in the dual, which stay in memory
+OUTSIDE = 1e-5  # how far rounding may put a probability outside 0..1
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -70,12 +70,11 @@ def finalize(
     probabilities: bool | None = None,
     fisher: bool = False,
 ) -> None:
-    """Sum up the matrix that lambda is added to, choose lambda where it is "auto", and keep it.
+    """Sum up the matrix that lambda is added to, choose lambda where it is "auto", and keep both.
 
-    With ``fisher`` that is the Fisher matrix. Without, "auto" is added to Phi^T W Phi where Q are
-    probabilities, otherwise, as every lambda that is given, to XtX. ``probabilities`` says whether
-    they are; None looks at them. Where there are fewer rows than dimensions, the matrix of the dual
-    system takes their place.
+    With ``fisher`` that is the Fisher matrix. Without, it is Phi^T W Phi for "auto" where Q are
+    probabilities, and XtX otherwise. ``probabilities`` says whether Q are; None looks at them.
+    Where there are fewer rows than dimensions, the matrix of the dual system takes its place.
     """
     store = systems.store
     meanings: dict[int, Meaning] = {}
@@ -320,13 +319,13 @@ def sum_gram(
 ) -> None:
     """Sum up and store the Gram matrix of a checkpoint, shared out over ranks.
 
-    The parts that it is made from, and their order, depend on the batches alone: so it is the same,
-    bit for bit, for any number of ranks, and whether or not it was interrupted.
+    Its parts and their order depend on the batches alone. So it is the same, bit for bit, for any
+    number of ranks, and whether or not it was interrupted.
     """
     store = systems.store
     sources = sources_of(store, model_id, system)
     blocks = blocks_of(sources, store.proj_dim)
-    parts = (panels if system.dual else gram_parts)(blocks, store.proj_dim)
+    parts = (kernel_parts if system.dual else gram_parts)(blocks, store.proj_dim)
 
     def write(number: int, part: int | None) -> None:
         if system.dual:
@@ -414,19 +413,19 @@ def kernel_part(
 ) -> tuple[Tensors, int, float]:
     """The columns of S S^T of the rows of some blocks, down from its first row to theirs.
 
-    Their rows stay in memory, while those of the blocks before them pass by.
+    The rows of ``blocks`` are held in memory, while those of the blocks ``before`` pass by.
     """
     n, k = rows_in_all(sources), sources[0].reader.proj_dim
     order = numbers_of(sources, blocks)
     moments = Moments(k, system.power)
-    panel = torch.empty(0)
+    held = torch.empty(0)
     end = 0
     for rows in moments.over(shares(row_stream(sources, blocks, advance))):
-        if not len(panel):
-            panel = torch.empty(len(order), k, dtype=rows.dtype)
-        elif rows.dtype == torch.float64 and panel.dtype != rows.dtype:
-            panel = panel.double()
-        panel[end : end + len(rows)] = rows
+        if not len(held):
+            held = torch.empty(len(order), k, dtype=rows.dtype)
+        elif rows.dtype == torch.float64 and held.dtype != rows.dtype:
+            held = held.double()
+        held[end : end + len(rows)] = rows
         end += len(rows)
     start = len(numbers_of(sources, before))
     columns = torch.empty(start + len(order), len(order), dtype=torch.float64)
@@ -434,13 +433,13 @@ def kernel_part(
     end = 0
     for _, _, features, share in row_stream(sources, before if len(order) else []):
         rows = weigh(features, share.weights, system.power, buffer)
-        columns[end : end + len(rows)] = computer.kernel(rows, panel, n)
+        columns[end : end + len(rows)] = computer.kernel(rows, held, n)
         end += len(rows)
     for low in range(0, len(order), block_rows(k)):
-        rows = panel[low : low + block_rows(k)]
-        columns[end : end + len(rows)] = computer.kernel(rows, panel, n)
+        rows = held[low : low + block_rows(k)]
+        columns[end : end + len(rows)] = computer.kernel(rows, held, n)
         end += len(rows)
-    own = columns[start:]  # as exact on both sides of its diagonal, which rounding need not be
+    own = columns[start:]  # rounding may differ on both sides of its diagonal
     own.copy_((own + own.mT) / 2)
     sums = {
         "kernel": columns,
@@ -476,14 +475,14 @@ def join_parts(
 
 
 def gram_parts(blocks: Sequence[Block], proj_dim: int) -> list[list[Block]]:
-    """The blocks in at most MAX_PARTS runs: what a Gram matrix is shared out and kept by."""
+    """The blocks in at most MAX_PARTS runs, one for each part of a Gram matrix."""
     total = sum(len(inds) for _, inds in blocks)
     return runs(blocks, max(-(-total // MAX_PARTS), PART_ROWS, PART_ROWS_PER_DIM * proj_dim))
 
 
-def panels(blocks: Sequence[Block], proj_dim: int) -> list[list[Block]]:
-    """The blocks in runs of PANEL_BYTES: what the matrix of a dual system is shared out by."""
-    return runs(blocks, max(1, PANEL_BYTES // (4 * proj_dim)))
+def kernel_parts(blocks: Sequence[Block], proj_dim: int) -> list[list[Block]]:
+    """The blocks in runs of KERNEL_PART_BYTES, for the matrix of a dual system."""
+    return runs(blocks, max(1, KERNEL_PART_BYTES // (4 * proj_dim)))
 
 
 def runs(blocks: Sequence[Block], size: int) -> list[list[Block]]:

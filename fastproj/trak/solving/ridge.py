@@ -25,17 +25,17 @@ from fastproj.trak.solving.solve import Gram, check_gram, cholesky, in_range
 from fastproj.trak.store.features import Buffer
 
 LANCZOS_STEPS, MAX_STEPS = 20, 200
-SETTLED = 1e-9  # change of the ridge, relative, over so many steps
-TINY = 1e-12  # Q nearer to 0, or negative, counts as this near: a logit of 28
-CEILING = 1 - 1e-4  # Q above it counts as it, a logit of -9: one far above 1 is no other than at 1
+SETTLED = 1e-9  # relative change of the ridge over LANCZOS_STEPS at which it is exact enough
+TINY = 1e-12  # Q below it, or negative, counts as TINY: a logit of 28
+CEILING = 1 - 1e-4  # Q above it counts as CEILING: a logit of -9
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
 STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
-LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T W Phi;
-SINGULAR = 1e-3  # where the lowest leaves this share of dimensions unused, the matrix is singular
+LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T W Phi
+SINGULAR = 1e-3  # A matrix is singular where LOWEST leaves this share of dimensions unused.
 UNSURE, CONTRARY = 0.05, 0.25  # share of Q that are no probabilities: less is a few outliers
-SATURATED = 1e-3  # Q this near to 1 says nothing of the curvature; nor do all samples where
-BLIND = 0.8  # more than this share of them are so
-FITTED = 0.1  # share of f^T (W f + Q) that must be left of its terms' sizes to trust its ridge
+SATURATED = 1e-3  # Q this near to 1 says nothing about the curvature.
+BLIND = 0.8  # Where more than this share of Q are so near to 1, none does.
+FITTED = 0.1  # f^T (W f + Q) over the sizes of its terms, at which its ridge is trusted in full
 TYPICAL = 0.5  # lambda, in units of trace / n, where rows and features say nothing
 COLUMNS = 512  # of an inverse at once
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
@@ -62,7 +62,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the Q of a checkpoint are, by all of them; a single one changes it by O(1 / n) at most.
+    """What the Q of a checkpoint are. A single Q changes it by O(1 / n) at most.
 
     probability : 1 where Q are 1 - p of a logistic loss, 0 where they aren't; the curvature enters
         to this power.
@@ -88,12 +88,12 @@ class Choice:
 
 
 def meaning(q: Tensor, probabilities: bool | None = None) -> Meaning:
-    """What Q [n] are, continuously in each of them.
+    """What Q [n] are, as a continuous function of each of them.
 
-    Residuals have signs; weights and sums over tokens are above 1. So the share of |Q| that is
-    negative and the mean of what exceeds 1 say how far Q is from 1 - p: up to UNSURE they are
-    outliers, from CONTRARY on it is none. No entry counts for more than the mean |Q|, and none
-    for more than 1. Q of 1 throughout, a task without a loss, has no curvature either.
+    Residuals have both signs. Weights and sums over tokens exceed 1. So two numbers say how far Q
+    is from 1 - p: the share of |Q| that is negative, and the mean excess over 1. Up to UNSURE these
+    are outliers. From CONTRARY on, Q isn't 1 - p. No entry counts for more than the mean |Q| or for
+    more than 1. A task without a loss has Q = 1 throughout, and no curvature either.
 
     probabilities : what the task says Q are; None leaves it to Q.
     """
@@ -117,13 +117,13 @@ def between(x: float, low: float, high: float) -> float:
 
 
 def sample_weights(q: Tensor, power: float) -> Tensor:
-    """W, ``(Q (1 - Q))^power``, float64 [n], the diagonal; of Q as if within 0..1."""
+    """The diagonal of W, ``(Q (1 - Q))^power``, float64 [n]; Q is brought into 0..1 first."""
     q = q.double().clamp(TINY, CEILING)
     return (q * (1 - q)).pow(power)
 
 
 def logistic_share(q: Tensor, power: float) -> Share:
-    """Of samples with Q = 1 - p of a logistic loss, to the power of how far they are that."""
+    """The share of samples with Q = 1 - p of a logistic loss; ``power`` is as in ``System``."""
     slopes = q.double().clamp(TINY, CEILING)
     values = torch.log1p(-slopes) - slopes.log()  # Q = 1 - sigmoid(f)
     return Share(sample_weights(q, power), values, slopes, q.double())
@@ -132,17 +132,22 @@ def logistic_share(q: Tensor, power: float) -> Share:
 def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
     """Choose the ridge that is added to a Gram matrix, Phi^T W Phi where Q are probabilities.
 
-    There it is MARGIN times the training ridge (``fit``). Where features and Q show none, it
-    leaves an effective dimension of ``sqrt(n')``, as many directions as n' samples let a linear
-    expansion follow; n' = (sum |row|^2)^2 / sum |row|^4 of the rows of which the matrix is made.
-    For other Q, it is that; for residuals of a regression, the geometric mean of that and of the
-    ridge under which they are likeliest. Where it isn't clear what Q are, or whether the network
-    has fitted anything, it is a weighted geometric mean of these: no sample changes it by a jump.
+    Three rules give a ridge:
+
+    - the training ridge: for Q that are probabilities, MARGIN times what ``fit`` finds;
+    - the dimension: for other Q, and where ``fit`` finds none, the ridge that leaves an effective
+      dimension of ``sqrt(n')``. A linear expansion can follow so many directions with n' samples,
+      n' = (sum |row|^2)^2 / sum |row|^4 for the rows of the matrix;
+    - the residuals: for residuals of a regression, the geometric mean of the dimension's ridge and
+      the ridge under which the residuals are likeliest.
+
+    Where it isn't clear what Q are, or whether the network has fitted anything, the result is a
+    weighted geometric mean of these. So no sample changes it by a jump.
 
     Parameters
     ----------
     gram : of all n samples.
-    moments : what was summed up beside it.
+    moments : the other sums over the samples.
     q : what Q are.
     """
     trace = check_gram(gram) * gram.k
@@ -172,15 +177,17 @@ def choose_fisher_lambda(
 ) -> Choice:
     """Choose the ridge that is added to the Fisher matrix.
 
-    It is MARGIN times gamma over ``(1 - d / k) (1 - d / N)``. gamma is the ridge at which one
-    Newton step from the network's outputs agrees with them (``agreeing_ridge``), and d the
-    effective dimension there: k dimensions, and N rows of which most are drawn, fit more easily
-    than all of the network on all of its labels. Of a regression it is twice that: see
+    It is ``MARGIN gamma / ((1 - d / k) (1 - d / N))``. gamma is the ridge at which one Newton step
+    from the network's outputs agrees with them (``agreeing_ridge``), and d the effective dimension
+    there. The two factors are needed because k dimensions, and N rows of which most are drawn, fit
+    more easily than the whole network fits all its labels. For a regression it is twice that: see
     docs/research/lambda.md.
 
-    The nearer d comes to k or N, the less gamma says. Below TYPICAL times trace / n, which is best
-    in the mean of many problems, it therefore counts to the power of that product only, and that to
-    the power of the rest. Above, too little would cost more than too much.
+    The nearer d comes to k or N, the less gamma says. TYPICAL times trace / n is best in the mean
+    of many problems. So a ridge below it is averaged with it, geometrically: the ridge counts to
+    the power of the two factors, TYPICAL to the power of the rest. A ridge above it counts in full,
+    because too little would cost more than too much. As far as the network has not fitted its
+    samples (``Moments.fit_share``), TYPICAL counts instead.
 
     Parameters
     ----------
@@ -206,7 +213,7 @@ def choose_fisher_lambda(
 
 
 class Moments:
-    """What one pass over the samples adds up beside a Gram matrix; parts add up to the whole.
+    """The sums beside a Gram matrix, from the same pass over the samples. Parts can be added up.
 
     power : of the curvature Q (1 - Q) in W, by which the samples count.
     """
@@ -225,9 +232,9 @@ class Moments:
         self._buffer = Buffer()
 
     def over(self, blocks: Iterable[tuple[Tensor, Share]]) -> Iterator[Tensor]:
-        """Adds up (features [b, k], what they count); yields the rows whose Gram matrix is wanted.
+        """Adds up (features [b, k], their share); yields the rows of which a Gram matrix is wanted.
 
-        These are the features, times the square roots of their weights; their memory is used again
+        These are the features times the square roots of their weights. Their memory is used again
         for the next ones.
         """
         for features, share in blocks:
@@ -290,10 +297,10 @@ def fit(gram: Gram, moments: Moments) -> float | None:
     outputs ``f' = Phi (H + gamma I)^-1 u`` with ``H = Phi^T W Phi``, ``u = Phi^T (W f + Q)``. gamma
     is where f' agrees with f along the response: ``u^T (H + gamma I)^-1 u = f^T (W f + Q)``.
 
-    That is the ridge of the k features. With d(gamma) = trace H (H + gamma I)^-1, ridge regression
-    on all gradients fits alike at ``gamma / (1 - d(gamma) / k)``, which is returned. Where k
-    features fit worse than the network at any gamma, its limit for gamma -> 0 is a lower bound,
-    and returned.
+    That gamma is the ridge of the k features. Ridge regression on the whole gradients fits equally
+    well at ``gamma / (1 - d(gamma) / k)``, with d(gamma) = trace H (H + gamma I)^-1. That ridge is
+    returned. Where the k features fit worse than the network at every gamma, the limit for
+    gamma -> 0 is returned, which is a lower bound.
 
     None where the network has fitted nothing, or H is singular and the features fit too badly.
 
@@ -315,7 +322,7 @@ def fit(gram: Gram, moments: Moments) -> float | None:
 def agreeing_ridge(gram: Gram, moments: Moments) -> float | None:
     """The gamma of ``fit``, of k features; None where the network has fitted nothing.
 
-    Where there is none, it is e to LOWEST or HIGHEST, times the mean eigenvalue.
+    Without an agreement between them, it is e to LOWEST or HIGHEST, times the mean eigenvalue.
     """
     unit = gram.trace / gram.k
     explained = float(moments.explained)
@@ -366,9 +373,11 @@ def crossing(function: Callable[[float], float], wanted: float) -> float:
 def quadratures(matrix: Tensor, start: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(nodes, weights) with ``start^T g(matrix) start ~ sum weights g(nodes)``, ever more of them.
 
-    matrix : float64 [k, k], positive semi-definite. Gauss quadrature by Lanczos' method: exact for
-    polynomials g of degree below twice the number of nodes. Each step costs k^2; there is a result
-    after every LANCZOS_STEPS of them, and the last one after MAX_STEPS, or when nothing is left.
+    Gauss quadrature by Lanczos' method: exact for polynomials g of degree below twice the number of
+    nodes. Each step costs k^2. There is a result after every LANCZOS_STEPS steps. The last comes
+    after MAX_STEPS, or when nothing is left.
+
+    matrix : float64 [k, k], positive semi-definite.
     """
     steps = min(MAX_STEPS, len(start))
     norm = float(start.norm())
@@ -414,8 +423,9 @@ def effective_dimension(matrix: Tensor, ridge: float) -> float:
 def dimension_ridge(values: Tensor, samples: float, k: int) -> float:
     """The ridge at which a k x k matrix has an effective dimension of ``sqrt(samples)``.
 
-    Less where k is not many times that: the harmonic sum with k. values : its eigenvalues, in any
-    order; those that are zero may be left out.
+    Where k is not many times that, the dimension is the harmonic sum of the two.
+
+    values : the eigenvalues, in any order; those that are zero may be left out.
     """
     wanted = 1 / (1 / math.sqrt(samples) + 1 / k)
     low, high = math.log(1e-12), math.log(1e12)
@@ -432,9 +442,9 @@ def likeliest_ridge(values: Tensor, gram: Gram, moments: Moments) -> float | Non
 
     Of n values with covariance ``s (Phi Phi^T / gamma + I)``, ridge regression leaves residuals
     with covariance ``s gamma (Phi Phi^T + gamma I)^-1``; s is the likeliest for each gamma. So
-    ``-2 log likelihood = n log(Q^T Q + |Phi^T Q|^2 / gamma) - log det(Phi Phi^T / gamma + I)`` and
-    a constant: of the matrix, it needs the eigenvalues alone. None where the best gamma is none or
-    any amount, and where Q are all zero.
+    ``-2 log likelihood = n log(Q^T Q + |Phi^T Q|^2 / gamma) - log det(Phi Phi^T / gamma + I)``, up
+    to a constant. Of the matrix, that needs the eigenvalues alone. None where the best gamma is 0
+    or infinite, and where Q are all zero.
 
     Parameters
     ----------

@@ -21,8 +21,8 @@ from torch import Tensor
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # terms of a float32 product before it is folded into the float64 sum
-GRAM_TILE = 512  # columns of XtX at once: half of the products are those of the other half
-SAFE_EXPONENT = 32  # up to 2^32 and down to 2^-32, squares and their small terms are float32's
+GRAM_TILE = 512  # columns of XtX at once: by symmetry, half of the tiles are enough
+SAFE_EXPONENT = 32  # up to 2^32 and down to 2^-32, float32 holds squares and their small terms
 POWER_STEPS = 12
 HALF_ROUNDING = 2.0**-11  # of features kept as float16, relative to each entry
 
@@ -59,7 +59,7 @@ class System:
 class Gram:
     """S^T S [k, k], or S S^T [n, n] where n < k; float64, exact to about ``eps`` of its largest.
 
-    ``rounding`` is how exact each feature was before, relative to itself.
+    ``rounding`` is how exactly each feature was stored, relative to itself.
     """
 
     matrix: Tensor
@@ -93,7 +93,7 @@ class Gram:
 
 @dataclass(frozen=True)
 class Rows:
-    """The n rows of S, of which there are fewer than dimensions; they stay where they are.
+    """The n rows of S, fewer than its dimensions, on disk.
 
     count : n.
     stream : begins a pass over them: (places [b] among the n, rows [b, k]), each row once.
@@ -210,21 +210,21 @@ class ScoreComputer:
         own = any(getattr(type(self), name) is not getattr(ScoreComputer, name) for name in KXK)
         return n < proj_dim and not own
 
-    def kernel(self, rows: Tensor, panel: Tensor, n: int) -> Tensor:
-        """``rows [b, k] @ panel [p, k].T``, float64 [b, p], a part of S S^T [n, n].
+    def kernel(self, rows: Tensor, others: Tensor, n: int) -> Tensor:
+        """``rows [b, k] @ others [p, k].T``, float64 [b, p], a part of S S^T [n, n].
 
         float64 throughout where S S^T is cheap; otherwise float32 products over BLOCK_ROWS
         dimensions, added up in float64.
         """
         dtype = sum_dtype(float(n) * n * rows.shape[1])
         rows, exponent = in_range(rows)
-        panel, panel_exponent = in_range(panel)
-        total = torch.zeros(len(rows), len(panel), dtype=torch.float64, device=self.device)
+        others, others_exponent = in_range(others)
+        total = torch.zeros(len(rows), len(others), dtype=torch.float64, device=self.device)
         with full_precision():
-            pieces = (t.split(BLOCK_ROWS, 1) for t in (rows, panel))  # of [b, k] and [p, k]
+            pieces = (t.split(BLOCK_ROWS, 1) for t in (rows, others))  # of [b, k] and [p, k]
             for left, right in zip(*pieces, strict=True):
                 total += left.to(self.device, dtype) @ right.to(self.device, dtype).mT
-        return (total * math.ldexp(1.0, exponent) * math.ldexp(1.0, panel_exponent)).cpu()
+        return (total * math.ldexp(1.0, exponent) * math.ldexp(1.0, others_exponent)).cpu()
 
     def solve(self, gram: Gram, lambda_reg: Lambda) -> Solution:
         """Factor ``gram.matrix + lambda I``; see ``solve``."""

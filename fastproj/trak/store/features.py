@@ -97,11 +97,13 @@ def sample_blocks(batch: np.ndarray[Any, Any], rows: int) -> list[Indices]:
 
 
 class FeatureReader:
-    """Rows of one checkpoint's features by sample number; each shard is checked once, when met.
+    """Rows of one checkpoint's features by sample number.
+
+    A shard's checksums are verified once, when it is first read.
 
     Parameters
     ----------
-    look : ``look()`` gives where the samples are; ``look(again=True)`` finds it out anew.
+    look : ``look()`` gives the index of the samples; ``look(again=True)`` reads it from disk again.
     read_shard : ``read_shard(path, names=None, check=True)`` gives a shard's tensors (None: all).
     proj_dim : k.
     """

@@ -225,7 +225,7 @@ def read_scores(path: Path | str) -> Scores:
 
 @dataclass(frozen=True)
 class TopScores:
-    """The extremes of each of m targets, best first: mostly all that is read of n x m scores.
+    """The highest and the lowest scores of each of m targets, the most extreme first.
 
     helpful_indices, helpful_scores : int64 and float32 [m, t], the training samples with the
         highest scores and those scores, descending.

@@ -145,7 +145,7 @@ class ShardIndex:
     def content_digest(self) -> str:
         """Hash of what all samples contain: features of other data have another.
 
-        So have those of the same data that took the place of features on trust.
+        So have features of the same data that took the place of features on trust.
         """
         content = tensor_digest(torch.from_numpy(self.content))
         return f"{content}-distrusted" if self.distrusted else content

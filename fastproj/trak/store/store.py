@@ -70,9 +70,9 @@ class NotReadyError(RuntimeError):
 
 
 def same_settings(stored: Mapping[str, Any], wrong: Collection[str]) -> str:
-    """What makes a run go on with a directory whose values differ from the run's in ``wrong``.
+    """How a run can go on with a directory that differs from it in ``wrong``, for messages.
 
-    Names the arguments of TRAKer where the matrix is another.
+    Where the matrix is another, these are arguments of TRAKer.
     """
     if stored.get("projector") != OWN_PROJECTOR or not set(wrong) & set(MATRIX_ARGUMENTS):
         return "the same settings"
@@ -358,9 +358,10 @@ class Store:
         return (self.model_dir(model_id) / "distrusted.json").exists()
 
     def distrust(self, model_id: int, reason: str) -> None:
-        """Let what was kept on trust for a checkpoint not count any more, in any process.
+        """Let features on trust of a checkpoint no longer count, in any process.
 
-        Nor does what was made of it: Gram matrices carry the index's ``content_digest``.
+        Gram matrices that were made of them no longer count either: they carry the index's
+        ``content_digest``.
         """
         write_json(self.model_dir(model_id) / "distrusted.json", {"reason": reason})
         self.forget()

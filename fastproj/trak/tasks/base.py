@@ -21,15 +21,16 @@ Batch = tuple[Any, ...]
 
 
 class Terms(NamedTuple):
-    """What a batch of training samples says of the likelihood of its labels.
+    """The likelihood of the labels of a batch of training samples, with its curvature.
 
     The gradient of log p(y_i | x_i) is ``slope[i]`` times that of ``output[i]``. The curvature of
-    the loss is the expectation of the sum over i of ``curvature[i]`` times the outer product of the
-    gradient of ``output[i]`` with itself, and over j of that of ``drawn[i, j]``.
+    the loss is made of outer products of gradients with themselves. It is the expectation of a sum:
+    for each i, ``curvature[i]`` times the product of ``output[i]``, and for each j once that of
+    ``drawn[i, j]``.
 
-    Outputs are linear in the logits z up to second order, with coefficients a that count as
-    constants. ``along`` and ``drawn`` have the values a . z: with logits in place of labels, these
-    are what a regression on the rows would be fitted to.
+    Up to second order, outputs are linear in the logits z, with coefficients a that count as
+    constants. ``along`` and ``drawn`` have the values a . z. A regression on the rows, with logits
+    in place of labels, would be fitted to these values.
 
     output : [B], differentiable.
     slope, curvature, along : [B], constants; curvature is not below 0.
@@ -68,10 +69,11 @@ class AbstractModelOutput(ABC):
     def get_output(self, model: Any, weights: Params, buffers: Params, *sample: Any) -> Tensor:
         """f(z; theta) of one sample, a scalar.
 
-        sample : the parts of the batch without their batch dimension; the model wants it back
-            (``image.unsqueeze(0)``). Of a list by sample it is the entry, of an object that holds
-            samples one that holds this one. Runs under ``torch.func.vmap``: no ``.item()``, no
-            branching on values.
+        sample : the parts of the batch without their batch dimension, which the model needs back
+            (``image.unsqueeze(0)``). Of a list by sample, the entry. Of an object that holds
+            samples, one that holds this sample alone.
+
+        This runs under ``torch.func.vmap``: no ``.item()``, no branching on values.
         """
 
     @abstractmethod
@@ -82,7 +84,7 @@ class AbstractModelOutput(ABC):
 
     @property
     def knows_likelihood(self) -> bool:
-        """See above."""
+        """Whether ``likelihood_terms`` is there."""
         return False
 
     @property
@@ -107,13 +109,13 @@ class BatchedModelOutput(AbstractModelOutput):
         return self.outputs(model, weights, buffers, batch).reshape(())
 
     def num_predictions(self, batch: Batch) -> int:
-        """T, how many labels of a sample of this batch are predicted, at most."""
+        """T, the largest number of labels that are predicted for a sample of this batch."""
         return 1
 
     def likelihood_terms(
         self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
     ) -> Terms:
-        """What the samples say of the likelihood of their labels, from one forward.
+        """The terms of the samples, from one forward.
 
         noise : float32 [B, d, T, 3], by ``tasks.likelihood.UNIFORM``, ``OWN_SIGN`` and
             ``OTHER_SIGN``: numbers in 0..1 and two signs, for each of d rows to draw and each of T

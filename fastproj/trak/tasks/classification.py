@@ -51,12 +51,12 @@ class ClassificationModelOutput(BatchedModelOutput):
 
     @property
     def knows_likelihood(self) -> bool:
-        """Not of a temperature, which is that of Q alone."""
+        """Unless there is a temperature, which is that of Q alone."""
         return self.temperature == 1
 
     @property
     def learns_along_output(self) -> bool:
-        """Not so where the log-likelihoods of several labels are added up."""
+        """Unless the log-likelihoods of several labels are added up."""
         return not self.multilabel
 
     def check_labels(self, labels: object) -> None:

@@ -89,12 +89,12 @@ class CLIPModelOutput(BatchedModelOutput):
 
     @property
     def knows_likelihood(self) -> bool:
-        """It does."""
+        """Always."""
         return True
 
     @property
     def learns_along_output(self) -> bool:
-        """Not so: the two log-likelihoods have other weights than their log-odds."""
+        """False: the two log-likelihoods have other weights than their log-odds."""
         return False
 
     def get_embeddings(
@@ -201,8 +201,9 @@ class CLIPModelOutput(BatchedModelOutput):
         """Those of both predictions, at half weight each, as in the loss that CLIP is trained by.
 
         The classes are the right partner and those of the simulated batch. The scale is a constant:
-        f doesn't depend on it, scores were no better with its gradient (bench.lds, captions), and
-        that would take another run of the whole model where it belongs to no module below it.
+        f doesn't depend on it, and scores were no better with its gradient (bench.lds, captions).
+        That gradient would take another run of the whole model where the scale belongs to no module
+        below it.
         """
         others = self._embeddings(model)
         u, v, scale = embed(model, weights, buffers, batch)

@@ -26,11 +26,11 @@ class FunctionModelOutput(BatchedModelOutput):
     loss : ``loss(f) -> Tensor [B]``, the training loss as a function of the outputs [B], for
         Q = -dL/df; for a log-odds it is ``lambda f: torch.nn.functional.softplus(-f)``. None is the
         loss -f: Q = 1.
-    likelihood : ``likelihood(f, batch) -> Tensor [B]``, the log-likelihood of each sample's label,
-        a concave function of its output f, but for a constant: for a regression
-        ``lambda f, batch: -0.5 * (batch[1] - f) ** 2``, with counts for labels
+    likelihood : ``likelihood(f, batch) -> Tensor [B]``, the log-likelihood of each sample's label
+        up to a constant, a concave function of its output f. For a regression it is
+        ``lambda f, batch: -0.5 * (batch[1] - f) ** 2``, for counts
         ``lambda f, batch: batch[1] * f - f.exp()``. With it the curvature of the loss is known
-        exactly (see ``TRAKer(curvature=...)``), and Q is its slope; ``loss`` is left out.
+        exactly (see ``TRAKer(curvature=...)``), and Q is its slope. Then ``loss`` is not given.
 
     ``TRAKer(task=function)`` is the same as ``TRAKer(task=FunctionModelOutput(function))``.
     """
@@ -50,7 +50,7 @@ class FunctionModelOutput(BatchedModelOutput):
 
     @property
     def knows_likelihood(self) -> bool:
-        """Whether one was given."""
+        """Whether ``likelihood`` was given."""
         return self.likelihood is not None
 
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:

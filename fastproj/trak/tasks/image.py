@@ -22,9 +22,9 @@ class ImageClassificationModelOutput(ClassificationModelOutput):
     dict, the labels are "labels" (or "label"), and the images the other entry.
 
     One logit z, [B] or [B, 1], is that of class 1 of two: p is its sigmoid for label 1, and 1 minus
-    that for label 0. With ``multilabel``, f is the sum over the labels of the log-odds of what is
-    right, ``z_l`` for label 1 and ``-z_l`` for 0, and Q the mean of their 1 - p; the log-likelihood
-    is the sum of theirs, minus the binary cross-entropies.
+    that for label 0. With ``multilabel``, f is the sum of the log-odds of all right answers, which
+    are ``z_l`` for label 1 and ``-z_l`` for 0. Q is the mean of their 1 - p. The log-likelihood is
+    the sum of theirs, which is minus the sum of the binary cross-entropies.
 
     Parameters
     ----------

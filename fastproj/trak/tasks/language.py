@@ -52,12 +52,12 @@ class TokenModelOutput(BatchedModelOutput):
 
     @property
     def knows_likelihood(self) -> bool:
-        """It does."""
+        """Always."""
         return True
 
     @property
     def learns_along_output(self) -> bool:
-        """Not so: the log-likelihoods of tokens have other weights than their margins."""
+        """False: the log-likelihoods of tokens have other weights than their margins."""
         return False
 
     @abstractmethod

@@ -26,7 +26,7 @@ TASKS: dict[str, type[AbstractModelOutput]] = {
     "masked_lm": MaskedLMModelOutput,
     "token_classification": TokenClassificationModelOutput,
 }
-UNSAID = (("likelihood", None), ("multilabel", False))  # settings that stores before them lack
+UNSAID = (("likelihood", None), ("multilabel", False))  # settings that older stores lack
 METHODS = ("get_output", "get_out_to_loss_grad")
 
 
@@ -55,7 +55,7 @@ def resolve_task(task: Any) -> Any:
 
 
 def describe_task(task: Any) -> str:
-    """What is stored of a task with its features: its class, and of a task of ours its settings."""
+    """The text stored beside features: a task's class, and the settings of a task of ours."""
     name = type(task).__name__
     if not type(task).__module__.startswith("fastproj."):
         return name  # what attributes of others mean, and when they change, is not known

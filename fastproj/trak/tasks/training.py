@@ -1,5 +1,5 @@
-"""Tasks that give several outputs of a sample: what training samples are differentiated by where
-the curvature is that of the likelihood, and the tokens of a sequence one by one.
+"""Tasks with several outputs of a sample: the terms of a training sample's likelihood, and the
+tokens of a sequence one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OWN = ("outputs", "get_output", "get_out_to_loss_grad")  # methods that a likeli
 
 
 class SeveralOutputs(BatchedModelOutput):
-    """A task whose ``outputs`` are [R, B]: R of each sample, which share a forward."""
+    """A task whose ``outputs`` are [rows, B]: several of each sample, which share a forward."""
 
     model_holds_weights = False  # ``run`` sees to it
 
@@ -50,7 +50,7 @@ class TokenOutput(SeveralOutputs):
 
 
 class TrainingOutput(SeveralOutputs):
-    """What training samples are differentiated by: ``Terms.output``, and the drawn rows.
+    """The outputs whose gradients training samples have: ``Terms.output``, and the drawn rows.
 
     A batch is that of ``task`` with the noise of ``likelihood_terms`` as one more part.
     """
@@ -81,8 +81,8 @@ class TrainingOutput(SeveralOutputs):
 def has_likelihood(task: Any) -> bool:
     """Whether a task says what the likelihood of its labels is.
 
-    A subclass that has outputs or Q of its own, but the likelihood of a task of ours, doesn't: the
-    two need not belong together.
+    A subclass of a task of ours that changes outputs or Q, and not the likelihood, doesn't: the two
+    need not belong together.
     """
     if not getattr(task, "knows_likelihood", False):
         return False

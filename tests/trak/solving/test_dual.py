@@ -122,9 +122,9 @@ def test_hopeless_features_are_refused(rows, message):
 def test_kernel_of_blocks(monkeypatch, exact, scale):
     monkeypatch.setattr(module, "EXACT_FLOPS", math.inf if exact else 0)
     monkeypatch.setattr(module, "BLOCK_ROWS", 16)
-    rows, panel = (random(5, 100) * scale).float(), random(3, 100, seed=1).float()
-    found = ScoreComputer().kernel(rows, panel, 8)
-    truth = rows.double() @ panel.double().T
+    rows, others = (random(5, 100) * scale).float(), random(3, 100, seed=1).float()
+    found = ScoreComputer().kernel(rows, others, 8)
+    truth = rows.double() @ others.double().T
     error = float((found - truth).abs().max() / truth.abs().max())
     assert error < (1e-15 if exact else 16 * 2.0**-23)
     assert (1e-10 < error) is not exact
