@@ -331,7 +331,7 @@ def _in_registers(ttgir: str, constants: dict[str, Any]) -> bool:
     return not any(f"tensor<{constants['BLOCK_K']}x" in move for move in moves)
 
 
-_TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS", "ROWS")
+_TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS", "ROWS", "STRETCH")
 
 
 def inspect_amd(case: Case, arch: str) -> Report:
@@ -394,7 +394,7 @@ def cases() -> list[Case]:
     table += [Case("project", "sjlt", B=8, block=1024, masked=True)]
     table += [Case("project", "sjlt", B=8, block=1024, aligned=1)]
     table += [Case("product", "sjlt", dtype, block=1024) for dtype in ("float32", "bfloat16")]
-    table += [Case("product", "sjlt", block=1024, masked=True), Case("product", "sjlt", block=64)]
+    table += [Case("product", "sjlt", block=1024, masked=True), Case("product", "sjlt", block=256)]
     table += [Case("transpose", "sjlt", dtype, block=1024) for dtype in ("float32", "bfloat16")]
     table += [Case("matrix", "sjlt", "float32", block=1024)]
     return [*table, Case("reduce", dtype="float32")]
