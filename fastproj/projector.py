@@ -7,7 +7,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from fastproj import checks, ops
+from fastproj import checks, ops, torch_ops
 from fastproj.backends import registry
 from fastproj.call import Call
 from fastproj.spec import MAX_ROWS
@@ -87,6 +87,56 @@ class Projector:
             For anything it can't take, before ``out`` is touched.
         """
         function = "Projector.project"
+        call, backend = self._call(function, model_id, row_offset, accumulate)
+        return ops.project_call(
+            function,
+            grads,
+            self.proj_dim,
+            call,
+            backend,
+            out=out,
+            grad_dim=self.grad_dim,
+            whole=row_offset is None,
+        )
+
+    def add_product(
+        self,
+        left: Tensor,
+        right: Tensor,
+        model_id: SupportsIndex = 0,
+        *,
+        row_offset: SupportsIndex,
+        out: Tensor,
+    ) -> bool:
+        """Add the projection of the gradients left[b].T @ right[b] to ``out``, as they form.
+
+        Parameters
+        ----------
+        left, right : Tensors [B, T, m] and [B, T, n], such as the gradients by a layer's output and
+            its inputs. Their product [m, n], row by row, is a piece of the gradient.
+        model_id, row_offset : as in ``project``.
+        out : Tensor [B, proj_dim], float32.
+
+        Returns
+        -------
+        False, with ``out`` untouched, where no kernel does this: project the products then. See
+        docs/triton.md for the one that does.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a model_id or row_offset that ``project`` doesn't take either.
+        """
+        call, backend = self._call("Projector.add_product", model_id, row_offset, True)
+        return torch_ops.project_product(left, right, out, call, backend)
+
+    def _call(
+        self,
+        function: str,
+        model_id: SupportsIndex,
+        row_offset: SupportsIndex | None,
+        accumulate: bool,
+    ) -> tuple[Call, str]:
         start = 0
         if row_offset is not None:
             start = checks.check_integer(function, "row_offset", row_offset, 0, MAX_ROWS)
@@ -100,16 +150,7 @@ class Projector:
             bool(accumulate),
             checks.check_precision(function, self.precision),
         )
-        return ops.project_call(
-            function,
-            grads,
-            self.proj_dim,
-            call,
-            checks.check_backend(function, self.backend),
-            out=out,
-            grad_dim=self.grad_dim,
-            whole=row_offset is None,
-        )
+        return call, checks.check_backend(function, self.backend)
 
     def project_transpose(
         self,

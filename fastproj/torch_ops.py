@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastproj.backends import registry
+from fastproj.backends import registry, triton
 from fastproj.call import Call
 from fastproj.checks import MAX_SEED, check_memory, result_dtype
 from fastproj.spec import MatrixKey
@@ -113,6 +113,16 @@ def _fill_transpose(y: Tensor, out: Tensor, call: Call, backend: str) -> None:
     chosen = registry.choose(y.device.type, y.dtype, call.key.kind, backend)
     if out.numel() != 0:
         chosen.project_transpose(y, out, _resolved(call, y.device.type))
+
+
+def project_product(left: Tensor, right: Tensor, out: Tensor, call: Call, backend: str) -> bool:
+    """``out`` += the projection of the products left[b].T @ right[b], in one kernel as they form.
+
+    False, with nothing done, where no such kernel takes them. Torch doesn't see this call.
+    """
+    if backend not in ("", triton.NAME) or not is_direct([out, left, right]):
+        return False
+    return triton.project_product(left, right, out, _resolved(call, out.device.type))
 
 
 def _project_transpose(y: Tensor, rows: int, call: Call, backend: str) -> Tensor:

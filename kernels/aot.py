@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 
 from . import config
 from .entries import matrix_kernel
+from .launch_product import BLOCK_T, part_of, stretch_of, warps_of
+from .product import project_product_kernel
 from .project import project_gaussian_kernel, project_rademacher_kernel, reduce_kernel
 from .sjlt import matrix_sjlt_kernel, project_sjlt_kernel, project_transpose_sjlt_kernel
 from .transpose import project_transpose_kernel
@@ -33,7 +35,7 @@ POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "float64
 class Case:
     """One kernel as ``launch`` would compile it, for gradients that are contiguous and aligned."""
 
-    operation: str  # "project", "transpose", "matrix" or "reduce"
+    operation: str  # "project", "product", "transpose", "matrix" or "reduce"
     kind: str = "rademacher"
     dtype: str = "bfloat16"
     terms: int = 1
@@ -159,6 +161,15 @@ def _specialise_sjlt(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[s
         constants["PAIRS"] = halves and not case.masked
         pointers = {"g_ptr": POINTER[case.dtype], "workspace_ptr": sums}
         return project_sjlt_kernel, constants, pointers, chosen.num_warps, chosen.num_stages
+    if case.operation == "product":
+        stretch = stretch_of(case.block)
+        constants |= {"STRETCH": stretch, "PART": part_of(stretch)}
+        constants |= {"BLOCK_T": BLOCK_T[case.dtype]}
+        constants |= {"ALIGNED": not case.masked}
+        constants |= {"PRECISION": "ieee", "UNIT": config.unit(arch)}
+        factor = POINTER[case.dtype]
+        pointers = {"left_ptr": factor, "right_ptr": factor, "workspace_ptr": sums}
+        return project_product_kernel, constants, pointers, warps_of(stretch), 2
     if case.operation == "transpose":
         block_b, rows, warps = config.choose_transpose_sjlt(case.dtype, case.B, case.block)
         constants |= {"BLOCK_B": block_b, "ROWS": rows}
@@ -320,7 +331,7 @@ def _in_registers(ttgir: str, constants: dict[str, Any]) -> bool:
     return not any(f"tensor<{constants['BLOCK_K']}x" in move for move in moves)
 
 
-_TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS", "ROWS")
+_TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS", "ROWS", "STRETCH")
 
 
 def inspect_amd(case: Case, arch: str) -> Report:
@@ -382,6 +393,8 @@ def cases() -> list[Case]:
     table += [Case("project", "sjlt", "float16", B=8, block=1024)]
     table += [Case("project", "sjlt", B=8, block=1024, masked=True)]
     table += [Case("project", "sjlt", B=8, block=1024, aligned=1)]
+    table += [Case("product", "sjlt", dtype, block=1024) for dtype in ("float32", "bfloat16")]
+    table += [Case("product", "sjlt", block=1024, masked=True), Case("product", "sjlt", block=256)]
     table += [Case("transpose", "sjlt", dtype, block=1024) for dtype in ("float32", "bfloat16")]
     table += [Case("matrix", "sjlt", "float32", block=1024)]
     return [*table, Case("reduce", dtype="float32")]

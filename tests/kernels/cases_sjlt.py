@@ -14,6 +14,8 @@ from fastproj.backends import triton as adapter
 from fastproj.call import Call
 from fastproj.kernels import config, launch, plan
 from fastproj.spec import MatrixKey
+from fastproj.trak.gradients.parts import Product, Workspace
+from fastproj.trak.gradients.sinks import ProjectingSink
 from tests.dense import integers, normals, relative_error, stored
 from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED, known, poisoned_memory
 
@@ -271,6 +273,112 @@ def test_sjlt_long_sums() -> None:
         usual += part @ r.float()
     error = relative_error(project(grads, 16, 16), truth)
     assert error <= 2 * relative_error(usual, truth)
+
+
+# ---- products, sketched as they form -----------------------------------------------------------
+
+# B, T, m, n, K, block, row offset: whole tiles, stretches across tiles, beyond a stretch, few rows
+PRODUCTS = [
+    (2, 5, 3, 64, 130, 64, 0),
+    (1, 33, 17, 70, 64, 64, 37),
+    (1, 3, 2, 130, 200, 128, 2**45 + 63),
+    (1, 1, 2, 600, 1000, 1024, 1000),
+]
+if not INTERPRETED:
+    PRODUCTS += [(8, 128, 768, 768, 4096, 1024, 12345), (33, 70, 1000, 3072, 5000, 512, 0)]
+
+
+def factors(B: int, T: int, m: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    low = torch.finfo(dtype).bits == 16  # products of 4 bits each are exact in it
+    left, right = integers((B, T, m)), integers((B, T, n), seed=1)
+    return tuple((t % 5 if low else t % 33).to(DEVICE, dtype) for t in (left, right))  # type: ignore[return-value]
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(adapter.EPILOGUE_VARIABLE, "1")
+
+
+def projector(K: int, block: int, rows: int, **options: object) -> fastproj.Projector:
+    given = {"seed": 2**63 + 5, "kind": "sjlt", "block": block, "scale": 0.5, "backend": "triton"}
+    return fastproj.Projector(rows, K, **given | options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, torch.float32) for shape in PRODUCTS),
+        *((shape, torch.bfloat16) for shape in PRODUCTS[:1] + PRODUCTS[4:]),
+        (PRODUCTS[0], torch.float16),
+    ],
+    ids=str,
+)
+def test_sjlt_products(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Added to what is there, equal to the projection of the products, whatever the batch."""
+    asked(monkeypatch)
+    B, T, m, n, K, block, offset = shape
+    left, right = factors(B, T, m, n, dtype)
+    ours = projector(K, block, offset + m * n)
+    out = torch.ones((B, K), device=DEVICE)
+    assert ours.add_product(left, right, 3, row_offset=offset, out=out)
+    products = torch.einsum("btm,btn->bmn", left.double(), right.double()).flatten(1)
+    r = of(m * n, K, block, seed=2**63 + 5, stream=3, row_offset=offset)
+    assert torch.equal(out.double(), 1 + 0.5 * (products @ r))
+    some = torch.ones((1, K), device=DEVICE)
+    assert ours.add_product(left[-1:], right[-1:], 3, row_offset=offset, out=some)
+    assert torch.equal(some[0], out[-1])
+
+
+def test_sjlt_products_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN reaches the columns where its rows have entries, and no others: padding has none."""
+    asked(monkeypatch)
+    left, right = factors(1, 2, 3, 70, torch.float32)
+    right[0, 1, 5] = float("nan")
+    out = torch.zeros((1, 256), device=DEVICE)
+    assert projector(256, 256, 210).add_product(left, right, row_offset=0, out=out)
+    r = of(210, 256, 256, seed=2**63 + 5)
+    reached = (r[5::70] != 0).any(0)
+    assert torch.equal(torch.isnan(out[0]), reached)
+
+
+def test_sjlt_products_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = factors(2, 2, 3, 64, torch.float32)
+    out = torch.full((2, 64), 7.0, device=DEVICE)
+    ours = projector(64, 64, 192)
+    assert not ours.add_product(left, right, row_offset=0, out=out)  # nobody asked for it
+    asked(monkeypatch)
+    strided = left.transpose(1, 2).contiguous().transpose(1, 2)
+    far = (64 << 32) - 100
+    for factor, where, other in [
+        (strided, 0, ours),
+        (left.bfloat16(), 0, ours),
+        (left.double(), 0, ours),
+        (left, far, projector(64, 64, far + 192)),
+        (left, 0, projector(64, 16, 192)),
+        (left, 0, projector(64, 2048, 192)),
+        (left, 0, projector(64, 64, 192, backend="reference")),
+    ]:
+        same = right.double() if factor.dtype == torch.float64 else right
+        assert not other.add_product(factor, same, row_offset=where, out=out)
+    assert torch.equal(out, torch.full_like(out, 7.0))
+
+
+def test_sjlt_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient's sink asks for the kernel, and what it can't take goes by pieces."""
+    left, right = factors(2, 3, 5, 64, torch.float32)
+    params = {"bias": torch.zeros(5), "weight": torch.zeros(5, 64), "other": torch.zeros(64, 5)}
+    found = []
+    for value in ("0", "1"):
+        monkeypatch.setenv(adapter.EPILOGUE_VARIABLE, value)
+        sink = ProjectingSink(params, 2, projector(100, 64, 645), 0, {})
+        sink.out = sink.out.to(DEVICE)
+        sink.add("weight", Product(left, right, Workspace()))
+        sink.add("other", Product(right, left.mT.contiguous().mT, Workspace()))
+        sink.close()
+        found.append(sink.out)
+    assert torch.equal(found[0], found[1])
+    assert found[0].abs().sum() > 0
 
 
 # ---- the adjoint -------------------------------------------------------------------------------

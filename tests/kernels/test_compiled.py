@@ -28,6 +28,8 @@ ESSENTIAL = [
     (Case("project", "sjlt", B=8, K=1024, block=256), "sm_80", 6.0),
     (Case("project", "sjlt", B=8, block=1024), "gfx942", None),
     (Case("transpose", "sjlt", block=1024), "sm_80", None),
+    (Case("product", "sjlt", block=1024), "sm_90", None),
+    (Case("product", "sjlt", block=1024, masked=True), "sm_80", None),
     (Case("transpose"), "sm_80", None),
     (Case("project"), "gfx942", None),
 ]
@@ -56,6 +58,9 @@ def check(report: Report) -> None:
     if case.kind == "sjlt":
         if case.operation == "project" and PROMISED:
             assert report.barriers <= 2  # one exchange among threads for four tiles
+        if case.operation == "product" and case.dtype != "float32":
+            unit = UNITS[report.arch]  # wgmma takes no 16 rows
+            assert report.matrix_instruction == unit.removeprefix("wg")
         return
     if case.operation in ("project", "transpose") and case.dtype != "float64":
         assert report.matrix_instruction == UNITS[report.arch]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastproj.factored import FactoredProjector, Sides
 from fastproj.projector import Projector
 from fastproj.trak.gradients import base
-from fastproj.trak.gradients.parts import Part, Piece
+from fastproj.trak.gradients.parts import Part, Piece, Product
 from fastproj.trak.gradients.proof import Evened, Proof, norm, wide
 
 
@@ -89,6 +89,12 @@ class ProjectingSink:
     def add(self, name: str, part: Part) -> None:
         """Project a part piece by piece, or add it to those to be projected at the end."""
         sides = self.sides.get(name)
+        if sides is None and name not in self.summed and isinstance(part, Product):
+            offset = self.offsets[name]
+            if self.projector.add_product(
+                part.left, part.right, self.model_id, row_offset=offset, out=self.out
+            ):
+                return
         for piece in part.pieces() if sides is None else part.compressed(sides):
             if name not in self.summed or piece.rows is not None:
                 self._project(name, piece)
