@@ -16,6 +16,7 @@ from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.spec import KINDS
 from fastproj.trak.curvature import CURVATURES
+from fastproj.trak.inputs import default_kind
 from fastproj.trak.solving.systems import TRAK
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
@@ -50,12 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--proj-dim",
         type=positive,
-        default=2048,
+        default=4096,
         metavar="K",
-        help="dimension of the features (default: 2048)",
+        help="dimension of the features (default: 4096, TRAKer's)",
     )
     parser.add_argument(
-        "--kind", choices=KINDS, default="rademacher", help="of random matrix (default: rademacher)"
+        "--kind", choices=KINDS, help="of random matrix (default: TRAKer's, sjlt from K = 16 on)"
     )
     parser.add_argument(
         "--block", type=positive, metavar="W", help="of kind sjlt (default: by --proj-dim)"
@@ -137,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     try:
+        if options.kind is None:
+            options.kind = default_kind(options.proj_dim, options.block)
         options.block = check_block("--block", options.kind, options.block, options.proj_dim)
     except ValueError as refusal:
         parser.error(str(refusal))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import fastproj
 from fastproj import cli
 from fastproj.commands import plan, rates
 from fastproj.commands.costs import Layers, Run
+from fastproj.trak import TRAKer
 from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.inputs import default_kind
 from tests.trak import cases
 
 WORDS = ["plan", "--model-parameters", "1e5", "--samples", "5e4", "--proj-dim", "64"]
@@ -115,6 +118,13 @@ def test_layers_are_those_of_a_transformer() -> None:
     assert layers.operations(1000) == 2 * 512 * 12 * 12 * 768**2
 
 
+def test_defaults_are_those_of_a_run(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    proj_dim = inspect.signature(TRAKer).parameters["proj_dim"].default
+    kind = default_kind(proj_dim, None)
+    assert cli.main(["plan", "--model-parameters", "1e5", "--samples", "1e3"]) == 0
+    assert f"K = {proj_dim}, {kind} with block 1024," in capsys.readouterr().out
+
+
 def test_text(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*WORDS, "--kind", "sjlt"]) == 0
     out = capsys.readouterr().out
@@ -175,7 +185,7 @@ def test_calls_grow_until_they_take_long_enough(monkeypatch: pytest.MonkeyPatch)
             ["--kind", "sjlt", "--block", "48"],
             "--block: received block=48; expected a power of two",
         ),
-        (["--block", "64"], "only kind='sjlt' has a block"),
+        (["--kind", "gaussian", "--block", "64"], "only kind='sjlt' has a block"),
         (["--samples", "1.5"], "received '1.5'; expected an integer of at least 1"),
         (["--gradient-seconds", "-1"], "received '-1'; expected seconds, above 0"),
         (["--width", "64"], "--width goes with --factored"),
