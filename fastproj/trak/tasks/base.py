@@ -29,7 +29,8 @@ class Terms(NamedTuple):
 
     Outputs are linear in the logits z up to second order, with coefficients a that count as
     constants. ``along`` and ``drawn`` have the values a . z: with logits in place of labels, these
-    are what a regression on the rows would be fitted to.
+    are what a regression on the rows would be fitted to, which lambda is chosen by. Values of 0
+    throughout say nothing of the fit.
 
     output : [B], differentiable.
     slope, curvature, along : [B], constants; curvature is not below 0.
