@@ -36,7 +36,10 @@ UNSURE, CONTRARY = 0.05, 0.25  # share of Q that are no probabilities: less is a
 SATURATED = 1e-3  # Q this near to 1 says nothing of the curvature; nor do all samples where
 BLIND = 0.8  # more than this share of them are so
 FITTED = 0.1  # share of f^T (W f + Q) that must be left of its terms' sizes to trust its ridge
-TYPICAL = 0.5  # lambda, in units of trace / n, where rows and features say nothing
+TYPICAL = 0.5  # lambda, in units of trace / n, where rows and features say nothing;
+UNUSED = (
+    0.05  # times the root of the share of rows that are left to fit, of which this is the least
+)
 COLUMNS = 512  # of an inverse at once
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
@@ -178,9 +181,9 @@ def choose_fisher_lambda(
     than all of the network on all of its labels. Of a regression it is twice that: see
     docs/research/lambda.md.
 
-    The nearer d comes to k or N, the less gamma says. Below TYPICAL times trace / n, which is best
-    in the mean of many problems, it therefore counts to the power of that product only, and that to
-    the power of the rest. Above, too little would cost more than too much.
+    The nearer d comes to k or N, the less gamma says. Below ``TYPICAL sqrt(1 - d / N) trace / n``,
+    which is best in the mean of many problems, it therefore counts to the power of that product
+    only, and that to the power of the rest. Above, too little would cost more than too much.
 
     Parameters
     ----------
@@ -192,10 +195,13 @@ def choose_fisher_lambda(
     least, most = LEAST * trace / samples, MOST * trace
     ridge = agreeing_ridge(gram, moments)
     log_lambda, trust = math.log(TYPICAL * trace / samples), 0.0
-    if ridge is not None and LOWEST < math.log(ridge * gram.k / trace) < HIGHEST:
+    if ridge is not None:
         dimension = effective_dimension(gram.matrix, ridge)
-        free = max(1 - dimension / gram.k, 0.0) * max(1 - dimension / gram.n, 0.0)
-        trust = free * moments.fit_share()
+        left = 1 - dimension / gram.n
+        log_lambda += moments.fit_share() * math.log(max(left, UNUSED)) / 2
+        free = max(1 - dimension / gram.k, 0.0) * max(left, 0.0)
+        inside = LOWEST < math.log(ridge * gram.k / trace) < HIGHEST
+        trust = free * moments.fit_share() if inside else 0.0
         if trust > 0:
             above = math.log(2**residual * MARGIN * ridge / free) - log_lambda
             trust = max(trust, moments.fit_share()) if above > 0 else trust

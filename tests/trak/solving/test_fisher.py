@@ -366,6 +366,26 @@ def test_a_regression_has_up_to_twice_the_ridge(residual, monkeypatch):
     assert choice.lambda_reg == pytest.approx(2**residual * ridge.MARGIN * 40.0 / free)
 
 
+@pytest.mark.parametrize("fitted", [0.0, 0.5, 1.0])
+def test_the_fewer_rows_are_left_to_fit_the_smaller_is_what_is_typical(fitted, monkeypatch):
+    values = torch.tensor([1.0] * 200 + [1e-6] * 300, dtype=torch.float64)
+    gram = Gram(torch.diag(values), 500, 1000, 1e-12)  # the dual's, of 500 rows
+    known = SimpleNamespace(fit_share=lambda: fitted)
+    unit = float(values.sum()) / 500
+    monkeypatch.setattr(ridge, "agreeing_ridge", lambda *_: 1e-4)
+    dimension = ridge.effective_dimension(gram.matrix, 1e-4)  # 200 and a little
+    typical = ridge.TYPICAL * unit * (1 - dimension / 500) ** (fitted / 2)
+    free = (1 - dimension / 500) * (1 - dimension / 1000)
+    gamma = ridge.MARGIN * 1e-4 / free
+    wanted = typical ** (1 - free * fitted) * gamma ** (free * fitted)
+    found = ridge.choose_fisher_lambda(gram, known, 500).lambda_reg
+    assert found == pytest.approx(max(wanted, ridge.LEAST * unit))
+    # Rows that fit at no ridge leave none.
+    monkeypatch.setattr(ridge, "agreeing_ridge", lambda *_: 1e-30)
+    found = ridge.choose_fisher_lambda(gram, known, 500).lambda_reg
+    assert found == pytest.approx(ridge.TYPICAL * unit * ridge.UNUSED ** (fitted / 2))
+
+
 @pytest.mark.parametrize("computer", ["loop", "hooks"])
 def test_rows_dont_depend_on_batches(tmp_path, computer):
     train, made = data(40), []
