@@ -1019,8 +1019,11 @@ class TRAKer:
     def self_influence(self, model_ids: Iterable[int] | None = None) -> npt.NDArray[np.float32]:
         """The score of each training sample on itself, for ``fastproj.trak.mislabel_auc``.
 
-        The diagonal of the n x n scores that the training set has as targets, from the features
-        that are there, without making the others.
+        With ``curvature="fisher"`` it is on the sample's own log-likelihood, ``g (F + lambda I)^-1
+        g`` with g the gradient of it: how well the label is known without the sample is what a
+        wrong one shows. With ``"trak"`` it is on the output, as in TRAK: the diagonal of the n x n
+        scores that the training set has as targets. Either is made from the features that are
+        there, without the other scores.
 
         Parameters
         ----------

@@ -168,6 +168,22 @@ def explicit_fisher(
     return total / len(models)
 
 
+def explicit_own(
+    models: list[nn.Module],
+    train: tuple[Tensor, Tensor],
+    proj_dim: int,
+    lambdas: list[float],
+    fisher: Fisher | None = None,
+) -> Tensor:
+    """What samples do to their own log-likelihoods, at the lambdas of the checkpoints, [n]."""
+    total = torch.zeros(len(train[0]), dtype=torch.float64)
+    for model_id, (model, lambda_reg) in enumerate(zip(models, lambdas, strict=True)):
+        matrix, slopes = fisher_of(model, model_id, train, proj_dim, fisher or Fisher())
+        system = matrix + lambda_reg * torch.eye(proj_dim).double()
+        total += (slopes * torch.linalg.solve(system, slopes.T).T).sum(1)
+    return total / len(models)
+
+
 def small_blocks(setattr: Any = setattr) -> None:
     """Blocks, parts of sums and chunks of targets so small that tests have several of each.
 

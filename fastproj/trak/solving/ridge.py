@@ -37,6 +37,7 @@ SATURATED = 1e-3  # Q this near to 1 says nothing about the curvature.
 BLIND = 0.8  # Where more than this share of Q are so near to 1, none does.
 FITTED = 0.1  # f^T (W f + Q) over the sizes of its terms, at which its ridge is trusted in full
 TYPICAL = 0.5  # lambda, in units of trace / n, where rows and features say nothing
+UNUSED = 0.05  # least share of rows left to fit; TYPICAL goes with its root
 COLUMNS = 512  # of an inverse at once
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
@@ -183,11 +184,11 @@ def choose_fisher_lambda(
     more easily than the whole network fits all its labels. For a regression it is twice that: see
     docs/research/lambda.md.
 
-    The nearer d comes to k or N, the less gamma says. TYPICAL times trace / n is best in the mean
-    of many problems. So a ridge below it is averaged with it, geometrically: the ridge counts to
-    the power of the two factors, TYPICAL to the power of the rest. A ridge above it counts in full,
-    because too little would cost more than too much. As far as the network has not fitted its
-    samples (``Moments.fit_share``), TYPICAL counts instead.
+    The nearer d comes to k or N, the less gamma says. ``TYPICAL sqrt(1 - d / N) trace / n`` is best
+    in the mean of many problems. So a ridge below it is averaged with it, geometrically: the ridge
+    counts to the power of the two factors, the typical value to the power of the rest. A ridge
+    above it counts in full, because too little would cost more than too much. As far as the network
+    has not fitted its samples (``Moments.fit_share``), the typical value counts instead.
 
     Parameters
     ----------
@@ -199,10 +200,13 @@ def choose_fisher_lambda(
     least, most = LEAST * trace / samples, MOST * trace
     ridge = agreeing_ridge(gram, moments)
     log_lambda, trust = math.log(TYPICAL * trace / samples), 0.0
-    if ridge is not None and LOWEST < math.log(ridge * gram.k / trace) < HIGHEST:
+    if ridge is not None:
         dimension = effective_dimension(gram.matrix, ridge)
-        free = max(1 - dimension / gram.k, 0.0) * max(1 - dimension / gram.n, 0.0)
-        trust = free * moments.fit_share()
+        left = 1 - dimension / gram.n
+        log_lambda += moments.fit_share() * math.log(max(left, UNUSED)) / 2
+        free = max(1 - dimension / gram.k, 0.0) * max(left, 0.0)
+        inside = LOWEST < math.log(ridge * gram.k / trace) < HIGHEST
+        trust = free * moments.fit_share() if inside else 0.0
         if trust > 0:
             above = math.log(2**residual * MARGIN * ridge / free) - log_lambda
             trust = max(trust, moments.fit_share()) if above > 0 else trust

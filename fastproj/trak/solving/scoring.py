@@ -92,8 +92,11 @@ def self_scores(
     model_ids: Sequence[int],
     advance: Callable[[int], Any],
 ) -> Tensor:
-    """The score of each training sample on itself, float64 [n]: the diagonal that scores of the
-    training set as targets would have.
+    """The score of each training sample on itself, float64 [n].
+
+    By TRAK's formula that is the diagonal that scores of the training set as targets would have.
+    With the Fisher matrix it is on the sample's log-likelihood: g (F + lambda I)^-1 g, with g its
+    gradient.
     """
     store = systems.store
     total = torch.zeros(store.train_set_size, dtype=torch.float64)
@@ -113,7 +116,7 @@ def self_scores(
         for rows, _, features, _ in feature_stream([reader], blocks):
             inds = torch.from_numpy(rows)
             own = (solution.apply(features) * features.double()).sum(1).cpu()
-            total[inds] += own * q[inds] if own_q else own
+            total[inds] += own * q[inds].square() if own_q else own
             advance(len(rows))
     return total * q_total / len(model_ids) ** 2
 

@@ -30,7 +30,8 @@ class Terms(NamedTuple):
 
     Up to second order, outputs are linear in the logits z, with coefficients a that count as
     constants. ``along`` and ``drawn`` have the values a . z. A regression on the rows, with logits
-    in place of labels, would be fitted to these values.
+    in place of labels, would be fitted to these values; lambda is chosen by them. Where all values
+    are 0, they say nothing about the fit.
 
     output : [B], differentiable.
     slope, curvature, along : [B], constants; curvature is not below 0.

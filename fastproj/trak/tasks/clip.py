@@ -204,6 +204,10 @@ class CLIPModelOutput(BatchedModelOutput):
         f doesn't depend on it, and scores were no better with its gradient (bench.lds, captions).
         That gradient would take another run of the whole model where the scale belongs to no module
         below it.
+
+        Values along rows are 0, so that lambda is what it is where a fit says nothing. The network
+        was fitted to tell apart the pairs of its batches, not those of the simulated batch, and its
+        logits are bounded: on captions the fit gave a lambda 8 times the best (lambda.md).
         """
         others = self._embeddings(model)
         u, v, scale = embed(model, weights, buffers, batch)
@@ -214,7 +218,9 @@ class CLIPModelOutput(BatchedModelOutput):
         to_images = torch.cat([own, v @ others.images.T], 1)
         logits = scale * torch.stack([to_texts, to_images], 1)  # [B, 2, 1 + S]
         right = torch.zeros_like(logits[..., 0], dtype=torch.long)
-        return prediction_terms(logits, right, torch.full_like(logits[..., 0], 0.5), noise)
+        terms = prediction_terms(logits, right, torch.full_like(logits[..., 0], 0.5), noise)
+        drawn = terms.drawn - terms.drawn.detach()
+        return terms._replace(along=torch.zeros_like(terms.along), drawn=drawn)
 
     def _embeddings(self, model: nn.Module) -> Embeddings:
         """The simulated batch of the checkpoint that the model holds now."""

@@ -80,7 +80,7 @@ def test_scores_are_the_formula(tmp_path, monkeypatch, name):
     assert_close(scores, cases.explicit_fisher(models, train, targets, k, lambdas(traker), fisher))
     assert_close(
         traker.self_influence(),
-        cases.explicit_fisher(models, train, train, k, lambdas(traker), fisher).diagonal(),
+        cases.explicit_own(models, train, k, lambdas(traker), fisher),
     )
     top = traker.finalize_scores("test", top_k=3)
     np.testing.assert_array_equal(top.helpful_indices, np.argsort(-scores, 0)[:3].T)
@@ -364,6 +364,26 @@ def test_a_regression_has_up_to_twice_the_ridge(residual, monkeypatch):
     free = (1 - dimension / 500) * (1 - dimension / 10**6)
     choice = ridge.choose_fisher_lambda(gram, sure, 500, residual)
     assert choice.lambda_reg == pytest.approx(2**residual * ridge.MARGIN * 40.0 / free)
+
+
+@pytest.mark.parametrize("fitted", [0.0, 0.5, 1.0])
+def test_the_fewer_rows_are_left_to_fit_the_smaller_is_what_is_typical(fitted, monkeypatch):
+    values = torch.tensor([1.0] * 200 + [1e-6] * 300, dtype=torch.float64)
+    gram = Gram(torch.diag(values), 500, 1000, 1e-12)  # the dual's, of 500 rows
+    known = SimpleNamespace(fit_share=lambda: fitted)
+    unit = float(values.sum()) / 500
+    monkeypatch.setattr(ridge, "agreeing_ridge", lambda *_: 1e-4)
+    dimension = ridge.effective_dimension(gram.matrix, 1e-4)  # 200 and a little
+    typical = ridge.TYPICAL * unit * (1 - dimension / 500) ** (fitted / 2)
+    free = (1 - dimension / 500) * (1 - dimension / 1000)
+    gamma = ridge.MARGIN * 1e-4 / free
+    wanted = typical ** (1 - free * fitted) * gamma ** (free * fitted)
+    found = ridge.choose_fisher_lambda(gram, known, 500).lambda_reg
+    assert found == pytest.approx(max(wanted, ridge.LEAST * unit))
+    # Rows that fit at no ridge leave none.
+    monkeypatch.setattr(ridge, "agreeing_ridge", lambda *_: 1e-30)
+    found = ridge.choose_fisher_lambda(gram, known, 500).lambda_reg
+    assert found == pytest.approx(ridge.TYPICAL * unit * ridge.UNUSED ** (fitted / 2))
 
 
 @pytest.mark.parametrize("computer", ["loop", "hooks"])

@@ -396,8 +396,19 @@ def test_along_and_drawn_have_the_values_of_their_rows_times_the_logits(name):
         torch.testing.assert_close(values.detach(), (by_x(values, x) * x).sum(1).detach())
 
 
-def test_rows_and_values_are_what_a_newton_step_fits(case):
+@pytest.mark.parametrize("name", ["clip", "clip, temperature"])
+def test_the_values_of_pairs_are_0(name):
+    case = CASES[name]()
+    noise, _ = every_draw(case)
+    made = terms_of(case, copies(case, len(noise)), noise)
+    for values in (made.along, made.drawn):
+        torch.testing.assert_close(values.detach(), torch.zeros_like(values))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "clip" not in name])
+def test_rows_and_values_are_what_a_newton_step_fits(name):
     """In expectation, u = J^T v and z . v, with v = (diag p - p p^T) z + e_y - p: see ridge.fit."""
+    case = CASES[name]()
     noise, chance = every_draw(case)
     x = copies(case, len(noise))
     made = terms_of(case, x, noise)
