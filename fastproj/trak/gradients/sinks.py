@@ -15,7 +15,7 @@ from fastproj.factored import FactoredProjector, Sides
 from fastproj.projector import Projector
 from fastproj.trak.gradients import base
 from fastproj.trak.gradients.parts import Part, Piece, Watched
-from fastproj.trak.gradients.proof import Evened, Proof, norm, wide
+from fastproj.trak.gradients.proof import Evened, Proof, norm, norms, wide
 
 
 class Sink(Protocol):
@@ -216,8 +216,7 @@ class Check:
         values, weights, counts = piece.values, self.proof.weights_of(row), self.proof.counts
         samples = slice(None) if piece.rows is None else piece.rows
         weights, counts = weights[samples], counts[samples]
-        size = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
-        self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], size)
+        self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], norms(values))
         if self.proof.infinite:
             finite = torch.isfinite(values).all(1)
             self.finite[samples] &= finite
