@@ -454,6 +454,9 @@ class TRAKer:
         check_terms(terms, len(inds), inds)
         some = chosen if terms.drawn.shape[1] else np.zeros(len(inds), np.bool_)
         parts = [part for part in (new & some, new & ~some) if part.any()]
+        if new.all() and 2 * some.sum() >= len(inds):
+            # Rows of the others, for nothing, cost no more than running parts of the batch again.
+            parts = [new]
         made = []
         for part in parts:
             own = bool((part & some).any())
@@ -463,27 +466,36 @@ class TRAKer:
                 samples = batches.select(samples, places)
             with self._loaded.guarded("featurize", part is parts[-1]):
                 features, *rows = self._features(samples, model_id, inds[part], training=True)
-            on_trust = self._training_computer.on_trust
-            made.append((inds[part], content[part], places, features, rows, on_trust))
+            made.append((part, places, features, rows, self._training_computer.on_trust))
         check_finite_terms(terms, inds)
-        for where, what, places, features, rows, on_trust in made:
-            if rows:  # before the samples: what says that they are done
+        for part, places, features, rows, on_trust in made:
+            drawn = part & some
+            if drawn.any():  # before the samples: what says that they are done
+                kept = torch.from_numpy(some[part]).to(self.device)
                 self.saver.write_shard(
                     model_id,
-                    draws.rows(where).reshape(-1),
-                    what.repeat(len(rows)),
-                    torch.stack(rows, 1).flatten(0, 1),
-                    terms.drawn[places].flatten(),
+                    draws.rows(inds[drawn]).reshape(-1),
+                    content[drawn].repeat(len(rows)),
+                    torch.stack(rows, 1)[kept].flatten(0, 1),
+                    terms.drawn[places[kept]].flatten(),
                     DRAWN,
                     on_trust,
                 )
             columns = {
                 "curvature": terms.curvature[places],
                 "along": terms.along[places],
-                "drawn": torch.full((len(where),), float(len(rows))),
+                "drawn": torch.from_numpy(some[part] * float(len(rows))).float(),
             }
-            slope = terms.slope[places]
-            self.saver.write_shard(model_id, where, what, features, slope, None, on_trust, columns)
+            self.saver.write_shard(
+                model_id,
+                inds[part],
+                content[part],
+                features,
+                terms.slope[places],
+                None,
+                on_trust,
+                columns,
+            )
 
     def _is_mine(
         self, function: str, batch: tuple[Any, ...], inds: Indices, num_samples: Any

@@ -92,6 +92,23 @@ def test_fewer_samples_than_dimensions_in_several_processes(tmp_path, server):
     assert_same(*found)
 
 
+def test_factored_gradients_in_several_processes(tmp_path, server):
+    """Bit for bit, also where a process was killed and the run begun again."""
+    options = {"factored": 3, "proj_dim": 32}
+    found = []
+    for place, size, die in (("one", 1, None), ("two", 2, None), ("killed", 2, [1, "featurize"])):
+        folder = tmp_path / place
+        folder.mkdir()
+        if die is not None:
+            codes = [1, -signal.SIGKILL]
+            run(server, folder, size, codes=codes, die=die, options=options)
+        run(server, folder, size, options=options)
+        found.append(results(folder))
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+    assert np.abs(found[0][0]).max() > 0
+
+
 def test_beside_a_process_group_that_carries_nothing(tmp_path, server, whole):
     """As beside nccl: what goes between TRAKer's processes has a group of its own."""
     _, batches = run(server, tmp_path, 2, backend="fake")

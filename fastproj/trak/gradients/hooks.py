@@ -249,13 +249,14 @@ class HookGradientComputer(AbstractGradientComputer):
             sinks[number].add(name, Piece(0, values))
         for sink in sinks:
             sink.close()
+        whole = proof is None or proof.finite()
         if check is not None:
             self._judge(check, recorder.eps)
             evened = check.evened(recorder.eps)
             if evened is not None:
-                del recorder, out, leaves
+                del recorder, out, leaves, sinks, proof, check  # before the same comes again
                 self._check_evenly(batch, evened)
-        if proof is None or proof.finite():
+        if whole:
             self._remember(structure)
 
     def _judge(self, check: Check, eps: float) -> None:

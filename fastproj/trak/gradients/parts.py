@@ -10,9 +10,9 @@ A piece may lie in a workspace. Use it before you ask for the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,8 +43,18 @@ class Workspace:
         return self._buffers[key][:count].view(shape)
 
 
+Take = Callable[[Tensor, Tensor], bool]  # of the factors [B, T, m] and [B, T, n] of a product
+
+
 class Part(Protocol):
     """A summand of the gradient by one parameter."""
+
+    @property
+    def few_rows(self) -> bool:
+        """Whether it is of a few rows of a large table."""
+
+    def as_product(self, take: Take) -> bool:
+        """Give a product's factors to ``take``. False where there are none or it takes none."""
 
     def pieces(self) -> Iterator[Piece]:
         """The summand, as pieces of the flattened gradient."""
@@ -64,6 +74,15 @@ class Piece(NamedTuple):
     values: Tensor
     rows: Tensor | None = None
 
+    @property
+    def few_rows(self) -> bool:
+        """It is, where it is of some samples alone."""
+        return self.rows is not None
+
+    def as_product(self, take: Take) -> bool:
+        """It is none."""
+        return False
+
     def pieces(self) -> Iterator[Piece]:
         """Itself."""
         yield self
@@ -81,6 +100,11 @@ class Product:
     left: Tensor
     right: Tensor
     work: Workspace
+    few_rows: ClassVar[bool] = False
+
+    def as_product(self, take: Take) -> bool:
+        """Its two factors."""
+        return take(self.left, self.right)
 
     def pieces(self) -> Iterator[Piece]:
         """Some rows of the [m, n] at a time."""
@@ -111,6 +135,11 @@ class Lookup:
     ids: Tensor
     g: Tensor
     counted: Tensor
+    few_rows: ClassVar[bool] = True
+
+    def as_product(self, take: Take) -> bool:
+        """It is none."""
+        return False
 
     def pieces(self) -> Iterator[Piece]:
         """Only the rows that a sample looks up, each once; rows of zeros are left out.
@@ -171,6 +200,11 @@ class Patches:
     x: Tensor
     g: Tensor
     work: Workspace
+    few_rows: ClassVar[bool] = False
+
+    def as_product(self, take: Take) -> bool:
+        """It is none."""
+        return False
 
     def pieces(self) -> Iterator[Piece]:
         """Some output channels of one group at a time, or some whole groups."""
@@ -238,6 +272,39 @@ class Patches:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = self.x.flatten(0, 1)
         return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+
+@dataclass
+class Watched:
+    """A part that is looked at, ``look(piece)``, when it has been used."""
+
+    part: Part
+    look: Callable[[Piece], None]
+
+    @property
+    def few_rows(self) -> bool:
+        """As of the part."""
+        return self.part.few_rows
+
+    def as_product(self, take: Take) -> bool:
+        """That of the part, which is formed besides."""
+        if not self.part.as_product(take):
+            return False
+        for piece in self.part.pieces():
+            self.look(piece)
+        return True
+
+    def pieces(self) -> Iterator[Piece]:
+        """Those of the part."""
+        for piece in self.part.pieces():
+            yield piece
+            self.look(piece)
+
+    def compressed(self, sides: Sides) -> Iterator[Piece]:
+        """That of the part, which is formed besides."""
+        yield from self.part.compressed(sides)
+        for piece in self.part.pieces():
+            self.look(piece)
 
 
 def patches_of(layer: Any, x: Tensor, work: Workspace) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from fastproj.trak.gradients.base import AbstractGradientComputer, dense
 
 MOST_APART = 8  # samples without a finite gradient that are sought in a batch
 UNEVEN = 3e-3  # of the norm of all: the whole gradient of a smaller sample is near the tolerance
+NORM_ENTRIES = 1 << 19  # whose squares are added up at once
 FAINT = 1e-6  # of the largest: smaller gradients may be rounding errors
 
 
@@ -94,16 +95,49 @@ def prove(
     device = next(iter(computer.chosen.values())).device
     weights = weights.to(device)
     order = torch.randperm(size, generator=generator).to(device)
+    parts = [rows for rows in (*order[:alone].split(1), *order[alone:].chunk(2)) if len(rows)]
+
+    def gradient_of(rows: Tensor, take: Callable[[str, Tensor], None]) -> None:
+        shares = None if evened is None else evened.shares[:, rows]
+        weighted_gradient(computer, batch, rows, weights[rows], shares, take)
+
     sums: dict[str, Tensor] = {}
+    odd: set[str] = set()
+
+    def add(name: str, g: Tensor) -> None:
+        if name not in sums:
+            sums[name] = torch.zeros(g.shape, dtype=wide(g), device=g.device)
+        sums[name] += g
+        if not is_finite(g):
+            odd.add(name)
+
+    for rows in parts:
+        gradient_of(rows, add)
+        if odd:
+            break
     counts = torch.ones(size, dtype=torch.bool, device=device)
+    infinite = find_infinite(parts, gradient_of, counts, sums) if odd else set()
+    known = {name: sums[name] for name in computer.names if name in sums}
+    return Proof(weights, known, counts, sorted(infinite), evened)
+
+
+def find_infinite(
+    parts: list[Tensor],
+    gradient_of: Callable[[Tensor, Callable[[str, Tensor], None]], None],
+    counts: Tensor,
+    sums: dict[str, Tensor],
+) -> set[str]:
+    """The parameters by which some sample's gradient isn't finite.
+
+    ``counts`` is made False for these samples, and ``sums`` those of the others.
+    """
+    sums.clear()
     infinite: set[str] = set()
-    parts = [*order[:alone].split(1), *order[alone:].chunk(2)]
+    parts = list(parts)
     while parts:
         rows = parts.pop(0)
-        if not len(rows):
-            continue
-        shares = None if evened is None else evened.shares[:, rows]
-        found = weighted_gradient(computer, batch, rows, weights[rows], shares)
+        found: dict[str, Tensor] = {}
+        gradient_of(rows, found.__setitem__)
         odd = {name for name, g in found.items() if not is_finite(g)}
         few = int((~counts).sum()) < MOST_APART
         if odd and few and len(rows) > 1:
@@ -118,8 +152,7 @@ def prove(
                 sums[name] = torch.zeros(g.shape, dtype=wide(g), device=g.device)
             if bool(counts[rows].all()):
                 sums[name] += g
-    known = {name: sums[name] for name in computer.names if name in sums}
-    return Proof(weights, known, counts, sorted(infinite), evened)
+    return infinite
 
 
 def weighted_gradient(
@@ -128,22 +161,31 @@ def weighted_gradient(
     rows: Tensor,
     weights: Tensor,
     shares: Tensor | None,
-) -> dict[str, Tensor]:
-    """The gradient of ``sum weights[i] shares[r, i] f_r(z_i)`` over some samples of a batch, all
-    at once; shares of None are ``shares_of``.
+    take: Callable[[str, Tensor], None],
+) -> None:
+    """Pass on the gradient of ``sum weights[i] shares[r, i] f_r(z_i)`` over some samples of a
+    batch, all at once: ``take(name, g)`` of each parameter that it depends on, when it is found;
+    nothing holds on to it. Shares of None are ``shares_of``.
     """
     part = batches.select(batch, rows)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
         out = computer.outputs(chosen, part)  # [B], or [R, B] of ``SeveralOutputs``
-        if not out.requires_grad:
-            return {}
-        if shares is None:
-            counted = torch.tensor(shares_of(out.numel() // len(rows)), device=out.device)
-            shares = counted.double().unsqueeze(1)
-        slopes = (shares * weights).to(out.dtype).view_as(out)
-        grads = torch.autograd.grad(out, list(chosen.values()), slopes, allow_unused=True)
-    return {n: dense(g) for n, g in zip(chosen, grads, strict=True) if g is not None}
+    if not out.requires_grad:
+        return
+    if shares is None:
+        counted = torch.tensor(shares_of(out.numel() // len(rows)), device=out.device)
+        shares = counted.double().unsqueeze(1)
+    slopes = (shares * weights).to(out.dtype).view_as(out)
+
+    def arrived(name: str, leaf: Tensor) -> None:
+        g, leaf.grad = leaf.grad, None
+        assert g is not None
+        take(name, dense(g))
+
+    for name, leaf in chosen.items():
+        leaf.register_post_accumulate_grad_hook(partial(arrived, name))
+    out.backward(slopes, inputs=list(chosen.values()))
 
 
 def shares_of(rows: int) -> list[float]:
@@ -152,13 +194,21 @@ def shares_of(rows: int) -> list[float]:
 
 
 def is_finite(t: Tensor) -> bool:
-    """Whether all entries are."""
-    return bool(torch.isfinite(t).all())
+    """Whether all entries are; without a copy of them."""
+    return not t.numel() or bool(torch.isfinite(torch.stack(t.aminmax())).all())
 
 
 def norm(t: Tensor) -> float:
     """The norm of a tensor of any magnitude: squares of 1e-25 or 1e25 are not float32's."""
-    return float(torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float64)))
+    return float(norms(t.reshape(1, -1)))
+
+
+def norms(t: Tensor) -> Tensor:
+    """Those of the rows of [b, n], float64 [b]."""
+    dtype = torch.promote_types(t.dtype, torch.float64)  # of which PyTorch makes a copy
+    parts = t.split(max(1, NORM_ENTRIES // max(1, len(t))), 1)
+    found = [torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in parts]
+    return torch.linalg.vector_norm(torch.stack(found), dim=0)
 
 
 def wide(t: Tensor) -> torch.dtype:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 from torch.utils import _pytree as pytree
 
 from fastproj.trak.gradients.attention import no_fast_path
@@ -19,7 +18,7 @@ from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError, by_sample, tree_shapes
 from fastproj.trak.gradients.local import local_gradients
 from fastproj.trak.gradients.parts import Part, Workspace
-from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.rules import embedding, rule_for
 from fastproj.trak.gradients.sinks import Sink
 from fastproj.trak.tasks.training import SeveralOutputs
 
@@ -174,12 +173,9 @@ class Recorder:
         tensors: list[Tensor] = []
         places: list[int] = []
         dims: list[BatchDim] = []
-        several = sum(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves) > 1
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or not leaf.requires_grad:
                 continue
-            if several:  # one output may be made from another, whose gradient would hold its own
-                leaves[i] = leaf = leaf.clone()
             where = layout.outputs[i]
             if where is SHARED:  # as embeddings of positions are: one for each sample
                 own = leaf.shape[1:] if leaf.shape[0] == 1 else leaf.shape
@@ -200,9 +196,10 @@ class Recorder:
             self.work,
             autocast_of(leaves),
         )
-        self.uses.update(set(owned.names.values()))
+        if not looks_up(owned):
+            self.uses.update(owned.names.values())
 
-        def done(grads: Any) -> None:
+        def done(*grads: Tensor | None) -> None:
             assert self._sink is not None
             given = [
                 None if g is None else by_sample(g, where, self.size)
@@ -216,9 +213,39 @@ class Recorder:
             if self._last:
                 call.arguments = ((), {})  # let go of the activations
 
-        if tensors:
-            register_multi_grad_hook(tensors, done, mode="all")
+        # ``done`` must not lead to ``tensors``: a graph that its own hooks lead to is never freed.
+        if len(tensors) == 1:
+            tensors[0].register_hook(done)
+        elif tensors:
+            for i, leaf in zip(places, Together.apply(done, *tensors), strict=True):
+                leaves[i] = leaf
         return pytree.tree_unflatten(leaves, spec)
+
+
+class Together(torch.autograd.Function):
+    """Copies of several tensors, and a call with the gradients by all of them at once.
+
+    Copies, for one tensor may be made from another, whose gradient would hold its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, done: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """[...] each, as they are."""
+        ctx.done = done
+        ctx.set_materialize_grads(False)
+        return tuple(t.clone() for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients as they are; None by what nothing depends on."""
+        ctx.done(*grads)
+        return None, *grads
+
+
+def looks_up(owned: Owned) -> bool:
+    """Whether the gradient by a module's parameters is of a few of their rows."""
+    rule = rule_for(owned.module, set(owned.names))
+    return rule is not None and rule.parts is embedding
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -13,8 +14,8 @@ from torch import Tensor
 from fastproj.factored import FactoredProjector, Sides
 from fastproj.projector import Projector
 from fastproj.trak.gradients import base
-from fastproj.trak.gradients.parts import Part, Piece, Product
-from fastproj.trak.gradients.proof import Evened, Proof, norm, wide
+from fastproj.trak.gradients.parts import Part, Piece, Watched
+from fastproj.trak.gradients.proof import Evened, Proof, norm, norms, wide
 
 
 class Sink(Protocol):
@@ -51,7 +52,12 @@ class ProjectingSink:
     """Their projection, [B, proj_dim]: each piece is projected with its row offset and let go.
 
     The matrix of a parameter costs as much as its gradients to multiply by, so those of a
-    parameter that is used several times (``uses``) are summed first where GRAD_BYTES allow it.
+    parameter that is used several times are summed first, for as many as GRAD_BYTES allow.
+
+    Parameters
+    ----------
+    uses : how many parts there will be of a parameter, at most; but for those of embeddings, which
+        are a few rows and not worth a sum.
     """
 
     def __init__(
@@ -79,34 +85,43 @@ class ProjectingSink:
         self.out = first.new_zeros(
             size, projector.proj_dim, dtype=torch.float64 if wide else torch.float32
         )
-        self.summed = {
-            name
-            for name, count in uses.items()
-            if count > 1 and size * self.sizes[name] * self.out.element_size() <= base.GRAD_BYTES
-        }
+        self.to_come: dict[str, int] = {}  # parts, of the parameters whose parts are summed
+        left = base.GRAD_BYTES
+        for name, count in uses.items():
+            needed = size * self.sizes[name] * self.out.element_size()
+            if count > 1 and needed <= left:
+                self.to_come[name] = count
+                left -= needed
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, part: Part) -> None:
-        """Project a part piece by piece, or add it to those to be projected at the end."""
+        """Project a part piece by piece, or add it to those to be projected with the last one."""
         sides = self.sides.get(name)
-        if sides is None and name not in self.summed and isinstance(part, Product):
-            offset = self.offsets[name]
-            if self.projector.add_product(
-                part.left, part.right, self.model_id, row_offset=offset, out=self.out
-            ):
-                return
+        summed = name in self.to_come and not part.few_rows
+        if sides is None and not summed and part.as_product(partial(self._add_product, name)):
+            return
         for piece in part.pieces() if sides is None else part.compressed(sides):
-            if name not in self.summed or piece.rows is not None:
+            if not summed:
                 self._project(name, piece)
                 continue
             if name not in self.sums:
                 self.sums[name] = piece.values.new_zeros(len(self.out), self.sizes[name])
             self.sums[name][:, piece.start : piece.start + piece.values.shape[1]] += piece.values
+        if summed:
+            self.to_come[name] -= 1
+            if not self.to_come[name]:
+                self._project(name, Piece(0, self.sums.pop(name)))
 
     def close(self) -> None:
-        """Project the sums."""
+        """Project the sums of which fewer parts came."""
         for name in list(self.sums):
             self._project(name, Piece(0, self.sums.pop(name)))
+
+    def _add_product(self, name: str, left: Tensor, right: Tensor) -> bool:
+        offset = self.offsets[name]
+        return self.projector.add_product(
+            left, right, self.model_id, row_offset=offset, out=self.out
+        )
 
     def _project(self, name: str, piece: Piece) -> None:
         values = piece.values
@@ -169,14 +184,7 @@ class RowSink:
 
     def add(self, name: str, part: Part) -> None:
         """One more part of the gradient by the parameter ``name``."""
-        if isinstance(self.sink, ProjectingSink) and self.sink.sides:  # which doesn't form it
-            self.sink.add(name, part)
-            for piece in part.pieces():
-                self.check.compare(name, piece, self.row)
-        else:
-            for piece in part.pieces():
-                self.sink.add(name, piece)
-                self.check.compare(name, piece, self.row)
+        self.sink.add(name, Watched(part, partial(self.check.compare, name, row=self.row)))
 
     def close(self) -> None:
         """There are no more parts."""
@@ -184,10 +192,12 @@ class RowSink:
 
 
 class NoSink:
-    """Takes parts that nobody wants."""
+    """Takes parts that nobody wants but to look at."""
 
     def add(self, name: str, part: Part) -> None:
-        """Let go of it."""
+        """Form it, and let go of it."""
+        for _ in part.pieces():
+            pass
 
     def close(self) -> None:
         """Nothing is left to do."""
@@ -214,8 +224,7 @@ class Check:
         values, weights, counts = piece.values, self.proof.weights_of(row), self.proof.counts
         samples = slice(None) if piece.rows is None else piece.rows
         weights, counts = weights[samples], counts[samples]
-        size = torch.linalg.vector_norm(values, dim=1, dtype=torch.float64)
-        self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], size)
+        self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], norms(values))
         if self.proof.infinite:
             finite = torch.isfinite(values).all(1)
             self.finite[samples] &= finite

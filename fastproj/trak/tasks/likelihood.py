@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastproj.trak.tasks.base import Terms
-from fastproj.trak.tasks.margin import margins
+from fastproj.trak.tasks.contrasts import contrasts
 
 UNIFORM, OWN_SIGN, OTHER_SIGN = range(3)  # of the last dimension of noise
 
@@ -37,12 +37,11 @@ def class_terms(logits: Tensor, labels: Tensor, noise: Tensor) -> Terms:
 
     For two classes there is one other, and nothing to draw.
     """
-    z = at_least_single(logits)
-    f = margins(z, labels)
-    q, p = torch.sigmoid(-f.detach()), torch.sigmoid(f.detach())
-    two = z.shape[-1] == 2
+    two = logits.shape[-1] == 2
     draws = 0 if two else noise.shape[1]
-    own, mean, others = contrasts(z, labels, noise[:, :draws, 0, UNIFORM])
+    own, rest, mean, others = contrasts(logits, labels, noise[:, :draws, 0, UNIFORM])
+    f = own - rest
+    q, p = torch.sigmoid(-f.detach()), torch.sigmoid(f.detach())
     scale = (q / max(draws, 1)).sqrt().unsqueeze(-1)
     drawn = scale * (others - mean.unsqueeze(-1))
     curvature = p * q if two else q  # p q + q^2
@@ -54,14 +53,13 @@ def prediction_terms(logits: Tensor, labels: Tensor, weights: Tensor, noise: Ten
 
     logits [B, T, C], labels [B, T], weights [B, T] (0: not there), noise [B, d, T, 3].
     """
-    z = at_least_single(logits)
-    weights, noise = weights.to(z.dtype), noise.to(z.dtype)
     there = weights > 0
     labels = torch.where(there, labels, 0)
-    f = margins(z.detach(), labels)
-    q, p = torch.sigmoid(-f), torch.sigmoid(f)
-    log_p = z.log_softmax(-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
-    own, mean, others = contrasts(z, labels, noise[..., UNIFORM].mT)  # [B, T], and [B, T, d]
+    own, rest, mean, others = contrasts(logits, labels, noise[..., UNIFORM].mT)  # and [B, T, d]
+    weights, noise = weights.to(own.dtype), noise.to(own.dtype)
+    f = own - rest
+    q, p = torch.sigmoid(-f.detach()), torch.sigmoid(f.detach())
+    log_p = log_sigmoid(f)
     of_own = (weights * p * q).sqrt().unsqueeze(-1) * noise[..., OWN_SIGN].mT  # [B, T, d]
     of_other = (weights * q).sqrt().unsqueeze(-1) * noise[..., OTHER_SIGN].mT
     rows = of_own * (own - mean).unsqueeze(-1) + of_other * (others - mean.unsqueeze(-1))
@@ -85,29 +83,13 @@ def log_odds_terms(log_odds: Tensor, noise: Tensor) -> Terms:
     rows = signs * ((p * q).sqrt() * f).unsqueeze(1)
     drawn = rows.sum(-1) / max(noise.shape[1], 1) ** 0.5
     along = (q * f.detach()).sum(1)
-    output = -F.softplus(-f).sum(1)  # logsigmoid, whose backward vmap has no rule for
+    output = log_sigmoid(f).sum(1)
     return Terms(output, torch.ones_like(along), torch.ones_like(along), along, drawn)
 
 
-def contrasts(z: Tensor, labels: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z_y, pi . z, z_c): of the label, on average over the others, and of others that are drawn.
-
-    z : [..., C]. labels : [...]. uniform : [..., d], in 0..1. pi counts as a constant.
-    Returns [...], [...] and [..., d]; class c is drawn from pi by the inverse of its distribution.
-    """
-    index = labels.long().unsqueeze(-1)
-    others = z.detach().scatter(-1, index, -torch.inf).softmax(-1)  # pi
-    mean = torch.where(others > 0, others * z, 0.0).sum(-1)  # a logit may be -inf
-    own = z.gather(-1, index).squeeze(-1)
-    if not uniform.shape[-1]:
-        return own, mean, z.new_zeros(uniform.shape)
-    below = others.cumsum(-1)
-    last = below[..., -1]
-    picked = [
-        (below <= (u.to(z.dtype) * last).unsqueeze(-1)).sum(-1).clamp(max=z.shape[-1] - 1)
-        for u in uniform.unbind(-1)
-    ]
-    return own, mean, z.gather(-1, torch.stack(picked, -1))
+def log_sigmoid(f: Tensor) -> Tensor:
+    """As PyTorch's, whose backward vmap has no rule for."""
+    return -F.softplus(-f, threshold=40)  # from there on it is linear to float64
 
 
 def at_least_single(logits: Tensor) -> Tensor:

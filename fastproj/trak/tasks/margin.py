@@ -10,12 +10,14 @@ from torch import Tensor
 from fastproj.checks import describe
 from fastproj.trak import batches
 from fastproj.trak.tasks.base import is_index
+from fastproj.trak.tasks.contrasts import contrasts
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
     """``log(p / (1 - p))`` of each label: its logit minus the logsumexp of the other logits.
 
-    ``p`` is the softmax probability of the label (arXiv 2303.14186, section 3.3).
+    ``p`` is the softmax probability of the label (arXiv 2303.14186, section 3.3). It can be
+    differentiated once; of the logits it keeps no copy.
 
     Parameters
     ----------
@@ -26,9 +28,8 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     -------
     [...], dtype of the logits.
     """
-    index = labels.long().unsqueeze(-1)  # [..., 1]
-    correct = logits.gather(-1, index).squeeze(-1)
-    return correct - logits.scatter(-1, index, -torch.inf).logsumexp(-1)
+    found = contrasts(logits, labels)
+    return (found.own - found.rest).to(logits.dtype)
 
 
 def logits_of_classes(logits: Tensor, labels: Tensor) -> Tensor:

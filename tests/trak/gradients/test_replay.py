@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastproj import TRAKer
+from fastproj.trak import Fisher
 from fastproj.trak.gradients import HookGradientComputer, hooks
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.tasks import ImageClassificationModelOutput
@@ -66,6 +68,50 @@ def test_a_batch_like_one_before_costs_one_forward(curvature, computer, tmp_path
             assert model.calls - before == 1
         stores[way] = torch.from_numpy(traker.finalize_scores("t").copy())
     torch.testing.assert_close(stores[computer], stores["loop"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("computer", ["hooks", "loop"])
+def test_a_batch_that_rows_are_drawn_for_in_part_costs_one_forward(computer, tmp_path, monkeypatch):
+    """But where they are few; what is kept is the same as of two batches."""
+    monkeypatch.setattr(hooks, "worth_a_proof", lambda number: number == 1)
+    n = 96
+    images, labels = batch_of(n, 0)
+    stores = []
+    for way in ("mixed", "apart"):
+        model = Counting().eval()
+        traker = TRAKer(
+            model,
+            "image_classification",
+            n,
+            tmp_path / way,
+            proj_dim=16,
+            gradient_computer=computer,
+            curvature=Fisher(samples=n // 2, draws=2),
+            use_half_precision=False,
+        )
+        traker.load_checkpoint(model.state_dict(), 0)
+        is_drawn = traker.has_drawn_rows(range(n))
+        drawn, others = np.flatnonzero(is_drawn), np.flatnonzero(~is_drawn)
+        assert len(drawn) == len(others) == n // 2
+        calls = []
+        for start in range(0, n // 2, 8):
+            few = 3 if start >= 24 else 5  # of the batch's eight
+            one, other = drawn[start : start + 8], others[start : start + 8]
+            mixed = [np.r_[other[few:], one[:few]], np.r_[one[few:], other[:few]]]
+            for inds in mixed if way == "mixed" else (one, other):
+                before = model.calls
+                traker.featurize((images[inds], labels[inds]), inds=inds)
+                calls.append((2 * is_drawn[inds].sum() >= 8, model.calls - before))
+        if (way, computer) == ("mixed", "hooks"):
+            assert {count for many, count in calls[4:] if many} == {1}
+            assert {count for many, count in calls[8:] if not many} == {3}
+        traker.finalize_features()
+        traker.start_scoring_checkpoint("t", model.state_dict(), 0, 5)
+        traker.score(batch_of(5, 1), num_samples=5)
+        scores = torch.from_numpy(traker.finalize_scores("t").copy())
+        stores.append((traker.saver.matrix(0), scores))
+    for mixed, apart in zip(*stores, strict=True):
+        torch.testing.assert_close(mixed, apart, rtol=1e-4, atol=1e-6)
 
 
 def test_a_wrong_label_is_named_before_the_gradients_meet_it(tmp_path):
