@@ -22,7 +22,7 @@ CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu c
     csrc/cuda/*.cpp bench/*.cu tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py build_cuda.py build_machine_code.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all compat sanitize bench figures wheels wheels-check arm64 gpu docs docs-links format clean
+.PHONY: help demo test lint unit test-all compat sanitize bench figures notebooks wheels wheels-check arm64 gpu docs docs-links format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
@@ -32,6 +32,7 @@ help:
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
 	@echo "make figures   write the numbers and pictures of the README and the pages from bench/results/"
+	@echo "make notebooks run the notebooks of examples/ and store their outputs"
 	@echo "make wheels    the sdist and manylinux wheels for every Python found, into dist/; wheels-check tries them"
 	@echo "make arm64     kernels compiled for ARM64 and macOS, and their tests under qemu"
 	@echo "make gpu       all that needs a GPU, in four calls: gpu-first (build, half a minute of questions, targets), gpu-tests,"
@@ -90,7 +91,7 @@ unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 # The slow ones come one at a time: some need many gigabytes.
-test-all: test
+test-all: test $(VENV)/.notebooks
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 # Many packages that nothing else here needs: they stay out of $(VENV). Two go without their dependencies, see pyproject.toml.
@@ -126,6 +127,14 @@ bench: $(VENV)/.bench
 
 figures: $(VENV)/.bench
 	$(BIN)/python -m bench.figures
+
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python docs/run_notebooks.py examples/*.ipynb
+
+$(VENV)/.notebooks: $(VENV)/.test
+	@echo "== installing what runs notebooks into $(VENV)"
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,notebooks]"
+	@touch $@
 
 # FASTPROJ_CUDA_ARCHS and CUDA_HOME choose GPUs and nvcc. WHEELS_ARGS="--no-cuda --pythons 3.12" for less.
 WHEELS_ARGS ?=
@@ -279,5 +288,5 @@ format: $(VENV)/.test
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f fastproj/*.so fastproj/_build_info.py $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.wheels
+	rm -f fastproj/*.so fastproj/_build_info.py $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.wheels $(VENV)/.notebooks
 	find fastproj kernels tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

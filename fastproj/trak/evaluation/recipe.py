@@ -165,13 +165,34 @@ def recipe_identity(reference: Any) -> str:
         return f"{recipe_identity(reference.func)} {given}"
     thing = reference if hasattr(reference, "__name__") else type(reference)
     try:
-        source = inspect.getsource(thing).encode()
+        source = source_of(thing).encode()
     except (OSError, TypeError) as error:
         raise RecipeError(
             f"recipe {thing!r}: its source can't be read ({error}), so that a change in it would "
             "go unseen; expected a function or class from a file, or the path of a file"
         ) from error
     return f"{thing.__name__} {digest(source)}"
+
+
+def source_of(thing: Any) -> str:
+    """The source of a function, a module or a class; raises OSError or TypeError without any.
+
+    Python finds no source of a class that was defined in a notebook, only that of its methods. Its
+    attributes are then added.
+    """
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        if not inspect.isclass(thing):
+            raise
+    parts = {name: inspect.unwrap(part) for name, part in vars(thing).items()}
+    parts = {name: getattr(part, "__func__", part) for name, part in parts.items()}
+    methods = [part for part in parts.values() if inspect.isfunction(part)]
+    if not methods:
+        raise OSError("a class without file and methods")
+    others = sorted((name, repr(part)) for name, part in parts.items() if name[:2] != "__")
+    attributes = [pair for pair in others if not inspect.isfunction(parts[pair[0]])]
+    return "".join(map(inspect.getsource, methods)) + str(attributes)
 
 
 def file_identity(path: Path) -> str:

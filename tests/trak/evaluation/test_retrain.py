@@ -6,6 +6,7 @@ import errno
 import fcntl
 import functools
 import itertools
+import linecache
 import multiprocessing
 import os
 import random
@@ -451,6 +452,36 @@ def test_what_partial_fixes_is_part_of_the_recipe():
     assert one == recipe_identity(functools.partial(random_subsets, seed=1))
     assert one != recipe_identity(functools.partial(random_subsets, seed=2))
     assert one.startswith("random_subsets ")
+
+
+def class_of_a_cell(source: str, name: str) -> type:
+    """What a notebook makes of a cell: a class of no file, whose lines Python knows."""
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    scope = {"__name__": "no_module_of_tests"}
+    exec(compile(source, name, "exec"), scope)
+    return scope["Notebook"]
+
+
+def test_a_class_of_a_notebook_is_known_by_its_methods_and_attributes(tmp_path):
+    source = (
+        "class Notebook:\n"
+        "    epochs = 3\n"
+        "    @staticmethod\n"
+        "    def doubled(number): return 2 * number\n"
+        "    def train(self, indices, seed): return self.doubled(len(indices))\n"
+        "    def outputs(self, model): return [model, 1]\n"
+    )
+    found = class_of_a_cell(source, "<cell 1>")
+    masks = random_subsets(24, 3)
+    for recipe in (found, found()):
+        truth = train_subsets(recipe, masks, tmp_path / "out")
+        assert truth.mean.tolist() == [[24, 1]] * 3
+    assert recipe_identity(found) == recipe_identity(class_of_a_cell(source, "<cell 2>"))
+    for number, (old, new) in enumerate({"= 3": "= 4", "2 *": "3 *", ", 1]": ", 2]"}.items()):
+        other = class_of_a_cell(source.replace(old, new), f"<cell {3 + number}>")
+        assert recipe_identity(found) != recipe_identity(other)
+    with pytest.raises(RecipeError, match="source can't be read"):
+        recipe_identity(class_of_a_cell("class Notebook: epochs = 3\n", "<cell 9>"))
 
 
 def test_a_recipe_that_does_not_load_says_why(tmp_path):
