@@ -267,7 +267,7 @@ class HookGradientComputer(AbstractGradientComputer):
             raise HooksError(
                 f"hooks: the gradient by {listed(wrong)} is not that of plain autograd; is the "
                 "parameter used outside of its module's forward, are samples mixed, or does "
-                "the model draw random numbers (dropout in training mode)?"
+                "the model draw random numbers (dropout in training mode) or take gradients itself?"
             )
 
     def _check_evenly(self, batch: tuple[Any, ...], evened: Evened) -> None:
