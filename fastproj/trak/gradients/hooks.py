@@ -384,7 +384,9 @@ class HookGradientComputer(AbstractGradientComputer):
         )
         try:
             rows = computer.compute_rows(batch)
-        except (RuntimeError, ValueError) as error:  # vmap can't follow the model
+        except (RuntimeError, ValueError, TypeError) as error:  # vmap can't follow the model
+            if isinstance(error, TypeError) and len(names) == len(self.names):
+                raise  # nothing is left for hooks to do
             warn_loop(self.said, "the whole model", error)
             computer = IterativeGradientComputer(self.model, self.task, grad_wrt=names)
             rows = computer.compute_rows(batch)
