@@ -26,10 +26,12 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     StoreMismatchError,
     batches,
+    estimator,
     progress,
 )
 from fastproj.trak.checkpoints import LoadedModel
 from fastproj.trak.inputs import as_groups
+from fastproj.trak.solving import finalizing
 from fastproj.trak.tasks import resolve_task
 from tests.trak import cases
 
@@ -1278,6 +1280,32 @@ def test_progress_without_logging_is_on_standard_error(monkeypatch, capsys):
         clock[0] = 100
         bar.update(1)
     assert capsys.readouterr().err == "training: 3 of 4 models after 01:40, about 01:40 left\n"
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "trak"])
+@pytest.mark.parametrize("proj_dim", [4, 64])
+def test_progress_ends_where_it_said_it_would(tmp_path, monkeypatch, curvature, proj_dim):
+    """Drawn rows of the Fisher matrix count, too."""
+    bars = []
+
+    def noted(*given):
+        bars.append(progress.ProgressLines(*given))
+        return bars[-1]
+
+    monkeypatch.setattr(estimator, "progress", noted)
+    monkeypatch.setattr(finalizing, "progress", noted)
+    cases.small_blocks(monkeypatch.setattr)
+    images, labels = cases.data(N)
+    traker, states, _ = two_checkpoints(
+        tmp_path, lambda i: (images, labels), proj_dim=proj_dim, curvature=curvature
+    )
+    for i, state in enumerate(states):
+        traker.start_scoring_checkpoint("t", state, i, N)
+        traker.score((images, labels), num_samples=N)
+    traker.finalize_scores("t")
+    traker.self_influence()
+    assert [bar.what for bar in bars] == ["finalising features", "scoring", "self-influence"]
+    assert [bar.n for bar in bars] == [bar.total for bar in bars]
 
 
 def test_loaders_go_in_as_they_are(tmp_path):
