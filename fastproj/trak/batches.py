@@ -22,8 +22,9 @@ SHARED = (str, bytes, int, float, complex, bool, type(None), np.generic)  # the 
 
 COLLATE = " (a list of samples becomes a batch by torch.utils.data.default_collate)"
 OTHER_PARTS = (
-    " (a number that all samples share goes in as int or float; a batch of graphs as an object "
-    "that gives samples out, as torch_geometric.data.Batch does)"
+    " (a number that all samples share goes in as int or float, a tensor [1, ...] that they share "
+    "as t.expand(B, *t.shape[1:]); a batch of graphs as an object that gives samples out, as "
+    "torch_geometric.data.Batch does)"
 )
 
 
@@ -159,10 +160,11 @@ class Lists:
             return self._known.get(path, False)
         name = "".join(f"[{key!r}]" for key in path)
         if not as_parts and not as_samples:
+            cure = COLLATE if tensors else "; what all samples share belongs into the task itself"
             raise ValueError(
                 f"{function}: received batch{name}, a {type(tree).__name__} of {len(tree)}, in a "
                 f"batch of {size} samples; expected {size} entries, one for each sample, or "
-                f"tensors [{size}, ...]{COLLATE}"
+                f"tensors [{size}, ...]{cure}"
             )
         if as_samples and path in self._assumed:
             raise ValueError(
@@ -221,7 +223,8 @@ def holds_samples(batch: Any) -> bool:
 def size_of(function: str, batch: tuple[Any, ...], count: int | None) -> int:
     """B of a batch that is not prepared yet."""
     tensors = [part for part in outer(batch) if isinstance(part, Tensor)]
-    check_shapes(function, tensors, COLLATE if len(batch) in (count, len(tensors) // 2) else "")
+    samples = len(batch) > 1 and all(children(part) is not None for part in batch)
+    check_shapes(function, tensors, COLLATE if samples else "")
     if tensors:
         return int(tensors[0].shape[0])
     for part in outer(batch):
@@ -334,11 +337,15 @@ def refused(function: str, part: Any) -> TypeError:
     array = hasattr(part, "shape") and hasattr(part, "dtype")
     content = f"{list(part.shape)} {part.dtype}" if array else f"{part!r:.60}"
     expected = (
-        "tensors (torch.as_tensor turns an array into one)"
-        if array
-        else "tensors, lists with an entry for each sample, strings, numbers, or an object with "
+        "tensors, lists with an entry for each sample, strings, numbers, or an object with "
         "select(rows) and a length"
     )
+    if array:
+        expected = (
+            "tensors (torch.as_tensor(numpy.asarray(it)) is one)"
+            if getattr(part.dtype, "kind", "f") in "biufc"
+            else "a list with an entry for each sample (it.tolist())"
+        )
     return TypeError(
         f"{function}: received {type(part).__name__} {content} inside the batch; "
         f"expected {expected}"

@@ -5,7 +5,7 @@ loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,13 +70,20 @@ def load_state(
             )
             if keys
         ]
-        wrt = set(grad_wrt)
-        partial = strict and not unknown and not shapes and not wrt & set(lacking)
+        inside = bool(checkpoint) and not unknown and not shapes
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        rest = ""
+        if inside and strict and not set(grad_wrt) & set(lacking):
+            rest = ", or strict=False where the model holds the rest already"
+        elif inside and trained and not trained & set(lacking):
+            rest = (
+                ", or strict=False of a TRAKer(grad_wrt='trainable'), where the model holds the "
+                "rest already, which wasn't trained"
+            )
         raise ValueError(
             f"{function}: received a checkpoint that doesn't fit the model ({'; '.join(found)}); "
             f"expected the keys and shapes of model.state_dict()"
-            f"{hint(checkpoint, missing, unknown)}"
-            + (", or strict=False where the model holds the rest already" if partial else "")
+            f"{hint(checkpoint, missing, unknown)}{rest}"
         )
     other = [
         f"{key} of type {type(checkpoint[key]).__name__}"
@@ -127,12 +134,7 @@ def with_adapter_names(
     """
     if all(key in wanted for key in checkpoint):
         return checkpoint
-    names: set[str] = set()
-    for module in model.modules():
-        if isinstance(getattr(module, "peft_config", None), Mapping):
-            active: Any = getattr(module, "active_adapters", None) or module.peft_config
-            names.update(map(str, active() if callable(active) else active))
-    names = names or {"default"}
+    names = adapter_names(model)
     short: dict[str, list[str]] = {}
     for key in wanted:
         parts = key.split(".")
@@ -145,6 +147,23 @@ def with_adapter_names(
         short[key][0] if key not in wanted and len(short.get(key, ())) == 1 else key: value
         for key, value in checkpoint.items()
     }
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """The names of the adapters of a model that are active."""
+    names: set[str] = set()
+    there: set[str] = set()
+    for module in model.modules():
+        configs: Any = getattr(module, "peft_config", None)
+        if isinstance(configs, Mapping):
+            there.update(map(str, configs))
+            try:
+                active: Any = getattr(module, "active_adapters", ())
+                every: Iterable[Any] = active() if callable(active) else active
+                names.update(map(str, every))
+            except ValueError:  # a model of transformers whose adapters peft has put in
+                continue
+    return names or there or {"default"}
 
 
 def hint(checkpoint: Mapping[str, Any], missing: list[str], unknown: list[str]) -> str:

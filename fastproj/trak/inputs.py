@@ -163,7 +163,8 @@ def as_indices(function: str, inds: Any) -> Indices:
         if array.dtype == bool:
             cure = " (a mask over the whole set becomes integers by numpy.flatnonzero)"
         elif array.dtype.kind == "f" and (array == np.floor(array)).all():
-            cure = " (inds.astype(int) of whole numbers)"
+            whole = "inds.long()" if isinstance(inds, Tensor) else "numpy.asarray(inds).astype(int)"
+            cure = f" ({whole} of whole numbers)"
         raise TypeError(
             f"{function}: received inds of dtype {array.dtype}; expected integers, the samples' "
             f"numbers{cure}"
@@ -203,22 +204,29 @@ def as_groups(function: str, groups: Any, reduction: str, total: int) -> Groupin
         raise ValueError(f"{function}: received reduction={reduction!r}; expected 'sum' or 'mean'")
     if groups is None:
         return None
-    array = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
-    renumber = "numpy.unique(groups, return_inverse=True)[1] numbers them so"
-    if array.dtype.kind not in "iu":
-        raise TypeError(
-            f"{function}: received groups of dtype {array.dtype}; expected integers from 0, one "
-            f"for each target ({renumber})"
-        )
+    try:
+        array = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
+    except ValueError as error:  # rows of unequal lengths
+        raise ValueError(f"{function}: received groups that make no array ({error})") from error
     if array.shape != (total,):
+        cure = " (numpy.ravel(groups))" if array.size == total else ""
         raise ValueError(
             f"{function}: received groups {list(array.shape)} for num_targets={total}; expected "
-            f"[{total}], the group of each target"
+            f"[{total}], the group of each target{cure}"
+        )
+    renumber = "numpy.unique(groups, return_inverse=True)[1] numbers them so"
+    if array.dtype.kind not in "iu":
+        sorts = array.dtype.kind in "bUS" or (array.dtype.kind == "f" and not np.isnan(array).any())
+        raise TypeError(
+            f"{function}: received groups of dtype {array.dtype}; expected integers from 0, one "
+            f"for each target{f' ({renumber})' if sorts else ''}"
         )
     if array.min() < 0 or len(np.unique(array)) != array.max() + 1:
+        first = f", {array.min()} as group 0" if array.min() < 0 else ""
         raise ValueError(
             f"{function}: received groups from {array.min()} to {array.max()}, of which "
-            f"{len(np.unique(array))} have a target; expected 0..G-1, each with one ({renumber})"
+            f"{len(np.unique(array))} have a target; expected 0..G-1, each with one "
+            f"({renumber}{first})"
         )
     return array.tolist(), reduction
 

@@ -26,9 +26,12 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     StoreMismatchError,
     batches,
+    estimator,
     progress,
 )
 from fastproj.trak.checkpoints import LoadedModel
+from fastproj.trak.inputs import as_groups
+from fastproj.trak.solving import finalizing
 from fastproj.trak.tasks import resolve_task
 from tests.trak import cases
 
@@ -173,32 +176,110 @@ def test_yes_or_no_tasks_give_their_features_and_q(tmp_path, computer, curvature
     torch.testing.assert_close(traker.saver.matrix(0).double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_token_labels_get_a_hint_that_can_be_obeyed():
-    ids = torch.randint(0, 9, (2, 5))
-    task = resolve_task("causal_lm")
-    counts = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
-    for labels, cure, right in (
-        (counts, "input_ids.masked_fill(~labels, -100)", ids.masked_fill(~counts, -100)),
-        (ids[:, :, None], "labels.squeeze(2)", ids),
-        (ids.float(), "labels.long()", ids),
+TOKENS = torch.randint(0, 9, (2, 5), generator=torch.Generator().manual_seed(0))
+COUNTS = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "cure", "right"),
+    [
+        (
+            "causal_lm",
+            COUNTS,
+            "input_ids.masked_fill(~labels, -100)",
+            TOKENS.masked_fill(~COUNTS, -100),
+        ),
+        ("token_classification", COUNTS, "labels.long()", COUNTS.long()),
+        ("causal_lm", TOKENS[:, :, None], "labels.squeeze(2)", TOKENS),
+        ("seq2seq", TOKENS.float(), "labels.long()", TOKENS),
+    ],
+)
+def test_token_labels_get_a_hint_that_can_be_obeyed(task, labels, cure, right):
+    with pytest.raises(ValueError, match=r"labels .*expected token numbers") as error:
+        resolve_task(task).check_batch(({"input_ids": TOKENS, "labels": labels},))
+    assert f"({cure}" in str(error.value)
+    assert torch.equal(eval(cure, {"labels": labels, "input_ids": TOKENS}), right)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [("seq2seq", COUNTS), ("masked_lm", COUNTS), ("causal_lm", torch.full((2, 5), 0.5))],
+)
+def test_token_labels_get_no_hint_where_none_is_right(task, labels):
+    """The inputs of a seq2seq or masked model are not what it predicts."""
+    with pytest.raises(ValueError, match=r"expected token numbers \[B, T\], int64$"):
+        resolve_task(task).check_batch(({"input_ids": TOKENS, "labels": labels},))
+
+
+def test_ragged_token_labels_are_not_padded_as_tokens_are():
+    ragged = batches.SampleList([[1, 2], [3]])
+    for task, collator in (
+        ("causal_lm", "Seq2Seq"),
+        ("seq2seq", "Seq2Seq"),
+        ("masked_lm", "TokenClassification"),
+        ("token_classification", "TokenClassification"),
     ):
-        with pytest.raises(ValueError, match=r"labels .*expected token numbers") as error:
-            task.check_batch(({"input_ids": ids, "labels": labels},))
-        assert f"({cure}" in str(error.value)
-        assert torch.equal(eval(cure, {"labels": labels, "input_ids": ids}), right)
-    with pytest.raises(ValueError, match=r"expected token numbers.*a padded tensor"):
-        task.check_batch(({"input_ids": ids, "labels": batches.SampleList([[1, 2], [3]])},))
+        expected = f"padded with -100, as transformers.DataCollatorFor{collator}"
+        with pytest.raises(ValueError, match=expected):
+            resolve_task(task).check_batch(({"input_ids": TOKENS, "labels": ragged},))
+    with pytest.raises(ValueError, match="as a tokenizer gives with padding=True"):
+        resolve_task("causal_lm").check_batch(({"input_ids": ragged, "labels": TOKENS},))
 
 
 def test_inds_of_other_dtypes_get_a_hint_only_where_it_is_right(tmp_path):
     traker = cases.make(model := cases.net(), tmp_path, N)
     traker.load_checkpoint(model.state_dict(), 0)
     batch = cases.data(4)
-    for inds, hint in (([0.0, 1.0, 2.0, 3.0], "astype.int."), ([True] * 4, "flatnonzero")):
-        with pytest.raises(TypeError, match=hint):
+    whole, mask = [0.0, 1.0, 2.0, 3.0], [True] * 4
+    for inds, cure in (
+        (whole, "numpy.asarray(inds).astype(int)"),
+        (np.array(whole), "numpy.asarray(inds).astype(int)"),
+        (torch.tensor(whole), "inds.long()"),
+        (mask, "numpy.flatnonzero"),
+        (torch.tensor(mask), "numpy.flatnonzero"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(cure)):
             traker.featurize(batch, inds=inds)
+        call = cure if "inds" in cure else f"{cure}(inds)"
+        assert eval(call, {"inds": inds, "numpy": np}).tolist() == [0, 1, 2, 3]
     with pytest.raises(TypeError, match=r"the samples' numbers$"):
         traker.featurize(batch, inds=[0.5, 1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("part", "cure", "right"),
+    [
+        (np.arange(4), "torch.as_tensor(numpy.asarray(it))", torch.arange(4)),
+        (np.array(3.5), "torch.as_tensor(numpy.asarray(it))", torch.tensor(3.5).double()),
+        (np.array(list("abcd")), "it.tolist()", list("abcd")),
+        (np.array([1, None, "a", 2.5], object), "it.tolist()", [1, None, "a", 2.5]),
+        (torch.ones(1, 3), "t.expand(B, *t.shape[1:])", torch.ones(4, 3)),
+        ([1, 2, 3], None, "what all samples share belongs into the task itself"),
+        (torch.Size([3, 3]), None, "what all samples share belongs into the task itself"),
+    ],
+)
+def test_parts_of_other_forms_get_a_hint_that_can_be_obeyed(part, cure, right):
+    with pytest.raises((TypeError, ValueError)) as error:
+        batches.prepare("featurize", (torch.ones(4, 3), part), torch.device("cpu"))
+    if cure is None:
+        assert str(error.value).endswith(right)
+        return
+    assert cure in str(error.value)
+    obeyed = eval(cure, {"it": part, "t": part, "B": 4, "torch": torch, "numpy": np})
+    if isinstance(right, list):
+        assert obeyed == right
+    else:
+        assert torch.equal(obeyed, right)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_only_a_list_of_samples_is_told_to_be_collated(packed):
+    """Not a dict whose parts have other first dimensions, as packed sequences have."""
+    x, starts = torch.ones(6, 3), torch.tensor([0, 2, 6])
+    batch = {"x": x, "starts": starts} if packed else [{"x": t, "y": t.sum()} for t in x[:2]]
+    with pytest.raises(ValueError, match="share their first dimension") as error:
+        batches.prepare("featurize", batch, torch.device("cpu"), 2)
+    assert ("default_collate" in str(error.value)) != packed
 
 
 def test_a_model_on_the_meta_device_is_filled_only_where_a_checkpoint_can(tmp_path):
@@ -717,9 +798,7 @@ def test_strings_alone(tmp_path):
         return model(batch["text"]).sum(1)
 
     wanted = exact_features(model, lambda i: model(TEXTS[i : i + 1]).sum(), N)
-    assert_any_computer(
-        tmp_path, model, task, {"text": TEXTS}, wanted, refuse=("func", "hooks"), match=""
-    )
+    assert_any_computer(tmp_path, model, task, {"text": TEXTS}, wanted)
 
 
 def test_ragged_tensors_and_dicts_by_sample(tmp_path):
@@ -1056,6 +1135,23 @@ def test_what_is_trainable(tmp_path):
         traker_of(tmp_path, model, "image_classification", grad_wrt="all")
 
 
+def test_a_list_by_sample_costs_no_hooks_where_a_parameter_has_none(tmp_path):
+    """What hooks can't see is taken from the whole model, in a loop where vmap can't follow."""
+    model, (images, labels) = cases.net(), cases.data(N)  # whose gain is no module's own
+
+    def logit(model, batch):
+        return model(torch.stack(batch[0]))[torch.arange(len(batch[0])), batch[1]]
+
+    traker = traker_of(tmp_path, model, logit)
+    traker.load_checkpoint(model.state_dict(), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        traker.featurize((list(images), labels), num_samples=N)
+    assert traker.gradient_computer.name == "hooks"
+    wanted = exact_features(model, lambda i: model(images[i : i + 1])[0, labels[i]], N)
+    torch.testing.assert_close(traker.saver.matrix(0).double(), wanted, rtol=1e-4, atol=1e-5)
+
+
 # ---- groups of targets --------------------------------------------------------------------------
 
 GROUPS = [1, 0, 1, 2, 0, 1, 1]
@@ -1122,6 +1218,31 @@ def test_groups_that_are_none(tmp_path, groups, kind, message):
         traker.start_scoring_checkpoint("t", {}, 0, 3, groups=[0, 0, 1], reduction="max")
 
 
+@pytest.mark.parametrize(
+    ("groups", "cure", "right"),
+    [
+        (["b", "a", "b"], "numpy.unique(groups, return_inverse=True)[1]", [1, 0, 1]),
+        ([-1, 0, 4], "numpy.unique(groups, return_inverse=True)[1]", [0, 1, 2]),
+        (torch.tensor([2.0, 0.5, 2.0]), "numpy.unique(groups, return_inverse=True)[1]", [1, 0, 1]),
+        ([[0], [1], [1]], "numpy.ravel(groups)", [0, 1, 1]),
+        (torch.tensor([[0], [1], [1]]), "numpy.ravel(groups)", [0, 1, 1]),
+        ([None, "a", "b"], None, "dtype object"),
+        ([float("nan"), 1.0, 1.0], None, "dtype float64"),
+        ([[0, 1], [0], [1]], None, "make no array"),
+    ],
+)
+def test_groups_of_other_forms_get_a_hint_that_can_be_obeyed(groups, cure, right):
+    with pytest.raises((TypeError, ValueError), match="received groups") as error:
+        as_groups("start_scoring_checkpoint", groups, "sum", 3)
+    if cure is None:
+        assert right in str(error.value)
+        assert "numpy." not in str(error.value)
+        return
+    assert f"({cure}" in str(error.value)
+    assert ("-1 as group 0" in str(error.value)) == (cure != "numpy.ravel(groups)" and -1 in groups)
+    assert eval(cure, {"groups": groups, "numpy": np}).tolist() == right
+
+
 # ---- progress -----------------------------------------------------------------------------------
 
 
@@ -1159,6 +1280,32 @@ def test_progress_without_logging_is_on_standard_error(monkeypatch, capsys):
         clock[0] = 100
         bar.update(1)
     assert capsys.readouterr().err == "training: 3 of 4 models after 01:40, about 01:40 left\n"
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "trak"])
+@pytest.mark.parametrize("proj_dim", [4, 64])
+def test_progress_ends_where_it_said_it_would(tmp_path, monkeypatch, curvature, proj_dim):
+    """Drawn rows of the Fisher matrix count, too."""
+    bars = []
+
+    def noted(*given):
+        bars.append(progress.ProgressLines(*given))
+        return bars[-1]
+
+    monkeypatch.setattr(estimator, "progress", noted)
+    monkeypatch.setattr(finalizing, "progress", noted)
+    cases.small_blocks(monkeypatch.setattr)
+    images, labels = cases.data(N)
+    traker, states, _ = two_checkpoints(
+        tmp_path, lambda i: (images, labels), proj_dim=proj_dim, curvature=curvature
+    )
+    for i, state in enumerate(states):
+        traker.start_scoring_checkpoint("t", state, i, N)
+        traker.score((images, labels), num_samples=N)
+    traker.finalize_scores("t")
+    traker.self_influence()
+    assert [bar.what for bar in bars] == ["finalising features", "scoring", "self-influence"]
+    assert [bar.n for bar in bars] == [bar.total for bar in bars]
 
 
 def test_loaders_go_in_as_they_are(tmp_path):

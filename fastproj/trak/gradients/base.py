@@ -243,6 +243,11 @@ def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | str | None) -> l
             f"TRAKer: received grad_wrt={grad_wrt!r}, a string; expected a list of parameter "
             'names, or "trainable"'
         )
+    if isinstance(grad_wrt, nn.Module) or not isinstance(grad_wrt, Iterable | None):
+        raise TypeError(
+            f"TRAKer: received grad_wrt of type {type(grad_wrt).__name__}; expected names from "
+            f"model.named_parameters(), such as [{', '.join(map(repr, known[:3]))}]"
+        )
     listed = known if grad_wrt is None else list(grad_wrt)
     odd = [name for name in listed if not isinstance(name, str)]
     if odd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,8 @@ NAMES: dict[str, type[AbstractGradientComputer]] = {
     "func": FunctionalGradientComputer,
     "loop": IterativeGradientComputer,
 }
+# What a line of ours raises only where it is wrong; a model that can't be taken is another kind.
+FAULTS = (AssertionError, NameError, AttributeError, LookupError, TypeError, ArithmeticError)
 
 
 class AutomaticGradientComputer(AbstractGradientComputer):
@@ -123,13 +126,46 @@ class AutomaticGradientComputer(AbstractGradientComputer):
         self._computer = computer
         del self._left[: len(refused)]
         for name, reason in refused:
-            first_line = str(reason).strip().partition("\n")[0]
-            warnings.warn(
-                f"TRAKer: gradient_computer {name!r} can't take this model, {self.name!r} is used "
-                f"instead, which is slower: {type(reason).__name__}: {first_line[:300]}",
-                stacklevel=stack_to_caller(),
-            )
+            warnings.warn(step_down(name, self.name, reason), stacklevel=stack_to_caller())
         return result
+
+
+def step_down(name: str, instead: str, reason: Exception) -> str:
+    """What a user is told where one computer takes the place of another."""
+    first_line = str(reason).strip().partition("\n")[0]
+    error = f"{type(reason).__name__}: {first_line[:300]}".removesuffix(": ")
+    place = own_fault(reason)
+    if place is None:
+        return (
+            f"TRAKer: gradient_computer {name!r} can't take this model, {instead!r} is used "
+            f"instead, which is slower: {error}"
+        )
+    return (
+        f"TRAKer: gradient_computer {name!r} has failed by a fault of fastproj, not of the model: "
+        f"{error} ({place}). {instead!r} is used instead, which is slower; its features are right. "
+        f"Please report it, with the traceback that gradient_computer={name!r} ends in"
+    )
+
+
+def own_fault(error: Exception) -> str | None:
+    """Where fastproj itself is wrong, "file:line in function"; None for any other error.
+
+    Errors of models and tasks come from frames of theirs or of torch. What fastproj says of them by
+    ``raise`` is meant; so is what our tasks trip over, which is what a model has returned.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not isinstance(error, FAULTS):
+        return None
+    code = last.tb_frame.f_code
+    module = str(last.tb_frame.f_globals.get("__name__"))
+    ours = module.startswith("fastproj.") and not module.startswith("fastproj.trak.tasks.")
+    raised = dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    if not ours or (raised and not isinstance(error, AssertionError)):
+        return None
+    path = f"{module.replace('.', '/')}.py"
+    return f"{path}:{last.tb_lineno} in {code.co_name}"
 
 
 def resolve_gradient_computer(given: Any) -> Any:

@@ -268,7 +268,7 @@ class HookGradientComputer(AbstractGradientComputer):
             raise HooksError(
                 f"hooks: the gradient by {listed(wrong)} is not that of plain autograd; is the "
                 "parameter used outside of its module's forward, are samples mixed, or does "
-                "the model draw random numbers (dropout in training mode)?"
+                "the model draw random numbers (dropout in training mode) or take gradients itself?"
             )
 
     def _check_evenly(self, batch: tuple[Any, ...], evened: Evened) -> None:
@@ -385,7 +385,9 @@ class HookGradientComputer(AbstractGradientComputer):
         )
         try:
             rows = computer.compute_rows(batch)
-        except (RuntimeError, ValueError) as error:  # vmap can't follow the model
+        except (RuntimeError, ValueError, TypeError) as error:  # vmap can't follow the model
+            if isinstance(error, TypeError) and len(names) == len(self.names):
+                raise  # nothing is left for hooks to do
             warn_loop(self.said, "the whole model", error)
             computer = IterativeGradientComputer(self.model, self.task, grad_wrt=names)
             rows = computer.compute_rows(batch)
@@ -469,6 +471,8 @@ class HookGradientComputer(AbstractGradientComputer):
             try:
                 with Recorder(some, SIZES[0], layouts) as recorder:
                     out = recorder.outputs(self, self.chosen, copies)
+                    if reaches_other_samples(out, recorder.repeated):
+                        return True
             except (RuntimeError, ValueError, IndexError, AssertionError):
                 return True
             return not torch.allclose(out, exact, rtol=1e-3, atol=1e-5, equal_nan=True)
@@ -512,6 +516,20 @@ def sees_samples(layout: Layout, shapes: tuple[list[Any], list[Any]]) -> bool:
 def shares(calls: list[Layout]) -> bool:
     """Whether some output of a module is the same for all samples."""
     return any(SHARED in layout.outputs for layout in calls)
+
+
+def reaches_other_samples(out: Tensor, repeated: list[Tensor]) -> bool:
+    """Whether an output of a sample, out [R, B], depends on the part [1, ...] of another one."""
+    if not (out.requires_grad and repeated):
+        return False
+    for sample in range(out.shape[1]):
+        parts = torch.autograd.grad(
+            out[:, sample].sum(), repeated, allow_unused=True, retain_graph=True
+        )
+        for part in parts:
+            if part is not None and bool(part[torch.arange(len(part)) != sample].any()):
+                return True
+    return False
 
 
 def most_hidden(batch: tuple[Any, ...]) -> int | None:

@@ -64,6 +64,7 @@ class Recorder:
         self.shapes: dict[str, list[tuple[list[Any], list[Any]]]] = {}
         self.uses: Counter[str] = Counter()
         self.eps = 0.0  # of the coarsest dtype that the model computed in
+        self.repeated: list[Tensor] = []  # outputs that were shared, one for each sample
         self._calls: Counter[str] = Counter()
         self._anchors: dict[Any, Tensor] = {}
         self._sink: Sink | None = None
@@ -82,6 +83,7 @@ class Recorder:
     def __exit__(self, *exc_info: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self.repeated.clear()  # a graph that its own hooks lead to is never freed
 
     def outputs(
         self, computer: AbstractGradientComputer, weights: Grads, batch: tuple[Any, ...]
@@ -104,6 +106,7 @@ class Recorder:
         leaves : of the graph behind ``outputs``: anchors, and inputs that the model differentiates
             by.
         """
+        self.repeated.clear()  # their memory
         if not leaves:
             return
         for number, (out, sink) in enumerate(zip(outputs, sinks, strict=True), 1):
@@ -180,6 +183,7 @@ class Recorder:
             if where is SHARED:  # as embeddings of positions are: one for each sample
                 own = leaf.shape[1:] if leaf.shape[0] == 1 else leaf.shape
                 leaves[i] = leaf = leaf.expand(self.size, *own).contiguous()
+                self.repeated.append(leaf)
                 where = BatchDim(0, False)
             tensors.append(leaf)
             places.append(i)
@@ -200,7 +204,8 @@ class Recorder:
             self.uses.update(owned.names.values())
 
         def done(*grads: Tensor | None) -> None:
-            assert self._sink is not None
+            if self._sink is None:  # the model takes gradients within its forward
+                return
             given = [
                 None if g is None else by_sample(g, where, self.size)
                 for g, where in zip(grads, dims, strict=True)

@@ -94,8 +94,8 @@ def finalize(
     missing = [i for i in model_ids if not systems.has_gram(i, system[i])]
     # Rank 0's list: it may be writing while others still look.
     todo = ranks.broadcast(STEP, missing)
-    mine = len(todo) * store.train_set_size // ranks.size
-    with progress("finalising features", mine, "sample") as bar:
+    mine = sum(counts[i] for i in todo) // ranks.size
+    with progress("finalising features", mine, "row") as bar:
         for model_id in todo:
             sum_gram(systems, computer, model_id, system[model_id], ranks, bar.update)
     with ranks.barrier(STEP):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from fastproj.checks import describe
 from fastproj.trak import batches
@@ -127,7 +129,21 @@ class BatchedModelOutput(AbstractModelOutput):
 
 def call(model: Any, weights: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:
     """``model(*args, **kwargs)`` with the given weights and buffers in place of its own."""
-    return functional_call(model, (dict(weights or {}), dict(buffers or {})), args, kwargs)
+    return called(model, {**(weights or {}), **(buffers or {})}, args, kwargs)
+
+
+def called(module: nn.Module, tensors: Params, args: Any, kwargs: Any = None) -> Any:
+    """``functional_call``, also of a module that takes gradients itself, as of an energy by
+    positions, where they are off: it is called with them then, and what it returns is detached.
+    """
+    try:
+        return functional_call(module, dict(tensors), args, kwargs)
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        made = functional_call(module, dict(tensors), args, kwargs)
+    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, made)
 
 
 class Holder(nn.Module):
@@ -148,7 +164,7 @@ def holding(
 ) -> Any:
     """``function(*args)`` while the model has the given weights and buffers in place of its own."""
     tensors = {f"model.{name}": t for name, t in {**weights, **buffers}.items()}
-    return functional_call(Holder(model, function), tensors, args)
+    return called(Holder(model, function), tensors, args)
 
 
 def run(

@@ -83,7 +83,7 @@ class TokenModelOutput(BatchedModelOutput):
             if not isinstance(t, Tensor) or not is_index(t) or t.dim() != 2:
                 raise ValueError(
                     f"{self.name}: received {what} {describe(t)}; expected token numbers [B, T], "
-                    f"int64{token_cure(what, t)}"
+                    f"int64{token_cure(self.name, what, t)}"
                 )
         empty = (~(self.targets(labels) != IGNORE_INDEX).any(1)).nonzero()
         if len(empty):
@@ -255,17 +255,27 @@ class TokenClassificationModelOutput(MaskedLMModelOutput):
     name = "token_classification"
 
 
-def token_cure(what: str, t: Any) -> str:
+def token_cure(task: str, what: str, t: Any) -> str:
     """How token numbers [B, T] come from something of another form, or nothing."""
+    by_token = task in ("masked_lm", "token_classification")
     if not isinstance(t, Tensor):
-        return " (a padded tensor, as a tokenizer gives with padding=True, return_tensors='pt')"
+        if what == "input_ids":
+            return " (a padded tensor, as a tokenizer gives with padding=True, return_tensors='pt')"
+        collator = f"DataCollatorFor{'TokenClassification' if by_token else 'Seq2Seq'}"
+        return (
+            f" (a tensor padded with {IGNORE_INDEX}, as transformers.{collator}(tokenizer) makes "
+            "it beside padded input_ids)"
+        )
     if t.dtype == torch.bool and t.dim() == 2 and what == "labels":
-        return f" (input_ids.masked_fill(~labels, {IGNORE_INDEX}) where True marks what counts)"
+        # Elsewhere the inputs aren't what is predicted.
+        if task == "causal_lm":
+            return f" (input_ids.masked_fill(~labels, {IGNORE_INDEX}) where True marks what counts)"
+        return " (labels.long() if these are classes)" if task == "token_classification" else ""
     if t.dim() == 3 and t.shape[2] == 1 and is_index(t):
         return f" ({what}.squeeze(2))"
     if t.dim() == 1 and what == "labels":
         return "; class numbers [B] go with task='text_classification'"
-    if t.dim() == 2 and t.is_floating_point():
+    if t.dim() == 2 and t.is_floating_point() and bool((t == t.round()).all()):
         return f" ({what}.long() if these are token numbers)"
     return ""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from types import FunctionType
+
 import pytest
 import torch
 from torch import nn
@@ -12,10 +15,15 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     IterativeGradientComputer,
 )
+from fastproj.trak.gradients import AutomaticGradientComputer, recorder
 from fastproj.trak.gradients import base as module
 from tests.trak import cases
 
 COMPUTERS = [FunctionalGradientComputer, HookGradientComputer, IterativeGradientComputer]
+
+
+def assert_nothing(*_):
+    raise AssertionError
 
 
 def flat(grads):
@@ -114,3 +122,41 @@ def test_sparse_gradients_of_embeddings_are_those_of_dense_ones(computer):
         computer(Bag(sparse), task).compute_per_sample_grad(batch) for sparse in (True, False)
     )
     torch.testing.assert_close(flat(sparse), flat(dense))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda *_: missing_name, "NameError: name 'missing_name' is not defined"),  # noqa: F821
+        (lambda *_: None.shape, "AttributeError: 'NoneType' object has no attribute 'shape'"),
+        (lambda *_: ().index(), "TypeError: "),
+        (assert_nothing, "of the model: AssertionError (fastproj"),
+    ],
+)
+def test_a_fault_of_our_own_is_called_one(fault, said, monkeypatch):
+    """And the run goes on with the next computer, whose gradients are right."""
+    inside = FunctionType(fault.__code__, vars(recorder), fault.__name__)  # as if it stood there
+    monkeypatch.setattr(recorder, "in_one_dtype", inside)
+    model, batch = cases.net(dtype=torch.float64), cases.data(4, dtype=torch.float64)
+    computer = AutomaticGradientComputer(model, ImageClassificationModelOutput())
+    with pytest.warns(UserWarning, match="'hooks' has failed by a fault of fastproj") as caught:
+        grads = computer.compute_per_sample_grad(batch)
+    torch.testing.assert_close(flat(grads), cases.gradients(model, batch))
+    (message,) = [str(w.message) for w in caught]
+    assert said in message
+    assert re.search(r"\(fastproj/trak/gradients/recorder\.py:\d+ in \S+\)", message)
+
+
+class Refuses(ImageClassificationModelOutput):
+    """What comes from a task in batches is the user's affair."""
+
+    def outputs(self, model, weights, buffers, batch):
+        if len(batch[0]) > 1:
+            raise AttributeError("not for batches")
+        return super().outputs(model, weights, buffers, batch)
+
+
+def test_what_a_task_raises_is_no_fault_of_ours():
+    computer = AutomaticGradientComputer(cases.net(), Refuses())
+    with pytest.warns(UserWarning, match="'hooks' can't take this model.*not for batches"):
+        computer.compute_per_sample_grad(cases.data(4))

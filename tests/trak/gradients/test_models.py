@@ -153,6 +153,21 @@ def differentiates_inputs(p, x):
         return p["a"](x).tanh()
 
 
+def forces(p, x):
+    """As of an energy, by which a loss of forces is trained."""
+    x = x.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(p["a"](x).tanh().sum(), x, create_graph=True)
+    return slope
+
+
+def direction(p, x):
+    """A gradient that counts as a constant."""
+    x = x.detach().requires_grad_()
+    y = p["a"](x).tanh()
+    (slope,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    return y + slope
+
+
 def reentrant(p, x):
     return checkpoint(p["a"], x.requires_grad_(), use_reentrant=True).tanh() + p["b"](x)
 
@@ -221,11 +236,14 @@ MODELS = {
     "positions expanded": (positions, lambda p, x: p["a"](x + place(p).expand(len(x), -1, -1))),
     "positions concatenated": (positions, lambda p, x: p["a"](x + torch.cat([place(p)] * len(x)))),
     "positions row 0": (positions, lambda p, x: p["a"](x + place(p)[0])),
+    "positions averaged": (positions, lambda p, x: p["a"](x + place(p).mean(0))),
     "positions summed": (positions, lambda p, x: p["a"](x + place(p).sum(0))),
     "sorted": (linear, sorted_rows),
     "row by row": (linear, lambda p, x: torch.stack([p["a"](row) for row in x])),
     "batch mean": (linear, lambda p, x: p["a"](x) - p["a"](x).mean(0, keepdim=True)),
     "inputs differentiated": (linear, differentiates_inputs),
+    "forces": (linear, forces),
+    "gradient as a constant": (linear, direction),
     "checkpoint": (linear, lambda p, x: checkpoint(p["a"], x, use_reentrant=False).tanh()),
     "checkpoint of layers": (
         lambda: {"a": nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), "b": nn.Tanh()},
@@ -251,9 +269,9 @@ UNHOOKED = {
     "functional as well",
     "weight decay",
     "time-major folded",
-    "positions row 0",
     "sorted",
     "batch mean",
+    "forces",
 }
 
 

@@ -6,10 +6,12 @@ import json
 import logging
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers as tf
 
+from fastproj import TRAKer
 from fastproj.trak.hf import HFTRAKer, checkpoints_in, load_model, load_tokenizer
 from fastproj.trak.hf.heads import kind_of
 from tests.trak.hf import models
@@ -75,6 +77,45 @@ def test_adapters_are_the_states_in_them(tmp_path, injected):
         other = models.model_for("causal_lm")
         other.add_adapter(model.peft_config["default"])
     np.testing.assert_allclose(scores(tmp_path / "b", other, folders), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["peft", "put in by peft", "transformers", "two of transformers"])
+def test_adapters_alone_are_a_checkpoint_for_the_rest_of_the_model(tmp_path, kind):
+    """Without the name that a model has for them, as ``save_pretrained`` leaves it out."""
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = models.model_for("causal_lm")
+    if kind == "peft":
+        model = peft.get_peft_model(model, lora)
+    elif kind == "put in by peft":
+        model = peft.inject_adapter_in_model(lora, model)
+    else:
+        model.add_adapter(lora, "mine")
+    if kind == "two of transformers":
+        model.add_adapter(lora, "other")
+        model.set_adapter("mine")
+    name = "mine" if "transformers" in kind else "default"
+    torch.manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    whole = {key: t.clone() for key, t in model.state_dict().items()}
+    alone = {key.replace(f".{name}.", "."): t for key, t in whole.items() if f".{name}." in key}
+    ids = torch.randint(0, 20, (4, 6))
+    found = []
+    for folder, state, strict in (("a", whole, True), ("b", alone, False)):
+        traker = TRAKer(model, "causal_lm", 4, tmp_path / folder, proj_dim=16, grad_wrt="trainable")
+        for p in model.parameters():
+            if p.requires_grad:
+                torch.nn.init.zeros_(p)
+        traker.load_checkpoint(state, 0, strict=strict)
+        traker.featurize({"input_ids": ids, "labels": ids}, num_samples=4)
+        found.append(traker.saver.matrix(0))
+    assert torch.equal(*found)
+    assert bool(found[0].any())
+    every = TRAKer(model, "causal_lm", 4, tmp_path / "c", proj_dim=16)
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"strict=False of a TRAKer\(grad_wrt='trainable'\)"):
+            every.load_checkpoint(alone, 0, strict=strict)
 
 
 def test_adapters_and_their_base(tmp_path):
@@ -167,8 +208,6 @@ def test_checkpoints_of_another_kind_than_the_model(tmp_path):
 
 
 def test_adapters_of_another_shape(tmp_path):
-    import peft
-
     model = models.with_adapters(models.model_for("causal_lm"))
     for name, lora in (
         ("rank", peft.LoraConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True)),
