@@ -11,8 +11,8 @@ import shutil
 import socket
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ Indices = npt.NDArray[np.int64]
 Tensors = dict[str, Tensor]
 
 MAX_HEADER = 1 << 24  # bytes; ours have about a thousand
+# What reading bytes as a header that others wrote may raise.
+NOT_SAFETENSORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
@@ -56,16 +58,24 @@ def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
     """Make ``path`` with what ``write(file)`` writes, ``size`` bytes, in full or not at all."""
     temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_dir(path.parent)
-    except OSError as error:
-        raise write_error(path, size, error) from error
+        with refused(path, size):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_dir(path.parent)
     finally:
         remove_quietly(temporary)
+
+
+@contextmanager
+def refused(path: Path, size: int) -> Iterator[None]:
+    """StoreError where the disk refuses what makes ``path``, of ``size`` bytes."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, size, error) from error
 
 
 def temporary_path(path: Path) -> Path:
@@ -146,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
         stored = content.pop("checksum")
         made = digest(json.dumps(content, sort_keys=True).encode())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise corrupt(path, f"it is not JSON with a checksum ({error})") from error
     except OSError as error:
         raise StoreError(f"can't read {path} ({error.strerror or error})") from error
@@ -185,7 +195,7 @@ def read_safetensors(
         if path.exists():
             raise
         raise GoneError(f"{path} is gone; expected nobody to delete it during the run") from error
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except (SafetensorError, *NOT_SAFETENSORS, OSError) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     stored = metadata.pop("checksum", "")
     made = digest(json.dumps(dict(sorted(metadata.items())), sort_keys=True).encode())
@@ -201,7 +211,7 @@ def read_safetensors(
 def read_chosen(path: Path, names: Iterable[str]) -> tuple[Tensors, dict[str, str]]:
     """Tensors ``names`` and the metadata of a safetensors file, and nothing else of it.
 
-    Raises ValueError, LookupError or TypeError for a file that isn't one.
+    Raises one of NOT_SAFETENSORS for a file that isn't one.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -223,7 +233,8 @@ def read_chosen(path: Path, names: Iterable[str]) -> tuple[Tensors, dict[str, st
             whole = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             tensors[name] = whole.reshape(shape)
         return tensors, metadata
-    except RuntimeError as error:  # torch's, for shapes and bytes that don't fit
+    # torch's, for shapes and bytes that don't fit; and json's, for what is nested too deeply
+    except RuntimeError as error:
         raise ValueError(str(error)) from error
     finally:
         os.close(descriptor)

@@ -25,11 +25,11 @@ from fastproj.trak.files import (
     corrupt,
     digest,
     read_safetensors,
+    refused,
     remove_quietly,
     remove_stale,
     sync_dir,
     temporary_path,
-    write_error,
     write_safetensors,
 )
 
@@ -68,6 +68,7 @@ class ScoresWriter:
     ) -> None:
         self.path = path
         self.shape = shape
+        self.size = 4 * shape[0] * shape[1]  # bytes of the array
         self.ranks = ranks
         self.facts = dict(facts or {})
         self.temporary: Path | None = None
@@ -80,24 +81,24 @@ class ScoresWriter:
                 self._create(self.temporary)
         self.temporary = self.ranks.broadcast("finalize_scores", self.temporary)
         assert self.temporary is not None
-        self.file = os.open(self.temporary, os.O_RDWR)
+        with refused(self.path, self.size):
+            self.file = os.open(self.temporary, os.O_RDWR)
         return self
 
     def _create(self, path: Path) -> None:
-        size = 4 * self.shape[0] * self.shape[1]
         try:
-            with open(path, "wb") as file:
+            with refused(self.path, self.size), open(path, "wb") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 # A sparse file would fill the disk only after hours of work.
                 if hasattr(os, "posix_fallocate"):
                     file.flush()
-                    os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+                    os.posix_fallocate(file.fileno(), 0, file.tell() + self.size)
                 else:
-                    file.truncate(file.tell() + size)
-        except OSError as error:
+                    file.truncate(file.tell() + self.size)
+        except StoreError:
             remove_quietly(path)
-            raise write_error(self.path, size, error) from error
+            raise
 
     @property
     def _start(self) -> int:
@@ -116,17 +117,15 @@ class ScoresWriter:
             self._write(block[begin:end].data.cast("B"), place)
 
     def _write(self, data: memoryview, place: int) -> None:
-        try:
+        with refused(self.path, self.size):
             while data:
                 done = os.pwrite(self.file, data, place)
                 data, place = data[done:], place + done
-        except OSError as error:
-            raise write_error(self.path, 4 * self.shape[0] * self.shape[1], error) from error
 
     def finish(self) -> None:
         """Flush, add the checksums and rename; by all ranks."""
         assert self.temporary is not None
-        with self.ranks.barrier("finalize_scores"):
+        with self.ranks.barrier("finalize_scores"), refused(self.path, self.size):
             os.fsync(self.file)
         step, count = stripes(self.shape)
         mine = range(self.ranks.rank, count, self.ranks.size)
@@ -134,7 +133,7 @@ class ScoresWriter:
         every = {
             i: s for part in self.ranks.all_gather("finalize_scores", sums) for i, s in part.items()
         }
-        with self.ranks.barrier("finalize_scores"):
+        with self.ranks.barrier("finalize_scores"), refused(self.path, self.size):
             if self.ranks.first:
                 footer = {
                     **self.facts,
@@ -147,7 +146,7 @@ class ScoresWriter:
                 footer["checksum"] = digest(body.encode())
                 data = json.dumps(footer, sort_keys=True).encode()
                 data += FOOTER.pack(len(data), FOOTER_MARK)
-                self._write(memoryview(data), self._start + 4 * self.shape[0] * self.shape[1])
+                self._write(memoryview(data), self._start + self.size)
                 os.fsync(self.file)
                 os.replace(self.temporary, self.path)
                 sync_dir(self.path.parent)
