@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise corrupt(path, f"it is not JSON with a checksum ({error})") from error
     except OSError as error:
-        raise StoreError(f"can't read {path} ({error.strerror or error})") from error
+        raise unreadable(path, error) from error
     if made != stored:
         raise corrupt(path, f"its checksum is {made}, the file says {stored}")
     return dict(content)
@@ -191,11 +191,11 @@ def read_safetensors(
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, RuntimeError) as error:  # torch's, where safe_open opens it again
+    except (OSError, RuntimeError) as error:  # torch's, where safe_open opens it again
         if path.exists():
-            raise
+            raise unreadable(path, error) from error
         raise GoneError(f"{path} is gone; expected nobody to delete it during the run") from error
-    except (SafetensorError, *NOT_SAFETENSORS, OSError) as error:
+    except (SafetensorError, *NOT_SAFETENSORS) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     stored = metadata.pop("checksum", "")
     made = digest(json.dumps(dict(sorted(metadata.items())), sort_keys=True).encode())
@@ -238,6 +238,16 @@ def read_chosen(path: Path, names: Iterable[str]) -> tuple[Tensors, dict[str, st
         raise ValueError(str(error)) from error
     finally:
         os.close(descriptor)
+
+
+def unreadable(path: Path, error: OSError | RuntimeError) -> StoreError:
+    """The error where the system doesn't let ``path`` be read, for want of memory or a right.
+
+    Only a place in the file that can't be says that the file is damaged.
+    """
+    if getattr(error, "errno", None) == errno.EINVAL:
+        return corrupt(path, str(error))
+    return StoreError(f"can't read {path} ({getattr(error, 'strerror', None) or error})")
 
 
 def corrupt(path: Path, reason: str) -> StoreCorruptError:

@@ -30,6 +30,7 @@ from fastproj.trak.files import (
     remove_stale,
     sync_dir,
     temporary_path,
+    unreadable,
     write_safetensors,
 )
 
@@ -38,6 +39,12 @@ FOOTER = struct.Struct("<Q8s")  # length of the JSON before it, FOOTER_MARK
 FOOTER_MARK = b"FPSCORES"
 TOP_COLUMNS = 1024  # targets sorted at once
 MAX_NUMBER = (1 << 32) - 1  # of a training sample among extremes: key = value and number in 64 bits
+
+# What reading bytes as scores that others wrote may raise.
+NOT_SCORES = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError),
+    *(struct.error, RecursionError),
+)
 
 Scores = npt.NDArray[np.float32]
 
@@ -214,7 +221,9 @@ def read_scores(path: Path | str) -> Scores:
                     raise ValueError(f"the checksum of the rows from {first} on is another")
     except FileNotFoundError as error:
         raise StoreError(f"TRAKer: there are no scores at {path}") from error
-    except (ValueError, KeyError, TypeError, OSError, struct.error, EOFError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except NOT_SCORES as error:
         raise corrupt(path, f"{error}") from error
     return array
 
