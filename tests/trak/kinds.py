@@ -112,6 +112,15 @@ def whole(
         return run.score()
 
 
+def names(folder: Path) -> list[str]:
+    """All files but shards, which the batches of lives that end are merged into in other ways."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if not path.name.startswith(("train-", "drawn-", "target-"))
+    )
+
+
 def same(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> bool:
     """Whether two runs gave the same bits."""
     return len(found) == len(wanted) and all(

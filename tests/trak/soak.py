@@ -128,16 +128,11 @@ class Soak:
         with np.load(self.folder / "out.npz") as file:
             return [file[name] for name in file.files]
 
-    def files(self, name: str) -> list[str]:
-        """All that a run has left, without the random part of names."""
-        folder = self.stores / name
-        return sorted(p.relative_to(folder).as_posix().rsplit("-", 1)[0] for p in folder.rglob("*"))
-
     def run(self, kind: str) -> None:
         """A run over a kind, disturbed several times."""
         if kind not in self.wanted:
             _, steps = self.life("whole", kind)
-            self.wanted[kind] = self.scores(), self.files("whole"), steps
+            self.wanted[kind] = self.scores(), kinds.names(self.stores / "whole"), steps
             shutil.rmtree(self.stores / "whole")
         wanted, files, steps = self.wanted[kind]
         fill = self.stores / "fill"
@@ -154,7 +149,7 @@ class Soak:
                 assert kinds.same(self.scores(), wanted), (kind, fault, at)
         assert self.life("run", kind)[0] == "finished"
         assert kinds.same(self.scores(), wanted), kind
-        assert self.files("run") == files, kind
+        assert kinds.names(self.stores / "run") == files, kind
         shutil.rmtree(self.stores / "run")
         self.ends["runs with the right scores"] += 1
 

@@ -47,18 +47,8 @@ def fill_at(kind, moments, tmp_path):
             assert re.search(ROOM, said), said
         assert not list(folder.rglob(".*.tmp")), at
         assert kinds.same(kinds.whole(folder, kind), wanted), at
-        assert names(folder) == names(tmp_path / "whole"), at
+        assert kinds.names(folder) == kinds.names(tmp_path / "whole"), at
     return ended
-
-
-def names(folder):
-    """All files, without what is random in the names of shards."""
-    return sorted(
-        path.relative_to(folder).as_posix()[: -len("0123456789ab.safetensors")]
-        if path.name.startswith(("train-", "drawn-", "target-"))
-        else path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-    )
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)

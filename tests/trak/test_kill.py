@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
 import signal
 from collections import Counter
@@ -50,15 +49,6 @@ def first_samples(path):
     return [int(part[0]) for part in tensors["inds"].split(sizes)]
 
 
-def names(folder):
-    """All files but shards, which the batches of lives that end are merged into in other ways."""
-    return sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if not re.match(r"(train|drawn|target)-", path.name)
-    )
-
-
 def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
     def live(name, stage="", kind="", die_at=0):
         folder, log = tmp_path / name, tmp_path / f"{name}.log"
@@ -101,7 +91,7 @@ def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
         results(tmp_path / "killed"), results(tmp_path / "whole"), strict=True
     ):
         np.testing.assert_array_equal(found, wanted)
-    assert names(tmp_path / "killed") == names(tmp_path / "whole")
+    assert kinds.names(tmp_path / "killed") == kinds.names(tmp_path / "whole")
     assert there(tmp_path / "killed") == there(tmp_path / "whole") == set(once)
     for kind, most in (("train", 2), ("drawn", 2), ("target", 2)):  # in each of two folders
         shards = [path.parent for path in (tmp_path / "killed").rglob(f"{kind}-*")]
@@ -135,7 +125,7 @@ def runs_killed(kind, moments, tmp_path, server, rng):
             kills[every[at] if not number else "again"] += 1
         found, _ = ended or live(name, -1)
         assert kinds.same(found, wanted), at
-        assert names(tmp_path / name) == names(tmp_path / "whole"), at
+        assert kinds.names(tmp_path / name) == kinds.names(tmp_path / "whole"), at
         shutil.rmtree(tmp_path / name)
     return kills
 
