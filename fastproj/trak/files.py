@@ -165,6 +165,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def read_text(path: Path, newline: str | None = None) -> str:
+    """The text of a file in UTF-8, without the mark that spreadsheets write first.
+
+    newline : as for ``open``. Raises ValueError, by name, for other bytes.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); expected one") from None
+
+
+def parsed_json(path: Path, text: str) -> Any:
+    """What a text from ``path`` says; ValueError, by name, where it isn't JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, or lists in lists in lists
+        raise ValueError(f"{path}: no JSON that can be read ({error})") from None
+
+
 def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
     """Tensors with string metadata, a checksum for each tensor and one for the metadata."""
     whole = {name: t.contiguous() for name, t in tensors.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,10 +42,11 @@ FOOTER_MARK = b"FPSCORES"
 TOP_COLUMNS = 1024  # targets sorted at once
 MAX_NUMBER = (1 << 32) - 1  # of a training sample among extremes: key = value and number in 64 bits
 
-# What reading bytes as scores that others wrote may raise.
-NOT_SCORES = (
-    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError),
-    *(struct.error, RecursionError),
+# What numpy.load may raise for bytes that are no array, beside OSError and MemoryError.
+NOT_ARRAYS = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, SyntaxError),
+    *(RecursionError, NotImplementedError, struct.error, tokenize.TokenError),
+    *(zipfile.BadZipFile, zlib.error),
 )
 
 Scores = npt.NDArray[np.float32]
@@ -223,7 +226,7 @@ def read_scores(path: Path | str) -> Scores:
         raise StoreError(f"TRAKer: there are no scores at {path}") from error
     except OSError as error:
         raise unreadable(path, error) from error
-    except NOT_SCORES as error:
+    except NOT_ARRAYS as error:
         raise corrupt(path, f"{error}") from error
     return array
 
@@ -384,7 +387,7 @@ def load_array(
             raise corrupt(path, "the bytes behind the array are no checksums")
     except OSError as error:
         raise StoreError(f"can't {what} {path} ({error.strerror or error})") from error
-    except (ValueError, EOFError, TypeError, SyntaxError) as error:
+    except NOT_ARRAYS as error:
         if own:
             raise corrupt(path, f"it doesn't hold the whole array ({error})") from error
         raise ValueError(f"can't {what} {path} ({error}); expected {expected}") from error

@@ -13,9 +13,8 @@ import pytest
 
 from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
 from tests.trak import cases, kinds
+from tests.trak.damage import damages, put, remove
 from tests.trak.faults import Faults
-
-FLIPS = 4  # bits of a file, one at a time
 
 
 @pytest.fixture(autouse=True)
@@ -65,47 +64,6 @@ def files(folder, every):
         if path.is_file():
             found.setdefault(path if every else (path.parent.name, role(path)), path)
     return [path.relative_to(folder) for path in found.values() if not path.name.startswith(".")]
-
-
-def damages(whole, rng):
-    """(what was done, the bytes of a file after it); None for a thing that is no file."""
-    size = len(whole)
-    for length in sorted({0, 1, 7, 8, 9, size // 2, size - 1, rng.randrange(size)}):
-        yield f"cut to {length}", whole[:length]
-    yield "zeros", bytes(size)
-    yield "ones", b"\xff" * size
-    yield "a zero behind it", whole + b"\0"
-    yield "junk behind it", whole + rng.randbytes(5000)
-    yield "itself behind it", whole + whole
-    yield "junk", rng.randbytes(size)
-    for text in (b"{}", b"[]", b"null", b'"a"', b"1e999", b"9" * 5000, b"[" * 200_000):
-        yield f"{text[:9].decode()} ...", text
-        header = len(text).to_bytes(8, "little") + text
-        yield f"a header of {text[:9].decode()} ...", header
-    yield "a key twice", whole.replace(b'"checksum"', b'"checksum": "", "checksum"', 1)
-    for place in [*range(0, 12), *(rng.randrange(size) for _ in range(FLIPS))]:
-        bit = rng.randrange(8)
-        flipped = bytearray(whole)
-        flipped[place % size] ^= 1 << bit
-        yield f"bit {bit} of byte {place % size}", bytes(flipped)
-    yield "a directory", None
-
-
-def put(path, content):
-    """Make ``path`` a file of these bytes, or a directory."""
-    path.unlink()
-    if content is None:
-        path.mkdir()
-        (path / "file").touch()
-    else:
-        path.write_bytes(content)
-
-
-def remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def attempt(folder, kind, path, scores, what):
