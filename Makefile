@@ -22,7 +22,7 @@ CPP_FILES = $(wildcard csrc/*.hpp csrc/cpu/*.hpp csrc/cpu/*.cpp csrc/cuda/*.cu c
     csrc/cuda/*.cpp bench/*.cu tests/csrc/*.cpp tests/csrc/*.hpp tests/cuda/*.cpp tests/cuda/*.hpp)
 BUILD_INPUTS = setup.py build_native.py build_cuda.py build_machine_code.py $(wildcard csrc/*.hpp csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test lint unit test-all compat sanitize bench figures notebooks wheels wheels-check arm64 gpu docs docs-links format clean
+.PHONY: help demo test lint unit test-all compat sanitize soak bench figures notebooks wheels wheels-check arm64 gpu docs docs-links format clean
 
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-all  the same plus the slow and packaging tests on every Python found"
 	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make soak      ten minutes of TRAK runs while memory and disk run out and processes are killed"
 	@echo "make bench     time the projection against torch and TRAK; writes bench/results/"
 	@echo "make figures   write the numbers and pictures of the README and the pages from bench/results/"
 	@echo "make notebooks run the notebooks of examples/ and store their outputs"
@@ -121,6 +122,10 @@ sanitize: $(VENV)/.test
 	export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS PYTHONPATH PYTHONSAFEPATH; \
 	$(BIN)/python -c 'import sys, fastproj._cpu as m; sys.exit("sanitize" not in m.__file__)'; \
 	$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow and not gpu" $(SANITIZE_TESTS) $(PYTEST_ARGS)
+
+SOAK_ARGS ?=
+soak: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trak.soak $(SOAK_ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.project $(BENCH_ARGS)

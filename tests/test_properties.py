@@ -1,7 +1,8 @@
-"""Drawn shapes, strides, offsets, dtypes and splits, on every backend against the reference.
+"""Drawn kinds, blocks, shapes, strides, offsets, dtypes and splits, on every backend against the
+reference.
 
-Under Rademacher small integers are exact in any order of summation, so the comparisons are
-equalities; under Gaussian they use the bound that holds for any order.
+Where entries are integers, so are the sums of small integers, exactly in any order: the comparisons
+are equalities. Under Gaussian they use the bound that holds for any order.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fastproj
+from fastproj.backends import cpu
 from tests.dense import DTYPES, KINDS, integers, matmul_bound, stored
 
 # Sizes around the blocks of spec and kernels: 1, 8, 16, 32, 64, 512, and what lies between.
@@ -35,18 +38,38 @@ class Key:
     kind: str
     stream: int
     row_offset: int
+    block: int = 0  # of the sparse kind alone
+
+    def named(self) -> dict[str, Any]:
+        """The arguments that name the matrix."""
+        how = {"seed": self.seed, "kind": self.kind, "stream": self.stream}
+        return how | {"block": self.block} if self.block else how
 
     def kwargs(self) -> dict[str, Any]:
-        return vars(self)
+        return {**self.named(), "row_offset": self.row_offset}
 
 
-KEYS = st.builds(
-    Key,
-    seed=st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1)),
-    kind=st.sampled_from(KINDS),
-    stream=st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1)),
-    row_offset=OFFSETS,
-)
+BLOCKS = st.integers(4, 16).map(lambda log2: 1 << log2)
+
+
+def keys(kind: st.SearchStrategy[str]) -> st.SearchStrategy[Key]:
+    """Keys of drawn kinds; a block where the kind is sparse."""
+
+    def of(kind: str) -> st.SearchStrategy[Key]:
+        return st.builds(
+            Key,
+            seed=st.one_of(st.integers(0, 3), st.integers(0, 2**64 - 1)),
+            kind=st.just(kind),
+            stream=st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1)),
+            row_offset=OFFSETS,
+            block=BLOCKS if kind == "sjlt" else st.just(0),
+        )
+
+    return kind.flatmap(of)
+
+
+KEYS = keys(st.sampled_from([*KINDS, "sjlt"]))
+EXACT_KEYS = keys(st.sampled_from(["rademacher", "sjlt"]))
 
 
 @st.composite
@@ -106,12 +129,13 @@ def poisoned(shape: tuple[int, ...], like: Tensor, layout: str) -> Tensor:
 
 
 LAYOUTS = st.sampled_from(["rows", "columns", "step"])
+ISAS = [name for name, reason in cpu.isas().items() if not reason]
 
 
 def assert_same(got: Tensor, grads: Tensor, matrix: Tensor, kind: str) -> None:
-    """``got`` is grads @ matrix: exactly under Rademacher, within any-order rounding otherwise."""
+    """``got`` is grads @ matrix: exactly, but under Gaussian within any-order rounding."""
     truth = grads.double() @ matrix
-    if kind == "rademacher":
+    if kind != "gaussian":
         assert torch.equal(got.cpu().double(), truth)
     else:
         unit = 2.0**-53 if grads.dtype == torch.float64 else 2.0**-24
@@ -149,6 +173,22 @@ def test_project(
     assert_same(reference, grads, matrix, key.kind)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@given(grads=strided(), cols=SIZES, key=EXACT_KEYS)
+@settings(max_examples=50)
+def test_instruction_sets(isa: str, grads: Tensor, cols: int, key: Key) -> None:
+    how = {"scale": None, "backend": "cpu", **key.kwargs()}
+    matrix = stored(grads.shape[1], cols, **key.kwargs())
+    with cpu.force_isa(isa):
+        assert_same(fastproj.project(grads, cols, **how), grads, matrix, key.kind)
+        out = poisoned((len(grads), grads.shape[1]), grads, "rows")
+        span = slice(key.row_offset, key.row_offset + grads.shape[1])
+        how.pop("row_offset")
+        y = integers((len(grads), cols), 1, grads.dtype)
+        fastproj.project_transpose(y, span, out=out, **how)
+        assert_same(out, y, matrix.T, key.kind)
+
+
 @given(parts=pieces(), cols=SIZES, key=KEYS, layout=LAYOUTS)
 @settings(max_examples=100)
 def test_project_of_pieces(
@@ -168,22 +208,20 @@ def test_project_of_pieces(
         how["row_offset"] = row
         fastproj.project([t], cols, out=total, accumulate=True, **how)
         row += t[:1].numel() if len(t) else 0
-    if key.kind == "rademacher" and len(flat):
+    if key.kind != "gaussian" and len(flat):
         assert torch.equal(total, out + 1)
 
 
 @given(
     grads=strided(BATCHES.filter(lambda b: b >= 2)),
     cols=SIZES.filter(lambda k: k >= 2),
-    key=KEYS,
+    key=EXACT_KEYS,
     data=st.data(),
 )
 @settings(max_examples=80)
 def test_splits_of_batch_rows_and_columns(
     backend: str, device: str, grads: Tensor, cols: int, key: Key, data: st.DataObject
 ) -> None:
-    if key.kind != "rademacher":
-        key = Key(key.seed, "rademacher", key.stream, key.row_offset)
     moved = grads.to(device)
     how = {"scale": None, "backend": backend, **key.kwargs()}
     whole = fastproj.project(moved, cols, **how)
@@ -208,10 +246,10 @@ def test_project_transpose(
     moved = y.to(device)
     span = slice(key.row_offset, key.row_offset + rows)
     out = poisoned((len(y), rows), moved, layout)
-    fastproj.project_transpose(
-        moved, span, key.seed, key.kind, stream=key.stream, scale=None, out=out, backend=backend
-    )
+    how = {"scale": None, "backend": backend, **key.named()}
+    fastproj.project_transpose(moved, span, out=out, **how)
     assert_same(out, y, stored(rows, y.shape[1], **key.kwargs()).T, key.kind)
+    assert torch.equal(fastproj.project_transpose(moved, span, **how), out)
 
 
 @given(
@@ -224,7 +262,7 @@ def test_matrix(
     backend: str, device: str, rows: tuple[int, int], cols: tuple[int, int], key: Key
 ) -> None:
     row, col = slice(rows[0], sum(rows)), slice(cols[0], sum(cols))
-    how = {"seed": key.seed, "kind": key.kind, "stream": key.stream}
+    how = key.named()
     got = fastproj.matrix(row, col, **how, device=device, backend=backend)
     assert torch.equal(
         got.cpu(), fastproj.matrix(row, col, **how, device="cpu", backend="reference")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +14,9 @@ import numpy.typing as npt
 from fastproj.commands.arguments import add_json, command_parser
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.trak.evaluation.report import Page, write_report
-from fastproj.trak.files import StoreError
+from fastproj.trak.files import StoreError, parsed_json, read_text
 from fastproj.trak.store.scores import load_array, load_scores
 
-UTF_8 = "utf-8-sig"  # with or without the mark that spreadsheets write first
 TEXTS = "expected a list of texts, or of lists of tokens"
 
 
@@ -134,13 +133,13 @@ def load_texts(path: Path | None) -> list[str] | list[list[str]] | None:
     """
     if path is None:
         return None
-    text = path.read_text(encoding=UTF_8)
+    text = read_text(path)
     if path.suffix != ".json":
         return text.removesuffix("\n").split("\n")  # splitlines also ends lines at U+2028
     try:
-        found = json.loads(text)
+        found = parsed_json(path, text)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); {TEXTS}") from None
+        raise ValueError(f"{error}; {TEXTS}") from None
     if isinstance(found, list):
         if all(isinstance(passage, str) for passage in found):
             return found
@@ -160,8 +159,12 @@ def load_tables(
         if path is None:
             tables.append(None)
             continue
-        with open(path, encoding=UTF_8, newline="") as file:
-            head, *rows = list(csv.reader(file)) or [[]]
+        try:
+            head, *rows = list(
+                csv.reader(io.StringIO(read_text(path, newline=""), newline=""))
+            ) or [[]]
+        except csv.Error as error:
+            raise ValueError(f"{path} is no table in CSV ({error})") from None
         if columns and head != columns:
             raise ValueError(f"{path} has the columns {head}; expected {columns}, as {paths[0]}")
         for number, row in enumerate(rows, 2):

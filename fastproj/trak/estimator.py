@@ -1135,7 +1135,7 @@ class TRAKer:
     def _compare_batch(self, model_id: int, inds: Indices, content: Indices) -> None:
         """The same for the batch at hand, against a checkpoint that is there already."""
         if self._beside is None:
-            others = (i for i in self.saver.ids() if i != model_id)
+            others = (i for i in self.saver.ids() if i != model_id and self.saver.is_registered(i))
             self._beside = next((i for i in others if self.saver.index(i).done.any()), model_id)
         if self._beside != model_id:
             index = self.saver.index(self._beside)

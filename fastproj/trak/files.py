@@ -11,8 +11,8 @@ import shutil
 import socket
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ Indices = npt.NDArray[np.int64]
 Tensors = dict[str, Tensor]
 
 MAX_HEADER = 1 << 24  # bytes; ours have about a thousand
+# What reading bytes as a header that others wrote may raise.
+NOT_SAFETENSORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
@@ -56,16 +58,24 @@ def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
     """Make ``path`` with what ``write(file)`` writes, ``size`` bytes, in full or not at all."""
     temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_dir(path.parent)
-    except OSError as error:
-        raise write_error(path, size, error) from error
+        with refused(path, size):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_dir(path.parent)
     finally:
         remove_quietly(temporary)
+
+
+@contextmanager
+def refused(path: Path, size: int) -> Iterator[None]:
+    """StoreError where the disk refuses what makes ``path``, of ``size`` bytes."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, size, error) from error
 
 
 def temporary_path(path: Path) -> Path:
@@ -146,13 +156,35 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
         stored = content.pop("checksum")
         made = digest(json.dumps(content, sort_keys=True).encode())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise corrupt(path, f"it is not JSON with a checksum ({error})") from error
     except OSError as error:
-        raise StoreError(f"can't read {path} ({error.strerror or error})") from error
+        raise unreadable(path, error) from error
     if made != stored:
         raise corrupt(path, f"its checksum is {made}, the file says {stored}")
     return dict(content)
+
+
+def read_text(path: Path, newline: str | None = None) -> str:
+    """The text of a file in UTF-8, without the mark that spreadsheets write first.
+
+    newline : as for ``open``. Raises ValueError, by name, for other bytes.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); expected one") from None
+
+
+def parsed_json(path: Path, text: str) -> Any:
+    """What a text from ``path`` says; ValueError, by name, where it isn't JSON."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # numbers too long, or lists in lists in lists
+        raise ValueError(f"{path}: no JSON that can be read ({error})") from None
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
@@ -181,11 +213,11 @@ def read_safetensors(
             with safe_open(path, framework="pt") as file:
                 metadata = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, RuntimeError) as error:  # torch's, where safe_open opens it again
+    except (OSError, RuntimeError) as error:  # torch's, where safe_open opens it again
         if path.exists():
-            raise
+            raise unreadable(path, error) from error
         raise GoneError(f"{path} is gone; expected nobody to delete it during the run") from error
-    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+    except (SafetensorError, *NOT_SAFETENSORS) as error:
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     stored = metadata.pop("checksum", "")
     made = digest(json.dumps(dict(sorted(metadata.items())), sort_keys=True).encode())
@@ -201,7 +233,7 @@ def read_safetensors(
 def read_chosen(path: Path, names: Iterable[str]) -> tuple[Tensors, dict[str, str]]:
     """Tensors ``names`` and the metadata of a safetensors file, and nothing else of it.
 
-    Raises ValueError, LookupError or TypeError for a file that isn't one.
+    Raises one of NOT_SAFETENSORS for a file that isn't one.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -223,10 +255,21 @@ def read_chosen(path: Path, names: Iterable[str]) -> tuple[Tensors, dict[str, st
             whole = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
             tensors[name] = whole.reshape(shape)
         return tensors, metadata
-    except RuntimeError as error:  # torch's, for shapes and bytes that don't fit
+    # torch's, for shapes and bytes that don't fit; and json's, for what is nested too deeply
+    except RuntimeError as error:
         raise ValueError(str(error)) from error
     finally:
         os.close(descriptor)
+
+
+def unreadable(path: Path, error: OSError | RuntimeError) -> StoreError:
+    """The error where the system doesn't let ``path`` be read, for want of memory or a right.
+
+    Only a place in the file that can't be says that the file is damaged.
+    """
+    if getattr(error, "errno", None) == errno.EINVAL:
+        return corrupt(path, str(error))
+    return StoreError(f"can't read {path} ({getattr(error, 'strerror', None) or error})")
 
 
 def corrupt(path: Path, reason: str) -> StoreCorruptError:

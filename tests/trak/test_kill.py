@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import re
+import shutil
 import signal
 from collections import Counter
 
@@ -13,10 +13,12 @@ import pytest
 from fastproj.trak.files import read_safetensors
 from fastproj.trak.store.scores import read_scores, read_top_scores
 from fastproj.trak.store.shards import ShardFile
+from tests.trak import kinds
 from tests.trak.killed_run import KINDS, STAGES
 from tests.trak.lives import Server
 
 KILLS = 20  # in each stage
+IN_A_ROW = 3  # kills of a run over a kind of store
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +47,6 @@ def first_samples(path):
     tensors, metadata = read_safetensors(path, ("inds",))
     sizes = ShardFile.of(path, metadata, len(tensors["inds"]), 0).sizes
     return [int(part[0]) for part in tensors["inds"].split(sizes)]
-
-
-def names(folder):
-    """All files but shards, which the batches of lives that end are merged into in other ways."""
-    return sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if not re.match(r"(train|drawn|target)-", path.name)
-    )
 
 
 def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
@@ -98,8 +91,63 @@ def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
         results(tmp_path / "killed"), results(tmp_path / "whole"), strict=True
     ):
         np.testing.assert_array_equal(found, wanted)
-    assert names(tmp_path / "killed") == names(tmp_path / "whole")
+    assert kinds.names(tmp_path / "killed") == kinds.names(tmp_path / "whole")
     assert there(tmp_path / "killed") == there(tmp_path / "whole") == set(once)
     for kind, most in (("train", 2), ("drawn", 2), ("target", 2)):  # in each of two folders
         shards = [path.parent for path in (tmp_path / "killed").rglob(f"{kind}-*")]
         assert max(Counter(shards).values()) <= most
+
+
+def runs_killed(kind, moments, tmp_path, server, rng):
+    """A run for each of ``moments`` of an undisturbed one, killed there first; then ever later.
+
+    Returns how many kills there were, by stage and step.
+    """
+    kills = Counter()
+
+    def live(name, at):
+        out = tmp_path / f"{name}.npz"
+        arguments = [[tmp_path / name, kind, at, out]]
+        (code,) = server.run("tests.trak.kinds:life", arguments, tmp_path / "printed")
+        assert code in (0, -signal.SIGKILL), (tmp_path / "printed").read_text()
+        if code:
+            return None
+        with np.load(out) as file:
+            return [file[name] for name in file.files if name != "moments"], list(file["moments"])
+
+    wanted, every = live("whole", -1)
+    for at in moments(len(every)):
+        name = f"killed-{at}"
+        for number in range(IN_A_ROW):
+            ended = live(name, rng.randrange(len(every) - at) if number else at)
+            if ended:
+                break
+            kills[every[at] if not number else "again"] += 1
+        found, _ = ended or live(name, -1)
+        assert kinds.same(found, wanted), at
+        assert kinds.names(tmp_path / name) == kinds.names(tmp_path / "whole"), at
+        shutil.rmtree(tmp_path / name)
+    return kills
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_a_kill_loses_nothing_of_any_kind_of_store(kind, tmp_path, server):
+    rng = random.Random(kind)
+    kills = runs_killed(kind, lambda n: [rng.randrange(n)], tmp_path, server, rng)
+    assert 0 < kills.total() <= IN_A_ROW
+
+
+@pytest.mark.slow
+def test_a_thousand_kills(tmp_path, server):
+    """Every sixth moment of each kind; among them every step of every stage."""
+    kills = Counter()
+    for number, kind in enumerate(kinds.KINDS):
+        folder = tmp_path / kind
+        folder.mkdir()
+        rng = random.Random(kind)
+        moments = lambda n, first=number % 6: range(first, n, 6)  # noqa: E731
+        kills += runs_killed(kind, moments, folder, server, rng)
+        print(kind, kills.total(), flush=True)
+    assert kills.total() >= 1000, kills
+    steps = {"open", "write", "fsync", "replace", "unlink"}
+    assert {f"{stage} {step}" for stage in kinds.STAGES for step in steps} <= set(kills)

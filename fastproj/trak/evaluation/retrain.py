@@ -16,8 +16,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +41,7 @@ from fastproj.trak.files import (
     write_safetensors,
 )
 from fastproj.trak.progress import progress
+from fastproj.trak.store.scores import NOT_ARRAYS
 
 FORMAT = 1
 GIVE_UP = 3  # failures in a row from the start, after which a recipe is taken to be broken
@@ -131,10 +130,7 @@ class GroundTruth:
         try:
             with np.load(path) as file:
                 parts = {name: file[name] for name in file.files}
-        except (
-            *(OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, SyntaxError),
-            *(zipfile.BadZipFile, zlib.error, NotImplementedError),
-        ) as error:
+        except (OSError, MemoryError, *NOT_ARRAYS) as error:
             raise StoreError(
                 f"ground truth: can't read {path} ({error}); expected a .npz file"
             ) from error

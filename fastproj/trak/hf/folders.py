@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastproj.trak.files import parsed_json, read_text
 from fastproj.trak.hf.heads import AUTO_CLASSES, TABLES, has_adapters, kind_of
 from fastproj.trak.tasks.language import base_of
 
@@ -75,7 +75,7 @@ def load_adapters(
 ) -> Any:
     """The base model of adapters with the adapters in it."""
     peft = import_peft()
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_config(folder / ADAPTER_CONFIG)
     if base is None:
         base = config.get("base_model_name_or_path") or ""
         if not Path(base).is_dir():
@@ -97,6 +97,14 @@ def task_of_peft(task_type: str | None) -> str | None:
     }.get(task_type or "")
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError, by name, for anything else."""
+    config = parsed_json(path, read_text(path))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; expected a JSON object")
+    return config
+
+
 def model_class_of(folder: Path, task: str | None) -> str:
     """The class that a folder's model has, or the automatic class of a task."""
     if task is not None:
@@ -106,8 +114,7 @@ def model_class_of(folder: Path, task: str | None) -> str:
                 f"{', '.join(map(repr, TABLES))}, or None for what {folder / CONFIG} says"
             )
         return AUTO_CLASSES[task]
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    names = config.get("architectures") or ["(none)"]
+    names = read_config(folder / CONFIG).get("architectures") or ["(none)"]
     if kind_of(names[0]) is None or not hasattr(transformers, names[0]):
         raise ValueError(
             f"load_model: {folder / CONFIG} names the class {names[0]}, which is none that this "

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastproj.trak.files import parsed_json, read_text
 from fastproj.trak.tasks.language import IGNORE_INDEX
 
 FILES = ".jsonl (or .json), .txt, .parquet, or a folder of datasets' save_to_disk"
@@ -65,7 +66,7 @@ def read_samples(path: str | os.PathLike[str]) -> Any:
 
 def read_lines(path: Path) -> list[dict[str, str]]:
     """A text a line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     texts = [line for line in lines if line.strip()]
     if len(texts) < len(lines):
         logger.info(
@@ -79,13 +80,9 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """An object a line, or one list of objects."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from None
-        numbered = list(enumerate(found))
+        numbered = list(enumerate(parsed_json(path, text)))
         what = "entry"
     else:
         numbered, what = [], "line"
@@ -98,6 +95,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
                         f"{path}, line {number}: no JSON ({error.msg} at column {error.colno}); "
                         "expected one object a line"
                     ) from None
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
     for number, sample in numbered:
         if not isinstance(sample, dict):
             raise ValueError(

@@ -104,6 +104,8 @@ def finalize(
             if lambda_reg != AUTO:
                 q = None
             keep_lambda(systems, computer, model_id, system[model_id], lambda_reg, q)
+            # Not where they were summed up: a process killed there would leave them for good.
+            systems.remove_parts(model_id, system[model_id])
 
 
 def count_rows(store: Store, model_id: int) -> int:
@@ -359,8 +361,6 @@ def sum_gram(
             except StoreError:
                 if not systems.has_gram(model_id, system):
                     raise
-        if ranks.first:
-            systems.remove_parts(model_id, system)
 
 
 def gram_part(

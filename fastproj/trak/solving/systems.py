@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastproj.trak.files import Tensors, corrupt, read_json, write_json
+from fastproj.trak.files import Tensors, corrupt, read_json, remove_quietly, write_json
 from fastproj.trak.solving.solve import System
 from fastproj.trak.store.store import DRAWN, Store
 
@@ -78,7 +78,7 @@ class Systems:
     def remove_parts(self, model_id: int, system: System) -> None:
         """Remove the parts of a Gram matrix, which is whole now."""
         for path in self.store.model_dir(model_id).glob(f"part-{gram_name(system)}-*.safetensors"):
-            path.unlink(missing_ok=True)
+            remove_quietly(path)
 
     def solve_path(self, model_id: int) -> Path:
         """The file of a lambda."""
@@ -86,7 +86,8 @@ class Systems:
 
     def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:
         """Keep what was solved: lambda and what it gave."""
-        write_json(self.solve_path(model_id), summary)
+        run = self.store.run_digest(model_id)
+        write_json(self.solve_path(model_id), {**summary, "run": run})
 
     def read_solve(self, model_id: int) -> dict[str, Any]:
         """As written by ``write_solve``."""
@@ -95,6 +96,9 @@ class Systems:
         missing = [name for name in SOLVED if name not in summary]
         if missing:
             raise corrupt(path, f"it lacks {', '.join(missing)}")
+        run = self.store.run_digest(model_id)
+        if summary.get("run", run) != run:  # earlier versions said nothing
+            raise corrupt(path, "its lambda was chosen for other features or another checkpoint")
         return summary
 
     def read_system(self, model_id: int) -> System:

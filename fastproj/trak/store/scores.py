@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import tokenize
+import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,11 +27,12 @@ from fastproj.trak.files import (
     corrupt,
     digest,
     read_safetensors,
+    refused,
     remove_quietly,
     remove_stale,
     sync_dir,
     temporary_path,
-    write_error,
+    unreadable,
     write_safetensors,
 )
 
@@ -38,6 +41,13 @@ FOOTER = struct.Struct("<Q8s")  # length of the JSON before it, FOOTER_MARK
 FOOTER_MARK = b"FPSCORES"
 TOP_COLUMNS = 1024  # targets sorted at once
 MAX_NUMBER = (1 << 32) - 1  # of a training sample among extremes: key = value and number in 64 bits
+
+# What numpy.load may raise for bytes that are no array, beside OSError and MemoryError.
+NOT_ARRAYS = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError, SyntaxError),
+    *(RecursionError, NotImplementedError, struct.error, tokenize.TokenError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 Scores = npt.NDArray[np.float32]
 
@@ -68,6 +78,7 @@ class ScoresWriter:
     ) -> None:
         self.path = path
         self.shape = shape
+        self.size = 4 * shape[0] * shape[1]  # bytes of the array
         self.ranks = ranks
         self.facts = dict(facts or {})
         self.temporary: Path | None = None
@@ -80,24 +91,24 @@ class ScoresWriter:
                 self._create(self.temporary)
         self.temporary = self.ranks.broadcast("finalize_scores", self.temporary)
         assert self.temporary is not None
-        self.file = os.open(self.temporary, os.O_RDWR)
+        with refused(self.path, self.size):
+            self.file = os.open(self.temporary, os.O_RDWR)
         return self
 
     def _create(self, path: Path) -> None:
-        size = 4 * self.shape[0] * self.shape[1]
         try:
-            with open(path, "wb") as file:
+            with refused(self.path, self.size), open(path, "wb") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 # A sparse file would fill the disk only after hours of work.
                 if hasattr(os, "posix_fallocate"):
                     file.flush()
-                    os.posix_fallocate(file.fileno(), 0, file.tell() + size)
+                    os.posix_fallocate(file.fileno(), 0, file.tell() + self.size)
                 else:
-                    file.truncate(file.tell() + size)
-        except OSError as error:
+                    file.truncate(file.tell() + self.size)
+        except StoreError:
             remove_quietly(path)
-            raise write_error(self.path, size, error) from error
+            raise
 
     @property
     def _start(self) -> int:
@@ -116,17 +127,15 @@ class ScoresWriter:
             self._write(block[begin:end].data.cast("B"), place)
 
     def _write(self, data: memoryview, place: int) -> None:
-        try:
+        with refused(self.path, self.size):
             while data:
                 done = os.pwrite(self.file, data, place)
                 data, place = data[done:], place + done
-        except OSError as error:
-            raise write_error(self.path, 4 * self.shape[0] * self.shape[1], error) from error
 
     def finish(self) -> None:
         """Flush, add the checksums and rename; by all ranks."""
         assert self.temporary is not None
-        with self.ranks.barrier("finalize_scores"):
+        with self.ranks.barrier("finalize_scores"), refused(self.path, self.size):
             os.fsync(self.file)
         step, count = stripes(self.shape)
         mine = range(self.ranks.rank, count, self.ranks.size)
@@ -134,7 +143,7 @@ class ScoresWriter:
         every = {
             i: s for part in self.ranks.all_gather("finalize_scores", sums) for i, s in part.items()
         }
-        with self.ranks.barrier("finalize_scores"):
+        with self.ranks.barrier("finalize_scores"), refused(self.path, self.size):
             if self.ranks.first:
                 footer = {
                     **self.facts,
@@ -147,7 +156,7 @@ class ScoresWriter:
                 footer["checksum"] = digest(body.encode())
                 data = json.dumps(footer, sort_keys=True).encode()
                 data += FOOTER.pack(len(data), FOOTER_MARK)
-                self._write(memoryview(data), self._start + 4 * self.shape[0] * self.shape[1])
+                self._write(memoryview(data), self._start + self.size)
                 os.fsync(self.file)
                 os.replace(self.temporary, self.path)
                 sync_dir(self.path.parent)
@@ -215,7 +224,9 @@ def read_scores(path: Path | str) -> Scores:
                     raise ValueError(f"the checksum of the rows from {first} on is another")
     except FileNotFoundError as error:
         raise StoreError(f"TRAKer: there are no scores at {path}") from error
-    except (ValueError, KeyError, TypeError, OSError, struct.error, EOFError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except NOT_ARRAYS as error:
         raise corrupt(path, f"{error}") from error
     return array
 
@@ -376,7 +387,7 @@ def load_array(
             raise corrupt(path, "the bytes behind the array are no checksums")
     except OSError as error:
         raise StoreError(f"can't {what} {path} ({error.strerror or error})") from error
-    except (ValueError, EOFError, TypeError, SyntaxError) as error:
+    except NOT_ARRAYS as error:
         if own:
             raise corrupt(path, f"it doesn't hold the whole array ({error})") from error
         raise ValueError(f"can't {what} {path} ({error}); expected {expected}") from error

@@ -25,6 +25,7 @@ into larger ones (``fastproj.trak.store.shards``).
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
@@ -45,6 +46,7 @@ from fastproj.trak.files import (
     StoreError,
     StoreMismatchError,
     Tensors,
+    digest,
     make_dir,
     read_json,
     read_safetensors,
@@ -200,6 +202,10 @@ class Store:
             self.forget_index(model_id, part)
             self._tidy(model_id, part)
         self.current_model_id = model_id
+
+    def is_registered(self, model_id: int) -> bool:
+        """Whether it is known which checkpoint ``model_id`` is."""
+        return (self.model_dir(model_id) / "checkpoint.json").exists()
 
     def check_checkpoint(
         self,
@@ -480,9 +486,18 @@ class Store:
             "experiment": exp_name or "",
         }
 
+    def run_digest(self, model_id: int) -> str:
+        """Hash of what the features of ``model_id`` are: the run, and the checkpoint."""
+        return digest(json.dumps(self._identity_of(model_id, None), sort_keys=True).encode())
+
     def _checkpoint(self, model_id: int) -> str:
         if model_id not in self._checkpoints:
             path = self.model_dir(model_id) / "checkpoint.json"
+            if not self.is_registered(model_id):
+                raise StoreError(
+                    f"TRAKer: {path} is missing; expected load_checkpoint with model_id {model_id} "
+                    "before what was made from it is read"
+                )
             self._checkpoints[model_id] = str(read_json(path)["checkpoint"])
         return self._checkpoints[model_id]
 

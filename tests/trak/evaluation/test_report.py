@@ -375,7 +375,7 @@ def test_command_reads_texts_and_tables(tmp_path, capsys):
             "other.csv has the columns",
         ),
         (("--train-table", "short.csv"), "short.csv, line 3: received 1 values; expected 2"),
-        (("--train-texts", "bad.json"), "bad.json is no JSON"),
+        (("--train-texts", "bad.json"), "bad.json, line 1: no JSON"),
         (("--train-texts", "numbers.json"), "numbers.json holds something else; expected a list"),
         (("--train-texts", "missing.txt"), "missing.txt"),
         (("--train-texts", "targets.txt"), "received 6 train_texts with scores [40, 6]"),
