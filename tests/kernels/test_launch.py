@@ -127,8 +127,8 @@ def test_sparse_kernels(launched: Launched) -> None:
     name, grid, arguments = launched[0]
     assert name == "project_sjlt_kernel"
     assert not arguments["MASKED"]
-    assert arguments["n_groups"] == 70_000 // 256
-    assert grid == (1, 1, -(-arguments["n_groups"] // arguments["groups_per_split"]))
+    assert arguments["n_panels"] == 70_000 // 256
+    assert grid == (1, 1, -(-arguments["n_panels"] // arguments["panels_per_split"]))
     used = {name for name, _, _ in launched}
     assert used == {
         "project_sjlt_kernel",
