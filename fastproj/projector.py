@@ -125,9 +125,28 @@ class Projector:
         Raises
         ------
         TypeError, ValueError
-            For a model_id or row_offset that ``project`` doesn't take either.
+            For a model_id or row_offset that ``project`` doesn't take either, and for shapes or
+            devices that don't go together.
         """
-        call, backend = self._call("Projector.add_product", model_id, row_offset, True)
+        function = "Projector.add_product"
+        call, backend = self._call(function, model_id, row_offset, True)
+        if not left.dim() == right.dim() == 3 or left.shape[:2] != right.shape[:2]:
+            raise ValueError(
+                f"{function}: received left {list(left.shape)} and right {list(right.shape)}; "
+                "expected [B, T, m] and [B, T, n]"
+            )
+        rows = left.shape[2] * right.shape[2]
+        if call.row_offset + rows > self.grad_dim:
+            raise ValueError(
+                f"{function}: received row_offset={call.row_offset} and products with P={rows}; "
+                f"expected row_offset + P <= grad_dim = {self.grad_dim}"
+            )
+        if out.shape != (len(left), self.proj_dim) or not left.device == right.device == out.device:
+            raise ValueError(
+                f"{function}: received out {list(out.shape)} on {out.device}, left on "
+                f"{left.device} and right on {right.device}; expected out "
+                f"{[len(left), self.proj_dim]}, all on one device"
+            )
         return torch_ops.project_product(left, right, out, call, backend)
 
     def _call(

@@ -163,10 +163,8 @@ def _specialise_sjlt(case: Case, arch: str) -> tuple[Any, dict[str, Any], dict[s
         return project_sjlt_kernel, constants, pointers, chosen.num_warps, chosen.num_stages
     if case.operation == "product":
         stretch = stretch_of(case.block)
-        constants |= {"STRETCH": stretch, "PART": part_of(stretch)}
-        constants |= {"BLOCK_T": BLOCK_T[case.dtype]}
-        constants |= {"ALIGNED": not case.masked}
-        constants |= {"PRECISION": "ieee", "UNIT": config.unit(arch)}
+        constants |= {"STRETCH": stretch, "PART": part_of(stretch), "BLOCK_T": BLOCK_T[case.dtype]}
+        constants |= {"ALIGNED": not case.masked, "PRECISION": "ieee", "UNIT": config.unit(arch)}
         factor = POINTER[case.dtype]
         pointers = {"left_ptr": factor, "right_ptr": factor, "workspace_ptr": sums}
         return project_product_kernel, constants, pointers, warps_of(stretch), 2

@@ -21,13 +21,13 @@ from fastproj.spec import gauss_table
 from . import config, launch_sjlt, plan
 from .arguments import MAX_GRID, alignment, double_bits, guard, seeds
 from .entries import matrix_kernel
-from .project import project_gaussian_kernel, project_rademacher_kernel, reduce_kernel
+from .launch_reduce import reduce
+from .project import project_gaussian_kernel, project_rademacher_kernel
 from .transpose import project_transpose_kernel
 
 # Decided when Triton is imported: TRITON_INTERPRET=1 runs kernels in NumPy, on CPU tensors.
-INTERPRETED = not isinstance(reduce_kernel, triton.runtime.jit.JITFunction)
+INTERPRETED = not isinstance(matrix_kernel, triton.runtime.jit.JITFunction)
 
-REDUCE_BLOCK = 512
 SIGNS = plan.signed32(0x80008000)  # of the dense kernels
 _PROJECT = {"rademacher": project_rademacher_kernel, "gaussian": project_gaussian_kernel}
 
@@ -123,21 +123,8 @@ def _project_part(
                 )
             else:
                 _project_panels(piece, workspace, launch, call, configs, K, col_offset)
-        reduce_kernel[(-(-K // REDUCE_BLOCK), B)](
-            workspace,
-            out,
-            K,
-            width,
-            rows * width,
-            out.stride(0),
-            out.stride(1),
-            sum(launch.splits for launch in group),
-            double_bits(call.scale),
-            ACCUMULATE=accumulate,
-            BLOCK=REDUCE_BLOCK,
-            num_warps=4,
-            **config.OPTIONS,
-        )
+        slots = sum(launch.splits for launch in group)
+        reduce(workspace, out, slots, call.scale, accumulate)
         accumulate = True
 
 

@@ -8,16 +8,15 @@ from torch import Tensor
 from fastproj.call import Call
 
 from . import config, plan
-from .arguments import MAX_GRID, double_bits, guard, seeds
+from .arguments import MAX_GRID, guard, seeds
+from .launch_reduce import reduce
 from .product import project_product_kernel
-from .project import reduce_kernel
 
 BLOCK_M = 16  # rows of the gradient to a unit
 SPLITS = 32  # whatever the batch and the device: sums keep their order
 BLOCKS = (64, 1024)  # of kind sjlt: of a larger tile's columns, few read what a program holds
 MOST_STRETCH = 512  # columns of the gradient to a program: with 1024, sm_90 has too few registers
 BLOCK_T = {"float32": 16, "bfloat16": 32, "float16": 32}  # summands to a step, by dtype
-REDUCE_BLOCK = 512
 
 
 def unsupported(left: Tensor, right: Tensor, call: Call) -> str | None:
@@ -118,18 +117,4 @@ def project_product(left: Tensor, right: Tensor, out: Tensor, call: Call, unit: 
                 num_stages=2,
                 **config.OPTIONS,
             )
-            reduce_kernel[(-(-K // REDUCE_BLOCK), count)](
-                workspace,
-                some_out,
-                K,
-                width,
-                count * width,
-                some_out.stride(0),
-                some_out.stride(1),
-                splits,
-                double_bits(call.scale),
-                ACCUMULATE=call.accumulate,
-                BLOCK=REDUCE_BLOCK,
-                num_warps=4,
-                **config.OPTIONS,
-            )
+            reduce(workspace, some_out, splits, call.scale, call.accumulate)

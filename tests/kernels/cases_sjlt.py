@@ -364,6 +364,30 @@ def test_sjlt_products_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(out, torch.full_like(out, 7.0))
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "offset", "out", "said"),
+    [
+        ((2, 3, 4), (2, 5, 6), 0, (2, 64), r"left \[2, 3, 4\] and right \[2, 5, 6\]"),
+        ((2, 4), (2, 6), 0, (2, 64), "expected"),
+        ((2, 3, 4), (2, 3, 6), 1, (2, 64), "row_offset \\+ P <= grad_dim = 24"),
+        ((2, 3, 4), (2, 3, 6), 0, (2, 63), r"out \[2, 63\]"),
+        ((2, 3, 4), (2, 3, 6), 0, (1, 64), r"expected out \[2, 64\]"),
+    ],
+)
+def test_sjlt_products_that_make_no_sense(
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    offset: int,
+    out: tuple[int, ...],
+    said: str,
+) -> None:
+    given = (torch.zeros(shape, device=DEVICE) for shape in (left, right))
+    with pytest.raises(ValueError, match=said):
+        projector(64, 64, 24).add_product(
+            *given, row_offset=offset, out=torch.zeros(out, device=DEVICE)
+        )
+
+
 def test_sjlt_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient's sink asks for the kernel, and what it can't take goes by pieces."""
     left, right = factors(2, 3, 5, 64, torch.float32)
