@@ -196,7 +196,7 @@ def run(options: argparse.Namespace) -> Outcome:
         )
     groups = [0] * len(data["targets"]) if options.mean else None
     scores = traker.score(data["targets"], options.name, groups=groups, reduction="mean")
-    return DONE, report(options, task, checkpoints, rows, scores) if first else {}
+    return DONE, report(options, task, checkpoints, rows, scores) if first else None
 
 
 def find_tokenizer(options: argparse.Namespace, checkpoints: list[Path], needed: bool) -> Any:

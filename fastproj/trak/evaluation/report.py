@@ -76,7 +76,7 @@ def write_report(path: Path | str, page: Page) -> Path:
     path = Path(path)
     check(page)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = render(page).encode()
+    data = render(page).encode(errors="replace")  # half of a pair of surrogates is no letter
     write_atomic(path, lambda file: file.write(data), len(data))
     return path
 
