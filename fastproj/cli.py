@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = run_and_flush(arguments)
     except KeyboardInterrupt:
+        if argv is None:  # nothing is left for another Ctrl-C to stop
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         status = interrupted(word)
     except OSError as error:  # of the output: commands catch those of files
         status = unwritten(word, error)
@@ -140,7 +142,7 @@ def call(command: str, arguments: list[str]) -> int:
 
 def missing_package(program: str, error: ModuleNotFoundError) -> int:
     """Say what to install; returns the exit status."""
-    missing = error.name or "a module"
+    missing = error.name or "fastproj"
     if missing.startswith("fastproj"):
         print(f"{program}: not part of this installation ({error})", file=sys.stderr)
     else:

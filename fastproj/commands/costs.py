@@ -46,7 +46,7 @@ class Layers:
     def entries(self, rank: int) -> int:
         """The numbers of a sample's gradient after both sides are compressed to ``rank``."""
         side = min(rank, self.width)
-        return round(self.count * side**2)
+        return max(1, round(self.count * side**2))
 
     def operations(self, rank: int) -> float:
         """Floating-point operations to compress one sample's gradient: 2 T (I r + O r + r^2)."""

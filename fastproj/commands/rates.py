@@ -61,6 +61,8 @@ def projection_rate(
         reason = registry.load(backend).unsupported(device, torch.float32, kind)
     if reason is None and 4 * cols > MOST:
         reason = f"not tried: one projected gradient takes {4 * cols} bytes"
+    if reason is None and backend == "reference" and cols > 8 * REFERENCE_ENTRIES:
+        reason = f"not tried: it makes the {cols} entries of a row of R one by one"
     if reason is not None:
         return Rate(backend, 0.0, reason)
     batch = min(batch, max(1, LARGEST // (4 * max(cols, FIRST))))

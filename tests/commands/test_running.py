@@ -199,20 +199,37 @@ def test_interrupted_retraining_keeps_what_is_trained(tmp_path: Path, jobs: int)
 
 
 @pytest.mark.parametrize("package", ["numpy", "torch"])
-def test_interrupted_while_packages_are_imported(package: str) -> None:
-    """Which takes seconds on a busy machine: the command is there before."""
+@pytest.mark.parametrize("begun", ["sys.exit(cli.main())", "runpy.run_module('fastproj')"])
+def test_interrupted_while_packages_are_imported(package: str, begun: str) -> None:
+    """Which takes seconds on a busy machine: the command is there before, in both ways to start."""
     program = (
-        "import os, signal, sys\n"
+        "import os, runpy, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
         f"        if name == {package!r}: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "from fastproj import cli\n"
         "sys.argv[1:] = ['demo']\n"
-        "sys.exit(cli.main())\n"
+        f"{begun}\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "fastproj demo: stopped\n")
+
+
+def test_a_second_interrupt_is_too_late() -> None:
+    """While the first one is being said."""
+    program = (
+        "import os, signal, sys\n"
+        "from fastproj import cli\n"
+        "def stop(arguments): raise KeyboardInterrupt\n"
+        "said = cli.interrupted\n"
+        "def again(word): os.kill(os.getpid(), signal.SIGINT); return said(word)\n"
+        "cli.run, cli.interrupted = stop, again\n"
+        "sys.argv[1:] = ['info']\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fastproj info: stopped\n")
 
 
 @pytest.mark.parametrize(

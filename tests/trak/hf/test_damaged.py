@@ -101,7 +101,6 @@ READERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_model_is_read_or_refused_by_name(name, made, tmp_path):
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
