@@ -232,6 +232,7 @@ def run(settings: Settings, out: Path) -> LDS:
     """The whole demo; prints what it finds."""
     started = time.perf_counter()
     work = out / f"work-{settings.fingerprint()}"
+    make_dir(work)  # before anything is trained
     data = load_data(settings)
 
     checkpoints = train_checkpoints(settings, data)
