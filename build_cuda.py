@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+TOOLKIT = Path("/usr/local/cuda")  # where NVIDIA's packages install it
 OLDEST_NVCC = (12, 4)
 OLDEST_ARCH = 80  # the first whose tensor cores multiply bf16
 # Built where nothing else is asked for: each that this nvcc knows, with PTX of the last one.
@@ -123,19 +124,23 @@ def toolkit_flags(nvcc: str) -> tuple[list[str], list[str]]:
 
 
 def find_disassembler(nvcc: str | None) -> str | None:
-    """A cuobjdump: beside nvcc, in CUDA's own folders, on PATH, or the one in Triton's wheel."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    """A cuobjdump, with the nvdisasm that it calls: beside nvcc, in CUDA's own folders, on PATH, or
+    in a package, Triton's or NVIDIA's.
+    """
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), TOOLKIT]
     folders = [Path(nvcc).resolve().parent] if nvcc else []
     folders += [Path(home, "bin") for home in homes if home]
+    on_path = shutil.which("cuobjdump")
+    folders += [Path(on_path).parent] if on_path else []
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu*/bin")):
+        spec = importlib.util.find_spec(package)
+        for place in (spec.submodule_search_locations or ()) if spec else ():
+            folders += sorted(Path(place).glob(inside))
     for folder in folders:
-        if (folder / "cuobjdump").is_file():
+        helped = (folder / "nvdisasm").is_file() or shutil.which("nvdisasm")
+        if (folder / "cuobjdump").is_file() and helped:
             return str(folder / "cuobjdump")
-    found = shutil.which("cuobjdump")
-    triton = importlib.util.find_spec("triton") if found is None else None
-    if triton is not None and triton.origin is not None:
-        inside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        found = str(inside) if inside.is_file() else None
-    return found
+    return None
 
 
 # -------------------------------------------------------------------------------- the architectures

@@ -391,8 +391,9 @@ def build_module(module: Module, folder: Path, output: Path, *targets: str) -> N
     disassembler = build_cuda.find_disassembler(module.units[0].command[0])
     if disassembler is None:
         print(
-            f"{module.name}: no cuobjdump beside nvcc, in CUDA_HOME, on PATH or in Triton's wheel, "
-            "so it was not checked that nothing touches registers while a wgmma uses them",
+            f"{module.name}: no cuobjdump with nvdisasm beside nvcc, in CUDA_HOME, on PATH or in "
+            "Triton's wheel, so it was not checked that nothing touches registers while a wgmma "
+            "uses them (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)",
             file=sys.stderr,
             flush=True,
         )

@@ -3,7 +3,10 @@
 A wheel must load wherever pip installs it, so it needs nothing newer than glibc 2.17
 (manylinux2014) and no C++ library: `zig c++`, from PyPI, compiles what calls them and links. The
 kernels call neither; the usual compiler and nvcc make them. One wheel holds every instruction set
-of its architecture and, where there is an nvcc, the CUDA kernels.
+of its architecture and, where there is an nvcc, the CUDA kernels; FASTPROJ_CUDA=0 leaves these out,
+and 1 makes it an error that they can't be made.
+
+Everything but the bindings is compiled once, for all versions of Python.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import build_cuda
@@ -37,14 +41,15 @@ class WheelError(Exception):
     """A release file can't be made, or is not what it must be."""
 
 
-def run(command: list[str], env: dict[str, str] | None = None) -> str:
-    """What a command prints; raises WheelError with all of it when the command fails."""
+def run(command: list[str], env: dict[str, str] | None = None, aloud: bool = False) -> None:
+    """Run a command; raises WheelError when it fails, with what it printed unless ``aloud``."""
+    output = None if aloud else subprocess.PIPE
     done = subprocess.run(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        command, env=env, stdout=output, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )
     if done.returncode:
-        raise WheelError(f"{shlex.join(command)} exited with {done.returncode}:\n{done.stdout}")
-    return done.stdout
+        said = "; its messages are above" if aloud else f":\n{done.stdout}"
+        raise WheelError(f"{shlex.join(command)} exited with {done.returncode}{said}")
 
 
 def find_python(version: str) -> str | None:
@@ -62,12 +67,21 @@ def find_python(version: str) -> str | None:
     return None
 
 
+def with_cuda() -> bool:
+    """Whether wheels hold the CUDA kernels: as FASTPROJ_CUDA says, else where there is an nvcc."""
+    wanted = build_native.switch("FASTPROJ_CUDA")
+    return build_cuda.find_nvcc() is not None if wanted is None else wanted
+
+
 def environment(cuda: bool) -> dict[str, str]:
     """The compilers of a wheel; GPU architectures are all of ours unless FASTPROJ_CUDA_ARCHS."""
     kernel_compiler = build_native.find_compiler()
     if isinstance(kernel_compiler, str):
         raise WheelError(kernel_compiler)
-    kept = {k: v for k, v in os.environ.items() if k not in ("TORCH_CUDA_ARCH_LIST", "PYTHONPATH")}
+    dropped = ("TORCH_CUDA_ARCH_LIST", "PYTHONPATH", "FASTPROJ_SANITIZE")
+    kept = {k: v for k, v in os.environ.items() if k not in dropped}
+    if cuda:
+        kept["FASTPROJ_CUDA"] = "1"
     zig = [sys.executable, "-m", "ziglang", "c++"]
     target = f"{platform.machine()}-linux-gnu.{GLIBC}"
     caches = {f"ZIG_{name}_CACHE_DIR": str(ROOT / "build" / "zig") for name in ("GLOBAL", "LOCAL")}
@@ -75,12 +89,21 @@ def environment(cuda: bool) -> dict[str, str]:
         **kept,
         **caches,
         "FASTPROJ_CPU": "1",
-        "FASTPROJ_CUDA": "1" if cuda else "0",
         "FASTPROJ_KERNEL_CXX": shlex.join(kernel_compiler),
         "CXX": shlex.join([*zig, "-target", target]),
         "LDFLAGS": "-Wl,-s",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
+
+
+def compile_kernels(env: dict[str, str]) -> None:
+    """Compile what wheels for all Pythons share, in the folders where their builds look for it.
+
+    Aloud, for it takes minutes; and in this environment, which has what looks at the machine code.
+    """
+    work = ROOT / "build" / "wheels"
+    build = [sys.executable, "setup.py", "-q", "build_ext"]
+    run([*build, "--build-lib", str(work / "lib"), "--build-temp", str(work)], env, aloud=True)
 
 
 def build_sdist(output: Path) -> Path:
@@ -89,7 +112,7 @@ def build_sdist(output: Path) -> Path:
     return max(output.glob("*.tar.gz"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def build_wheel(python: str, output: Path, env: dict[str, str]) -> Path:
+def build_wheel(python: str, output: Path, env: dict[str, str], cuda: bool) -> Path:
     """The wheel for one interpreter, repaired for manylinux and looked at, in ``output``."""
     work = ROOT / "build" / "wheels"
     shutil.rmtree(work, ignore_errors=True)
@@ -103,7 +126,7 @@ def build_wheel(python: str, output: Path, env: dict[str, str]) -> Path:
     repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", plat, "--only-plat"]
     run([*repair, "-w", str(work / "repaired"), str(raw)], env)
     (repaired,) = (work / "repaired").glob("*.whl")
-    check_wheel(repaired, cuda=env["FASTPROJ_CUDA"] == "1")
+    check_wheel(repaired, cuda)
     return Path(shutil.copy2(repaired, output))
 
 
@@ -166,36 +189,61 @@ def driver(compiler: str) -> str:
     return f"compiled by CUDA {match[1]}.{match[2]}, needs driver {oldest} or newer"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Build what was asked for; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="build_wheels.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        prog="build_wheels.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder (dist)")
     parser.add_argument(
-        "--pythons", nargs="+", default=list(VERSIONS), metavar="X.Y", help="versions to build for"
-    )
-    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA kernels out")
+        "--pythons", nargs="+", default=VERSIONS, choices=VERSIONS, metavar="X.Y",
+        help=f"versions to build for ({' '.join(VERSIONS)})",
+    )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="fail where an interpreter is missing")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if sys.platform != "linux":
         print("build_wheels.py: manylinux wheels are made on Linux; here use `pip wheel .`")
         return 2
-    pythons = {version: find_python(version) for version in options.pythons}
-    cuda = not options.no_cuda and build_cuda.find_nvcc() is not None
-    options.output.mkdir(parents=True, exist_ok=True)
-    made = []
     try:
-        sdist = build_sdist(options.output)
-        print(f"{sdist.name}  {sdist.stat().st_size / 1e6:.1f} MB", flush=True)
-        for python in filter(None, pythons.values()):
-            made.append(build_wheel(python, options.output, environment(cuda)))
-            print("\n".join(lines(made[-1])), flush=True)
-    except WheelError as error:
+        return build_all(options)
+    except (WheelError, build_native.BuildError) as error:
         print(f"build_wheels.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("build_wheels.py: stopped; what is compiled is kept", file=sys.stderr)
+        return 130
+
+
+def build_all(options: argparse.Namespace) -> int:
+    """Build, and say what each step is and how long it took; returns the exit status."""
+    pythons = {version: find_python(version) for version in options.pythons}
     missing = [version for version, python in pythons.items() if python is None]
     if missing:
         print(f"no wheel for Python {', '.join(missing)}: no such interpreter on PATH or in pyenv")
-    return 1 if not made or (missing and options.all) else 0
+    if len(missing) == len(pythons) or (missing and options.all):
+        return 1
+    cuda = with_cuda()
+    env = environment(cuda)
+    options.output.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+
+    def step(what: str) -> None:
+        print(f"== {time.monotonic() - began:4.0f} s: {what}", flush=True)
+
+    step(f"compiling the kernels{' and those for GPUs, which takes minutes' if cuda else ''}")
+    compile_kernels(env)
+    step("the sdist")
+    sdist = build_sdist(options.output)
+    print(f"{sdist.name}  {sdist.stat().st_size / 1e6:.1f} MB", flush=True)
+    for version, python in pythons.items():
+        if python is not None:
+            step(f"the wheel for Python {version}")
+            made = build_wheel(python, options.output, env, cuda)
+            print("\n".join(lines(made)), flush=True)
+    step("done")
+    return 0
 
 
 if __name__ == "__main__":

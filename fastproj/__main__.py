@@ -7,7 +7,7 @@ import sys
 import fastproj
 from fastproj import namesake
 
-if not hasattr(fastproj, "SPEC_VERSION"):  # the other package's __init__.py is in our place
+if not hasattr(fastproj, "__version__"):  # the other package's __init__.py is in our place
     sys.exit(f"fastproj: {namesake.problem()}")
 
 from fastproj.cli import main

@@ -40,23 +40,49 @@ PACKAGES = {"sklearn": "scikit-learn"}  # where they are not called as their mod
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: sys.argv) and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        # A path in letters that the terminal lacks must not end hours of work in an error.
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
+    word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    prepare_output()
     try:
-        status = run(arguments)
-        sys.stdout.flush()
+        status = run_and_flush(arguments)
     except KeyboardInterrupt:
-        word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+        if argv is None:  # nothing is left for another Ctrl-C to stop
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         status = interrupted(word)
-    except BrokenPipeError:
-        # The reader (`| head`) is gone: leave nothing for the interpreter to flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except OSError as error:  # of the output: commands catch those of files
+        status = unwritten(word, error)
     if argv is None:  # the process ends here: Ctrl-C has nothing left to stop, and would show it
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return status
+
+
+def prepare_output() -> None:
+    """Let nothing that is printed end hours of work in an error."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # whoever started this process had closed it (`>&-`)
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+        # A path may have letters that the terminal lacks. "surrogateescape" is of the locale C.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def run_and_flush(arguments: list[str]) -> int:
+    """``run``, with all that it printed out; also where it ends with argparse's help or mistake."""
+    try:
+        return run(arguments)
+    finally:
+        sys.stdout.flush()
+
+
+def unwritten(word: str, error: OSError) -> int:
+    """Say why the output could not be written; returns the exit status."""
+    if not isinstance(error, BrokenPipeError):  # the reader (`| head`) is gone, and knows it
+        said = f"can't write to standard output ({error.strerror})"
+        print(f"fastproj {word}".rstrip() + f": {said}", file=sys.stderr)
+    # Leave nothing for the interpreter to flush at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
 
 
 def run(arguments: list[str]) -> int:
@@ -108,16 +134,15 @@ def load(command: str) -> ModuleType:
 def call(command: str, arguments: list[str]) -> int:
     """Run a command and return its exit status. A missing package becomes a message."""
     try:
-        module = load(command)
-    except ModuleNotFoundError as error:
+        entry: Callable[[list[str]], int | None] = load(command).main
+        return entry(arguments) or DONE
+    except ModuleNotFoundError as error:  # of its module, or what it imports when it needs it
         return missing_package(f"fastproj {command}", error)
-    entry: Callable[[list[str]], int | None] = module.main
-    return entry(arguments) or DONE
 
 
 def missing_package(program: str, error: ModuleNotFoundError) -> int:
     """Say what to install; returns the exit status."""
-    missing = error.name or "a module"
+    missing = error.name or "fastproj"
     if missing.startswith("fastproj"):
         print(f"{program}: not part of this installation ({error})", file=sys.stderr)
     else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import textwrap
+from decimal import Decimal
+
+LIMIT = 1 << 63  # of sizes
 
 
 def command_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -44,12 +46,14 @@ def positive(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """ "4096", "1e7" or "10**8" as an integer of at least 1. Raises ValueError."""
+    """ "4096", "1e7" or "10**8" as an integer of at least 1, below 2^63. Raises ValueError."""
     base, power, exponent = text.partition("**")
     try:
-        value = float(base) ** int(exponent) if power else float(text) if "e" in text else int(text)
-    except (ValueError, OverflowError):
-        value = 0
-    if not 1 <= value < math.inf or value != int(value):
-        raise ValueError(f"received {text!r}; expected an integer of at least 1")
-    return int(value)
+        value = Decimal(base) ** int(exponent) if power else Decimal(text)
+        if 1 <= value < LIMIT and value == int(value):
+            return int(value)
+    except (ArithmeticError, ValueError):
+        value = Decimal(0)
+    large = value.is_finite() and value >= LIMIT
+    expected = "an integer below 2^63" if large else "an integer of at least 1"
+    raise ValueError(f"received {text!r}; expected {expected}")

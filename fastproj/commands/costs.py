@@ -21,6 +21,7 @@ ROW_BYTES, COUNT_BYTES = 24, 12
 BLOCKS = 5  # blocks of features in memory: three that are read ahead, one weighed, one product
 MATRICES = 4  # float64 matrices of the system's size while lambda is chosen and it is solved
 FACTORED = 4  # times that a system is factored: for lambda's dimension, its check, and scoring
+MOST_DRAWN = 1 << 30  # of more samples no more rows are drawn, and counting them takes memory
 ASPECT = 64  # a transformer's width over its depth, as of GPT-2
 
 
@@ -45,7 +46,7 @@ class Layers:
     def entries(self, rank: int) -> int:
         """The numbers of a sample's gradient after both sides are compressed to ``rank``."""
         side = min(rank, self.width)
-        return round(self.count * side**2)
+        return max(1, round(self.count * side**2))
 
     def operations(self, rank: int) -> float:
         """Floating-point operations to compress one sample's gradient: 2 T (I r + O r + r^2)."""
@@ -78,7 +79,7 @@ class Run:
         """Rows of the Fisher matrix that are drawn, for each checkpoint."""
         if not self.fisher:
             return 0
-        return Draws(self.samples, self.proj_dim, Fisher(), 0).count
+        return Draws(min(self.samples, MOST_DRAWN), self.proj_dim, Fisher(), 0).count
 
     @property
     def rows(self) -> int:

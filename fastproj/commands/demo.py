@@ -34,7 +34,7 @@ from fastproj.testbed.ensembles import Ensemble, Training, random_halves, split
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.evaluation.metrics import LDS, lds, noise_ceiling, spearman
 from fastproj.trak.evaluation.report import Page, write_report
-from fastproj.trak.files import StoreError, make_dir, read_json, write_json
+from fastproj.trak.files import StoreError, StoreMismatchError, make_dir, read_json, write_json
 from fastproj.trak.progress import progress, tracked
 from fastproj.trak.solving.solve import AUTO, Lambda, check_lambda
 from fastproj.trak.tasks import margins
@@ -232,6 +232,7 @@ def run(settings: Settings, out: Path) -> LDS:
     """The whole demo; prints what it finds."""
     started = time.perf_counter()
     work = out / f"work-{settings.fingerprint()}"
+    make_dir(work)  # before anything is trained
     data = load_data(settings)
 
     checkpoints = train_checkpoints(settings, data)
@@ -331,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE, {"report": str(options.out / "report.html"), "lds": asdict(result)}
 
     kept = f"Finished work is kept in {options.out}; the same command goes on from there"
-    return execute("demo", options, whole, (StoreError, OSError), kept)
+    return execute("demo", options, whole, (StoreError, StoreMismatchError, OSError), kept)
 
 
 def number_or_text(text: str) -> Lambda:

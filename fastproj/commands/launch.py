@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from fastproj.backends import cuda, triton
-from fastproj.checks import check_block
+from fastproj.checks import check_block, check_integer
 from fastproj.commands.arguments import size
 from fastproj.commands.running import DONE, Outcome
+from fastproj.spec import MAX_COLS, MAX_ROWS
 
 DTYPES = {
     "float32": torch.float32,
@@ -122,6 +123,8 @@ def plans_of(options: argparse.Namespace) -> list[Plan]:
     Raises ValueError for a word that can't be.
     """
     batch, rows, cols = (size(text) for text in options.launch[:3])
+    check_integer("info", "P", rows, 1, MAX_ROWS + 1)
+    check_integer("info", "K", cols, 1, MAX_COLS + 1)
     name = options.launch[3]
     if name not in DTYPES:
         raise ValueError(f"received DTYPE {name!r}; expected {', '.join(DTYPES)}")

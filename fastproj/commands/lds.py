@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastproj.commands import evaluation
-from fastproj.commands.arguments import command_parser
+from fastproj.commands.arguments import command_parser, positive
 from fastproj.commands.running import DONE, FAILED, Outcome
 from fastproj.trak.evaluation.metrics import lds, noise_ceiling
 from fastproj.trak.evaluation.retrain import GroundTruth, random_subsets, train_subsets
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--train-set-size",
-        type=int,
+        type=positive,
         metavar="N",
         help="of the recipe; needed where no --scores are given",
     )

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from fastproj.checks import check_block
+from fastproj.checks import check_block, check_integer
 from fastproj.commands.arguments import add_json, command_parser, positive
 from fastproj.commands.costs import Layers, Run
 from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
 from fastproj.commands.running import DONE, Outcome, execute
-from fastproj.spec import KINDS
+from fastproj.spec import KINDS, MAX_COLS, MAX_ROWS
 from fastproj.trak.curvature import CURVATURES
 from fastproj.trak.inputs import default_kind
 from fastproj.trak.solving.systems import TRAK
@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     try:
+        check_integer("--model-parameters", "P", options.model_parameters, 1, MAX_ROWS + 1)
+        check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
         if options.kind is None:
             options.kind = default_kind(options.proj_dim, options.block)
         options.block = check_block("--block", options.kind, options.block, options.proj_dim)

@@ -13,7 +13,8 @@ import fastproj
 from fastproj.backends import measured, registry
 
 ENOUGH = 0.05  # seconds that a call must take for its time to mean something
-LARGEST = 1 << 26  # bytes of gradients in a call
+LARGEST = 1 << 26  # bytes of gradients in a call, and of their projection
+MOST = 1 << 30  # bytes of one projected gradient: more is not tried
 FIRST = 512  # rows of the first call, a panel; each further call has twice as many
 REFERENCE_ENTRIES = 1 << 19  # of R in the reference backend's first call: it makes them one by one
 SIDE = 1024  # of the matrices that are multiplied and factored
@@ -51,13 +52,20 @@ def projection_rates(rows: int, cols: int, kind: str, block: int | None, batch: 
 def projection_rate(
     backend: str, rows: int, cols: int, kind: str, block: int | None, batch: int
 ) -> Rate:
-    """The rate of one backend."""
+    """The rate of one backend, at the batch, or one whose gradients and projection are no larger
+    than LARGEST.
+    """
     device = "cuda" if backend in measured.BACKENDS else "cpu"
     reason = registry.unavailable(backend)
     if reason is None:
         reason = registry.load(backend).unsupported(device, torch.float32, kind)
+    if reason is None and 4 * cols > MOST:
+        reason = f"not tried: one projected gradient takes {4 * cols} bytes"
+    if reason is None and backend == "reference" and cols > 8 * REFERENCE_ENTRIES:
+        reason = f"not tried: it makes the {cols} entries of a row of R one by one"
     if reason is not None:
         return Rate(backend, 0.0, reason)
+    batch = min(batch, max(1, LARGEST // (4 * max(cols, FIRST))))
     part = min(FIRST, rows)
     if backend == "reference":
         part = max(1, min(part, REFERENCE_ENTRIES // cols))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastproj.commands.arguments import add_json, command_parser
+from fastproj.commands.arguments import add_json, command_parser, positive
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.trak.evaluation.report import Page, write_report
 from fastproj.trak.files import StoreError, parsed_json, read_text
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--targets", type=int, nargs="+", metavar="T", help="which targets (default: the first 12)"
     )
     parser.add_argument(
-        "--top", type=int, default=8, metavar="N", help="samples on each side (default: 8)"
+        "--top", type=positive, default=8, metavar="N", help="samples on each side (default: 8)"
     )
     for name, what in (
         ("train-images", "images of the training samples [n, ...], grey or colour"),

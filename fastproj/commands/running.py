@@ -6,12 +6,11 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
-
-import numpy as np
 
 DONE, FAILED, MISUSED = 0, 1, 2
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -22,8 +21,9 @@ EXIT_STATUS = """exit status:
   2    the command line was not understood
   130  stopped by Ctrl-C; what was finished is kept"""
 
-# What a command's function returns: the exit status, and the object that --json prints.
-Outcome = tuple[int, dict[str, Any]]
+# What a command's function returns: the exit status, and the object that --json prints; None for a
+# process among several that leaves this to another.
+Outcome = tuple[int, dict[str, Any] | None]
 
 
 def execute(
@@ -35,8 +35,8 @@ def execute(
 ) -> int:
     """Run a command and return its exit status.
 
-    Errors of the types ``mendable`` become a message. ``kept`` says what an interrupted command
-    leaves.
+    Errors of the types ``mendable`` become a message, and so does a want of memory. ``kept`` says
+    what an interrupted command leaves.
     """
     try:
         with messages_on_stderr(options.json):
@@ -48,18 +48,35 @@ def execute(
     except mendable as error:
         print(f"fastproj {command}: {error}", file=sys.stderr)
         return FAILED
-    if options.json:
+    except (MemoryError, RuntimeError) as error:
+        if not of_memory(error):
+            raise
+        print(f"fastproj {command}: not enough memory ({in_a_line(error)})", file=sys.stderr)
+        return FAILED
+    if options.json and content is not None:
         from fastproj import __version__
 
         print(json.dumps(plain({"fastproj": __version__, **content}), indent=1))
     return status
 
 
+def of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory; torch raises RuntimeError for that."""
+    words = ("allocate memory", "out of memory", "size calculation overflowed")
+    return isinstance(error, MemoryError) or any(said in str(error) for said in words)
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error says, without where in C++ it was noticed."""
+    said = re.sub(r"^\[enforce fail at [^]]*\] [\w =]*\. ", "", str(error))
+    return " ".join(said.partition("\n")[0].split()) or type(error).__name__
+
+
 def interrupted(command: str, kept: str = "") -> int:
     """Say in one line that Ctrl-C stopped a command; returns the exit status."""
     said = f"stopped. {kept}" if kept else "stopped"
     start = "\n" if sys.stderr.isatty() else ""  # the terminal has just shown ^C
-    print(f"{start}fastproj {command}: {said}", file=sys.stderr)
+    print(f"{start}fastproj {command}".rstrip(" ") + f": {said}", file=sys.stderr)
     return INTERRUPTED
 
 
@@ -88,6 +105,8 @@ def messages_on_stderr(wanted: bool) -> Iterator[None]:
 
 def plain(value: Any) -> Any:
     """Values that JSON has: lists for arrays, null for what is not finite."""
+    import numpy as np  # which takes a while, and Ctrl-C is to be met before that
+
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, np.ndarray | list | tuple):

@@ -15,18 +15,11 @@ from fastproj.commands.arguments import add_json, positive
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.trak.distributed import DistributedError
 from fastproj.trak.files import StoreError
-from fastproj.trak.hf import (
-    HFTRAKer,
-    checkpoints_in,
-    load_model,
-    load_tokenizer,
-    read_samples,
-    tokenize,
-)
-from fastproj.trak.hf.heads import AUTO_CLASSES, kind_of_model
 from fastproj.trak.store.store import NotReadyError
 from fastproj.trak.tasks.language import base_of
 
+# fastproj.trak.hf is imported when the command runs: help and completion need no transformers.
+TASKS = ("seq2seq", "text_classification", "token_classification", "causal_lm", "masked_lm")
 DESCRIPTION = """\
 Which training samples raise or lower what a model says of a target? TRAK scores for a Hugging Face
 model, its training set and targets, all in local folders and files: the command asks no network.
@@ -101,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="cut samples to T tokens; what the tokenizer and the model can take",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--task", choices=list(AUTO_CLASSES), help="what the model predicts")
+    model.add_argument("--task", choices=TASKS, help="what the model predicts")
     model.add_argument("--base", type=Path, metavar="DIR", help="the model that adapters belong to")
     model.add_argument("--tokenizer", type=Path, metavar="DIR", help="where MODEL has none")
     model.add_argument(
@@ -154,6 +147,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Load, tokenise, score and print."""
+    from fastproj.trak.hf import HFTRAKer, checkpoints_in, load_model, read_samples, tokenize
+    from fastproj.trak.hf.heads import kind_of_model
+
     checkpoints = [found for path in options.models for found in checkpoints_in(path)]
     rows = {name: read_samples(getattr(options, name)) for name in ("train", "targets")}
     model = load_model(checkpoints[-1], options.task, base=options.base, dtype=options.dtype)
@@ -196,13 +192,15 @@ def run(options: argparse.Namespace) -> Outcome:
         )
     groups = [0] * len(data["targets"]) if options.mean else None
     scores = traker.score(data["targets"], options.name, groups=groups, reduction="mean")
-    return DONE, report(options, task, checkpoints, rows, scores) if first else {}
+    return DONE, report(options, task, checkpoints, rows, scores) if first else None
 
 
 def find_tokenizer(options: argparse.Namespace, checkpoints: list[Path], needed: bool) -> Any:
     """The tokenizer of --tokenizer, of a checkpoint or of the base model; None where there is none
     and none is needed.
     """
+    from fastproj.trak.hf import load_tokenizer
+
     given = [path for path in (options.tokenizer,) if path is not None]
     places = given or [*reversed(checkpoints), *options.models, *filter(None, [options.base])]
     try:

@@ -16,6 +16,14 @@ def test_bench_checks_and_times(capsys: pytest.CaptureFixture[str]) -> None:
     assert "WRONG" not in out
 
 
+def test_results_that_are_zero_are_right(capsys: pytest.CaptureFixture[str]) -> None:
+    """The only row that is projected has no entry in the only column."""
+    assert not fastproj.matrix(slice(0, 1), slice(0, 1), kind="sjlt", block=16).any()
+    sizes = ["--rows", "1", "--cols", "1", "--batch", "1", "--repeats", "1", "--kind", "sjlt"]
+    assert cli.main(["bench", *sizes]) == 0
+    assert "WRONG" not in capsys.readouterr().out
+
+
 def test_bench_gives_no_speed_for_a_wrong_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -177,3 +177,12 @@ def test_a_directory_that_cannot_be_is_an_error_message(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert demo.main(["--out", str(tmp_path / "file"), *ARGUMENTS]) == 1
     assert "fastproj demo: can't make the directory" in capsys.readouterr().err
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_anything_is_trained(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(demo, "train_checkpoints", None)
+    assert demo.main([*ARGUMENTS, "--out", str(tmp_path / "file")]) == 1
+    assert f"can't make the directory {tmp_path}/file" in capsys.readouterr().err

@@ -67,6 +67,8 @@ def test_launch_as_json_holds_what_the_kernels_choose(capsys: pytest.CaptureFixt
         (["1.5", "10", "10", "fp32"], "received '1.5'; expected"),
         (["1", "1e400", "10", "fp32"], "received '1e400'; expected"),
         (["1", "10", "10**400", "fp32"], "received '10**400'; expected"),
+        (["1", "1e18", "10", "fp32"], "received P=1000000000000000000; expected 1 <= P < "),
+        (["1", "10", "1e10", "fp32"], "received K=10000000000; expected 1 <= K < "),
         (["1", "10", "10", "int8"], "received DTYPE 'int8'; expected float32, fp32"),
     ],
 )

@@ -116,6 +116,7 @@ def test_layers_are_those_of_a_transformer() -> None:
     assert layers.count == pytest.approx(144)
     assert layers.entries(1000) == 12 * 12 * 768**2  # a side not larger than the rank stays
     assert layers.operations(1000) == 2 * 512 * 12 * 12 * 768**2
+    assert Layers.assumed(1, None, 512).entries(1) == 1
 
 
 def test_defaults_are_those_of_a_run(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +179,37 @@ def test_calls_grow_until_they_take_long_enough(monkeypatch: pytest.MonkeyPatch)
     assert seen == [10, 20, 25]
 
 
+def test_calls_stay_small_at_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def seconds_of(call: Any, device: str, repeats: int) -> float:
+        seen.append(call.__defaults__[0].shape)
+        return 1.0
+
+    monkeypatch.setattr(rates, "seconds_of", seconds_of)
+    most = rates.LARGEST // 4
+    for batch, rows, cols in ((10**9, 10**9, 64), (10**6, 10**9, 10**6), (32, 10, 1 << 22)):
+        rates.projection_rate("reference", rows, cols, "sjlt", 16, batch)
+        b, part = seen[-1]
+        assert b == 1 or b * max(part, cols) <= most
+    seen.clear()
+    for cols, reason in (
+        (1 << 29, "one projected gradient takes 2147483648 bytes"),
+        (1 << 28, "it makes the 268435456 entries of a row of R one by one"),
+    ):
+        found = rates.projection_rate("reference", 10, cols, "sjlt", 16, 1)
+        assert (found.entries, found.reason) == (0.0, f"not tried: {reason}")
+    assert not seen
+
+
+def test_the_largest_numbers_are_planned(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
+    most = ["--samples", "9e18", "--targets", "9e18", "--checkpoints", "9e18", "--batch", "9e18"]
+    shape = ["plan", "--model-parameters", "2**56", "--proj-dim", "2**32", *most]
+    assert cli.main(shape) == 0
+    assert cli.main([*shape, "--factored", "3", "--tokens", "9e18", "--width", "9e18"]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -189,6 +221,8 @@ def test_calls_grow_until_they_take_long_enough(monkeypatch: pytest.MonkeyPatch)
         (["--samples", "1.5"], "received '1.5'; expected an integer of at least 1"),
         (["--gradient-seconds", "-1"], "received '-1'; expected seconds, above 0"),
         (["--width", "64"], "--width goes with --factored"),
+        (["--model-parameters", "1e18"], "--model-parameters: received P=1000000000000000000;"),
+        (["--proj-dim", "1e10"], "--proj-dim: received K=10000000000; expected 1 <= K < "),
         (["--curvature", "none"], "invalid choice: 'none'"),
     ],
 )

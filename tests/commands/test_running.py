@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastproj import cli
 from fastproj.commands import running
@@ -80,6 +81,16 @@ def options(**named: object) -> argparse.Namespace:
         ((1, {}), 1, ""),
         (ValueError("received 3"), 1, "fastproj word: received 3\n"),
         (OSError("no room"), 1, "fastproj word: no room\n"),
+        (MemoryError(), 1, "fastproj word: not enough memory (MemoryError)\n"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 4000 bytes.\nmore"
+            ),
+            1,
+            "fastproj word: not enough memory (DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 4000 bytes.)\n",
+        ),
         (KeyboardInterrupt(), 130, "fastproj word: stopped. All is kept\n"),
     ],
 )
@@ -95,12 +106,48 @@ def test_each_end_has_its_status_and_one_line(
     assert capsys.readouterr() == ("", said)
 
 
-def test_errors_of_the_program_keep_their_traceback() -> None:
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), RuntimeError("expected contiguous memory format")]
+)
+def test_errors_of_the_program_keep_their_traceback(error: Exception) -> None:
     def run(_: argparse.Namespace) -> running.Outcome:
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         running.execute("word", options(), run)
+
+
+def test_torch_says_that_there_is_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: argparse.Namespace) -> running.Outcome:
+        torch.empty(10**15)
+        return 0, {}
+
+    assert running.execute("word", options(), run) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("fastproj word: not enough memory (")
+    assert "4000000000000000 bytes" in err
+    assert "enforce" not in err
+
+
+def test_one_process_of_several_prints_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = argparse.Namespace(json=True)
+    assert running.execute("word", wanted, lambda _: (0, None)) == 0
+    assert capsys.readouterr().out == ""
+    assert running.execute("word", wanted, lambda _: (0, {})) == 0
+    assert json.loads(capsys.readouterr().out)["fastproj"]
+
+
+def test_a_package_that_is_missing_only_when_it_is_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_: list[str]) -> int:
+        raise ModuleNotFoundError("no", name="sklearn")
+
+    monkeypatch.setattr(cli.load("mislabel"), "main", main)
+    assert cli.main(["mislabel"]) == 1
+    assert capsys.readouterr().err == (
+        "fastproj mislabel: needs sklearn; pip install scikit-learn\n"
+    )
 
 
 def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
@@ -151,20 +198,38 @@ def test_interrupted_retraining_keeps_what_is_trained(tmp_path: Path, jobs: int)
         assert len(trained(tmp_path)) == 3 + 4
 
 
-def test_interrupted_while_torch_is_imported() -> None:
-    """Which takes seconds on a busy machine: the command is there before."""
+@pytest.mark.parametrize("package", ["numpy", "torch"])
+@pytest.mark.parametrize("begun", ["sys.exit(cli.main())", "runpy.run_module('fastproj')"])
+def test_interrupted_while_packages_are_imported(package: str, begun: str) -> None:
+    """Which takes seconds on a busy machine: the command is there before, in both ways to start."""
     program = (
-        "import os, signal, sys\n"
+        "import os, runpy, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        f"        if name == {package!r}: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "from fastproj import cli\n"
         "sys.argv[1:] = ['demo']\n"
-        "sys.exit(cli.main())\n"
+        f"{begun}\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "fastproj demo: stopped\n")
+
+
+def test_a_second_interrupt_is_too_late() -> None:
+    """While the first one is being said."""
+    program = (
+        "import os, signal, sys\n"
+        "from fastproj import cli\n"
+        "def stop(arguments): raise KeyboardInterrupt\n"
+        "said = cli.interrupted\n"
+        "def again(word): os.kill(os.getpid(), signal.SIGINT); return said(word)\n"
+        "cli.run, cli.interrupted = stop, again\n"
+        "sys.argv[1:] = ['info']\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fastproj info: stopped\n")
 
 
 @pytest.mark.parametrize(

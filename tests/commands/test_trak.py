@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 import transformers as tf
 
 from fastproj import cli
+from fastproj.commands import trak
 from fastproj.trak.hf import HFTRAKer, load_model, load_tokenizer, tokenize
+from fastproj.trak.hf.heads import AUTO_CLASSES
 from tests.trak.hf import models
 
 TRAIN = [{"text": f"w{i} w{i + 1} w{i % 3}"} for i in range(12)]
@@ -211,13 +215,25 @@ def test_the_help_teaches(capsys):
     assert cli.COMMANDS["trak"]
 
 
-def test_without_transformers_the_package_is_named(monkeypatch, capsys):
-    def missing(name):
-        raise ModuleNotFoundError("no", name="transformers")
+def test_the_tasks_are_those_of_the_models():
+    assert trak.TASKS == tuple(AUTO_CLASSES)
 
-    monkeypatch.setattr(cli.importlib, "import_module", missing)
-    assert run("run", *DATA) == 1
-    assert "needs transformers; pip install transformers" in capsys.readouterr().err
+
+def test_without_transformers_there_is_help_and_the_extra_is_named():
+    """As after `pip install torch-fastproj[trak]`."""
+    program = (
+        "import sys\n"
+        "sys.modules['transformers'] = None\n"
+        "from fastproj import cli\n"
+        "try: cli.main(['trak', '--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not cli.main(['--print-completion', 'bash'])\n"
+        "sys.exit(cli.main(['trak', 'run', '--train', 'a.txt', '--targets', 'a.txt']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = "fastproj trak: fastproj.trak.hf needs transformers: pip install 'torch-fastproj[hf]'\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert "--max-length" in done.stdout
 
 
 def test_a_model_without_a_head_is_refused(here, capsys):

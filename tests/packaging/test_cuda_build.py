@@ -5,6 +5,7 @@ nvcc is a script here; tests/cuda/test_compiled.py has the real one.
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import pytest
@@ -279,4 +280,37 @@ def test_a_check_that_can_not_be_made_is_said(
         units = [unit for unit in module.units if unit.source.name == "simple.cu"]
         module = build_native.Module(module.name, units, module.link, module.info, module.archs)
         build_native.build_module(module, tmp_path / arch, tmp_path / "out.so")
-        assert ("no cuobjdump beside nvcc" in capfd.readouterr().err) == told
+        assert ("no cuobjdump with nvdisasm beside nvcc" in capfd.readouterr().err) == told
+
+
+def test_a_disassembler_is_one_with_what_it_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuobjdump alone can't disassemble: the next one that can is taken."""
+
+    def tools(folder: Path, *names: str) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (folder / name).write_text("#!/bin/sh\n")
+            (folder / name).chmod(0o755)
+        return str(folder)
+
+    nvcc = f"{tools(tmp_path / 'toolkit', 'nvcc', 'cuobjdump')}/nvcc"
+    monkeypatch.setenv("PATH", tools(tmp_path / "path"))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setattr(build_cuda, "TOOLKIT", tmp_path / "none")
+    monkeypatch.setattr(build_cuda.importlib.util, "find_spec", lambda name: None)
+    assert build_cuda.find_disassembler(nvcc) is None
+    package = tmp_path / "site" / "nvidia"
+    tools(package / "cu13" / "bin", "cuobjdump", "nvdisasm")
+    monkeypatch.setattr(
+        build_cuda.importlib.util,
+        "find_spec",
+        lambda name: types.SimpleNamespace(
+            submodule_search_locations=[str(package)] if name == "nvidia" else None
+        ),
+    )
+    assert build_cuda.find_disassembler(nvcc) == str(package / "cu13" / "bin" / "cuobjdump")
+    tools(tmp_path / "path", "nvdisasm")
+    assert build_cuda.find_disassembler(nvcc) == str(tmp_path / "toolkit" / "cuobjdump")

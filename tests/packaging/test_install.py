@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import build_wheels
 from tests import ROOT
 from tests.packaging.building import (
     Built,
@@ -110,31 +108,11 @@ def test_isolated_build_needs_nothing_installed(
     venv.run("-c", "from fastproj import _cpu")
 
 
-def other_pythons() -> Iterator[tuple[str, str | None]]:
-    """Each supported version with an interpreter that runs, or None."""
-    versions = glob.glob(os.path.join(os.environ.get("PYENV_ROOT", ""), "versions", "*", "bin"))
-    for minor in (10, 11, 12, 13):
-        name = f"python3.{minor}"
-        candidates = [shutil.which(name), *(os.path.join(folder, name) for folder in versions)]
-        works = None
-        for candidate in candidates:
-            if candidate and os.path.exists(candidate):
-                done = subprocess.run([candidate, "-c", "import venv"], capture_output=True)
-                if done.returncode == 0:
-                    works = candidate
-                    break
-        yield f"3.{minor}", works
-
-
-PYTHONS = list(other_pythons())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("version", "python"), PYTHONS, ids=[version for version, _ in PYTHONS])
-def test_builds_and_runs_on_every_supported_python(
-    version: str, python: str | None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("version", build_wheels.VERSIONS)
+def test_builds_and_runs_on_every_supported_python(version: str, tmp_path: Path) -> None:
     """Without torch for that Python: every module compiles, `_cpu` gives the known answers."""
+    python = build_wheels.find_python(version)
     if python is None:
         pytest.skip(f"there is no working python{version} here")
     sources = copy_sources(tmp_path / "sources")

@@ -64,7 +64,7 @@ def test_compiles_without_warnings(
 
 
 def test_answers_on_arm64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ARM64 Python with torch, as CONTRIBUTING.md makes one, is asked the known answers."""
+    """An ARM64 Python with torch, as docs/install.md makes one, is asked the known answers."""
     python = shlex.split(os.environ.get("ARM64_PYTHON", ""))
     if not python:
         pytest.skip("set ARM64_PYTHON to a command that runs an ARM64 Python with torch")

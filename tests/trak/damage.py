@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from fastproj.trak import StoreError, StoreMismatchError
 
 FLIPS = 4  # bits anywhere in a file, one at a time; beside those of its first bytes
+# What a reader says of a file that it refuses.
+REFUSED = (ValueError, OSError, StoreError, StoreMismatchError)
 TEXTS = (b"{}", b"[]", b"null", b'"a"', b"1e999", b"9" * 5000, b"[" * 200_000, b"\xff\xfe{")
 
 
@@ -50,3 +55,32 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def refusals(
+    read: Callable[[], Any],
+    path: Path,
+    *,
+    named: Path | None = None,
+    right: Callable[[Any], bool] = lambda found: True,
+) -> int:
+    """Damage a file that ``read()`` reads in every way; how often it was refused.
+
+    named : what a refusal must name; None: the file. right : of what is read of a damaged file.
+    """
+    whole = path.read_bytes()
+    refused = 0
+    for what, content in damages(whole, random.Random(path.name)):
+        put(path, content)
+        said = None
+        try:
+            found = read()
+        except REFUSED as error:
+            said = str(error)
+        if said is None:
+            assert content == whole or right(found), what
+        else:
+            refused += 1
+            assert str(named or path) in said, (what, said)
+    put(path, whole)
+    return refused

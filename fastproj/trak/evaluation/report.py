@@ -15,7 +15,7 @@ from fastproj.trak.evaluation.metrics import LDS
 from fastproj.trak.evaluation.passages import Passage, Weights, render_passage
 from fastproj.trak.evaluation.pictures import histogram, image, scatter
 from fastproj.trak.evaluation.style import STYLE
-from fastproj.trak.files import write_atomic
+from fastproj.trak.files import StoreError, make_dir, write_atomic
 from fastproj.trak.store.scores import TopScores
 
 TOKENS = (
@@ -75,8 +75,10 @@ def write_report(path: Path | str, page: Page) -> Path:
     """Write ``page`` to ``path``, in full or not at all; returns the path."""
     path = Path(path)
     check(page)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = render(page).encode()
+    make_dir(path.parent)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device: it would be replaced
+        raise StoreError(f"can't write {path}, which is no file; expected the path of one")
+    data = render(page).encode(errors="replace")  # half of a pair of surrogates is no letter
     write_atomic(path, lambda file: file.write(data), len(data))
     return path
 

@@ -84,7 +84,10 @@ def load_adapters(
                 "here; expected base= (--base on the command line), the local folder of that model"
             )
     model = load_model(base, task or task_of_peft(config.get("task_type")), dtype=dtype)
-    return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    except Exception as error:
+        raise unreadable(folder, "adapters", error) from error
 
 
 def task_of_peft(task_type: str | None) -> str | None:
@@ -130,13 +133,13 @@ def from_folder(model_class: Any, folder: Path, dtype: Any) -> Any:
         model, info = model_class.from_pretrained(
             str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except ValueError as error:
-        if not str(error).startswith("Unrecognized configuration class"):
-            raise
-        raise ValueError(
-            f"{folder} holds a model that {model_class.__name__} can't load; expected another "
-            "task (--task), or none: the folder says what the model is for"
-        ) from None
+    except Exception as error:  # of transformers, torch, safetensors, tokenizers
+        if str(error).startswith("Unrecognized configuration class"):
+            raise ValueError(
+                f"{folder} holds a model that {model_class.__name__} can't load; expected another "
+                "task (--task), or none: the folder says what the model is for"
+            ) from None
+        raise unreadable(folder, "model", error) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -159,12 +162,25 @@ def load_tokenizer(*paths: str | os.PathLike[str]) -> Any:
     folders = [local_folder("load_tokenizer", path) for path in paths]
     for folder in folders:
         if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-            return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            try:
+                return transformers.AutoTokenizer.from_pretrained(
+                    str(folder), local_files_only=True
+                )
+            except Exception as error:
+                raise unreadable(folder, "tokenizer", error) from error
     raise FileNotFoundError(
         f"load_tokenizer: found no tokenizer in {', '.join(map(str, folders))}; expected a local "
         "folder with tokenizer.json or tokenizer_config.json, as tokenizer.save_pretrained(folder) "
         "writes it"
     )
+
+
+def unreadable(folder: Path, what: str, error: Exception) -> Exception:
+    """The error where another package can't read what is in a folder: of damage, or of memory."""
+    if isinstance(error, MemoryError | ModuleNotFoundError | torch.cuda.OutOfMemoryError):
+        return error
+    said = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{folder}: no {what} that can be read ({type(error).__name__}: {said:.300})")
 
 
 def checkpoints_in(path: str | os.PathLike[str]) -> list[Path]:
@@ -232,7 +248,10 @@ def put_adapters(model: nn.Module, folder: Path) -> None:
             "save_pretrained writes them"
         )
     device = next(model.parameters()).device
-    weights = peft.load_peft_weights(str(folder), device=str(device))
+    try:
+        weights = peft.load_peft_weights(str(folder), device=str(device))
+    except Exception as error:
+        raise unreadable(folder, "adapters", error) from error
     if not isinstance(model, peft.PeftModel):
         weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
     name = active_adapter(model)

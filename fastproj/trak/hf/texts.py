@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def read_parquet(path: Path) -> Any:
     """The rows of a parquet file."""
     datasets = import_datasets(path)
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: no parquet file ({error})") from None
+    with damage_named(path, "no parquet file that can be read"):
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
+        return datasets.Dataset(table)
 
 
 def read_dataset(folder: Path) -> Any:
@@ -125,13 +125,28 @@ def read_dataset(folder: Path) -> Any:
             f"received the folder {str(folder)!r}, which holds no data set; expected {FILES}"
         )
     datasets = import_datasets(folder)
-    found = datasets.load_from_disk(str(folder))
+    with damage_named(folder, "no data set that can be read"):
+        found = datasets.load_from_disk(str(folder))
+        if isinstance(found, datasets.Dataset):
+            found.data.validate(full=True)
     if isinstance(found, Mapping):
         splits = ", ".join(str(folder / name) for name in found)
         raise ValueError(
             f"received the folder {str(folder)!r} with several splits; expected one of: {splits}"
         )
     return found
+
+
+@contextmanager
+def damage_named(path: Path, what: str) -> Iterator[None]:
+    """ValueError with the path for whatever other packages raise where they can't read bytes."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {what} ({said:.300})") from error
 
 
 def import_datasets(path: Path) -> Any:

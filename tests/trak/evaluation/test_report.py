@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import struct
 import zlib
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from fastproj.commands.report import main
+from fastproj.trak import StoreError
 from fastproj.trak.evaluation import passages
 from fastproj.trak.evaluation.pictures import png, to_uint8
 from fastproj.trak.evaluation.report import Page, render, write_report
@@ -335,7 +337,7 @@ def test_command(tmp_path, capsys):
     assert Checker(out.read_text()).tags.count("img") == 2 * 2 * 8
     assert main([str(tmp_path / "missing.npy")]) == 1
     assert "missing.npy" in capsys.readouterr().err
-    assert main([*arguments, "--train-labels", str(tmp_path / "images.npy"), "--top", "0"]) == 0
+    assert main([*arguments, "--train-labels", str(tmp_path / "images.npy"), "--top", "1"]) == 0
 
 
 def test_command_reads_texts_and_tables(tmp_path, capsys):
@@ -421,3 +423,21 @@ def test_damaged_or_wrong_score_files_are_named(tmp_path, capsys):
         assert main([str(tmp_path / name), "--out", str(out)]) == 1
         assert message in capsys.readouterr().err
         assert not out.exists()
+
+
+def test_a_device_is_not_replaced_by_a_page(tmp_path):
+    """As /dev/null would be, if its owner wrote there."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    for path in (fifo, tmp_path / "link"):
+        if path != fifo:
+            path.symlink_to(fifo)
+        with pytest.raises(StoreError, match=f"can't write {path}, which is no file"):
+            write_report(path, image_page())
+    assert fifo.is_fifo()
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=f"can't make the directory {tmp_path}/file"):
+        write_report(tmp_path / "file" / "page.html", image_page())
