@@ -1,7 +1,8 @@
-"""Checks of what a TRAKer is given, before anything is computed or written."""
+"""What a TRAKer is given: checked, and made where it is only named, before anything is computed."""
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, SupportsIndex
 
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.checks import check_proj_dim
+from fastproj.factored import FactoredProjector
+from fastproj.projector import Projector
 from fastproj.spec import MIN_BLOCK
 from fastproj.trak.files import Indices
+
+MAX_SAMPLES = 1 << 48
 
 
 def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
@@ -63,8 +68,13 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_projector(projector: Any) -> Any:
+def check_projector(projector: Any, factored: SupportsIndex | None) -> Any:
     """``projector``; raises TypeError unless it projects, and knows to how many dimensions."""
+    if factored is not None:
+        raise ValueError(
+            f"TRAKer: received factored={factored!r} and a projector; expected one of them "
+            "(fastproj.FactoredProjector is such a projector)"
+        )
     known = isinstance(getattr(projector, "proj_dim", None), int | np.integer)
     if isinstance(projector, type) or not hasattr(projector, "project") or not known:
         raise TypeError(
@@ -72,6 +82,28 @@ def check_projector(projector: Any) -> Any:
             "class) with proj_dim and project(grads, model_id=)"
         )
     return projector
+
+
+def make_projector(
+    shapes: dict[str, torch.Size],
+    proj_dim: SupportsIndex,
+    seed: SupportsIndex,
+    kind: str | None,
+    block: SupportsIndex | None,
+    factored: SupportsIndex | None,
+) -> Projector | FactoredProjector:
+    """The projector that TRAKer's arguments ask for, unscaled, of parameters with these shapes."""
+    kind = default_kind(proj_dim, block) if kind is None else kind
+    made: Projector | FactoredProjector
+    if factored is None:
+        total = sum(map(math.prod, shapes.values()))
+        made = outer = Projector(total, proj_dim, seed, kind, block=block, scale=None)
+    else:
+        made = FactoredProjector(shapes, factored, proj_dim, seed, kind, block=block, scale=None)
+        outer = made.outer
+    if outer.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
+        outer.scale = math.sqrt(outer.block)
+    return made
 
 
 def as_model_ids(function: str, model_ids: Any) -> list[int] | None:

@@ -26,12 +26,11 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     StoreMismatchError,
     batches,
-    estimator,
     progress,
 )
 from fastproj.trak.checkpoints import LoadedModel
 from fastproj.trak.inputs import as_groups
-from fastproj.trak.solving import finalizing
+from fastproj.trak.solving import finalizing, scoring
 from fastproj.trak.tasks import resolve_task
 from tests.trak import cases
 
@@ -349,7 +348,7 @@ def test_shuffled_data_are_noticed_in_another_process(tmp_path):
     for i, traker in enumerate(made):
         traker.load_checkpoint(states[i], i)
     for i, traker in enumerate(made):  # at once: neither finds the other's samples when it starts
-        traker._beside = i
+        traker._contents.beside = i
         order = torch.arange(N).roll(i)
         traker.featurize((images[order], labels[order]), num_samples=N)
         traker.finalize_features(model_ids=[i])
@@ -1292,7 +1291,7 @@ def test_progress_ends_where_it_said_it_would(tmp_path, monkeypatch, curvature, 
         bars.append(progress.ProgressLines(*given))
         return bars[-1]
 
-    monkeypatch.setattr(estimator, "progress", noted)
+    monkeypatch.setattr(scoring, "progress", noted)
     monkeypatch.setattr(finalizing, "progress", noted)
     cases.small_blocks(monkeypatch.setattr)
     images, labels = cases.data(N)

@@ -394,7 +394,7 @@ def test_rows_dont_depend_on_batches(tmp_path, computer):
         options = {"gradient_computer": computer, "proj_dim": 8}
         traker = cases.make(model, tmp_path / str(size), 40, **options)
         cases.featurize(traker, model, 0, train, batch=size)
-        chosen = traker._draws.chosen(np.arange(40))
+        chosen = traker._featurizer.draws.chosen(np.arange(40))
         np.testing.assert_array_equal(traker.saver.index(0, DRAWN).done, chosen)
         drawn = traker.saver.matrix(0, DRAWN)[torch.from_numpy(chosen)]
         columns = [traker.saver.column(0, name) for name in ("curvature", "along", "drawn")]

@@ -253,13 +253,13 @@ def test_a_full_disk(small_disk, model, train, tmp_path):
     remount("size=20m")
     traker = cases.make(model, folder / "store", N, **options)
     traker.load_checkpoint(model.state_dict(), 0)
-    features, computed = traker._features, []
+    features, computed = traker._featurizer.features, []
 
     def counted(batch, model_id, inds):
         computed.extend(inds)
         return features(batch, model_id, inds)
 
-    traker._features = counted
+    traker._featurizer.features = counted
     traker.featurize(train, num_samples=N)
     assert sorted(computed) == np.flatnonzero(~done).tolist()
     fill(folder, leave=4 << 10)
