@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastproj
+from fastproj.backends import registry
 from fastproj.backends import triton as adapter
 from fastproj.call import Call
 from fastproj.kernels import config, launch, plan
@@ -295,7 +296,7 @@ def factors(B: int, T: int, m: int, n: int, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(adapter.EPILOGUE_VARIABLE, "1")
+    monkeypatch.setenv(registry.PRODUCTS["triton"], "1")
 
 
 def projector(K: int, block: int, rows: int, **options: object) -> fastproj.Projector:
@@ -380,12 +381,39 @@ def test_sjlt_products_that_make_no_sense(
     offset: int,
     out: tuple[int, ...],
     said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    asked(monkeypatch)
     given = (torch.zeros(shape, device=DEVICE) for shape in (left, right))
     with pytest.raises(ValueError, match=said):
         projector(64, 64, 24).add_product(
             *given, row_offset=offset, out=torch.zeros(out, device=DEVICE)
         )
+
+
+class Halved(fastproj.Projector):
+    """A projector with a ``project`` of its own."""
+
+    def project(self, grads: Tensor, *args: object, **options: object) -> Tensor:  # type: ignore[override]
+        return super().project(grads / 2, *args, **options)  # type: ignore[arg-type]
+
+
+def test_sjlt_products_are_not_for_projectors_that_override_project(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked(monkeypatch)
+    left, right = factors(2, 3, 5, 64, torch.float32)
+    params = {"weight": torch.zeros(5, 64)}
+    found = []
+    for kind in (Halved, fastproj.Projector):
+        ours = kind(320, 64, 1, "sjlt", block=64, backend="triton")
+        sink = ProjectingSink(params, 2, ours, 0, {})
+        sink.out = sink.out.to(DEVICE)
+        sink.add("weight", Product(left, right, Workspace()))
+        sink.close()
+        found.append(sink.out)
+    assert torch.equal(found[0], found[1] / 2)
+    assert found[0].abs().sum() > 0
 
 
 def test_sjlt_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +422,7 @@ def test_sjlt_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     params = {"bias": torch.zeros(5), "weight": torch.zeros(5, 64), "other": torch.zeros(64, 5)}
     found = []
     for value in ("0", "1"):
-        monkeypatch.setenv(adapter.EPILOGUE_VARIABLE, value)
+        monkeypatch.setenv(registry.PRODUCTS["triton"], value)
         sink = ProjectingSink(params, 2, projector(100, 64, 645), 0, {})
         sink.out = sink.out.to(DEVICE)
         sink.add("weight", Product(left, right, Workspace()))
