@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fastproj.checks import listed
 from fastproj.trak import batches
 from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.checkpoints import LoadedModel, load_state
@@ -258,10 +259,9 @@ class Featurizer:
                 warnings.warn(
                     f"TRAKer: {len(lost)} {'training samples' if name is None else 'targets'} of "
                     f"model_id {model_id}{'' if name is None else f' in {name!r}'} "
-                    f"({', '.join(map(str, lost[:10]))}{' ...' if len(lost) > 10 else ''}) were "
-                    "computed by module hooks, and a check has just found such gradients to be "
-                    "wrong for another batch. They count as not computed now: call "
-                    f"{'featurize' if name is None else 'score'} for them again after this pass, "
-                    "or run the script again",
+                    f"({listed(lost, 10)}) were computed by module hooks, and a check has just "
+                    "found such gradients to be wrong for another batch. They count as not "
+                    f"computed now: call {'featurize' if name is None else 'score'} for them again "
+                    "after this pass, or run the script again",
                     stacklevel=stack_to_caller(),
                 )

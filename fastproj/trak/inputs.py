@@ -7,10 +7,11 @@ import operator
 from typing import Any, SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastproj.checks import check_proj_dim
+from fastproj.checks import check_proj_dim, listed
 from fastproj.factored import FactoredProjector
 from fastproj.projector import Projector
 from fastproj.spec import MIN_BLOCK
@@ -56,8 +57,8 @@ def check_model(model: Any) -> None:
     if meta:
         fillable = set(meta) <= set(model.state_dict())
         raise ValueError(
-            f"TRAKer: received a model with {', '.join(meta[:3])}{' ...' if len(meta) > 3 else ''} "
-            "on the meta device, without values; expected a model in memory ("
+            f"TRAKer: received a model with {listed(meta)} on the meta device, without values; "
+            "expected a model in memory ("
             + (
                 'model.to_empty(device="cpu") before load_checkpoint fills it'
                 if fillable
@@ -162,9 +163,8 @@ def check_mode(function: str, model: nn.Module) -> None:
     ]
     if active:
         raise ValueError(
-            f"{function}: received a model with {', '.join(active[:3])}"
-            f"{' ...' if len(active) > 3 else ''} in training mode (dropout, batch statistics); "
-            "expected model.eval(), which load_checkpoint calls"
+            f"{function}: received a model with {listed(active)} in training mode (dropout, batch "
+            "statistics); expected model.eval(), which load_checkpoint calls"
         )
 
 
@@ -179,12 +179,17 @@ def acts_in_training(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
+def as_array(function: str, name: str, values: Any) -> npt.NDArray[Any]:
+    """An array, tensor, list or range as an array. Raises ValueError."""
+    try:
+        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except ValueError as error:  # rows of unequal lengths
+        raise ValueError(f"{function}: received {name} that make no array ({error})") from error
+
+
 def as_indices(function: str, inds: Any) -> Indices:
     """Integers [B] from an array, tensor, list or range."""
-    try:
-        array = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
-    except ValueError as error:  # rows of unequal lengths
-        raise ValueError(f"{function}: received inds that make no array ({error})") from error
+    array = as_array(function, "inds", inds)
     if array.dtype == object:  # such as a generator
         raise TypeError(
             f"{function}: received inds of type {type(inds).__name__}; expected integers, one for "
@@ -236,10 +241,7 @@ def as_groups(function: str, groups: Any, reduction: str, total: int) -> Groupin
         raise ValueError(f"{function}: received reduction={reduction!r}; expected 'sum' or 'mean'")
     if groups is None:
         return None
-    try:
-        array = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
-    except ValueError as error:  # rows of unequal lengths
-        raise ValueError(f"{function}: received groups that make no array ({error})") from error
+    array = as_array(function, "groups", groups)
     if array.shape != (total,):
         cure = " (numpy.ravel(groups))" if array.size == total else ""
         raise ValueError(
@@ -282,6 +284,5 @@ def check_finite(
         bad = inds[~finite]
         raise ValueError(
             f"{function}: {what} of sample{'s' if len(bad) > 1 else ''} "
-            f"{', '.join(map(str, bad[:10]))}{' ...' if len(bad) > 10 else ''} are not finite; "
-            f"expected {expected}"
+            f"{listed(bad, 10)} are not finite; expected {expected}"
         )
