@@ -63,6 +63,16 @@ struct ProjectCall : Call {
     Variant variant = Variant::kAuto;
 };
 
+// out [batch, rows] = scale * y [batch, cols] @ R[row_offset : row_offset + rows, :cols].T
+struct TransposeCall : Call {
+    const void* y = nullptr;
+    Dtype dtype = Dtype::kF32;
+    std::int64_t batch = 0, cols = 0, y_stride_b = 0, y_stride_k = 1;
+    void* out = nullptr;  // float, or double when y is
+    std::int64_t rows = 0, out_stride_b = 0, out_stride_p = 1;
+    Variant variant = Variant::kAuto;
+};
+
 struct Plan {
     Variant variant = Variant::kAuto;
     KernelKey key{};

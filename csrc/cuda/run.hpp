@@ -205,31 +205,10 @@ void run_matrix(Launcher& launcher, const MatrixCall& call) {
     launcher.matrix(call.key.kind, p);
 }
 
-// out [batch, rows] = scale * y [batch, cols] @ R[row_offset : row_offset + rows, :cols].T
-struct TransposeCall : Call {
-    const void* y = nullptr;
-    Dtype dtype = Dtype::kF32;
-    std::int64_t batch = 0, cols = 0, y_stride_b = 0, y_stride_k = 1;
-    void* out = nullptr;  // float, or double when y is
-    std::int64_t rows = 0, out_stride_b = 0, out_stride_p = 1;
-    Variant variant = Variant::kAuto;
-};
-
 template <class Launcher>
 void run_transpose(Launcher& launcher, const TransposeCall& call) {
     check_columns(call.cols);
-    if (call.key.kind == Kind::kSjlt) {
-        SjltTransposeParams s{};
-        s.y_stride_b = call.y_stride_b;
-        s.y_stride_k = call.y_stride_k;
-        s.out = call.out;
-        s.out_stride_b = call.out_stride_b;
-        s.out_stride_p = call.out_stride_p;
-        s.rows = call.rows;
-        s.batch = static_cast<std::int32_t>(call.batch);
-        s.cols = static_cast<std::int32_t>(call.cols);
-        return transpose_sjlt(launcher, call.y, call.dtype, call, s);
-    }
+    if (call.key.kind == Kind::kSjlt) return transpose_sjlt(launcher, call);
     const bool simple = call.dtype == Dtype::kF64 || call.variant == Variant::kSimple;
     TransposeParams p{};
     p.y = call.y;

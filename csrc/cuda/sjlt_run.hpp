@@ -38,9 +38,15 @@ void launch_sjlt(Launcher& launcher, const Plan& plan, const ProjectCall& call,
 }
 
 template <class Launcher>
-void transpose_sjlt(Launcher& launcher, const void* y, Dtype dtype, const Call& call,
-                    SjltTransposeParams p) {
-    p.y = y;
+void transpose_sjlt(Launcher& launcher, const TransposeCall& call) {
+    SjltTransposeParams p{};
+    p.y = call.y;
+    p.y_stride_b = call.y_stride_b;
+    p.y_stride_k = call.y_stride_k;
+    p.out = call.out;
+    p.out_stride_b = call.out_stride_b;
+    p.out_stride_p = call.out_stride_p;
+    p.rows = call.rows;
     p.row_offset = call.row_offset;
     p.first_chunk = call.row_offset / 16;
     p.chunks = ceil_div(call.row_offset + p.rows, 16) - p.first_chunk;
@@ -48,9 +54,11 @@ void transpose_sjlt(Launcher& launcher, const void* y, Dtype dtype, const Call& 
     p.seed = call.key.seed;
     p.stream = call.key.stream;
     p.block_log2 = call.key.block_log2;
+    p.batch = static_cast<std::int32_t>(call.batch);
+    p.cols = static_cast<std::int32_t>(call.cols);
     p.batch_tiles = static_cast<std::int32_t>(ceil_div(p.batch, 4));
-    p.input = static_cast<std::int32_t>(dtype);
-    launcher.transpose_sjlt(dtype == Dtype::kF64, p);
+    p.input = static_cast<std::int32_t>(call.dtype);
+    launcher.transpose_sjlt(call.dtype == Dtype::kF64, p);
 }
 
 }  // namespace fastproj::cuda
