@@ -151,10 +151,7 @@ class CudaLauncher {
         one("reduce", simple_kernel(which, Kind::kRademacher), grid(ceil_div(count, 256)), p);
     }
     void project_sjlt(const SjltPlan& plan, const SjltParams& p) {
-        Kernel kernel;
-        kernel.entry = find_sjlt_kernel(plan.key);
-        kernel.threads = plan.threads;
-        kernel.shared_bytes = plan.shared_bytes;
+        const Kernel kernel{find_sjlt_kernel(plan.key), plan.threads, plan.shared_bytes};
         const std::int64_t items =
             static_cast<std::int64_t>(p.col_tiles) * p.splits * p.batch_tiles;
         one("project sjlt", kernel, grid(items), p);

@@ -73,6 +73,35 @@ struct TransposeCall : Call {
     Variant variant = Variant::kAuto;
 };
 
+// The tensors of a call, as every kernel for it takes them.
+template <class Params>
+void take_tensors(Params& p, const ProjectCall& call) {
+    p.grads = call.grads;
+    p.grads_stride_b = call.stride_b;
+    p.grads_stride_p = call.stride_p;
+    p.rows = static_cast<decltype(p.rows)>(call.rows);
+    p.batch = static_cast<std::int32_t>(call.batch);
+    p.cols = static_cast<std::int32_t>(call.cols);
+}
+
+template <class Params>
+void take_tensors(Params& p, const TransposeCall& call) {
+    p.y = call.y;
+    p.y_stride_b = call.y_stride_b;
+    p.y_stride_k = call.y_stride_k;
+    p.out = call.out;
+    p.out_stride_b = call.out_stride_b;
+    p.out_stride_p = call.out_stride_p;
+    p.rows = call.rows;
+    p.row_offset = call.row_offset;
+    p.scale = call.scale;
+    p.seed = call.key.seed;
+    p.stream = call.key.stream;
+    p.batch = static_cast<std::int32_t>(call.batch);
+    p.cols = static_cast<std::int32_t>(call.cols);
+    p.input = static_cast<std::int32_t>(call.dtype);
+}
+
 struct Plan {
     Variant variant = Variant::kAuto;
     KernelKey key{};

@@ -309,10 +309,10 @@ project_gaussian_sm80_kernel(FASTPROJ_GRID_CONSTANT ProjectParams params) {
 }
 
 // For the lists in kernels.hpp: returns the kernel if it is the one that `key` names.
-#define FASTPROJ_CASE80(kKind, kernel, Op, terms, block_b)                           \
-    if (key == KernelKey{kKind, Op::kIsBf16, terms, block_b}) {                      \
-        return make_kernel<Config80<kKind, Op, terms, block_b>>(                     \
-            reinterpret_cast<const void*>(&kernel<Op, terms, block_b>), kThreads80); \
+#define FASTPROJ_CASE80(kKind, kernel, Op, terms, block_b)                                 \
+    if (key == KernelKey{kKind, Op::kIsBf16, terms, block_b}) {                            \
+        return kernel_of<Config80<kKind, Op, terms, block_b>>(&kernel<Op, terms, block_b>, \
+                                                              kThreads80);                 \
     }
 #define FASTPROJ_RADEMACHER80(...) \
     FASTPROJ_CASE80(Kind::kRademacher, project_rademacher_sm80_kernel, __VA_ARGS__)
