@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +15,8 @@ from fastproj.spec import MatrixKey
 from fastproj.trak.gradients.parts import Product, Workspace
 from fastproj.trak.gradients.sinks import ProjectingSink
 from tests.dense import integers, normals, relative_error, stored
-from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED, known, poisoned_memory
+from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED, poisoned_memory
+from tests.known import Block, blocks, check_block, check_entry, entries
 
 __all__ = ["poisoned_memory"]
 
@@ -54,65 +52,30 @@ def of(rows: int, columns: int, block: int, **key: int) -> Tensor:
 # ---- the matrix --------------------------------------------------------------------------------
 
 
-def check_known_entries(rows: list[list[str]]) -> None:
-    for line in rows:
-        seed, stream, block, _, column, row, entry = map(int, line)
-        got = fastproj.matrix(
-            slice(row, row + 1),
-            slice(column, column + 1),
-            seed,
-            "sjlt",
-            block=block,
-            stream=stream,
-            device=DEVICE,
-            backend="triton",
-        )
-        assert got.item() == entry, line
-
-
-def entries() -> list[list[str]]:
-    return [line for line in known("sjlt_v1.txt") if line[0] != "block-hash"]
-
-
-def hashes() -> list[list[str]]:
-    return [line[1:] for line in known("sjlt_v1.txt") if line[0] == "block-hash"]
-
-
 def test_sjlt_known_entries() -> None:
-    check_known_entries(entries()[:: 17 if INTERPRETED else 1])
+    for known in entries("sjlt")[:: 17 if INTERPRETED else 1]:
+        check_entry(known, device=DEVICE, backend="triton")
 
 
 @pytest.mark.slow
 def test_sjlt_all_known_entries() -> None:
-    check_known_entries(entries())
+    for known in entries("sjlt"):
+        check_entry(known, device=DEVICE, backend="triton")
 
 
-def check_known_block(line: list[str]) -> None:
-    seed, stream, block, row, rows, column, columns = map(int, line[:-1])
-    got = fastproj.matrix(
-        slice(row, row + rows),
-        slice(column, column + columns),
-        seed,
-        "sjlt",
-        block=block,
-        stream=stream,
-        dtype=torch.int8,
-        device=DEVICE,
-        backend="triton",
-    )
-    content = np.ascontiguousarray(got.cpu().numpy())
-    assert hashlib.sha256(content.tobytes()).hexdigest() == line[-1]
+def ids(known: Block) -> str:
+    return "-".join(map(str, known[1:]))
 
 
-@pytest.mark.parametrize("line", hashes()[: 2 if INTERPRETED else None], ids="-".join)
-def test_sjlt_known_blocks(line: list[str]) -> None:
-    check_known_block(line)
+@pytest.mark.parametrize("known", blocks(sparse=True)[: 2 if INTERPRETED else None], ids=ids)
+def test_sjlt_known_blocks(known: Block) -> None:
+    check_block(known, device=DEVICE, backend="triton")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", hashes(), ids="-".join)
-def test_sjlt_all_known_blocks(line: list[str]) -> None:
-    check_known_block(line)
+@pytest.mark.parametrize("known", blocks(sparse=True), ids=ids)
+def test_sjlt_all_known_blocks(known: Block) -> None:
+    check_block(known, device=DEVICE, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
