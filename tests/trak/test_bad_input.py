@@ -31,9 +31,7 @@ def train():
 
 @pytest.fixture
 def traker(tmp_path, model):
-    made = cases.make(model, tmp_path, N)
-    made.load_checkpoint(model.state_dict(), 0)
-    return made
+    return cases.loaded(model, tmp_path, N)
 
 
 def shards(folder):
@@ -340,8 +338,7 @@ def test_gradients_that_are_not_finite_though_the_output_is(tmp_path, train):
 
     images = train[0].clone()
     images[7] = 0
-    traker = cases.make(model := Root(), tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(Root(), tmp_path, N)
     with pytest.raises(ValueError, match="features of sample 7 are not finite"):
         traker.featurize((images, train[1]), num_samples=N)
     assert not shards(traker.save_dir)
@@ -394,8 +391,7 @@ def test_training_mode_is_refused_by_all_and_changes_nothing(
     tmp_path, train, layer, name, computer
 ):
     model = nn.Sequential(copy.deepcopy(layer), nn.Flatten(), nn.Linear(25, 4))
-    traker = cases.make(model, tmp_path, len(train[0]), gradient_computer=computer)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, len(train[0]), gradient_computer=computer)
     before = copy.deepcopy(model.state_dict())
     model.train()
     with pytest.raises(ValueError, match=rf"a model with {name} in training mode.*model\.eval"):
@@ -409,8 +405,7 @@ def test_training_mode_is_refused_by_all_and_changes_nothing(
 def test_training_mode_without_effect_is_taken(tmp_path, train):
     """cuDNN differentiates recurrent modules in training mode alone."""
     model = nn.Sequential(nn.Flatten(2), nn.Flatten(), nn.Dropout(0.0), nn.Linear(25, 4))
-    traker = cases.make(model, tmp_path, len(train[0]))
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, len(train[0]))
     model.train()
     traker.featurize(train, num_samples=len(train[0]))
 
@@ -489,8 +484,7 @@ def test_features_are_the_same_whatever_they_are_called_in(
 ):
     found = []
     for name, way in (("usual", as_usual), ("other", call)):
-        traker = cases.make(model, tmp_path / name, N, gradient_computer=computer)
-        traker.load_checkpoint(model.state_dict(), 0)
+        traker = cases.loaded(model, tmp_path / name, N, gradient_computer=computer)
         way(traker, train)
         found.append((traker.saver.matrix(0), traker.saver.out_to_loss(0)))
     assert bool(found[0][0].any())

@@ -169,8 +169,7 @@ def test_nothing_is_kept_of_another_model(tmp_path, change, step):
 @pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
 def test_a_change_is_noticed_by_every_computer(tmp_path, computer, curvature):
     model = net()
-    traker = cases.make(model, tmp_path, N, gradient_computer=computer, curvature=curvature)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N, gradient_computer=computer, curvature=curvature)
     model[0].weight.data.mul_(1.5)
     with pytest.raises(ValueError, match=r"featurize: 0\.weight of the model have changed"):
         part(traker, "featurize", slice(0, N))
@@ -181,8 +180,7 @@ def test_averaged_weights_that_are_put_back(tmp_path):
     """store, copy_to, an evaluation, restore: between two batches it is nobody's affair."""
     model = net()
     wanted = truth(copy.deepcopy(model))
-    traker = cases.make(model, tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N)
     part(traker, "featurize", slice(0, 4))
     stored = [p.detach().clone() for p in model.parameters()]
     averaged_weights(model)
@@ -237,8 +235,7 @@ def test_the_checkpoint_put_back_into_other_memory(tmp_path, move, computer, cur
     model = net()
     wanted = truth(copy.deepcopy(model))
     options = {"gradient_computer": computer, "curvature": curvature}
-    traker = cases.make(model, tmp_path, N, **options)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N, **options)
     part(traker, "featurize", slice(0, 4))
     move(model)
     part(traker, "featurize", slice(4, N))
@@ -259,8 +256,7 @@ def test_a_buffer_of_any_size(tmp_path, size):
 
     model = Masked()
     wanted = truth(copy.deepcopy(model))
-    traker = cases.make(model, tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N)
     part(traker, "featurize", slice(0, 4))
     model.mask.data[1] = 3
     for _ in range(2):
@@ -289,8 +285,7 @@ def test_a_forward_that_writes_to_parameters_without_a_version(tmp_path, how):
             return self.fc(x) * self.u
 
     model = Writing()
-    traker = cases.make(model, tmp_path, N, grad_wrt=["fc.weight"])
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N, grad_wrt=["fc.weight"])
     message = (
         r"u of the model have changed .* \(through \.data .* expected .* a forward that leaves"
     )

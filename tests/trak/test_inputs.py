@@ -226,8 +226,7 @@ def test_ragged_token_labels_are_not_padded_as_tokens_are():
 
 
 def test_inds_of_other_dtypes_get_a_hint_only_where_it_is_right(tmp_path):
-    traker = cases.make(model := cases.net(), tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(cases.net(), tmp_path, N)
     batch = cases.data(4)
     whole, mask = [0.0, 1.0, 2.0, 3.0], [True] * 4
     for inds, cure in (

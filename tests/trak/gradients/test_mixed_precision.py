@@ -227,8 +227,7 @@ def test_a_model_in_bfloat16_has_its_gradients(name):
 
 def features(model, save_dir, batches, **options):
     """Features by hooks, which pass their own checks on both batches."""
-    traker = cases.make(model, save_dir, 10, proj_dim=32, **options)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, save_dir, 10, proj_dim=32, **options)
     for batch in batches:
         traker.featurize(batch, num_samples=5)
     assert traker.gradient_computer.name == "hooks"

@@ -303,8 +303,7 @@ def flat(grads):
 
 def run(model, batch, save_dir, sizes=SIZES, **options):
     """Features of batches of some sizes, and the computer that made the last of them."""
-    traker = cases.make(model, save_dir, len(batch[0]), **options)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, save_dir, len(batch[0]), **options)
     begin = 0
     for size in sizes:
         rows = slice(begin, begin + size)

@@ -78,9 +78,7 @@ def floats(n=N, seed=0):
 
 
 def make(model, save_dir, n=N, **options):
-    traker = cases.make(model, save_dir, n, **options)
-    traker.load_checkpoint(model.state_dict(), 0)
-    return traker
+    return cases.loaded(model, save_dir, n, **options)
 
 
 def featurize(traker, model, x, sizes):
@@ -107,8 +105,7 @@ def fitted(model):
 def test_the_first_batch_of_several_is_checked_however_many_of_one_came_before(tmp_path):
     model = fitted(TimeMajor())
     generator = torch.Generator().manual_seed(0)
-    traker = cases.make(model, tmp_path, 22)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, 22)
     sizes = [(1, length) for length in range(20, 0, -1)] + [(2, 10)]
     shapes = [torch.randint(20, shape, generator=generator) for shape in sizes]
     data = [(ids, torch.arange(len(ids)) % 4) for ids in shapes]
@@ -131,8 +128,7 @@ def test_every_structure_of_several_samples_is_checked(tmp_path):
             return self.head(self.mix(self.words(ids)).tanh().mean(1))
 
     model = fitted(Late())
-    traker = cases.make(model, tmp_path, 40)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, 40)
     labels = torch.tensor([0, 1])
     for length in range(1, 20):
         ids = torch.full((2, length), length % 19) + torch.tensor([[0], [1]])
