@@ -14,7 +14,7 @@ from torch import nn
 from fastproj import Projector, TRAKer
 from fastproj.trak import NotReadyError, StoreMismatchError
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
-from tests.trak import cases
+from tests.trak import cases, modules
 
 N = 20
 
@@ -326,15 +326,10 @@ def test_features_that_are_not_finite_name_their_samples(traker, train):
 
 
 def test_gradients_that_are_not_finite_though_the_output_is(tmp_path, train):
-    class Root(nn.Module):
+    @modules.of(fc=lambda: nn.Linear(25, 4))
+    def Root(self, x):
         """The output of the square root is 0 at 0; its slope is infinite."""
-
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(25, 4)
-
-        def forward(self, x):
-            return (self.fc(x.flatten(1)) - self.fc.bias).abs().sqrt()
+        return (self.fc(x.flatten(1)) - self.fc.bias).abs().sqrt()
 
     images = train[0].clone()
     images[7] = 0
@@ -421,15 +416,10 @@ def margin(model, batch):
     return model(images).gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-class Blind(nn.Module):
+@modules.of(fc=lambda: nn.Linear(25, 4))
+def Blind(self, x):
     """Logits that autograd knows nothing of."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(25, 4)
-
-    def forward(self, x):
-        return self.fc(x.flatten(1)).detach()
+    return self.fc(x.flatten(1)).detach()
 
 
 @pytest.mark.parametrize("computer", COMPUTERS)
@@ -528,14 +518,9 @@ def test_a_model_that_has_changed_since_its_checkpoint_was_loaded(traker, model,
 
 @pytest.mark.parametrize("computer", COMPUTERS)
 def test_parameters_of_several_dtypes(tmp_path, train, computer):
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.a, self.b = nn.Linear(25, 8).bfloat16(), nn.Linear(8, 4)
-
-        def forward(self, x):
-            return self.b(self.a(x.flatten(1).bfloat16()).float())
+    @modules.of(seed=0, a=lambda: nn.Linear(25, 8).bfloat16(), b=lambda: nn.Linear(8, 4))
+    def Mixed(self, x):
+        return self.b(self.a(x.flatten(1).bfloat16()).float())
 
     model = Mixed()
     traker = cases.make(model, tmp_path, N, gradient_computer=computer)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastproj.trak.checkpoints import LoadedModel
-from tests.trak import cases
+from tests.trak import cases, modules
 
 N = 12
 DATA = torch.randn(N, 4, generator=torch.Generator().manual_seed(1)), torch.arange(N) % 3
@@ -272,17 +272,15 @@ def test_a_buffer_of_any_size(tmp_path, size):
 def test_a_forward_that_writes_to_parameters_without_a_version(tmp_path, how):
     """As spectral norms of old do with their vectors, in eval mode too."""
 
-    class Writing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.fc = nn.Linear(4, 3)
-            self.u = nn.Parameter(torch.ones(3), requires_grad=False)
-
-        def forward(self, x):
-            new = torch.zeros(3) if how == "copy" else self.u.detach() * 1.5
-            self.u.data.copy_(new)
-            return self.fc(x) * self.u
+    @modules.of(
+        seed=0,
+        fc=lambda: nn.Linear(4, 3),
+        u=lambda: nn.Parameter(torch.ones(3), requires_grad=False),
+    )
+    def Writing(self, x):
+        new = torch.zeros(3) if how == "copy" else self.u.detach() * 1.5
+        self.u.data.copy_(new)
+        return self.fc(x) * self.u
 
     model = Writing()
     traker = cases.loaded(model, tmp_path, N, grad_wrt=["fc.weight"])

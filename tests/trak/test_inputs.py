@@ -32,7 +32,7 @@ from fastproj.trak.checkpoints import LoadedModel
 from fastproj.trak.inputs import as_groups
 from fastproj.trak.solving import finalizing, scoring
 from fastproj.trak.tasks import resolve_task
-from tests.trak import cases
+from tests.trak import cases, modules
 
 COMPUTERS = ["auto", "hooks", "func", "loop"]
 CPU = torch.device("cpu")
@@ -741,17 +741,11 @@ def test_a_namedtuple_arrives_at_tasks_of_all_kinds(tmp_path):
 TEXTS = [f"{'x' * (1 + i % 4)}{i}" for i in range(N)]
 
 
-class Texts(nn.Module):
+@modules.of(seed=0, table=lambda: nn.Embedding(128, 5), fc=lambda: nn.Linear(5, 3))
+def Texts(self, texts):
     """A model that makes its numbers of strings by itself."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.fc = nn.Embedding(128, 5), nn.Linear(5, 3)
-
-    def forward(self, texts):
-        rows = [self.table(torch.tensor([ord(c) for c in text])).mean(0) for text in texts]
-        return self.fc(torch.stack(rows))
+    rows = [self.table(torch.tensor([ord(c) for c in text])).mean(0) for text in texts]
+    return self.fc(torch.stack(rows))
 
 
 def assert_any_computer(tmp_path, model, task, batch, wanted, refuse=("func",), match="vectorised"):
@@ -884,18 +878,13 @@ class Selected(Graphs):
         return type(self)([self.data[row] for row in rows])
 
 
-class GraphNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
-
-    def forward(self, graphs):
-        h = self.a(graphs.x)
-        h = h.index_add(0, graphs.edge_index[1], torch.tanh(h)[graphs.edge_index[0]])
-        size = int(graphs.batch.max()) + 1
-        pooled = torch.zeros(size, 5).index_add(0, graphs.batch, torch.tanh(h))
-        return self.b(pooled)
+@modules.of(seed=0, a=lambda: nn.Linear(3, 5), b=lambda: nn.Linear(5, 2))
+def GraphNet(self, graphs):
+    h = self.a(graphs.x)
+    h = h.index_add(0, graphs.edge_index[1], torch.tanh(h)[graphs.edge_index[0]])
+    size = int(graphs.batch.max()) + 1
+    pooled = torch.zeros(size, 5).index_add(0, graphs.batch, torch.tanh(h))
+    return self.b(pooled)
 
 
 def some_graphs(n):

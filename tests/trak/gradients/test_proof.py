@@ -11,24 +11,19 @@ from torch import nn
 
 from fastproj import TRAKer
 from fastproj.trak import HooksError, NotReadyError
-from tests.trak import cases
+from tests.trak import cases, modules
 
 N = 12
 
 
-class TimeMajor(nn.Module):
+@modules.of(
+    words=lambda: nn.Embedding(20, 8), mix=lambda: nn.Linear(8, 8), head=lambda: nn.Linear(8, 4)
+)
+def TimeMajor(self, ids):  # [B, T]
     """Rows of one dimension by place, then by sample: hooks ascribe them to other samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(20, 8)
-        self.mix = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, ids):  # [B, T]
-        size, length = ids.shape
-        rows = self.mix(self.words(ids).transpose(0, 1).reshape(-1, 8)).tanh()
-        return self.head(rows.view(length, size, 8).mean(0))
+    size, length = ids.shape
+    rows = self.mix(self.words(ids).transpose(0, 1).reshape(-1, 8)).tanh()
+    return self.head(rows.view(length, size, 8).mean(0))
 
 
 class Switched(nn.Module):
@@ -277,16 +272,11 @@ def cases_of(model, x):
 def test_a_check_that_is_not_finite_proves_nothing_of_finite_gradients(tmp_path):
     """Autograd says NaN, the rule of the layer does not look."""
 
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Linear(4, 4)
-            self.head = nn.Linear(4, 4)
-
-        def forward(self, x):
-            h = self.body(x)
-            root = (x[:, :1] * self.head.weight[0, 0] * 0).abs().sqrt()  # slope infinite at 0
-            return self.head(h) + root
+    @modules.of(body=lambda: nn.Linear(4, 4), head=lambda: nn.Linear(4, 4))
+    def Hidden(self, x):
+        h = self.body(x)
+        root = (x[:, :1] * self.head.weight[0, 0] * 0).abs().sqrt()  # slope infinite at 0
+        return self.head(h) + root
 
     model = fitted(Hidden())
     traker = make(model, tmp_path)
