@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsFloat, SupportsIndex, cast
 
 import torch
@@ -33,6 +33,12 @@ def describe(t: object) -> str:
         return f"{type(t).__name__} {t!r:.60}"
     layout = "" if t.layout is torch.strided else f" {_name(t.layout)}"
     return f"{list(t.shape)} {_name(t.dtype)} on {t.device}{layout}"
+
+
+def listed(names: Iterable[object], most: int = 3) -> str:
+    """A few of them, for messages: ``a, b, c ...``"""
+    words = [str(name) for name in names]
+    return f"{', '.join(words[:most])}{' ...' if len(words) > most else ''}"
 
 
 def _name(torch_constant: object) -> str:

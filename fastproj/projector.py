@@ -119,17 +119,21 @@ class Projector:
 
         Returns
         -------
-        False, with ``out`` untouched, where no kernel does this: project the products then. See
-        docs/triton.md for the one that does.
+        False, with ``out`` untouched, where no kernel does this or none was asked for, and in a
+        subclass with a ``project`` of its own: project the products then. See docs/triton.md for
+        the kernel that does.
 
         Raises
         ------
         TypeError, ValueError
-            For a model_id or row_offset that ``project`` doesn't take either, and for shapes or
-            devices that don't go together.
+            Where one was asked for: for a model_id or row_offset that ``project`` doesn't take
+            either, and for shapes or devices that don't go together.
         """
         function = "Projector.add_product"
-        call, backend = self._call(function, model_id, row_offset, True)
+        chosen = registry.for_products(self.backend)
+        if chosen is None or getattr(self.project, "__func__", None) is not Projector.project:
+            return False
+        call, _ = self._call(function, model_id, row_offset, True)
         if not left.dim() == right.dim() == 3 or left.shape[:2] != right.shape[:2]:
             raise ValueError(
                 f"{function}: received left {list(left.shape)} and right {list(right.shape)}; "
@@ -147,7 +151,7 @@ class Projector:
                 f"{left.device} and right on {right.device}; expected out "
                 f"{[len(left), self.proj_dim]}, all on one device"
             )
-        return torch_ops.project_product(left, right, out, call, backend)
+        return torch_ops.project_product(chosen, left, right, out, call)
 
     def _call(
         self,

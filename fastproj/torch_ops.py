@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastproj.backends import registry, triton
+from fastproj.backends import registry
 from fastproj.call import Call
 from fastproj.checks import MAX_SEED, check_memory, result_dtype
 from fastproj.spec import MatrixKey
@@ -115,14 +115,14 @@ def _fill_transpose(y: Tensor, out: Tensor, call: Call, backend: str) -> None:
         chosen.project_transpose(y, out, _resolved(call, y.device.type))
 
 
-def project_product(left: Tensor, right: Tensor, out: Tensor, call: Call, backend: str) -> bool:
+def project_product(chosen: Any, left: Tensor, right: Tensor, out: Tensor, call: Call) -> bool:
     """``out`` += the projection of the products left[b].T @ right[b], in one kernel as they form.
 
-    False, with nothing done, where no such kernel takes them. Torch doesn't see this call.
+    chosen : what ``registry.for_products`` gave. False, with nothing done, where its kernel doesn't
+        take them, or torch must see the call: it would not see this one.
     """
-    if backend not in ("", triton.NAME) or not is_direct([out, left, right]):
-        return False
-    return triton.project_product(left, right, out, _resolved(call, out.device.type))
+    call = _resolved(call, out.device.type)
+    return is_direct([out, left, right]) and chosen.project_product(left, right, out, call)
 
 
 def _project_transpose(y: Tensor, rows: int, call: Call, backend: str) -> Tensor:
@@ -221,44 +221,24 @@ _matrix_rows_op = torch.library.custom_op(
 # ---- shapes for tracing, derivatives, vmap -----------------------------------------------------
 
 
-@_project_op.register_fake
-def _(pieces: list[Tensor], proj_dim: int, *flat: object) -> Tensor:
-    first = pieces[0]
-    return first.new_empty((first.shape[0], proj_dim), dtype=result_dtype(first.dtype))
+def _empty(like: Tensor, width: int) -> Tensor:
+    return like.new_empty((like.shape[0], width), dtype=result_dtype(like.dtype))
 
 
-@_project_transpose_op.register_fake
-def _(y: Tensor, rows: int, *flat: object) -> Tensor:
-    return y.new_empty((y.shape[0], rows), dtype=result_dtype(y.dtype))
-
-
-@_project_into_op.register_fake
-def _(*args: object) -> None:
-    return None
-
-
-@_project_transpose_into_op.register_fake
-def _(*args: object) -> None:
-    return None
-
-
-@_matrix_op.register_fake
-def _(
-    rows: int, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, *flat: object
-) -> Tensor:
-    return torch.empty((rows, cols), dtype=dtype, device=device)
-
-
-@_matrix_rows_op.register_fake
-def _(
-    rows: Tensor,
-    cols: int,
-    col_offset: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    *flat: object,
-) -> Tensor:
-    return torch.empty((rows.shape[0], cols), dtype=dtype, device=device)
+_project_op.register_fake(lambda pieces, proj_dim, *flat: _empty(pieces[0], proj_dim))
+_project_transpose_op.register_fake(lambda y, rows, *flat: _empty(y, rows))
+_project_into_op.register_fake(lambda *args: None)
+_project_transpose_into_op.register_fake(lambda *args: None)
+_matrix_op.register_fake(
+    lambda rows, cols, col_offset, dtype, device, *flat: torch.empty(
+        (rows, cols), dtype=dtype, device=device
+    )
+)
+_matrix_rows_op.register_fake(
+    lambda rows, cols, col_offset, dtype, device, *flat: torch.empty(
+        (rows.shape[0], cols), dtype=dtype, device=device
+    )
+)
 
 
 def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

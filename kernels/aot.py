@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiled code holds."""
+    """What the compiled code holds; from ``register_operand`` on, what NVIDIA's alone shows."""
 
     case: Case
     arch: str
@@ -73,15 +73,17 @@ class Report:
     spills_in_loop: int
     shared: int  # bytes
     matrix_instruction: str  # "wgmma", "mma", "mfma" or ""
-    register_operand: bool | None  # R's tile reaches the matrix instruction without shared memory
+    register_operand: bool | None = (
+        None  # R's tile reaches the matrix instruction without shared memory
+    )
     # Instructions a thread issues for each entry of R that it makes (kind sjlt: that it adds, one
     # for each sample).
-    per_entry: float | None
-    loop: dict[str, int]  # opcodes of the main loop
-    waits: int  # waits for wgmma in the loop
-    groups: int  # wgmma groups committed in the loop
-    in_flight: int | None  # copies of tiles of G that the loop leaves on their way when it waits
-    barriers: int  # in the loop
+    per_entry: float | None = None
+    loop: dict[str, int] = field(default_factory=dict)  # opcodes of the main loop
+    waits: int = 0  # waits for wgmma in the loop
+    groups: int = 0  # wgmma groups committed in the loop
+    in_flight: int | None = None  # tiles of G that the loop leaves on their way when it waits
+    barriers: int = 0  # in the loop
 
 
 def target(arch: str) -> GPUTarget:
@@ -294,8 +296,7 @@ def inspect_nvidia(case: Case, arch: str) -> Report:
     return Report(
         case,
         arch,
-        " ".join(f"{key}={value}" for key, value in constants.items() if key in _TILES)
-        + f" warps={warps}",
+        _tiles(constants, warps),
         int(registers[1]),
         sum(bool(spill.search(line)) for line in code.lines),
         sum(bool(spill.search(line)) for line in body),
@@ -329,7 +330,11 @@ def _in_registers(ttgir: str, constants: dict[str, Any]) -> bool:
     return not any(f"tensor<{constants['BLOCK_K']}x" in move for move in moves)
 
 
-_TILES = ("BLOCK_B", "BLOCK_K", "STEP_ROWS", "ROWS", "STRETCH")
+def _tiles(constants: dict[str, Any], warps: int) -> str:
+    """The sizes among a kernel's constants, and its warps."""
+    names = ("BLOCK_B", "BLOCK_K", "STEP_ROWS", "ROWS", "STRETCH")
+    sizes = {name: value for name, value in constants.items() if name in names}
+    return " ".join(f"{name}={value}" for name, value in (sizes | {"warps": warps}).items())
 
 
 def inspect_amd(case: Case, arch: str) -> Report:
@@ -345,20 +350,12 @@ def inspect_amd(case: Case, arch: str) -> Report:
     return Report(
         case,
         arch,
-        " ".join(f"{key}={value}" for key, value in constants.items() if key in _TILES)
-        + f" warps={warps}",
+        _tiles(constants, warps),
         number("vgpr_count"),
         number("vgpr_spill_count"),
         number("vgpr_spill_count"),
         compiled.metadata.shared,
         "mfma" if "v_mfma" in text else "",
-        None,
-        None,
-        {},
-        0,
-        0,
-        None,
-        0,
     )
 
 

@@ -68,6 +68,8 @@ FLOORS = (
     {"store", "tasks"},
     {"checkpoints", "evaluation", "gradients", "solving"},
     {"curvature", "saver"},
+    {"featurizer", "mixing", "readiness"},
+    {"immediate", "passes"},
     {"estimator"},
     {"hf"},
 )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ import fastproj
 from fastproj.backends import cpu
 from fastproj.spec import MatrixKey, default_block, matrix_block, sjlt_entries
 from tests.dense import DTYPES, integers, normals, relative_error, stored
+from tests.known import blocks, check_block, check_entry, entries
 
 ISAS = [name for name, reason in cpu.isas().items() if not reason]
 WAYS = [*ISAS, "reference"]
@@ -33,47 +32,19 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
             yield "cpu"
 
 
-def lines(data: Path) -> list[list[str]]:
-    text = (data / "sjlt_v1.txt").read_text().splitlines()
-    return [line.split() for line in text if line and not line.startswith("#")]
-
-
 # ---- the matrix --------------------------------------------------------------------------------
 
 
-def test_known_entries(data: Path, way: str) -> None:
-    known = [list(map(int, line)) for line in lines(data) if line[0] != "block-hash"]
-    assert len(known) == 440
-    for seed, stream, block, tile, column, row, entry in known:
-        assert row // block == tile
-        got = fastproj.matrix(
-            slice(row, row + 1),
-            slice(column, column + 1),
-            seed,
-            "sjlt",
-            block=block,
-            stream=stream,
-            backend=way,
-        )
-        assert got.item() == entry, (seed, stream, block, row, column)
+def test_known_entries(way: str) -> None:
+    assert len(entries("sjlt")) == 440
+    for known in entries("sjlt"):
+        check_entry(known, backend=way)
 
 
-def test_known_blocks(data: Path, way: str) -> None:
-    known = [line for line in lines(data) if line[0] == "block-hash"]
-    assert len(known) == 5
-    for _, *numbers, sha256 in known:
-        seed, stream, block, row0, rows, col0, cols = map(int, numbers)
-        entries = fastproj.matrix(
-            slice(row0, row0 + rows),
-            slice(col0, col0 + cols),
-            seed,
-            "sjlt",
-            block=block,
-            stream=stream,
-            dtype=torch.int8,
-            backend=way,
-        )
-        assert hashlib.sha256(entries.numpy().tobytes()).hexdigest() == sha256, numbers
+def test_known_blocks(way: str) -> None:
+    assert len(blocks(sparse=True)) == 5
+    for known in blocks(sparse=True):
+        check_block(known, backend=way)
 
 
 @given(

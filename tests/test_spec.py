@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +15,7 @@ import fastproj
 from fastproj import spec
 from fastproj.spec import MatrixKey, gauss_map, gauss_table, matrix_block, philox4x32_10
 from tests.dense import KINDS
-
-
-def vectors(path: Path) -> list[list[str]]:
-    """The fields of every line that is not a comment."""
-    lines = path.read_text().splitlines()
-    return [line.split() for line in lines if line and not line.startswith("#")]
+from tests.known import blocks, check_block, check_entry, entries, fields
 
 
 def scalar_entry(kind: str, seed: int, stream: int, p: int, k: int) -> float:
@@ -47,8 +40,8 @@ def scalar_entry(kind: str, seed: int, stream: int, p: int, k: int) -> float:
 # ---- known answers -----------------------------------------------------------------------------
 
 
-def test_philox_reproduces_the_known_answers(data: Path) -> None:
-    known = vectors(data / "philox4x32_10.txt")
+def test_philox_reproduces_the_known_answers() -> None:
+    known = fields("philox4x32_10.txt")
     assert len(known) == 16
     words = np.array([[int(word, 16) for word in line] for line in known], dtype=np.uint64)
     assert words.any(axis=1).all()
@@ -57,8 +50,8 @@ def test_philox_reproduces_the_known_answers(data: Path) -> None:
         assert philox4x32_10(tuple(line[:4]), key).tolist() == line[6:].tolist()
 
 
-def test_the_gaussian_table_is_the_published_one(data: Path) -> None:
-    known = vectors(data / "gauss_table_v1.txt")
+def test_the_gaussian_table_is_the_published_one() -> None:
+    known = fields("gauss_table_v1.txt")
     assert len(known) == 512
     bits = gauss_table().view(np.uint32)
     assert (bits & 0xFFFF == 0).all()
@@ -67,39 +60,16 @@ def test_the_gaussian_table_is_the_published_one(data: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
-def test_known_entries(data: Path, backend: str, device: str, kind: str) -> None:
-    known = vectors(data / f"{kind}_v1.txt")
-    assert len(known) == 960
-    for seed, stream, row, column, *_, entry in known:
-        p, k = int(row), int(column)
-        got = fastproj.matrix(
-            slice(p, p + 1),
-            slice(k, k + 1),
-            int(seed),
-            kind,
-            stream=int(stream),
-            device=device,
-            backend=backend,
-        )
-        assert got.item() == float(entry), (seed, stream, row, column)
+def test_known_entries(backend: str, device: str, kind: str) -> None:
+    assert len(entries(kind)) == 960
+    for known in entries(kind):
+        check_entry(known, device=device, backend=backend)
 
 
-def test_known_blocks(data: Path, backend: str, device: str) -> None:
-    known = vectors(data / "blocks_v1.txt")
-    assert len(known) == 6
-    for kind, *numbers, sha256 in known:
-        seed, stream, row0, rows, col0, cols = map(int, numbers)
-        block = fastproj.matrix(
-            slice(row0, row0 + rows),
-            slice(col0, col0 + cols),
-            seed,
-            kind,
-            stream=stream,
-            dtype=torch.int8 if kind == "rademacher" else torch.float32,
-            device=device,
-            backend=backend,
-        )
-        assert hashlib.sha256(block.cpu().numpy().tobytes()).hexdigest() == sha256, (kind, numbers)
+def test_known_blocks(backend: str, device: str) -> None:
+    assert len(blocks(sparse=False)) == 6
+    for known in blocks(sparse=False):
+        check_block(known, device=device, backend=backend)
 
 
 @given(

@@ -50,12 +50,6 @@ struct SignSums {
 
 }  // namespace
 
-KernelTable kernels_avx2() {
-    KernelTable table = dense_kernels();
-    add_sjlt_kernels(table);
-    table.project_scratch_bytes = project_scratch_bytes<SignSums>;
-    table.rademacher_f32 = project_lookup<SignSums>;
-    return table;
-}
+KernelTable kernels_avx2() { return with_sjlt_kernels(lookup_kernels<SignSums>()); }
 
 }  // namespace fastproj::cpu

@@ -7,10 +7,6 @@
 
 namespace fastproj::cpu {
 
-KernelTable kernels_portable() {
-    KernelTable table = dense_kernels();
-    add_sjlt_kernels(table);
-    return table;
-}
+KernelTable kernels_portable() { return with_sjlt_kernels(dense_kernels()); }
 
 }  // namespace fastproj::cpu

@@ -132,5 +132,14 @@ void project_lookup(const ProjectTile& tile) {
     }
 }
 
+// The table of a set with signed sums.
+template <class Policy>
+KernelTable lookup_kernels() {
+    KernelTable table = dense_kernels();
+    table.project_scratch_bytes = project_scratch_bytes<Policy>;
+    table.rademacher_f32 = project_lookup<Policy>;
+    return table;
+}
+
 }  // namespace
 }  // namespace fastproj::cpu

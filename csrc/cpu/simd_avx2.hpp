@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kernels.hpp"
+#include "simd.hpp"
 
 namespace fastproj::cpu {
 namespace {
@@ -17,17 +17,9 @@ struct GaussFloatTable {
 };
 constexpr GaussFloatTable kGaussFloatTable;
 
-struct Simd {
-    static constexpr int kBytes = 32;
-    static constexpr int kLanes = 8;
+struct Simd : Vectors<32> {
     static constexpr int kDenseBatch = 4;   // 4 x 2 accumulators of the 16 registers
     static constexpr int kPhiloxLanes = 2;  // Philox lanes computed side by side
-    using U = std::uint32_t __attribute__((vector_size(kBytes)));
-    using W = std::uint64_t __attribute__((vector_size(kBytes)));
-    using F = float __attribute__((vector_size(kBytes)));
-    using D = double __attribute__((vector_size(kBytes)));
-
-    static U xor3(U a, U b, U c) { return a ^ b ^ c; }
 
     static void mul_hi_lo(U x, std::uint32_t m, U& hi, U& lo) {
         const __m256i factor = _mm256_set1_epi32(static_cast<int>(m));
@@ -48,7 +40,6 @@ struct Simd {
     static W multiply(W x, std::uint32_t m) {
         return (W)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
     }
-    static W xor3(W a, W b, W c) { return a ^ b ^ c; }
     // to[4 i + j] = the low 32 bits of words[j][i]
     static void interleave(const W words[4], std::uint32_t* to) {
         const auto pairs = [](W low, W high) {
@@ -62,10 +53,6 @@ struct Simd {
         _mm256_storeu_si256(at + 1, _mm256_permute2x128_si256(even, odd, 0x31));
     }
 
-    static F sign(U word, int position) {
-        return (F)((word << (31 - position) & 0x80000000u) | 0x3f800000u);
-    }
-
     static F gauss_one(U code) {  // code: 16 bits in the low half of each lane
         const U index = (code >> 6 & 0x1feu) | (code >> 1 & 1u);
         const __m256i magnitude = _mm256_i32gather_epi32(
@@ -77,11 +64,6 @@ struct Simd {
         high = gauss_one(word >> 16);
     }
 };
-
-// The sums of a chunk of 16 columns. A packed chunk (spec.hpp) is unpacked once and then added for
-// any number of samples: `rows` are the 16 that it reads.
-template <class T>
-struct Chunk;
 
 template <>
 struct Chunk<float> {

@@ -5,20 +5,14 @@
 
 #include <cstring>
 
-#include "kernels.hpp"
+#include "simd.hpp"
 
 namespace fastproj::cpu {
 namespace {
 
-struct Simd {
-    static constexpr int kBytes = 64;
-    static constexpr int kLanes = 16;
+struct Simd : Vectors<64> {
     static constexpr int kDenseBatch = 8;   // 8 x 2 accumulators of the 32 registers
     static constexpr int kPhiloxLanes = 4;  // Philox lanes computed side by side
-    using U = std::uint32_t __attribute__((vector_size(kBytes)));
-    using W = std::uint64_t __attribute__((vector_size(kBytes)));
-    using F = float __attribute__((vector_size(kBytes)));
-    using D = double __attribute__((vector_size(kBytes)));
 
     static U xor3(U a, U b, U c) {
         return (U)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
@@ -59,7 +53,6 @@ struct Simd {
             to + 16, _mm512_permutex2var_epi64(a, _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4), b));
     }
 
-    // +1 where bit `position` of the word is 0, -1 where it is 1.
     static F sign(U word, int position) {
         const __m512i moved = _mm512_sll_epi32((__m512i)word, _mm_cvtsi32_si128(31 - position));
         return (F)_mm512_ternarylogic_epi32(moved, _mm512_set1_epi32(INT32_MIN),
@@ -96,11 +89,6 @@ struct Simd {
         high = (F)(entries & 0xffff0000u);
     }
 };
-
-// The sums of a chunk of 16 columns. A packed chunk (spec.hpp) is unpacked once and then added for
-// any number of samples: `rows` are the 16 that it reads.
-template <class T>
-struct Chunk;
 
 template <>
 struct Chunk<float> {

@@ -3,22 +3,14 @@
 
 #include <arm_neon.h>
 
-#include "kernels.hpp"
+#include "simd.hpp"
 
 namespace fastproj::cpu {
 namespace {
 
-struct Simd {
-    static constexpr int kBytes = 16;
-    static constexpr int kLanes = 4;
+struct Simd : Vectors<16> {
     static constexpr int kDenseBatch = 4;   // 4 x 2 accumulators of the 32 registers
     static constexpr int kPhiloxLanes = 2;  // Philox lanes computed side by side
-    using U = std::uint32_t __attribute__((vector_size(kBytes)));
-    using W = std::uint64_t __attribute__((vector_size(kBytes)));
-    using F = float __attribute__((vector_size(kBytes)));
-    using D = double __attribute__((vector_size(kBytes)));
-
-    static U xor3(U a, U b, U c) { return a ^ b ^ c; }
 
     static void mul_hi_lo(U x, std::uint32_t m, U& hi, U& lo) {
         const uint32x4_t factor = vdupq_n_u32(m);
@@ -39,7 +31,6 @@ struct Simd {
     static W multiply(W x, std::uint32_t m) {
         return (W)vmull_u32(vmovn_u64((uint64x2_t)x), vdup_n_u32(m));
     }
-    static W xor3(W a, W b, W c) { return a ^ b ^ c; }
     // to[4 i + j] = the low 32 bits of words[j][i]
     static void interleave(const W words[4], std::uint32_t* to) {
         const uint32x4_t first = vtrn1q_u32((uint32x4_t)words[0], (uint32x4_t)words[1]);
@@ -48,10 +39,6 @@ struct Simd {
                   vzip1q_u64((uint64x2_t)first, (uint64x2_t)second));
         vst1q_u64(reinterpret_cast<std::uint64_t*>(to + 4),
                   vzip2q_u64((uint64x2_t)first, (uint64x2_t)second));
-    }
-
-    static F sign(U word, int position) {
-        return (F)((word << (31 - position) & 0x80000000u) | 0x3f800000u);
     }
 
     static void gauss(U word, F& low, F& high) {
@@ -70,11 +57,6 @@ struct Simd {
 inline uint8x16_t table_bytes(uint32x4_t entry) {
     return (uint8x16_t)vmlaq_n_u32(vdupq_n_u32(0x03020100u), entry, 0x04040404u);
 }
-
-// The sums of a chunk of 16 columns. A packed chunk (spec.hpp) is unpacked once and then added for
-// any number of samples: `rows` are the 16 that it reads.
-template <class T>
-struct Chunk;
 
 template <>
 struct Chunk<float> {

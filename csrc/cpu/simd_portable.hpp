@@ -5,22 +5,14 @@
 #include <cstring>
 #include <type_traits>
 
-#include "kernels.hpp"
+#include "simd.hpp"
 
 namespace fastproj::cpu {
 namespace {
 
-struct Simd {
-    static constexpr int kBytes = 16;
-    static constexpr int kLanes = 4;
+struct Simd : Vectors<16> {
     static constexpr int kDenseBatch = 4;
     static constexpr int kPhiloxLanes = 1;  // Philox lanes computed side by side
-    using U = std::uint32_t __attribute__((vector_size(kBytes)));
-    using W = std::uint64_t __attribute__((vector_size(kBytes)));
-    using F = float __attribute__((vector_size(kBytes)));
-    using D = double __attribute__((vector_size(kBytes)));
-
-    static U xor3(U a, U b, U c) { return a ^ b ^ c; }
 
     static void mul_hi_lo(U x, std::uint32_t m, U& hi, U& lo) {
         for (int i = 0; i < kLanes; ++i) {
@@ -36,16 +28,11 @@ struct Simd {
 
     // Numbers of 32 bits in 64-bit lanes; what is above them never matters.
     static W multiply(W x, std::uint32_t m) { return (x & 0xffffffffu) * m; }
-    static W xor3(W a, W b, W c) { return a ^ b ^ c; }
     // to[4 i + j] = the low 32 bits of words[j][i]
     static void interleave(const W words[4], std::uint32_t* to) {
         for (int i = 0; i < kLanes / 2; ++i) {
             for (int j = 0; j < 4; ++j) to[4 * i + j] = static_cast<std::uint32_t>(words[j][i]);
         }
-    }
-
-    static F sign(U word, int position) {
-        return (F)((word << (31 - position) & 0x80000000u) | 0x3f800000u);
     }
 
     static void gauss(U word, F& low, F& high) {
@@ -59,8 +46,6 @@ struct Simd {
     }
 };
 
-// The sums of a chunk of 16 columns. A packed chunk (spec.hpp) is unpacked once and then added for
-// any number of samples: `rows` are the 16 that it reads.
 template <class T>
 struct Chunk {
     using Bits = std::conditional_t<std::is_same_v<T, float>, std::uint32_t, std::uint64_t>;

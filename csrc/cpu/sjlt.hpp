@@ -419,12 +419,13 @@ void sjlt_transpose(const SjltTransposeTile& tile) {
     }
 }
 
-inline void add_sjlt_kernels(KernelTable& table) {
+inline KernelTable with_sjlt_kernels(KernelTable table) {
     table.sjlt_scratch_bytes = sjlt_scratch_bytes;
     table.sjlt_f32 = sjlt_project<float>;
     table.sjlt_f64 = sjlt_project<double>;
     table.sjlt_transpose_f32 = sjlt_transpose<float>;
     table.sjlt_transpose_f64 = sjlt_transpose<double>;
+    return table;
 }
 
 }  // namespace

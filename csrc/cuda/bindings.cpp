@@ -41,17 +41,14 @@ py::dict plan_dict(const DeviceInfo& device, const ProjectCall& call) {
         facts["shared bytes"] = sjlt.shared_bytes;
         facts["tiles per fold"] = kSjltFold;
         facts["loader"] = loader_name(plan.loader);
-        facts["splits of P"] = plan.splits;
-        facts["samples per launch"] = plan.batch_chunk;
-        facts["workspace bytes"] = plan.workspace_bytes;
-        return facts;
+    } else {
+        facts["variant"] = variant_name(plan.variant);
+        facts["terms"] = plan.key.terms;
+        facts["BLOCK_B"] = plan.key.block_b;
     }
-    facts["variant"] = variant_name(plan.variant);
-    facts["terms"] = plan.key.terms;
-    facts["BLOCK_B"] = plan.key.block_b;
     if (plan.variant == Variant::kSimple) {
         facts["BLOCK_K"] = 64;
-    } else {
+    } else if (call.key.kind != Kind::kSjlt) {
         const Kernel kernel = find_kernel(plan.variant, plan.key);
         facts["grid"] =
             launch_blocks(device, plan, kernel, plan.batch_chunk, call.cols, plan.splits);

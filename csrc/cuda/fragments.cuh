@@ -313,4 +313,38 @@ FASTPROJ_DEVICE void store_result(const ProjectParams& p, int split, int b, int 
     write_global(to, p.accumulate ? read_global(to) + value : value);
 }
 
+// ------------------------------------------------------------------------------------ the sums
+
+// Of M by N products of mma.sync, four numbers of a thread each.
+template <int M, int N>
+using Accumulators = float[M][N][4];
+
+template <int M, int N>
+FASTPROJ_DEVICE void clear_sums(Accumulators<M, N>& acc) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
+        }
+    }
+}
+
+// sum += acc, which begins anew.
+template <int M, int N>
+FASTPROJ_DEVICE void fold_sums(Accumulators<M, N>& sum, Accumulators<M, N>& acc) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sum[m][n][i] += acc[m][n][i];
+                acc[m][n][i] = 0.0f;
+            }
+        }
+    }
+}
+
 }  // namespace fastproj::cuda

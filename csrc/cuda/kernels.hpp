@@ -91,17 +91,19 @@ inline bool operator==(const KernelKey& a, const KernelKey& b) {
     return a.kind == b.kind && a.bf16 == b.bf16 && a.terms == b.terms && a.block_b == b.block_b;
 }
 
-// Config90 or Config80 -> Kernel.
-template <class C>
-Kernel make_kernel(const void* entry, int threads) {
-    Kernel kernel;
-    kernel.entry = entry;
-    kernel.threads = threads;
-    kernel.shared_bytes = C::kSharedBytes;
-    kernel.columns = C::kColumns;
-    kernel.stages = C::kStages;
-    kernel.fold_rows = C::kFoldRows;
-    return kernel;
+template <class Entry>
+Kernel kernel_of(Entry* entry, int threads, int shared_bytes = 0) {
+    return {reinterpret_cast<const void*>(entry), threads, shared_bytes};
+}
+// Of Config90 or Config80.
+template <class C, class Entry>
+Kernel kernel_of(Entry* entry, int threads) {
+    return {reinterpret_cast<const void*>(entry),
+            threads,
+            C::kSharedBytes,
+            C::kColumns,
+            C::kStages,
+            C::kFoldRows};
 }
 
 }  // namespace fastproj::cuda

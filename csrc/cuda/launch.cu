@@ -121,8 +121,12 @@ const void* find_sjlt_kernel(const SjltKey& key) {
 
 class CudaLauncher {
   public:
-    CudaLauncher(void* cuda_stream, int multiprocessors)
-        : cuda_stream_(static_cast<cudaStream_t>(cuda_stream)), multiprocessors_(multiprocessors) {}
+    CudaLauncher(int device, void* cuda_stream)
+        : info(device_info(device)),
+          guard_(device),
+          cuda_stream_(static_cast<cudaStream_t>(cuda_stream)) {}
+
+    const DeviceInfo info;
 
     Kernel find(Variant variant, const KernelKey& key) { return find_kernel(variant, key); }
 
@@ -147,10 +151,7 @@ class CudaLauncher {
         one("reduce", simple_kernel(which, Kind::kRademacher), grid(ceil_div(count, 256)), p);
     }
     void project_sjlt(const SjltPlan& plan, const SjltParams& p) {
-        Kernel kernel;
-        kernel.entry = find_sjlt_kernel(plan.key);
-        kernel.threads = plan.threads;
-        kernel.shared_bytes = plan.shared_bytes;
+        const Kernel kernel{find_sjlt_kernel(plan.key), plan.threads, plan.shared_bytes};
         const std::int64_t items =
             static_cast<std::int64_t>(p.col_tiles) * p.splits * p.batch_tiles;
         one("project sjlt", kernel, grid(items), p);
@@ -179,7 +180,8 @@ class CudaLauncher {
   private:
     // Blocks take several items where there are more items than fill the device a few times.
     int grid(std::int64_t items) const {
-        return static_cast<int>(std::min<std::int64_t>(items, std::int64_t{16} * multiprocessors_));
+        return static_cast<int>(
+            std::min<std::int64_t>(items, std::int64_t{16} * info.multiprocessors));
     }
     template <class Params>
     void one(const char* what, const Kernel& kernel, int blocks, const Params& params) {
@@ -215,8 +217,8 @@ class CudaLauncher {
         check(cudaLaunchKernelExC(&config, kernel.entry, arguments), "launch of " + where);
     }
 
+    DeviceGuard guard_;
     cudaStream_t cuda_stream_;
-    int multiprocessors_;
 };
 
 Gpu inspect(int device) {
@@ -319,23 +321,17 @@ Kernel find_kernel(Variant variant, const KernelKey& key) {
 
 void project(int device, void* cuda_stream, const ProjectCall& call, void* workspace,
              std::int64_t workspace_bytes) {
-    const DeviceInfo info = device_info(device);
-    DeviceGuard guard(device);
-    CudaLauncher launcher(cuda_stream, info.multiprocessors);
-    run_project(launcher, info, call, workspace, workspace_bytes);
+    CudaLauncher launcher(device, cuda_stream);
+    run_project(launcher, launcher.info, call, workspace, workspace_bytes);
 }
 
 void project_transpose(int device, void* cuda_stream, const TransposeCall& call) {
-    const DeviceInfo info = device_info(device);
-    DeviceGuard guard(device);
-    CudaLauncher launcher(cuda_stream, info.multiprocessors);
+    CudaLauncher launcher(device, cuda_stream);
     run_transpose(launcher, call);
 }
 
 void matrix(int device, void* cuda_stream, const MatrixCall& call) {
-    const DeviceInfo info = device_info(device);
-    DeviceGuard guard(device);
-    CudaLauncher launcher(cuda_stream, info.multiprocessors);
+    CudaLauncher launcher(device, cuda_stream);
     run_matrix(launcher, call);
 }
 

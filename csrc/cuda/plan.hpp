@@ -63,6 +63,45 @@ struct ProjectCall : Call {
     Variant variant = Variant::kAuto;
 };
 
+// out [batch, rows] = scale * y [batch, cols] @ R[row_offset : row_offset + rows, :cols].T
+struct TransposeCall : Call {
+    const void* y = nullptr;
+    Dtype dtype = Dtype::kF32;
+    std::int64_t batch = 0, cols = 0, y_stride_b = 0, y_stride_k = 1;
+    void* out = nullptr;  // float, or double when y is
+    std::int64_t rows = 0, out_stride_b = 0, out_stride_p = 1;
+    Variant variant = Variant::kAuto;
+};
+
+// The tensors of a call, as every kernel for it takes them.
+template <class Params>
+void take_tensors(Params& p, const ProjectCall& call) {
+    p.grads = call.grads;
+    p.grads_stride_b = call.stride_b;
+    p.grads_stride_p = call.stride_p;
+    p.rows = static_cast<decltype(p.rows)>(call.rows);
+    p.batch = static_cast<std::int32_t>(call.batch);
+    p.cols = static_cast<std::int32_t>(call.cols);
+}
+
+template <class Params>
+void take_tensors(Params& p, const TransposeCall& call) {
+    p.y = call.y;
+    p.y_stride_b = call.y_stride_b;
+    p.y_stride_k = call.y_stride_k;
+    p.out = call.out;
+    p.out_stride_b = call.out_stride_b;
+    p.out_stride_p = call.out_stride_p;
+    p.rows = call.rows;
+    p.row_offset = call.row_offset;
+    p.scale = call.scale;
+    p.seed = call.key.seed;
+    p.stream = call.key.stream;
+    p.batch = static_cast<std::int32_t>(call.batch);
+    p.cols = static_cast<std::int32_t>(call.cols);
+    p.input = static_cast<std::int32_t>(call.dtype);
+}
+
 struct Plan {
     Variant variant = Variant::kAuto;
     KernelKey key{};

@@ -221,27 +221,8 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
         const int column = item.col_tile * C::kColumns + warp * 16 * C::kTiles + (lane >> 2);
         const int stages = (item.last - item.first) * C::kPanelStages;
         float acc[C::kTiles][2 * kPairs][4], sum[C::kTiles][2 * kPairs][4];
-#pragma unroll
-        for (int m = 0; m < C::kTiles; ++m) {
-#pragma unroll
-            for (int n = 0; n < 2 * kPairs; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) acc[m][n][i] = sum[m][n][i] = 0.0f;
-            }
-        }
-        auto fold = [&]() {
-#pragma unroll
-            for (int m = 0; m < C::kTiles; ++m) {
-#pragma unroll
-                for (int n = 0; n < 2 * kPairs; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        sum[m][n][i] += acc[m][n][i];
-                        acc[m][n][i] = 0.0f;
-                    }
-                }
-            }
-        };
+        clear_sums(acc);
+        clear_sums(sum);
 
         Feeder80<C> feeder(p, tiles, item);
         __syncthreads();  // the last item's readers are done; the table is written
@@ -256,7 +237,7 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
                 for (int m = 0; m < C::kTiles; ++m)
                     generator.start(key, m, absolute, column + m * 16);
                 if (C::kFoldRows > 64 && i / C::kPanelStages % (C::kFoldRows / kPanelRows) == 0)
-                    fold();
+                    fold_sums(sum, acc);
             }
 #pragma unroll
             for (int s = 0; s < C::kSpan; ++s) {
@@ -294,12 +275,12 @@ FASTPROJ_DEVICE void project80(const ProjectParams& p) {
                         }
                     }
                     if (half == 1) generator.advance();
-                    if (C::kFoldRows == 64) fold();
+                    if (C::kFoldRows == 64) fold_sums(sum, acc);
                 }
             }
         }
         copy_async_wait<0>();
-        fold();
+        fold_sums(sum, acc);
 #pragma unroll
         for (int m = 0; m < C::kTiles; ++m) {
 #pragma unroll
@@ -326,5 +307,16 @@ FASTPROJ_KERNEL(kThreads80)
 project_gaussian_sm80_kernel(FASTPROJ_GRID_CONSTANT ProjectParams params) {
     project80<Config80<Kind::kGaussian, Op, kTerms, BLOCK_B>>(params);
 }
+
+// For the lists in kernels.hpp: returns the kernel if it is the one that `key` names.
+#define FASTPROJ_CASE80(kKind, kernel, Op, terms, block_b)                                 \
+    if (key == KernelKey{kKind, Op::kIsBf16, terms, block_b}) {                            \
+        return kernel_of<Config80<kKind, Op, terms, block_b>>(&kernel<Op, terms, block_b>, \
+                                                              kThreads80);                 \
+    }
+#define FASTPROJ_RADEMACHER80(...) \
+    FASTPROJ_CASE80(Kind::kRademacher, project_rademacher_sm80_kernel, __VA_ARGS__)
+#define FASTPROJ_GAUSSIAN80(...) \
+    FASTPROJ_CASE80(Kind::kGaussian, project_gaussian_sm80_kernel, __VA_ARGS__)
 
 }  // namespace fastproj::cuda

@@ -230,4 +230,15 @@ FASTPROJ_KERNEL90 project_gaussian_sm90_kernel(FASTPROJ_GRID_CONSTANT TensorMap 
     FASTPROJ_BODY90(Config);
 }
 
+// For the lists in kernels.hpp: returns the kernel if it is the one that `key` names.
+#define FASTPROJ_CASE90(kKind, kernel, Op, terms, block_b, tiles)     \
+    if (key == KernelKey{kKind, Op::kIsBf16, terms, block_b}) {       \
+        return kernel_of<Config90<kKind, Op, terms, block_b, tiles>>( \
+            &kernel<Op, terms, block_b, tiles>, kThreads90);          \
+    }
+#define FASTPROJ_RADEMACHER90(...) \
+    FASTPROJ_CASE90(Kind::kRademacher, project_rademacher_sm90_kernel, __VA_ARGS__)
+#define FASTPROJ_GAUSSIAN90(...) \
+    FASTPROJ_CASE90(Kind::kGaussian, project_gaussian_sm90_kernel, __VA_ARGS__)
+
 }  // namespace fastproj::cuda

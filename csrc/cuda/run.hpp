@@ -36,20 +36,15 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         launch_sjlt(launcher, plan, call, first_col, splits, workspace);
     } else if (simple) {
         SimpleParams p{};
-        p.grads = call.grads;
-        p.grads_stride_b = call.stride_b;
-        p.grads_stride_p = call.stride_p;
+        take_tensors(p, call);
         p.dst = static_cast<double*>(workspace);
         p.dst_stride_b = plan.workspace_row;
         p.dst_stride_split = plan.workspace_row * call.batch;
-        p.rows = call.rows;
         p.row_offset = call.row_offset;
         p.first_panel = call.row_offset / kPanelRows;
         p.panels = panels;
         p.seed = call.key.seed;
         p.stream = call.key.stream;
-        p.batch = static_cast<std::int32_t>(call.batch);
-        p.cols = static_cast<std::int32_t>(call.cols);
         p.first_col = static_cast<std::int32_t>(first_col);
         p.splits = splits;
         p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, 64));
@@ -59,9 +54,7 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
     } else {
         const Kernel kernel = launcher.find(plan.variant, plan.key);
         ProjectParams p{};
-        p.grads = call.grads;
-        p.grads_stride_b = call.stride_b;
-        p.grads_stride_p = call.stride_p;
+        take_tensors(p, call);
         if (reduce) {
             p.dst = static_cast<float*>(workspace);
             p.dst_stride_k = 1;
@@ -83,9 +76,6 @@ void run_range(Launcher& launcher, const DeviceInfo& device, const Plan& plan,
         p.stream = call.key.stream;
         p.first_panel = static_cast<std::uint32_t>(panel);
         p.row_shift = static_cast<std::int32_t>(shift);
-        p.rows = static_cast<std::int32_t>(call.rows);
-        p.batch = static_cast<std::int32_t>(call.batch);
-        p.cols = static_cast<std::int32_t>(call.cols);
         p.panels = static_cast<std::int32_t>(panels);
         p.splits = splits;
         p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, kernel.columns));
@@ -205,51 +195,17 @@ void run_matrix(Launcher& launcher, const MatrixCall& call) {
     launcher.matrix(call.key.kind, p);
 }
 
-// out [batch, rows] = scale * y [batch, cols] @ R[row_offset : row_offset + rows, :cols].T
-struct TransposeCall : Call {
-    const void* y = nullptr;
-    Dtype dtype = Dtype::kF32;
-    std::int64_t batch = 0, cols = 0, y_stride_b = 0, y_stride_k = 1;
-    void* out = nullptr;  // float, or double when y is
-    std::int64_t rows = 0, out_stride_b = 0, out_stride_p = 1;
-    Variant variant = Variant::kAuto;
-};
-
 template <class Launcher>
 void run_transpose(Launcher& launcher, const TransposeCall& call) {
     check_columns(call.cols);
-    if (call.key.kind == Kind::kSjlt) {
-        SjltTransposeParams s{};
-        s.y_stride_b = call.y_stride_b;
-        s.y_stride_k = call.y_stride_k;
-        s.out = call.out;
-        s.out_stride_b = call.out_stride_b;
-        s.out_stride_p = call.out_stride_p;
-        s.rows = call.rows;
-        s.batch = static_cast<std::int32_t>(call.batch);
-        s.cols = static_cast<std::int32_t>(call.cols);
-        return transpose_sjlt(launcher, call.y, call.dtype, call, s);
-    }
+    if (call.key.kind == Kind::kSjlt) return transpose_sjlt(launcher, call);
     const bool simple = call.dtype == Dtype::kF64 || call.variant == Variant::kSimple;
     TransposeParams p{};
-    p.y = call.y;
-    p.y_stride_b = call.y_stride_b;
-    p.y_stride_k = call.y_stride_k;
-    p.out = call.out;
-    p.out_stride_b = call.out_stride_b;
-    p.out_stride_p = call.out_stride_p;
-    p.rows = call.rows;
-    p.row_offset = call.row_offset;
+    take_tensors(p, call);
     p.first_panel = call.row_offset / kPanelRows;
     p.panels = panels_of(call.row_offset % kPanelRows, call.rows);
-    p.scale = call.scale;
-    p.seed = call.key.seed;
-    p.stream = call.key.stream;
     p.sign_mask = kSignMask;
-    p.batch = static_cast<std::int32_t>(call.batch);
-    p.cols = static_cast<std::int32_t>(call.cols);
     p.batch_tiles = static_cast<std::int32_t>(ceil_div(call.batch, simple ? 8 : 32));
-    p.input = static_cast<std::int32_t>(call.dtype);
     p.out_dtype = static_cast<std::int32_t>(call.dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32);
     if (simple) {
         launcher.transpose_simple(call.key.kind, p);

@@ -5,40 +5,27 @@
 namespace fastproj::cuda {
 
 namespace {
-template <class T>
-const void* entry(T* kernel) {
-    return reinterpret_cast<const void*>(kernel);
+template <Kind kKind>
+Kernel kernel_of_kind(SimpleKernel which) {
+    switch (which) {
+        case SimpleKernel::kProject:
+            return kernel_of(&project_simple_kernel<kKind>, kThreadsSimple, kSimpleShared);
+        case SimpleKernel::kTranspose:
+            return kernel_of(&transpose_simple_kernel<kKind>, kThreadsSimple,
+                             TransposeSimple<kKind>::kSharedBytes);
+        case SimpleKernel::kMatrix:
+            return kernel_of(&matrix_kernel<kKind>, kThreadsSimple);
+        case SimpleKernel::kReduceFloat:
+            return kernel_of(&reduce_kernel<float>, kThreadsSimple);
+        default:
+            return kernel_of(&reduce_kernel<double>, kThreadsSimple);
+    }
 }
 }  // namespace
 
 Kernel simple_kernel(SimpleKernel which, Kind kind) {
-    const bool rademacher = kind == Kind::kRademacher;
-    Kernel kernel;
-    kernel.threads = kThreadsSimple;
-    switch (which) {
-        case SimpleKernel::kProject:
-            kernel.shared_bytes = kSimpleShared;
-            kernel.entry = rademacher ? entry(&project_simple_kernel<Kind::kRademacher>)
-                                      : entry(&project_simple_kernel<Kind::kGaussian>);
-            break;
-        case SimpleKernel::kTranspose:
-            kernel.shared_bytes = rademacher ? TransposeSimple<Kind::kRademacher>::kSharedBytes
-                                             : TransposeSimple<Kind::kGaussian>::kSharedBytes;
-            kernel.entry = rademacher ? entry(&transpose_simple_kernel<Kind::kRademacher>)
-                                      : entry(&transpose_simple_kernel<Kind::kGaussian>);
-            break;
-        case SimpleKernel::kMatrix:
-            kernel.entry = rademacher ? entry(&matrix_kernel<Kind::kRademacher>)
-                                      : entry(&matrix_kernel<Kind::kGaussian>);
-            break;
-        case SimpleKernel::kReduceFloat:
-            kernel.entry = entry(&reduce_kernel<float>);
-            break;
-        case SimpleKernel::kReduceDouble:
-            kernel.entry = entry(&reduce_kernel<double>);
-            break;
-    }
-    return kernel;
+    return kind == Kind::kRademacher ? kernel_of_kind<Kind::kRademacher>(which)
+                                     : kernel_of_kind<Kind::kGaussian>(which);
 }
 
 }  // namespace fastproj::cuda

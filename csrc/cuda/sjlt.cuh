@@ -615,4 +615,10 @@ FASTPROJ_DEVICE void matrix_sjlt(const MatrixParams& p) {
     }
 }
 
+// For the lists in sjlt.hpp: returns the kernel if it is the one that `key` names.
+#define FASTPROJ_CASE_SJLT(dtype, groups, batch, staged)                                          \
+    if (key == SjltKey{dtype, groups, batch, staged}) {                                           \
+        return reinterpret_cast<const void*>(&project_sjlt_kernel<dtype, groups, batch, staged>); \
+    }
+
 }  // namespace fastproj::cuda

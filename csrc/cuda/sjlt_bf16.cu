@@ -4,12 +4,7 @@
 namespace fastproj::cuda {
 
 const void* sjlt_bf16_kernel(const SjltKey& key) {
-#define FASTPROJ_CASE(dtype, groups, batch, staged)                                               \
-    if (key == SjltKey{dtype, groups, batch, staged}) {                                           \
-        return reinterpret_cast<const void*>(&project_sjlt_kernel<dtype, groups, batch, staged>); \
-    }
-    FASTPROJ_SJLT(FASTPROJ_CASE, Dtype::kBf16)
-#undef FASTPROJ_CASE
+    FASTPROJ_SJLT(FASTPROJ_CASE_SJLT, Dtype::kBf16)
     return nullptr;
 }
 

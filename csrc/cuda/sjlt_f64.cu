@@ -4,12 +4,7 @@
 namespace fastproj::cuda {
 
 const void* sjlt_f64_kernel(const SjltKey& key) {
-#define FASTPROJ_CASE(dtype, groups, batch, staged)                                               \
-    if (key == SjltKey{dtype, groups, batch, staged}) {                                           \
-        return reinterpret_cast<const void*>(&project_sjlt_kernel<dtype, groups, batch, staged>); \
-    }
-    FASTPROJ_SJLT_F64(FASTPROJ_CASE, Dtype::kF64)
-#undef FASTPROJ_CASE
+    FASTPROJ_SJLT_F64(FASTPROJ_CASE_SJLT, Dtype::kF64)
     return nullptr;
 }
 

@@ -11,9 +11,7 @@ void launch_sjlt(Launcher& launcher, const Plan& plan, const ProjectCall& call,
                  std::int64_t first_col, int splits, void* workspace) {
     const std::uint32_t log2 = call.key.block_log2;
     SjltParams p{};
-    p.grads = call.grads;
-    p.grads_stride_b = call.stride_b;
-    p.grads_stride_p = call.stride_p;
+    take_tensors(p, call);
     p.dst = workspace;
     p.dst_stride_b = plan.workspace_row;
     p.dst_stride_split = plan.workspace_row * call.batch;
@@ -23,9 +21,6 @@ void launch_sjlt(Launcher& launcher, const Plan& plan, const ProjectCall& call,
     p.block_log2 = log2;
     p.first_col = static_cast<std::uint32_t>(first_col);
     p.row_shift = static_cast<std::int32_t>(call.row_offset - (p.first_tile << log2));
-    p.rows = static_cast<std::int32_t>(call.rows);
-    p.batch = static_cast<std::int32_t>(call.batch);
-    p.cols = static_cast<std::int32_t>(call.cols);
     p.tiles = static_cast<std::int32_t>(sjlt_tiles_of(call));
     p.splits = splits;
     p.col_tiles = static_cast<std::int32_t>(ceil_div(call.cols, plan.sjlt.columns));
@@ -38,19 +33,14 @@ void launch_sjlt(Launcher& launcher, const Plan& plan, const ProjectCall& call,
 }
 
 template <class Launcher>
-void transpose_sjlt(Launcher& launcher, const void* y, Dtype dtype, const Call& call,
-                    SjltTransposeParams p) {
-    p.y = y;
-    p.row_offset = call.row_offset;
+void transpose_sjlt(Launcher& launcher, const TransposeCall& call) {
+    SjltTransposeParams p{};
+    take_tensors(p, call);
     p.first_chunk = call.row_offset / 16;
     p.chunks = ceil_div(call.row_offset + p.rows, 16) - p.first_chunk;
-    p.scale = call.scale;
-    p.seed = call.key.seed;
-    p.stream = call.key.stream;
     p.block_log2 = call.key.block_log2;
     p.batch_tiles = static_cast<std::int32_t>(ceil_div(p.batch, 4));
-    p.input = static_cast<std::int32_t>(dtype);
-    launcher.transpose_sjlt(dtype == Dtype::kF64, p);
+    launcher.transpose_sjlt(call.dtype == Dtype::kF64, p);
 }
 
 }  // namespace fastproj::cuda

@@ -5,15 +5,7 @@
 namespace fastproj::cuda {
 
 Kernel find_sm90_rademacher(const KernelKey& key) {
-#define FASTPROJ_CASE(Op, terms, block_b, tiles)                                    \
-    if (key == KernelKey{Kind::kRademacher, Op::kIsBf16, terms, block_b}) {         \
-        return make_kernel<Config90<Kind::kRademacher, Op, terms, block_b, tiles>>( \
-            reinterpret_cast<const void*>(                                          \
-                &project_rademacher_sm90_kernel<Op, terms, block_b, tiles>),        \
-            kThreads90);                                                            \
-    }
-    FASTPROJ_SM90_RADEMACHER(FASTPROJ_CASE)
-#undef FASTPROJ_CASE
+    FASTPROJ_SM90_RADEMACHER(FASTPROJ_RADEMACHER90)
     return Kernel{};
 }
 

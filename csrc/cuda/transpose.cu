@@ -7,11 +7,8 @@ namespace fastproj::cuda {
 namespace {
 template <Kind kKind, int kTerms>
 Kernel make() {
-    Kernel kernel;
-    kernel.entry = reinterpret_cast<const void*>(&transpose_sm80_kernel<kKind, kTerms>);
-    kernel.threads = kThreadsTranspose;
-    kernel.shared_bytes = ConfigTranspose<kKind, kTerms>::kSharedBytes;
-    return kernel;
+    return kernel_of(&transpose_sm80_kernel<kKind, kTerms>, kThreadsTranspose,
+                     ConfigTranspose<kKind, kTerms>::kSharedBytes);
 }
 }  // namespace
 

@@ -63,27 +63,8 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
         key.sign_mask = p.sign_mask;
         key.table = table | lane * 4;
         float acc[4][2 * kPairs][4], sum[4][2 * kPairs][4];
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-#pragma unroll
-            for (int n = 0; n < 2 * kPairs; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) acc[m][n][i] = sum[m][n][i] = 0.0f;
-            }
-        }
-        auto fold = [&]() {
-#pragma unroll
-            for (int m = 0; m < 4; ++m) {
-#pragma unroll
-                for (int n = 0; n < 2 * kPairs; ++n) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        sum[m][n][i] += acc[m][n][i];
-                        acc[m][n][i] = 0.0f;
-                    }
-                }
-            }
-        };
+        clear_sums(acc);
+        clear_sums(sum);
 
         __syncthreads();  // the last item's readers are done; the table is written
         const int steps = (p.cols + 63) / 64;
@@ -183,9 +164,9 @@ FASTPROJ_DEVICE void transpose80(const TransposeParams& p) {
                     }
                 }
             }
-            if ((step + 1) % C::kFoldSteps == 0) fold();
+            if ((step + 1) % C::kFoldSteps == 0) fold_sums(sum, acc);
         }
-        fold();
+        fold_sums(sum, acc);
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
 #pragma unroll

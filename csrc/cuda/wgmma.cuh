@@ -26,6 +26,16 @@ namespace fastproj::cuda {
         "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b ", keep, 1, 1, 0;\n}"                 \
         : FP_REGS_##count(0)                                                                \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor), "r"(keep_sum))
+#define FP_WGMMA_OF(type)                                                  \
+    if constexpr (N == 16) {                                               \
+        FP_WGMMA("16", 8, type, "8", "9", "10", "11", "12", "13");         \
+    } else if constexpr (N == 32) {                                        \
+        FP_WGMMA("32", 16, type, "16", "17", "18", "19", "20", "21");      \
+    } else if constexpr (N == 64) {                                        \
+        FP_WGMMA("64", 32, type, "32", "33", "34", "35", "36", "37");      \
+    } else {                                                               \
+        FP_WGMMA("128", 64, type, "64", "65", "66", "67", "68", "69");     \
+    }
 // clang-format on
 
 // Descriptor of a K-major operand in rows of 128 bytes, 128-byte swizzle. Low word: address >> 4,
@@ -51,29 +61,14 @@ FASTPROJ_DEVICE void wgmma_m64k16(float (&d)[N / 2], const std::uint32_t (&a)[4]
     static_assert(N == 16 || N == 32 || N == 64 || N == 128,
                   "no instruction is written for this N");
     if constexpr (Op::kIsBf16) {
-        if constexpr (N == 16) {
-            FP_WGMMA("16", 8, "bf16", "8", "9", "10", "11", "12", "13");
-        } else if constexpr (N == 32) {
-            FP_WGMMA("32", 16, "bf16", "16", "17", "18", "19", "20", "21");
-        } else if constexpr (N == 64) {
-            FP_WGMMA("64", 32, "bf16", "32", "33", "34", "35", "36", "37");
-        } else {
-            FP_WGMMA("128", 64, "bf16", "64", "65", "66", "67", "68", "69");
-        }
+        FP_WGMMA_OF("bf16")
     } else {
-        if constexpr (N == 16) {
-            FP_WGMMA("16", 8, "f16", "8", "9", "10", "11", "12", "13");
-        } else if constexpr (N == 32) {
-            FP_WGMMA("32", 16, "f16", "16", "17", "18", "19", "20", "21");
-        } else if constexpr (N == 64) {
-            FP_WGMMA("64", 32, "f16", "32", "33", "34", "35", "36", "37");
-        } else {
-            FP_WGMMA("128", 64, "f16", "64", "65", "66", "67", "68", "69");
-        }
+        FP_WGMMA_OF("f16")
     }
 }
 
 #undef FP_WGMMA
+#undef FP_WGMMA_OF
 #undef FP_NAMES_8
 #undef FP_NAMES_16
 #undef FP_NAMES_32

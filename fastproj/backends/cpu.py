@@ -25,28 +25,23 @@ _forced_isa: ContextVar[str | None] = ContextVar("fastproj_forced_isa", default=
 
 
 @lru_cache(maxsize=1)
-def _extension() -> ModuleType | str:
-    """The compiled module, or why there is none."""
+def _module() -> ModuleType:
+    """The compiled module. Raises ImportError where there is none."""
+    from fastproj import _cpu
+
+    return _cpu
+
+
+def unavailable() -> str | None:
+    """None when the compiled module is there, else the reason and the fix."""
     try:
-        from fastproj import _cpu
+        _module()
     except ImportError as error:
         return (
             f"fastproj._cpu is not built ({error}); install a C++17 compiler "
             "(e.g. `apt-get install g++`) and reinstall fastproj"
         )
-    return _cpu
-
-
-def _module() -> ModuleType:
-    extension = _extension()
-    assert not isinstance(extension, str)
-    return extension
-
-
-def unavailable() -> str | None:
-    """None when the compiled module is there, else the reason and the fix."""
-    extension = _extension()
-    return extension if isinstance(extension, str) else None
+    return None
 
 
 def unsupported(device_type: str, dtype: torch.dtype, kind: str) -> str | None:
@@ -57,8 +52,8 @@ def unsupported(device_type: str, dtype: torch.dtype, kind: str) -> str | None:
 @lru_cache(maxsize=1)
 def isas() -> dict[str, str]:
     """Instruction sets from the least to the best: "" when usable here, else the reason."""
-    extension = _extension()
-    return {} if isinstance(extension, str) else extension.isas()
+    found: dict[str, str] = {} if unavailable() else _module().isas()
+    return found
 
 
 @lru_cache(maxsize=8)

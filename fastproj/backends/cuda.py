@@ -31,36 +31,32 @@ _forced_variant: ContextVar[str | None] = ContextVar("fastproj_forced_variant", 
 
 
 @lru_cache(maxsize=1)
-def _extension() -> ModuleType | str:
-    """The compiled module, or why there is none."""
-    try:
-        from fastproj import _cuda
-    except ImportError as error:
-        return (
-            f"fastproj._cuda is not built ({error}); install the CUDA toolkit (nvcc 12.4 or newer) "
-            "and reinstall fastproj; FASTPROJ_CUDA=1 makes a failure of that an error"
-        )
+def _module() -> ModuleType:
+    """The compiled module. Raises ImportError where there is none."""
+    from fastproj import _cuda
+
     return _cuda
 
 
 def not_built() -> str | None:
     """None where the compiled module is there, GPU or not, else the reason and the fix."""
-    extension = _extension()
-    return extension if isinstance(extension, str) else None
-
-
-def _module() -> ModuleType:
-    extension = _extension()
-    assert not isinstance(extension, str)
-    return extension
+    try:
+        _module()
+    except ImportError as error:
+        return (
+            f"fastproj._cuda is not built ({error}); install the CUDA toolkit (nvcc 12.4 or newer) "
+            "and reinstall fastproj; FASTPROJ_CUDA=1 makes a failure of that an error"
+        )
+    return None
 
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """None when the compiled module is there and finds a GPU for it, else the reason and fix."""
-    extension = _extension()
-    if isinstance(extension, str):
-        return extension
+    reason = not_built()
+    if reason is not None:
+        return reason
+    extension = _module()
     count, problem = extension.count()
     if problem:
         return f"fastproj._cuda finds no GPU ({problem}); install an NVIDIA GPU and its driver"

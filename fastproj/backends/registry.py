@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from fastproj.call import Call
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # in order of preference
 ENVIRONMENT = "FASTPROJ_BACKEND"
+# The backends that project products as they form, and what must be 1 for that: docs/triton.md.
+PRODUCTS = {"triton": "FASTPROJ_TRITON_EPILOGUE"}
 
 logger = logging.getLogger("fastproj")
 
@@ -96,6 +98,17 @@ def check_usable(backend: str | None, said_by: str = "backend") -> None:
             f"received {said_by}={backend!r}, which can't run here: {reason}. "
             f"Usable here: {', '.join(available_backends())}"
         )
+
+
+def for_products(backend: str | None) -> Any:
+    """The backend whose ``project_product(left, right, out, call)`` was asked for, or None.
+
+    backend : the only one that may be used; None is any.
+    """
+    for name, variable in PRODUCTS.items():
+        if backend in (None, name) and os.environ.get(variable) == "1" and not unavailable(name):
+            return load(name)
+    return None
 
 
 def choose(

@@ -21,7 +21,6 @@ from fastproj.checks import check_block
 from fastproj.kernels import OLDEST_TRITON
 
 NAME = "triton"
-EPILOGUE_VARIABLE = "FASTPROJ_TRITON_EPILOGUE"
 _OLDEST = ".".join(map(str, OLDEST_TRITON))
 _OLDEST_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -182,10 +181,8 @@ def project_product(left: Tensor, right: Tensor, out: Tensor, call: Call) -> boo
     """out [B, K] = (or +=) the projection of left[b].T @ right[b], [m, n] row by row, as it forms.
 
     left [B, T, m], right [B, T, n]. Returns False, with nothing done, where the kernel can't take
-    them. It has not been measured on a GPU yet, so it is used where EPILOGUE_VARIABLE is 1.
+    them. It has not been measured on a GPU yet, so ``registry.for_products`` waits to be asked.
     """
-    if os.environ.get(EPILOGUE_VARIABLE) != "1" or unavailable() is not None:
-        return False
     if unsupported(left.device.type, left.dtype, call.key.kind) or out.dtype != torch.float32:
         return False
     from fastproj.kernels import launch_product

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
+from collections.abc import Callable
 from decimal import Decimal
+from typing import Any
 
 LIMIT = 1 << 63  # of sizes
 
@@ -35,6 +37,21 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print one JSON object on standard output, and everything else on standard error",
     )
+
+
+def add_option(
+    parser: Any,
+    name: str,
+    default: Any,
+    metavar: str,
+    what: str,
+    read: Callable[[str], Any] = int,
+    nargs: str | None = None,
+) -> None:
+    """An option that isn't required; its help says what it is, and what it is by default."""
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    what = f"{what} (default: {shown})"
+    parser.add_argument(name, type=read, default=default, metavar=metavar, help=what, nargs=nargs)
 
 
 def positive(text: str) -> int:

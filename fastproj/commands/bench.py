@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastproj
 from fastproj.backends import registry
-from fastproj.commands.arguments import add_json, command_parser, positive
+from fastproj.commands.arguments import add_json, add_option, command_parser, positive
 from fastproj.commands.running import DONE, FAILED, Outcome, execute
 from fastproj.spec import KINDS
 
@@ -33,33 +33,16 @@ def build_parser() -> argparse.ArgumentParser:
         fastproj bench --json > rates.json
         """,
     )
-    parser.add_argument(
-        "--batch",
-        type=positive,
-        nargs="+",
-        default=[8, 32],
-        metavar="B",
-        help="samples (default: 8 32)",
-    )
-    parser.add_argument(
-        "--rows", type=positive, default=65536, metavar="P", help="parameters (default: 65536)"
-    )
-    parser.add_argument(
-        "--cols",
-        type=positive,
-        default=1024,
-        metavar="K",
-        help="dimensions to project to (default: 1024)",
-    )
+    add_option(parser, "--batch", [8, 32], "B", "samples", positive, nargs="+")
+    add_option(parser, "--rows", 65536, "P", "parameters", positive)
+    add_option(parser, "--cols", 1024, "K", "dimensions to project to", positive)
     parser.add_argument(
         "--kind", choices=KINDS, default="rademacher", help="of random matrix (default: rademacher)"
     )
     parser.add_argument(
         "--block", type=positive, metavar="W", help="of kind sjlt (default: by --cols)"
     )
-    parser.add_argument(
-        "--repeats", type=positive, default=5, metavar="N", help="timed calls (default: 5)"
-    )
+    add_option(parser, "--repeats", 5, "N", "timed calls", positive)
     add_json(parser)
     return parser
 

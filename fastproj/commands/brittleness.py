@@ -10,7 +10,7 @@ from dataclasses import asdict
 import numpy as np
 
 from fastproj.commands import evaluation
-from fastproj.commands.arguments import command_parser
+from fastproj.commands.arguments import add_option, command_parser
 from fastproj.commands.running import DONE, Outcome
 from fastproj.trak.evaluation.metrics import brittleness, most_helpful
 from fastproj.trak.evaluation.retrain import all_but, train_subsets
@@ -34,21 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--targets", type=int, nargs="+", metavar="T", help="which targets (default: the first 10)"
     )
-    parser.add_argument(
-        "--remove",
-        type=int,
-        nargs="+",
-        default=[10, 20, 50, 100],
-        metavar="K",
-        help="numbers of samples to leave out (default: 10 20 50 100)",
+    add_option(
+        parser, "--remove", [10, 20, 50, 100], "K", "numbers of samples to leave out", nargs="+"
     )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=3,
-        metavar="N",
-        help="models trained without each (default: 3)",
-    )
+    add_option(parser, "--repeats", 3, "N", "models trained without each")
     evaluation.add_training(parser, "fastproj-brittleness")
     return parser
 

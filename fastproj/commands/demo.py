@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastproj
-from fastproj.commands.arguments import add_json, command_parser
+from fastproj.commands.arguments import add_json, add_option, command_parser
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.testbed import ensembles
 from fastproj.testbed.digits import DigitsCNN, digits, ensemble_logits, patches
@@ -287,13 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
         fastproj demo --lambda-reg '0.1*mean' --out other   # a ridge of your own
         """,
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("fastproj-demo"),
-        metavar="DIR",
-        help="where to write (default: fastproj-demo)",
-    )
+    add_option(parser, "--out", Path("fastproj-demo"), "DIR", "where to write", Path)
     for name, text in (
         ("seed", "of everything random"),
         ("train", "training digits, at most 1700"),
@@ -305,15 +299,14 @@ def build_parser() -> argparse.ArgumentParser:
         ("epochs", "of each training"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
-        parser.add_argument(
-            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})"
-        )
-    parser.add_argument(
+        add_option(parser, f"--{name}", default, "N", text)
+    add_option(
+        parser,
         "--lambda-reg",
-        type=number_or_text,
-        default=defaults.lambda_reg,
-        metavar="L",
-        help="ridge: auto, a number, or a share of the mean eigenvalue (default: auto)",
+        defaults.lambda_reg,
+        "L",
+        "ridge: auto, a number, or a share of the mean eigenvalue",
+        number_or_text,
     )
     add_json(parser)
     return parser

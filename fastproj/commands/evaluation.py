@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fastproj
-from fastproj.commands.arguments import add_json
+from fastproj.commands.arguments import add_json, add_option
 from fastproj.commands.running import Outcome, execute, plain
 from fastproj.trak.evaluation.metrics import LDS, LOO, check_sampling, row_blocks
 from fastproj.trak.evaluation.retrain import GroundTruth, TrainingError
@@ -42,29 +42,15 @@ def add_scores(parser: argparse.ArgumentParser, nargs: str | None, required: boo
 
 def add_training(parser: argparse.ArgumentParser, out: str) -> None:
     """What ``train_subsets`` and the intervals take."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(out),
-        metavar="DIR",
-        help=f"where to keep trained models and numbers (default: {out})",
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="models trained at once, each in a process (default: 1)",
-    )
+    add_option(parser, "--out", Path(out), "DIR", "where to keep trained models and numbers", Path)
+    add_option(parser, "--jobs", 1, "N", "models trained at once, each in a process")
     parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
         help="torch threads of each of them (default: the cores, shared out)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)"
-    )
+    add_option(parser, "--seed", 0, "N", "of everything random")
     parser.add_argument(
         "--depends",
         type=Path,
@@ -78,20 +64,8 @@ def add_training(parser: argparse.ArgumentParser, out: str) -> None:
 
 def add_interval(parser: argparse.ArgumentParser) -> None:
     """What the intervals are made with, and how the numbers are printed."""
-    parser.add_argument(
-        "--confidence",
-        type=float,
-        default=0.95,
-        metavar="C",
-        help="of the intervals (default: 0.95)",
-    )
-    parser.add_argument(
-        "--n-boot",
-        type=int,
-        default=500,
-        metavar="N",
-        help="resamples that the intervals come from (default: 500)",
-    )
+    add_option(parser, "--confidence", 0.95, "C", "of the intervals", float)
+    add_option(parser, "--n-boot", 500, "N", "resamples that the intervals come from")
     add_json(parser)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastproj.commands import evaluation
-from fastproj.commands.arguments import command_parser
+from fastproj.commands.arguments import add_option, command_parser
 from fastproj.commands.running import DONE, FAILED, Outcome
 from fastproj.trak.evaluation.correlation import METHODS
 from fastproj.trak.evaluation.metrics import loo_correlation
@@ -34,20 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", metavar="RECIPE", help=evaluation.RECIPE_HELP)
     evaluation.add_scores(parser, nargs="+", required=True)
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=50,
-        metavar="L",
-        help="samples that are left out (default: 50)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=5,
-        metavar="N",
-        help="models trained without each (default: 5)",
-    )
+    add_option(parser, "--samples", 50, "L", "samples that are left out")
+    add_option(parser, "--repeats", 5, "N", "models trained without each")
     parser.add_argument(
         "--method",
         choices=list(METHODS),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastproj.commands import evaluation
-from fastproj.commands.arguments import command_parser
+from fastproj.commands.arguments import add_option, command_parser
 from fastproj.commands.running import DONE, Outcome
 from fastproj.trak.evaluation.metrics import mislabel_auc
 from fastproj.trak.store.scores import load_array
@@ -38,9 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flipped", type=Path, required=True, metavar="FILE.npy", help="bool [n]: wrong labels"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the resampling (default: 0)"
-    )
+    add_option(parser, "--seed", 0, "N", "of the resampling")
     evaluation.add_interval(parser)
     return parser
 

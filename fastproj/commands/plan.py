@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastproj.checks import check_block, check_integer
-from fastproj.commands.arguments import add_json, command_parser, positive
+from fastproj.commands.arguments import add_json, add_option, command_parser, positive
 from fastproj.commands.costs import Layers, Run
 from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
 from fastproj.commands.running import DONE, Outcome, execute
@@ -61,26 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--block", type=positive, metavar="W", help="of kind sjlt (default: by --proj-dim)"
     )
-    parser.add_argument(
-        "--targets",
-        type=positive,
-        default=100,
-        metavar="M",
-        help="outputs that are asked about (default: 100)",
+    add_option(parser, "--targets", 100, "M", "outputs that are asked about", positive)
+    add_option(
+        parser, "--checkpoints", 1, "C", "trained models that scores are averaged over", positive
     )
-    parser.add_argument(
-        "--checkpoints",
-        type=positive,
-        default=1,
-        metavar="C",
-        help="trained models that scores are averaged over (default: 1)",
-    )
-    parser.add_argument(
-        "--batch",
-        type=positive,
-        default=32,
-        metavar="B",
-        help="samples whose gradients are projected together (default: 32)",
+    add_option(
+        parser, "--batch", 32, "B", "samples whose gradients are projected together", positive
     )
     parser.add_argument(
         "--curvature",
@@ -111,13 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --factored: assume P / D^2 layers of D x D (default: the D of a "
         "transformer with D / 64 blocks)",
     )
-    parser.add_argument(
-        "--tokens",
-        type=positive,
-        default=512,
-        metavar="T",
-        help="with --factored: tokens a sample (default: 512)",
-    )
+    add_option(parser, "--tokens", 512, "T", "with --factored: tokens a sample", positive)
     add_json(parser)
     return parser
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastproj.commands.arguments import add_json, command_parser, positive
+from fastproj.commands.arguments import add_json, add_option, command_parser, positive
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.trak.evaluation.report import Page, write_report
 from fastproj.trak.files import StoreError, parsed_json, read_text
@@ -40,19 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SCORES",
         help="scores/<exp_name>.mmap or .top.safetensors, or any .npy [n, m]",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("trak-report.html"),
-        metavar="HTML",
-        help="where to write (default: trak-report.html)",
-    )
+    add_option(parser, "--out", Path("trak-report.html"), "HTML", "where to write", Path)
     parser.add_argument(
         "--targets", type=int, nargs="+", metavar="T", help="which targets (default: the first 12)"
     )
-    parser.add_argument(
-        "--top", type=positive, default=8, metavar="N", help="samples on each side (default: 8)"
-    )
+    add_option(parser, "--top", 8, "N", "samples on each side", positive)
     for name, what in (
         ("train-images", "images of the training samples [n, ...], grey or colour"),
         ("target-images", "images of the targets [m, ...]"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastproj.commands.arguments import add_json, positive
+from fastproj.commands.arguments import add_json, add_option, positive
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.trak.distributed import DistributedError
 from fastproj.trak.files import StoreError
@@ -111,13 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="gradients by all parameters, or by adapters where there are any (default: auto)",
     )
     scores = parser.add_argument_group("scores")
-    scores.add_argument(
-        "--out",
-        type=Path,
-        default=Path("fastproj-trak"),
-        metavar="DIR",
-        help="where to write (default: fastproj-trak)",
-    )
+    add_option(scores, "--out", Path("fastproj-trak"), "DIR", "where to write", Path)
     scores.add_argument(
         "--name", default="targets", help="of this set of targets (default: targets)"
     )
@@ -126,16 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one score a sample, for all targets together: to select data with",
     )
-    scores.add_argument(
-        "--proj-dim",
-        type=positive,
-        default=4096,
-        metavar="K",
-        help="dimension of the features (default: 4096)",
-    )
-    scores.add_argument(
-        "--batch-size", type=positive, default=16, metavar="B", help="samples at once (default: 16)"
-    )
+    add_option(scores, "--proj-dim", 4096, "K", "dimension of the features", positive)
+    add_option(scores, "--batch-size", 16, "B", "samples at once", positive)
     scores.add_argument("--seed", type=int, default=0, help="of the projection (default: 0)")
     scores.add_argument(
         "--top", type=positive, default=5, help="samples to print and report (default: 5)"

@@ -8,6 +8,7 @@ neither changes anything. The matrix is fastproj's, not fast_jl's: docs/dropin.m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import SupportsIndex
 
 from torch import Tensor
@@ -25,16 +26,32 @@ __all__ = [
 ]
 
 
-def _project(
-    function: str, kind: str, input: Tensor, N: SupportsIndex, seed: SupportsIndex
-) -> Tensor:
-    """``input @ R[:F, :N]``, unscaled.
+Function = Callable[[Tensor, SupportsIndex, SupportsIndex, object], Tensor]
+
+
+def _projecting(name: str, kind: str, entries: str) -> Function:
+    """One of the six: ``name``, for a matrix of ``kind``."""
+
+    def project(
+        input: Tensor, N: SupportsIndex, seed: SupportsIndex, num_feature_tiles: object
+    ) -> Tensor:
+        function = f"fast_jl.{name}"
+        if not isinstance(input, Tensor) or input.dim() != 2:
+            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+            raise TypeError(f"{function}: received input {got}; expected a Tensor [B, F]")
+        call = Call(checks.check_key(function, seed, kind, 0), precision="")
+        proj_dim = checks.check_proj_dim(function, N)
+        return ops.project_call(function, input.detach(), proj_dim, call)
+
+    project.__name__ = project.__qualname__ = name
+    project.__doc__ = f"""``input @ R[:F, :N]``, unscaled, R of {entries}.
 
     Parameters
     ----------
     input : Tensor [B, F], float32, bfloat16, float16 or float64, on the CPU or a GPU.
     N : columns of the result, N >= 1.
     seed : names the matrix, 0 <= seed < 2^64.
+    num_feature_tiles : without effect.
 
     Returns
     -------
@@ -45,51 +62,12 @@ def _project(
     TypeError, ValueError
         For anything it can't take.
     """
-    name = f"fast_jl.{function}"
-    if not isinstance(input, Tensor) or input.dim() != 2:
-        got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"{name}: received input {got}; expected a Tensor [B, F]")
-    call = Call(checks.check_key(name, seed, kind, 0), precision="")
-    return ops.project_call(name, input.detach(), checks.check_proj_dim(name, N), call)
+    return project
 
 
-def project_rademacher_8(
-    input: Tensor, N: SupportsIndex, seed: SupportsIndex, num_feature_tiles: object
-) -> Tensor:
-    """``input @ R``, R [F, N] of ±1; ``num_feature_tiles`` has no effect. See ``_project``."""
-    return _project("project_rademacher_8", "rademacher", input, N, seed)
-
-
-def project_rademacher_16(
-    input: Tensor, N: SupportsIndex, seed: SupportsIndex, num_feature_tiles: object
-) -> Tensor:
-    """The same as ``project_rademacher_8``."""
-    return _project("project_rademacher_16", "rademacher", input, N, seed)
-
-
-def project_rademacher_32(
-    input: Tensor, N: SupportsIndex, seed: SupportsIndex, num_feature_tiles: object
-) -> Tensor:
-    """The same as ``project_rademacher_8``."""
-    return _project("project_rademacher_32", "rademacher", input, N, seed)
-
-
-def project_normal_8(
-    input: Tensor, N: SupportsIndex, seed: SupportsIndex, num_feature_tiles: object
-) -> Tensor:
-    """``input @ R``, R [F, N] of N(0, 1); ``num_feature_tiles`` has no effect. See ``_project``."""
-    return _project("project_normal_8", "gaussian", input, N, seed)
-
-
-def project_normal_16(
-    input: Tensor, N: SupportsIndex, seed: SupportsIndex, num_feature_tiles: object
-) -> Tensor:
-    """The same as ``project_normal_8``."""
-    return _project("project_normal_16", "gaussian", input, N, seed)
-
-
-def project_normal_32(
-    input: Tensor, N: SupportsIndex, seed: SupportsIndex, num_feature_tiles: object
-) -> Tensor:
-    """The same as ``project_normal_8``."""
-    return _project("project_normal_32", "gaussian", input, N, seed)
+project_rademacher_8, project_rademacher_16, project_rademacher_32 = (
+    _projecting(f"project_rademacher_{n}", "rademacher", "+1 and -1") for n in (8, 16, 32)
+)
+project_normal_8, project_normal_16, project_normal_32 = (
+    _projecting(f"project_normal_{n}", "gaussian", "N(0, 1)") for n in (8, 16, 32)
+)

@@ -107,9 +107,6 @@ class NoOpProjector(AbstractProjector):
             [piece.detach().reshape(len(piece), width(piece)) for piece in pieces], dim=1
         )
 
-    def free_memory(self) -> None:
-        """There is nothing to free."""
-
 
 def _pieces(projector: str, grads: Grads, device: torch.device | str) -> list[Tensor]:
     """``as_pieces``, after a check that a lone tensor is [B, P]: later checks don't see its
@@ -165,9 +162,6 @@ class _Projector(AbstractProjector):
             row_offset=row_offset,
             grad_dim=grad_dim,
         )
-
-    def free_memory(self) -> None:
-        """There is nothing to free: no matrix is kept."""
 
 
 class BasicSingleBlockProjector(_Projector):

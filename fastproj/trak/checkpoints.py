@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastproj.checks import listed
 from fastproj.trak.files import tensor_digest
 from fastproj.trak.fingerprints import combined_digest, model_digests, quick_sums
 from fastproj.trak.tasks.base import COPYING, SMALL_BYTES
@@ -61,7 +62,7 @@ def load_state(
     nothing = not strict and len(lacking) == len(wanted)
     if nothing or ((missing or unknown or shapes) and not hooked):
         found = [
-            f"{what}: {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+            f"{what}: {listed(keys, 5)}"
             for what, keys in (
                 ("missing" if strict else "missing, of what gradients are taken by", missing),
                 ("not in the model", unknown),
@@ -106,12 +107,11 @@ def load_state(
     kept = not_loaded(wanted, result.missing_keys)
     if kept:
         logger.warning(
-            "%s: the checkpoint lacks %d of %d entries, which stay as the model has them: %s%s",
+            "%s: the checkpoint lacks %d of %d entries, which stay as the model has them: %s",
             function,
             len(kept),
             len(wanted),
-            ", ".join(kept[:5]),
-            " ..." if len(kept) > 5 else "",
+            listed(kept, 5),
         )
 
 
@@ -383,11 +383,6 @@ class LoadedModel:
             f"{said}load_checkpoint or start_scoring_checkpoint of it after every change (of "
             "another TRAKer on the same model, or by a forward in training mode, too)"
         )
-
-
-def listed(names: list[str]) -> str:
-    """A few names, for messages."""
-    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

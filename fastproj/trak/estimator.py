@@ -17,9 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -28,65 +26,41 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.checks import check_integer
-from fastproj.factored import FactoredProjector
-from fastproj.projector import Projector
 from fastproj.spec import SPEC_VERSION
-from fastproj.trak import batches
-from fastproj.trak.callers import stack_to_caller
-from fastproj.trak.checkpoints import LoadedModel, load_state
-from fastproj.trak.curvature import (
-    Draws,
-    Fisher,
-    check_finite_terms,
-    check_terms,
-    resolve_curvature,
-)
-from fastproj.trak.distributed import Ranks, Turns, local_device, ranks_of_this_run
-from fastproj.trak.files import Indices
+from fastproj.trak.curvature import Draws, Fisher, resolve_curvature
+from fastproj.trak.distributed import Ranks, local_device, ranks_of_this_run
+from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.fingerprints import layout_fingerprint
-from fastproj.trak.gradients import (
-    AbstractGradientComputer,
-    count_params,
-    modules_of,
-    parameter_names,
-    project_modules,
-    resolve_gradient_computer,
-)
+from fastproj.trak.gradients import modules_of, parameter_names, resolve_gradient_computer
+from fastproj.trak.immediate import Stream, scores_in_parts
 from fastproj.trak.inputs import (
+    MAX_SAMPLES,
     as_groups,
     as_indices,
     as_model_ids,
-    check_finite,
-    check_indices,
-    check_mode,
     check_model,
     check_projector,
-    default_kind,
+    make_projector,
     matrix_of,
     resolve_device,
     subclass_of,
 )
-from fastproj.trak.progress import progress
+from fastproj.trak.mixing import ContentWatch
+from fastproj.trak.passes import Pass
+from fastproj.trak.readiness import (
+    known_ids,
+    require_all,
+    require_finalized,
+    require_outputs,
+    scored_ids,
+)
 from fastproj.trak.saver import Saver
 from fastproj.trak.solving.finalizing import finalize, solution_of
-from fastproj.trak.solving.scoring import (
-    scores_of_targets,
-    self_scores,
-    takes_own_q,
-    target_chunks,
-    target_weights,
-    write_scores,
-)
-from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, Solution, check_lambda
-from fastproj.trak.store.scores import (
-    ScoresWriter,
-    TopWriter,
-    read_top_scores,
-)
-from fastproj.trak.store.store import DRAWN, NotReadyError
-from fastproj.trak.tasks import TokenOutput, TrainingOutput, describe_task, resolve_task
-
-MAX_SAMPLES = 1 << 48
+from fastproj.trak.solving.scoring import self_scores, write_scores
+from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, check_lambda
+from fastproj.trak.store.scores import ScoresWriter, TopWriter, read_top_scores
+from fastproj.trak.store.store import NotReadyError
+from fastproj.trak.tasks import describe_task, resolve_task
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -158,6 +132,10 @@ class TRAKer:
         run.
     """
 
+    scores: npt.NDArray[np.float32] | None = None
+    _pass: Pass | None = None  # of the checkpoint that is loaded
+    _stream: Stream | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -191,27 +169,23 @@ class TRAKer:
             "TRAKer", "train_set_size", train_set_size, 1, MAX_SAMPLES
         )
         self.lambda_reg = check_lambda(lambda_reg)
-        names = self.gradient_names = parameter_names(model, grad_wrt)
-        self.grad_wrt = None if grad_wrt is None else names
-        self.num_params_for_grad = count_params(model, names)
+        self.gradient_names = parameter_names(model, grad_wrt)
+        self.grad_wrt = None if grad_wrt is None else self.gradient_names
+        params = dict(model.named_parameters())
+        shapes = {name: params[name].shape for name in self.gradient_names}
+        self.num_params_for_grad = sum(map(math.prod, shapes.values()))
+        self.normalize_factor = math.sqrt(self.num_params_for_grad)
         device = resolve_device(device, model)
         self.ranks = ranks_of_this_run(distributed)
         self.device = local_device(device, self.ranks)
         self.model = model.to(self.device)
         self.dtype = torch.float16 if use_half_precision else torch.float32
-        self.normalize_factor = math.sqrt(self.num_params_for_grad)
-
-        if projector is None:
-            if kind is None:
-                kind = default_kind(proj_dim, block)
-            projector = self._projector(proj_dim, projector_seed, kind, block, factored)
-        elif factored is not None:
-            raise ValueError(
-                f"TRAKer: received factored={factored!r} and a projector; expected one of them "
-                "(fastproj.FactoredProjector is such a projector)"
-            )
-        self.projector = check_projector(projector)
-        self.proj_dim = int(projector.proj_dim) or self.num_params_for_grad
+        self.projector = (
+            make_projector(shapes, proj_dim, projector_seed, kind, block, factored)
+            if projector is None
+            else check_projector(projector, factored)
+        )
+        self.proj_dim = int(self.projector.proj_dim) or self.num_params_for_grad
         self.gradient_computer = resolve_gradient_computer(gradient_computer)(
             model=self.model,
             task=self.task,
@@ -220,34 +194,21 @@ class TRAKer:
             device=self.device,
             grad_wrt=self.grad_wrt,
         )
-        seed = int(getattr(projector, "seed", 0))
         self.fisher = resolve_curvature(
             curvature, self.lambda_reg, self.task, self.gradient_computer
         )
         self._takes_lambda = curvature != AUTO  # of a number, too
-        self._draws: Draws | None = None
-        identity_of_curvature = {}
+        draws = None
         if self.fisher is not None:
-            self._draws = Draws(self.train_set_size, self.proj_dim, self.fisher, seed)
-            self._training_computer = self.gradient_computer.sibling(TrainingOutput(self.task))
-            identity_of_curvature = {"curvature": self._draws.describe()}
-            logger.info("curvature: %s", self._draws.describe())
+            seed = int(getattr(self.projector, "seed", 0))
+            draws = Draws(self.train_set_size, self.proj_dim, self.fisher, seed)
+            logger.info("curvature: %s", draws.describe())
         self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
             self.device
         )
         self.saver: Saver = subclass_of("saver", saver, Saver)(
             save_dir,
-            {
-                "spec_version": SPEC_VERSION,
-                "seed": seed,
-                **matrix_of(projector),
-                "proj_dim": self.proj_dim,
-                "num_params": self.num_params_for_grad,
-                "parameter_layout": layout_fingerprint(model, names),
-                "task": describe_task(self.task),
-                "train_set_size": self.train_set_size,
-                **identity_of_curvature,
-            },
+            self._identity(draws),
             self.train_set_size,
             self.proj_dim,
             load_from_save_dir,
@@ -256,40 +217,31 @@ class TRAKer:
         )
         self.saver.features_of = self._finalized_features
         self.save_dir = self.saver.save_dir
-        self.scores: npt.NDArray[np.float32] | None = None
-        self._exp_name: str | None = None
-        self._loaded_for: str | None = None  # "featurize" | "score"
-        self._last_ind = 0
-        self._warned: set[int] = set()
-        self._warned_autocast = False
-        self._warned_mixed: set[str | None] = set()  # of the training set (None) or an experiment
-        self._lists = batches.Lists()
-        self._target_weights: tuple[tuple[int, str], Tensor] | None = None  # for a stream
+        self._featurizer = Featurizer(
+            self.model,
+            self.device,
+            self.task,
+            self.gradient_computer,
+            self.projector,
+            self.saver,
+            self.normalize_factor,
+            draws,
+        )
+        self._contents = ContentWatch(self.saver)
 
-    def _projector(
-        self,
-        proj_dim: SupportsIndex,
-        seed: SupportsIndex,
-        kind: str,
-        block: SupportsIndex | None,
-        factored: SupportsIndex | None,
-    ) -> Projector | FactoredProjector:
-        """The projector that the arguments ask for, unscaled."""
-        made: Projector | FactoredProjector
-        if factored is None:
-            made = outer = Projector(
-                self.num_params_for_grad, proj_dim, seed, kind, block=block, scale=None
-            )
-        else:
-            params = dict(self.model.named_parameters())
-            shapes = {name: params[name].shape for name in self.gradient_names}
-            made = FactoredProjector(
-                shapes, factored, proj_dim, seed, kind, block=block, scale=None
-            )
-            outer = made.outer
-        if outer.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
-            outer.scale = math.sqrt(outer.block)
-        return made
+    def _identity(self, draws: Draws | None) -> dict[str, Any]:
+        """What all features in a save_dir share."""
+        return {
+            "spec_version": SPEC_VERSION,
+            "seed": int(getattr(self.projector, "seed", 0)),
+            **matrix_of(self.projector),
+            "proj_dim": self.proj_dim,
+            "num_params": self.num_params_for_grad,
+            "parameter_layout": layout_fingerprint(self.model, self.gradient_names),
+            "task": describe_task(self.task),
+            "train_set_size": self.train_set_size,
+            **({} if draws is None else {"curvature": draws.describe()}),
+        }
 
     # ---- featurizing ----------------------------------------------------------------------------
 
@@ -332,13 +284,12 @@ class TRAKer:
                 int(done.sum()),
                 len(done),
             )
-        self._turns = Turns(self.ranks, done, ("featurize", model_id, None))
-        self._loaded_for = "featurize"
-        self._beside: int | None = None  # another checkpoint that content is compared with
+        self._contents.beside = None
+        self._pass = Pass(self._featurizer, self._contents, self.ranks, model_id)
 
     def _register(self, model_id: int) -> None:
         """Enter a checkpoint into the store. Only rank 0 sets old features aside, once."""
-        checkpoint = self._loaded.digest
+        checkpoint = self._featurizer.loaded.digest
         every = [("load_checkpoint", model_id)]
         if not self.saver.load_from_save_dir:
             every = self.ranks.all_gather_steps("load_checkpoint", model_id)
@@ -354,19 +305,9 @@ class TRAKer:
     ) -> int:
         """Check and load a checkpoint; returns the model_id."""
         model_id = check_integer(function, "model_id", model_id, 0, 1 << 32)
-        self._loaded_for = None
-        load_state(function, self.model, checkpoint, strict, self.gradient_names)
-        self.model.eval()
-        self._loaded = LoadedModel(self.model)
-        self._use_model()
-        self._last_ind = 0
+        self._pass = self._stream = None
+        self._featurizer.load(function, checkpoint, strict, self.gradient_names)
         return model_id
-
-    def _use_model(self) -> None:
-        """Let the gradient computers take up what the model holds."""
-        self.gradient_computer.load_model_params(self.model)
-        if self.fisher is not None:
-            self._training_computer.load_model_params(self.model)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -404,109 +345,12 @@ class TRAKer:
             For a batch or indices that can't be right, or features that are not finite; nothing of
             the batch is kept then.
         """
-        model_id = self.saver.current_model_id
-        if self._loaded_for != "featurize" or model_id is None:
+        if self._pass is None or self._pass.exp_name is not None:
             raise NotReadyError(
                 "featurize: no checkpoint is loaded for featurizing; call "
                 "load_checkpoint(checkpoint, model_id) first"
             )
-        batch, inds = self._check_batch("featurize", batch, inds, num_samples, self.train_set_size)
-        if not self._is_mine("featurize", batch, inds, num_samples):
-            self._advance(num_samples, inds)
-            return
-        index = self.saver.index(model_id)
-        content = batches.content_ids(batch, len(inds))
-        done = index.done[inds]
-        self._check_content(model_id, inds[done], index.content[inds[done]], content[done])
-        self._compare_batch(model_id, inds, content)
-        new = ~done
-        if new.any() and self._draws is not None:
-            self._featurize_fisher(self._draws, model_id, batch, inds, content, new)
-        elif new.any():
-            with self._loaded.guarded("featurize", False):
-                q = self._out_to_loss(batch)  # of the whole batch: a task may compare its samples
-            if done.any():
-                rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
-                batch, q = batches.select(batch, rows), q[rows]
-            with self._loaded.guarded("featurize", True):
-                (features,) = self._features(batch, model_id, inds[new])
-            check_finite("featurize", "Q", q, inds[new])
-            self._write(model_id, inds[new], content[new], features, q)
-        self._advance(num_samples, inds)
-
-    def _featurize_fisher(
-        self,
-        draws: Draws,
-        model_id: int,
-        batch: tuple[Any, ...],
-        inds: Indices,
-        content: Indices,
-        new: npt.NDArray[np.bool_],
-    ) -> None:
-        """Compute and keep the features and terms of the ``new`` samples of a batch."""
-        chosen = draws.chosen(inds) & new
-        noise = draws.noise(model_id, inds, self.task.num_predictions(batch)).to(self.device)
-        if not chosen.any():
-            noise = noise[:, :0]
-        with self._loaded.guarded("featurize", False), self._own_dtype():
-            # Of the whole batch: a task may compare its samples.
-            terms = self._training_computer.compute_terms((*batch, noise))
-        check_terms(terms, len(inds), inds)
-        some = chosen if terms.drawn.shape[1] else np.zeros(len(inds), np.bool_)
-        parts = [part for part in (new & some, new & ~some) if part.any()]
-        if new.all() and 2 * some.sum() >= len(inds):
-            # Rows of the others, for nothing, cost no more than running parts of the batch again.
-            parts = [new]
-        made = []
-        for part in parts:
-            own = bool((part & some).any())
-            places = torch.from_numpy(np.flatnonzero(part)).to(self.device)
-            samples = *batch, noise if own or not terms.drawn.shape[1] else noise[:, :0]
-            if not part.all():  # else it is the batch that the terms are of
-                samples = batches.select(samples, places)
-            with self._loaded.guarded("featurize", part is parts[-1]):
-                features, *rows = self._features(samples, model_id, inds[part], training=True)
-            made.append((part, places, features, rows, self._training_computer.on_trust))
-        check_finite_terms(terms, inds)
-        for part, places, features, rows, on_trust in made:
-            drawn = part & some
-            if drawn.any():  # before the samples: what says that they are done
-                kept = torch.from_numpy(some[part]).to(self.device)
-                self.saver.write_shard(
-                    model_id,
-                    draws.rows(inds[drawn]).reshape(-1),
-                    content[drawn].repeat(len(rows)),
-                    torch.stack(rows, 1)[kept].flatten(0, 1),
-                    terms.drawn[places[kept]].flatten(),
-                    DRAWN,
-                    on_trust,
-                )
-            columns = {
-                "curvature": terms.curvature[places],
-                "along": terms.along[places],
-                "drawn": torch.from_numpy(some[part] * float(len(rows))).float(),
-            }
-            self.saver.write_shard(
-                model_id,
-                inds[part],
-                content[part],
-                features,
-                terms.slope[places],
-                None,
-                on_trust,
-                columns,
-            )
-
-    def _is_mine(
-        self, function: str, batch: tuple[Any, ...], inds: Indices, num_samples: Any
-    ) -> bool:
-        """Whether this process has anything to do with a batch."""
-        if not len(inds):
-            return False
-        if self._turns.taking is None:
-            content = batches.content_ids(batch, len(inds))
-            self._turns.compare(function, inds, content, num_samples is not None)
-        return self._turns.mine(inds)
+        self._pass.take(batch, inds, num_samples)
 
     def remaining_batches(self, batch_size: SupportsIndex) -> list[list[int]]:
         """This process's share of the samples that are not there yet, in batches of numbers.
@@ -523,17 +367,12 @@ class TRAKer:
         Raises NotReadyError before either; ValueError for a batch_size below 1.
         """
         batch_size = check_integer("remaining_batches", "batch_size", batch_size, 1, MAX_SAMPLES)
-        model_id = self.saver.current_model_id
-        if self._loaded_for is None or model_id is None:
+        if self._pass is None:
             raise NotReadyError(
                 "remaining_batches: no checkpoint is loaded; call load_checkpoint or "
                 "start_scoring_checkpoint first"
             )
-        exp_name = self._exp_name if self._loaded_for == "score" else None
-        done = self.saver.index(model_id, exp_name).done
-        every = np.split(np.arange(len(done)), range(batch_size, len(done), batch_size))
-        todo = [inds[~done[inds]] for inds in every if not done[inds].all()]
-        return [inds.tolist() for inds in self._turns.deal("remaining_batches", todo)]
+        return self._pass.remaining(batch_size)
 
     def has_drawn_rows(self, inds: Any) -> npt.NDArray[np.bool_]:
         """Which training samples rows of the Fisher matrix are drawn for, bool [b].
@@ -544,157 +383,8 @@ class TRAKer:
         inds : integers [b], the samples' places in the training set.
         """
         places = as_indices("has_drawn_rows", inds)
-        if self._draws is None:
-            return np.zeros(len(places), np.bool_)
-        return self._draws.chosen(places)
-
-    def _check_batch(
-        self, function: str, batch: Any, inds: Any, num_samples: SupportsIndex | None, total: int
-    ) -> tuple[tuple[Any, ...], Indices]:
-        """The batch on the device, and its samples' indices."""
-        if (inds is None) == (num_samples is None):
-            raise ValueError(
-                f"{function}: received {'neither' if inds is None else 'both'} inds and "
-                "num_samples; expected exactly one of them"
-            )
-        if inds is None:
-            count = check_integer(function, "num_samples", num_samples or 0, 0, MAX_SAMPLES)
-            places = np.arange(self._last_ind, self._last_ind + count)
-        else:
-            places = as_indices(function, inds)
-            count = len(places)
-        prepared, size = self._prepare(function, batch, count)
-        if inds is None and count != size:
-            raise ValueError(
-                f"{function}: received num_samples={count} with a batch of {size} samples; "
-                "expected the two to agree (the last batch of a loader is often smaller)"
-            )
-        check_indices(function, places, size, total)
-        return prepared, places
-
-    def _prepare(self, function: str, batch: Any, count: int | None) -> tuple[tuple[Any, ...], int]:
-        """The batch on the device, checked, and its size."""
-        check_mode(function, self.model)
-        prepared, size = batches.prepare(function, batch, self.device, count, self._lists)
-        if hasattr(self.task, "check_batch"):
-            self.task.check_batch(prepared)
-        if size:
-            self._loaded.check(function, lambda: self._out_to_loss(prepared))
-            if self._loaded.moved():
-                self._use_model()
-        return prepared, size
-
-    def _check_content(
-        self, model_id: int, inds: Indices, stored: Indices, received: Indices
-    ) -> None:
-        """Warn, once for a checkpoint, where a sample to be skipped is not what was featurized."""
-        other = stored != received
-        if other.any() and model_id not in self._warned:
-            self._warned.add(model_id)
-            warnings.warn(
-                f"featurize: sample {inds[other][0]} of model_id {model_id} was featurized from "
-                "other data than this batch holds. What is in save_dir is kept: fine if the loader "
-                "augments at random; if it shuffles, or the data set has changed, samples are "
-                "mixed up: use shuffle=False, or inds= with the samples' numbers in the data set, "
-                "and load_from_save_dir=False or a new save_dir",
-                stacklevel=3,
-            )
-
-    def _advance(self, num_samples: SupportsIndex | None, inds: Indices) -> None:
-        """Count on: samples for calls with num_samples, batches for taking turns."""
-        self._turns.passed(inds)
-        if num_samples is not None:
-            self._last_ind += len(inds)
-
-    def _out_to_loss(self, batch: tuple[Any, ...]) -> Tensor:
-        """Q of a batch, float32 [B]."""
-        with self._own_dtype():
-            q: Tensor = self.gradient_computer.compute_loss_grad(batch).detach()
-        size = batches.size(batch)
-        if q.numel() != size:
-            raise ValueError(
-                f"featurize: the task's get_out_to_loss_grad returned {list(q.shape)} for a batch "
-                f"of {size}; expected [{size}] or [{size}, 1]"
-            )
-        return q.reshape(-1).float()
-
-    def _own_dtype(self) -> torch.autocast:
-        """A context without the caller's autocast, which a log line mentions: gradients have the
-        model's dtype.
-        """
-        if torch.is_autocast_enabled(self.device.type) and not self._warned_autocast:
-            self._warned_autocast = True
-            logger.warning(
-                "TRAKer: torch.autocast is off while gradients are computed, in the model's own "
-                "dtype; load a model in bfloat16 for gradients in bfloat16"
-            )
-        return torch.autocast(self.device.type, enabled=False)
-
-    def _features(
-        self, batch: tuple[Any, ...], model_id: int, inds: Indices, training: bool = False
-    ) -> list[Tensor]:
-        """Scaled features of each output of a batch, [B, k]; the gradients are projected in chunks.
-
-        training : whether the outputs are those of the likelihood.
-        """
-        computer = self._training_computer if training else self.gradient_computer
-        if isinstance(computer, AbstractGradientComputer):
-            computer.trusting = not self.saver.distrusted(model_id)
-            computer.when_disproved = partial(self._distrust, model_id)
-        with self._own_dtype():
-            if training:
-                rows = computer.project_rows(batch, self.projector, model_id)
-            elif hasattr(computer, "project"):
-                rows = [computer.project(batch, self.projector, model_id).detach()]
-            else:  # a class with trak's methods
-                grads = computer.compute_per_sample_grad(batch)
-                rows = [self.projector.project(grads, model_id=model_id).detach()]
-        return [self._scaled(features, inds) for features in rows]
-
-    def _scaled(self, features: Tensor, inds: Indices) -> Tensor:
-        """Features [B, k] over ``normalize_factor``, checked."""
-        if features.shape != (len(inds), self.proj_dim):
-            raise ValueError(
-                f"TRAKer: the projector returned {list(features.shape)} for {len(inds)} samples; "
-                f"expected [{len(inds)}, {self.proj_dim}]"
-            )
-        features = (features if features.dtype == torch.float64 else features.float()).div(
-            self.normalize_factor
-        )
-        check_finite("TRAKer", "features", features, inds)
-        return features
-
-    def _write(
-        self,
-        model_id: int,
-        inds: Indices,
-        content: Indices,
-        features: Tensor,
-        q: Tensor | None = None,
-        exp_name: str | None = None,
-    ) -> None:
-        """Keep the features that were computed last, and whether they were taken on trust."""
-        on_trust = bool(getattr(self.gradient_computer, "on_trust", False))
-        self.saver.write_shard(model_id, inds, content, features, q, exp_name, on_trust)
-
-    def _distrust(self, model_id: int) -> None:
-        """Let features on trust no longer count: a check has found such gradients to be wrong."""
-        names = [None, DRAWN, *self.saver.experiments]
-        before = [self.saver.index(model_id, name).done for name in names]
-        self.saver.distrust(model_id, "hooks: gradients that were not plain autograd's")
-        for name, done in zip(names, before, strict=True):
-            lost = np.flatnonzero(done & ~self.saver.index(model_id, name).done)
-            if len(lost) and name != DRAWN:  # whose samples are lost, too
-                warnings.warn(
-                    f"TRAKer: {len(lost)} {'training samples' if name is None else 'targets'} of "
-                    f"model_id {model_id}{'' if name is None else f' in {name!r}'} "
-                    f"({', '.join(map(str, lost[:10]))}{' ...' if len(lost) > 10 else ''}) were "
-                    "computed by module hooks, and a check has just found such gradients to be "
-                    "wrong for another batch. They count as not computed now: call "
-                    f"{'featurize' if name is None else 'score'} for them again after this pass, "
-                    "or run the script again",
-                    stacklevel=stack_to_caller(),
-                )
+        draws = self._featurizer.draws
+        return np.zeros(len(places), np.bool_) if draws is None else draws.chosen(places)
 
     def finalize_features(
         self,
@@ -724,9 +414,9 @@ class TRAKer:
         model_ids = as_model_ids(function, model_ids)
         ranks = self.ranks if self.ranks.agree(function, model_ids) else Ranks()
         self.saver.forget()
-        ids = self._model_ids(function, model_ids)
+        ids = known_ids(self.saver, function, model_ids)
         for model_id in ids:
-            self._require_features(function, model_id)
+            require_all(self.saver, function, model_id)
         if del_grads:
             logger.info("finalize_features: del_grads has nothing to delete")
         if lambda_reg is None:
@@ -734,14 +424,15 @@ class TRAKer:
         check_lambda(lambda_reg)
         probabilities = getattr(self.task, "q_are_probabilities", None)
         if ranks.first:
-            self._compare_content(function, ids)
+            self._contents.compare(function, ids)
         fisher = self.fisher is not None and (lambda_reg == AUTO or self._takes_lambda)
         if self.fisher is not None and not fisher:
-            self._require_outputs(function, lambda_reg)
+            require_outputs(self.task, function, lambda_reg)
         finalize(
             self.saver.systems, self.score_computer, ids, lambda_reg, ranks, probabilities, fisher
         )
-        self._last_ind = 0
+        if self._pass is not None:
+            self._pass.next = 0
 
     # ---- scoring --------------------------------------------------------------------------------
 
@@ -788,16 +479,12 @@ class TRAKer:
         self.saver.experiment_path(exp_name)
         model_id = check_integer(function, "model_id", model_id, 0, 1 << 32)
         self.saver.forget()
-        self._require_finalized(function, model_id)
+        require_finalized(self.saver, function, model_id)
         self._load(function, checkpoint, model_id, strict)
         expected = "expected the checkpoint, or the model_id, that was featurized"
-        self.saver.check_checkpoint(model_id, self._loaded.digest, expected)
+        self.saver.check_checkpoint(model_id, self._featurizer.loaded.digest, expected)
         self.saver.start_experiment(exp_name, model_id, num_targets, grouping)
-        done = self.saver.index(model_id, exp_name).done
-        self._turns = Turns(self.ranks, done, ("score", model_id, exp_name))
-        self._exp_name = exp_name
-        self._loaded_for = "score"
-        self._target_weights = None
+        self._pass = Pass(self._featurizer, self._contents, self.ranks, model_id, exp_name)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -842,8 +529,8 @@ class TRAKer:
         TypeError, ValueError
             As ``featurize``.
         """
-        model_id, exp_name = self.saver.current_model_id, self._exp_name
-        if self._loaded_for != "score" or model_id is None or exp_name is None:
+        scoring = self._pass
+        if scoring is None or scoring.exp_name is None:
             raise NotReadyError(
                 "score: no checkpoint is loaded for scoring; call start_scoring_checkpoint("
                 "exp_name, checkpoint, model_id, num_targets) first, after finalize_features"
@@ -854,97 +541,20 @@ class TRAKer:
                     "score: received per or stream with inds, num_samples or each other; expected "
                     "one of per and stream, and the batch alone: nothing of it is kept"
                 )
-            prepared, size = self._prepare("score", batch, None)
-            if stream:
-                return self._stream(prepared, size, model_id, exp_name)
-            return self._scores_in_parts(prepared, size, model_id, per)
-        index = self.saver.index(model_id, exp_name)
-        batch, inds = self._check_batch("score", batch, inds, num_samples, len(index.shard))
-        if not self._is_mine("score", batch, inds, num_samples):
-            self._advance(num_samples, inds)
-            return None
-        content = batches.content_ids(batch, len(inds))
-        new = ~(index.done[inds] & (index.content[inds] == content))
-        if new.any():
-            if not new.all():
-                rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
-                batch = batches.select(batch, rows)
-            with self._loaded.guarded("score", False):
-                self._out_to_loss(batch)  # for its checks: labels that the model has no logits for
-            with self._loaded.guarded("score", True):
-                (features,) = self._features(batch, model_id, inds[new])
-            self._write(model_id, inds[new], content[new], features, exp_name=exp_name)
-        self._advance(num_samples, inds)
+            prepared, size = self._featurizer.prepare("score", batch, None)
+            held = self._featurizer, self.score_computer, scoring.model_id
+            if per is not None:
+                return scores_in_parts(*held, prepared, size, per)
+            if self._stream is None:
+                self._stream = Stream(*held, scoring.exp_name)
+            return self._stream.scores(prepared, size)
+        scoring.take(batch, inds, num_samples)
         return None
 
     @property
     def modules(self) -> list[str]:
         """The modules whose own parameters gradients are taken by, for ``score(per="module")``."""
         return modules_of(self.gradient_names)
-
-    def _scores_in_parts(
-        self, batch: tuple[Any, ...], size: int, model_id: int, per: str | None
-    ) -> npt.NDArray[np.float32]:
-        """The scores of the targets in a batch, [n, B, parts]."""
-        computer = self.gradient_computer
-        if not isinstance(computer, AbstractGradientComputer) or not computer.gives_rows():
-            raise ValueError(
-                f"score: received per={per!r} with a gradient_computer of another kind; expected "
-                '"auto", "hooks", "func" or "loop"'
-            )
-        if per == "module" and not isinstance(self.projector, Projector | FactoredProjector):
-            raise ValueError(
-                f'score: received per="module" with a {type(self.projector).__name__}, which '
-                "can't project parts of a gradient; expected fastproj.Projector or "
-                "fastproj.FactoredProjector"
-            )
-        if per == "token" and not hasattr(self.task, "token_outputs"):
-            raise ValueError(
-                f'score: received per="token" with the task {type(self.task).__name__}; expected '
-                "causal_lm or seq2seq, or a task with token_outputs"
-            )
-        if per not in ("module", "token"):
-            raise ValueError(f"score: received per={per!r}; expected 'module' or 'token'")
-        with self._loaded.guarded("score", True), self._own_dtype():
-            self._out_to_loss(batch)
-            if per == "module":
-                parts = project_modules(computer, batch, self.projector, model_id)
-            else:
-                tokens = computer.sibling(TokenOutput(self.task))
-                parts = tokens.project_rows(batch, self.projector, model_id)
-        rows = [self._scaled(part.detach(), np.arange(size)) for part in parts]
-        scores = scores_of_targets(
-            self.saver.systems, self.score_computer, model_id, torch.stack(rows, 1).flatten(0, 1)
-        )
-        return scores.reshape(len(scores), size, len(rows))
-
-    def _stream(
-        self, batch: tuple[Any, ...], size: int, model_id: int, exp_name: str
-    ) -> npt.NDArray[np.float32]:
-        """The scores of samples on all targets of an experiment, [B, m], by this checkpoint."""
-        key = model_id, exp_name
-        if self._target_weights is None or self._target_weights[0] != key:
-            self._require_targets(exp_name, model_id)
-            columns = range(self.saver.num_columns(exp_name))
-            weights = target_weights(self.saver, model_id, exp_name, columns, self._solution)
-            self._target_weights = key, weights.to(self.score_computer.device)
-        inds = np.arange(size)
-        with self._loaded.guarded("score", True), self._own_dtype():
-            if self._draws is None:
-                q = self._out_to_loss(batch)
-                (features,) = self._features(batch, model_id, inds)
-            else:
-                predictions = self.task.num_predictions(batch)
-                noise = self._draws.noise(model_id, inds, predictions, some=False)
-                samples = *batch, noise.to(self.device)
-                terms = self._training_computer.compute_terms(samples)
-                check_terms(terms, size, inds)
-                check_finite_terms(terms, inds)
-                q = terms.slope.float()
-                (features,) = self._features(samples, model_id, inds, training=True)
-        product = self.score_computer.scores(features.float().cpu(), self._target_weights[1])
-        scores: npt.NDArray[np.float32] = product.mul_(q.cpu().unsqueeze(1)).numpy()
-        return scores
 
     def finalize_scores(
         self,
@@ -983,45 +593,21 @@ class TRAKer:
         facts_given = (exp_name, model_ids, allow_skip, top_k)
         ranks = self.ranks if self.ranks.agree(function, facts_given) else Ranks()
         self.saver.forget()
-        n_columns = self.saver.num_columns(exp_name)
-        ids = []
-        for model_id in self._model_ids("finalize_scores", model_ids):
-            try:
-                self._require_finalized("finalize_scores", model_id)
-                self._require_targets(exp_name, model_id)
-                ids.append(model_id)
-            except NotReadyError as error:
-                if not allow_skip:
-                    raise
-                warnings.warn(f"{error}; skipped", stacklevel=2)
-        if not ids:
-            raise NotReadyError(
-                f"finalize_scores: no checkpoint in {self.save_dir} is ready for {exp_name!r}"
-            )
+        shape = (self.train_set_size, self.saver.num_columns(exp_name))
+        ids = scored_ids(self.saver, function, exp_name, model_ids, allow_skip)
         if ranks.first:
-            self._compare_content(function, ids, exp_name)
-            self._compare_content(function, ids)
-        shape = (self.train_set_size, n_columns)
+            self._contents.compare(function, ids, exp_name)
+            self._contents.compare(function, ids)
         facts = {"exp_name": exp_name, "model_ids": ids}
         path = self.saver.scores_path(exp_name)
         sink: ScoresWriter | TopWriter = ScoresWriter(path, shape, ranks, facts)
         if top_k is not None:
             path = self.saver.top_path(exp_name)
             sink = TopWriter(path, shape, top_k, ranks, facts)
-        passes = len(target_chunks(self.saver, exp_name, len(ids)))
-        with sink, progress("scoring", passes * shape[0] // ranks.size, "sample") as bar:
-            write_scores(
-                self.saver,
-                self.score_computer,
-                exp_name,
-                ids,
-                self._solution,
-                sink,
-                ranks,
-                bar.update,
-                takes_own_q(self.saver.systems, ids),
-            )
-        self._last_ind = 0
+        with sink:
+            write_scores(self.saver.systems, self.score_computer, exp_name, ids, sink, ranks)
+        if self._pass is not None:
+            self._pass.next = 0
         logger.info("scores of %r are in %s", exp_name, path)
         if top_k is not None:
             return read_top_scores(path)
@@ -1052,116 +638,14 @@ class TRAKer:
         """
         function = "self_influence"
         self.saver.forget()
-        ids = self._model_ids(function, as_model_ids(function, model_ids))
+        ids = known_ids(self.saver, function, as_model_ids(function, model_ids))
         for model_id in ids:
-            self._require_finalized(function, model_id)
-        with progress("self-influence", len(ids) * self.train_set_size, "sample") as bar:
-            scores = self_scores(self.saver.systems, self.score_computer, ids, bar.update)
-            return scores.float().numpy()
-
-    def _solution(self, model_id: int) -> Solution:
-        """The factored system of a finalised checkpoint."""
-        return solution_of(self.saver.systems, self.score_computer, model_id)
+            require_finalized(self.saver, function, model_id)
+        return self_scores(self.saver.systems, self.score_computer, ids).float().numpy()
 
     def _finalized_features(self, model_id: int) -> Tensor:
         """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""
-        self._require_finalized("current_store", model_id)
+        require_finalized(self.saver, "current_store", model_id)
         features = self.saver.matrix(model_id)
-        return self._solution(model_id).apply(features).to(features.dtype)
-
-    # ---- what must be there ---------------------------------------------------------------------
-
-    def _model_ids(self, function: str, model_ids: Iterable[int] | None) -> list[int]:
-        """The given model_ids, or all; each must be in the store."""
-        known = self.saver.ids()
-        ids = known if model_ids is None else list(model_ids)
-        missing = [model_id for model_id in ids if model_id not in known]
-        if missing or not ids:
-            raise NotReadyError(
-                f"{function}: received model_ids {missing or ids}; {self.save_dir} has "
-                f"{known or 'none'}. Call load_checkpoint and featurize first"
-            )
-        return ids
-
-    def _require_features(self, function: str, model_id: int) -> None:
-        """Raise NotReadyError unless all training samples are featurized."""
-        done = self.saver.index(model_id).done
-        if not done.all():
-            missing = np.flatnonzero(~done)
-            raise NotReadyError(
-                f"{function}: model_id {model_id} lacks {len(missing)} of {len(done)} training "
-                f"samples (the first: {missing[0]}); call featurize for them"
-            )
-
-    def _require_outputs(self, function: str, lambda_reg: Lambda) -> None:
-        """Raise ValueError unless the training features are gradients of f, as TRAK's are."""
-        if not getattr(self.task, "learns_along_output", True):
-            raise ValueError(
-                f"{function}: received lambda_reg={lambda_reg!r}, which is TRAK's formula, where "
-                f"the features of {type(self.task).__name__} were made for the Fisher matrix; "
-                'expected lambda_reg="auto", or TRAKer(..., curvature="fisher") to add it to that '
-                'matrix, or TRAKer(..., curvature="trak") with another save_dir, and featurize'
-            )
-
-    def _require_finalized(self, function: str, model_id: int) -> None:
-        """Raise NotReadyError unless a checkpoint is featurized and finalised."""
-        self._model_ids(function, [model_id])
-        self._require_features(function, model_id)
-        if not self.saver.systems.is_finalized(model_id):
-            raise NotReadyError(
-                f"{function}: model_id {model_id} is not finalised; call finalize_features first"
-            )
-
-    def _require_targets(self, exp_name: str, model_id: int) -> None:
-        """Raise NotReadyError unless all targets are scored under a checkpoint."""
-        done = self.saver.index(model_id, exp_name).done
-        if not done.all():
-            missing = np.flatnonzero(~done)
-            raise NotReadyError(
-                f"finalize_scores: model_id {model_id} lacks {len(missing)} of {len(done)} targets "
-                f"of {exp_name!r} (the first: {missing[0]}); call start_scoring_checkpoint and "
-                "score for them, or pass allow_skip=True"
-            )
-
-    def _compare_content(self, function: str, ids: list[int], exp_name: str | None = None) -> None:
-        """Warn, once, where a sample or target held other data under another checkpoint."""
-        first = self.saver.index(ids[0], exp_name)
-        for model_id in ids[1:]:
-            index = self.saver.index(model_id, exp_name)
-            both = np.flatnonzero(first.done & index.done)
-            other = both[first.content[both] != index.content[both]]
-            self._warn_mixed(function, other, len(both), (model_id, ids[0]), exp_name)
-
-    def _compare_batch(self, model_id: int, inds: Indices, content: Indices) -> None:
-        """The same for the batch at hand, against a checkpoint that is there already."""
-        if self._beside is None:
-            others = (i for i in self.saver.ids() if i != model_id and self.saver.is_registered(i))
-            self._beside = next((i for i in others if self.saver.index(i).done.any()), model_id)
-        if self._beside != model_id:
-            index = self.saver.index(self._beside)
-            both = index.done[inds]
-            other = inds[both][index.content[inds[both]] != content[both]]
-            ids = (model_id, self._beside)
-            self._warn_mixed("featurize", other, int(both.sum()), ids, None)
-
-    def _warn_mixed(
-        self, function: str, other: Indices, of: int, ids: tuple[int, int], exp_name: str | None
-    ) -> None:
-        if not len(other) or exp_name in self._warned_mixed:
-            return
-        self._warned_mixed.add(exp_name)
-        what = "sample" if exp_name is None else "target"
-        inside = "" if exp_name is None else f" of {exp_name!r}"
-        again = (
-            "load_from_save_dir=False, load_checkpoint and featurize again for all checkpoints"
-            if exp_name is None
-            else "score again under all checkpoints"
-        )
-        warnings.warn(
-            f"{function}: {what} {other[0]}{inside} held other data under model_id {ids[0]} than "
-            f"under {ids[1]}, as {len(other)} of {of} {what}s did; their scores are averaged as if "
-            f"they were the same. If the loader shuffles, {what}s are mixed up: use shuffle=False, "
-            f"or inds= with the {what}s' numbers in the data set, and {again}. If it augments at "
-            f"random, the {what}s are the same and nothing is wrong",
-            stacklevel=4,
-        )
+        solution = solution_of(self.saver.systems, self.score_computer, model_id)
+        return solution.apply(features).to(features.dtype)

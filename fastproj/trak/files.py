@@ -26,6 +26,8 @@ from torch import Tensor
 Indices = npt.NDArray[np.int64]
 Tensors = dict[str, Tensor]
 
+# What finalize_features writes, by the beginnings of files' names.
+FINALIZED = "xtx weighted kernel kernel_weighted fisher fisher_kernel part solve".split()
 MAX_HEADER = 1 << 24  # bytes; ours have about a thousand
 # What reading bytes as a header that others wrote may raise.
 NOT_SAFETENSORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
@@ -274,19 +276,13 @@ def unreadable(path: Path, error: OSError | RuntimeError) -> StoreError:
 
 def corrupt(path: Path, reason: str) -> StoreCorruptError:
     """The error for a damaged file, with what to do about it."""
-    redo = {
-        "train": "featurize the same data again: only what the file held is computed again",
-        "target": "score the same targets again: only what the file held is computed again",
-        "drawn": "featurize the same data again: only what the file held is computed again",
-        "fisher": "call finalize_features again",
-        "fisher_kernel": "call finalize_features again",
-        "xtx": "call finalize_features again",
-        "weighted": "call finalize_features again",
-        "kernel": "call finalize_features again",
-        "kernel_weighted": "call finalize_features again",
-        "part": "call finalize_features again",
-        "solve": "call finalize_features again",
-    }.get(re.split(r"[-.]", path.name)[0], "run the same calls again")
+    redo = "run the same calls again"
+    kind = re.split(r"[-.]", path.name)[0]
+    if kind in ("train", "drawn", "target"):
+        again = "score the same targets" if kind == "target" else "featurize the same data"
+        redo = f"{again} again: only what the file held is computed again"
+    elif kind in FINALIZED:
+        redo = "call finalize_features again"
     if path.parent.name == "scores" or path.suffix == ".mmap":
         redo = "call finalize_scores again"
     return StoreCorruptError(f"{path} is damaged: {reason}. Delete the file and {redo}")

@@ -1,17 +1,23 @@
-"""Checks of what a TRAKer is given, before anything is computed or written."""
+"""What a TRAKer is given: checked, and made where it is only named, before anything is computed."""
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastproj.checks import check_proj_dim
+from fastproj.checks import check_proj_dim, listed
+from fastproj.factored import FactoredProjector
+from fastproj.projector import Projector
 from fastproj.spec import MIN_BLOCK
 from fastproj.trak.files import Indices
+
+MAX_SAMPLES = 1 << 48
 
 
 def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
@@ -51,8 +57,8 @@ def check_model(model: Any) -> None:
     if meta:
         fillable = set(meta) <= set(model.state_dict())
         raise ValueError(
-            f"TRAKer: received a model with {', '.join(meta[:3])}{' ...' if len(meta) > 3 else ''} "
-            "on the meta device, without values; expected a model in memory ("
+            f"TRAKer: received a model with {listed(meta)} on the meta device, without values; "
+            "expected a model in memory ("
             + (
                 'model.to_empty(device="cpu") before load_checkpoint fills it'
                 if fillable
@@ -63,8 +69,13 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_projector(projector: Any) -> Any:
+def check_projector(projector: Any, factored: SupportsIndex | None) -> Any:
     """``projector``; raises TypeError unless it projects, and knows to how many dimensions."""
+    if factored is not None:
+        raise ValueError(
+            f"TRAKer: received factored={factored!r} and a projector; expected one of them "
+            "(fastproj.FactoredProjector is such a projector)"
+        )
     known = isinstance(getattr(projector, "proj_dim", None), int | np.integer)
     if isinstance(projector, type) or not hasattr(projector, "project") or not known:
         raise TypeError(
@@ -72,6 +83,28 @@ def check_projector(projector: Any) -> Any:
             "class) with proj_dim and project(grads, model_id=)"
         )
     return projector
+
+
+def make_projector(
+    shapes: dict[str, torch.Size],
+    proj_dim: SupportsIndex,
+    seed: SupportsIndex,
+    kind: str | None,
+    block: SupportsIndex | None,
+    factored: SupportsIndex | None,
+) -> Projector | FactoredProjector:
+    """The projector that TRAKer's arguments ask for, unscaled, of parameters with these shapes."""
+    kind = default_kind(proj_dim, block) if kind is None else kind
+    made: Projector | FactoredProjector
+    if factored is None:
+        total = sum(map(math.prod, shapes.values()))
+        made = outer = Projector(total, proj_dim, seed, kind, block=block, scale=None)
+    else:
+        made = FactoredProjector(shapes, factored, proj_dim, seed, kind, block=block, scale=None)
+        outer = made.outer
+    if outer.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
+        outer.scale = math.sqrt(outer.block)
+    return made
 
 
 def as_model_ids(function: str, model_ids: Any) -> list[int] | None:
@@ -130,9 +163,8 @@ def check_mode(function: str, model: nn.Module) -> None:
     ]
     if active:
         raise ValueError(
-            f"{function}: received a model with {', '.join(active[:3])}"
-            f"{' ...' if len(active) > 3 else ''} in training mode (dropout, batch statistics); "
-            "expected model.eval(), which load_checkpoint calls"
+            f"{function}: received a model with {listed(active)} in training mode (dropout, batch "
+            "statistics); expected model.eval(), which load_checkpoint calls"
         )
 
 
@@ -147,12 +179,17 @@ def acts_in_training(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
+def as_array(function: str, name: str, values: Any) -> npt.NDArray[Any]:
+    """An array, tensor, list or range as an array. Raises ValueError."""
+    try:
+        return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except ValueError as error:  # rows of unequal lengths
+        raise ValueError(f"{function}: received {name} that make no array ({error})") from error
+
+
 def as_indices(function: str, inds: Any) -> Indices:
     """Integers [B] from an array, tensor, list or range."""
-    try:
-        array = inds.detach().cpu().numpy() if isinstance(inds, Tensor) else np.asarray(inds)
-    except ValueError as error:  # rows of unequal lengths
-        raise ValueError(f"{function}: received inds that make no array ({error})") from error
+    array = as_array(function, "inds", inds)
     if array.dtype == object:  # such as a generator
         raise TypeError(
             f"{function}: received inds of type {type(inds).__name__}; expected integers, one for "
@@ -204,10 +241,7 @@ def as_groups(function: str, groups: Any, reduction: str, total: int) -> Groupin
         raise ValueError(f"{function}: received reduction={reduction!r}; expected 'sum' or 'mean'")
     if groups is None:
         return None
-    try:
-        array = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
-    except ValueError as error:  # rows of unequal lengths
-        raise ValueError(f"{function}: received groups that make no array ({error})") from error
+    array = as_array(function, "groups", groups)
     if array.shape != (total,):
         cure = " (numpy.ravel(groups))" if array.size == total else ""
         raise ValueError(
@@ -250,6 +284,5 @@ def check_finite(
         bad = inds[~finite]
         raise ValueError(
             f"{function}: {what} of sample{'s' if len(bad) > 1 else ''} "
-            f"{', '.join(map(str, bad[:10]))}{' ...' if len(bad) > 10 else ''} are not finite; "
-            f"expected {expected}"
+            f"{listed(bad, 10)} are not finite; expected {expected}"
         )

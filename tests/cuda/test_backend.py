@@ -13,8 +13,8 @@ from fastproj.backends import cuda
 from fastproj.call import Call
 from fastproj.spec import MatrixKey
 
-BUILT = not isinstance(cuda._extension(), str)
-needs_module = pytest.mark.skipif(not BUILT, reason=f"fastproj._cuda: {cuda._extension()}")
+BUILT = cuda.not_built() is None
+needs_module = pytest.mark.skipif(not BUILT, reason=f"{cuda.not_built()}")
 
 
 def test_reason_is_one_line_with_a_fix():
@@ -106,7 +106,7 @@ def test_only_the_gpus_that_must_be_are_looked_at(monkeypatch, problems, looked_
             seen.append(index)
             return {"problem": problems[index]}
 
-    monkeypatch.setattr(cuda, "_extension", lambda: Extension)
+    monkeypatch.setattr(cuda, "_module", lambda: Extension)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert cuda.unavailable.__wrapped__() == reason

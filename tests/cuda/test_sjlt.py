@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fastproj.spec import MatrixKey, default_block, matrix_block
+from tests import known
 from tests.cuda import emulation
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -46,13 +46,6 @@ def check(grads, cols, block, row_offset=0, **options) -> emulation.Plan:
 # ---- the matrix --------------------------------------------------------------------------------
 
 
-def known(data: Path) -> tuple[list[list[int]], list[list[str]]]:
-    lines = [line.split() for line in (data / "sjlt_v1.txt").read_text().splitlines()]
-    lines = [line for line in lines if line and line[0] != "#"]
-    places = [list(map(int, line)) for line in lines if line[0] != "block-hash"]
-    return places, [line[1:] for line in lines if line[0] == "block-hash"]
-
-
 def matrix(seed, stream, block, row, rows, column, cols, dtype=torch.int8):
     out = torch.full((rows, cols), 99, dtype=dtype)
     return emulation.matrix(
@@ -61,19 +54,16 @@ def matrix(seed, stream, block, row, rows, column, cols, dtype=torch.int8):
     )  # fmt: skip
 
 
-def test_known_entries(data):
-    places, _ = known(data)
-    assert len(places) == 440
-    for seed, stream, block, tile, column, row, entry in places[::44]:  # each is a launch
-        assert matrix(seed, stream, block, row, 1, column, 1).item() == entry
-        assert row // block == tile
+def test_known_entries():
+    answers = known.entries("sjlt")
+    assert len(answers) == 440
+    for _, seed, stream, block, row, column, value in answers[::44]:  # each is a launch
+        assert matrix(seed, stream, block, row, 1, column, 1).item() == value
 
 
-def test_known_blocks(data):
-    _, hashes = known(data)
-    assert hashes
-    for *numbers, digest in hashes:
-        got = matrix(*map(int, numbers))
+def test_known_blocks():
+    for _, *numbers, digest in known.blocks(sparse=True):
+        got = matrix(*numbers)
         assert hashlib.sha256(got.numpy().tobytes()).hexdigest() == digest
 
 

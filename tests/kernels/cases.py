@@ -7,9 +7,7 @@ write shows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +27,9 @@ from fastproj.kernels.generate import philox4x32_10
 from fastproj.kernels.launch import INTERPRETED, device_facts, magnitudes
 from tests import tensor_cores
 from tests.dense import blocked_matmul, integers, matmul_bound, normals, relative_error, stored
+from tests.known import Block, blocks, check_block, check_entry, entries, fields
 from tests.tensor_cores import AMPERE
 
-DATA = Path(__file__).parents[1] / "data"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 KINDS = ["rademacher", "gaussian"]
 # Rows that one accumulator adds up, by kind and terms.
@@ -51,13 +49,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty fills with NaN
     yield
     torch.use_deterministic_algorithms(before)
-
-
-def known(name: str) -> list[list[str]]:
-    lines = (DATA / name).read_text().splitlines()
-    rows = [line.split() for line in lines if not line.startswith("#")]
-    assert rows
-    return rows
 
 
 def project(grads: Tensor | list[Tensor], columns: int, **options: object) -> Tensor:
@@ -98,54 +89,29 @@ def philox_kernel(counters_ptr, words_ptr, n, SIZE: tl.constexpr):
 
 
 def test_philox_known_answers() -> None:
-    rows = [[int(word, 16) for word in row] for row in known("philox4x32_10.txt")]
+    rows = [[int(word, 16) for word in row] for row in fields("philox4x32_10.txt")]
     table = torch.tensor(rows, dtype=torch.int64, device=DEVICE)  # [n, 10]
     words = torch.zeros((len(rows), 4), dtype=torch.int64, device=DEVICE)
     philox_kernel[(1,)](table[:, :6].contiguous(), words, len(rows), SIZE=64)
     assert torch.equal(words, table[:, 6:])
 
 
-def check_known_entries(kind: str, rows: list[list[str]]) -> None:
-    for seed, stream, row, column, *rest in rows:
-        entry = fastproj.matrix(
-            slice(int(row), int(row) + 1),
-            slice(int(column), int(column) + 1),
-            int(seed),
-            kind,
-            stream=int(stream),
-            device=DEVICE,
-            backend="triton",
-        )
-        assert entry.item() == float(rest[-1]), (kind, seed, stream, row, column)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_known_entries(kind: str) -> None:
-    check_known_entries(kind, known(f"{kind}_v1.txt")[:: 101 if INTERPRETED else 5])
+    for known in entries(kind)[:: 101 if INTERPRETED else 5]:
+        check_entry(known, device=DEVICE, backend="triton")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_known_entries(kind: str) -> None:
-    check_known_entries(kind, known(f"{kind}_v1.txt"))
+    for known in entries(kind):
+        check_entry(known, device=DEVICE, backend="triton")
 
 
-@pytest.mark.parametrize("block", known("blocks_v1.txt"), ids=lambda row: "-".join(row[:4]))
-def test_known_blocks(block: list[str]) -> None:
-    kind, digest = block[0], block[-1]
-    seed, stream, row, rows, column, columns = map(int, block[1:-1])
-    entries = fastproj.matrix(
-        slice(row, row + rows),
-        slice(column, column + columns),
-        seed,
-        kind,
-        stream=stream,
-        dtype=torch.int8 if kind == "rademacher" else torch.float32,
-        device=DEVICE,
-        backend="triton",
-    )
-    content = np.ascontiguousarray(entries.cpu().numpy())
-    assert hashlib.sha256(content.tobytes()).hexdigest() == digest
+@pytest.mark.parametrize("known", blocks(sparse=False), ids=lambda known: "-".join(map(str, known)))
+def test_known_blocks(known: Block) -> None:
+    check_block(known, device=DEVICE, backend="triton")
 
 
 @pytest.mark.parametrize("kind", KINDS)

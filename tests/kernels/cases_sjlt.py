@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fastproj
+from fastproj.backends import registry
 from fastproj.backends import triton as adapter
 from fastproj.call import Call
 from fastproj.kernels import config, launch, plan
@@ -17,7 +15,8 @@ from fastproj.spec import MatrixKey
 from fastproj.trak.gradients.parts import Product, Workspace
 from fastproj.trak.gradients.sinks import ProjectingSink
 from tests.dense import integers, normals, relative_error, stored
-from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED, known, poisoned_memory
+from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED, poisoned_memory
+from tests.known import Block, blocks, check_block, check_entry, entries
 
 __all__ = ["poisoned_memory"]
 
@@ -53,65 +52,30 @@ def of(rows: int, columns: int, block: int, **key: int) -> Tensor:
 # ---- the matrix --------------------------------------------------------------------------------
 
 
-def check_known_entries(rows: list[list[str]]) -> None:
-    for line in rows:
-        seed, stream, block, _, column, row, entry = map(int, line)
-        got = fastproj.matrix(
-            slice(row, row + 1),
-            slice(column, column + 1),
-            seed,
-            "sjlt",
-            block=block,
-            stream=stream,
-            device=DEVICE,
-            backend="triton",
-        )
-        assert got.item() == entry, line
-
-
-def entries() -> list[list[str]]:
-    return [line for line in known("sjlt_v1.txt") if line[0] != "block-hash"]
-
-
-def hashes() -> list[list[str]]:
-    return [line[1:] for line in known("sjlt_v1.txt") if line[0] == "block-hash"]
-
-
 def test_sjlt_known_entries() -> None:
-    check_known_entries(entries()[:: 17 if INTERPRETED else 1])
+    for known in entries("sjlt")[:: 17 if INTERPRETED else 1]:
+        check_entry(known, device=DEVICE, backend="triton")
 
 
 @pytest.mark.slow
 def test_sjlt_all_known_entries() -> None:
-    check_known_entries(entries())
+    for known in entries("sjlt"):
+        check_entry(known, device=DEVICE, backend="triton")
 
 
-def check_known_block(line: list[str]) -> None:
-    seed, stream, block, row, rows, column, columns = map(int, line[:-1])
-    got = fastproj.matrix(
-        slice(row, row + rows),
-        slice(column, column + columns),
-        seed,
-        "sjlt",
-        block=block,
-        stream=stream,
-        dtype=torch.int8,
-        device=DEVICE,
-        backend="triton",
-    )
-    content = np.ascontiguousarray(got.cpu().numpy())
-    assert hashlib.sha256(content.tobytes()).hexdigest() == line[-1]
+def ids(known: Block) -> str:
+    return "-".join(map(str, known[1:]))
 
 
-@pytest.mark.parametrize("line", hashes()[: 2 if INTERPRETED else None], ids="-".join)
-def test_sjlt_known_blocks(line: list[str]) -> None:
-    check_known_block(line)
+@pytest.mark.parametrize("known", blocks(sparse=True)[: 2 if INTERPRETED else None], ids=ids)
+def test_sjlt_known_blocks(known: Block) -> None:
+    check_block(known, device=DEVICE, backend="triton")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", hashes(), ids="-".join)
-def test_sjlt_all_known_blocks(line: list[str]) -> None:
-    check_known_block(line)
+@pytest.mark.parametrize("known", blocks(sparse=True), ids=ids)
+def test_sjlt_all_known_blocks(known: Block) -> None:
+    check_block(known, device=DEVICE, backend="triton")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -295,7 +259,7 @@ def factors(B: int, T: int, m: int, n: int, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(adapter.EPILOGUE_VARIABLE, "1")
+    monkeypatch.setenv(registry.PRODUCTS["triton"], "1")
 
 
 def projector(K: int, block: int, rows: int, **options: object) -> fastproj.Projector:
@@ -380,12 +344,39 @@ def test_sjlt_products_that_make_no_sense(
     offset: int,
     out: tuple[int, ...],
     said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    asked(monkeypatch)
     given = (torch.zeros(shape, device=DEVICE) for shape in (left, right))
     with pytest.raises(ValueError, match=said):
         projector(64, 64, 24).add_product(
             *given, row_offset=offset, out=torch.zeros(out, device=DEVICE)
         )
+
+
+class Halved(fastproj.Projector):
+    """A projector with a ``project`` of its own."""
+
+    def project(self, grads: Tensor, *args: object, **options: object) -> Tensor:  # type: ignore[override]
+        return super().project(grads / 2, *args, **options)  # type: ignore[arg-type]
+
+
+def test_sjlt_products_are_not_for_projectors_that_override_project(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked(monkeypatch)
+    left, right = factors(2, 3, 5, 64, torch.float32)
+    params = {"weight": torch.zeros(5, 64)}
+    found = []
+    for kind in (Halved, fastproj.Projector):
+        ours = kind(320, 64, 1, "sjlt", block=64, backend="triton")
+        sink = ProjectingSink(params, 2, ours, 0, {})
+        sink.out = sink.out.to(DEVICE)
+        sink.add("weight", Product(left, right, Workspace()))
+        sink.close()
+        found.append(sink.out)
+    assert torch.equal(found[0], found[1] / 2)
+    assert found[0].abs().sum() > 0
 
 
 def test_sjlt_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +385,7 @@ def test_sjlt_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     params = {"bias": torch.zeros(5), "weight": torch.zeros(5, 64), "other": torch.zeros(64, 5)}
     found = []
     for value in ("0", "1"):
-        monkeypatch.setenv(adapter.EPILOGUE_VARIABLE, value)
+        monkeypatch.setenv(registry.PRODUCTS["triton"], value)
         sink = ProjectingSink(params, 2, projector(100, 64, 645), 0, {})
         sink.out = sink.out.to(DEVICE)
         sink.add("weight", Product(left, right, Workspace()))

@@ -1,14 +1,13 @@
 """The known answers, asked of the fastproj that is installed: `python known_answers.py [cpu ...]`.
 
-Needs torch and NumPy and nothing else of the tests but tests/data. Every backend and every
-instruction set that the machine has is asked: known entries and blocks of R, projections of small
-integers (which are exact), the adjoint, autograd and vmap. Exits with 1 where anything differs, or
-where a backend that the command line names can't be asked.
+Needs torch and NumPy, and of the tests known.py and data alone. Every backend and every instruction
+set that the machine has is asked: known entries and blocks of R, projections of small integers
+(which are exact), the adjoint, autograd and vmap. Exits with 1 where anything differs, or where a
+backend that the command line names can't be asked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,15 +17,11 @@ import torch
 
 import fastproj
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from known import blocks, check_block, check_entry, entries
+
 KINDS = ("rademacher", "gaussian", "sjlt")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def fields(name: str) -> list[list[str]]:
-    """The words of every line of a file of known answers that is not a comment."""
-    lines = (DATA / name).read_text(encoding="utf-8").splitlines()
-    return [line.split() for line in lines if line and not line.startswith("#")]
 
 
 def places() -> Iterator[tuple[str, str, str | None]]:
@@ -52,50 +47,18 @@ def places() -> Iterator[tuple[str, str, str | None]]:
 def known_entries(backend: str, device: str) -> None:
     """Single entries of R, every eighth: each is a call of its own."""
     for kind in KINDS:
-        known = [line for line in fields(f"{kind}_v1.txt") if line[0] != "block-hash"][::8]
-        assert len(known) >= 55
-        for line in known:
-            seed, stream = int(line[0]), int(line[1])
-            block = int(line[2]) if kind == "sjlt" else None
-            k, p = (line[4], line[5]) if kind == "sjlt" else (line[3], line[2])
-            row, column = int(p), int(k)
-            got = fastproj.matrix(
-                slice(row, row + 1),
-                slice(column, column + 1),
-                seed,
-                kind,
-                block=block,
-                stream=stream,
-                device=device,
-                backend=backend,
-            )
-            assert got.item() == float(line[-1]), (kind, line)
+        some = entries(kind)[::8]
+        assert len(some) >= 55
+        for known in some:
+            check_entry(known, device=device, backend=backend)
 
 
 def known_blocks(backend: str, device: str) -> None:
     """Checksums of blocks of R."""
-    known = [(line[0], line[1:3], None, line[3:]) for line in fields("blocks_v1.txt")]
-    known += [
-        ("sjlt", line[1:3], int(line[3]), line[4:])
-        for line in fields("sjlt_v1.txt")
-        if line[0] == "block-hash"
-    ]
-    assert len(known) == 11
-    for kind, (seed, stream), block, (*numbers, sha256) in known:
-        row0, rows, col0, cols = map(int, numbers)
-        entries = fastproj.matrix(
-            slice(row0, row0 + rows),
-            slice(col0, col0 + cols),
-            int(seed),
-            kind,
-            block=block,
-            stream=int(stream),
-            dtype=torch.float32 if kind == "gaussian" else torch.int8,
-            device=device,
-            backend=backend,
-        )
-        found = hashlib.sha256(entries.cpu().numpy().tobytes()).hexdigest()
-        assert found == sha256, (kind, numbers)
+    every = [*blocks(sparse=False), *blocks(sparse=True)]
+    assert len(every) == 11
+    for known in every:
+        check_block(known, device=device, backend=backend)
 
 
 def projections(backend: str, device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -197,10 +198,28 @@ def small_blocks(setattr: Any = setattr) -> None:
     setattr(finalizing, "KERNEL_PART_BYTES", 1)
 
 
-def make(model: nn.Module, save_dir: Path, n: int, **options: Any) -> TRAKer:
+def make(
+    model: nn.Module, save_dir: Path, n: int, task: Any = "image_classification", **options: Any
+) -> TRAKer:
     """A TRAKer on the CPU."""
     settings = {"proj_dim": 8, "use_half_precision": False, "device": "cpu", **options}
-    return TRAKer(model, "image_classification", n, save_dir=save_dir, **settings)
+    return TRAKer(model, task, n, save_dir=save_dir, **settings)
+
+
+def loaded(model: nn.Module, save_dir: Path, n: int, *task: Any, **options: Any) -> TRAKer:
+    """The same with the model's own weights as the checkpoint that is featurized."""
+    traker = make(model, save_dir, n, *task, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    return traker
+
+
+def featurized(
+    model: nn.Module, save_dir: Path, train: tuple[Tensor, Tensor], **options: Any
+) -> TRAKer:
+    """The same with the features of a training set."""
+    traker = make(model, save_dir, len(train[0]), **options)
+    featurize(traker, model, 0, train)
+    return traker
 
 
 def featurize(
@@ -234,17 +253,13 @@ def whole_run(
 ) -> np.ndarray:
     """Everything from features to scores."""
     traker = make(models[0], save_dir, len(train[0]), **options)
-    states = [
-        {name: t.clone() for name, t in model.state_dict().items()} for model in models
-    ]  # the first model is the one that checkpoints are loaded into
-    for model_id, state in enumerate(states):
-        traker.load_checkpoint(state, model_id)
-        for rows in torch.arange(len(train[0])).split(7):
-            traker.featurize((train[0][rows], train[1][rows]), num_samples=len(rows))
+    models = [deepcopy(model) for model in models]  # checkpoints are loaded into the first
+    for model_id, model in enumerate(models):
+        featurize(traker, model, model_id, train)
     traker.finalize_features()
-    for model_id, state in enumerate(states):
-        traker.start_scoring_checkpoint("test", state, model_id, len(targets[0]))
+    for model_id, model in enumerate(models):
+        traker.start_scoring_checkpoint("test", model.state_dict(), model_id, len(targets[0]))
         traker.score(targets, num_samples=len(targets[0]))
     scores = traker.finalize_scores("test")
-    models[0].load_state_dict(states[0])
+    traker.model.load_state_dict(models[0].state_dict())
     return scores

@@ -55,10 +55,10 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     # The first shows no training ridge, the second does: lambda is chosen by one rule and the other
     states = [net.state_dict() for net in (cases.net(0), cases.trained(1, train))]
     traker = cases.make(model, Path(save_dir), N, **{"proj_dim": 6, **how.get("options", {})})
-    features, computed = traker._features, []
+    features, computed = traker._featurizer.features, []
 
     def logged(batch: Any, model_id: int, inds: Any, **kind: bool) -> list[torch.Tensor]:
-        stage = traker._loaded_for
+        stage = traker._pass.function
         computed.append(stage)
         if die == [rank, stage] and computed.count(stage) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -66,7 +66,7 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
             file.write(f"{rank} {stage} {model_id} {','.join(map(str, inds))}\n")
         return features(batch, model_id, inds, **kind)
 
-    traker._features = logged
+    traker._featurizer.features = logged
 
     def go(call: Any, data: tuple[torch.Tensor, torch.Tensor], batch_size: int) -> None:
         numbers = torch.arange(len(data[0]))

@@ -68,13 +68,13 @@ def main(save_dir: str, log: str, stage: str, kind: str, die_at: int) -> None:
     sys.setprofile(moments)
     begin("featurizing")
     traker = cases.make(model, Path(save_dir), N, proj_dim=4)
-    features = traker._features
+    features = traker._featurizer.features
 
     def logged(batch, model_id, inds, **kind):
-        note("compute", traker._loaded_for, model_id, inds[0])
+        note("compute", traker._pass.function, model_id, inds[0])
         return features(batch, model_id, inds, **kind)
 
-    traker._features = logged
+    traker._featurizer.features = logged
     for model_id, state in enumerate(states):
         traker.load_checkpoint(state, model_id)
         for rows in cases.torch.arange(N).split(4):

@@ -14,7 +14,7 @@ from torch import nn
 from fastproj import Projector, TRAKer
 from fastproj.trak import NotReadyError, StoreMismatchError
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
-from tests.trak import cases
+from tests.trak import cases, modules
 
 N = 20
 
@@ -31,9 +31,7 @@ def train():
 
 @pytest.fixture
 def traker(tmp_path, model):
-    made = cases.make(model, tmp_path, N)
-    made.load_checkpoint(model.state_dict(), 0)
-    return made
+    return cases.loaded(model, tmp_path, N)
 
 
 def shards(folder):
@@ -328,20 +326,14 @@ def test_features_that_are_not_finite_name_their_samples(traker, train):
 
 
 def test_gradients_that_are_not_finite_though_the_output_is(tmp_path, train):
-    class Root(nn.Module):
+    @modules.of(fc=lambda: nn.Linear(25, 4))
+    def Root(self, x):
         """The output of the square root is 0 at 0; its slope is infinite."""
-
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(25, 4)
-
-        def forward(self, x):
-            return (self.fc(x.flatten(1)) - self.fc.bias).abs().sqrt()
+        return (self.fc(x.flatten(1)) - self.fc.bias).abs().sqrt()
 
     images = train[0].clone()
     images[7] = 0
-    traker = cases.make(model := Root(), tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(Root(), tmp_path, N)
     with pytest.raises(ValueError, match="features of sample 7 are not finite"):
         traker.featurize((images, train[1]), num_samples=N)
     assert not shards(traker.save_dir)
@@ -394,8 +386,7 @@ def test_training_mode_is_refused_by_all_and_changes_nothing(
     tmp_path, train, layer, name, computer
 ):
     model = nn.Sequential(copy.deepcopy(layer), nn.Flatten(), nn.Linear(25, 4))
-    traker = cases.make(model, tmp_path, len(train[0]), gradient_computer=computer)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, len(train[0]), gradient_computer=computer)
     before = copy.deepcopy(model.state_dict())
     model.train()
     with pytest.raises(ValueError, match=rf"a model with {name} in training mode.*model\.eval"):
@@ -409,8 +400,7 @@ def test_training_mode_is_refused_by_all_and_changes_nothing(
 def test_training_mode_without_effect_is_taken(tmp_path, train):
     """cuDNN differentiates recurrent modules in training mode alone."""
     model = nn.Sequential(nn.Flatten(2), nn.Flatten(), nn.Dropout(0.0), nn.Linear(25, 4))
-    traker = cases.make(model, tmp_path, len(train[0]))
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, len(train[0]))
     model.train()
     traker.featurize(train, num_samples=len(train[0]))
 
@@ -426,15 +416,10 @@ def margin(model, batch):
     return model(images).gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
-class Blind(nn.Module):
+@modules.of(fc=lambda: nn.Linear(25, 4))
+def Blind(self, x):
     """Logits that autograd knows nothing of."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(25, 4)
-
-    def forward(self, x):
-        return self.fc(x.flatten(1)).detach()
+    return self.fc(x.flatten(1)).detach()
 
 
 @pytest.mark.parametrize("computer", COMPUTERS)
@@ -489,8 +474,7 @@ def test_features_are_the_same_whatever_they_are_called_in(
 ):
     found = []
     for name, way in (("usual", as_usual), ("other", call)):
-        traker = cases.make(model, tmp_path / name, N, gradient_computer=computer)
-        traker.load_checkpoint(model.state_dict(), 0)
+        traker = cases.loaded(model, tmp_path / name, N, gradient_computer=computer)
         way(traker, train)
         found.append((traker.saver.matrix(0), traker.saver.out_to_loss(0)))
     assert bool(found[0][0].any())
@@ -534,14 +518,9 @@ def test_a_model_that_has_changed_since_its_checkpoint_was_loaded(traker, model,
 
 @pytest.mark.parametrize("computer", COMPUTERS)
 def test_parameters_of_several_dtypes(tmp_path, train, computer):
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.a, self.b = nn.Linear(25, 8).bfloat16(), nn.Linear(8, 4)
-
-        def forward(self, x):
-            return self.b(self.a(x.flatten(1).bfloat16()).float())
+    @modules.of(seed=0, a=lambda: nn.Linear(25, 8).bfloat16(), b=lambda: nn.Linear(8, 4))
+    def Mixed(self, x):
+        return self.b(self.a(x.flatten(1).bfloat16()).float())
 
     model = Mixed()
     traker = cases.make(model, tmp_path, N, gradient_computer=computer)

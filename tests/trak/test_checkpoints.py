@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastproj.trak.checkpoints import LoadedModel
-from tests.trak import cases
+from tests.trak import cases, modules
 
 N = 12
 DATA = torch.randn(N, 4, generator=torch.Generator().manual_seed(1)), torch.arange(N) % 3
@@ -169,8 +169,7 @@ def test_nothing_is_kept_of_another_model(tmp_path, change, step):
 @pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
 def test_a_change_is_noticed_by_every_computer(tmp_path, computer, curvature):
     model = net()
-    traker = cases.make(model, tmp_path, N, gradient_computer=computer, curvature=curvature)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N, gradient_computer=computer, curvature=curvature)
     model[0].weight.data.mul_(1.5)
     with pytest.raises(ValueError, match=r"featurize: 0\.weight of the model have changed"):
         part(traker, "featurize", slice(0, N))
@@ -181,8 +180,7 @@ def test_averaged_weights_that_are_put_back(tmp_path):
     """store, copy_to, an evaluation, restore: between two batches it is nobody's affair."""
     model = net()
     wanted = truth(copy.deepcopy(model))
-    traker = cases.make(model, tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N)
     part(traker, "featurize", slice(0, 4))
     stored = [p.detach().clone() for p in model.parameters()]
     averaged_weights(model)
@@ -237,8 +235,7 @@ def test_the_checkpoint_put_back_into_other_memory(tmp_path, move, computer, cur
     model = net()
     wanted = truth(copy.deepcopy(model))
     options = {"gradient_computer": computer, "curvature": curvature}
-    traker = cases.make(model, tmp_path, N, **options)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N, **options)
     part(traker, "featurize", slice(0, 4))
     move(model)
     part(traker, "featurize", slice(4, N))
@@ -259,8 +256,7 @@ def test_a_buffer_of_any_size(tmp_path, size):
 
     model = Masked()
     wanted = truth(copy.deepcopy(model))
-    traker = cases.make(model, tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N)
     part(traker, "featurize", slice(0, 4))
     model.mask.data[1] = 3
     for _ in range(2):
@@ -276,21 +272,18 @@ def test_a_buffer_of_any_size(tmp_path, size):
 def test_a_forward_that_writes_to_parameters_without_a_version(tmp_path, how):
     """As spectral norms of old do with their vectors, in eval mode too."""
 
-    class Writing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.fc = nn.Linear(4, 3)
-            self.u = nn.Parameter(torch.ones(3), requires_grad=False)
-
-        def forward(self, x):
-            new = torch.zeros(3) if how == "copy" else self.u.detach() * 1.5
-            self.u.data.copy_(new)
-            return self.fc(x) * self.u
+    @modules.of(
+        seed=0,
+        fc=lambda: nn.Linear(4, 3),
+        u=lambda: nn.Parameter(torch.ones(3), requires_grad=False),
+    )
+    def Writing(self, x):
+        new = torch.zeros(3) if how == "copy" else self.u.detach() * 1.5
+        self.u.data.copy_(new)
+        return self.fc(x) * self.u
 
     model = Writing()
-    traker = cases.make(model, tmp_path, N, grad_wrt=["fc.weight"])
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N, grad_wrt=["fc.weight"])
     message = (
         r"u of the model have changed .* \(through \.data .* expected .* a forward that leaves"
     )

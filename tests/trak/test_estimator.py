@@ -290,7 +290,7 @@ def test_fewer_samples_than_dimensions_warns_and_is_repeatable(tmp_path, models,
 def test_another_lambda_needs_no_features(tmp_path, models, train, targets):
     scores = cases.whole_run(tmp_path, models[:1], train, targets)
     traker = cases.make(models[0], tmp_path, N)
-    traker._features = None  # would fail if called
+    traker._featurizer.features = None  # would fail if called
     traker.finalize_features(lambda_reg=0.02)
     assert traker.saver.systems.read_solve(0)["lambda_reg"] == 0.02
     changed = traker.finalize_scores("test")

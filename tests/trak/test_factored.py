@@ -59,8 +59,7 @@ def test_a_stopped_run_goes_on(tmp_path):
     for stopped in (False, True):
         folder = tmp_path / str(stopped)
         for until in (N // 2, N) if stopped else (N,):
-            traker = cases.make(model, folder, N, proj_dim=32, factored=R)
-            traker.load_checkpoint(model.state_dict(), 0)
+            traker = cases.loaded(model, folder, N, proj_dim=32, factored=R)
             for rows in torch.arange(until).split(5):
                 traker.featurize((TRAIN[0][rows], TRAIN[1][rows]), num_samples=len(rows))
         kept.append(traker.saver.matrix(0))

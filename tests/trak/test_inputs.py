@@ -26,14 +26,13 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     StoreMismatchError,
     batches,
-    estimator,
     progress,
 )
 from fastproj.trak.checkpoints import LoadedModel
 from fastproj.trak.inputs import as_groups
-from fastproj.trak.solving import finalizing
+from fastproj.trak.solving import finalizing, scoring
 from fastproj.trak.tasks import resolve_task
-from tests.trak import cases
+from tests.trak import cases, modules
 
 COMPUTERS = ["auto", "hooks", "func", "loop"]
 CPU = torch.device("cpu")
@@ -227,8 +226,7 @@ def test_ragged_token_labels_are_not_padded_as_tokens_are():
 
 
 def test_inds_of_other_dtypes_get_a_hint_only_where_it_is_right(tmp_path):
-    traker = cases.make(model := cases.net(), tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(cases.net(), tmp_path, N)
     batch = cases.data(4)
     whole, mask = [0.0, 1.0, 2.0, 3.0], [True] * 4
     for inds, cure in (
@@ -349,7 +347,7 @@ def test_shuffled_data_are_noticed_in_another_process(tmp_path):
     for i, traker in enumerate(made):
         traker.load_checkpoint(states[i], i)
     for i, traker in enumerate(made):  # at once: neither finds the other's samples when it starts
-        traker._beside = i
+        traker._contents.beside = i
         order = torch.arange(N).roll(i)
         traker.featurize((images[order], labels[order]), num_samples=N)
         traker.finalize_features(model_ids=[i])
@@ -743,17 +741,11 @@ def test_a_namedtuple_arrives_at_tasks_of_all_kinds(tmp_path):
 TEXTS = [f"{'x' * (1 + i % 4)}{i}" for i in range(N)]
 
 
-class Texts(nn.Module):
+@modules.of(seed=0, table=lambda: nn.Embedding(128, 5), fc=lambda: nn.Linear(5, 3))
+def Texts(self, texts):
     """A model that makes its numbers of strings by itself."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.fc = nn.Embedding(128, 5), nn.Linear(5, 3)
-
-    def forward(self, texts):
-        rows = [self.table(torch.tensor([ord(c) for c in text])).mean(0) for text in texts]
-        return self.fc(torch.stack(rows))
+    rows = [self.table(torch.tensor([ord(c) for c in text])).mean(0) for text in texts]
+    return self.fc(torch.stack(rows))
 
 
 def assert_any_computer(tmp_path, model, task, batch, wanted, refuse=("func",), match="vectorised"):
@@ -886,18 +878,13 @@ class Selected(Graphs):
         return type(self)([self.data[row] for row in rows])
 
 
-class GraphNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
-
-    def forward(self, graphs):
-        h = self.a(graphs.x)
-        h = h.index_add(0, graphs.edge_index[1], torch.tanh(h)[graphs.edge_index[0]])
-        size = int(graphs.batch.max()) + 1
-        pooled = torch.zeros(size, 5).index_add(0, graphs.batch, torch.tanh(h))
-        return self.b(pooled)
+@modules.of(seed=0, a=lambda: nn.Linear(3, 5), b=lambda: nn.Linear(5, 2))
+def GraphNet(self, graphs):
+    h = self.a(graphs.x)
+    h = h.index_add(0, graphs.edge_index[1], torch.tanh(h)[graphs.edge_index[0]])
+    size = int(graphs.batch.max()) + 1
+    pooled = torch.zeros(size, 5).index_add(0, graphs.batch, torch.tanh(h))
+    return self.b(pooled)
 
 
 def some_graphs(n):
@@ -1292,7 +1279,7 @@ def test_progress_ends_where_it_said_it_would(tmp_path, monkeypatch, curvature, 
         bars.append(progress.ProgressLines(*given))
         return bars[-1]
 
-    monkeypatch.setattr(estimator, "progress", noted)
+    monkeypatch.setattr(scoring, "progress", noted)
     monkeypatch.setattr(finalizing, "progress", noted)
     cases.small_blocks(monkeypatch.setattr)
     images, labels = cases.data(N)

@@ -9,26 +9,24 @@ from torch import nn
 
 from fastproj import TRAKer
 from fastproj.trak.store.store import NotReadyError
+from tests.trak import modules
 
 VOCAB, T, N, M = 11, 6, 24, 5
 
 
-class Words(nn.Module):
+@modules.of(
+    seed=0,
+    tokens=lambda: nn.Embedding(VOCAB, 8),
+    places=lambda: nn.Embedding(T, 8),
+    body=lambda: nn.Linear(8, 8),
+    norm=lambda: nn.LayerNorm(8),
+    head=lambda: nn.Linear(8, VOCAB, bias=False),
+)
+def Words(self, input_ids):
     """A small causal language model with positions as nanoGPT has them."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.tokens = nn.Embedding(VOCAB, 8)
-        self.places = nn.Embedding(T, 8)
-        self.body = nn.Linear(8, 8)
-        self.norm = nn.LayerNorm(8)
-        self.head = nn.Linear(8, VOCAB, bias=False)
-
-    def forward(self, input_ids):
-        x = self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1]))
-        x = x.cumsum(1) / torch.arange(1, 1 + input_ids.shape[1])[:, None]
-        return self.head(self.norm(x + torch.tanh(self.body(x))))
+    x = self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+    x = x.cumsum(1) / torch.arange(1, 1 + input_ids.shape[1])[:, None]
+    return self.head(self.norm(x + torch.tanh(self.body(x))))
 
 
 def batch_of(size, seed):

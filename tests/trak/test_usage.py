@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastproj
 from fastproj.compat.trak import CudaProjector, ProjectionType
-from tests.trak import cases
+from tests.trak import cases, modules
 
 trak = pytest.importorskip("trak", reason="traker is not installed")
 AbstractModelOutput = pytest.importorskip("trak.modelout_functions").AbstractModelOutput
@@ -84,18 +84,16 @@ def slurm(package, model, save_dir, train, targets):
     return make(True).finalize_scores(exp_name="slurm", model_ids=[0, 1])
 
 
-class Encoder(nn.Module):
+@modules.of(
+    words=lambda: nn.Embedding(20, 6),
+    kinds=lambda: nn.Embedding(2, 6),
+    head=lambda: nn.Linear(6, 2),
+)
+def Encoder(self, input_ids, token_type_ids, attention_mask):
     """A sequence classifier with the arguments of Hugging Face's."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.kinds = nn.Embedding(20, 6), nn.Embedding(2, 6)
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, input_ids, token_type_ids, attention_mask):
-        h = torch.tanh(self.words(input_ids) + self.kinds(token_type_ids))
-        weight = attention_mask.unsqueeze(-1).float()
-        return self.head((h * weight).sum(1) / weight.sum(1))
+    h = torch.tanh(self.words(input_ids) + self.kinds(token_type_ids))
+    weight = attention_mask.unsqueeze(-1).float()
+    return self.head((h * weight).sum(1) / weight.sum(1))
 
 
 class Classification(AbstractModelOutput):

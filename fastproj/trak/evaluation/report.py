@@ -90,17 +90,10 @@ def check(page: Page) -> None:
             f"report: received scores {list(page.scores.shape)}; expected [n_train, n_targets]"
         )
     n, m = page.scores.shape
-    for name, part, wanted in (
-        ("train_images", page.train_images, n),
-        ("train_labels", page.train_labels, n),
-        ("target_images", page.target_images, m),
-        ("target_labels", page.target_labels, m),
-        ("train_texts", page.train_texts, n),
-        ("target_texts", page.target_texts, m),
-        ("train_rows", page.train_rows, n),
-        ("target_rows", page.target_rows, m),
-        ("target_notes", page.target_notes, m),
-    ):
+    of_train = [f"train_{what}" for what in ("images", "labels", "texts", "rows")]
+    of_targets = [f"target_{what}" for what in ("images", "labels", "texts", "rows", "notes")]
+    for name in (*of_train, *of_targets):
+        part, wanted = getattr(page, name), n if name in of_train else m
         if part is not None and len(part) != wanted:
             raise ValueError(
                 f"report: received {len(part)} {name} with scores [{n}, {m}]; expected {wanted}"

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastproj.checks import check_integer
+from fastproj.checks import check_integer, listed
 from fastproj.trak.evaluation.metrics import Mask, as_indices, as_mask, check_places
 from fastproj.trak.evaluation.recipe import file_identity, recipe_identity
 from fastproj.trak.evaluation.workers import Outcome, Task, WorkerError, run_here, run_in_workers
@@ -389,11 +389,10 @@ class Run:
                 kept.append([self.read(samples, run) for run in range(repeats)])
                 rows.append(row)
         if self.failed and not (allow_failures and rows):
-            shown = [f"{name}: {why}" for name, why in list(self.failed.items())[:10]]
+            shown = listed((f"{name}: {why}" for name, why in self.failed.items()), 10)
             raise TrainingError(
-                f"train_subsets: {len(self.failed)} trainings failed ({'; '.join(shown)}"
-                f"{' ...' if len(self.failed) > len(shown) else ''}). The others are kept in "
-                f"{self.directory}; the same call tries only the failed ones again"
+                f"train_subsets: {len(self.failed)} trainings failed ({shown}). The others are "
+                f"kept in {self.directory}; the same call tries only the failed ones again"
             )
         outputs = np.array(kept).swapaxes(0, 1)  # [runs, S, m]
         used = {

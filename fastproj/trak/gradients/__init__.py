@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastproj.trak.gradients.base import AbstractGradientComputer, count_params, parameter_names
+from fastproj.trak.gradients.base import AbstractGradientComputer, parameter_names
 from fastproj.trak.gradients.choice import AutomaticGradientComputer, resolve_gradient_computer
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer, HooksError
@@ -17,7 +17,6 @@ __all__ = [
     "HookGradientComputer",
     "HooksError",
     "IterativeGradientComputer",
-    "count_params",
     "modules_of",
     "parameter_names",
     "project_modules",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -291,9 +290,3 @@ def first_name(model: nn.Module, name: str) -> str:
     """The name that a shared parameter has in ``model.named_parameters()``."""
     shared = dict(model.named_parameters(remove_duplicate=False))[name]
     return next(first for first, p in model.named_parameters() if p is shared)
-
-
-def count_params(model: nn.Module, names: Iterable[str]) -> int:
-    """The number of entries of the named parameters."""
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    return sum(math.prod(shapes[name]) for name in names)

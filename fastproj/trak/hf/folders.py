@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fastproj.checks import listed
 from fastproj.trak.files import parsed_json, read_text
 from fastproj.trak.hf.heads import AUTO_CLASSES, TABLES, has_adapters, kind_of
 from fastproj.trak.tasks.language import base_of
@@ -144,9 +145,8 @@ def from_folder(model_class: Any, folder: Path, dtype: Any) -> Any:
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} parameters of {type(model).__name__} "
-            f"({', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}), which transformers "
-            "would fill at random; expected the folder of a trained model of that class (is this "
-            "its base, before training?)"
+            f"({listed(missing)}), which transformers would fill at random; expected the folder "
+            "of a trained model of that class (is this its base, before training?)"
         )
     return model
 
@@ -261,8 +261,8 @@ def put_adapters(model: nn.Module, folder: Path) -> None:
     if other or shapes:
         raise ValueError(
             f"HFTRAKer: the adapters in {folder} are not those of the model (they differ in "
-            f"{', '.join([*other, *shapes][:3])}{' ...' if len(other + shapes) > 3 else ''}); "
-            "expected checkpoints of one training, with the same rank and target modules"
+            f"{listed([*other, *shapes])}); expected checkpoints of one training, with the same "
+            "rank and target modules"
         )
     peft.set_peft_model_state_dict(model, weights, adapter_name=name)
 

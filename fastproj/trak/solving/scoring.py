@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
+from fastproj.trak.progress import progress
 from fastproj.trak.solving.finalizing import own_scores, solution_of
-from fastproj.trak.solving.solve import ScoreComputer, Solution
+from fastproj.trak.solving.solve import ScoreComputer
 from fastproj.trak.solving.systems import Systems
 from fastproj.trak.store.features import block_rows, feature_stream, sample_blocks
 from fastproj.trak.store.scores import Sink
@@ -23,36 +23,31 @@ WEIGHT_BYTES = 1 << 28  # of all checkpoints' targets held at once
 
 
 def write_scores(
-    store: Store,
+    systems: Systems,
     computer: ScoreComputer,
     exp_name: str,
     model_ids: Sequence[int],
-    solution_of: Callable[[int], Solution],
     sink: Sink,
     ranks: Ranks,
-    advance: Callable[[int], Any],
-    own_q: bool = False,
 ) -> None:
     """The scores, block by block, into ``sink``; blocks are shared out over ranks.
 
-    ``mean over checkpoints of (features @ weights.T) * mean over checkpoints of Q``, or, with
-    ``own_q``, ``mean over checkpoints of ((features @ weights.T) * Q)``.
-
-    Parameters
-    ----------
-    solution_of : makes the factored system of a checkpoint; one is held at a time.
-    advance : takes the number of training samples done, for each chunk of targets.
+    ``mean over checkpoints of (features @ weights.T) * mean over checkpoints of Q``, or, where each
+    takes its own Q, ``mean over checkpoints of ((features @ weights.T) * Q)``.
     """
+    store, own_q = systems.store, takes_own_q(systems, model_ids)
     readers = [store.reader(model_id) for model_id in model_ids]
     rows_at_once = block_rows(store.proj_dim)
     blocks = sample_blocks(readers[0].index.order(), rows_at_once)[ranks.rank :: ranks.size]
-    with ranks.barrier("finalize_scores"):
+    chunks = target_chunks(store, exp_name, len(model_ids))
+    passes = len(chunks) * store.train_set_size // ranks.size
+    with ranks.barrier("finalize_scores"), progress("scoring", passes, "sample") as bar:
         total = q_total = torch.empty(0)
-        for columns in target_chunks(store, exp_name, len(model_ids)):
-            weights = [
-                target_weights(store, model_id, exp_name, columns, solution_of).to(computer.device)
-                for model_id in model_ids
-            ]
+        for columns in chunks:
+            weights = []  # one checkpoint's system is held at a time
+            for model_id in model_ids:
+                targets = target_features(store, model_id, exp_name, columns)
+                weights.append(target_weights(systems, computer, model_id, targets))
             for rows, place, features, q in feature_stream(readers, blocks):
                 assert q is not None  # training shards have it
                 product = computer.scores(features, weights[place])  # [b, m]
@@ -66,7 +61,7 @@ def write_scores(
                 if place == len(readers) - 1:
                     share = q_total / len(readers) ** 2
                     sink.add(rows, columns, total.mul_(share.unsqueeze(1)).numpy())
-                    advance(len(rows))
+                    bar.update(len(rows))
     sink.finish()
 
 
@@ -75,8 +70,7 @@ def scores_of_targets(
 ) -> npt.NDArray[np.float32]:
     """The scores of all training samples by one checkpoint, [n, m], of target features [m, k]."""
     store = systems.store
-    weights = solution_of(systems, computer, model_id).apply(targets).to(targets.dtype)
-    weights = weights.to(computer.device)
+    weights = target_weights(systems, computer, model_id, targets)
     scores = np.empty((store.train_set_size, len(targets)), np.float32)
     reader = store.reader(model_id)
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
@@ -86,12 +80,7 @@ def scores_of_targets(
     return scores
 
 
-def self_scores(
-    systems: Systems,
-    computer: ScoreComputer,
-    model_ids: Sequence[int],
-    advance: Callable[[int], Any],
-) -> Tensor:
+def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[int]) -> Tensor:
     """The score of each training sample on itself, float64 [n].
 
     By TRAK's formula that is the diagonal that scores of the training set as targets would have.
@@ -102,22 +91,23 @@ def self_scores(
     total = torch.zeros(store.train_set_size, dtype=torch.float64)
     q_total = torch.zeros_like(total)
     own_q = takes_own_q(systems, model_ids)
-    for model_id in model_ids:
-        q = store.out_to_loss(model_id).double()
-        q_total += torch.ones_like(q) if own_q else q
-        system = systems.read_system(model_id)
-        if system.dual and not system.fisher:
-            total += own_scores(systems, computer, model_id) * (q if own_q else 1.0)
-            advance(len(total))
-            continue
-        solution = solution_of(systems, computer, model_id)
-        reader = store.reader(model_id)
-        blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
-        for rows, _, features, _ in feature_stream([reader], blocks):
-            inds = torch.from_numpy(rows)
-            own = (solution.apply(features) * features.double()).sum(1).cpu()
-            total[inds] += own * q[inds].square() if own_q else own
-            advance(len(rows))
+    with progress("self-influence", len(model_ids) * len(total), "sample") as bar:
+        for model_id in model_ids:
+            q = store.out_to_loss(model_id).double()
+            q_total += torch.ones_like(q) if own_q else q
+            system = systems.read_system(model_id)
+            if system.dual and not system.fisher:
+                total += own_scores(systems, computer, model_id) * (q if own_q else 1.0)
+                bar.update(len(total))
+                continue
+            solution = solution_of(systems, computer, model_id)
+            reader = store.reader(model_id)
+            blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
+            for rows, _, features, _ in feature_stream([reader], blocks):
+                inds = torch.from_numpy(rows)
+                own = (solution.apply(features) * features.double()).sum(1).cpu()
+                total[inds] += own * q[inds].square() if own_q else own
+                bar.update(len(rows))
     return total * q_total / len(model_ids) ** 2
 
 
@@ -139,15 +129,11 @@ def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:
 
 
 def target_weights(
-    store: Store,
-    model_id: int,
-    exp_name: str,
-    columns: range,
-    solution_of: Callable[[int], Solution],
+    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor
 ) -> Tensor:
-    """The targets' features times the inverse, [m', k], in the features' dtype."""
-    targets = target_features(store, model_id, exp_name, columns)
-    return solution_of(model_id).apply(targets).to(targets.dtype)
+    """Targets' features times the inverse, [m, k], in their dtype, where scores are computed."""
+    weights = solution_of(systems, computer, model_id).apply(targets)
+    return weights.to(targets.dtype).to(computer.device)
 
 
 def target_features(store: Store, model_id: int, exp_name: str, columns: range) -> Tensor:

@@ -145,24 +145,25 @@ class FeatureReader:
 
     def _read_column(self, inds: Indices, name: str) -> Tensor:
         out = torch.empty(len(inds), dtype=torch.float32)
+        for number, places in self._by_shard(inds):
+            stored = self._read_shard(self.index.shards[number].path, (name,))
+            rows = torch.from_numpy(self.index.row[inds[places]].astype(np.int64))
+            out[torch.from_numpy(places)] = stored[name][rows].float()
+        return out
+
+    def _by_shard(self, inds: Indices) -> Iterator[tuple[int, Indices]]:
+        """(number of a shard, places among ``inds`` of what is in it), shard by shard."""
         shards = self.index.shard[inds]
         order = np.argsort(shards, kind="stable")
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             if len(places):
-                path = self.index.shards[int(shards[places[0]])].path
-                stored = self._read_shard(path, (name,))
-                rows = torch.from_numpy(self.index.row[inds[places]].astype(np.int64))
-                out[torch.from_numpy(places)] = stored[name][rows].float()
-        return out
+                yield int(shards[places[0]]), places
 
     def _read(self, inds: Indices, buffer: Buffer | None) -> tuple[Tensor, Tensor | None]:
-        shards = self.index.shard[inds]
-        order = np.argsort(shards, kind="stable")
-        ends = np.flatnonzero(np.diff(shards[order])) + 1
         features: Tensor | None = None
         q: Tensor | None = None
-        for places in np.split(order, ends) if len(inds) else []:
-            tensors = self._rows(int(shards[places[0]]), self.index.row[inds[places]])
+        for number, places in self._by_shard(inds):
+            tensors = self._rows(number, self.index.row[inds[places]])
             dtype = unpacked_dtype(tensors["grads"])
             if features is None:
                 shape = (len(inds), tensors["grads"].shape[1])

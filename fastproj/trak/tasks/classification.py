@@ -32,9 +32,7 @@ class ClassificationModelOutput(BatchedModelOutput):
 
     Parameters
     ----------
-    temperature : divides the logits inside the softmax of Q.
-    multilabel : a sample has any number of L labels at once. The logits are [B, L], and the labels
-        [B, L] are 1 where the sample has a label and 0 where it hasn't.
+    temperature, multilabel : as in ``ImageClassificationModelOutput``.
     """
 
     name: ClassVar[str]  # for messages

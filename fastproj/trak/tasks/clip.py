@@ -68,6 +68,9 @@ class CLIPModelOutput(BatchedModelOutput):
 
     model_holds_weights = False  # embeddings are found by the model's own parameters
 
+    knows_likelihood = True
+    learns_along_output = False  # the log-likelihoods have other weights than their log-odds
+
     def __init__(
         self,
         temperature: float | None = None,
@@ -86,16 +89,6 @@ class CLIPModelOutput(BatchedModelOutput):
         self.seed = seed
         self._by_checkpoint: dict[str, Embeddings] = {}
         self._current: tuple[tuple[int, ...], Embeddings] | None = None
-
-    @property
-    def knows_likelihood(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def learns_along_output(self) -> bool:
-        """False: the two log-likelihoods have other weights than their log-odds."""
-        return False
 
     def get_embeddings(
         self,

@@ -43,22 +43,15 @@ class TokenModelOutput(BatchedModelOutput):
     name: str
     expected: str
 
+    knows_likelihood = True
+    learns_along_output = False  # log-likelihoods of tokens have other weights than their margins
+
     def __init__(self, reduction: str = "sum") -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(
                 f"{type(self).__name__}: received reduction={reduction!r}; expected 'sum' or 'mean'"
             )
         self.reduction = reduction
-
-    @property
-    def knows_likelihood(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def learns_along_output(self) -> bool:
-        """False: the log-likelihoods of tokens have other weights than their margins."""
-        return False
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fastproj.trak.gradients import (
     parts,
     resolve_gradient_computer,
 )
-from tests.trak import cases
+from tests.trak import cases, modules
 
 TASK = ImageClassificationModelOutput()
 CLASSES = 3
@@ -64,36 +64,27 @@ class Twice(nn.Module):
         return self.other(x)
 
 
-class TimeMajor(nn.Module):
+@modules.of(major=lambda: nn.Linear(4, 4), folded=lambda: nn.Linear(4, 4))
+def TimeMajor(self, x):  # [B, T, 4]
     """Samples in dimension 1 inside, and all positions of all samples in one dimension."""
-
-    def __init__(self):
-        super().__init__()
-        self.major = nn.Linear(4, 4)
-        self.folded = nn.Linear(4, 4)
-
-    def forward(self, x):  # [B, T, 4]
-        h = torch.tanh(self.major(x.transpose(0, 1))).transpose(0, 1)
-        return self.folded(h.reshape(-1, 4)).view(h.shape)
+    h = torch.tanh(self.major(x.transpose(0, 1))).transpose(0, 1)
+    return self.folded(h.reshape(-1, 4)).view(h.shape)
 
 
-class Positions(nn.Module):
+@modules.of(
+    words=lambda: nn.Embedding(9, 4, padding_idx=2),
+    places=lambda: nn.Embedding(N, 4),
+    pairs=lambda: nn.Embedding(2 * N, 2),
+    start=lambda: nn.Parameter(torch.randn(1, 1, 4)),
+)
+def Positions(self, ids):  # [B, T]
     """Embeddings of positions and a parameter, the same for all samples; T = N on purpose."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(9, 4, padding_idx=2)
-        self.places = nn.Embedding(N, 4)
-        self.pairs = nn.Embedding(2 * N, 2)  # a bias for each pair of places: [T, T, 2]
-        self.start = nn.Parameter(torch.randn(1, 1, 4))
-
-    def forward(self, ids):  # [B, T]
-        place = torch.arange(ids.shape[1])
-        h = self.words(ids) + self.places(place.unsqueeze(0))
-        h = torch.tanh(torch.cat([self.start.expand(len(ids), -1, -1), h], 1))[:, 1:]
-        bias = self.pairs(place[:, None] + place)  # [T, T, 2]
-        weights = (h @ h.transpose(1, 2) + bias.sum(2)).softmax(-1)
-        return weights @ h + self.start
+    place = torch.arange(ids.shape[1])
+    h = self.words(ids) + self.places(place.unsqueeze(0))
+    h = torch.tanh(torch.cat([self.start.expand(len(ids), -1, -1), h], 1))[:, 1:]
+    bias = self.pairs(place[:, None] + place)  # [T, T, 2]
+    weights = (h @ h.transpose(1, 2) + bias.sum(2)).softmax(-1)
+    return weights @ h + self.start
 
 
 class TiedPairs(Positions):
@@ -108,19 +99,13 @@ class TiedPairs(Positions):
         return super().forward(ids) * self.again(ids).repeat(1, 1, 2)
 
 
-class InPlace(nn.Module):
+@modules.of(first=lambda: nn.Linear(4, 4), second=lambda: nn.Linear(4, 4))
+def InPlace(self, x):
     """Outputs that later operations write to."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.second = nn.Linear(4, 4)
-
-    def forward(self, x):
-        h = F.relu(self.first(x), inplace=True)
-        out = self.second(h)
-        out += 2 * x
-        return out.sigmoid_()
+    h = F.relu(self.first(x), inplace=True)
+    out = self.second(h)
+    out += 2 * x
+    return out.sigmoid_()
 
 
 class LoRA(nn.Module):
@@ -136,27 +121,16 @@ class LoRA(nn.Module):
         return self.base(x) + 0.5 * self.up(self.down(x))
 
 
-class Lookup(nn.Module):
+@modules.of(scale=lambda: nn.Parameter(torch.rand(4)), table=lambda: nn.Linear(4, 4))
+def Lookup(self, x):
     """Parameters of its own and of a submodule that is read, not called."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(4))
-        self.table = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return F.linear(x * self.scale, self.table.weight.T, self.table.bias)
+    return F.linear(x * self.scale, self.table.weight.T, self.table.bias)
 
 
-class Branches(nn.Module):
+@modules.of(scale=lambda: nn.Parameter(torch.rand(4)))
+def Branches(self, x):
     """Looks at values, as vmap can't."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(4))
-
-    def forward(self, x):
-        return x * self.scale if bool((x > -100).all()) else x
+    return x * self.scale if bool((x > -100).all()) else x
 
 
 def floats(*shape):
@@ -373,27 +347,16 @@ def test_the_model_is_left_as_it_was():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-class Mixing(nn.Module):
+@modules.of(fc=lambda: nn.Linear(4, 4), norm=lambda: nn.BatchNorm1d(4, track_running_stats=False))
+def Mixing(self, x):
     """Batch statistics in eval mode: a sample's output depends on the batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.norm = nn.BatchNorm1d(4, track_running_stats=False)
-
-    def forward(self, x):
-        return self.norm(self.fc(x).unsqueeze(-1).expand(-1, -1, 3) * torch.arange(1, 4)).mean(2)
+    return self.norm(self.fc(x).unsqueeze(-1).expand(-1, -1, 3) * torch.arange(1, 4)).mean(2)
 
 
-class Elsewhere(nn.Module):
+@modules.of(fc=lambda: nn.Linear(4, 4))
+def Elsewhere(self, x):
     """A weight that is also used where no hook sees it."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return torch.tanh(self.fc(x)) @ self.fc.weight
+    return torch.tanh(self.fc(x)) @ self.fc.weight
 
 
 UNFIT = {"mixing": Mixing, "elsewhere": Elsewhere}
@@ -484,20 +447,14 @@ def test_after_a_first_sample_of_nan_the_next_is_checked():
         computer.compute_per_sample_grad((x, labels))
 
 
-class Experts(nn.Module):
+@modules.of(usual=lambda: nn.Linear(4, 4), rare=lambda: nn.Linear(4, 4))
+def Experts(self, x):
     """A layer that only some samples go through; the first does not."""
-
-    def __init__(self):
-        super().__init__()
-        self.usual = nn.Linear(4, 4)
-        self.rare = nn.Linear(4, 4)
-
-    def forward(self, x):
-        out = self.usual(x)
-        chosen = x[:, 0] > 1e3
-        if bool(chosen.any()):
-            out = out + self.rare(x) * chosen.unsqueeze(1)
-        return out
+    out = self.usual(x)
+    chosen = x[:, 0] > 1e3
+    if bool(chosen.any()):
+        out = out + self.rare(x) * chosen.unsqueeze(1)
+    return out
 
 
 def test_a_layer_that_the_first_samples_do_not_use_is_not_forgotten():
@@ -528,18 +485,15 @@ def test_whole_model_runs_are_said(caplog):
     assert "'gain' takes another run of the whole model" in caplog.text
 
 
-class Scaled(nn.Module):
+@modules.of(
+    blocks=lambda: nn.ModuleList(cases.net(seed) for seed in range(2)),
+    temperature=lambda: nn.Parameter(torch.tensor(1.5)),
+    scales=lambda: nn.ParameterList(nn.Parameter(torch.tensor(1.0 + i)) for i in range(4)),
+)
+def Scaled(self, x):
     """Scalar parameters of blocks, of the model and of a list."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(cases.net(seed) for seed in range(2))
-        self.temperature = nn.Parameter(torch.tensor(1.5))
-        self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0 + i)) for i in range(4))
-
-    def forward(self, x):
-        out = sum(scale * block(x) for scale, block in zip(self.scales, self.blocks, strict=False))
-        return out * self.temperature + self.scales[2] - self.scales[3] * out
+    out = sum(scale * block(x) for scale, block in zip(self.scales, self.blocks, strict=False))
+    return out * self.temperature + self.scales[2] - self.scales[3] * out
 
 
 def test_scalar_parameters_are_said_once_for_all_batches_and_checkpoints(tmp_path, caplog):
@@ -664,16 +618,10 @@ def test_another_graph_is_checked_anew(name):
     computer.compute_per_sample_grad((inputs(1, []), labels))
 
 
-class Either(nn.Module):
+@modules.of(one=lambda: nn.Linear(4, 4), two=lambda: nn.Linear(4, 4))
+def Either(self, x):
     """Two layers that are both called, one of which is used: which, hangs on the batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.one = nn.Linear(4, 4)
-        self.two = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return (self.one(x), self.two(x))[int(bool(large(x).any()))]
+    return (self.one(x), self.two(x))[int(bool(large(x).any()))]
 
 
 def test_a_layer_that_a_later_batch_uses_is_seen(monkeypatch):

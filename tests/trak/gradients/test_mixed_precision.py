@@ -20,87 +20,71 @@ from fastproj.trak import (
     IterativeGradientComputer,
 )
 from fastproj.trak.gradients import AutomaticGradientComputer, recorder
-from tests.trak import cases
+from tests.trak import cases, modules
 
 WORDS, WIDTH, CLASSES = 11, 8, 3
 # Relative errors of gradients: a few units in the last place of what the model computes in.
 BOUNDS = {torch.bfloat16: 0.03, torch.float16: 0.004, torch.float32: 1e-5}
 
 
-class Text(nn.Module):
+@modules.of(
+    words=lambda: nn.Embedding(WORDS, WIDTH, padding_idx=1),
+    places=lambda: nn.Embedding(6, WIDTH),
+    norm=lambda: nn.LayerNorm(WIDTH),
+    up=lambda: nn.Linear(WIDTH, WIDTH),
+    down=lambda: nn.Linear(WIDTH, WIDTH, bias=False),
+    last=lambda: nn.RMSNorm(WIDTH),
+    head=lambda: nn.Linear(WIDTH, CLASSES),
+)
+def Text(self, ids):
     """Every kind of layer that texts go through; places are shared by all samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH, padding_idx=1)
-        self.places = nn.Embedding(6, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, WIDTH)
-        self.down = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.last = nn.RMSNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, ids):
-        h = self.words(ids) + self.places(torch.arange(ids.shape[1]).unsqueeze(0))
-        h = h + self.down(F.gelu(self.up(self.norm(h))))
-        return self.head(self.last(h).mean(1))
+    h = self.words(ids) + self.places(torch.arange(ids.shape[1]).unsqueeze(0))
+    h = h + self.down(F.gelu(self.up(self.norm(h))))
+    return self.head(self.last(h).mean(1))
 
 
-class Images(nn.Module):
+@modules.of(
+    first=lambda: nn.Conv2d(3, 4, 3, padding=1),
+    batch=lambda: nn.BatchNorm2d(4),
+    group=lambda: nn.GroupNorm(2, 4),
+    second=lambda: nn.Conv2d(4, 4, 3, groups=2),
+    head=lambda: nn.Linear(4, CLASSES),
+)
+def Images(self, x):
     """Every kind of layer that images go through."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.batch = nn.BatchNorm2d(4)
-        self.group = nn.GroupNorm(2, 4)
-        self.second = nn.Conv2d(4, 4, 3, groups=2)
-        self.head = nn.Linear(4, CLASSES)
-
-    def forward(self, x):
-        h = self.second(self.group(F.relu(self.batch(self.first(x)))))
-        return self.head(h.mean((2, 3)))
+    h = self.second(self.group(F.relu(self.batch(self.first(x)))))
+    return self.head(h.mean((2, 3)))
 
 
-class Attention(nn.Module):
+@modules.of(
+    words=lambda: nn.Embedding(WORDS, WIDTH),
+    norm=lambda: nn.LayerNorm(WIDTH),
+    qkv=lambda: nn.Linear(WIDTH, 3 * WIDTH),
+    out=lambda: nn.Linear(WIDTH, WIDTH),
+    head=lambda: nn.Linear(WIDTH, CLASSES),
+)
+def Attention(self, ids):
     """One layer of fused attention over any number of tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.out = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, ids):
-        h = self.norm(self.words(ids))
-        q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.head((h + self.out(attended.transpose(1, 2).flatten(2))).mean(1))
+    h = self.norm(self.words(ids))
+    q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return self.head((h + self.out(attended.transpose(1, 2).flatten(2))).mean(1))
 
 
-class Gated(nn.Module):
+@modules.of(
+    words=lambda: nn.Embedding(WORDS, WIDTH),
+    scaled=lambda: Scaled(),
+    memory=lambda: nn.GRU(WIDTH, WIDTH, batch_first=True),
+    head=lambda: nn.Linear(WIDTH, CLASSES),
+)
+def Gated(self, ids):
     """Layers without a rule: parameters of its own, and a recurrent one."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH)
-        self.scaled = Scaled()
-        self.memory = nn.GRU(WIDTH, WIDTH, batch_first=True)
-        self.head = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, ids):
-        return self.head(self.memory(self.scaled(self.words(ids)))[0].mean(1))
+    return self.head(self.memory(self.scaled(self.words(ids)))[0].mean(1))
 
 
-class Scaled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.rand(WIDTH, WIDTH))
-
-    def forward(self, x):
-        return x + x @ self.gain
+@modules.of(gain=lambda: nn.Parameter(torch.rand(WIDTH, WIDTH)))
+def Scaled(self, x):
+    return x + x @ self.gain
 
 
 class Checkpointed(nn.Module):
@@ -227,8 +211,7 @@ def test_a_model_in_bfloat16_has_its_gradients(name):
 
 def features(model, save_dir, batches, **options):
     """Features by hooks, which pass their own checks on both batches."""
-    traker = cases.make(model, save_dir, 10, proj_dim=32, **options)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, save_dir, 10, proj_dim=32, **options)
     for batch in batches:
         traker.featurize(batch, num_samples=5)
     assert traker.gradient_computer.name == "hooks"

@@ -20,7 +20,7 @@ from fastproj.trak import (
     IterativeGradientComputer,
     Seq2SeqModelOutput,
 )
-from tests.trak import cases
+from tests.trak import cases, modules
 
 TASK = ImageClassificationModelOutput()
 SIZES = (5, 4, 1, 3)
@@ -303,8 +303,7 @@ def flat(grads):
 
 def run(model, batch, save_dir, sizes=SIZES, **options):
     """Features of batches of some sizes, and the computer that made the last of them."""
-    traker = cases.make(model, save_dir, len(batch[0]), **options)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, save_dir, len(batch[0]), **options)
     begin = 0
     for size in sizes:
         rows = slice(begin, begin + size)
@@ -365,14 +364,12 @@ def test_a_loop_for_one_module_is_said_in_the_log_alone(name, tmp_path, caplog):
 
 @pytest.mark.parametrize("way", ["auto", "func"])
 def test_what_vmap_lacks_is_no_warning_to_the_user(way, tmp_path):
-    class Bag(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.words = nn.EmbeddingBag(9, 4, mode="sum")
-            self.head = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
-
-        def forward(self, ids):
-            return self.head(self.words(ids))
+    @modules.of(
+        words=lambda: nn.EmbeddingBag(9, 4, mode="sum"),
+        head=lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
+    )
+    def Bag(self, ids):
+        return self.head(self.words(ids))
 
     batch = torch.arange(15).reshape(5, 3) % 9, torch.arange(5) % 3
     with warnings.catch_warnings():
@@ -402,18 +399,12 @@ def test_folded_images_in_one_piece_and_in_many(size, monkeypatch):
 # ---- later batches -------------------------------------------------------------------------------
 
 
-class Fragile(nn.Module):
+@modules.of(places=lambda: nn.Embedding(3, 4), head=lambda: nn.Linear(4, 3))
+def Fragile(self, x):
     """Can't have a clone of its layer's output where there are four samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.places = nn.Embedding(3, 4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        shared = self.places(torch.arange(3).unsqueeze(0))
-        h = x + (shared.repeat(4, 1, 1) if len(x) == 4 else shared)
-        return self.head(h.mean(1))
+    shared = self.places(torch.arange(3).unsqueeze(0))
+    h = x + (shared.repeat(4, 1, 1) if len(x) == 4 else shared)
+    return self.head(h.mean(1))
 
 
 def test_what_fails_in_a_later_batch_goes_on_to_the_next_computer(tmp_path):

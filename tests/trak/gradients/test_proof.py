@@ -11,24 +11,19 @@ from torch import nn
 
 from fastproj import TRAKer
 from fastproj.trak import HooksError, NotReadyError
-from tests.trak import cases
+from tests.trak import cases, modules
 
 N = 12
 
 
-class TimeMajor(nn.Module):
+@modules.of(
+    words=lambda: nn.Embedding(20, 8), mix=lambda: nn.Linear(8, 8), head=lambda: nn.Linear(8, 4)
+)
+def TimeMajor(self, ids):  # [B, T]
     """Rows of one dimension by place, then by sample: hooks ascribe them to other samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.words = nn.Embedding(20, 8)
-        self.mix = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, ids):  # [B, T]
-        size, length = ids.shape
-        rows = self.mix(self.words(ids).transpose(0, 1).reshape(-1, 8)).tanh()
-        return self.head(rows.view(length, size, 8).mean(0))
+    size, length = ids.shape
+    rows = self.mix(self.words(ids).transpose(0, 1).reshape(-1, 8)).tanh()
+    return self.head(rows.view(length, size, 8).mean(0))
 
 
 class Switched(nn.Module):
@@ -78,9 +73,7 @@ def floats(n=N, seed=0):
 
 
 def make(model, save_dir, n=N, **options):
-    traker = cases.make(model, save_dir, n, **options)
-    traker.load_checkpoint(model.state_dict(), 0)
-    return traker
+    return cases.loaded(model, save_dir, n, **options)
 
 
 def featurize(traker, model, x, sizes):
@@ -107,8 +100,7 @@ def fitted(model):
 def test_the_first_batch_of_several_is_checked_however_many_of_one_came_before(tmp_path):
     model = fitted(TimeMajor())
     generator = torch.Generator().manual_seed(0)
-    traker = cases.make(model, tmp_path, 22)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, 22)
     sizes = [(1, length) for length in range(20, 0, -1)] + [(2, 10)]
     shapes = [torch.randint(20, shape, generator=generator) for shape in sizes]
     data = [(ids, torch.arange(len(ids)) % 4) for ids in shapes]
@@ -131,8 +123,7 @@ def test_every_structure_of_several_samples_is_checked(tmp_path):
             return self.head(self.mix(self.words(ids)).tanh().mean(1))
 
     model = fitted(Late())
-    traker = cases.make(model, tmp_path, 40)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, 40)
     labels = torch.tensor([0, 1])
     for length in range(1, 20):
         ids = torch.full((2, length), length % 19) + torch.tensor([[0], [1]])
@@ -281,16 +272,11 @@ def cases_of(model, x):
 def test_a_check_that_is_not_finite_proves_nothing_of_finite_gradients(tmp_path):
     """Autograd says NaN, the rule of the layer does not look."""
 
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Linear(4, 4)
-            self.head = nn.Linear(4, 4)
-
-        def forward(self, x):
-            h = self.body(x)
-            root = (x[:, :1] * self.head.weight[0, 0] * 0).abs().sqrt()  # slope infinite at 0
-            return self.head(h) + root
+    @modules.of(body=lambda: nn.Linear(4, 4), head=lambda: nn.Linear(4, 4))
+    def Hidden(self, x):
+        h = self.body(x)
+        root = (x[:, :1] * self.head.weight[0, 0] * 0).abs().sqrt()  # slope infinite at 0
+        return self.head(h) + root
 
     model = fitted(Hidden())
     traker = make(model, tmp_path)

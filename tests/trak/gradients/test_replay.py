@@ -170,7 +170,7 @@ def test_features_do_not_depend_on_which_batches_were_checked(tmp_path):
             rows = torch.arange(4 * number, 4 * number + 4)
             traker.featurize((train[0][rows], train[1][rows]), inds=rows)
         assert traker.gradient_computer.name == "hooks"
-        assert traker._training_computer.name == "hooks"
+        assert traker._featurizer.training_computer.name == "hooks"
         kept.append((traker.saver.matrix(0), traker.saver.out_to_loss(0)))
     for ours, theirs in zip(*kept, strict=True):
         assert torch.equal(ours, theirs)

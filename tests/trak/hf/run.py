@@ -47,13 +47,14 @@ def main(what: str, folder: Path) -> None:
 def noted(traker: HFTRAKer) -> list[int]:
     """The training samples whose features are computed from here on."""
     computed: list[int] = []
-    features = traker.traker._features
+    featurizer = traker.traker._featurizer
+    features = featurizer.features
 
     def noting(batch, model_id, inds, training=False):
         computed.extend(inds.tolist() if training else [])
         return features(batch, model_id, inds, training)
 
-    traker.traker._features = noting  # type: ignore[method-assign]
+    featurizer.features = noting  # type: ignore[method-assign]
     return computed
 
 

@@ -27,7 +27,7 @@ from fastproj.trak.files import read_json
 from fastproj.trak.solving import ridge
 from fastproj.trak.solving.solve import Gram
 from fastproj.trak.store.store import DRAWN
-from tests.trak import cases
+from tests.trak import cases, modules
 
 M = 5
 
@@ -193,17 +193,10 @@ def test_what_is_summed_up(tmp_path, monkeypatch, task, n, k):
 # ---- sequences ----------------------------------------------------------------------------------
 
 
-class Language(nn.Module):
+@modules.of(seed=0, table=lambda: nn.Embedding(6, 5), head=lambda: nn.Linear(5, 6))
+def Language(self, input_ids, attention_mask=None):
     """Logits of the next of 6 tokens from the last one; input_ids [B, T]."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = nn.Embedding(6, 5)
-        self.head = nn.Linear(5, 6)
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.head(torch.tanh(self.table(input_ids)))
+    return self.head(torch.tanh(self.table(input_ids)))
 
 
 def texts(n, seed=0):
@@ -394,7 +387,7 @@ def test_rows_dont_depend_on_batches(tmp_path, computer):
         options = {"gradient_computer": computer, "proj_dim": 8}
         traker = cases.make(model, tmp_path / str(size), 40, **options)
         cases.featurize(traker, model, 0, train, batch=size)
-        chosen = traker._draws.chosen(np.arange(40))
+        chosen = traker._featurizer.draws.chosen(np.arange(40))
         np.testing.assert_array_equal(traker.saver.index(0, DRAWN).done, chosen)
         drawn = traker.saver.matrix(0, DRAWN)[torch.from_numpy(chosen)]
         columns = [traker.saver.column(0, name) for name in ("curvature", "along", "drawn")]

@@ -22,6 +22,7 @@ from fastproj.trak import (
     StoreCorruptError,
 )
 from fastproj.trak.solving import ridge as module
+from fastproj.trak.solving.finalizing import solution_of
 from fastproj.trak.solving.ridge import (
     MARGIN,
     Moments,
@@ -565,11 +566,14 @@ def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
     traker.finalize_features()
     stored = traker.saver.systems.read_solve(0)
     traker.saver.systems.write_solve(0, {**stored, "more": 1})
-    assert traker._solution(0).lambda_reg == stored["lambda_reg"]
+    assert (
+        solution_of(traker.saver.systems, traker.score_computer, 0).lambda_reg
+        == stored["lambda_reg"]
+    )
     del stored["rank"]
     traker.saver.systems.write_solve(0, stored)
     with pytest.raises(StoreCorruptError, match=r"solve.json is damaged: it lacks rank.*finalize"):
-        traker._solution(0)
+        solution_of(traker.saver.systems, traker.score_computer, 0)
 
 
 def test_q_that_a_task_calls_probabilities_must_be_that(traker):

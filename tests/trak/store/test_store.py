@@ -164,8 +164,7 @@ def test_a_shard_of_another_run_is_refused(finished, model, train, tmp_path_fact
 def test_a_failed_write_loses_the_batch_and_nothing_else(
     tmp_path, model, train, monkeypatch, call, code
 ):
-    traker = cases.make(model, tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N)
     traker.featurize((train[0][:5], train[1][:5]), num_samples=5)
 
     def refuse(*_):
@@ -240,8 +239,7 @@ def test_a_full_disk(small_disk, model, train, tmp_path):
     targets = cases.data(M, seed=5)
     options = {"proj_dim": 500, "lambda_reg": "1*mean"}
     whole = cases.whole_run(tmp_path / "whole", [model], train, targets, **options)
-    traker = cases.make(model, folder / "store", N, **options)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, folder / "store", N, **options)
     for room in (256, 512):
         fill(folder, leave=12 << 10)
         with pytest.raises(StoreError, match=r"no room for .*train-.* bytes free.*go on"):
@@ -251,15 +249,14 @@ def test_a_full_disk(small_disk, model, train, tmp_path):
     done = traker.saver.index(0).done
     assert 0 < done.sum() < N
     remount("size=20m")
-    traker = cases.make(model, folder / "store", N, **options)
-    traker.load_checkpoint(model.state_dict(), 0)
-    features, computed = traker._features, []
+    traker = cases.loaded(model, folder / "store", N, **options)
+    features, computed = traker._featurizer.features, []
 
     def counted(batch, model_id, inds):
         computed.extend(inds)
         return features(batch, model_id, inds)
 
-    traker._features = counted
+    traker._featurizer.features = counted
     traker.featurize(train, num_samples=N)
     assert sorted(computed) == np.flatnonzero(~done).tolist()
     fill(folder, leave=4 << 10)
@@ -297,8 +294,7 @@ def test_a_read_only_disk(small_disk, model, train):
     scores = np.array(cases.whole_run(store, [model], train, cases.data(M, seed=5)))
     left = module.temporary_path(store / "models" / "0" / "left")
     left.with_name(left.name.replace(f".{os.getpid()}.", f".{2**30}.")).touch()
-    half = cases.make(model, folder / "half", N)
-    half.load_checkpoint(model.state_dict(), 0)
+    half = cases.loaded(model, folder / "half", N)
     remount("ro")
     with pytest.raises(StoreError, match=r"can't make the directory .* \(Read-only file system"):
         cases.make(model, folder / "new", N)
@@ -316,8 +312,7 @@ def test_a_read_only_disk(small_disk, model, train):
 
 
 def test_a_limit_on_the_size_of_files(tmp_path, model, train):
-    traker = cases.make(model, tmp_path, N, proj_dim=500)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N, proj_dim=500)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 10, before[1]))
     try:
@@ -353,8 +348,7 @@ def test_two_writers_of_one_checkpoint(finished, model, train, tmp_path_factory)
 
 def test_left_over_temporary_files_go_when_their_process_is_gone(tmp_path, model):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
-    traker = cases.make(model, tmp_path, N)
-    traker.load_checkpoint(model.state_dict(), 0)
+    traker = cases.loaded(model, tmp_path, N)
     folder = tmp_path / "models" / "0"
     dead, live = module.temporary_path(folder / "a"), module.temporary_path(folder / "b")
     dead = dead.with_name(dead.name.replace(f".{os.getpid()}.", f".{int(gone.stdout)}."))

@@ -27,21 +27,17 @@ from fastproj.trak import (
 )
 from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.tasks.base import Terms
+from tests.trak import modules
 
 IGNORED = -100
 
 
-class Echo(nn.Module):
+@modules.of(unused=lambda: nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+def Echo(self, logits: Any = None, **inputs: Any) -> Any:
     """Returns the logits, or the embeddings, that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-    def forward(self, logits: Any = None, **inputs: Any) -> Any:
-        if "u" in inputs:
-            return types.SimpleNamespace(image_embeds=inputs["u"], text_embeds=inputs["v"])
-        return logits
+    if "u" in inputs:
+        return types.SimpleNamespace(image_embeds=inputs["u"], text_embeds=inputs["v"])
+    return logits
 
 
 class Case(NamedTuple):

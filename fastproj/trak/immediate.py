@@ -1,0 +1,97 @@
+"""Scores that are returned at once and not kept: in parts, or of other training samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastproj.factored import FactoredProjector
+from fastproj.projector import Projector
+from fastproj.trak.curvature import check_finite_terms, check_terms
+from fastproj.trak.featurizer import Featurizer
+from fastproj.trak.gradients import AbstractGradientComputer, project_modules
+from fastproj.trak.readiness import require_all
+from fastproj.trak.solving.scoring import scores_of_targets, target_features, target_weights
+from fastproj.trak.solving.solve import ScoreComputer
+from fastproj.trak.tasks import TokenOutput
+
+Scores = npt.NDArray[np.float32]
+
+
+def scores_in_parts(
+    made_by: Featurizer,
+    score_computer: ScoreComputer,
+    model_id: int,
+    batch: tuple[Any, ...],
+    size: int,
+    per: str,
+) -> Scores:
+    """The scores of the targets in a batch by each module or token, [n, B, parts]."""
+    computer, projector, task = made_by.computer, made_by.projector, made_by.task
+    if not isinstance(computer, AbstractGradientComputer) or not computer.gives_rows():
+        raise ValueError(
+            f"score: received per={per!r} with a gradient_computer of another kind; expected "
+            '"auto", "hooks", "func" or "loop"'
+        )
+    if per == "module" and not isinstance(projector, Projector | FactoredProjector):
+        raise ValueError(
+            f'score: received per="module" with a {type(projector).__name__}, which can\'t project '
+            "parts of a gradient; expected fastproj.Projector or fastproj.FactoredProjector"
+        )
+    if per == "token" and not hasattr(task, "token_outputs"):
+        raise ValueError(
+            f'score: received per="token" with the task {type(task).__name__}; expected causal_lm '
+            "or seq2seq, or a task with token_outputs"
+        )
+    if per not in ("module", "token"):
+        raise ValueError(f"score: received per={per!r}; expected 'module' or 'token'")
+    with made_by.loaded.guarded("score", True), made_by.own_dtype():
+        made_by.out_to_loss(batch)
+        if per == "module":
+            parts = project_modules(computer, batch, projector, model_id)
+        else:
+            parts = computer.sibling(TokenOutput(task)).project_rows(batch, projector, model_id)
+    rows = [made_by.scaled(part, np.arange(size)) for part in parts]
+    targets = torch.stack(rows, 1).flatten(0, 1)
+    scores = scores_of_targets(made_by.saver.systems, score_computer, model_id, targets)
+    return scores.reshape(len(scores), size, len(rows))
+
+
+class Stream:
+    """The scores of other training samples on all targets of an experiment, by one checkpoint.
+
+    Raises NotReadyError unless all targets were given.
+    """
+
+    def __init__(
+        self, made_by: Featurizer, score_computer: ScoreComputer, model_id: int, exp_name: str
+    ) -> None:
+        saver = made_by.saver
+        require_all(saver, "score", model_id, exp_name)
+        columns = range(saver.num_columns(exp_name))
+        targets = target_features(saver, model_id, exp_name, columns)
+        self.weights = target_weights(saver.systems, score_computer, model_id, targets)  # [m, k]
+        self.made_by, self.score_computer, self.model_id = made_by, score_computer, model_id
+
+    def scores(self, batch: tuple[Any, ...], size: int) -> Scores:
+        """Those of the samples in a batch, [B, m]."""
+        made_by, model_id, inds = self.made_by, self.model_id, np.arange(size)
+        with made_by.loaded.guarded("score", True), made_by.own_dtype():
+            if made_by.draws is None:
+                q = made_by.out_to_loss(batch)
+                (features,) = made_by.features(batch, model_id, inds)
+            else:
+                predictions = made_by.task.num_predictions(batch)
+                noise = made_by.draws.noise(model_id, inds, predictions, some=False)
+                samples = *batch, noise.to(made_by.device)
+                terms = made_by.training_computer.compute_terms(samples)
+                check_terms(terms, size, inds)
+                check_finite_terms(terms, inds)
+                q = terms.slope.float()
+                (features,) = made_by.features(samples, model_id, inds, training=True)
+        product = self.score_computer.scores(features.float().cpu(), self.weights)
+        scores: Scores = product.mul_(q.cpu().unsqueeze(1)).numpy()
+        return scores
