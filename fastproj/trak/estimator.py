@@ -18,7 +18,8 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, SupportsIndex
 
@@ -52,6 +53,7 @@ from fastproj.trak.gradients import (
     project_modules,
     resolve_gradient_computer,
 )
+from fastproj.trak.gradients.memory import enough_memory
 from fastproj.trak.inputs import (
     as_groups,
     as_indices,
@@ -445,57 +447,39 @@ class TRAKer:
     ) -> None:
         """Compute and keep the features and terms of the ``new`` samples of a batch."""
         chosen = draws.chosen(inds) & new
-        noise = draws.noise(model_id, inds, self.task.num_predictions(batch)).to(self.device)
-        if not chosen.any():
-            noise = noise[:, :0]
-        with self._loaded.guarded("featurize", False), self._own_dtype():
+        predictions = self.task.num_predictions(batch)
+        noise = draws.noise(model_id, inds, predictions, bool(chosen.any())).to(self.device)
+        with self._loaded.guarded("featurize", False), self._computing():
             # Of the whole batch: a task may compare its samples.
             terms = self._training_computer.compute_terms((*batch, noise))
         check_terms(terms, len(inds), inds)
-        some = chosen if terms.drawn.shape[1] else np.zeros(len(inds), np.bool_)
-        parts = [part for part in (new & some, new & ~some) if part.any()]
-        if new.all() and 2 * some.sum() >= len(inds):
-            # Rows of the others, for nothing, cost no more than running parts of the batch again.
-            parts = [new]
-        made = []
-        for part in parts:
-            own = bool((part & some).any())
-            places = torch.from_numpy(np.flatnonzero(part)).to(self.device)
-            samples = *batch, noise if own or not terms.drawn.shape[1] else noise[:, :0]
-            if not part.all():  # else it is the batch that the terms are of
-                samples = batches.select(samples, places)
-            with self._loaded.guarded("featurize", part is parts[-1]):
-                features, *rows = self._features(samples, model_id, inds[part], training=True)
-            made.append((part, places, features, rows, self._training_computer.on_trust))
-        check_finite_terms(terms, inds)
-        for part, places, features, rows, on_trust in made:
-            drawn = part & some
-            if drawn.any():  # before the samples: what says that they are done
-                kept = torch.from_numpy(some[part]).to(self.device)
-                self.saver.write_shard(
-                    model_id,
-                    draws.rows(inds[drawn]).reshape(-1),
-                    content[drawn].repeat(len(rows)),
-                    torch.stack(rows, 1)[kept].flatten(0, 1),
-                    terms.drawn[places[kept]].flatten(),
-                    DRAWN,
-                    on_trust,
-                )
-            columns = {
-                "curvature": terms.curvature[places],
-                "along": terms.along[places],
-                "drawn": torch.from_numpy(some[part] * float(len(rows))).float(),
-            }
+        places = torch.from_numpy(np.flatnonzero(new)).to(self.device)
+        samples = *batch, noise
+        if not new.all():  # else it is the batch that the terms are of
+            samples = batches.select(samples, places)
+        every, inds, content = inds, inds[new], content[new]
+        some = chosen[new] & (terms.drawn.shape[1] > 0)
+        with self._loaded.guarded("featurize", True):
+            features, *rows = self._features(samples, model_id, inds, some)
+        on_trust = self._training_computer.on_trust
+        check_finite_terms(terms, every)
+        if some.any():  # before the samples: what says that they are done
             self.saver.write_shard(
                 model_id,
-                inds[part],
-                content[part],
-                features,
-                terms.slope[places],
-                None,
+                draws.rows(inds[some]).reshape(-1),
+                content[some].repeat(len(rows)),
+                torch.stack(rows, 1).flatten(0, 1),
+                terms.drawn[places[torch.from_numpy(some).to(self.device)]].flatten(),
+                DRAWN,
                 on_trust,
-                columns,
             )
+        columns = {
+            "curvature": terms.curvature[places],
+            "along": terms.along[places],
+            "drawn": torch.from_numpy(some * float(len(rows))).float(),
+        }
+        slope = terms.slope[places]
+        self.saver.write_shard(model_id, inds, content, features, slope, None, on_trust, columns)
 
     def _is_mine(
         self, function: str, batch: tuple[Any, ...], inds: Indices, num_samples: Any
@@ -608,7 +592,7 @@ class TRAKer:
 
     def _out_to_loss(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of a batch, float32 [B]."""
-        with self._own_dtype():
+        with self._computing():
             q: Tensor = self.gradient_computer.compute_loss_grad(batch).detach()
         size = batches.size(batch)
         if q.numel() != size:
@@ -618,9 +602,10 @@ class TRAKer:
             )
         return q.reshape(-1).float()
 
-    def _own_dtype(self) -> torch.autocast:
-        """A context without the caller's autocast, which a log line mentions: gradients have the
-        model's dtype.
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Within the block gradients of a batch are computed, in the model's dtype: without the
+        caller's autocast, which a log line mentions.
         """
         if torch.is_autocast_enabled(self.device.type) and not self._warned_autocast:
             self._warned_autocast = True
@@ -628,28 +613,38 @@ class TRAKer:
                 "TRAKer: torch.autocast is off while gradients are computed, in the model's own "
                 "dtype; load a model in bfloat16 for gradients in bfloat16"
             )
-        return torch.autocast(self.device.type, enabled=False)
+        with torch.autocast(self.device.type, enabled=False), enough_memory():
+            yield
 
     def _features(
-        self, batch: tuple[Any, ...], model_id: int, inds: Indices, training: bool = False
+        self,
+        batch: tuple[Any, ...],
+        model_id: int,
+        inds: Indices,
+        drawn: npt.NDArray[np.bool_] | None = None,
     ) -> list[Tensor]:
         """Scaled features of each output of a batch, [B, k]; the gradients are projected in chunks.
 
-        training : whether the outputs are those of the likelihood.
+        drawn : None, or the outputs are those of the likelihood, and this says which samples [B]
+            have drawn ones. These are [b, k].
         """
+        training = drawn is not None
         computer = self._training_computer if training else self.gradient_computer
         if isinstance(computer, AbstractGradientComputer):
             computer.trusting = not self.saver.distrusted(model_id)
             computer.when_disproved = partial(self._distrust, model_id)
-        with self._own_dtype():
-            if training:
-                rows = computer.project_rows(batch, self.projector, model_id)
-            elif hasattr(computer, "project"):
-                rows = [computer.project(batch, self.projector, model_id).detach()]
+        with self._computing():
+            if drawn is not None:
+                chosen = torch.from_numpy(drawn).to(self.device)
+                features, rows = computer.project_drawn(batch, chosen, self.projector, model_id)
+                some = inds[drawn]
+                return [self._scaled(features, inds), *(self._scaled(r, some) for r in rows)]
+            if hasattr(computer, "project"):
+                features = computer.project(batch, self.projector, model_id).detach()
             else:  # a class with trak's methods
                 grads = computer.compute_per_sample_grad(batch)
-                rows = [self.projector.project(grads, model_id=model_id).detach()]
-        return [self._scaled(features, inds) for features in rows]
+                features = self.projector.project(grads, model_id=model_id).detach()
+        return [self._scaled(features, inds)]
 
     def _scaled(self, features: Tensor, inds: Indices) -> Tensor:
         """Features [B, k] over ``normalize_factor``, checked."""
@@ -905,7 +900,7 @@ class TRAKer:
             )
         if per not in ("module", "token"):
             raise ValueError(f"score: received per={per!r}; expected 'module' or 'token'")
-        with self._loaded.guarded("score", True), self._own_dtype():
+        with self._loaded.guarded("score", True), self._computing():
             self._out_to_loss(batch)
             if per == "module":
                 parts = project_modules(computer, batch, self.projector, model_id)
@@ -929,7 +924,7 @@ class TRAKer:
             weights = target_weights(self.saver, model_id, exp_name, columns, self._solution)
             self._target_weights = key, weights.to(self.score_computer.device)
         inds = np.arange(size)
-        with self._loaded.guarded("score", True), self._own_dtype():
+        with self._loaded.guarded("score", True), self._computing():
             if self._draws is None:
                 q = self._out_to_loss(batch)
                 (features,) = self._features(batch, model_id, inds)
@@ -941,7 +936,8 @@ class TRAKer:
                 check_terms(terms, size, inds)
                 check_finite_terms(terms, inds)
                 q = terms.slope.float()
-                (features,) = self._features(samples, model_id, inds, training=True)
+                nothing = np.zeros(size, np.bool_)
+                (features,) = self._features(samples, model_id, inds, nothing)
         product = self.score_computer.scores(features.float().cpu(), self._target_weights[1])
         scores: npt.NDArray[np.float32] = product.mul_(q.cpu().unsqueeze(1)).numpy()
         return scores
