@@ -63,7 +63,7 @@ def convolution(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspa
 def transposed_convolution(
     layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace
 ) -> Parts:
-    """The same of a ``ConvTranspose``, W [C, O / groups, ...]: x times the patches of g."""
+    """``y`` of the transposed convolution, W [C, O / groups, ...]: x times the patches of g."""
     if "weight" in names:
         yield "weight", Patches(layer, g, x, work)
     if "bias" in names:

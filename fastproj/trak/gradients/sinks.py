@@ -221,7 +221,7 @@ class Check:
     Attributes
     ----------
     sizes : [rows, B], float64: the norm of each gradient, as if its pieces were orthogonal.
-    finite : [B], bool: whether all of a sample's gradient is.
+    finite : [B], bool: whether a sample's gradient is, as far as that was looked at.
     """
 
     def __init__(
@@ -242,11 +242,9 @@ class Check:
         """Subtract the samples' part from what is expected."""
         values, weights = piece.values, self.split.weights_of(row)
         samples = slice(None) if piece.rows is None else piece.rows
-        weights, sizes = weights[samples], norms(values)
-        self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], sizes)
-        if self.known is None:
-            self.finite[samples] &= torch.isfinite(sizes)
-        elif self.known.infinite:
+        weights = weights[samples]
+        self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], norms(values))
+        if self.known is not None and self.known.infinite:
             counts = self.known.counts[samples]
             self.finite[samples] &= torch.isfinite(values).all(1)
             values, weights = values[counts], weights[counts]  # 0 times inf would be NaN
