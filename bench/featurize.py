@@ -11,10 +11,11 @@ comes a plain forward and backward of the same batch (the mean loss, gradients o
 the provider's calls, over that of the process during plain forward and backward before the
 provider was made. Models are in eval mode, their weights random, but for minilm's.
 
-fastproj's times are of whole calls of TRAKer.featurize, checks and writing to disk included, and of
-features alone (curvature="trak"): the default curvature draws for at most 2 K samples of a training
-set, which "default" does for each. Others: see bench/featurization/providers, where each file says
-what is compared.
+fastproj's times are of whole calls of TRAKer.featurize, writing to disk included, and of features
+alone (curvature="trak"): the default curvature draws for at most 2 K samples of a training set,
+which "default" does for each. Batches 1, 2, 4, 8 ... are checked against plain autograd: the first
+four don't count for the time, but for the memory. Others: see bench/featurization/providers, where
+each file says what is compared.
 
 A provider that isn't installed, fails, or takes longer than --limit is reported as such. The
 command fails where a target is missed, or features have other norms than gradients.

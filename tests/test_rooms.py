@@ -64,7 +64,7 @@ def test_the_library_needs_no_testbed() -> None:
 # A file or folder of fastproj/trak imports from floors below its own.
 FLOORS = (
     {"batches", "callers", "files", "progress", "sharded"},
-    {"distributed", "fingerprints", "inputs"},
+    {"attributes", "distributed", "fingerprints", "inputs"},
     {"store", "tasks"},
     {"checkpoints", "evaluation", "gradients", "solving"},
     {"curvature", "saver"},

@@ -38,7 +38,7 @@ class Prepared:
     """How to featurize a batch.
 
     call : featurizes the next batch of training samples.
-    warm_up : calls that don't count.
+    warm_up : calls that don't count for the time; at most MOST_WARM_UP.
     dims : numbers that are kept of a sample; 0 where nothing is.
     repeats : timed calls, where those asked for would take too long.
     check : after the calls, what the features of the sample that came last say of its gradient: the

@@ -14,6 +14,8 @@ from bench.featurization.workloads import WORKLOADS, Batch, steps
 
 Row = dict[str, Any]
 
+MOST_WARM_UP = 4  # calls of a provider that don't count
+
 
 class Sizes(NamedTuple):
     """Samples of a batch, their length, K, timed calls, threads, and whether models are tiny."""
@@ -68,7 +70,7 @@ def measured(provider: str, workload: str, sizes: Sizes) -> Row:
     of_plain: list[float] = []
     warm_up: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        most = 2 + sizes.repeats  # calls; no provider has more that don't count
+        most = MOST_WARM_UP + sizes.repeats  # calls
         count = most * sizes.batch
         job = Job(kind, model, batch(0), count, sizes.proj_dim, folder)
         memory.begin()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.checks import listed
+from fastproj.trak.attributes import Attributes
 from fastproj.trak.files import tensor_digest
 from fastproj.trak.fingerprints import combined_digest, model_digests, quick_sums
 from fastproj.trak.tasks.base import COPYING, SMALL_BYTES
@@ -199,6 +200,8 @@ class LoadedModel:
     Buffers that the model's own forward writes to in eval mode (caches, counters) are put back
     where tasks don't get copies, so that features don't depend on the order of batches.
 
+    Attributes that are no tensors may change; a warning says so (``attributes``).
+
     Attributes
     ----------
     digest : hash of all parameters and buffers.
@@ -212,6 +215,7 @@ class LoadedModel:
         self._versions = versions(named_tensors(model))
         self._places = places(model)
         self._persistent = set(model.state_dict())
+        self._attributes = Attributes(model)
         self._written: set[str] = set()  # buffers, by the model's own forward
         self._copies: dict[str, Tensor] = {}
         room = COPIED_BYTES
@@ -236,18 +240,23 @@ class LoadedModel:
 
         run : calls the model once, to see which buffers it writes to by itself.
         """
-        changed = self._changed(False)
-        if set(changed) <= self._written:
-            self._put_back(changed)
-        elif set(changed) <= set(self._copies):
-            received = {name: t.detach().clone() for name, t in self.model.named_buffers()}
-            self._put_back(changed)
+
+        def run_guarded() -> None:
             token = COPYING.set(False)
             try:
                 with self.guarded(function, False), torch.no_grad():
                     run()
             finally:
                 COPYING.reset(token)
+
+        self._attributes.warn_of_changes(function, run_guarded)
+        changed = self._changed(False)
+        if set(changed) <= self._written:
+            self._put_back(changed)
+        elif set(changed) <= set(self._copies):
+            received = {name: t.detach().clone() for name, t in self.model.named_buffers()}
+            self._put_back(changed)
+            run_guarded()
             if not set(changed) <= self._written:
                 self._put_back(changed, received)
                 raise self._changed_since(function, changed)
@@ -267,6 +276,7 @@ class LoadedModel:
             with no_renorm(self.model):
                 yield
         finally:
+            self._attributes.settle()
             changed = self._changed(every)
             for name in [name for name in changed if name not in self._hashes]:
                 made = named_tensors(self.model)[name].detach()  # by its first forward

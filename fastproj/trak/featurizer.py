@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastproj.trak.checkpoints import LoadedModel, load_state
 from fastproj.trak.curvature import Draws, check_finite_terms, check_terms
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import AbstractGradientComputer
+from fastproj.trak.gradients.memory import enough_memory
 from fastproj.trak.inputs import check_finite, check_mode
 from fastproj.trak.saver import Saver
 from fastproj.trak.store.store import DRAWN
@@ -95,9 +97,10 @@ class Featurizer:
                 self._use_model()
         return prepared, size
 
-    def own_dtype(self) -> torch.autocast:
-        """A context without the caller's autocast, which a log line mentions: gradients have the
-        model's dtype.
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within the block gradients of a batch are computed, in the model's dtype: without the
+        caller's autocast, which a log line mentions.
         """
         if torch.is_autocast_enabled(self.device.type) and not self._warned_autocast:
             self._warned_autocast = True
@@ -105,13 +108,14 @@ class Featurizer:
                 "TRAKer: torch.autocast is off while gradients are computed, in the model's own "
                 "dtype; load a model in bfloat16 for gradients in bfloat16"
             )
-        return torch.autocast(self.device.type, enabled=False)
+        with torch.autocast(self.device.type, enabled=False), enough_memory():
+            yield
 
     # ---- of a batch -----------------------------------------------------------------------------
 
     def out_to_loss(self, batch: tuple[Any, ...]) -> Tensor:
         """Q of a batch, float32 [B]."""
-        with self.own_dtype():
+        with self.computing():
             q: Tensor = self.computer.compute_loss_grad(batch).detach()
         size = batches.size(batch)
         if q.numel() != size:
@@ -122,25 +126,33 @@ class Featurizer:
         return q.reshape(-1).float()
 
     def features(
-        self, batch: tuple[Any, ...], model_id: int, inds: Indices, training: bool = False
+        self,
+        batch: tuple[Any, ...],
+        model_id: int,
+        inds: Indices,
+        drawn: npt.NDArray[np.bool_] | None = None,
     ) -> list[Tensor]:
         """Scaled features of each output of a batch, [B, k]; the gradients are projected in chunks.
 
-        training : whether the outputs are those of the likelihood.
+        drawn : None, or the outputs are those of the likelihood, and this says which samples [B]
+            have drawn ones. These are [b, k].
         """
-        computer = self.training_computer if training else self.computer
+        computer = self.computer if drawn is None else self.training_computer
         if isinstance(computer, AbstractGradientComputer):
             computer.trusting = not self.saver.distrusted(model_id)
             computer.when_disproved = partial(self._distrust, model_id)
-        with self.own_dtype():
-            if training:
-                rows = computer.project_rows(batch, self.projector, model_id)
-            elif hasattr(computer, "project"):
-                rows = [computer.project(batch, self.projector, model_id)]
+        with self.computing():
+            if drawn is not None:
+                chosen = torch.from_numpy(drawn).to(self.device)
+                features, rows = computer.project_drawn(batch, chosen, self.projector, model_id)
+                some = inds[drawn]
+                return [self.scaled(features, inds), *(self.scaled(r, some) for r in rows)]
+            if hasattr(computer, "project"):
+                features = computer.project(batch, self.projector, model_id)
             else:  # a class with trak's methods
                 grads = computer.compute_per_sample_grad(batch)
-                rows = [self.projector.project(grads, model_id=model_id)]
-        return [self.scaled(features, inds) for features in rows]
+                features = self.projector.project(grads, model_id=model_id)
+        return [self.scaled(features, inds)]
 
     def scaled(self, features: Tensor, inds: Indices) -> Tensor:
         """Features [B, k] over ``scale``, checked."""
@@ -202,51 +214,39 @@ class Featurizer:
     ) -> None:
         """The same for the Fisher matrix: features and terms of training samples, drawn rows."""
         chosen = draws.chosen(inds) & new
-        noise = draws.noise(model_id, inds, self.task.num_predictions(batch)).to(self.device)
-        if not chosen.any():
-            noise = noise[:, :0]
-        with self.loaded.guarded("featurize", False), self.own_dtype():
+        predictions = self.task.num_predictions(batch)
+        noise = draws.noise(model_id, inds, predictions, bool(chosen.any())).to(self.device)
+        with self.loaded.guarded("featurize", False), self.computing():
             # Of the whole batch: a task may compare its samples.
             terms = self.training_computer.compute_terms((*batch, noise))
         check_terms(terms, len(inds), inds)
-        some = chosen if terms.drawn.shape[1] else np.zeros(len(inds), np.bool_)
-        parts = [part for part in (new & some, new & ~some) if part.any()]
-        if new.all() and 2 * some.sum() >= len(inds):
-            # Rows of the others, for nothing, cost no more than running parts of the batch again.
-            parts = [new]
-        made = []
-        for part in parts:
-            own = bool((part & some).any())
-            places = torch.from_numpy(np.flatnonzero(part)).to(self.device)
-            samples = *batch, noise if own or not terms.drawn.shape[1] else noise[:, :0]
-            if not part.all():  # else it is the batch that the terms are of
-                samples = batches.select(samples, places)
-            with self.loaded.guarded("featurize", part is parts[-1]):
-                features, *rows = self.features(samples, model_id, inds[part], training=True)
-            made.append((part, places, features, rows, self.training_computer.on_trust))
-        check_finite_terms(terms, inds)
-        for part, places, features, rows, on_trust in made:
-            drawn = part & some
-            if drawn.any():  # before the samples: what says that they are done
-                kept = torch.from_numpy(some[part]).to(self.device)
-                self.saver.write_shard(
-                    model_id,
-                    draws.rows(inds[drawn]).reshape(-1),
-                    content[drawn].repeat(len(rows)),
-                    torch.stack(rows, 1)[kept].flatten(0, 1),
-                    terms.drawn[places[kept]].flatten(),
-                    DRAWN,
-                    on_trust,
-                )
-            columns = {
-                "curvature": terms.curvature[places],
-                "along": terms.along[places],
-                "drawn": torch.from_numpy(some[part] * float(len(rows))).float(),
-            }
-            slope = terms.slope[places]
+        places = torch.from_numpy(np.flatnonzero(new)).to(self.device)
+        samples = *batch, noise
+        if not new.all():  # else it is the batch that the terms are of
+            samples = batches.select(samples, places)
+        every, inds, content = inds, inds[new], content[new]
+        some = chosen[new] & (terms.drawn.shape[1] > 0)
+        with self.loaded.guarded("featurize", True):
+            features, *rows = self.features(samples, model_id, inds, some)
+        on_trust = self.training_computer.on_trust
+        check_finite_terms(terms, every)
+        if some.any():  # before the samples: what says that they are done
             self.saver.write_shard(
-                model_id, inds[part], content[part], features, slope, None, on_trust, columns
+                model_id,
+                draws.rows(inds[some]).reshape(-1),
+                content[some].repeat(len(rows)),
+                torch.stack(rows, 1).flatten(0, 1),
+                terms.drawn[places[torch.from_numpy(some).to(self.device)]].flatten(),
+                DRAWN,
+                on_trust,
             )
+        columns = {
+            "curvature": terms.curvature[places],
+            "along": terms.along[places],
+            "drawn": torch.from_numpy(some * float(len(rows))).float(),
+        }
+        slope = terms.slope[places]
+        self.saver.write_shard(model_id, inds, content, features, slope, None, on_trust, columns)
 
     def _distrust(self, model_id: int) -> None:
         """Let features on trust no longer count: a check has found such gradients to be wrong."""

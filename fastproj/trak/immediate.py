@@ -48,7 +48,7 @@ def scores_in_parts(
         )
     if per not in ("module", "token"):
         raise ValueError(f"score: received per={per!r}; expected 'module' or 'token'")
-    with made_by.loaded.guarded("score", True), made_by.own_dtype():
+    with made_by.loaded.guarded("score", True), made_by.computing():
         made_by.out_to_loss(batch)
         if per == "module":
             parts = project_modules(computer, batch, projector, model_id)
@@ -79,7 +79,7 @@ class Stream:
     def scores(self, batch: tuple[Any, ...], size: int) -> Scores:
         """Those of the samples in a batch, [B, m]."""
         made_by, model_id, inds = self.made_by, self.model_id, np.arange(size)
-        with made_by.loaded.guarded("score", True), made_by.own_dtype():
+        with made_by.loaded.guarded("score", True), made_by.computing():
             if made_by.draws is None:
                 q = made_by.out_to_loss(batch)
                 (features,) = made_by.features(batch, model_id, inds)
@@ -91,7 +91,8 @@ class Stream:
                 check_terms(terms, size, inds)
                 check_finite_terms(terms, inds)
                 q = terms.slope.float()
-                (features,) = made_by.features(samples, model_id, inds, training=True)
+                nothing = np.zeros(size, np.bool_)
+                (features,) = made_by.features(samples, model_id, inds, nothing)
         product = self.score_computer.scores(features.float().cpu(), self.weights)
         scores: Scores = product.mul_(q.cpu().unsqueeze(1)).numpy()
         return scores

@@ -255,21 +255,31 @@ def test_transpose(isa, kind, dtype):
             assert relative(out - expected, expected) < bound
 
 
-def test_number_of_threads_changes_nothing(isa):
+@pytest.mark.parametrize(
+    ("shape", "proj_dim"),
+    [
+        ((3, 60000), 2100),  # threads share the rows of R and slabs of its columns
+        ((1333, 700), 64),  # and here the batch, in parts of 64
+        ((2049, 4100), 33),
+    ],
+)
+def test_number_of_threads_changes_nothing(isa, shape, proj_dim):
     if isa == "amx":
         pytest.skip("too large for the emulator; the split into tasks is shared by all sets")
     key = MatrixKey("rademacher", 1, 0)
-    grads = torch.randn(3, 60000)
+    grads = torch.randn(shape)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(run(grads, 2100, key))
+            results.append(run(grads, proj_dim, key))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+    some = torch.tensor([0, 1, shape[0] - 1])  # whatever the batch
+    assert torch.equal(results[0][some], run(grads[some], proj_dim, key))
 
 
 def test_calls_from_several_threads_at_once():

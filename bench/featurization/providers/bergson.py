@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.featurization.job import Job, Prepared, Unsupported
-from bench.featurization.providers.layers import called_on_positions
+from bench.featurization.providers.layers import called_on_positions, output_layer
 from bench.featurization.workloads import losses_of
 
 
@@ -38,7 +38,7 @@ def collect(job: Job, side_of: Any) -> Prepared:
     model: Any = job.model
     fitting = called_on_positions(model, job.first)
     kinds = LayerAdapter.supported_modules
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_layer(model)
     layers = {
         name
         for name, layer in model.named_modules()

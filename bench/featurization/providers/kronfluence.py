@@ -2,7 +2,8 @@
 
 Compared: Analyzer.compute_pairwise_scores of the batch and one query, with factors that were fitted
 before on a batch: it keeps no features, so that each set of targets costs a pass like this one.
-Linear layers and convolutions only.
+Linear layers and convolutions only, without the output layer of a language model, for which it
+would need a matrix of words by words; its own examples leave that out, too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.featurization.job import Job, Prepared
-from bench.featurization.providers.layers import samples_of, with_linear_layers
+from bench.featurization.providers.layers import output_layer, samples_of, with_linear_layers
 from bench.featurization.workloads import logits_of
 
 
@@ -26,7 +27,18 @@ def prepare(job: Job) -> Prepared:
 
     warnings.simplefilter("ignore", FutureWarning)
 
+    copied = with_linear_layers(job.model)
+    head = output_layer(copied)
+    layers = [
+        name
+        for name, layer in copied.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer is not head
+    ]
+
     class Asked(Task):
+        def get_influence_tracked_modules(self) -> list[str]:
+            return layers
+
         def compute_train_loss(
             self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False
         ) -> Tensor:
@@ -41,7 +53,7 @@ def prepare(job: Job) -> Prepared:
             return self.compute_train_loss(batch, model)
 
     task = Asked()
-    model = prepare_model(with_linear_layers(job.model), task)
+    model = prepare_model(copied, task)
     analyzer = Analyzer(
         "bench", model, task, cpu=True, output_dir=job.folder, disable_tqdm=True, log_level=40
     )

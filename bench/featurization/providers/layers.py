@@ -26,6 +26,11 @@ def with_linear_layers(model: nn.Module) -> nn.Module:
     return model
 
 
+def output_layer(model: Any) -> nn.Module | None:
+    """The layer of a language model that has an output for each word, or None."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def called_on_positions(model: nn.Module, batch: Mapping[str, Tensor]) -> set[str]:
     """The names of the modules whose input is [B, T, n]."""
     found: set[str] = set()

@@ -15,6 +15,10 @@ from fastproj import TRAKer
 # costs up to as much again for these: "default" does so for every sample.
 FEATURES = {"curvature": "trak"}
 
+# Batches 1, 2, 4, 8 ... of a checkpoint are checked against plain autograd: few of a long run, but
+# most of the first ones.
+WARM_UP = 4
+
 
 def prepare(job: Job, **options: Any) -> Prepared:
     """TRAKer with these options, the rest as it comes."""
@@ -39,7 +43,7 @@ def prepare(job: Job, **options: Any) -> Prepared:
 
     found = partial(against_gradient, traker) if options.get("curvature") == "trak" else None
     computer = {"computer": getattr(traker.gradient_computer, "name", None)}
-    return Prepared(call, job.proj_dim, check=found, details=computer)
+    return Prepared(call, job.proj_dim, WARM_UP, check=found, details=computer)
 
 
 def against_gradient(traker: Any, batch: dict[str, Tensor]) -> float:

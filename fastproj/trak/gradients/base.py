@@ -113,6 +113,36 @@ class AbstractGradientComputer(ABC):
         ]
         return [torch.cat(parts).detach() for parts in zip(*chunks, strict=True)]
 
+    def project_drawn(
+        self, batch: tuple[Any, ...], chosen: Tensor, projector: Any, model_id: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``project_rows`` of a ``TrainingOutput`` whose drawn rows are wanted of some samples.
+
+        Parameters
+        ----------
+        batch : of B samples, the noise last.
+        chosen : bool [B], which samples.
+
+        Returns
+        -------
+        The first output of all samples, [B, proj_dim], and the others of the b that are chosen,
+        [b, proj_dim] each.
+        """
+        *given, noise = batch
+        undrawn = batch if noise.shape[1] == 0 else (*given, noise[:, :0])
+        if not chosen.any():
+            return self.project_rows(undrawn, projector, model_id)[0], []
+        if chosen.all():
+            features, *drawn = self.project_rows(batch, projector, model_id)
+            return features, drawn
+        features, *drawn = self.project_rows(batches.select(batch, chosen), projector, model_id)
+        on_trust = self.on_trust
+        (others,) = self.project_rows(batches.select(undrawn, ~chosen), projector, model_id)
+        self.on_trust |= on_trust
+        every = features.new_empty(len(chosen), features.shape[1])
+        every[chosen], every[~chosen] = features, others
+        return every, drawn
+
     def iter_rows(self, batch: tuple[Any, ...]) -> Iterator[list[Grads]]:
         """``compute_rows`` in chunks of samples, in order, of at most GRAD_BYTES where possible."""
         step = self.samples_at_once(batch)

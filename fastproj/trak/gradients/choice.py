@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastproj.factored import FactoredProjector
@@ -17,6 +16,7 @@ from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer
 from fastproj.trak.gradients.loop import IterativeGradientComputer
+from fastproj.trak.gradients.memory import is_out_of_memory
 from fastproj.trak.gradients.modules import project_modules
 from fastproj.trak.tasks.base import Terms
 
@@ -85,6 +85,15 @@ class AutomaticGradientComputer(AbstractGradientComputer):
         )
         return rows
 
+    def project_drawn(
+        self, batch: tuple[Any, ...], chosen: Tensor, projector: Any, model_id: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The first output of all samples and the others of those that are chosen."""
+        found: tuple[Tensor, list[Tensor]] = self._first(
+            lambda computer: computer.project_drawn(batch, chosen, projector, model_id)
+        )
+        return found
+
     def project_modules(
         self, batch: tuple[Any, ...], projector: Projector | FactoredProjector, model_id: int
     ) -> list[Tensor]:
@@ -114,10 +123,8 @@ class AutomaticGradientComputer(AbstractGradientComputer):
             computer.trusting, computer.when_disproved = self.trusting, self.when_disproved
             try:
                 result = use(computer)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
             except Exception as error:
-                if name == self._left[-1]:
+                if name == self._left[-1] or is_out_of_memory(error):
                     raise
                 refused.append((name, error))
             else:

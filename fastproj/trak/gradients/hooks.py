@@ -24,9 +24,17 @@ from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import warn_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
+from fastproj.trak.gradients.memory import is_out_of_memory
 from fastproj.trak.gradients.parts import Piece, Workspace
-from fastproj.trak.gradients.proof import Evened, Proof, prove, structure_of, worth_a_proof
-from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
+from fastproj.trak.gradients.proof import (
+    Evened,
+    Split,
+    asking,
+    known_sums,
+    structure_of,
+    worth_a_proof,
+)
+from fastproj.trak.gradients.recorder import Layout, Owned, Recorder, Seen
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
 from fastproj.trak.gradients.sinks import (
@@ -43,9 +51,15 @@ from fastproj.trak.tasks.base import Terms
 ALONE_FIRST = 4  # samples of the first batch that are checked each by itself
 STRUCTURES = 1 << 16  # remembered at most
 CALL_ENTRIES = 1 << 16  # projecting so many entries costs as much as one more call
+FEW = 2 / 3  # of the samples: a forward and backward of these cost less than a backward of all
 MANY_STRUCTURES = 32  # checked before a warning that every other batch has a structure of its own
 
 Looked = TypeVar("Looked")
+
+Rows = tuple[int | None, ...]  # of a task's outputs: the arguments of a slice
+EVERY: Rows = (None,)
+FIRST: Rows = (1,)
+OTHERS: Rows = (1, None)
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -109,10 +123,10 @@ class HookGradientComputer(AbstractGradientComputer):
             )
         self._owned = owned_modules(model, set(self.names))
         self._used: set[str] = set()  # what f of some batch has been seen to depend on
-        self._structures: set[int] = set()  # of batches that were checked
-        self._ahead: tuple[list[Any], Forward, Proof | None] | None = None
-        self._batches = 0  # so far, of several samples
-        self._proofs = 0
+        self._structures: set[tuple[Rows, int]] = set()  # of batches that were checked
+        self._ahead: tuple[list[Any], Forward] | None = None
+        self._batches = {False: 0, True: 0}  # so far, of several samples; of drawn rows alone
+        self._checks = 0
         self._plans: dict[Any, Plan] = {}
         if not hasattr(self, "_work"):
             self._work = Workspace()
@@ -133,9 +147,46 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def project_rows(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> list[Tensor]:
         """``projector.project`` of the gradients of each output of the samples, [B, proj_dim]."""
-        ours = isinstance(projector, Projector | FactoredProjector)
-        if not (ours and self.gives_rows()):  # whole gradients
+        if not self._takes(projector):  # whole gradients
             return super().project_rows(batch, projector, model_id)
+        return self._project(batch, projector, model_id, EVERY)
+
+    def project_drawn(
+        self, batch: tuple[Any, ...], chosen: Tensor, projector: Any, model_id: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The first output of all samples and the others of those that are chosen.
+
+        The first has the forward that ``compute_terms`` has kept. Where few samples are chosen, the
+        others have a forward and backward of these alone; where many are, a backward of all.
+        """
+        own = type(self).project_rows is HookGradientComputer.project_rows
+        if not (own and self._takes(projector)):
+            return super().project_drawn(batch, chosen, projector, model_id)
+        count = int(chosen.sum())
+        if count >= FEW * len(chosen):
+            features, *drawn = self._project(batch, projector, model_id, EVERY)
+            return features, [rows[chosen] for rows in drawn]
+        (features,) = self._project(batch, projector, model_id, FIRST)
+        if not count:
+            return features, []
+        on_trust = self.on_trust
+        some = batches.select(batch, chosen)
+        drawn = self._project(some, projector, model_id, OTHERS)
+        self.on_trust |= on_trust
+        return features, drawn
+
+    def _takes(self, projector: Any) -> bool:
+        """Whether parts of gradients can go to a projector."""
+        return isinstance(projector, Projector | FactoredProjector) and self.gives_rows()
+
+    def _project(
+        self,
+        batch: tuple[Any, ...],
+        projector: Projector | FactoredProjector,
+        model_id: int,
+        rows: Rows,
+    ) -> list[Tensor]:
+        """The projections of some outputs of the samples, [B, proj_dim] each."""
         self.on_trust = False
         sinks: list[ProjectingSink] = []
 
@@ -145,7 +196,7 @@ class HookGradientComputer(AbstractGradientComputer):
             )
             return sinks[-1]
 
-        self._run(batch, sink)
+        self._run(batch, sink, rows)
         return [sink.out for sink in sinks]
 
     def project_modules(
@@ -190,36 +241,42 @@ class HookGradientComputer(AbstractGradientComputer):
             with recorder.deaf(), replay.playing():
                 found.append(look(batch))
 
-        proof = None
         try:
-            if worth_a_proof(self._batches + 1):  # before the forward: it needs the memory
-                proof = self._prove(batch)
             made = self._forward(batch, replay, first)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # one of hooks comes again where gradients are asked for
+        except Exception as error:  # one of hooks comes again where gradients are asked for
+            if is_out_of_memory(error):
+                raise
             return look(batch)
         if not found:  # the task doesn't call the model itself
             found.append(look(batch))
-        self._ahead = pytree.tree_leaves(batch), made, proof
+        self._ahead = pytree.tree_leaves(batch), made
         return found[-1]
 
-    def _forward_ahead(self, batch: tuple[Any, ...]) -> tuple[Forward | None, Proof | None]:
+    def _forward_ahead(self, batch: tuple[Any, ...]) -> Forward | None:
         """What ``_look`` has kept of this batch; it is given once."""
         kept, self._ahead = self._ahead, None
         if kept is None:
-            return None, None
+            return None
         leaves = pytree.tree_leaves(batch)
         same = len(leaves) == len(kept[0]) and all(map(operator.is_, leaves, kept[0]))
-        return kept[1:] if same else (None, None)
+        return kept[1] if same else None
 
     # ---- one batch ------------------------------------------------------------------------------
 
-    def _run(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
-        """Send the pieces of all gradients of a batch to sinks, one for each output of a sample."""
-        ahead, proof = self._forward_ahead(batch)
+    def _run(
+        self,
+        batch: tuple[Any, ...],
+        make_sink: Callable[[Counter[str]], Sink],
+        rows: Rows = EVERY,
+    ) -> None:
+        """Send the pieces of all gradients of a batch to sinks, one for each output of a sample.
+
+        rows : which outputs of a sample.
+        """
+        made = self._forward_ahead(batch)
         if batches.size(batch) == 1:  # nothing to ascribe to a sample, nothing to check
-            self._single(batch, make_sink)
+            del made
+            self._single(batch, make_sink, rows)
             return
         self.on_trust = True
         if not self.trusting:
@@ -227,37 +284,81 @@ class HookGradientComputer(AbstractGradientComputer):
                 "hooks: gradients of this checkpoint have failed a check before; expected "
                 'gradient_computer="auto", "func" or "loop"'
             )
-        self._batches += 1
-        if proof is None and worth_a_proof(self._batches):
-            ahead = None  # plain autograd needs the memory
-            proof = self._prove(batch)
-        made = ahead or self._forward(batch)
-        ahead = None
-        if proof is None and made.structure not in self._structures:
-            del made
-            proof = self._prove(batch)
-            made = self._forward(batch)
-        plan, recorder, out, structure, leaves = made
-        del made
-        sinks = [make_sink(recorder.uses) for _ in out]
+        self._batches[rows == OTHERS] += 1
+        made = made or self._forward(batch)
+        structure = rows, made.structure
         check = None
-        if proof is not None:
-            check = Check(proof, self.chosen, len(out))
+        if worth_a_proof(self._batches[rows == OTHERS]) or structure not in self._structures:
+            check = Check(self._split(batch), self.chosen, len(made.out[slice(*rows)]))
+        eps = self._backward(batch, made, rows, make_sink, check)
+        del made  # before plain autograd needs the memory
+        if check is None or self._is_proved(batch, rows, check, eps):
+            self._remember(structure)
+
+    def _backward(
+        self,
+        batch: tuple[Any, ...],
+        made: Forward,
+        rows: Rows,
+        make_sink: Callable[[Counter[str]], Sink],
+        check: Check | None,
+    ) -> float:
+        """The backwards of a forward. Returns the eps of the coarsest dtype in them."""
+        out = made.out[slice(*rows)]
+        sinks = [make_sink(made.recorder.uses) for _ in out]
+        if check is not None:
             sinks = [RowSink(sink, check, row) for row, sink in enumerate(sinks)]
-        recorder.backward(out, leaves, sinks)
-        for number, name, values in self._rest(plan.rest, batch):
+        made.recorder.backward(out, made.leaves, sinks)
+        for number, name, values in self._rest(made.plan.rest, batch, rows):
             sinks[number].add(name, Piece(0, values))
         for sink in sinks:
             sink.close()
-        whole = proof is None or proof.finite()
-        if check is not None:
-            self._judge(check, recorder.eps)
-            evened = check.evened(recorder.eps)
-            if evened is not None:
-                del recorder, out, leaves, sinks, proof, check  # before the same comes again
-                self._check_evenly(batch, evened)
+        return made.recorder.eps
+
+    # ---- checks ---------------------------------------------------------------------------------
+
+    def _split(self, batch: tuple[Any, ...], evened: Evened | None = None) -> Split:
+        """How a batch is checked: each time in other parts."""
+        self._checks += 1
+        alone = ALONE_FIRST if self._checks == 1 else 1
+        device = next(iter(self.chosen.values())).device
+        return Split.of(batches.size(batch), alone, self._checks, device, evened)
+
+    def _is_proved(self, batch: tuple[Any, ...], rows: Rows, check: Check, eps: float) -> bool:
+        """Compare with plain autograd; whether the gradients of all samples are finite.
+
+        Raises HooksError where they are not the same.
+        """
+        found = check.add_plain(asking(self, batch, check.split, slice(*rows)))
+        whole = bool(check.finite.all())
+        evened = None
         if whole:
-            self._remember(structure)
+            self._note_dependence(found)
+            self._judge(check, eps)
+            evened = check.evened(eps)
+        check.left.clear()  # before the same comes again
+        if not whole or evened is not None:
+            return self._is_proved_apart(batch, rows, evened)
+        return True
+
+    def _is_proved_apart(self, batch: tuple[Any, ...], rows: Rows, evened: Evened | None) -> bool:
+        """The same where samples without a finite gradient have to be left out, or with the
+        gradients brought to similar sizes. Plain autograd comes first, then hooks once more.
+        """
+        split = self._split(batch, evened)
+        known = known_sums(split, asking(self, batch, split, slice(*rows)), self.names)
+        self._note_dependence(set(known.sums))
+        made = self._forward(batch)
+        check = Check(split, self.chosen, len(made.out[slice(*rows)]), known)
+        eps = self._backward(batch, made, rows, lambda _: NoSink(), check)
+        self._judge(check, eps)
+        return not known.infinite
+
+    def _note_dependence(self, names: set[str]) -> None:
+        """Raise ValueError if f of no batch so far depends on any parameter."""
+        if not names and not self._dependent:
+            raise self.no_dependence()
+        self._dependent = True
 
     def _judge(self, check: Check, eps: float) -> None:
         """Raise HooksError unless the gradients are those that they were compared with."""
@@ -271,23 +372,12 @@ class HookGradientComputer(AbstractGradientComputer):
                 "the model draw random numbers (dropout in training mode) or take gradients itself?"
             )
 
-    def _check_evenly(self, batch: tuple[Any, ...], evened: Evened) -> None:
-        """Check a batch again, with the gradients brought to similar sizes."""
-        proof = self._prove(batch, evened)
-        plan, recorder, out, _, leaves = self._forward(batch)
-        check = Check(proof, self.chosen, len(out))
-        sinks: list[Sink] = [RowSink(NoSink(), check, row) for row in range(len(out))]
-        recorder.backward(out, leaves, sinks)
-        for number, name, values in self._rest(plan.rest, batch):
-            sinks[number].add(name, Piece(0, values))
-        self._judge(check, recorder.eps)
-
-    def _remember(self, structure: int) -> None:
+    def _remember(self, structure: tuple[Rows, int]) -> None:
         """Note a structure that was checked, now or before."""
         if len(self._structures) >= STRUCTURES:  # those that are forgotten are checked again
             self._structures.clear()
         self._structures.add(structure)
-        every, checked = self._batches, len(self._structures)
+        every, checked = sum(self._batches.values()), len(self._structures)
         if checked >= MANY_STRUCTURES and 2 * checked > every and "structures" not in self.said:
             self.said.add("structures")
             logger.warning(
@@ -299,11 +389,13 @@ class HookGradientComputer(AbstractGradientComputer):
                 every,
             )
 
-    def _single(self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink]) -> None:
+    def _single(
+        self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink], rows: Rows
+    ) -> None:
         """Send the gradients of a batch of one sample to sinks: plain autograd's, by parameter."""
         chosen = {name: p.detach().requires_grad_() for name, p in self.chosen.items()}
         with torch.enable_grad():
-            outputs = self.outputs(chosen, batch).reshape(-1)
+            outputs = self.outputs(chosen, batch).reshape(-1)[slice(*rows)]
         sinks: list[Sink] = []
         found = set()
 
@@ -327,17 +419,6 @@ class HookGradientComputer(AbstractGradientComputer):
             raise self.no_dependence()
         self._dependent = True
 
-    def _prove(self, batch: tuple[Any, ...], evened: Evened | None = None) -> Proof:
-        """What the gradients of a batch must be, and with it which parameters f depends on."""
-        self._proofs += 1
-        alone = ALONE_FIRST if self._proofs == 1 else 1
-        proof = prove(self, batch, alone, self._proofs, evened)
-        if not proof.sums and not self._dependent:
-            raise self.no_dependence()
-        self._dependent = True
-        self._use(set(proof.sums))
-        return proof
-
     def _use(self, names: set[str]) -> None:
         """Note that f depends on these parameters."""
         if names - self._used:
@@ -354,13 +435,16 @@ class HookGradientComputer(AbstractGradientComputer):
 
         replay, first : what notes the model's calls, and is called after the first of them.
         """
+        if not self._used:  # one sample says most of it
+            one = batches.select(batch, slice(0, 1))
+            unused = self._not_used()
+            with torch.enable_grad():
+                out = self.outputs({**self.chosen, **unused}, one)
+            self._use_reached(unused, structure_of(one, out)[1])
+            del out
         while True:
             plan = self._plan(batch)
-            unused = {
-                name: p.detach().requires_grad_()
-                for name, p in self.chosen.items()
-                if name not in self._used
-            }
+            unused = self._not_used()
             size = batches.size(batch)
             with (
                 Recorder(plan.hooked, size, plan.layouts, self.said, self._work) as recorder,
@@ -368,14 +452,28 @@ class HookGradientComputer(AbstractGradientComputer):
             ):
                 out = recorder.outputs(self, {**self.chosen, **unused}, batch)
             structure, leaves = structure_of(batch, out)
-            reached = {id(leaf) for leaf in leaves}
-            found = {name for name, p in unused.items() if id(p) in reached}
-            if not found:
+            if not self._use_reached(unused, leaves):
                 return Forward(plan, recorder, out, structure, leaves)
-            self._use(found)  # as f of the batches before did not
 
-    def _rest(self, names: list[str], batch: tuple[Any, ...]) -> Iterator[tuple[int, str, Tensor]]:
-        """(number of the output, name, gradient [B, numel]) of parameters without a hook, from the
+    def _not_used(self) -> dict[str, Tensor]:
+        """The parameters that f has not been seen to depend on; a graph shows it if it does."""
+        return {
+            name: p.detach().requires_grad_()
+            for name, p in self.chosen.items()
+            if name not in self._used
+        }
+
+    def _use_reached(self, unused: dict[str, Tensor], leaves: list[Tensor]) -> bool:
+        """Note those among the leaves of a graph; whether there are any."""
+        reached = {id(leaf) for leaf in leaves}
+        found = {name for name, p in unused.items() if id(p) in reached}
+        self._use(found)
+        return bool(found)
+
+    def _rest(
+        self, names: list[str], batch: tuple[Any, ...], rows: Rows
+    ) -> Iterator[tuple[int, str, Tensor]]:
+        """(number among ``rows``, name, gradient [B, numel]) of parameters without a hook, from the
         whole model.
         """
         if not names:
@@ -384,14 +482,15 @@ class HookGradientComputer(AbstractGradientComputer):
             self.model, self.task, grad_wrt=names
         )
         try:
-            rows = computer.compute_rows(batch)
+            every = computer.compute_rows(batch)
         except (RuntimeError, ValueError, TypeError) as error:  # vmap can't follow the model
-            if isinstance(error, TypeError) and len(names) == len(self.names):
-                raise  # nothing is left for hooks to do
+            alone = isinstance(error, TypeError) and len(names) == len(self.names)
+            if alone or is_out_of_memory(error):  # nothing is left for hooks to do
+                raise
             warn_loop(self.said, "the whole model", error)
             computer = IterativeGradientComputer(self.model, self.task, grad_wrt=names)
-            rows = computer.compute_rows(batch)
-        for number, grads in enumerate(rows):
+            every = computer.compute_rows(batch)
+        for number, grads in enumerate(every[slice(*rows)]):
             for name, g in grads.items():
                 yield number, name, g.flatten(1) if g.dim() > 1 else g.unsqueeze(1)
 
@@ -473,7 +572,9 @@ class HookGradientComputer(AbstractGradientComputer):
                     out = recorder.outputs(self, self.chosen, copies)
                     if reaches_other_samples(out, recorder.repeated):
                         return True
-            except (RuntimeError, ValueError, IndexError, AssertionError):
+            except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+                if is_out_of_memory(error):
+                    raise
                 return True
             return not torch.allclose(out, exact, rtol=1e-3, atol=1e-5, equal_nan=True)
 
@@ -488,13 +589,13 @@ class HookGradientComputer(AbstractGradientComputer):
             copies = batches.select(batch, [0] * size)
             with Recorder(hooked, size, None) as recorder:
                 recorder.outputs(self, self.chosen, copies)
-                calls.append(recorder.shapes)
+                calls.append(recorder.seen)
         layouts: dict[str, list[Layout]] = {}
         failed = []
         for owned in hooked:
-            two, three = (shapes.get(owned.path, []) for shapes in calls)
+            two, three = (seen.get(owned.path, []) for seen in calls)
             found = [
-                Layout(tree_dims(a[0], b[0]), tree_dims(a[1], b[1]))
+                Layout(tree_dims(a.inputs, b.inputs), tree_dims(a.outputs, b.outputs), a.written())
                 for a, b in zip(two, three, strict=False)
             ]
             layouts[owned.path] = found
@@ -503,13 +604,13 @@ class HookGradientComputer(AbstractGradientComputer):
         return layouts, failed
 
 
-def sees_samples(layout: Layout, shapes: tuple[list[Any], list[Any]]) -> bool:
+def sees_samples(layout: Layout, seen: Seen) -> bool:
     """Whether every tensor of a call has one batch dimension, or can be given one."""
     if UNCLEAR in layout.inputs or UNCLEAR in layout.outputs:
         return False
     return all(
         where is not SHARED or shape is None or len(shape) > 1
-        for where, shape in zip(layout.outputs, shapes[1], strict=True)
+        for where, shape in zip(layout.outputs, seen.outputs, strict=True)
     )
 
 

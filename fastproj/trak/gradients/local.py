@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastproj.trak.gradients.base import dense
 from fastproj.trak.gradients.layout import SHARED, BatchDim
+from fastproj.trak.gradients.memory import is_out_of_memory
 from fastproj.trak.gradients.parts import Piece
 from fastproj.trak.gradients.running import vectorised
 
@@ -79,6 +80,8 @@ def local_gradients(
         try:
             found = vmap(vectorised_gradient)(inputs, given)
         except (RuntimeError, ValueError) as error:  # e.g. it branches on values
+            if is_out_of_memory(error):
+                raise
             warn_loop(warned, type(module).__name__, error)
             rows = [gradient([x[b] for x in inputs], [g[b] for g in given]) for b in range(size)]
             found = {name: torch.stack([row[name] for row in rows]) for name in params}

@@ -23,8 +23,14 @@ from fastproj.factored import Sides, looked_up_product, multiplied
 
 # Of gradients formed at once: they stay in a cache until they are projected. On a CPU, 1 to 64 MiB
 # cost the same to within 3 % (GPT of 36M, T = 128, B = 8).
-PIECE_BYTES = 16 * 1024 * 1024
-PATCH_BYTES = 32 * 1024 * 1024  # patches of images held at once by a convolution
+PIECE_BYTES = 4 * 1024 * 1024
+PATCH_BYTES = 8 * 1024 * 1024  # patches of images held at once by a convolution
+GPU_TIMES = 4  # as much on a GPU, where calls cost more than memory
+
+
+def piece_bytes(like: Tensor) -> int:
+    """PIECE_BYTES on the device of a tensor."""
+    return PIECE_BYTES * (1 if like.device.type == "cpu" else GPU_TIMES)
 
 
 class Workspace:
@@ -110,7 +116,7 @@ class Product:
         """Some rows of the [m, n] at a time."""
         size, _, m = self.left.shape
         n = self.right.shape[2]
-        step = max(1, PIECE_BYTES // (size * n * self.right.element_size()))
+        step = max(1, piece_bytes(self.right) // (size * n * self.right.element_size()))
         for start in range(0, m, step):
             part = self.left[:, :, start : start + step].transpose(1, 2)  # [B, step, T]
             values = self.work.take("gradients", self.right, size, part.shape[1], n)
@@ -193,7 +199,8 @@ def runs(tokens: Any, rows: Any) -> Iterator[tuple[int, int, int, int]]:
 class Patches:
     """The gradient by the kernel W [O, C / groups, *kernel] of a convolution of x [B, n, C, ...].
 
-    g [B, n, O, ...] is the gradient by its output: that by W is g times the patches of x.
+    g [B, n, O, ...] is the gradient by its output: that by W is g times the patches of x. A
+    transposed convolution is one of the gradient by its output, whose output is its input.
     """
 
     layer: Any
@@ -208,19 +215,18 @@ class Patches:
 
     def pieces(self) -> Iterator[Piece]:
         """Some output channels of one group at a time, or some whole groups."""
-        layer, work = self.layer, self.work
+        layer = self.layer
         g = self.g.transpose(1, 2).flatten(2)  # [B, O, n L]
         size, out_channels, places = g.shape
         groups = layer.groups
         fan_in = layer.weight[0].numel()  # C / groups * kernel
-        x = self.padded().unflatten(0, self.x.shape[:2])
         g = g.view(size, groups, out_channels // groups, places)
         item = g.element_size()
-        samples = max(1, PATCH_BYTES // (groups * fan_in * places * item))
+        samples = self.samples_at_once(groups * fan_in * places)
         patches = None
         if samples >= size:  # patches of all samples, once for all pieces
-            patches = patches_of(layer, x, work)
-        channels = max(1, PIECE_BYTES // (size * fan_in * item))
+            patches = self.patches(slice(None))
+        channels = max(1, piece_bytes(g) // (size * fan_in * item))
         per_group = out_channels // groups
         group_step = max(1, channels // per_group)
         channel_step = per_group if channels >= per_group else channels
@@ -228,10 +234,10 @@ class Patches:
             of_groups = slice(group, group + group_step)
             for channel in range(0, per_group, channel_step):
                 part = g[:, of_groups, channel : channel + channel_step]  # [B, G, o, n L]
-                values = work.take("gradients", g, *part.shape[:3], fan_in)
+                values = self.work.take("gradients", g, *part.shape[:3], fan_in)
                 for start in range(0, size, samples):
                     rows = slice(start, start + samples)
-                    found = patches_of(layer, x[rows], work) if patches is None else patches
+                    found = self.patches(rows) if patches is None else patches
                     torch.matmul(part[rows], found[:, of_groups].transpose(2, 3), out=values[rows])
                 first = (group * per_group + channel) * fan_in
                 yield Piece(first, values.view(size, -1))
@@ -246,32 +252,69 @@ class Patches:
             for piece in self.pieces():
                 yield from piece.compressed(sides)
             return
-        dims = len(self.layer.kernel_size)
         kernel = sides.right.matrix(self.x).T.reshape(-1, *self.layer.weight.shape[1:])
+        left = None if sides.left is None else sides.left.matrix(self.g).T
+        size = len(self.x)
+        step = self.samples_at_once(self.x[0].numel() + self.g[0].numel())
+        found = [
+            self._compressed(kernel, left, slice(start, start + step))
+            for start in range(0, size, step)
+        ]
+        yield Piece(0, torch.cat(found))
+
+    def _compressed(self, kernel: Tensor, left: Tensor | None, rows: slice) -> Tensor:
+        """That of some samples, flattened."""
+        layer, g, dims = self.layer, self.g[rows], len(self.layer.kernel_size)
         x = torch.convolution(
-            self.padded().to(kernel.dtype),
+            self.padded(rows).to(kernel.dtype),
             kernel,
             None,
-            self.layer.stride,
+            layer.stride,
             [0] * dims,
-            self.layer.dilation,
+            layer.dilation,
             False,
             [0] * dims,
             1,
         )  # [B n, r, ...]
-        size, rows = self.x.shape[:2]
-        right = x.flatten(2).unflatten(0, (size, rows)).transpose(1, 2).flatten(2)  # [B, r, n L]
-        left = self.g.transpose(1, 2).flatten(2).to(right.dtype)  # [B, O, n L]
-        if sides.left is not None:
-            left = torch.matmul(sides.left.matrix(self.g).T, left)
-        yield Piece(0, torch.bmm(left, right.transpose(1, 2)).flatten(1))
+        for dim, length in enumerate(g.shape[3:], 2):
+            x = x.narrow(dim, 0, length)
+        x = x.flatten(2)
+        right = x.unflatten(0, g.shape[:2]).transpose(1, 2).flatten(2)  # [B, r, n L]
+        g = g.transpose(1, 2).flatten(2).to(right.dtype)  # [B, O, n L]
+        if left is not None:
+            g = torch.matmul(left, g)
+        return torch.bmm(g, right.transpose(1, 2)).flatten(1)
 
-    def padded(self) -> Tensor:
-        """x as the convolution sees it, [B n, C, ...]."""
+    def samples_at_once(self, entries: int) -> int:
+        """How many samples PATCH_BYTES are, of which each has so many entries."""
+        most = PATCH_BYTES * (1 if self.x.device.type == "cpu" else GPU_TIMES)
+        return max(1, most // max(1, entries * self.x.element_size()))
+
+    def padded(self, rows: slice) -> Tensor:
+        """x of some samples as the convolution sees it, [B n, C, ...]."""
         layer = self.layer
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = self.x.flatten(0, 1)
+        x = self.x[rows].flatten(0, 1)
         return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+
+    def patches(self, rows: slice) -> Tensor:
+        """The inputs of each output of some samples: [B, groups, fan_in, n places]."""
+        layer, lengths = self.layer, self.g.shape[3:]
+        x = self.padded(rows).contiguous().unflatten(0, (-1, self.x.shape[1]))
+        size, n, channels = x.shape[:3]
+        strides = x.stride()[3:]
+        view = x.as_strided(
+            (size, channels, *layer.kernel_size, n, *lengths),
+            (
+                x.stride(0),
+                x.stride(2),
+                *(s * d for s, d in zip(strides, layer.dilation, strict=True)),
+                x.stride(1),
+                *(s * d for s, d in zip(strides, layer.stride, strict=True)),
+            ),
+        )
+        patches = self.work.take("patches", x, *view.shape).copy_(view)
+        return patches.view(size, layer.groups, -1, n * math.prod(lengths))
 
 
 @dataclass
@@ -305,26 +348,3 @@ class Watched:
         yield from self.part.compressed(sides)
         for piece in self.part.pieces():
             self.look(piece)
-
-
-def patches_of(layer: Any, x: Tensor, work: Workspace) -> Tensor:
-    """The inputs of each output of a convolution of padded x: [B, groups, fan_in, n places]."""
-    size, rows, channels = x.shape[:3]
-    x = x.contiguous()
-    lengths, strides = [], []
-    for i, kernel in enumerate(layer.kernel_size):
-        reach = layer.dilation[i] * (kernel - 1) + 1
-        lengths.append((x.shape[3 + i] - reach) // layer.stride[i] + 1)
-        strides.append(x.stride(3 + i))
-    view = x.as_strided(
-        (size, channels, *layer.kernel_size, rows, *lengths),
-        (
-            x.stride(0),
-            x.stride(2),
-            *(s * d for s, d in zip(strides, layer.dilation, strict=True)),
-            x.stride(1),
-            *(s * d for s, d in zip(strides, layer.stride, strict=True)),
-        ),
-    )
-    patches = work.take("patches", x, *view.shape).copy_(view)
-    return patches.view(size, layer.groups, -1, rows * math.prod(lengths))

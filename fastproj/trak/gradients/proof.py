@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -44,23 +44,30 @@ class Evened:
 
 
 @dataclass(frozen=True)
-class Proof:
-    """The gradient of ``sum weights[i] shares[r, i] f_r(z_i)``, by parameter that f depends on.
+class Split:
+    """A batch in random parts, each of which plain autograd differentiates by itself, and a random
+    factor for the gradient of each sample.
 
-    The sum is over the samples in ``counts``. The others have gradients by the parameters
-    ``infinite`` that are not finite. At most MOST_APART samples are left out for that. Where there
-    are more, the sums are not finite.
+    A gradient that is lost or doubled for any sample shows in the weighted sum of all. By the
+    random weights, so does one that hooks ascribe to the wrong sample. An output that depends on
+    what else is in the batch shows too, because the same samples are never together in a part.
     """
 
     weights: Tensor  # [B], float64, all different, of size 1/4 to 1
-    sums: dict[str, Tensor]
-    counts: Tensor  # [B], bool
-    infinite: list[str]
+    parts: list[Tensor]  # of the numbers of samples
     evened: Evened | None = None
 
-    def finite(self) -> bool:
-        """Whether the gradients of all samples are finite."""
-        return not self.infinite
+    @classmethod
+    def of(
+        cls, size: int, alone: int, seed: int, device: torch.device, evened: Evened | None = None
+    ) -> Split:
+        """A batch of ``size`` as ``alone`` single samples and two halves of the others."""
+        generator = torch.Generator().manual_seed(seed)
+        weights = 0.25 + 0.75 * torch.rand(size, generator=generator, dtype=torch.float64)
+        weights *= torch.randint(0, 2, (size,), generator=generator) * 2 - 1
+        order = torch.randperm(size, generator=generator).to(device)
+        parts = [rows for rows in (*order[:alone].split(1), *order[alone:].chunk(2)) if len(rows)]
+        return cls(weights.to(device), parts, evened)
 
     def weights_of(self, row: int) -> Tensor:
         """The factors [B] of the gradients of output ``row``."""
@@ -74,33 +81,42 @@ class Proof:
         return 0.0 if self.evened is None else self.evened.noise
 
 
-def prove(
-    computer: AbstractGradientComputer,
-    batch: tuple[Any, ...],
-    alone: int,
-    seed: int,
-    evened: Evened | None = None,
-) -> Proof:
-    """The weighted sum of the gradients of all samples of a batch, by plain autograd.
+@dataclass(frozen=True)
+class Known:
+    """The gradient of ``sum weights[i] shares[r, i] f_r(z_i)``, by parameter that f depends on.
 
-    The batch is split at random into ``alone`` single samples and two halves of the others. A
-    gradient that is lost or doubled for any sample shows in the sum. By the random weights, so does
-    one that hooks ascribe to the wrong sample. An output that depends on what else is in the batch
-    shows too, because the same samples are never together here.
+    The sum is over the samples in ``counts``. The others have gradients by the parameters
+    ``infinite`` that are not finite. At most MOST_APART samples are left out for that. Where there
+    are more, the sums are not finite.
     """
-    size = batches.size(batch)
-    generator = torch.Generator().manual_seed(seed)
-    weights = 0.25 + 0.75 * torch.rand(size, generator=generator, dtype=torch.float64)
-    weights *= torch.randint(0, 2, (size,), generator=generator) * 2 - 1
-    device = next(iter(computer.chosen.values())).device
-    weights = weights.to(device)
-    order = torch.randperm(size, generator=generator).to(device)
-    parts = [rows for rows in (*order[:alone].split(1), *order[alone:].chunk(2)) if len(rows)]
 
-    def gradient_of(rows: Tensor, take: Callable[[str, Tensor], None]) -> None:
-        shares = None if evened is None else evened.shares[:, rows]
-        weighted_gradient(computer, batch, rows, weights[rows], shares, take)
+    sums: dict[str, Tensor]
+    counts: Tensor  # [B], bool
+    infinite: list[str]
 
+
+Asked = Callable[[Tensor, Callable[[str, Tensor], None]], None]  # of some samples, see below
+
+
+def asking(
+    computer: AbstractGradientComputer, batch: tuple[Any, ...], split: Split, rows: slice
+) -> Asked:
+    """What passes on the weighted gradient of some samples of a batch, by plain autograd.
+
+    rows : which outputs of a sample it is of.
+    """
+
+    def gradient_of(samples: Tensor, take: Callable[[str, Tensor], None]) -> None:
+        evened = split.evened
+        shares = None if evened is None else evened.shares[:, samples]
+        weights = split.weights[samples]
+        weighted_gradient(computer, batch, samples, weights, shares, rows, take)
+
+    return gradient_of
+
+
+def known_sums(split: Split, gradient_of: Asked, names: Iterable[str]) -> Known:
+    """The sums by plain autograd, all at once; samples that are not finite are left out."""
     sums: dict[str, Tensor] = {}
     odd: set[str] = set()
 
@@ -111,21 +127,17 @@ def prove(
         if not is_finite(g):
             odd.add(name)
 
-    for rows in parts:
-        gradient_of(rows, add)
+    for samples in split.parts:
+        gradient_of(samples, add)
         if odd:
             break
-    counts = torch.ones(size, dtype=torch.bool, device=device)
-    infinite = find_infinite(parts, gradient_of, counts, sums) if odd else set()
-    known = {name: sums[name] for name in computer.names if name in sums}
-    return Proof(weights, known, counts, sorted(infinite), evened)
+    counts = torch.ones(len(split.weights), dtype=torch.bool, device=split.weights.device)
+    infinite = find_infinite(split.parts, gradient_of, counts, sums) if odd else set()
+    return Known({name: sums[name] for name in names if name in sums}, counts, sorted(infinite))
 
 
 def find_infinite(
-    parts: list[Tensor],
-    gradient_of: Callable[[Tensor, Callable[[str, Tensor], None]], None],
-    counts: Tensor,
-    sums: dict[str, Tensor],
+    parts: list[Tensor], gradient_of: Asked, counts: Tensor, sums: dict[str, Tensor]
 ) -> set[str]:
     """The parameters by which some sample's gradient isn't finite.
 
@@ -158,25 +170,26 @@ def find_infinite(
 def weighted_gradient(
     computer: AbstractGradientComputer,
     batch: tuple[Any, ...],
-    rows: Tensor,
+    samples: Tensor,
     weights: Tensor,
     shares: Tensor | None,
+    rows: slice,
     take: Callable[[str, Tensor], None],
 ) -> None:
     """Pass on the gradient of ``sum weights[i] shares[r, i] f_r(z_i)`` over some samples of a
-    batch, all at once: ``take(name, g)`` of each parameter that it depends on, when it is found;
-    nothing holds on to it. Shares of None are ``shares_of``.
+    batch and the outputs ``rows``, all at once: ``take(name, g)`` of each parameter that it depends
+    on, when it is found; nothing holds on to it. Shares of None are ``shares_of``.
     """
-    part = batches.select(batch, rows)
+    part = batches.select(batch, samples)
     chosen = {name: p.detach().requires_grad_() for name, p in computer.chosen.items()}
     with torch.enable_grad():
         out = computer.outputs(chosen, part)  # [B], or [R, B] of ``SeveralOutputs``
+    out = out.reshape(-1, len(samples))[rows]
     if not out.requires_grad:
         return
     if shares is None:
-        counted = torch.tensor(shares_of(out.numel() // len(rows)), device=out.device)
-        shares = counted.double().unsqueeze(1)
-    slopes = (shares * weights).to(out.dtype).view_as(out)
+        shares = torch.tensor(shares_of(len(out)), device=out.device).double().unsqueeze(1)
+    slopes = (shares * weights).to(out.dtype)
 
     def arrived(name: str, leaf: Tensor) -> None:
         g, leaf.grad = leaf.grad, None

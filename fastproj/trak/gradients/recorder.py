@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError, by_sample, tree_shapes
 from fastproj.trak.gradients.local import local_gradients
 from fastproj.trak.gradients.parts import Part, Workspace
-from fastproj.trak.gradients.rules import embedding, rule_for
+from fastproj.trak.gradients.rules import rule_for
 from fastproj.trak.gradients.sinks import Sink
 from fastproj.trak.tasks.training import SeveralOutputs
 
@@ -36,16 +36,34 @@ class Owned:
 
 @dataclass
 class Layout:
-    """The batch dimensions of one call of a module."""
+    """The batch dimensions of one call of a module; ``written`` is which outputs are written to by
+    later operations.
+    """
 
     inputs: Dims
     outputs: Dims
+    written: list[bool]
+
+
+class Seen(NamedTuple):
+    """What is noted of one call of a module: the shapes of the leaves, and what it returned."""
+
+    inputs: list[torch.Size | None]
+    outputs: list[torch.Size | None]
+    returned: list[Any]
+
+    def written(self) -> list[bool]:
+        """Which outputs have been written to since."""
+        return [
+            isinstance(t, Tensor) and t.is_floating_point() and t._version > 0
+            for t in self.returned  # copies, whose versions begin at 0
+        ]
 
 
 class Recorder:
     """Hooks on modules, for one forward and backward of one batch.
 
-    With layouts of None only the shapes of the modules' inputs and outputs are noted.
+    With layouts of None only what goes in and out of the modules is noted.
     """
 
     def __init__(
@@ -61,7 +79,7 @@ class Recorder:
         self.layouts = layouts
         self.warned = set() if warned is None else warned
         self.work = Workspace() if work is None else work
-        self.shapes: dict[str, list[tuple[list[Any], list[Any]]]] = {}
+        self.seen: dict[str, list[Seen]] = {}
         self.uses: Counter[str] = Counter()
         self.eps = 0.0  # of the coarsest dtype that the model computed in
         self.repeated: list[Tensor] = []  # outputs that were shared, one for each sample
@@ -139,9 +157,11 @@ class Recorder:
             number = self._calls[owned.path]
             self._calls[owned.path] += 1
             if self.layouts is None:
+                output = pytree.tree_map(self._copied, output)
                 shapes = tree_shapes((args, kwargs)), tree_shapes(output)
-                self.shapes.setdefault(owned.path, []).append(shapes)
-                return self._anchored(output)
+                seen = Seen(*shapes, pytree.tree_leaves(output))
+                self.seen.setdefault(owned.path, []).append(seen)
+                return output
             layouts = self.layouts.get(owned.path, [])
             if number >= len(layouts):
                 raise HooksError(
@@ -152,27 +172,34 @@ class Recorder:
 
         return hook
 
-    def _anchored(self, output: Any) -> Any:
-        """The output, as part of a graph even where no input is."""
+    def _copied(self, t: Any) -> Any:
+        """A copy of an output, as part of a graph even where no input is."""
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        if t.requires_grad:
+            return t.clone()
+        key = t.device, t.dtype
+        if key not in self._anchors:
+            zero = torch.zeros((), device=t.device, dtype=t.dtype)
+            self._anchors[key] = zero.requires_grad_()
+        return t + self._anchors[key]
 
-        def attach(t: Any) -> Any:
-            if not isinstance(t, Tensor) or not t.is_floating_point():
-                return t
-            if t.requires_grad:  # what writes to a view would hide the gradient by it
-                return t.clone() if t._is_view() else t
-            key = t.device, t.dtype
-            if key not in self._anchors:
-                zero = torch.zeros((), device=t.device, dtype=t.dtype)
-                self._anchors[key] = zero.requires_grad_()
-            return t + self._anchors[key]  # a copy, which later layers may write to
+    def _anchored(self, t: Any, written: bool) -> Any:
+        """An output, as part of a graph even where no input is.
 
-        return pytree.tree_map(attach, output)
+        It is a copy where it isn't part of one, and where it is a view that is written to later:
+        that would hide the gradient by it.
+        """
+        if isinstance(t, Tensor) and t.requires_grad and not (written and t._is_view()):
+            return t
+        return self._copied(t)
 
     def _follow(self, owned: Owned, layout: Layout, args: Any, kwargs: Any, output: Any) -> Any:
         """Note a call, and wait for the gradient by its output."""
-        leaves, spec = pytree.tree_flatten(self._anchored(output))
+        leaves, spec = pytree.tree_flatten(output)
         if len(leaves) != len(layout.outputs):
             raise HooksError(f"hooks: {owned.path} returned other things than when tried")
+        leaves = list(map(self._anchored, leaves, layout.written))
         tensors: list[Tensor] = []
         places: list[int] = []
         dims: list[BatchDim] = []
@@ -250,7 +277,7 @@ class Together(torch.autograd.Function):
 def looks_up(owned: Owned) -> bool:
     """Whether the gradient by a module's parameters is of a few of their rows."""
     rule = rule_for(owned.module, set(owned.names))
-    return rule is not None and rule.parts is embedding
+    return rule is not None and rule.looks_up
 
 
 @dataclass

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastproj.trak.gradients.parts import Lookup, Part, Patches, Piece, Product, Workspace
+from fastproj.trak.gradients.parts import (
+    Lookup,
+    Part,
+    Patches,
+    Piece,
+    Product,
+    Workspace,
+    piece_bytes,
+)
 
 Parts = Iterator[tuple[str, Part]]
 
@@ -52,6 +60,16 @@ def convolution(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspa
         yield "bias", Piece(0, g.transpose(1, 2).flatten(2).sum(2))
 
 
+def transposed_convolution(
+    layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace
+) -> Parts:
+    """``y`` of the transposed convolution, W [C, O / groups, ...]: x times the patches of g."""
+    if "weight" in names:
+        yield "weight", Patches(layer, g, x, work)
+    if "bias" in names:
+        yield "bias", Piece(0, g.transpose(1, 2).flatten(2).sum(2))
+
+
 def embedding(layer: Any, ids: Tensor, g: Tensor, names: set[str], work: Workspace) -> Parts:
     """``y = W[ids]``: the rows that a sample looks up, except that of padding."""
     size, width = g.shape[0], g.shape[-1]
@@ -62,21 +80,39 @@ def embedding(layer: Any, ids: Tensor, g: Tensor, names: set[str], work: Workspa
     yield "weight", Lookup(ids, g, counted)
 
 
+def embedding_bag(layer: Any, ids: Tensor, g: Tensor, names: set[str], work: Workspace) -> Parts:
+    """``y = W[ids].sum(-2)`` or the mean, ids [B, n, L]: each row looked up has the bag's g."""
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    if layer.padding_idx is not None:
+        counted = ids != layer.padding_idx
+    if layer.mode == "mean":
+        g = g / counted.sum(-1, keepdim=True).clamp(min=1)
+    g = g.unsqueeze(-2).expand(*ids.shape, -1).flatten(1, 2)  # [B, n L, width]
+    yield "weight", Lookup(ids.flatten(1), g, counted.flatten(1))
+
+
 def layer_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Parts:
     """``y = xhat * w + b``, xhat normalised over the last dimensions."""
     shape = layer.normalized_shape
     last = x.dim() - len(shape)
+
+    def by_weight(x: Tensor, g: Tensor) -> Tensor:
+        return middle_sum(F.layer_norm(x, shape, None, None, layer.eps).mul_(g), last)
+
     if "weight" in names:
-        xhat = F.layer_norm(x, shape, None, None, layer.eps)
-        yield "weight", Piece(0, middle_sum(g * xhat, last))
+        yield "weight", Piece(0, in_parts(by_weight, x, g))
     if "bias" in names:
         yield "bias", Piece(0, middle_sum(g, last))
 
 
 def rms_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Parts:
     """``y = x / rms(x) * w`` over the last dimensions."""
-    xhat = F.rms_norm(x, layer.normalized_shape, None, layer.eps)
-    yield "weight", Piece(0, middle_sum(g * xhat, x.dim() - len(layer.normalized_shape)))
+    shape = layer.normalized_shape
+
+    def by_weight(x: Tensor, g: Tensor) -> Tensor:
+        return middle_sum(F.rms_norm(x, shape, None, layer.eps).mul_(g), x.dim() - len(shape))
+
+    yield "weight", Piece(0, in_parts(by_weight, x, g))
 
 
 def middle_sum(t: Tensor, last: int) -> Tensor:
@@ -86,23 +122,36 @@ def middle_sum(t: Tensor, last: int) -> Tensor:
 
 def batch_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Parts:
     """``y = (x - mean) / sqrt(var + eps) * w + b`` with the running mean and variance."""
-    g = by_channel(g)
+    scale = torch.rsqrt(layer.running_var + layer.eps)[:, None]
+
+    def by_weight(x: Tensor, g: Tensor) -> Tensor:
+        xhat = (by_channel(x) - layer.running_mean[:, None]).mul_(scale)
+        return xhat.mul_(by_channel(g)).sum((1, 3))
+
     if "weight" in names:
-        scale = torch.rsqrt(layer.running_var + layer.eps)
-        xhat = (by_channel(x) - layer.running_mean[:, None]) * scale[:, None]
-        yield "weight", Piece(0, (g * xhat).sum((1, 3)))
+        yield "weight", Piece(0, in_parts(by_weight, x, g))
     if "bias" in names:
-        yield "bias", Piece(0, g.sum((1, 3)))
+        yield "bias", Piece(0, by_channel(g).sum((1, 3)))
 
 
 def group_norm(layer: Any, x: Tensor, g: Tensor, names: set[str], work: Workspace) -> Parts:
     """``y = xhat * w + b`` by channel, xhat normalised over groups of channels of a row."""
-    g = by_channel(g)
-    if "weight" in names:
+
+    def by_weight(x: Tensor, g: Tensor) -> Tensor:
         xhat = F.group_norm(x.flatten(0, 1), layer.num_groups, None, None, layer.eps)
-        yield "weight", Piece(0, (g * by_channel(xhat.view(x.shape))).sum((1, 3)))
+        return by_channel(xhat.view(x.shape).mul_(g)).sum((1, 3))
+
+    if "weight" in names:
+        yield "weight", Piece(0, in_parts(by_weight, x, g))
     if "bias" in names:
-        yield "bias", Piece(0, g.sum((1, 3)))
+        yield "bias", Piece(0, by_channel(g).sum((1, 3)))
+
+
+def in_parts(by_weight: Callable[[Tensor, Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
+    """``by_weight(x, g)`` of some samples at a time: what is made on the way stays in a cache."""
+    step = max(1, piece_bytes(x) // max(1, x[0].numel() * x.element_size()))
+    parts = zip(x.split(step), g.split(step), strict=True)
+    return torch.cat([by_weight(*part) for part in parts])
 
 
 def by_channel(t: Tensor) -> Tensor:
@@ -116,15 +165,17 @@ class LayerRule(NamedTuple):
     names : the parameters that the rule knows.
     least : the smallest number of dimensions of a sample-first input.
     by_rows : the rule takes [B, n, ...] of a layer whose first dimension is its batch.
+    looks_up : the gradients are of a few rows of a table.
     """
 
     parts: Rule
     names: frozenset[str]
     least: int
     by_rows: bool = False
+    looks_up: bool = False
 
 
-BOTH = frozenset({"weight", "bias"})
+BOTH, WEIGHT = frozenset({"weight", "bias"}), frozenset({"weight"})
 
 # Layers by their forward, so that a subclass that changes it has no rule.
 RULES: dict[Any, LayerRule] = {
@@ -132,10 +183,14 @@ RULES: dict[Any, LayerRule] = {
     nn.Conv1d.forward: LayerRule(convolution, BOTH, 4, by_rows=True),
     nn.Conv2d.forward: LayerRule(convolution, BOTH, 5, by_rows=True),
     nn.Conv3d.forward: LayerRule(convolution, BOTH, 6, by_rows=True),
+    nn.ConvTranspose1d.forward: LayerRule(transposed_convolution, BOTH, 4, by_rows=True),
+    nn.ConvTranspose2d.forward: LayerRule(transposed_convolution, BOTH, 5, by_rows=True),
+    nn.ConvTranspose3d.forward: LayerRule(transposed_convolution, BOTH, 6, by_rows=True),
     nn.LayerNorm.forward: LayerRule(layer_norm, BOTH, 2),
-    nn.RMSNorm.forward: LayerRule(rms_norm, frozenset({"weight"}), 2),
+    nn.RMSNorm.forward: LayerRule(rms_norm, WEIGHT, 2),
     nn.GroupNorm.forward: LayerRule(group_norm, BOTH, 3, by_rows=True),
-    nn.Embedding.forward: LayerRule(embedding, frozenset({"weight"}), 1),
+    nn.Embedding.forward: LayerRule(embedding, WEIGHT, 1, looks_up=True),
+    nn.EmbeddingBag.forward: LayerRule(embedding_bag, WEIGHT, 3, by_rows=True, looks_up=True),
 }
 
 
@@ -156,6 +211,8 @@ def rule_for(layer: nn.Module, names: set[str]) -> LayerRule | None:
         found = LayerRule(batch_norm, BOTH, 3, by_rows=True) if running else None
     if type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils":
         found = LayerRule(transposed_linear, BOTH, 2)
-    if isinstance(layer, nn.Embedding) and (layer.max_norm or layer.scale_grad_by_freq):
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (
+        layer.max_norm or layer.scale_grad_by_freq or getattr(layer, "mode", None) == "max"
+    ):
         found = None
     return found if found is not None and names <= found.names else None

@@ -15,7 +15,16 @@ from fastproj.factored import FactoredProjector, Sides
 from fastproj.projector import Projector
 from fastproj.trak.gradients import base
 from fastproj.trak.gradients.parts import Part, Piece, Watched
-from fastproj.trak.gradients.proof import Evened, Proof, norm, norms, wide
+from fastproj.trak.gradients.proof import (
+    Asked,
+    Evened,
+    Known,
+    Split,
+    is_finite,
+    norm,
+    norms,
+    wide,
+)
 
 
 class Sink(Protocol):
@@ -184,7 +193,7 @@ class RowSink:
 
     def add(self, name: str, part: Part) -> None:
         """One more part of the gradient by the parameter ``name``."""
-        self.sink.add(name, Watched(part, partial(self.check.compare, name, row=self.row)))
+        self.sink.add(name, Watched(part, partial(self.check.subtract, name, row=self.row)))
 
     def close(self) -> None:
         """There are no more parts."""
@@ -204,36 +213,69 @@ class NoSink:
 
 
 class Check:
-    """Compares the weighted sum of all gradients with a known one.
+    """Compares the weighted sum of all gradients with plain autograd's.
+
+    ``subtract`` takes the gradients that are checked. Plain autograd's are known before, or added
+    afterwards by ``add_plain``, which takes less memory: the sum grows while a graph is let go of.
 
     Attributes
     ----------
     sizes : [rows, B], float64: the norm of each gradient, as if its pieces were orthogonal.
+    finite : [B], bool: whether a sample's gradient is, as far as that was looked at.
     """
 
-    def __init__(self, proof: Proof, params: Mapping[str, Tensor], rows: int) -> None:
-        self.proof = proof
+    def __init__(
+        self, split: Split, params: Mapping[str, Tensor], rows: int, known: Known | None = None
+    ) -> None:
+        self.split = split
         self.params = params
-        self.finite = torch.ones_like(proof.counts)  # [B], whether a sample's gradient is
-        self.known = {name: norm(g) for name, g in proof.sums.items()}
-        self.left = {name: g.view(-1) for name, g in proof.sums.items()}
-        self.sizes = proof.weights.new_zeros(rows, len(proof.weights))
+        self.known = known
+        self.finite = torch.ones_like(split.weights, dtype=torch.bool)
+        self.norms: dict[str, float] = {}  # of the sums
+        self.left: dict[str, Tensor] = {}
+        if known is not None:
+            self.norms = {name: norm(g) for name, g in known.sums.items()}
+            self.left = {name: g.view(-1) for name, g in known.sums.items()}
+        self.sizes = split.weights.new_zeros(rows, len(split.weights))
 
-    def compare(self, name: str, piece: Piece, row: int) -> None:
+    def subtract(self, name: str, piece: Piece, row: int) -> None:
         """Subtract the samples' part from what is expected."""
-        values, weights, counts = piece.values, self.proof.weights_of(row), self.proof.counts
+        values, weights = piece.values, self.split.weights_of(row)
         samples = slice(None) if piece.rows is None else piece.rows
-        weights, counts = weights[samples], counts[samples]
+        weights = weights[samples]
         self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], norms(values))
-        if self.proof.infinite:
-            finite = torch.isfinite(values).all(1)
-            self.finite[samples] &= finite
+        if self.known is not None and self.known.infinite:
+            counts = self.known.counts[samples]
+            self.finite[samples] &= torch.isfinite(values).all(1)
             values, weights = values[counts], weights[counts]  # 0 times inf would be NaN
         dtype = wide(values)
         part = weights.to(dtype) @ values.to(dtype)
-        if name not in self.left:  # f of this batch doesn't depend on it
+        if name not in self.left:
             self.left[name] = part.new_zeros(self.params[name].numel())
         self.left[name][piece.start : piece.start + len(part)] -= part
+
+    def add_plain(self, gradient_of: Asked) -> set[str]:
+        """Add plain autograd's gradients. Returns the names of the parameters that they are by.
+
+        ``finite`` becomes False where they or the sums are not.
+        """
+        self.norms = {name: norm(g) for name, g in self.left.items()}
+        if not all(map(math.isfinite, self.norms.values())):
+            self.finite[:] = False
+        found = set()
+
+        def add(name: str, g: Tensor) -> None:
+            found.add(name)
+            if name not in self.left:
+                self.left[name] = torch.zeros(g.numel(), dtype=wide(g), device=g.device)
+            self.left[name] += g.reshape(-1)
+            if not is_finite(g):
+                self.finite[:] = False
+
+        for samples in self.split.parts:
+            if self.finite.all():
+                gradient_of(samples, add)
+        return found
 
     def wrong(self, eps: float = 0.0) -> list[str]:
         """The parameters whose gradient isn't the known one, by more than rounding.
@@ -243,19 +285,20 @@ class Check:
         Gradients that are not finite by autograd either are no fault of the hooks: the check of
         features names such samples.
         """
-        overflowing = [name for name, size in self.known.items() if not math.isfinite(size)]
-        if overflowing:
-            return overflowing if self.finite.all() else []
-        if bool((self.finite & ~self.proof.counts).any()):
-            return self.proof.infinite
-        total = sum(size**2 for size in self.known.values()) ** 0.5
+        if self.known is not None:
+            overflowing = [name for name, size in self.norms.items() if not math.isfinite(size)]
+            if overflowing:
+                return overflowing if self.finite.all() else []
+            if bool((self.finite & ~self.known.counts).any()):
+                return self.known.infinite
+        total = sum(size**2 for size in self.norms.values()) ** 0.5
         found = []
         for name, left in self.left.items():
             # At least float32's: float64 models may compute in it, as T5's softmax does.
             own = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
             # The share is 1e-3 in float32. In 16 bits, errors of 0.04 have been seen.
             share = min(3 * max(eps, own) ** 0.5, 0.1)
-            allowed = share * (self.known.get(name, 0.0) + 0.1 * total) + self.proof.noise
+            allowed = share * (self.norms.get(name, 0.0) + 0.1 * total) + self.split.noise
             if not norm(left) <= allowed:
                 found.append(name)
         return found
@@ -267,4 +310,5 @@ class Check:
         """
         dtypes = (p.dtype for p in self.params.values())
         eps = max(eps, *(torch.finfo(dtype).eps for dtype in (torch.float32, *dtypes)))
-        return Evened.of(self.sizes, self.proof.counts, eps)
+        counts = torch.ones_like(self.finite) if self.known is None else self.known.counts
+        return Evened.of(self.sizes, counts, eps)

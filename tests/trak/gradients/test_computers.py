@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastproj import TRAKer
 from fastproj.trak import (
     FunctionalGradientComputer,
     HookGradientComputer,
@@ -17,6 +18,7 @@ from fastproj.trak import (
 )
 from fastproj.trak.gradients import AutomaticGradientComputer, recorder
 from fastproj.trak.gradients import base as module
+from fastproj.trak.gradients.memory import is_out_of_memory
 from tests.trak import cases
 
 COMPUTERS = [FunctionalGradientComputer, HookGradientComputer, IterativeGradientComputer]
@@ -160,3 +162,63 @@ def test_what_a_task_raises_is_no_fault_of_ours():
     computer = AutomaticGradientComputer(cases.net(), Refuses())
     with pytest.warns(UserWarning, match="'hooks' can't take this model.*not for batches"):
         computer.compute_per_sample_grad(cases.data(4))
+
+
+class Large(nn.Module):
+    """Asks for more memory than there is, of batches of more than ``fits``; it counts its calls."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.where, self.fits, self.calls = where, 3, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.where == "forward":
+            self.ask(x)
+        h = self.fc(x)
+        if self.where == "backward" and h.requires_grad:
+            h.register_hook(self.ask)
+        return h
+
+    def ask(self, x):
+        if len(x) > self.fits:
+            torch.empty(1 << 58)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("computer", ["auto", "hooks"])
+@pytest.mark.parametrize("curvature", ["fisher", "trak"])
+def test_memory_that_is_not_enough_is_said_and_takes_no_other_way(
+    where, computer, curvature, tmp_path, recwarn
+):
+    """The others would take more. A smaller batch goes on with hooks."""
+    torch.manual_seed(0)
+    model = Large(where).eval()
+    options = {"gradient_computer": computer, "curvature": curvature, "proj_dim": 16}
+    traker = TRAKer(model, "image_classification", 8, tmp_path, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    x, labels = torch.randn(8, 4), torch.arange(8) % 3
+    with pytest.raises(MemoryError, match=r"smaller batches.*allocate"):
+        traker.featurize((x, labels), num_samples=8)
+    assert model.calls < 8
+    for rows in torch.arange(8).split(2):
+        traker.featurize((x[rows], labels[rows]), inds=rows)
+    assert not recwarn.list
+    assert traker.saver.index(0).done.all()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("shape '[3]' is invalid for input of size 4"), False),
+        (ValueError("out of memory cells"), False),
+    ],
+)
+def test_errors_that_say_that_memory_ran_out(error, is_it):
+    assert is_out_of_memory(error) is is_it

@@ -72,10 +72,8 @@ def parameters(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("options", [{}, {"curvature": "trak"}, {"factored": 16}], ids=str)
-def test_a_language_model_takes_little_more_than_training(
-    options, model, plain, tmp_path, monkeypatch
-):
-    """The first two batches and the fourth are checked, the third takes less."""
+def test_a_language_model_takes_no_more_than_training(options, model, plain, tmp_path, monkeypatch):
+    """Also where a batch is checked, as the first two and the fourth are."""
     monkeypatch.setattr(parts, "PIECE_BYTES", 1 << 17)  # as small beside the model as in real ones
     monkeypatch.setattr(contrasts, "BLOCK_BYTES", 1 << 17)
     monkeypatch.setattr(proof, "NORM_ENTRIES", 1 << 15)
@@ -87,8 +85,8 @@ def test_a_language_model_takes_little_more_than_training(
     ]
     assert traker.gradient_computer.name == "hooks"
     ratios = [(most + parameters(model)) / plain for most in found]
-    assert max(ratios) < 1.2, ratios
-    assert ratios[2] < 1.05, ratios
+    assert max(ratios) < 1, ratios
+    assert max(ratios) < 1.05 * ratios[2], ratios
 
 
 class Several(nn.Module):
