@@ -52,6 +52,7 @@ from fastproj.trak.gradients import (
     project_modules,
     resolve_gradient_computer,
 )
+from fastproj.trak.gradients.scales import ScaledProjector, size_factors
 from fastproj.trak.inputs import (
     as_groups,
     as_indices,
@@ -226,12 +227,16 @@ class TRAKer:
         )
         self._takes_lambda = curvature != AUTO  # of a number, too
         self._draws: Draws | None = None
-        identity_of_curvature = {}
+        identity_of_curvature: dict[str, Any] = {}
+        self._projecting = self.projector  # gradients of all kinds
         if self.fisher is not None:
             self._draws = Draws(self.train_set_size, self.proj_dim, self.fisher, seed)
             self._training_computer = self.gradient_computer.sibling(TrainingOutput(self.task))
             identity_of_curvature = {"curvature": self._draws.describe()}
             logger.info("curvature: %s", self._draws.describe())
+            if self.fisher.size_power:
+                identity_of_curvature["size_power"] = self.fisher.size_power
+                self._projecting = self._in_metric(self.fisher.size_power)
         self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
             self.device
         )
@@ -290,6 +295,13 @@ class TRAKer:
         if outer.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
             outer.scale = math.sqrt(outer.block)
         return made
+
+    def _in_metric(self, power: float) -> ScaledProjector:
+        """The projector, of gradients by parameters of P entries times a power of P."""
+        params = dict(self.model.named_parameters())
+        sizes = {name: params[name].numel() for name in self.gradient_names}
+        logger.info("curvature: gradients times (entries of their parameter)^%g", power)
+        return ScaledProjector(self.projector, size_factors(sizes, power))
 
     # ---- featurizing ----------------------------------------------------------------------------
 
@@ -643,9 +655,9 @@ class TRAKer:
             computer.when_disproved = partial(self._distrust, model_id)
         with self._own_dtype():
             if training:
-                rows = computer.project_rows(batch, self.projector, model_id)
+                rows = computer.project_rows(batch, self._projecting, model_id)
             elif hasattr(computer, "project"):
-                rows = [computer.project(batch, self.projector, model_id).detach()]
+                rows = [computer.project(batch, self._projecting, model_id).detach()]
             else:  # a class with trak's methods
                 grads = computer.compute_per_sample_grad(batch)
                 rows = [self.projector.project(grads, model_id=model_id).detach()]
@@ -908,10 +920,10 @@ class TRAKer:
         with self._loaded.guarded("score", True), self._own_dtype():
             self._out_to_loss(batch)
             if per == "module":
-                parts = project_modules(computer, batch, self.projector, model_id)
+                parts = project_modules(computer, batch, self._projecting, model_id)
             else:
                 tokens = computer.sibling(TokenOutput(self.task))
-                parts = tokens.project_rows(batch, self.projector, model_id)
+                parts = tokens.project_rows(batch, self._projecting, model_id)
         rows = [self._scaled(part.detach(), np.arange(size)) for part in parts]
         scores = scores_of_targets(
             self.saver.systems, self.score_computer, model_id, torch.stack(rows, 1).flatten(0, 1)
@@ -1095,7 +1107,8 @@ class TRAKer:
 
     def _require_outputs(self, function: str, lambda_reg: Lambda) -> None:
         """Raise ValueError unless the training features are gradients of f, as TRAK's are."""
-        if not getattr(self.task, "learns_along_output", True):
+        scaled = self.fisher is not None and self.fisher.size_power
+        if scaled or not getattr(self.task, "learns_along_output", True):
             raise ValueError(
                 f"{function}: received lambda_reg={lambda_reg!r}, which is TRAK's formula, where "
                 f"the features of {type(self.task).__name__} were made for the Fisher matrix; "

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastproj.factored import FactoredProjector
-from fastproj.projector import Projector
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
@@ -29,6 +27,7 @@ from fastproj.trak.gradients.proof import Evened, Proof, prove, structure_of, wo
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.scales import projects_pieces
 from fastproj.trak.gradients.sinks import (
     Check,
     CollectingSink,
@@ -133,8 +132,7 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def project_rows(self, batch: tuple[Any, ...], projector: Any, model_id: int) -> list[Tensor]:
         """``projector.project`` of the gradients of each output of the samples, [B, proj_dim]."""
-        ours = isinstance(projector, Projector | FactoredProjector)
-        if not (ours and self.gives_rows()):  # whole gradients
+        if not (projects_pieces(projector) and self.gives_rows()):  # whole gradients
             return super().project_rows(batch, projector, model_id)
         self.on_trust = False
         sinks: list[ProjectingSink] = []
@@ -149,7 +147,7 @@ class HookGradientComputer(AbstractGradientComputer):
         return [sink.out for sink in sinks]
 
     def project_modules(
-        self, batch: tuple[Any, ...], projector: Projector | FactoredProjector, model_id: int
+        self, batch: tuple[Any, ...], projector: Any, model_id: int
     ) -> list[Tensor]:
         """What each of ``modules_of`` the parameters adds to ``project``, [B, proj_dim] each."""
         self.on_trust = False

@@ -59,6 +59,8 @@ SIZES = {  # n, k, settings, form, rows
     "some drawn for": (40, 24, Fisher(samples=16), "primal", 56),
     "some drawn for, dual": (40, 64, Fisher(samples=16), "dual", 56),
     "several draws": (20, 16, Fisher(draws=3), "primal", 80),
+    "sizes of parameters count": (32, 8, Fisher(size_power=0.5), "primal", 48),
+    "sizes of parameters count, dual": (12, 40, Fisher(size_power=-0.25), "dual", 24),
     "several draws for some, dual": (40, 96, Fisher(samples=16, draws=3), "dual", 88),
 }
 
@@ -491,6 +493,19 @@ def test_a_number_alone_is_traks_store(tmp_path):
     cases.make(cases.net(), tmp_path, 20, curvature="trak")
 
 
+def test_features_in_another_metric_have_no_traks_formula_when_finalising(tmp_path):
+    class Weighted(ImageClassificationModelOutput):
+        size_power = 0.5
+
+    model, train = cases.net(), cases.data(20)
+    traker = TRAKer(model, Weighted(), 20, tmp_path, proj_dim=8, device="cpu")
+    assert traker.fisher == Fisher(size_power=0.5)
+    cases.featurize(traker, model, 0, train)
+    with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula.*Weighted"):
+        traker.finalize_features(lambda_reg=0.5)
+    traker.finalize_features()
+
+
 def test_texts_have_no_traks_formula_when_finalising(tmp_path):
     traker = language(tmp_path, 20, 8, "auto")
     with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula.*CausalLM") as e:
@@ -509,7 +524,7 @@ def test_texts_have_no_traks_formula_when_finalising(tmp_path):
 def test_it_is_said_and_stored(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "fastproj.trak"):
         traker = cases.make(cases.net(), tmp_path, 48)
-    assert traker.fisher == Fisher()
+    assert traker.fisher == Fisher(size_power=0)
     said = "fisher, 1 row(s) drawn for 16 of 48 samples"
     assert f"curvature: {said}" in caplog.text
     assert read_json(tmp_path / "metadata.json")["curvature"] == said
