@@ -298,9 +298,11 @@ def test_scores_of_texts_are_the_formula(tmp_path, reduction, n, k, fisher, form
         for ids, mask, numbers in zip(*train, noise, strict=True)
     ]
     chosen = draws.chosen(np.arange(n))
-    phi = cases.projected(torch.stack([own for own, _ in made]), k, 0)
+    metric = traker.fisher
+    phi = torch.stack([own for own, _ in made])
+    phi = cases.projected(cases.in_metric(model, phi, metric), k, 0)
     drawn = torch.cat([rows for (_, rows), some in zip(made, chosen, strict=True) if some])
-    drawn = cases.projected(drawn, k, 0)
+    drawn = cases.projected(cases.in_metric(model, drawn, metric), k, 0)
     system = n / chosen.sum() * drawn.T @ drawn + phi.T @ phi
     system += traker.saver.systems.read_solve(0)["lambda_reg"] * torch.eye(k)
     # Targets are asked about by the task's own output, the margins of their tokens.
@@ -311,7 +313,7 @@ def test_scores_of_texts_are_the_formula(tmp_path, reduction, n, k, fisher, form
         f = (p / (1 - p)).log().sum() / (length - 1 if reduction == "mean" else 1)
         grads = torch.autograd.grad(f, list(model.parameters()))
         parts.append(torch.cat([g.reshape(-1) for g in grads]))
-    of_targets = cases.projected(torch.stack(parts), k, 0)
+    of_targets = cases.projected(cases.in_metric(model, torch.stack(parts), metric), k, 0)
     assert_close(scores, phi @ torch.linalg.solve(system, of_targets.T))
 
 
@@ -615,7 +617,7 @@ def test_tasks_that_know_no_likelihood_keep_traks(tmp_path, name):
 def test_tasks_that_know_one_have_it(tmp_path, name):
     model, train = cases.net(), cases.data(20)
     traker = TRAKer(model, WITH[name](), 20, tmp_path, proj_dim=8, device="cpu")
-    assert traker.fisher == Fisher()
+    assert traker.fisher == Fisher(size_power=0)
     cases.featurize(traker, model, 0, train)
     traker.finalize_features()
     assert traker.saver.systems.read_solve(0)["curvature"] == "fisher"
