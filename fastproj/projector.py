@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import SupportsIndex
 
 import torch
@@ -57,6 +58,20 @@ class Projector:
         self.scale = scale
         self.precision = precision
         self.backend = backend
+
+    def scaled(self, factor: float) -> Projector:
+        """The same projector, with ``factor`` times its scale.
+
+        Raises TypeError or ValueError where that is no finite number.
+        """
+        function = "Projector.scaled"
+        block = self.block or 0
+        made = copy(self)
+        made.scale = checks.check_scale(function, factor, self.proj_dim) * checks.check_scale(
+            function, self.scale, self.proj_dim, block
+        )
+        checks.check_scale(function, made.scale, self.proj_dim)
+        return made
 
     def project(
         self,

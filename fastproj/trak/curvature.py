@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ CURVATURES = (AUTO, FISHER, TRAK)
 RUNS = 16, 64  # neighbouring samples get their rows together, in runs: few batches are split.
 LEAST_RUNS = 16  # There are at least so many runs before they get longer.
 PER_DIM = 2  # samples that rows are drawn for, for each dimension of the features
+MOST_POWER = 1.0  # of sizes: beyond, one parameter would be all
 SALT = 0x46697368  # of random numbers for drawing: not those of the projection
 MASK = 0xFFFFFFFF
 
@@ -35,10 +36,14 @@ class Fisher:
     samples : m, the number of training samples that get drawn rows; None is ``min(n, 2 k)``. All n
         samples have a row that isn't drawn.
     draws : d, the number of rows drawn for each of these m.
+    size_power : a; gradients by a parameter of P entries are multiplied by ``(P / largest P)^a``
+        before they are projected, so that inner products are taken in this metric. None is the
+        task's ``size_power``.
     """
 
     samples: int | None = None
     draws: int = 1
+    size_power: float | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("samples", self.samples, 1), ("draws", self.draws, 1)):
@@ -47,6 +52,22 @@ class Fisher:
                 raise ValueError(
                     f"Fisher: received {name}={value!r}; expected an integer >= {least}"
                 )
+        power = self.size_power
+        if power is not None and not (is_number(power) and abs(power) <= MOST_POWER):
+            raise ValueError(
+                f"Fisher: received size_power={power!r}; expected a number from {-MOST_POWER:g} to "
+                f"{MOST_POWER:g} (0: gradients as they are), or None"
+            )
+
+    def of(self, task: Any) -> Fisher:
+        """With the size_power of the task, where none was given."""
+        power = getattr(task, "size_power", 0.0) if self.size_power is None else self.size_power
+        return replace(self, size_power=float(power))
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, but for True and False."""
+    return isinstance(value, float | int | np.number) and not isinstance(value, bool)
 
 
 def resolve_curvature(
@@ -66,7 +87,7 @@ def resolve_curvature(
         isinstance(gradient_computer, AbstractGradientComputer) and gradient_computer.gives_rows()
     )
     if curvature == AUTO:
-        return Fisher() if lambda_reg == AUTO and ours and has_likelihood(task) else None
+        return Fisher().of(task) if lambda_reg == AUTO and ours and has_likelihood(task) else None
     if curvature == TRAK:
         return None
     if not has_likelihood(task):
@@ -82,7 +103,7 @@ def resolve_curvature(
             'gradients of one output only; expected "auto", "hooks", "func", "loop" or a subclass '
             'of one of these with compute_rows, or curvature="trak"'
         )
-    return curvature if isinstance(curvature, Fisher) else Fisher()
+    return (curvature if isinstance(curvature, Fisher) else Fisher()).of(task)
 
 
 class Draws:

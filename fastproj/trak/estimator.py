@@ -32,6 +32,7 @@ from fastproj.trak.distributed import Ranks, local_device, ranks_of_this_run
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.fingerprints import layout_fingerprint
 from fastproj.trak.gradients import modules_of, parameter_names, resolve_gradient_computer
+from fastproj.trak.gradients.scales import ScaledProjector, size_factors
 from fastproj.trak.immediate import Stream, scores_in_parts
 from fastproj.trak.inputs import (
     MAX_SAMPLES,
@@ -198,11 +199,13 @@ class TRAKer:
             curvature, self.lambda_reg, self.task, self.gradient_computer
         )
         self._takes_lambda = curvature != AUTO  # of a number, too
-        draws = None
+        draws, projecting = None, self.projector
         if self.fisher is not None:
             seed = int(getattr(self.projector, "seed", 0))
             draws = Draws(self.train_set_size, self.proj_dim, self.fisher, seed)
             logger.info("curvature: %s", draws.describe())
+            if self._size_power:
+                projecting = self._in_metric(self._size_power)
         self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
             self.device
         )
@@ -222,7 +225,7 @@ class TRAKer:
             self.device,
             self.task,
             self.gradient_computer,
-            self.projector,
+            projecting,
             self.saver,
             self.normalize_factor,
             draws,
@@ -241,7 +244,20 @@ class TRAKer:
             "task": describe_task(self.task),
             "train_set_size": self.train_set_size,
             **({} if draws is None else {"curvature": draws.describe()}),
+            **({"size_power": self._size_power} if self._size_power else {}),
         }
+
+    @property
+    def _size_power(self) -> float:
+        """The power of their size that gradients by parameters count by; 0 for TRAK's."""
+        return 0.0 if self.fisher is None else self.fisher.size_power or 0.0
+
+    def _in_metric(self, power: float) -> ScaledProjector:
+        """The projector, of gradients by parameters of P entries times a power of P."""
+        params = dict(self.model.named_parameters())
+        sizes = {name: params[name].numel() for name in self.gradient_names}
+        logger.info("curvature: gradients times (entries of their parameter)^%g", power)
+        return ScaledProjector(self.projector, size_factors(sizes, power))
 
     # ---- featurizing ----------------------------------------------------------------------------
 
@@ -427,7 +443,7 @@ class TRAKer:
             self._contents.compare(function, ids)
         fisher = self.fisher is not None and (lambda_reg == AUTO or self._takes_lambda)
         if self.fisher is not None and not fisher:
-            require_outputs(self.task, function, lambda_reg)
+            require_outputs(self.task, function, lambda_reg, self._size_power != 0)
         finalize(
             self.saver.systems, self.score_computer, ids, lambda_reg, ranks, probabilities, fisher
         )

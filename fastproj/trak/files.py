@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 Indices = npt.NDArray[np.int64]
@@ -37,7 +36,11 @@ DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT = 8  # of the data of a safetensors file, in bytes
 
 
 class StoreError(RuntimeError):
@@ -195,8 +198,22 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
     sums = {f"checksum.{name}": tensor_checksum(t) for name, t in whole.items()}
     described = dict(sorted({**metadata, **sums}.items()))
     described["checksum"] = digest(json.dumps(described, sort_keys=True).encode())
-    data = to_safetensors(whole, described)
-    write_atomic(path, lambda file: file.write(data), len(data))
+    order = sorted(whole, key=lambda name: (-whole[name].element_size(), name))  # aligned
+    header: dict[str, Any] = {"__metadata__": described}
+    end = 0
+    for name in order:
+        t = whole[name]
+        place = [end, end := end + t.nbytes]
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+
+    def write(file: Any) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:  # each as it lies in memory: a matrix may be most of that
+            file.write(tensor_bytes(whole[name]))
+
+    write_atomic(path, write, 8 + len(text) + end)
 
 
 def read_safetensors(

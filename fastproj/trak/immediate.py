@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastproj.factored import FactoredProjector
-from fastproj.projector import Projector
 from fastproj.trak.curvature import check_finite_terms, check_terms
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.gradients import AbstractGradientComputer, project_modules
+from fastproj.trak.gradients.scales import projects_pieces, unscaled
 from fastproj.trak.readiness import require_all
 from fastproj.trak.solving.scoring import scores_of_targets, target_features, target_weights
 from fastproj.trak.solving.solve import ScoreComputer
@@ -36,10 +35,11 @@ def scores_in_parts(
             f"score: received per={per!r} with a gradient_computer of another kind; expected "
             '"auto", "hooks", "func" or "loop"'
         )
-    if per == "module" and not isinstance(projector, Projector | FactoredProjector):
+    if per == "module" and not projects_pieces(projector):
         raise ValueError(
-            f'score: received per="module" with a {type(projector).__name__}, which can\'t project '
-            "parts of a gradient; expected fastproj.Projector or fastproj.FactoredProjector"
+            f'score: received per="module" with a {type(unscaled(projector)[0]).__name__}, which '
+            "can't project parts of a gradient; expected fastproj.Projector or "
+            "fastproj.FactoredProjector"
         )
     if per == "token" and not hasattr(task, "token_outputs"):
         raise ValueError(

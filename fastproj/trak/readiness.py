@@ -55,9 +55,12 @@ def require_finalized(saver: Saver, function: str, model_id: int) -> None:
         )
 
 
-def require_outputs(task: Any, function: str, lambda_reg: Lambda) -> None:
-    """Raise ValueError unless the training features are gradients of f, as TRAK's are."""
-    if not getattr(task, "learns_along_output", True):
+def require_outputs(task: Any, function: str, lambda_reg: Lambda, scaled: bool) -> None:
+    """Raise ValueError unless the training features are gradients of f, as TRAK's are.
+
+    scaled : whether gradients by each parameter were multiplied by a number of its own.
+    """
+    if scaled or not getattr(task, "learns_along_output", True):
         raise ValueError(
             f"{function}: received lambda_reg={lambda_reg!r}, which is TRAK's formula, where the "
             f"features of {type(task).__name__} were made for the Fisher matrix; expected "

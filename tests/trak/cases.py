@@ -118,6 +118,13 @@ def explicit_trak(
     return (total / count) * (weight / count)[:, None]
 
 
+def in_metric(model: nn.Module, grads: Tensor, fisher: Fisher) -> Tensor:
+    """Gradients [n, P] times what ``fisher.size_power`` says."""
+    sizes = torch.tensor([p.numel() for p in model.parameters()])
+    factors = (sizes / sizes.max()).double() ** (fisher.size_power or 0.0)
+    return grads * factors.repeat_interleave(sizes)
+
+
 def fisher_of(
     model: nn.Module, model_id: int, train: tuple[Tensor, Tensor], proj_dim: int, fisher: Fisher
 ) -> tuple[Tensor, Tensor]:
@@ -144,8 +151,9 @@ def fisher_of(
             parts = torch.autograd.grad(contrast, list(model.parameters()), retain_graph=True)
             rows.append(torch.cat([part.reshape(-1) for part in parts]))
             weights.append(count / chosen.sum())
-    phi = projected(own, proj_dim, model_id)
-    drawn = projected(torch.stack(rows).double(), proj_dim, model_id)
+    phi = projected(in_metric(model, own, fisher), proj_dim, model_id)
+    drawn = in_metric(model, torch.stack(rows).double(), fisher)
+    drawn = projected(drawn, proj_dim, model_id)
     matrix = (phi * slopes[:, None]).T @ phi  # p q + q^2
     matrix += (drawn * torch.tensor(weights)[:, None]).T @ drawn
     return matrix, phi * slopes[:, None]
@@ -162,8 +170,10 @@ def explicit_fisher(
     """The scores with the Fisher matrix, at the lambdas of the checkpoints, float64 [n, m]."""
     total = torch.zeros(len(train[0]), len(targets[0]), dtype=torch.float64)
     for model_id, (model, lambda_reg) in enumerate(zip(models, lambdas, strict=True)):
-        matrix, of_likelihood = fisher_of(model, model_id, train, proj_dim, fisher or Fisher())
-        of_targets = projected(gradients(model, targets), proj_dim, model_id)
+        fisher = fisher or Fisher()
+        matrix, of_likelihood = fisher_of(model, model_id, train, proj_dim, fisher)
+        of_targets = in_metric(model, gradients(model, targets), fisher)
+        of_targets = projected(of_targets, proj_dim, model_id)
         system = matrix + lambda_reg * torch.eye(proj_dim).double()
         total += of_likelihood @ torch.linalg.solve(system, of_targets.T)
     return total / len(models)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
+from fastproj.trak.curvature import Fisher
 from tests.trak import cases
 
 N, M = 33, 7
@@ -38,6 +39,7 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     how["batch_size"] : one for each rank.
     how["backend"] : a process group of this backend is there before TRAKer is made.
     how["groups"] : of the targets.
+    how["size_power"] : of fastproj.trak.Fisher.
     how["only"] : "featurize" lets each rank featurize every size-th batch of its, and no more.
     log : the computed batches are appended to it.
     """
@@ -54,7 +56,10 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     train, targets = cases.data(N), cases.data(M, seed=5)
     # The first shows no training ridge, the second does: lambda is chosen by one rule and the other
     states = [net.state_dict() for net in (cases.net(0), cases.trained(1, train))]
-    traker = cases.make(model, Path(save_dir), N, **{"proj_dim": 6, **how.get("options", {})})
+    options = {"proj_dim": 6, **how.get("options", {})}
+    if "size_power" in how:
+        options["curvature"] = Fisher(size_power=how["size_power"])
+    traker = cases.make(model, Path(save_dir), N, **options)
     features, computed = traker._featurizer.features, []
 
     def logged(batch: Any, model_id: int, inds: Any, **kind: bool) -> list[torch.Tensor]:

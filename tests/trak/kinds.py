@@ -27,7 +27,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "gaussian-dual": {"proj_dim": 40, "kind": "gaussian", "curvature": "trak"},
     "sjlt-fisher": {"proj_dim": 16, "kind": "sjlt", "block": 16},
     "sjlt-dual": {"proj_dim": 32, "kind": "sjlt", "block": 16, "curvature": "trak"},
-    "fisher-some": {"proj_dim": 4, "kind": "rademacher", "curvature": Fisher(5, 2)},
+    "fisher-some": {"proj_dim": 4, "kind": "rademacher", "curvature": Fisher(5, 2, 0.5)},
     "fisher-dual": {"proj_dim": 40, "kind": "rademacher", "lambda_reg": "0.1*mean"},
     "factored": {"proj_dim": 16, "kind": "sjlt", "block": 16, "factored": 2, "curvature": "trak"},
     "factored-fisher": {"proj_dim": 4, "kind": "rademacher", "factored": 2},

@@ -92,17 +92,18 @@ def test_fewer_samples_than_dimensions_in_several_processes(tmp_path, server):
     assert_same(*found)
 
 
-def test_factored_gradients_in_several_processes(tmp_path, server):
+@pytest.mark.parametrize("how", [{}, {"size_power": 0.5}], ids=["as they are", "by sizes"])
+def test_factored_gradients_in_several_processes(tmp_path, server, how):
     """Bit for bit, also where a process was killed and the run begun again."""
-    options = {"factored": 3, "proj_dim": 32}
+    how = {**how, "options": {"factored": 3, "proj_dim": 32}}
     found = []
     for place, size, die in (("one", 1, None), ("two", 2, None), ("killed", 2, [1, "featurize"])):
         folder = tmp_path / place
         folder.mkdir()
         if die is not None:
             codes = [1, -signal.SIGKILL]
-            run(server, folder, size, codes=codes, die=die, options=options)
-        run(server, folder, size, options=options)
+            run(server, folder, size, codes=codes, die=die, **how)
+        run(server, folder, size, **how)
         found.append(results(folder))
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastproj import TRAKer
+from fastproj.trak.curvature import Fisher
 from fastproj.trak.store.store import NotReadyError
 from tests.trak import modules
 
@@ -59,7 +60,13 @@ def scored(folder, computer="auto", **settings):
     return traker, train, np.array(traker.finalize_scores("t"))
 
 
-SETTINGS = [{}, {"curvature": "trak"}, {"factored": 4}, {"factored": 4, "curvature": "trak"}]
+SETTINGS = [
+    {},
+    {"curvature": Fisher(size_power=0.5)},
+    {"curvature": "trak"},
+    {"factored": 4, "curvature": Fisher(size_power=-0.5)},
+    {"factored": 4, "curvature": "trak"},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

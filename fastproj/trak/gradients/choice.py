@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastproj.factored import FactoredProjector
-from fastproj.projector import Projector
 from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
@@ -95,7 +93,7 @@ class AutomaticGradientComputer(AbstractGradientComputer):
         return found
 
     def project_modules(
-        self, batch: tuple[Any, ...], projector: Projector | FactoredProjector, model_id: int
+        self, batch: tuple[Any, ...], projector: Any, model_id: int
     ) -> list[Tensor]:
         """What each of ``modules_of`` the parameters adds to ``project``, [B, proj_dim] each."""
         rows: list[Tensor] = self._first(

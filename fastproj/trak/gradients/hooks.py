@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastproj.factored import FactoredProjector
-from fastproj.projector import Projector
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
@@ -37,6 +35,7 @@ from fastproj.trak.gradients.proof import (
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder, Seen
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.scales import projects_pieces
 from fastproj.trak.gradients.sinks import (
     Check,
     CollectingSink,
@@ -177,12 +176,12 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def _takes(self, projector: Any) -> bool:
         """Whether parts of gradients can go to a projector."""
-        return isinstance(projector, Projector | FactoredProjector) and self.gives_rows()
+        return projects_pieces(projector) and self.gives_rows()
 
     def _project(
         self,
         batch: tuple[Any, ...],
-        projector: Projector | FactoredProjector,
+        projector: Any,
         model_id: int,
         rows: Rows,
     ) -> list[Tensor]:
@@ -200,7 +199,7 @@ class HookGradientComputer(AbstractGradientComputer):
         return [sink.out for sink in sinks]
 
     def project_modules(
-        self, batch: tuple[Any, ...], projector: Projector | FactoredProjector, model_id: int
+        self, batch: tuple[Any, ...], projector: Any, model_id: int
     ) -> list[Tensor]:
         """What each of ``modules_of`` the parameters adds to ``project``, [B, proj_dim] each."""
         self.on_trust = False

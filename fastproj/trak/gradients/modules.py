@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproj.factored import FactoredProjector
-from fastproj.projector import Projector
 from fastproj.trak.gradients.base import AbstractGradientComputer
 from fastproj.trak.gradients.parts import Piece
 from fastproj.trak.gradients.sinks import ModuleSink
@@ -17,7 +15,7 @@ from fastproj.trak.gradients.sinks import ModuleSink
 def project_modules(
     computer: AbstractGradientComputer,
     batch: tuple[Any, ...],
-    projector: Projector | FactoredProjector,
+    projector: Any,
     model_id: int,
 ) -> list[Tensor]:
     """The part of ``computer.project`` that each of ``modules_of`` the parameters adds, [B, k]."""

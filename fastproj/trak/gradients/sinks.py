@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastproj.factored import FactoredProjector, Sides
-from fastproj.projector import Projector
 from fastproj.trak.gradients import base
 from fastproj.trak.gradients.parts import Part, Piece, Watched
 from fastproj.trak.gradients.proof import (
@@ -25,6 +24,7 @@ from fastproj.trak.gradients.proof import (
     norms,
     wide,
 )
+from fastproj.trak.gradients.scales import for_each, unscaled
 
 
 class Sink(Protocol):
@@ -65,6 +65,7 @@ class ProjectingSink:
 
     Parameters
     ----------
+    projector : a ``Projector`` or ``FactoredProjector``, or a ``ScaledProjector`` of one.
     uses : how many parts there will be of a parameter, at most; but for those of embeddings, which
         are a few rows and not worth a sum.
     """
@@ -73,20 +74,22 @@ class ProjectingSink:
         self,
         params: Mapping[str, Tensor],
         size: int,
-        projector: Projector | FactoredProjector,
+        projector: Any,
         model_id: int,
         uses: Mapping[str, int],
     ) -> None:
         self.model_id = model_id
         self.sides: dict[str, Sides] = {}
+        projector, factors = unscaled(projector)
+        outer = projector
         if isinstance(projector, FactoredProjector):
-            self.projector = projector.outer
+            outer = projector.outer
             self.sides = {name: projector.sides(name, model_id) for name in params}
             rows = {name: projector.inner_rows(name) for name in params}
             self.sizes = {name: where.stop - where.start for name, where in rows.items()}
         else:
-            self.projector = projector
             self.sizes = {name: p.numel() for name, p in params.items()}
+        self.projectors = for_each(outer, factors, list(params))
         starts = accumulate(self.sizes.values(), initial=0)
         self.offsets = dict(zip(self.sizes, starts, strict=False))
         first = next(iter(params.values()))
@@ -128,7 +131,7 @@ class ProjectingSink:
 
     def _add_product(self, name: str, left: Tensor, right: Tensor) -> bool:
         offset = self.offsets[name]
-        return self.projector.add_product(
+        return self.projectors[name].add_product(
             left, right, self.model_id, row_offset=offset, out=self.out
         )
 
@@ -136,13 +139,13 @@ class ProjectingSink:
         values = piece.values
         if self.out.dtype == torch.float64:
             values = values.double()
-        offset = self.offsets[name] + piece.start
+        offset, projector = self.offsets[name] + piece.start, self.projectors[name]
         if piece.rows is None:
-            self.projector.project(
+            projector.project(
                 values, self.model_id, row_offset=offset, out=self.out, accumulate=True
             )
         else:
-            part = self.projector.project(values, self.model_id, row_offset=offset)  # [b, k]
+            part = projector.project(values, self.model_id, row_offset=offset)  # [b, k]
             self.out.index_add_(0, piece.rows, part)
 
 
@@ -153,7 +156,7 @@ class ModuleSink:
         self,
         params: Mapping[str, Tensor],
         size: int,
-        projector: Projector | FactoredProjector,
+        projector: Any,
         model_id: int,
         uses: Mapping[str, int],
     ) -> None:

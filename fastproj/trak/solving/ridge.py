@@ -417,10 +417,16 @@ def effective_dimension(matrix: Tensor, ridge: float) -> float:
         values = torch.linalg.eigvalsh(matrix).clamp(min=0)
         return float((values / (values + ridge)).sum())
     inverse = 0.0  # squared norm of the factor's inverse, a few columns at a time
-    for start in range(0, size, COLUMNS):
-        rest = factor[start:, start:]  # above, the columns are zero
-        unit = torch.eye(size - start, min(COLUMNS, size - start), dtype=matrix.dtype)
-        inverse += float(torch.linalg.solve_triangular(rest, unit, upper=False).square().sum())
+    for first in range(0, size, COLUMNS):
+        count = min(COLUMNS, size - first)
+        columns = matrix.new_zeros(size - first, count)  # above, they are zero
+        columns[:count] = torch.eye(count, dtype=matrix.dtype)
+        for row in range(first, size, COLUMNS):  # by blocks: no copy of the factor is made
+            rows, done = slice(row, row + COLUMNS), row - first
+            block = columns[done : done + COLUMNS]
+            block -= factor[rows, first:row] @ columns[:done]
+            block.copy_(torch.linalg.solve_triangular(factor[rows, rows], block, upper=False))
+        inverse += float(columns.square().sum())
     return max(0.0, size - ridge * inverse)
 
 

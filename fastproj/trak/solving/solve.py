@@ -131,7 +131,7 @@ class Solution:
         if self.dual:
             return self._apply_dual(targets)
         if self.method == "cholesky":
-            return torch.cholesky_solve(targets.mT, self.factor).mT
+            return apply_factor(self.factor, targets.mT).mT
         return targets @ self.factor
 
     def _apply_dual(self, targets: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class Solution:
         for places, rows in self.rows.stream():
             products[places] = rows.to(targets) @ targets.mT
         if self.method == "cholesky":
-            shares, out = -torch.cholesky_solve(products, self.factor), targets.clone()
+            shares, out = -apply_factor(self.factor, products), targets.clone()
         else:
             shares, out = self.factor @ products, torch.zeros_like(targets)
         for places, rows in self.rows.stream():
@@ -329,17 +329,27 @@ def shifted(matrix: Tensor, lam: float) -> Tensor:
 def cholesky(matrix: Tensor, lam: float) -> Tensor | None:
     """The Cholesky factor of ``matrix + lambda I``, or None where it isn't positive definite.
 
-    It is made in place of a copy: there are never more than two such matrices.
+    It is made in place of a copy: there are never more than two such matrices. For that the copy
+    has to lie column by column, as LAPACK's do.
     """
-    system = shifted(matrix, lam)
+    system = shifted(matrix, lam).mT
     info = torch.empty((), dtype=torch.int32, device=system.device)
     torch.linalg.cholesky_ex(system, out=(system, info))
     return system if int(info) == 0 else None
 
 
+def apply_factor(factor: Tensor, rhs: Tensor) -> Tensor:
+    """``(L L^T)^-1 rhs``, without the copy of L that ``torch.cholesky_solve`` makes.
+
+    factor : L [r, r], whole; rhs : [r, m].
+    """
+    half = torch.linalg.solve_triangular(factor, rhs, upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+
+
 def check_gram(gram: Gram) -> float:
     """The mean of the k eigenvalues of S^T S; ValueError where it is not finite, or zero."""
-    if not bool(torch.isfinite(gram.matrix).all()):
+    if not all(bool(torch.isfinite(rows).all()) for rows in gram.matrix.split(GRAM_TILE)):
         raise ValueError(
             f"solve: XtX of {gram.n} features has entries that are not finite; expected finite "
             "features (a feature that is inf or NaN, or near the largest float32)"
@@ -394,7 +404,7 @@ def extreme_eigenvalues(matrix: Tensor, factor: Tensor, lam: float = 0.0) -> tup
     for _ in range(POWER_STEPS):
         high = high / high.norm()
         high = matrix @ high + lam * high
-        low = torch.cholesky_solve(low / low.norm(), factor)
+        low = apply_factor(factor, low / low.norm())
     return float(high.norm()), float(1 / low.norm())
 
 

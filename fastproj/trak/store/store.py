@@ -62,7 +62,7 @@ FORMAT = 3
 ROWS = "drawn"  # of a training shard: how many rows were drawn for each sample
 DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that are drawn
 Found = list[tuple[ShardFile, Indices, Indices]]  # with the numbers and content ids of its rows
-ABSENT = {"curvature": "trak"}  # what metadata that lack a key mean
+ABSENT = {"curvature": "trak", "size_power": 0.0}  # what metadata that lack a key mean
 OWN_PROJECTOR = "fastproj.projector.Projector"
 MATRIX_ARGUMENTS = ("kind", "block", "proj_dim", "factored")
 
@@ -74,8 +74,10 @@ class NotReadyError(RuntimeError):
 def same_settings(stored: Mapping[str, Any], wrong: Collection[str]) -> str:
     """How a run can go on with a directory that differs from it in ``wrong``, for messages.
 
-    Where the matrix is another, these are arguments of TRAKer.
+    Where the matrix or the scale of gradients is another, these are arguments of TRAKer.
     """
+    if set(wrong) == {"size_power"}:
+        return f"curvature=fastproj.trak.Fisher(size_power={stored.get('size_power')!r})"
     if stored.get("projector") != OWN_PROJECTOR or not set(wrong) & set(MATRIX_ARGUMENTS):
         return "the same settings"
     named = set(wrong)

@@ -61,11 +61,14 @@ class AbstractModelOutput(ABC):
     finds out from all Q of a checkpoint (``fastproj.trak.solving.ridge.meaning``).
     ``knows_likelihood`` says whether ``likelihood_terms`` is there, for the Fisher matrix of the
     labels' likelihood as the curvature (``TRAKer(curvature="fisher")``).
+    ``size_power`` is the power of a parameter's size that its gradients count by, for
+    ``curvature="fisher"`` (``fastproj.trak.Fisher``).
     ``model_holds_weights`` False leaves the model as it is: for tasks that need to see its own
     parameters, and call it by ``torch.func.functional_call`` alone.
     """
 
     q_are_probabilities: bool | None = None
+    size_power: ClassVar[float] = 0.0
     model_holds_weights: ClassVar[bool] = True
 
     @abstractmethod

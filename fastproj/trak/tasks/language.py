@@ -154,6 +154,7 @@ class CausalLMModelOutput(TokenModelOutput):
     not count (a prompt, padding). Without labels every token counts that the mask doesn't hide.
     """
 
+    size_power = 0.5
     name = "causal_lm"
     expected = (
         "(input_ids, attention_mask, labels), without the last or the last two, or a dict with "

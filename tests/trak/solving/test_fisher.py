@@ -59,6 +59,8 @@ SIZES = {  # n, k, settings, form, rows
     "some drawn for": (40, 24, Fisher(samples=16), "primal", 56),
     "some drawn for, dual": (40, 64, Fisher(samples=16), "dual", 56),
     "several draws": (20, 16, Fisher(draws=3), "primal", 80),
+    "sizes of parameters count": (32, 8, Fisher(size_power=0.5), "primal", 48),
+    "sizes of parameters count, dual": (12, 40, Fisher(size_power=-0.25), "dual", 24),
     "several draws for some, dual": (40, 96, Fisher(samples=16, draws=3), "dual", 88),
 }
 
@@ -289,9 +291,11 @@ def test_scores_of_texts_are_the_formula(tmp_path, reduction, n, k, fisher, form
         for ids, mask, numbers in zip(*train, noise, strict=True)
     ]
     chosen = draws.chosen(np.arange(n))
-    phi = cases.projected(torch.stack([own for own, _ in made]), k, 0)
+    metric = traker.fisher
+    phi = torch.stack([own for own, _ in made])
+    phi = cases.projected(cases.in_metric(model, phi, metric), k, 0)
     drawn = torch.cat([rows for (_, rows), some in zip(made, chosen, strict=True) if some])
-    drawn = cases.projected(drawn, k, 0)
+    drawn = cases.projected(cases.in_metric(model, drawn, metric), k, 0)
     system = n / chosen.sum() * drawn.T @ drawn + phi.T @ phi
     system += traker.saver.systems.read_solve(0)["lambda_reg"] * torch.eye(k)
     # Targets are asked about by the task's own output, the margins of their tokens.
@@ -302,7 +306,7 @@ def test_scores_of_texts_are_the_formula(tmp_path, reduction, n, k, fisher, form
         f = (p / (1 - p)).log().sum() / (length - 1 if reduction == "mean" else 1)
         grads = torch.autograd.grad(f, list(model.parameters()))
         parts.append(torch.cat([g.reshape(-1) for g in grads]))
-    of_targets = cases.projected(torch.stack(parts), k, 0)
+    of_targets = cases.projected(cases.in_metric(model, torch.stack(parts), metric), k, 0)
     assert_close(scores, phi @ torch.linalg.solve(system, of_targets.T))
 
 
@@ -484,6 +488,19 @@ def test_a_number_alone_is_traks_store(tmp_path):
     cases.make(cases.net(), tmp_path, 20, curvature="trak")
 
 
+def test_features_in_another_metric_have_no_traks_formula_when_finalising(tmp_path):
+    class Weighted(ImageClassificationModelOutput):
+        size_power = 0.5
+
+    model, train = cases.net(), cases.data(20)
+    traker = TRAKer(model, Weighted(), 20, tmp_path, proj_dim=8, device="cpu")
+    assert traker.fisher == Fisher(size_power=0.5)
+    cases.featurize(traker, model, 0, train)
+    with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula.*Weighted"):
+        traker.finalize_features(lambda_reg=0.5)
+    traker.finalize_features()
+
+
 def test_texts_have_no_traks_formula_when_finalising(tmp_path):
     traker = language(tmp_path, 20, 8, "auto")
     with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula.*CausalLM") as e:
@@ -502,7 +519,7 @@ def test_texts_have_no_traks_formula_when_finalising(tmp_path):
 def test_it_is_said_and_stored(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "fastproj.trak"):
         traker = cases.make(cases.net(), tmp_path, 48)
-    assert traker.fisher == Fisher()
+    assert traker.fisher == Fisher(size_power=0)
     said = "fisher, 1 row(s) drawn for 16 of 48 samples"
     assert f"curvature: {said}" in caplog.text
     assert read_json(tmp_path / "metadata.json")["curvature"] == said
@@ -593,7 +610,7 @@ def test_tasks_that_know_no_likelihood_keep_traks(tmp_path, name):
 def test_tasks_that_know_one_have_it(tmp_path, name):
     model, train = cases.net(), cases.data(20)
     traker = TRAKer(model, WITH[name](), 20, tmp_path, proj_dim=8, device="cpu")
-    assert traker.fisher == Fisher()
+    assert traker.fisher == Fisher(size_power=0)
     cases.featurize(traker, model, 0, train)
     traker.finalize_features()
     assert traker.saver.systems.read_solve(0)["curvature"] == "fisher"

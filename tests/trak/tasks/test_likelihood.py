@@ -546,6 +546,9 @@ def test_runs_are_spread_evenly(n, k, run):
         ({"samples": 1.5}, "samples=1.5"),
         ({"draws": 0}, "draws=0"),
         ({"draws": True}, "draws=True"),
+        ({"size_power": 2}, "size_power=2; expected a number from -1 to 1"),
+        ({"size_power": True}, "size_power=True"),
+        ({"size_power": float("nan")}, "size_power=nan"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, message):
