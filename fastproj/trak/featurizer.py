@@ -227,7 +227,7 @@ class Featurizer:
         every, inds, content = inds, inds[new], content[new]
         some = chosen[new] & (terms.drawn.shape[1] > 0)
         with self.loaded.guarded("featurize", True):
-            features, *rows = self.features(samples, model_id, inds, some)
+            features, *rows = self.features(samples, model_id, inds, drawn=some)
         on_trust = self.training_computer.on_trust
         check_finite_terms(terms, every)
         if some.any():  # before the samples: what says that they are done

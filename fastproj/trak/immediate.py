@@ -92,7 +92,7 @@ class Stream:
                 check_finite_terms(terms, inds)
                 q = terms.slope.float()
                 nothing = np.zeros(size, np.bool_)
-                (features,) = made_by.features(samples, model_id, inds, nothing)
+                (features,) = made_by.features(samples, model_id, inds, drawn=nothing)
         product = self.score_computer.scores(features.float().cpu(), self.weights)
         scores: Scores = product.mul_(q.cpu().unsqueeze(1)).numpy()
         return scores
