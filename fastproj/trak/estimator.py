@@ -460,7 +460,7 @@ class TRAKer:
         every, inds, content = inds, inds[new], content[new]
         some = chosen[new] & (terms.drawn.shape[1] > 0)
         with self._loaded.guarded("featurize", True):
-            features, *rows = self._features(samples, model_id, inds, some)
+            features, *rows = self._features(samples, model_id, inds, drawn=some)
         on_trust = self._training_computer.on_trust
         check_finite_terms(terms, every)
         if some.any():  # before the samples: what says that they are done
@@ -937,7 +937,7 @@ class TRAKer:
                 check_finite_terms(terms, inds)
                 q = terms.slope.float()
                 nothing = np.zeros(size, np.bool_)
-                (features,) = self._features(samples, model_id, inds, nothing)
+                (features,) = self._features(samples, model_id, inds, drawn=nothing)
         product = self.score_computer.scores(features.float().cpu(), self._target_weights[1])
         scores: npt.NDArray[np.float32] = product.mul_(q.cpu().unsqueeze(1)).numpy()
         return scores

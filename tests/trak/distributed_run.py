@@ -57,7 +57,7 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     traker = cases.make(model, Path(save_dir), N, **{"proj_dim": 6, **how.get("options", {})})
     features, computed = traker._features, []
 
-    def logged(batch: Any, model_id: int, inds: Any, **kind: bool) -> list[torch.Tensor]:
+    def logged(batch: Any, model_id: int, inds: Any, **kind: Any) -> list[torch.Tensor]:
         stage = traker._loaded_for
         computed.append(stage)
         if die == [rank, stage] and computed.count(stage) == 2:
