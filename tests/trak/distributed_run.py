@@ -62,7 +62,7 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     traker = cases.make(model, Path(save_dir), N, **options)
     features, computed = traker._featurizer.features, []
 
-    def logged(batch: Any, model_id: int, inds: Any, **kind: bool) -> list[torch.Tensor]:
+    def logged(batch: Any, model_id: int, inds: Any, **kind: Any) -> list[torch.Tensor]:
         stage = traker._pass.function
         computed.append(stage)
         if die == [rank, stage] and computed.count(stage) == 2:

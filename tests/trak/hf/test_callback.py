@@ -117,11 +117,11 @@ def test_a_stopped_training_goes_on(tmp_path, plain, whole, monkeypatch, after):
     computed: list[tuple[int, int]] = []
     write = TRAKer._features
 
-    def features(self, batch, model_id, inds, *kind):
+    def features(self, batch, model_id, inds, **kind):
         if (model_id, stop[0]) == (8, len([c for c in computed if c[0] == 8])):
             raise Stopped
         computed.append((model_id, len(inds)))
-        return write(self, batch, model_id, inds, *kind)
+        return write(self, batch, model_id, inds, **kind)
 
     stop = [after]
     monkeypatch.setattr(TRAKer, "_features", features)
