@@ -250,6 +250,12 @@ def work(pipe: Connection, reference: Any, number: int, threads: int) -> None:
     """A worker process: load the recipe, then do the tasks that come."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    with suppress(BrokenPipeError):  # nobody is left to report to
+        serve(pipe, reference)
+
+
+def serve(pipe: Connection, reference: Any) -> None:
+    """Report that the recipe is loaded, and then each outcome, until no more tasks come."""
     try:
         recipe = load(reference)
     except WorkerError as error:

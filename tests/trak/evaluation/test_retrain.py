@@ -28,7 +28,7 @@ from fastproj.trak.evaluation.retrain import (
     random_subsets,
     train_subsets,
 )
-from fastproj.trak.evaluation.workers import WorkerError
+from fastproj.trak.evaluation.workers import WorkerError, work
 from fastproj.trak.files import StoreCorruptError, StoreError, StoreMismatchError
 from tests.trak import killed_retraining
 from tests.trak.recipe_files import RIDGE, trained, write_recipe
@@ -532,3 +532,17 @@ def test_a_damaged_ground_truth_is_named(tmp_path):
             else:  # a date, or another byte that nothing is read from
                 np.testing.assert_array_equal(found.masks, masks)
     assert said == {f"ground truth: can't read {path}"}
+
+
+def test_a_worker_whose_pipe_is_gone_ends_quietly(tmp_path, capfd):
+    """As after Ctrl-C while it starts."""
+    recipe = write_recipe(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=(theirs, str(recipe), 0, 1))
+    ours.close()
+    process.start()
+    theirs.close()
+    process.join()
+    assert process.exitcode == 0
+    assert capfd.readouterr().err == ""
