@@ -126,7 +126,7 @@ def write_targets(save_dir: Path, options: argparse.Namespace) -> None:
 def feature_files(save_dir: Path) -> list[Path]:
     """The files of the samples' features and of the drawn rows."""
     folder = save_dir / "models" / "0"
-    return sorted(path for name in ("train-*", "drawn-*") for path in folder.glob(name))
+    return sorted(path for name in ("train-*", "drawn-*") for path in folder.rglob(name))
 
 
 def matrix_files(save_dir: Path) -> list[Path]:

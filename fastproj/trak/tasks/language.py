@@ -191,6 +191,7 @@ class Seq2SeqModelOutput(TokenModelOutput):
     model's own ``prepare_decoder_input_ids_from_labels``.
     """
 
+    size_power = -0.125
     name = "seq2seq"
     expected = "(input_ids, attention_mask, labels), or a dict with labels"
 
