@@ -13,6 +13,16 @@ from fastproj.spec import MatrixKey, matrix_block
 
 KINDS = ["rademacher", "gaussian"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# batch, rows, proj_dim, row_offset: ragged tiles of every kernel, a block number beyond 32 bits
+SHAPES = [
+    (1, 1, 1, 0),
+    (3, 700, 65, 5),
+    (8, 1500, 130, 2**41 - 700),
+    (13, 1537, 257, 1),
+    (70, 600, 64, 3),
+    (5, 9000, 100, 0),
+    (2, 513, 2500, 511),
+]
 
 
 def stored(

@@ -9,19 +9,8 @@ import torch
 from fastproj.backends import cpu, reference
 from fastproj.call import Call
 from fastproj.spec import MatrixKey, matrix_block
+from tests.dense import DTYPES, KINDS, SHAPES
 
-KINDS = ["rademacher", "gaussian"]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-# batch, rows, proj_dim, row_offset: ragged tiles of every kernel, a block number beyond 32 bits
-SHAPES = [
-    (1, 1, 1, 0),
-    (3, 700, 65, 5),
-    (8, 1500, 130, 2**41 - 700),
-    (13, 1537, 257, 1),
-    (70, 600, 64, 3),
-    (5, 9000, 100, 0),
-    (2, 513, 2500, 511),
-]
 # 2-norm of the error over that of the result, for float32 input: docs/projection.md's promises
 PRECISION_BOUND = {"highest": 1e-6, "high": 2.0**-16, "medium": 2.0**-8}
 

@@ -18,6 +18,8 @@ from fastproj.trak.hf import HFTRAKer, load_model, load_tokenizer, tokenize
 from fastproj.trak.hf.heads import AUTO_CLASSES
 from tests.trak.hf import models
 
+pytestmark = pytest.mark.usefixtures("no_network")
+
 TRAIN = [{"text": f"w{i} w{i + 1} w{i % 3}"} for i in range(12)]
 TARGETS = [{"text": "w0 w1 w0"}, {"text": "w5 w6 w2"}]
 FEW = ("--proj-dim", 16)
@@ -30,18 +32,6 @@ def run(*arguments):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    """Whoever asks the network fails the test."""
-    import socket
-
-    def refused(*args, **options):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(socket, "getaddrinfo", refused)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 from fastproj.spec import MatrixKey, default_block, matrix_block
 from tests import known
 from tests.cuda import emulation
+from tests.dense import DTYPES
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SEED, STREAM = 2**63 + 5, 2**31 - 1
 
 

@@ -12,10 +12,9 @@ import torch
 
 from tests import tensor_cores
 from tests.cuda import emulation
-from tests.dense import blocked_matmul, normals, relative_error, stored
+from tests.dense import KINDS, blocked_matmul, normals, relative_error, stored
 from tests.tensor_cores import AMPERE, HOPPER, Floats, Unit
 
-KINDS = ["rademacher", "gaussian"]
 UNITS = {"sm80": AMPERE, "sm90": HOPPER}
 
 

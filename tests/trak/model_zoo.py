@@ -17,6 +17,12 @@ from fastproj.trak import CausalLMModelOutput, CLIPModelOutput, Seq2SeqModelOutp
 from fastproj.trak.tasks import TASKS
 
 VOCABULARY = 40
+SHAPE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
 
 
 class Family(NamedTuple):
@@ -103,15 +109,7 @@ def resnet() -> Family:
 def vit() -> Family:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-    )
+    config = ViTConfig(**SHAPE, image_size=8, patch_size=4, num_labels=5)
     return Family(
         grown(ViTForImageClassification(config)),
         "image_classification",
@@ -122,15 +120,7 @@ def vit() -> Family:
 def bert() -> Family:
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=12,
-        num_labels=5,
-    )
+    config = BertConfig(vocab_size=VOCABULARY, **SHAPE, max_position_embeddings=12, num_labels=5)
 
     def data(n: int) -> tuple[Tensor, ...]:
         mask = lengths_mask(n, 7)
@@ -142,17 +132,15 @@ def bert() -> Family:
 def clip() -> Family:
     from transformers import CLIPConfig, CLIPModel
 
-    shared = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
     config = CLIPConfig(
         text_config={
-            **shared,
+            **SHAPE,
             "vocab_size": VOCABULARY,
-            "num_hidden_layers": 2,
             "max_position_embeddings": 12,
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        vision_config={**shared, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4},
+        vision_config={**SHAPE, "image_size": 8, "patch_size": 4},
         projection_dim=8,
     )
     model = grown(CLIPModel(config))

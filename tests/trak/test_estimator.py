@@ -200,7 +200,7 @@ def test_what_is_there_is_not_computed_again(tmp_path, models, train):
     traker = cases.make(models[0], tmp_path, N)
     cases.featurize(traker, models[0], 0, train)
     again = cases.make(models[0], tmp_path, N)
-    again._features = None  # would fail if called
+    again._featurizer.features = None  # would fail if called
     cases.featurize(again, models[0], 0, train)
     again.finalize_features()
 

@@ -27,19 +27,24 @@ def projector(model):
     return CudaProjector(size, K, 0, kind, torch.device("cpu"), max_batch_size=8)
 
 
-def quickstart(package, model, save_dir, train, targets):
-    """Readme and quickstart: loaders, num_samples, one experiment."""
-    state = {name: t.clone() for name, t in model.state_dict().items()}
-    traker = package.TRAKer(
+def made(package, model, save_dir, task="image_classification", **options):
+    """A TRAKer with what both packages take."""
+    return package.TRAKer(
         model=model,
-        task="image_classification",
+        task=task,
         train_set_size=N,
         save_dir=save_dir,
         device="cpu",
         projector=projector(model),
         use_half_precision=False,
-        lambda_reg=LAMBDA,
+        **options,
     )
+
+
+def quickstart(package, model, save_dir, train, targets):
+    """Readme and quickstart: loaders, num_samples, one experiment."""
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    traker = made(package, model, save_dir, lambda_reg=LAMBDA)
     traker.load_checkpoint(state, model_id=0)
     for batch in DataLoader(TensorDataset(*train), batch_size=8):
         traker.featurize(batch=batch, num_samples=batch[0].shape[0])
@@ -57,17 +62,8 @@ def slurm(package, model, save_dir, train, targets):
     states = [{k: v.clone() for k, v in cases.net(seed).state_dict().items()} for seed in (0, 1)]
 
     def make(load):
-        return package.TRAKer(
-            model=model,
-            task="image_classification",
-            train_set_size=N,
-            save_dir=str(save_dir),
-            load_from_save_dir=load,
-            device="cpu",
-            projector=projector(model),
-            use_half_precision=False,
-            lambda_reg=LAMBDA,
-        )
+        options = {"load_from_save_dir": load, "lambda_reg": LAMBDA}
+        return made(package, model, str(save_dir), **options)
 
     make(True)  # trak 0.3.2 can't make a new directory with load_from_save_dir=False
     for model_id, state in enumerate(states):
@@ -142,16 +138,7 @@ def sentences(n, seed):
 
 def qnli(package, model, save_dir, *_):
     """The QNLI tutorial: a custom task, dicts from the loader made into tuples."""
-    traker = package.TRAKer(
-        model=model,
-        task=Classification(),
-        train_set_size=N,
-        save_dir=save_dir,
-        device="cpu",
-        projector=projector(model),
-        use_half_precision=False,
-        lambda_reg=LAMBDA,
-    )
+    traker = made(package, model, save_dir, Classification(), lambda_reg=LAMBDA)
 
     def batches(data):
         columns = list(data.values())
@@ -266,15 +253,7 @@ def test_a_registered_model_id_is_gone_on_with_whatever_the_flag_of_trak_says(tm
         traker.load_checkpoint(state, 0, _allow_featurizing_already_registered=flag)
         rows = list(rows)
         traker.featurize((images[rows], labels[rows]), inds=rows)
-        theirs = trak.TRAKer(
-            model=model,
-            task="image_classification",
-            train_set_size=N,
-            save_dir=tmp_path / "theirs",
-            device="cpu",
-            projector=projector(model),
-            use_half_precision=False,
-        )
+        theirs = made(trak, model, tmp_path / "theirs")
         theirs.load_checkpoint(state, 0, _allow_featurizing_already_registered=flag)
         theirs.featurize((images[rows], labels[rows]), inds=np.array(rows))
     traker.finalize_features()

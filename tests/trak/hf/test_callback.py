@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastproj import TRAKer
+from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.files import read_json
 from fastproj.trak.hf import HFTRAKer, TRAKCallback, checkpoints_in
 from fastproj.trak.hf.undisturbed import undisturbed
@@ -115,7 +115,7 @@ def whole(tmp_path_factory):
 def test_a_stopped_training_goes_on(tmp_path, plain, whole, monkeypatch, after):
     """Stopped before the second checkpoint is featurized, amid it, and before it is scored."""
     computed: list[tuple[int, int]] = []
-    write = TRAKer._features
+    write = Featurizer.features
 
     def features(self, batch, model_id, inds, **kind):
         if (model_id, stop[0]) == (8, len([c for c in computed if c[0] == 8])):
@@ -124,7 +124,7 @@ def test_a_stopped_training_goes_on(tmp_path, plain, whole, monkeypatch, after):
         return write(self, batch, model_id, inds, **kind)
 
     stop = [after]
-    monkeypatch.setattr(TRAKer, "_features", features)
+    monkeypatch.setattr(Featurizer, "features", features)
     with pytest.raises(Stopped):
         train(tmp_path / "run", [callback(tmp_path, batch_size=4)])
     stop[0] = -1
@@ -151,7 +151,7 @@ def test_a_training_that_is_repeated_computes_nothing_again(tmp_path, monkeypatc
     first = callback(tmp_path)
     train(tmp_path / "run", [first])
     wanted = np.array(first.scores)
-    monkeypatch.setattr(TRAKer, "_features", None)
+    monkeypatch.setattr(Featurizer, "features", None)
     again = callback(tmp_path)
     train(tmp_path / "run2", [again])
     np.testing.assert_array_equal(again.scores, wanted)

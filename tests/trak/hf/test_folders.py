@@ -16,19 +16,9 @@ from fastproj.trak.hf import HFTRAKer, checkpoints_in, load_model, load_tokenize
 from fastproj.trak.hf.heads import kind_of
 from tests.trak.hf import models
 
+pytestmark = pytest.mark.usefixtures("no_network")
+
 OPTIONS = {"proj_dim": 16, "logging_level": logging.ERROR}
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
-    """Whoever asks the network fails the test."""
-    import socket
-
-    def refused(*args, **options):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(socket, "getaddrinfo", refused)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import transformers as tf
 from torch import nn
 
 from fastproj import TRAKer
+from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.hf import HFTRAKer
 from fastproj.trak.hf.collate import labels_of
 from fastproj.trak.hf.masking import SHARE, Masking
@@ -97,13 +98,13 @@ def test_a_second_run_goes_on_with_what_is_there(tmp_path, monkeypatch):
     model, train = models.model_for("causal_lm"), models.samples_for("causal_lm", 20)
     first = run(tmp_path, model, train, train[:5], batch_size=4)
     computed = []
-    features = TRAKer._features
+    features = Featurizer.features
 
     def counted(self, batch, model_id, inds, **kind):
         computed.extend(inds)
         return features(self, batch, model_id, inds, **kind)
 
-    monkeypatch.setattr(TRAKer, "_features", counted)
+    monkeypatch.setattr(Featurizer, "features", counted)
     # With another batch size: what a sample holds is the same, so nothing warns.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
