@@ -17,6 +17,7 @@ import torch
 from fastproj.trak import distributed
 from fastproj.trak.distributed import DistributedError, Ranks
 from fastproj.trak.files import read_json
+from fastproj.trak.solving.solve import System
 from fastproj.trak.store.scores import read_scores, read_top_scores
 from tests.trak import cases
 from tests.trak.distributed_run import N
@@ -290,10 +291,47 @@ def test_each_rank_sums_its_own_parts_of_xtx(tmp_path, monkeypatch):
     traker = cases.make(model, tmp_path, 21)
     cases.featurize(traker, model, 0, cases.data(21))
     summed = []
-    monkeypatch.setattr(traker.saver.systems, "write_gram", lambda *args: summed.append(args[-1]))
+    systems = traker.saver.systems
+    monkeypatch.setattr(systems, "write_gram", lambda *args: summed.append(args[-1][1]))
     traker.ranks = Alike(1, 2)
     traker.finalize_features(lambda_reg=1)
     assert summed == [1]  # of 0, 1 and 2
+
+
+def test_parts_of_a_process_that_sees_more_batches_meanwhile_are_its_own(tmp_path, monkeypatch):
+    """Another process writes the same samples, cut differently, while one sums up its parts."""
+    cases.small_blocks(monkeypatch.setattr)
+    made = []
+    for _ in range(2):
+        model = cases.net()
+        made.append(cases.make(model, tmp_path, 21, curvature="trak"))
+        made[-1].load_checkpoint(model.state_dict(), 0)
+    first, second = made
+    data = cases.data(21)
+
+    def featurize(traker, size):
+        for inds in torch.arange(21).split(size):
+            traker.featurize([part[inds] for part in data], inds=inds)
+
+    systems = first.saver.systems
+    write = systems.write_gram
+
+    def write_gram(*args):
+        write(*args)
+        if not args[-1][1]:  # its first part
+            featurize(second, 3)
+            first.saver.forget()
+        else:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(systems, "write_gram", write_gram)
+    featurize(first, 4)
+    with pytest.raises(KeyboardInterrupt):
+        first.finalize_features(lambda_reg=1)
+    second.finalize_features(lambda_reg=1)
+    phi = second.saver.matrix(0).double()
+    xtx = second.saver.systems.read_gram(0, System())[0]["xtx"]
+    torch.testing.assert_close(xtx, phi.T @ phi)
 
 
 def test_ranks_that_call_other_things_are_told_so():

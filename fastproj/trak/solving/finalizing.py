@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.distributed import Ranks
-from fastproj.trak.files import GoneError, Indices, StoreError, Tensors
+from fastproj.trak.files import GoneError, Indices, StoreError, Tensors, digest
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.ridge import (
@@ -39,7 +39,7 @@ from fastproj.trak.solving.solve import (
     System,
     sum_dtype,
 )
-from fastproj.trak.solving.systems import FISHER, TRAK, Systems
+from fastproj.trak.solving.systems import FISHER, TRAK, Part, Systems
 from fastproj.trak.store.features import (
     Buffer,
     FeatureReader,
@@ -328,8 +328,10 @@ def sum_gram(
     sources = sources_of(store, model_id, system)
     blocks = blocks_of(sources, store.proj_dim)
     parts = (kernel_parts if system.dual else gram_parts)(blocks, store.proj_dim)
+    # Processes apart may see other batches of the same samples, and so have other parts.
+    layout = layout_of(blocks)
 
-    def write(number: int, part: int | None) -> None:
+    def write(number: int, part: Part | None) -> None:
         if system.dual:
             before = [block for blocks in parts[:number] for block in blocks]
             made = kernel_part(sources, computer, system, before, parts[number], advance)
@@ -343,21 +345,22 @@ def sum_gram(
                 write(0, None)
             return
         for number in range(ranks.rank, len(parts), ranks.size):
-            if not systems.has_gram(model_id, system, number):
-                write(number, number)
+            if not systems.has_gram(model_id, system, (layout, number)):
+                write(number, (layout, number))
     with ranks.barrier(STEP):
         join = join_parts if system.dual else add_parts
+        keys = [(layout, number) for number in range(len(parts))]
         tries = 0
         while ranks.first and not systems.has_gram(model_id, system):
             try:
-                systems.write_gram(model_id, *join(systems, model_id, system, len(parts)), system)
+                systems.write_gram(model_id, *join(systems, model_id, system, keys), system)
             except GoneError:  # a process apart has just finished, and removed the parts
                 tries += 1
                 if tries == TRIES:
                     raise
-                for number in range(len(parts)):
-                    if not systems.has_gram(model_id, system, number):
-                        write(number, number)
+                for key in keys:
+                    if not systems.has_gram(model_id, system, key):
+                        write(key[1], key)
             except StoreError:
                 if not systems.has_gram(model_id, system):
                     raise
@@ -390,13 +393,13 @@ def rows_in_all(sources: Sequence[Source]) -> int:
 
 
 def add_parts(
-    systems: Systems, model_id: int, system: System, count: int
+    systems: Systems, model_id: int, system: System, keys: Sequence[Part]
 ) -> tuple[Tensors, int, float]:
     """The sums of all parts, in order, how many samples they are of, and how exact."""
-    total, n, eps = systems.read_gram(model_id, system, 0)
+    total, n, eps = systems.read_gram(model_id, system, keys[0])
     total = {name: t.clone() for name, t in total.items()}
-    for number in range(1, count):
-        part, rows, _ = systems.read_gram(model_id, system, number)
+    for key in keys[1:]:
+        part, rows, _ = systems.read_gram(model_id, system, key)
         n += rows
         for name, t in part.items():
             total[name] += t
@@ -451,15 +454,15 @@ def kernel_part(
 
 
 def join_parts(
-    systems: Systems, model_id: int, system: System, count: int
+    systems: Systems, model_id: int, system: System, keys: Sequence[Part]
 ) -> tuple[Tensors, int, float]:
     """S S^T of the columns that all parts hold, and what belongs to it, as ``add_parts``."""
     size = rows_in_all(sources_of(systems.store, model_id, system))
     kernel = torch.empty(size, size, dtype=torch.float64)
     total: Tensors = {}
     eps, end = 0.0, 0
-    for number in range(count):
-        part, n, eps = systems.read_gram(model_id, system, number)
+    for key in keys:
+        part, n, eps = systems.read_gram(model_id, system, key)
         columns = part.pop("kernel")
         kernel[: end + n, end : end + n] = columns
         kernel[end : end + n, :end] = columns[:end].mT
@@ -483,6 +486,11 @@ def gram_parts(blocks: Sequence[Block], proj_dim: int) -> list[list[Block]]:
 def kernel_parts(blocks: Sequence[Block], proj_dim: int) -> list[list[Block]]:
     """The blocks in runs of KERNEL_PART_BYTES, for the matrix of a dual system."""
     return runs(blocks, max(1, KERNEL_PART_BYTES // (4 * proj_dim)))
+
+
+def layout_of(blocks: Sequence[Block]) -> str:
+    """Hash of the rows in each block, in order: parts of equal layouts are of the same rows."""
+    return digest(b"".join(b"%d %d " % (i, len(inds)) + inds.tobytes() for i, inds in blocks))
 
 
 def runs(blocks: Sequence[Block], size: int) -> list[list[Block]]:

@@ -14,6 +14,10 @@ FISHER, TRAK = "fisher", "trak"  # curvatures, in solve.json
 SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
 
 
+# A part of a Gram matrix: which rows are in which parts, as a digest, and the number of this one.
+Part = tuple[str, int]
+
+
 class Systems:
     """The Gram matrices and lambdas of a store's checkpoints, beside their features."""
 
@@ -26,17 +30,15 @@ class Systems:
             return False
         return self.has_gram(model_id, self.read_system(model_id))
 
-    def gram_path(self, model_id: int, system: System, number: int | None = None) -> Path:
-        """The file of a Gram matrix, or of a part; processes that see other shards have others."""
+    def gram_path(self, model_id: int, system: System, part: Part | None = None) -> Path:
+        """The file of a Gram matrix, or of a part."""
         name = gram_name(system)
-        if number is not None:
-            parts = (None, DRAWN) if system.fisher else (None,)
-            digests = (self.store.index(model_id, part).layout_digest() for part in parts)
-            layout = "-".join(text[:12] for text in digests)
-            name = f"part-{name}-{layout}-{number:04d}"
+        if part is not None:
+            layout, number = part
+            name = f"part-{name}-{layout[:24]}-{number:04d}"
         return self.store.model_dir(model_id) / f"{name}.safetensors"
 
-    def has_gram(self, model_id: int, system: System, part: int | None = None) -> bool:
+    def has_gram(self, model_id: int, system: System, part: Part | None = None) -> bool:
         """Whether a Gram matrix, or a part, of the features that are there now was stored."""
         path = self.gram_path(model_id, system, part)
         if not path.exists():
@@ -57,7 +59,7 @@ class Systems:
         n: int,
         eps: float,
         system: System,
-        part: int | None = None,
+        part: Part | None = None,
     ) -> None:
         """Keep sums over n samples, float64: ``xtx`` [k, k], or of a dual system ``kernel`` [n, n]
         and ``order`` [n], the samples of its rows; and what belongs to them.
@@ -68,7 +70,7 @@ class Systems:
         self.store.write(path, sums, model_id, facts=facts)
 
     def read_gram(
-        self, model_id: int, system: System, part: int | None = None
+        self, model_id: int, system: System, part: Part | None = None
     ) -> tuple[Tensors, int, float]:
         """(sums, n, eps) as written."""
         path = self.gram_path(model_id, system, part)

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastproj.trak.files import Indices, Tensors, digest, tensor_digest
+from fastproj.trak.files import Indices, Tensors, tensor_digest
 
 if sys.platform != "win32":
     import fcntl
@@ -149,10 +149,6 @@ class ShardIndex:
         """
         content = tensor_digest(torch.from_numpy(self.content))
         return f"{content}-distrusted" if self.distrusted else content
-
-    def layout_digest(self) -> str:
-        """Hash of the batches' keys, which decide the order in which features are read."""
-        return digest("/".join(sorted(self.keys)).encode())
 
     def add(self, file: ShardFile, inds: Indices, content: Indices, replace: bool) -> None:
         """Enter a file of one batch; ``replace`` says whether it wins over what is there."""

@@ -57,7 +57,7 @@ def test_a_thousand_batches_of_one_sample_leave_few_files(tmp_path):
     assert_whole(store, n)
     again = opened(tmp_path, n)
     assert_whole(again, n)
-    assert again.index(0).layout_digest() == store.index(0).layout_digest()
+    assert sorted(again.index(0).keys) == sorted(store.index(0).keys)
     np.testing.assert_array_equal(again.index(0).order(), store.index(0).order())
 
 
@@ -126,10 +126,10 @@ def test_files_that_a_killed_process_did_not_remove_any_more(tmp_path, monkeypat
         write(store, range(N))
     many = files(tmp_path)
     assert len(many) > N  # all are there, and what they were merged into
-    layout = store.index(0).layout_digest()
+    layout = sorted(store.index(0).keys)
     for made in (store, opened(tmp_path)):
         assert_whole(made)
-        assert made.index(0).layout_digest() == layout
+        assert sorted(made.index(0).keys) == layout
     assert len(files(tmp_path)) < len(many) / 4
 
 
