@@ -10,6 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastproj.trak import ScoreComputer, SingularXtXWarning
+from fastproj.trak.solving import ridge
 from fastproj.trak.solving import solve as module
 from fastproj.trak.solving.solve import Gram, extreme_eigenvalues, parse_lambda, solve
 
@@ -156,3 +157,21 @@ def test_products_ignore_a_lowered_matmul_precision():
     torch.testing.assert_close(
         out.double(), phi.double() @ weights.double().T, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("columns", [16, 64, 512])
+def test_factors_are_used_without_copies(columns, monkeypatch):
+    """One that lies as LAPACK wants it is made in place, and applied whole or by blocks."""
+    rows = torch.randn(90, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = rows.mT @ rows
+    factor = module.cholesky(matrix, 2.0)
+    assert factor.mT.is_contiguous()
+    whole = matrix + 2 * torch.eye(70, dtype=torch.float64)
+    torch.testing.assert_close(factor @ factor.mT, whole)
+    torch.testing.assert_close(
+        module.apply_factor(factor, rows.mT), torch.linalg.solve(whole, rows.mT)
+    )
+    monkeypatch.setattr(ridge, "COLUMNS", columns)
+    values = torch.linalg.eigvalsh(matrix)
+    exact = float((values / (values + 2)).sum())
+    assert ridge.effective_dimension(matrix, 2.0) == pytest.approx(exact, rel=1e-10)

@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError, TRAKer
 from fastproj.trak import files as module
@@ -411,6 +412,28 @@ def test_damaged_scores_are_not_taken_for_another_programs(tmp_path, damage):
     path.write_bytes(content)
     with pytest.raises(StoreCorruptError, match=re.escape(path.name)):
         load_scores(path)
+
+
+def test_files_are_what_safetensors_reads(tmp_path):
+    tensors = {
+        "half": torch.arange(3, dtype=torch.float16),  # others must not lie behind odd bytes
+        "matrix": torch.randn(2, 3, dtype=torch.float64).mT,
+        "nothing": torch.empty(0, 4),
+        "number": torch.tensor(5),
+    }
+    path = tmp_path / "x.safetensors"
+    module.write_safetensors(path, tensors, {"word": "ü"})
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["word"] == "ü"
+        assert {name: file.get_tensor(name).tolist() for name in file.keys()} == {  # noqa: SIM118
+            name: t.tolist() for name, t in tensors.items()
+        }
+    for names in (None, ["matrix"], ["number", "nothing", "half"]):
+        found, _ = module.read_safetensors(path, names)
+        for name, t in found.items():
+            assert torch.equal(t, tensors[name])
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    assert length % module.ALIGNMENT == 0
 
 
 def test_a_file_that_goes_while_it_is_opened_is_named(tmp_path, monkeypatch):
