@@ -128,7 +128,13 @@ class GroundTruth:
                     "has finished (run it again to go on), or a .npz file"
                 )
         try:
-            with np.load(path) as file:
+            file = np.load(path, mmap_mode="r")
+            if isinstance(file, np.ndarray):
+                raise StoreError(
+                    f"ground truth: {path} is a .npy file of one array {list(file.shape)}; "
+                    "expected a .npz file with masks [S, n] and outputs [S, m] or [runs, S, m]"
+                )
+            with file:
                 parts = {name: file[name] for name in file.files}
         except (OSError, MemoryError, *NOT_ARRAYS) as error:
             raise StoreError(

@@ -510,6 +510,9 @@ def test_ground_truth_files(tmp_path):
     for path in ("text.npz", "missing.npz"):
         with pytest.raises(StoreError, match=f"can't read .*{path}"):
             GroundTruth.load(tmp_path / path)
+    np.save(tmp_path / "one.npy", masks)
+    with pytest.raises(StoreError, match=r"one.npy is a .npy file of one array \[4, 6\]; expected"):
+        GroundTruth.load(tmp_path / "one.npy")
     with pytest.raises(StoreError, match="expected a directory that `fastproj lds` has finished"):
         GroundTruth.load(tmp_path)
 
