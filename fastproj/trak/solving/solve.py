@@ -339,7 +339,7 @@ def cholesky(matrix: Tensor, lam: float) -> Tensor | None:
 
 
 def apply_factor(factor: Tensor, rhs: Tensor) -> Tensor:
-    """``(L L^T)^-1 rhs``, without the copy of L that ``torch.cholesky_solve`` makes.
+    """``(L L^T)^-1 rhs``, without the copy of L that PyTorch makes for both halves at once.
 
     factor : L [r, r], whole; rhs : [r, m].
     """
