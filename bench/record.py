@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ def cpu_flags() -> list[str]:
     return [flag for flag in CPU_FLAGS if flag in words]
 
 
+@cache
+def mark() -> str:
+    """What names this run's files: the day and the commit, as they were at the first of them."""
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}-{commit()[:10] or 'no-commit'}"
+
+
 def write_result(name: str, content: dict[str, Any], text: str = "") -> Path:
     """Write ``content`` and the surroundings to bench/results/<day>-<commit>-<name>.json.
 
@@ -102,8 +109,7 @@ def write_result(name: str, content: dict[str, Any], text: str = "") -> Path:
     """
     around = surroundings()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    mark = around["commit"][:10] or "no-commit"
-    path = RESULTS / f"{around['time'][:10]}-{mark}-{name}.json"
+    path = RESULTS / f"{mark()}-{name}.json"
     path.write_text(json.dumps({**around, **content}, indent=1, allow_nan=False) + "\n")
     if text:
         path.with_suffix(".txt").write_text(text + "\n")

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from bench.providers import Case, Inputs, Prepared, Provider
+from fastproj.memory import is_out_of_memory
 
 FLUSH_BYTES = 1 << 30  # beyond any GPU's L2
 # OpenMP's threads spin for some milliseconds after an operation of torch, on cores that the next
@@ -129,10 +130,11 @@ def time_case(case: Case, providers: Sequence[Provider], repeats: int) -> list[R
             )
             with prepared.around():
                 row.error = prepared.error(prepared.call())
-        except torch.cuda.OutOfMemoryError:
-            row.note = "skipped: its memory does not fit"
-            continue
-        except RuntimeError as error:  # a kernel that fails must not cost the other rows
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                row.note = "skipped: its memory does not fit"
+                continue
+            # A kernel that fails must not cost the other rows.
             row.wrong = True
             row.note = f"FAILED: {' '.join(str(error).split())[:200]}"
             continue

@@ -49,7 +49,9 @@ def execute(
         print(f"fastproj {command}: {error}", file=sys.stderr)
         return FAILED
     except (MemoryError, RuntimeError) as error:
-        if not of_memory(error):
+        from fastproj.memory import is_out_of_memory  # with torch: Ctrl-C is to be met before that
+
+        if not is_out_of_memory(error):
             raise
         print(f"fastproj {command}: not enough memory ({in_a_line(error)})", file=sys.stderr)
         return FAILED
@@ -58,12 +60,6 @@ def execute(
 
         print(json.dumps(plain({"fastproj": __version__, **content}), indent=1))
     return status
-
-
-def of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory; torch raises RuntimeError for that."""
-    words = ("allocate memory", "out of memory", "size calculation overflowed")
-    return isinstance(error, MemoryError) or any(said in str(error) for said in words)
 
 
 def in_a_line(error: Exception) -> str:

@@ -205,7 +205,9 @@ class TRAKer:
             draws = Draws(self.train_set_size, self.proj_dim, self.fisher, seed)
             logger.info("curvature: %s", draws.describe())
             if self._size_power:
-                projecting = self._in_metric(self._size_power)
+                sizes = {name: shape.numel() for name, shape in shapes.items()}
+                projecting = ScaledProjector(self.projector, size_factors(sizes, self._size_power))
+                logger.info("curvature: gradients times (their entries)^%g", self._size_power)
         self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
             self.device
         )
@@ -251,13 +253,6 @@ class TRAKer:
     def _size_power(self) -> float:
         """The power of their size that gradients by parameters count by; 0 for TRAK's."""
         return 0.0 if self.fisher is None else self.fisher.size_power or 0.0
-
-    def _in_metric(self, power: float) -> ScaledProjector:
-        """The projector, of gradients by parameters of P entries times a power of P."""
-        params = dict(self.model.named_parameters())
-        sizes = {name: params[name].numel() for name in self.gradient_names}
-        logger.info("curvature: gradients times (entries of their parameter)^%g", power)
-        return ScaledProjector(self.projector, size_factors(sizes, power))
 
     # ---- featurizing ----------------------------------------------------------------------------
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastproj.memory import is_out_of_memory
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import warn_loop
 from fastproj.trak.gradients.loop import IterativeGradientComputer
-from fastproj.trak.gradients.memory import is_out_of_memory
 from fastproj.trak.gradients.parts import Piece, Workspace
 from fastproj.trak.gradients.proof import (
     Evened,

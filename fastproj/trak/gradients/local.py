@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from fastproj.memory import is_out_of_memory
 from fastproj.trak.gradients.base import dense
 from fastproj.trak.gradients.layout import SHARED, BatchDim
-from fastproj.trak.gradients.memory import is_out_of_memory
 from fastproj.trak.gradients.parts import Piece
 from fastproj.trak.gradients.running import vectorised
 

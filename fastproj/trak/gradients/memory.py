@@ -1,31 +1,11 @@
-"""Memory that is not enough: told from other errors, and what would work."""
+"""Memory that runs out while gradients are computed: what would work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
-
-# Before torch 2.5 it has its older name alone.
-OutOfMemoryError: Any = getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError
-
-# PyTorch has a class for a GPU's memory alone. These are words of its other errors.
-SAID = (
-    "can't allocate memory",  # DefaultCPUAllocator
-    "not enough memory",  # the same on Windows
-    "out of memory",
-    "bad_alloc",
-    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. Another way to compute would need more of it."""
-    if isinstance(error, (MemoryError, OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
+from fastproj.memory import OutOfMemoryError, is_out_of_memory
 
 
 @contextmanager

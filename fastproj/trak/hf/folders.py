@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from fastproj.checks import listed
+from fastproj.memory import is_out_of_memory
 from fastproj.trak.files import parsed_json, read_text
 from fastproj.trak.hf.heads import AUTO_CLASSES, TABLES, has_adapters, kind_of
 from fastproj.trak.tasks.language import base_of
@@ -177,7 +178,7 @@ def load_tokenizer(*paths: str | os.PathLike[str]) -> Any:
 
 def unreadable(folder: Path, what: str, error: Exception) -> Exception:
     """The error where another package can't read what is in a folder: of damage, or of memory."""
-    if isinstance(error, MemoryError | ModuleNotFoundError | torch.cuda.OutOfMemoryError):
+    if isinstance(error, ModuleNotFoundError) or is_out_of_memory(error):
         return error
     said = " ".join(str(error).split()) or type(error).__name__
     return ValueError(f"{folder}: no {what} that can be read ({type(error).__name__}: {said:.300})")

@@ -39,7 +39,7 @@ from fastproj.trak.solving.solve import (
     System,
     sum_dtype,
 )
-from fastproj.trak.solving.systems import FISHER, TRAK, Part, Systems
+from fastproj.trak.solving.systems import FISHER, TRAK, GramPart, Systems
 from fastproj.trak.store.features import (
     Buffer,
     FeatureReader,
@@ -331,7 +331,7 @@ def sum_gram(
     # Processes apart may see other batches of the same samples, and so have other parts.
     layout = layout_of(blocks)
 
-    def write(number: int, part: Part | None) -> None:
+    def write(number: int, part: GramPart | None) -> None:
         if system.dual:
             before = [block for blocks in parts[:number] for block in blocks]
             made = kernel_part(sources, computer, system, before, parts[number], advance)
@@ -393,7 +393,7 @@ def rows_in_all(sources: Sequence[Source]) -> int:
 
 
 def add_parts(
-    systems: Systems, model_id: int, system: System, keys: Sequence[Part]
+    systems: Systems, model_id: int, system: System, keys: Sequence[GramPart]
 ) -> tuple[Tensors, int, float]:
     """The sums of all parts, in order, how many samples they are of, and how exact."""
     total, n, eps = systems.read_gram(model_id, system, keys[0])
@@ -454,7 +454,7 @@ def kernel_part(
 
 
 def join_parts(
-    systems: Systems, model_id: int, system: System, keys: Sequence[Part]
+    systems: Systems, model_id: int, system: System, keys: Sequence[GramPart]
 ) -> tuple[Tensors, int, float]:
     """S S^T of the columns that all parts hold, and what belongs to it, as ``add_parts``."""
     size = rows_in_all(sources_of(systems.store, model_id, system))

@@ -13,9 +13,8 @@ from fastproj.trak.store.store import DRAWN, Store
 FISHER, TRAK = "fisher", "trak"  # curvatures, in solve.json
 SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
 
-
 # A part of a Gram matrix: which rows are in which parts, as a digest, and the number of this one.
-Part = tuple[str, int]
+GramPart = tuple[str, int]
 
 
 class Systems:
@@ -30,7 +29,7 @@ class Systems:
             return False
         return self.has_gram(model_id, self.read_system(model_id))
 
-    def gram_path(self, model_id: int, system: System, part: Part | None = None) -> Path:
+    def gram_path(self, model_id: int, system: System, part: GramPart | None = None) -> Path:
         """The file of a Gram matrix, or of a part."""
         name = gram_name(system)
         if part is not None:
@@ -38,7 +37,7 @@ class Systems:
             name = f"part-{name}-{layout[:24]}-{number:04d}"
         return self.store.model_dir(model_id) / f"{name}.safetensors"
 
-    def has_gram(self, model_id: int, system: System, part: Part | None = None) -> bool:
+    def has_gram(self, model_id: int, system: System, part: GramPart | None = None) -> bool:
         """Whether a Gram matrix, or a part, of the features that are there now was stored."""
         path = self.gram_path(model_id, system, part)
         if not path.exists():
@@ -59,7 +58,7 @@ class Systems:
         n: int,
         eps: float,
         system: System,
-        part: Part | None = None,
+        part: GramPart | None = None,
     ) -> None:
         """Keep sums over n samples, float64: ``xtx`` [k, k], or of a dual system ``kernel`` [n, n]
         and ``order`` [n], the samples of its rows; and what belongs to them.
@@ -70,7 +69,7 @@ class Systems:
         self.store.write(path, sums, model_id, facts=facts)
 
     def read_gram(
-        self, model_id: int, system: System, part: Part | None = None
+        self, model_id: int, system: System, part: GramPart | None = None
     ) -> tuple[Tensors, int, float]:
         """(sums, n, eps) as written."""
         path = self.gram_path(model_id, system, part)

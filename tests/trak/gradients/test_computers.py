@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastproj import TRAKer
+from fastproj.memory import is_out_of_memory
 from fastproj.trak import (
     FunctionalGradientComputer,
     HookGradientComputer,
@@ -18,7 +19,6 @@ from fastproj.trak import (
 )
 from fastproj.trak.gradients import AutomaticGradientComputer, recorder
 from fastproj.trak.gradients import base as module
-from fastproj.trak.gradients.memory import is_out_of_memory
 from tests.trak import cases
 
 COMPUTERS = [FunctionalGradientComputer, HookGradientComputer, IterativeGradientComputer]
