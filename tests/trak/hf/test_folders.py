@@ -238,3 +238,21 @@ def test_tokenizers(tmp_path):
 )
 def test_what_classes_are_for(name, kind):
     assert kind_of(name) == kind
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+    ids=["python", "torch"],
+)
+def test_a_want_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch, error):
+    model = models.model_for("causal_lm")
+    model.save_pretrained(tmp_path)
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(type(error)) as raised:
+        load_model(tmp_path, "causal_lm")
+    assert raised.value is error
