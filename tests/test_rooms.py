@@ -61,7 +61,26 @@ def test_the_library_needs_no_testbed() -> None:
     assert outside == {"fastproj/commands/demo.py"}
 
 
-# A file or folder of fastproj/trak imports from floors below its own.
+# A file or folder of fastproj imports from floors below its own. `kernels/` is installed here too.
+HOUSE = (
+    {"gauss_table", "memory", "namesake"},
+    {"spec"},
+    {"call"},
+    {"kernels"},
+    {"backends"},
+    {"checks"},
+    {"torch_ops"},
+    {"ops"},
+    {"projector"},
+    {"factored"},
+    {"compat", "trak"},
+    {"testbed"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+)
+
+# And one of fastproj/trak.
 FLOORS = (
     {"batches", "callers", "files", "progress", "sharded"},
     {"attributes", "distributed", "fingerprints", "inputs"},
@@ -75,18 +94,42 @@ FLOORS = (
 )
 
 
-def test_no_room_of_trak_imports_from_its_floor_or_above() -> None:
-    trak = ROOT / "fastproj" / "trak"
-    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-    assert set(floor) == {path.stem for path in trak.iterdir()} - {"__init__", "__pycache__"}
+def upward(package: str, floors: tuple[set[str], ...], folders: dict[str, Path]) -> set[str]:
+    """The imports between rooms of a package that don't go down.
+
+    folders : by what the names of their files begin with.
+    """
+    floor = {room: number for number, rooms in enumerate(floors) for room in rooms}
+    files = {
+        f"{prefix}{path.relative_to(folder).with_suffix('').as_posix()}": path
+        for prefix, folder in folders.items()
+        for path in folder.rglob("*.py")
+    }
+    apart = {"__init__", "_build_info"}  # what a package shows; what its build wrote
+    rooms = {name: name.split("/")[0] for name in files if name not in apart}
+    assert set(rooms.values()) == set(floor)
     wrong = set()
-    for path in trak.rglob("*.py"):
-        room = path.relative_to(trak).with_suffix("").parts[0]
-        used = {name.split(".")[2] for name in imported(path) if name.startswith("fastproj.trak.")}
-        for other in (used & set(floor)) - {room}:
-            if room != "__init__" and floor[other] >= floor[room]:
-                wrong.add(f"{room} -> {other}")
-    assert wrong == set()
+    for name, room in rooms.items():
+        used = {
+            other.removeprefix(f"{package}.").split(".")[0]
+            for other in imported(files[name])
+            if other.startswith(f"{package}.")
+        }
+        wrong |= {
+            f"{room} -> {other}"
+            for other in (used & set(floor)) - {room}
+            if floor[other] >= floor[room]
+        }
+    return wrong
+
+
+def test_no_room_of_the_house_imports_from_its_floor_or_above() -> None:
+    folders = {"": ROOT / "fastproj", "kernels/": ROOT / "kernels"}
+    assert upward("fastproj", HOUSE, folders) == set()
+
+
+def test_no_room_of_trak_imports_from_its_floor_or_above() -> None:
+    assert upward("fastproj.trak", FLOORS, {"": ROOT / "fastproj" / "trak"}) == set()
 
 
 def test_nobody_reaches_into_the_store() -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastproj.call import Call, terms_of
-from fastproj.checks import check_block
 from fastproj.kernels import OLDEST_TRITON
+from fastproj.spec import default_block
 
 NAME = "triton"
 _OLDEST = ".".join(map(str, OLDEST_TRITON))
@@ -111,34 +111,35 @@ def plan(
     kind: str = "rademacher",
     precision: str = "highest",
     *,
-    block: int | None = None,
+    block: int = 0,
     arch: str = "sm_90",
     multiprocessors: int = 132,
 ) -> dict[str, str]:
     """What a projection of dense, aligned grads ``[batch, rows]`` to ``cols`` columns would use.
 
-    Needs neither a GPU nor Triton. block : of kind sjlt alone; None stands for the default for
+    Needs neither a GPU nor Triton. block : of kind sjlt alone; 0 stands for the default for
     ``cols``.
     arch : such as "sm_90" or "gfx942".
     """
     from fastproj.kernels import config
     from fastproj.kernels import plan as planner
 
-    size = check_block("plan", kind, block, cols)
+    if kind == "sjlt":
+        block = block or default_block(cols)
     name = str(dtype).removeprefix("torch.")
     columns = min(cols, planner.max_columns(kind))
     terms = terms_of(dtype, precision)
     item = 8 if dtype == torch.float64 else 4
-    room = planner.room(kind, columns, multiprocessors, item, size)
+    room = planner.room(kind, columns, multiprocessors, item, block)
     samples = min(batch, room.batch)
     tiles = config.choose(arch, name, kind, terms, samples, columns)
-    groups = planner.plan([rows], 0, columns, kind, multiprocessors, item, size)
+    groups = planner.plan([rows], 0, columns, kind, multiprocessors, item, block)
     launch = max((launch for group in groups for launch in group), key=lambda each: each.count)
     row_tiles = -(-samples // tiles.BLOCK_B)
     slots = max(sum(each.splits for each in group) for group in groups)
     if kind == "sjlt":
         facts: dict[str, object] = {
-            "block": size,
+            "block": block,
             "tiles per step": tiles.STEP_ROWS,
             "BLOCK_B": tiles.BLOCK_B,
             "BLOCK_K": tiles.BLOCK_K,

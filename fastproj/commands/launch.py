@@ -110,7 +110,7 @@ def plans(
             )  # fmt: skip
             found.append(Plan("cuda", gpu, facts, reason))
         facts = triton.plan(
-            batch, rows, cols, dtype, kind, precision, block=block or None,
+            batch, rows, cols, dtype, kind, precision, block=block,
             arch=gpu.arch, multiprocessors=gpu.multiprocessors,
         )  # fmt: skip
         found.append(Plan("triton", gpu, facts))
