@@ -2,8 +2,8 @@
 
     python -m bench.measured_table bench/results/<day>-<commit>-project-gpu.json
 
-The file holds what the dispatcher knows about GPUs; the rows of the result's architecture are
-replaced.
+The file holds what the choice between the GPU backends knows; the rows of the result's
+architecture are replaced.
 """
 
 from __future__ import annotations

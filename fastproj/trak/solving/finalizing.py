@@ -44,7 +44,7 @@ from fastproj.trak.store.features import (
     Buffer,
     FeatureReader,
     block_rows,
-    feature_stream,
+    read_features,
     sample_blocks,
 )
 from fastproj.trak.store.store import DRAWN, Store
@@ -223,13 +223,13 @@ def stored_rows(store: Store, model_id: int, system: System, order: Indices) -> 
     places = np.empty(1 + int(order.max()), np.int64)
     places[order] = np.arange(len(order))
 
-    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
         buffer = Buffer()
-        for source, inds, features, share in row_stream(sources, blocks):
+        for source, inds, features, share in read_rows(sources, blocks):
             rows = weigh(features, share.weights, system.power, buffer)
             yield torch.from_numpy(places[source.first + inds]), rows
 
-    return Rows(len(order), stream)
+    return Rows(len(order), read)
 
 
 # ---- what a matrix is made of -------------------------------------------------------------------
@@ -287,7 +287,7 @@ def blocks_of(sources: Sequence[Source], proj_dim: int) -> list[Block]:
     ]
 
 
-def row_stream(
+def read_rows(
     sources: Sequence[Source],
     blocks: Sequence[Block],
     advance: Callable[[int], Any] = lambda _: None,
@@ -295,7 +295,7 @@ def row_stream(
     """(source, samples or rows [b], features [b, k], what they count) of some blocks, checked."""
     for number, run in groupby(blocks, key=lambda block: block[0]):
         source = sources[number]
-        for inds, _, features, q in feature_stream([source.reader], [inds for _, inds in run]):
+        for inds, _, features, q in read_features([source.reader], [inds for _, inds in run]):
             assert q is not None  # all but targets have it
             check_finite(STEP, "stored features", features, inds, IF_STORED)
             yield source, inds, features, source.share(inds, q)
@@ -376,15 +376,15 @@ def gram_part(
     """The sums over the rows of some blocks, their number, and how exact they are."""
     n, k = rows_in_all(sources), sources[0].reader.proj_dim
     moments = Moments(k, system.power)
-    gram = computer.gram(moments.over(shares(row_stream(sources, blocks, advance))), k, n)
+    gram = computer.gram(moments.over(shares(read_rows(sources, blocks, advance))), k, n)
     return {"xtx": gram.matrix, **moments.tensors()}, gram.n, gram.eps
 
 
 def shares(
-    stream: Iterator[tuple[Source, Indices, Tensor, Share]],
+    rows: Iterator[tuple[Source, Indices, Tensor, Share]],
 ) -> Iterator[tuple[Tensor, Share]]:
     """What ``Moments.over`` takes."""
-    return ((features, share) for _, _, features, share in stream)
+    return ((features, share) for _, _, features, share in rows)
 
 
 def rows_in_all(sources: Sequence[Source]) -> int:
@@ -423,7 +423,7 @@ def kernel_part(
     moments = Moments(k, system.power)
     held = torch.empty(0)
     end = 0
-    for rows in moments.over(shares(row_stream(sources, blocks, advance))):
+    for rows in moments.over(shares(read_rows(sources, blocks, advance))):
         if not len(held):
             held = torch.empty(len(order), k, dtype=rows.dtype)
         elif rows.dtype == torch.float64 and held.dtype != rows.dtype:
@@ -434,7 +434,7 @@ def kernel_part(
     columns = torch.empty(start + len(order), len(order), dtype=torch.float64)
     buffer = Buffer()
     end = 0
-    for _, _, features, share in row_stream(sources, before if len(order) else []):
+    for _, _, features, share in read_rows(sources, before if len(order) else []):
         rows = weigh(features, share.weights, system.power, buffer)
         columns[end : end + len(rows)] = computer.kernel(rows, held, n)
         end += len(rows)

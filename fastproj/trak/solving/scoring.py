@@ -14,7 +14,7 @@ from fastproj.trak.progress import progress
 from fastproj.trak.solving.finalizing import own_scores, solution_of
 from fastproj.trak.solving.solve import ScoreComputer
 from fastproj.trak.solving.systems import Systems
-from fastproj.trak.store.features import block_rows, feature_stream, sample_blocks
+from fastproj.trak.store.features import block_rows, read_features, sample_blocks
 from fastproj.trak.store.scores import Sink
 from fastproj.trak.store.store import Store
 
@@ -48,7 +48,7 @@ def write_scores(
             for model_id in model_ids:
                 targets = target_features(store, model_id, exp_name, columns)
                 weights.append(target_weights(systems, computer, model_id, targets))
-            for rows, place, features, q in feature_stream(readers, blocks):
+            for rows, place, features, q in read_features(readers, blocks):
                 assert q is not None  # training shards have it
                 product = computer.scores(features, weights[place])  # [b, m]
                 if own_q:
@@ -74,7 +74,7 @@ def scores_of_targets(
     scores = np.empty((store.train_set_size, len(targets)), np.float32)
     reader = store.reader(model_id)
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
-    for rows, _, features, q in feature_stream([reader], blocks):
+    for rows, _, features, q in read_features([reader], blocks):
         assert q is not None  # training shards have it
         scores[rows] = computer.scores(features, weights).mul_(q.unsqueeze(1)).numpy()
     return scores
@@ -103,7 +103,7 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
             solution = solution_of(systems, computer, model_id)
             reader = store.reader(model_id)
             blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
-            for rows, _, features, _ in feature_stream([reader], blocks):
+            for rows, _, features, _ in read_features([reader], blocks):
                 inds = torch.from_numpy(rows)
                 own = (solution.apply(features) * features.double()).sum(1).cpu()
                 total[inds] += own * q[inds].square() if own_q else own

@@ -96,11 +96,11 @@ class Rows:
     """The n rows of S, fewer than its dimensions, on disk.
 
     count : n.
-    stream : begins a pass over them: (places [b] among the n, rows [b, k]), each row once.
+    read : begins a pass over them: (places [b] among the n, rows [b, k]), each row once.
     """
 
     count: int
-    stream: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    read: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,13 @@ class Solution:
     def _apply_dual(self, targets: Tensor) -> Tensor:
         assert self.rows is not None
         products = self.factor.new_empty(self.rows.count, len(targets))  # S T^T, [n, m]
-        for places, rows in self.rows.stream():
+        for places, rows in self.rows.read():
             products[places] = rows.to(targets) @ targets.mT
         if self.method == "cholesky":
             shares, out = -apply_factor(self.factor, products), targets.clone()
         else:
             shares, out = self.factor @ products, torch.zeros_like(targets)
-        for places, rows in self.rows.stream():
+        for places, rows in self.rows.read():
             out.addmm_(shares[places].mT, rows.to(targets))
         return out.div_(self.lambda_reg) if self.method == "cholesky" else out
 

@@ -265,7 +265,7 @@ def read_ahead(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
         thread.join()
 
 
-def feature_stream(
+def read_features(
     readers: Sequence[FeatureReader], blocks: Sequence[Indices]
 ) -> Iterator[tuple[Indices, int, Tensor, Tensor | None]]:
     """(samples [b], place of the reader, features [b, k], Q [b]): every reader's, block by block.

@@ -48,12 +48,12 @@ def solution(rows, lambda_reg):
     """That of the dual, with the rows in pieces and in another order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
 
-    def stream():
+    def read():
         for places in order.split(3):
             yield places, rows[places]
 
     made = solve(dual(rows), lambda_reg)
-    return type(made)(**{**vars(made), "rows": Rows(len(rows), stream)})
+    return type(made)(**{**vars(made), "rows": Rows(len(rows), read)})
 
 
 # ---- one system ---------------------------------------------------------------------------------
