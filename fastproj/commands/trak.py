@@ -19,7 +19,7 @@ from fastproj.trak.store.store import NotReadyError
 from fastproj.trak.tasks.language import base_of
 
 # fastproj.trak.hf is imported when the command runs: help and completion need no transformers.
-TASKS = ("seq2seq", "text_classification", "token_classification", "causal_lm", "masked_lm")
+TASKS = ("causal_lm", "seq2seq", "masked_lm", "text_classification", "token_classification")
 DESCRIPTION = """\
 Which training samples raise or lower what a model says of a target? TRAK scores for a Hugging Face
 model, its training set and targets, all in local folders and files: the command asks no network.
@@ -77,8 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="local folders")
     data = parser.add_argument_group("data")
-    data.add_argument("--train", type=Path, required=True, metavar="PATH", help="training set")
-    data.add_argument("--targets", type=Path, required=True, metavar="PATH", help="what to explain")
+    data.add_argument("--train", type=Path, required=True, metavar="PATH", help="the training set")
+    data.add_argument(
+        "--targets", type=Path, required=True, metavar="PATH", help="the samples to explain"
+    )
     data.add_argument(
         "--column",
         type=renaming,
@@ -91,12 +93,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-length",
         type=positive,
         metavar="T",
-        help="cut samples to T tokens; what the tokenizer and the model can take",
+        help="cut samples to T tokens (default: what the tokenizer and the model can take)",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--task", choices=TASKS, help="what the model predicts")
+    model.add_argument(
+        "--task",
+        choices=TASKS,
+        metavar="TASK",
+        help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]} (default: by the class of the model)",
+    )
     model.add_argument("--base", type=Path, metavar="DIR", help="the model that adapters belong to")
-    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="where MODEL has none")
+    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="for a MODEL without one")
     model.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
@@ -122,11 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_option(scores, "--proj-dim", 4096, "K", "dimension of the features", positive)
     add_option(scores, "--batch-size", 16, "B", "samples at once", positive)
-    scores.add_argument("--seed", type=int, default=0, help="of the projection (default: 0)")
-    scores.add_argument(
-        "--top", type=positive, default=5, help="samples to print and report (default: 5)"
-    )
-    scores.add_argument("--show", type=int, default=3, help="targets to print (default: 3)")
+    add_option(scores, "--seed", 0, "N", "of the projection")
+    add_option(scores, "--top", 5, "N", "samples to print on each side", positive)
+    add_option(scores, "--show", 3, "N", "targets to print")
     add_json(parser)
     return parser
 

@@ -6,6 +6,7 @@ import ast
 import importlib
 import io
 import re
+import shlex
 import subprocess
 import sys
 import tokenize
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastproj
 import fastproj.trak
+from fastproj import cli
 from tests import ROOT
 
 DOCS = ROOT / "docs"
@@ -338,6 +340,34 @@ def test_the_check_of_the_site_finds_dead_links(tmp_path: Path) -> None:
         (tmp_path / "a.html").write_text(link, encoding="utf-8")
         done = subprocess.run(check, capture_output=True, text=True, check=False, timeout=60)
         assert (done.returncode, "a.html: " in done.stdout) == (int(dead), dead)
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """(where, what follows `fastproj`) of each line of pages, docstrings and help that is one."""
+    helps = [
+        (f"fastproj {word} --help", cli.load(word).build_parser().epilog) for word in cli.COMMANDS
+    ]
+    words = "|".join(cli.COMMANDS)
+    line = re.compile(rf"^ *(?:\S+ .* -m )?fastproj ((?:{words})(?: [^`\n]*)?)$", re.MULTILINE)
+    for where, text in [*prose(), *helps]:
+        for found in line.findall(text.replace("\\\n", " ")):
+            yield where, found
+
+
+def test_command_lines_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong, count = set(), 0
+    for where, line in command_lines():
+        word, *arguments = shlex.split(line.split(" > ")[0], comments=True)
+        count += 1
+        try:
+            cli.load(word).build_parser().parse_args(arguments)
+        except SystemExit:
+            wrong.add(f"{where}: fastproj {line}\n  {capsys.readouterr().err.splitlines()[-1]}")
+    assert count > 40
+    assert not wrong, "\n".join(sorted(wrong))
 
 
 # ---- names -------------------------------------------------------------------------------------
