@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from fastproj.backends import measured
-from fastproj.commands.info import built, cpu_name, usable_cores
+from fastproj.backends import built, measured
+from fastproj.commands.info import cpu_name, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -36,7 +36,7 @@ def surroundings() -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "versions": versions,
-        "built": built(),
+        "built": built.record(),
         "machine": {
             "cpu": cpu_name(),
             "flags": cpu_flags(),

@@ -16,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastproj.backends import built
 from fastproj.call import Call, view
 
 NAME = "cpu"
@@ -37,10 +38,8 @@ def unavailable() -> str | None:
     try:
         _module()
     except ImportError as error:
-        return (
-            f"fastproj._cpu is not built ({error}); install a C++17 compiler "
-            "(e.g. `apt-get install g++`) and reinstall fastproj"
-        )
+        advice = "install a C++17 compiler (e.g. `apt-get install g++`) and reinstall fastproj"
+        return built.absent(NAME, error, advice)
     return None
 
 

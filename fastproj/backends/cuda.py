@@ -20,6 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastproj.backends import built
 from fastproj.call import DTYPES, KIND_NUMBERS, TERMS, Call, view
 from fastproj.spec import default_block
 
@@ -43,10 +44,11 @@ def not_built() -> str | None:
     try:
         _module()
     except ImportError as error:
-        return (
-            f"fastproj._cuda is not built ({error}); install the CUDA toolkit (nvcc 12.4 or newer) "
-            "and reinstall fastproj; FASTPROJ_CUDA=1 makes a failure of that an error"
+        advice = (
+            "install the CUDA toolkit (nvcc 12.4 or newer) and reinstall fastproj; FASTPROJ_CUDA=1 "
+            "makes a failure of that an error"
         )
+        return built.absent(NAME, error, advice)
     return None
 
 

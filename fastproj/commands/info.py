@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -15,7 +14,7 @@ import torch
 
 import fastproj
 from fastproj import namesake
-from fastproj.backends import registry
+from fastproj.backends import built, registry
 from fastproj.commands import launch
 from fastproj.commands.arguments import add_json, command_parser
 from fastproj.commands.running import DONE, Outcome, execute
@@ -96,7 +95,7 @@ def collect_info() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": backends,
-        "built": built(),
+        "built": built.record(),
         "optional": optional,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FASTPROJ_")},
     }
@@ -143,15 +142,6 @@ def print_rows(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
     width = max((len(name) for name, _ in rows), default=0) + 2
     for name, value in rows:
         print(f"{indent}{name:<{width}}{value}")
-
-
-def built() -> dict[str, dict[str, Any]]:
-    """What the build recorded about each compiled module; empty for a tree that was never built."""
-    try:
-        record: dict[str, dict[str, Any]] = importlib.import_module("fastproj._build_info").BUILT
-    except ModuleNotFoundError:
-        return {}
-    return record
 
 
 def usable_cores() -> int:

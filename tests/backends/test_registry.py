@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
 
 import fastproj
-from fastproj.backends import registry
+from fastproj.backends import built, cpu, cuda, registry
 
 FLOAT = torch.float32
 
@@ -29,6 +30,24 @@ def only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(
         registry, "unavailable", lambda name: None if name in names else f"no {name}; get one"
     )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "reason"), [(cpu, cpu.unavailable), (cuda, cuda.not_built)], ids=["cpu", "cuda"]
+)
+def test_a_module_that_the_build_left_out_has_the_reason_and_fix_of_the_build(
+    adapter: ModuleType, reason: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent() -> None:
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(adapter, "_module", absent)
+    recorded = {adapter.NAME: {"built": False, "reason": "left out on request; reinstall"}}
+    monkeypatch.setattr(built, "record", lambda: recorded)
+    module = f"fastproj._{adapter.NAME}"
+    assert reason() == f"{module} is not built: left out on request; reinstall"
+    recorded[adapter.NAME] = {"built": True, "reason": ""}  # and was lost since
+    assert str(reason()).startswith(f"{module} is not built: no such module; install ")
 
 
 def test_every_adapter_has_its_name_and_functions() -> None:
