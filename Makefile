@@ -71,10 +71,14 @@ $(VENV)/.bench: $(VENV)/.demo
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,bench]"
 	@touch $@
 
-# The site's generator, beside the package that it documents.
-$(VENV)/.docs: $(VENV)/.demo constraints.txt
-	@echo "== installing Sphinx into $(VENV)"
-	@$(PIP) install -q -c constraints.txt sphinx myst-parser furo
+# The site's generator, beside the package that it documents and what that imports: the packages of this extra. pip has no
+# option for them alone, and `-e` would build the kernels again.
+DOCS_EXTRA := hf
+$(VENV)/.docs: $(VENV)/.demo constraints.txt pyproject.toml
+	@echo "== installing Sphinx and the packages of fastproj[$(DOCS_EXTRA)] into $(VENV)"
+	@$(PIP) install -q -c constraints.txt sphinx myst-parser furo $$($(BIN)/python -c 'import tomllib; \
+	    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	    print(*(p for p in extras["$(DOCS_EXTRA)"] if not p.startswith("torch-fastproj")))')
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.metadata
 import io
 import re
 import shlex
@@ -330,6 +331,36 @@ def test_every_page_is_in_the_site_and_reachable_from_the_readme() -> None:
     conf = (DOCS / "conf.py").read_text(encoding="utf-8")
     for page in PAGES:
         assert page == ROOT / "README.md" or f'"{name_of(page)[:-3]}"' in conf, name_of(page)
+
+
+def test_make_docs_installs_what_the_reference_imports() -> None:
+    """Its modules are imported without the packages that `make docs` doesn't install."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11, as for `make`
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    installed = set(re.findall(r"^DOCS_EXTRA := (.*)$", makefile, re.MULTILINE)) | {"trak"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages = {
+        extra: {re.split(r"[^\w.-]", package)[0].lower() for package in wanted}
+        for extra, wanted in project["optional-dependencies"].items()
+    }
+    others = set().union(*packages.values()).difference(*(packages[extra] for extra in installed))
+    others.discard(project["name"])
+    absent = {
+        module: None
+        for module, names in importlib.metadata.packages_distributions().items()
+        if others & {name.lower() for name in names} and module.isidentifier()
+    }
+    assert {"matplotlib", "triton"} <= set(absent)
+    documented = [
+        name
+        for page in sorted((DOCS / "api").glob("*.md"))
+        for name in re.findall(r"\.\. auto\w+:: (\S+)", page.read_text(encoding="utf-8"))
+    ]
+    program = f"import pkgutil, sys; sys.modules.update({absent!r})\n"
+    program += "for name in sys.argv[1:]: pkgutil.resolve_name(name)"
+    command = [sys.executable, "-c", program, *documented]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_check_of_the_site_finds_dead_links(tmp_path: Path) -> None:
