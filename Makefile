@@ -66,19 +66,20 @@ $(VENV)/.test: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
 	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.demo
 
+# The packages of an extra. pip can't install them without fastproj, whose kernels it would build again.
+packages_of = $$($(BIN)/python -c 'import tomllib; \
+    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+    print(*(p for p in extras["$(1)"] if not p.startswith("torch-fastproj")))')
+
 $(VENV)/.bench: $(VENV)/.demo
-	@echo "== installing fastproj[trak,bench] into $(VENV) and compiling its kernels: a minute or two"
-	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[trak,bench]"
+	@echo "== installing what the benchmarks need into $(VENV)"
+	@$(PIP) install -q -c constraints.txt $(call packages_of,bench)
 	@touch $@
 
-# The site's generator, beside the package that it documents and what that imports: the packages of this extra. pip has no
-# option for them alone, and `-e` would build the kernels again.
-DOCS_EXTRA := hf
+# The site's generator, beside the package that it documents and what that imports.
 $(VENV)/.docs: $(VENV)/.demo constraints.txt pyproject.toml
-	@echo "== installing Sphinx and the packages of fastproj[$(DOCS_EXTRA)] into $(VENV)"
-	@$(PIP) install -q -c constraints.txt sphinx myst-parser furo $$($(BIN)/python -c 'import tomllib; \
-	    extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
-	    print(*(p for p in extras["$(DOCS_EXTRA)"] if not p.startswith("torch-fastproj")))')
+	@echo "== installing Sphinx and what fastproj[hf] needs into $(VENV)"
+	@$(PIP) install -q -c constraints.txt sphinx myst-parser furo $(call packages_of,hf)
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -107,7 +108,7 @@ compat:
 
 $(VENV)/.compat: $(VENV)/.test
 	@echo "== installing the packages that fastproj.compat stands in for into $(VENV)"
-	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,compat-test]"
+	@$(PIP) install -q -c constraints.txt $(call packages_of,compat-test)
 	@$(PIP) install -q -c constraints.txt --no-deps quanda captum bergson bitsandbytes
 	@touch $@
 
@@ -143,7 +144,7 @@ notebooks: $(VENV)/.notebooks
 
 $(VENV)/.notebooks: $(VENV)/.test
 	@echo "== installing what runs notebooks into $(VENV)"
-	@$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[test,notebooks]"
+	@$(PIP) install -q -c constraints.txt $(call packages_of,notebooks)
 	@touch $@
 
 # PYTHONS="3.11 3.12" and FASTPROJ_CUDA=0 for less; FASTPROJ_CUDA_ARCHS and CUDA_HOME choose GPUs and nvcc.
