@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +138,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Without the bars of transformers and datasets where standard error is no terminal."""
+    import datasets
+    from transformers.utils import logging as transformers
+
+    terminal = sys.stderr.isatty()
+    of_models = not terminal and transformers.is_progress_bar_enabled()
+    of_tables = not terminal and not datasets.are_progress_bars_disabled()
+    if of_models:
+        transformers.disable_progress_bar()
+    if of_tables:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if of_models:
+            transformers.enable_progress_bar()
+        if of_tables:
+            datasets.enable_progress_bars()
+
+
 def run(options: argparse.Namespace) -> Outcome:
     """Load, tokenise, score and print."""
+    import fastproj.trak.hf  # noqa: F401, it says what to install where something is missing
+
+    with bars_on_terminals_only():
+        return score(options)
+
+
+def score(options: argparse.Namespace) -> Outcome:
+    """What ``run`` does, whatever is shown of it."""
     from fastproj.trak.hf import HFTRAKer, checkpoints_in, load_model, read_samples, tokenize
     from fastproj.trak.hf.heads import kind_of_model
 
