@@ -6,7 +6,6 @@
 #include <signal.h>
 #include <ucontext.h>
 
-#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -21,7 +20,6 @@ struct Tiles {
     alignas(64) std::uint8_t data[8][16][64];
 };
 thread_local Tiles tiles;
-std::atomic<long> emulated{0};
 
 [[noreturn]] void fail(const char* what) {
     std::fprintf(stderr, "amx_emulator: %s\n", what);
@@ -173,7 +171,6 @@ void on_illegal_instruction(int, siginfo_t*, void* raw) {
         signal(SIGILL, SIG_DFL);  // somebody else's: let it fault again
         return;
     }
-    emulated.fetch_add(1, std::memory_order_relaxed);
     rip += length;
 }
 
@@ -185,5 +182,3 @@ extern "C" int install_amx_emulator() {
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     return sigaction(SIGILL, &action, nullptr);
 }
-
-extern "C" long emulated_instructions() { return emulated.load(); }
