@@ -16,6 +16,6 @@ def record() -> dict[str, dict[str, Any]]:
 
 
 def absent(name: str, error: ImportError, advice: str) -> str:
-    """Why `fastproj._<name>` can't be imported, and the fix: that of the build, else ``advice``."""
+    """Why the module of a backend isn't there, and the fix: the build's, else ``advice``."""
     reason = record().get(name, {}).get("reason") or f"{error}; {advice}"
     return f"fastproj._{name} is not built: {reason}"
