@@ -235,7 +235,7 @@ def cpu_module(version: str) -> Module | Skipped:
         for source in sorted(cpu.glob("*.cpp"))
         if not source.stem.startswith("isa_")
     ]
-    link = [*compiler, *shared_flags(), "-pthread", *checks, *user_flags("LDFLAGS")]
+    link = [*compiler, *shared_flags(), "-pthread", *checks, *user_flags("LDFLAGS"), "-ldl"]
     info = {"compiler": compiler_version(kernel_compiler), "isas": list(isas), "sanitize": sanitize}
     return Module(name, units, link, info)
 

@@ -11,6 +11,7 @@ import sys
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,25 @@ def mark() -> str:
     return f"{datetime.now(timezone.utc):%Y-%m-%d}-{commit()[:10] or 'no-commit'}"
 
 
+@cache
+def path_of(folder: Path, name: str) -> Path:
+    """This run's file. What earlier runs of the same day and commit have left is kept."""
+    marks = chain([mark()], (f"{mark()}-{number}" for number in count(2)))
+    paths = (folder / f"{begin}-{name}.json" for begin in marks)
+    return next(path for path in paths if not path.exists())
+
+
 def write_result(name: str, content: dict[str, Any], text: str = "") -> Path:
     """Write ``content`` and the surroundings to bench/results/<day>-<commit>-<name>.json.
+
+    A second call in one run replaces the file. Another run of this day and commit gets a file of
+    its own, <day>-<commit>-2-<name>.json.
 
     text : what was printed, for a .txt beside it.
     """
     around = surroundings()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{mark()}-{name}.json"
+    path = path_of(RESULTS, name)
     path.write_text(json.dumps({**around, **content}, indent=1, allow_nan=False) + "\n")
     if text:
         path.with_suffix(".txt").write_text(text + "\n")

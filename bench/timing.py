@@ -18,9 +18,9 @@ from bench.providers import Case, Inputs, Prepared, Provider
 from fastproj.memory import is_out_of_memory
 
 FLUSH_BYTES = 1 << 30  # beyond any GPU's L2
-# OpenMP's threads spin for some milliseconds after an operation of torch, on cores that the next
-# provider wants: without a pause, who comes after torch looks up to twice as slow.
-SETTLE_SECONDS = 0.03
+# Torch's threads sleep some milliseconds after its last operation, and the next one waits for them
+# to wake: 8 ms on a virtual machine of two cores. In a program that computes they are awake.
+WAKING_ENTRIES = 1 << 20
 
 
 @dataclass
@@ -74,8 +74,8 @@ class Row:
 
 
 def wall_seconds(call: Callable[[], object]) -> float:
-    """Seconds of one call, by the clock, once what ran before has come to rest."""
-    time.sleep(SETTLE_SECONDS)
+    """Seconds of one call, by the clock, with the threads of torch's pool awake."""
+    torch.zeros(WAKING_ENTRIES)
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

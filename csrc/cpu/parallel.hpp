@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "team.hpp"
+
 namespace fastproj::cpu {
 namespace {
 
@@ -42,23 +44,32 @@ class PerThread {
     std::unique_ptr<T[], FreeAligned<T>> all_;
 };
 
-// Runs task(i, worker) for i < tasks on up to num_threads threads, the calling one included.
-// Threads live for one call: nothing spins beside torch's own pool, and a fork leaves nothing
-// behind.
+// Runs task(i, worker) for i < tasks on up to num_threads threads, the calling one included: those
+// of torch's pool. Its threads spin for a while after each operation of torch, and threads of our
+// own would have to share their cores. Where there is no pool, threads live for one call.
 template <class Task>
 void parallel_for(std::int64_t tasks, int num_threads, const Task& task) {
+    const std::int64_t workers = std::min<std::int64_t>(num_threads, tasks);
     std::atomic<std::int64_t> next{0};
     const auto work = [&](int worker) {
         for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
             task(i, worker);
         }
     };
+    if (workers <= 1) {
+        work(0);
+        return;
+    }
+    std::atomic<int> arrived{0};
+    auto join_in = [&] {
+        const int worker = arrived.fetch_add(1, std::memory_order_relaxed);
+        if (worker < workers) work(worker);
+    };
+    using JoinIn = decltype(join_in);
+    if (on_team([](void* data) { (*static_cast<JoinIn*>(data))(); }, &join_in)) return;
     std::vector<std::thread> threads;
-    const std::int64_t helpers = std::min<std::int64_t>(num_threads, tasks) - 1;
     try {
-        for (std::int64_t t = 1; t <= helpers; ++t) {
-            threads.emplace_back(work, static_cast<int>(t));
-        }
+        for (int worker = 1; worker < workers; ++worker) threads.emplace_back(work, worker);
     } catch (const std::system_error&) {
         // No more threads to be had: those there are, and this one, do the work.
     }

@@ -1,5 +1,7 @@
 """Every instruction set of the CPU backend: the same R, exact integers, accuracy, invariances."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -287,6 +289,44 @@ def test_calls_from_several_threads_at_once():
     for thread in threads:
         thread.join()
     assert all(torch.equal(got, want) for got, want in zip(results, expected, strict=True))
+
+
+def test_a_fork_of_a_process_whose_threads_have_run_projects_too():
+    done = subprocess.run([sys.executable, "-c", FORK], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+FORK = """
+import os
+import torch
+import fastproj
+
+torch.set_num_threads(2)
+grads = torch.randn(32, 20000)
+expected = fastproj.project(grads, 512, seed=0)
+torch.randn(1 << 20).sum()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(fastproj.project(grads, 512, seed=0), expected) else 3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_all_threads_treat_denormal_numbers_as_the_calling_one_does():
+    key = MatrixKey("rademacher", 1, 0)
+    grads = 1e-39 * torch.randint(1, 9, (64, 200_000)).float()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        kept = run(grads, 512, key)  # the pool's threads exist from here on
+        assert kept.count_nonzero() > 0.9 * kept.numel()
+        if not torch.set_flush_denormal(True):
+            pytest.skip("torch can't flush denormal numbers on this processor")
+        assert not run(grads, 512, key).count_nonzero()
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert torch.equal(run(grads, 512, key), kept)
 
 
 def test_more_columns_than_the_workspace_takes_at_once():

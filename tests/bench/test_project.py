@@ -176,6 +176,19 @@ def test_result_files_say_where_they_were_made(
     assert set(content) >= {"commit", "time", "built", "rows"}
 
 
+def test_another_run_keeps_the_results_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    first = record.write_result("check", {"rows": [1]}, "one")
+    assert record.write_result("check", {"rows": [2]}, "two") == first
+    record.path_of.cache_clear()  # as another process would begin
+    second = record.write_result("check", {"rows": [3]}, "three")
+    assert [json.loads(path.read_text())["rows"] for path in (first, second)] == [[2], [3]]
+    assert [path.with_suffix(".txt").read_text() for path in (first, second)] == ["two\n", "three\n"]
+    assert second.name.endswith("-2-check.json")
+
+
 def test_targets_judge_in_the_right_direction() -> None:
     assert Target("rate", 3.0, 3.0, at_least=True).verdict == "PASS"
     assert Target("rate", 2.9, 3.0, at_least=True).verdict == "FAIL"

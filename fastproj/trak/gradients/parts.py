@@ -72,18 +72,26 @@ class Part(Protocol):
 class Piece(NamedTuple):
     """Entries ``start .. start + n`` of the flattened gradient by one parameter.
 
-    ``values`` are [b, n], of the samples ``rows`` [b], or of all where that is None. A piece of a
+    ``values`` are [b, n], of the samples ``rows``: a slice, or their numbers [b]. A piece of a
     parameter of two or more dimensions holds whole rows of it.
     """
 
     start: int
     values: Tensor
-    rows: Tensor | None = None
+    rows: Tensor | slice = slice(None)
 
     @property
     def few_rows(self) -> bool:
-        """It is, where it is of some samples alone."""
-        return self.rows is not None
+        """It is, where samples are numbered."""
+        return isinstance(self.rows, Tensor)
+
+    def add_to(self, grads: Tensor) -> None:
+        """Add it to the flattened gradients of all samples, [B, numel]."""
+        target = grads[:, self.start : self.start + self.values.shape[1]]
+        if isinstance(self.rows, Tensor):
+            target.index_add_(0, self.rows, self.values)
+        else:
+            target[self.rows] += self.values
 
     def as_product(self, take: Take) -> bool:
         """It is none."""
@@ -195,6 +203,11 @@ def runs(tokens: Any, rows: Any) -> Iterator[tuple[int, int, int, int]]:
             begin, count = stop, 0
 
 
+def even_step(count: int, most: int) -> int:
+    """The size of the fewest steps through ``count`` of at most ``most`` each."""
+    return math.ceil(count / math.ceil(count / most))
+
+
 @dataclass
 class Patches:
     """The gradient by the kernel W [O, C / groups, *kernel] of a convolution of x [B, n, C, ...].
@@ -214,33 +227,33 @@ class Patches:
         return False
 
     def pieces(self) -> Iterator[Piece]:
-        """Some output channels of one group at a time, or some whole groups."""
+        """Some output channels of one group at a time, or some whole groups; of some samples.
+
+        Patches take longer to make than to multiply by a few channels. So they are made once for
+        all channels, for as many samples as PATCH_BYTES hold.
+        """
         layer = self.layer
         g = self.g.transpose(1, 2).flatten(2)  # [B, O, n L]
         size, out_channels, places = g.shape
         groups = layer.groups
-        fan_in = layer.weight[0].numel()  # C / groups * kernel
-        g = g.view(size, groups, out_channels // groups, places)
-        item = g.element_size()
-        samples = self.samples_at_once(groups * fan_in * places)
-        patches = None
-        if samples >= size:  # patches of all samples, once for all pieces
-            patches = self.patches(slice(None))
-        channels = max(1, piece_bytes(g) // (size * fan_in * item))
         per_group = out_channels // groups
+        fan_in = layer.weight[0].numel()  # C / groups * kernel
+        g = g.view(size, groups, per_group, places)
+        step = even_step(size, self.samples_at_once(groups * fan_in * places))
+        channels = max(1, piece_bytes(g) // (step * fan_in * g.element_size()))
         group_step = max(1, channels // per_group)
-        channel_step = per_group if channels >= per_group else channels
-        for group in range(0, groups, group_step):
-            of_groups = slice(group, group + group_step)
-            for channel in range(0, per_group, channel_step):
-                part = g[:, of_groups, channel : channel + channel_step]  # [B, G, o, n L]
-                values = self.work.take("gradients", g, *part.shape[:3], fan_in)
-                for start in range(0, size, samples):
-                    rows = slice(start, start + samples)
-                    found = self.patches(rows) if patches is None else patches
-                    torch.matmul(part[rows], found[:, of_groups].transpose(2, 3), out=values[rows])
-                first = (group * per_group + channel) * fan_in
-                yield Piece(first, values.view(size, -1))
+        channel_step = min(per_group, channels)
+        for begin in range(0, size, step):
+            rows = slice(begin, min(begin + step, size))
+            patches = self.patches(rows).transpose(2, 3)  # [b, groups, n L, fan_in]
+            for group in range(0, groups, group_step):
+                of_groups = slice(group, group + group_step)
+                for channel in range(0, per_group, channel_step):
+                    part = g[rows, of_groups, channel : channel + channel_step]  # [b, G, o, n L]
+                    values = self.work.take("gradients", g, *part.shape[:3], fan_in)
+                    torch.matmul(part, patches[:, of_groups], out=values)
+                    first = (group * per_group + channel) * fan_in
+                    yield Piece(first, values.view(len(part), -1), rows)
 
     def compressed(self, sides: Sides) -> Iterator[Piece]:
         """The right side applied to patches is a convolution with it in place of the kernel.

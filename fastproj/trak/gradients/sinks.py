@@ -47,11 +47,7 @@ class CollectingSink:
         """Add a part to what is there."""
         flat = self.grads[name].view(len(self.grads[name]), -1)  # [B, numel]
         for piece in part.pieces():
-            target = flat[:, piece.start : piece.start + piece.values.shape[1]]
-            if piece.rows is None:
-                target += piece.values
-            else:
-                target.index_add_(0, piece.rows, piece.values)
+            piece.add_to(flat)
 
     def close(self) -> None:
         """Nothing is left to do."""
@@ -118,7 +114,7 @@ class ProjectingSink:
                 continue
             if name not in self.sums:
                 self.sums[name] = piece.values.new_zeros(len(self.out), self.sizes[name])
-            self.sums[name][:, piece.start : piece.start + piece.values.shape[1]] += piece.values
+            piece.add_to(self.sums[name])
         if summed:
             self.to_come[name] -= 1
             if not self.to_come[name]:
@@ -140,13 +136,12 @@ class ProjectingSink:
         if self.out.dtype == torch.float64:
             values = values.double()
         offset, projector = self.offsets[name] + piece.start, self.projectors[name]
-        if piece.rows is None:
-            projector.project(
-                values, self.model_id, row_offset=offset, out=self.out, accumulate=True
-            )
-        else:
+        if isinstance(piece.rows, Tensor):
             part = projector.project(values, self.model_id, row_offset=offset)  # [b, k]
             self.out.index_add_(0, piece.rows, part)
+        else:
+            out = self.out[piece.rows]
+            projector.project(values, self.model_id, row_offset=offset, out=out, accumulate=True)
 
 
 class ModuleSink:
@@ -244,7 +239,7 @@ class Check:
     def subtract(self, name: str, piece: Piece, row: int) -> None:
         """Subtract the samples' part from what is expected."""
         values, weights = piece.values, self.split.weights_of(row)
-        samples = slice(None) if piece.rows is None else piece.rows
+        samples = piece.rows
         weights = weights[samples]
         self.sizes[row, samples] = torch.hypot(self.sizes[row, samples], norms(values))
         if self.known is not None and self.known.infinite:
