@@ -157,16 +157,19 @@ def retrain(settings: Settings, data: Data, path: Path) -> tuple[Tensor, Tensor]
     Each of the runs is kept in ``path`` when it is finished, and not done again.
     """
     members, masks = random_halves(settings.train, settings.subsets, settings.seed + 2)
-    outputs: list[Tensor] = []
     make_dir(path.parent)
-    if path.exists():
-        outputs = [torch.tensor(run) for run in read_json(path)["outputs"]]
+    outputs = finished_runs(path)
     for run in range(len(outputs), settings.retrainings):
         what = f"retraining on {settings.subsets} subsets, {run + 1} of {settings.retrainings}"
         params = train_ensemble(settings, data, members, settings.seed + 100 + run, what)
         outputs.append(ensemble_margins(params, data.target_images, data.target_labels))
         write_json(path, {"outputs": [run.tolist() for run in outputs]})
     return masks, torch.stack(outputs)
+
+
+def finished_runs(path: Path) -> list[Tensor]:
+    """The outputs [S, m] of each run that ``retrain`` has kept."""
+    return [torch.tensor(run) for run in read_json(path)["outputs"]] if path.exists() else []
 
 
 # ---- the page -----------------------------------------------------------------------------------
@@ -251,10 +254,11 @@ def run(settings: Settings, out: Path) -> LDS:
     print(f"TRAK scores {list(scores.shape)} in {time.perf_counter() - begun:.1f} s")
 
     begun = time.perf_counter()
+    kept = settings.subsets * len(finished_runs(work / "retrained.json"))
     masks, outputs = retrain(settings, data, work / "retrained.json")
     print(
-        f"retrained {settings.subsets * settings.retrainings} models on random halves "
-        f"in {time.perf_counter() - begun:.1f} s"
+        f"retrained {settings.subsets * settings.retrainings - kept} models on random halves "
+        f"in {time.perf_counter() - begun:.1f} s" + (f"; {kept} were there" if kept else "")
     )
     result = lds(scores, masks.numpy(), outputs.mean(0).numpy(), seed=settings.seed)
     ceiling = noise_ceiling(outputs.numpy()) if settings.retrainings > 1 else None

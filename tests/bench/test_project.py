@@ -185,7 +185,10 @@ def test_another_run_keeps_the_results_of_the_first(
     record.path_of.cache_clear()  # as another process would begin
     second = record.write_result("check", {"rows": [3]}, "three")
     assert [json.loads(path.read_text())["rows"] for path in (first, second)] == [[2], [3]]
-    assert [path.with_suffix(".txt").read_text() for path in (first, second)] == ["two\n", "three\n"]
+    assert [path.with_suffix(".txt").read_text() for path in (first, second)] == [
+        "two\n",
+        "three\n",
+    ]
     assert second.name.endswith("-2-check.json")
 
 

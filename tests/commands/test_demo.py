@@ -145,6 +145,8 @@ def test_interrupting_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     assert demo.main(arguments) == 130
     assert f"kept in {tmp_path}; the same command goes on" in capsys.readouterr().err
     assert demo.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"retrained (\d+) models on random halves in [\d.]+ s; \1 were there", printed)
     assert [what.split(",")[-1].strip() for what in calls[3:]] == ["training checkpoints", "2 of 2"]
 
 
