@@ -39,7 +39,7 @@ def test_without_a_compiler_it_installs_and_says_what_is_missing(
     said = venv.run("-c", use)
     assert "torch.Size([1, 3])" in said
     assert "reference" in said
-    assert "install a C++17 compiler" in said
+    assert "install one, e.g. `apt-get install g++`, and reinstall fastproj" in said
     info = venv.run("-m", "fastproj", "info")
     assert "no C++ compiler was found" in info
 
