@@ -391,6 +391,37 @@ def scored(folder, model, task, train, targets, k, **options):
     return np.array(traker.finalize_scores("test")), lambdas(traker)[0]
 
 
+def chosen_lambda(features, share, samples):
+    """Of rows [N, k] of the Fisher matrix, by the primal."""
+    moments = ridge.Moments(features.shape[1], 1.0)
+    blocks = zip(features.split(11), *(part.split(11) for part in share), strict=True)
+    stream = moments.over((rows, ridge.Share(*parts)) for rows, *parts in blocks)
+    gram = ScoreComputer().gram(stream, features.shape[1], len(features))
+    return ridge.choose_fisher_lambda(gram, moments, samples).lambda_reg
+
+
+@pytest.mark.parametrize("likelihood", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("gradients", [1e-6, 1.0, 1e6])
+def test_lambda_has_the_scale_of_the_matrix(gradients, likelihood):
+    """c times the gradients give c^2 times F and lambda, and w times all likelihoods w times."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 12, generator=generator, dtype=torch.float64)
+    f = 2 * x[:, 0] + x[:, 1] + 0.1 * torch.randn(80, generator=generator, dtype=x.dtype)
+    q = torch.sigmoid(-f)
+    share = (q * (1 - q), f, q)
+    usual = chosen_lambda(x, share, 80)
+    assert usual > 1.01 * ridge.LEAST * float((share[0] * x.square().sum(1)).sum()) / 80
+    scaled = (likelihood * share[0], f, likelihood * q)
+    wanted = gradients**2 * likelihood * usual
+    assert chosen_lambda(gradients * x, scaled, 80) == pytest.approx(wanted, rel=1e-6)
+    order = torch.randperm(80, generator=generator)
+    mixed = tuple(part[order] for part in share)
+    assert chosen_lambda(x[order], mixed, 80) == pytest.approx(usual, rel=1e-6)
+    turned = torch.where(torch.arange(80) % 3 == 0, -1.0, 1.0).double()  # another sign of f
+    signed = (share[0], turned * f, turned * q)
+    assert chosen_lambda(turned[:, None] * x, signed, 80) == pytest.approx(usual, rel=1e-6)
+
+
 @pytest.mark.parametrize("k", [8, 90])
 def test_a_regression_doesnt_ask_where_its_labels_have_their_zero(tmp_path, k):
     x, y, model = numbers_to_predict(60)
