@@ -13,7 +13,12 @@ from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.gradients import AbstractGradientComputer, project_modules
 from fastproj.trak.gradients.scales import projects_pieces, unscaled
 from fastproj.trak.readiness import require_all
-from fastproj.trak.solving.scoring import scores_of_targets, target_features, target_weights
+from fastproj.trak.solving.scoring import (
+    check_scores,
+    scores_of_targets,
+    target_features,
+    target_weights,
+)
 from fastproj.trak.solving.solve import ScoreComputer
 from fastproj.trak.tasks import TokenOutput
 
@@ -94,5 +99,7 @@ class Stream:
                 nothing = np.zeros(size, np.bool_)
                 (features,) = made_by.features(samples, model_id, inds, drawn=nothing)
         product = self.score_computer.scores(features.float().cpu(), self.weights)
-        scores: Scores = product.mul_(q.cpu().unsqueeze(1)).numpy()
+        product.mul_(q.cpu().unsqueeze(1))
+        check_scores(made_by.saver.systems, model_id, product)
+        scores: Scores = product.numpy()
         return scores

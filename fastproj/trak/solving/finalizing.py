@@ -23,6 +23,7 @@ from fastproj.trak.solving.ridge import (
     Share,
     choose_fisher_lambda,
     choose_lambda,
+    fisher_meaning,
     logistic_share,
     meaning,
     sample_weights,
@@ -82,7 +83,7 @@ def finalize(
     with ranks.barrier(STEP):
         if ranks.first and fisher:
             counts = {i: count_rows(store, i) for i in model_ids}
-            meanings = {i: meaning(store.out_to_loss(i), True) for i in model_ids}
+            meanings = {i: slope_meaning(store, i) for i in model_ids}
         elif ranks.first and lambda_reg == AUTO:
             meanings = {i: q_meaning(i, store.out_to_loss(i), probabilities) for i in model_ids}
     meanings, counts = ranks.broadcast(STEP, (meanings, counts))
@@ -97,7 +98,8 @@ def finalize(
     mine = sum(counts[i] for i in todo) // ranks.size
     with progress("finalising features", mine, "row") as bar:
         for model_id in todo:
-            sum_gram(systems, computer, model_id, system[model_id], ranks, bar.update)
+            offset = meanings[model_id].offset if fisher else 0.0
+            sum_gram(systems, computer, model_id, system[model_id], ranks, bar.update, offset)
     with ranks.barrier(STEP):
         for model_id in model_ids if ranks.first else ():
             q = meanings.get(model_id)
@@ -119,6 +121,12 @@ def count_rows(store: Store, model_id: int) -> int:
             "False, load_checkpoint and featurize make them again)"
         )
     return drawn + store.train_set_size
+
+
+def slope_meaning(store: Store, model_id: int) -> Meaning:
+    """What the slopes of the log-likelihoods of a checkpoint's samples are."""
+    terms = (store.column(model_id, name) for name in ("out_to_loss", "curvature", "along"))
+    return fisher_meaning(*terms)
 
 
 def q_meaning(model_id: int, q: Tensor, probabilities: bool | None) -> Meaning:
@@ -195,13 +203,21 @@ def solved(systems: Systems, computer: ScoreComputer, model_id: int) -> tuple[So
 
 def own_scores(systems: Systems, computer: ScoreComputer, model_id: int) -> Tensor:
     """``phi (S^T S + lambda I)^-1 phi`` of each training sample, float64 [n], by the dual."""
-    system = systems.read_system(model_id)
+    system, store = systems.read_system(model_id), systems.store
     solution, gram = solved(systems, computer, model_id)
     order = systems.read_gram(model_id, system)[0]["order"]
-    weights = sample_weights(systems.store.out_to_loss(model_id), system.power)
-    out = torch.empty(gram.n, dtype=torch.float64)
-    out[order] = solution.on_own_rows(gram.matrix) / weights[order]
-    return out
+    out = torch.empty(int(order.max()) + 1, dtype=torch.float64)
+    out[order] = solution.on_own_rows(gram.matrix)
+    samples = out[: store.train_set_size]  # the others are rows that were drawn
+    return samples / weights_of(store, model_id, system)
+
+
+def weights_of(store: Store, model_id: int, system: System) -> Tensor:
+    """What the outer product of each training sample's features counts, float64 [n]; above 0."""
+    if not system.fisher:
+        return sample_weights(store.out_to_loss(model_id), system.power)
+    # TINY, so that what u has along a row is in the span of the rows
+    return store.column(model_id, "curvature").double().clamp_(min=TINY)
 
 
 def read_gram(systems: Systems, model_id: int, system: System) -> tuple[Gram, Moments]:
@@ -251,15 +267,17 @@ class Source:
 Block = tuple[int, Indices]  # number of the source, samples or rows
 
 
-def sources_of(store: Store, model_id: int, system: System) -> list[Source]:
-    """The training samples; of the Fisher matrix also the rows that were drawn."""
+def sources_of(store: Store, model_id: int, system: System, offset: float = 0.0) -> list[Source]:
+    """The training samples; of the Fisher matrix also the rows that were drawn.
+
+    offset : what the values of samples are counted from.
+    """
     training = store.reader(model_id)
     if not system.fisher:
         return [Source(training, 0, lambda _, q: logistic_share(q, system.power))]
-    weights, values, drawn = (
-        store.column(model_id, name).double() for name in ("curvature", "along", "drawn")
-    )
-    weights.clamp_(min=TINY)  # so that what u has along a row is in the span of the rows
+    values, drawn = (store.column(model_id, name).double() for name in ("along", "drawn"))
+    weights = weights_of(store, model_id, system)
+    values -= offset
 
     def of_samples(inds: Indices, q: Tensor) -> Share:
         rows = torch.from_numpy(inds)
@@ -318,14 +336,17 @@ def sum_gram(
     system: System,
     ranks: Ranks,
     advance: Callable[[int], Any],
+    offset: float,
 ) -> None:
     """Sum up and store the Gram matrix of a checkpoint, shared out over ranks.
+
+    offset : as ``sources_of`` takes it.
 
     Its parts and their order depend on the batches alone. So it is the same, bit for bit, for any
     number of ranks, and whether or not it was interrupted.
     """
     store = systems.store
-    sources = sources_of(store, model_id, system)
+    sources = sources_of(store, model_id, system, offset)
     blocks = blocks_of(sources, store.proj_dim)
     parts = (kernel_parts if system.dual else gram_parts)(blocks, store.proj_dim)
     # Processes apart may see other batches of the same samples, and so have other parts.

@@ -46,7 +46,7 @@ class Share(NamedTuple):
     """What some rows of features count, float64 [b] each.
 
     weights : what a row's outer product counts in S^T S; above 0.
-    values : the network's own output along each row.
+    values : the network's own output along each row, counted from ``Meaning.offset``.
     slopes : Q, the derivative of the log-likelihood along it.
     residuals : Q where it may be that of another loss, outside 0..1 too; None where it can't.
     """
@@ -68,10 +68,12 @@ class Meaning:
     probability : 1 where Q are 1 - p of a logistic loss, 0 where they aren't; the curvature enters
         to this power.
     residual : 1 where Q scatter around 0, as the residuals of a regression do; 0 where they don't.
+    offset : what the network's outputs are counted from: 0 but for a regression.
     """
 
     probability: float
     residual: float
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,27 @@ def meaning(q: Tensor, probabilities: bool | None = None) -> Meaning:
         return Meaning(float(probabilities), residual)
     against = max(between(negative + excess, UNSURE, CONTRARY), between(blind, BLIND, 1.0))
     return Meaning(1 - against, residual)
+
+
+def fisher_meaning(slopes: Tensor, curvature: Tensor, along: Tensor) -> Meaning:
+    """What the slopes Q [n] of log-likelihoods are, with the other two columns of ``Terms``.
+
+    A logistic likelihood has Q of both signs too where its output is the log-odds of a class, right
+    or not. Its curvature then is |Q| (1 - |Q|), that of a regression isn't.
+
+    The outputs of a regression are counted from their mean, weighted by the curvature: what a
+    constant explains says nothing about how the network was regularised. So scores don't depend on
+    where a label has its zero.
+    """
+    q, weights, values = (t.double() for t in (slopes, curvature, along))
+    size = q.abs().clamp(max=1)
+    logistic = size * (1 - size)
+    larger = float(torch.maximum(weights, logistic).sum())
+    apart = float((weights - logistic).abs().sum()) / larger if larger > 0 else 0.0
+    residual = min(meaning(slopes, True).residual, between(apart, UNSURE, CONTRARY))
+    total = float(weights.sum())
+    offset = residual * float(weights @ values) / total if total > 0 else 0.0
+    return Meaning(1.0, residual, offset)
 
 
 def between(x: float, low: float, high: float) -> float:

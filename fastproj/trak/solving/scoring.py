@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastproj.checks import listed
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.finalizing import own_scores, solution_of
@@ -54,6 +55,7 @@ def write_scores(
                 if own_q:
                     product.mul_(q.unsqueeze(1))
                     q = torch.ones_like(q)
+                check_scores(systems, model_ids[place], product)
                 if place == 0:
                     total, q_total = product, q
                 else:
@@ -76,7 +78,9 @@ def scores_of_targets(
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
     for rows, _, features, q in read_features([reader], blocks):
         assert q is not None  # training shards have it
-        scores[rows] = computer.scores(features, weights).mul_(q.unsqueeze(1)).numpy()
+        product = computer.scores(features, weights).mul_(q.unsqueeze(1))
+        check_scores(systems, model_id, product)
+        scores[rows] = product.numpy()
     return scores
 
 
@@ -96,8 +100,9 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
             q = store.out_to_loss(model_id).double()
             q_total += torch.ones_like(q) if own_q else q
             system = systems.read_system(model_id)
-            if system.dual and not system.fisher:
-                total += own_scores(systems, computer, model_id) * (q if own_q else 1.0)
+            if system.dual:
+                own = own_scores(systems, computer, model_id)
+                total += own * q.square() if own_q else own
                 bar.update(len(total))
                 continue
             solution = solution_of(systems, computer, model_id)
@@ -114,8 +119,30 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
 def takes_own_q(systems: Systems, model_ids: Sequence[int]) -> bool:
     """Whether each checkpoint's scores take its own Q: with the Fisher matrix, as derived. TRAK
     averages Q over checkpoints by itself.
+
+    Raises ValueError where some checkpoints have one matrix and some the other.
     """
-    return any(systems.read_system(model_id).fisher for model_id in model_ids)
+    fisher = [model_id for model_id in model_ids if systems.read_system(model_id).fisher]
+    others = [model_id for model_id in model_ids if model_id not in fisher]
+    if fisher and others:
+        raise ValueError(
+            f"TRAKer: model_ids {listed(fisher, 10)} were finalised with the Fisher matrix and "
+            f"{listed(others, 10)} with TRAK's formula; expected one of the two, for their scores "
+            "have no mean (call finalize_features without model_ids)"
+        )
+    return bool(fisher)
+
+
+def check_scores(systems: Systems, model_id: int, scores: Tensor) -> None:
+    """Raise ValueError unless scores by a checkpoint are finite; its features are."""
+    if not bool(torch.isfinite(scores).all()):
+        lam = systems.read_solve(model_id)["lambda_reg"]
+        raise ValueError(
+            f"TRAKer: scores by model_id {model_id} are larger than float32 holds: its lambda is "
+            f"{lam:.3g}, for the gradients of its training samples are next to 0; expected a "
+            "checkpoint that doesn't give each label the probability 1, or a larger lambda_reg "
+            "when finalising"
+        )
 
 
 def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:

@@ -358,7 +358,8 @@ def check_gram(gram: Gram) -> float:
     if mean == 0:
         raise ValueError(
             f"solve: all {gram.n} features are zero; expected gradients that are not all zero "
-            "(are the parameters of grad_wrt used by the model?)"
+            "(are the parameters of grad_wrt used by the model? does it give each label the "
+            "probability 1?)"
         )
     return mean
 

@@ -125,7 +125,8 @@ class BatchedModelOutput(AbstractModelOutput):
 
         noise : float32 [B, d, T, 3], by ``tasks.likelihood.UNIFORM``, ``OWN_SIGN`` and
             ``OTHER_SIGN``: numbers in 0..1 and two signs, for each of d rows to draw and each of T
-            predictions of a sample.
+            predictions of a sample. Number the predictions without padding, whose length is the
+            batch's.
         """
         raise NotImplementedError(f"{type(self).__name__} says nothing of a likelihood")
 

@@ -51,10 +51,14 @@ def class_terms(logits: Tensor, labels: Tensor, noise: Tensor) -> Terms:
 def prediction_terms(logits: Tensor, labels: Tensor, weights: Tensor, noise: Tensor) -> Terms:
     """Several predictions of each sample, whose log-likelihoods count ``weights``.
 
-    logits [B, T, C], labels [B, T], weights [B, T] (0: not there), noise [B, d, T, 3].
+    logits [B, T, C], labels [B, T], weights [B, T] (0: not there), noise [B, d, T, 3]. The first
+    prediction that is there takes the first numbers of the noise, wherever it stands: padding may
+    come before it, as much as the other samples of a batch need.
     """
     there = weights > 0
     labels = torch.where(there, labels, 0)
+    number = (there.cumsum(1) - 1).clamp(min=0)  # [B, T]
+    noise = noise.gather(2, number[:, None, :, None].expand_as(noise))
     own, rest, mean, others = contrasts(logits, labels, noise[..., UNIFORM].mT)  # and [B, T, d]
     weights, noise = weights.to(own.dtype), noise.to(own.dtype)
     f = own - rest

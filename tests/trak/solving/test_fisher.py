@@ -25,7 +25,7 @@ from fastproj.trak import (
 from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.files import read_json
 from fastproj.trak.solving import ridge
-from fastproj.trak.solving.solve import Gram
+from fastproj.trak.solving.solve import Gram, Solution
 from fastproj.trak.store.store import DRAWN
 from tests.trak import cases, modules
 
@@ -128,6 +128,16 @@ def test_lambda_and_scores_are_the_same_in_primal_and_dual(tmp_path, fisher, tas
     assert_close(own, other_own)
 
 
+def test_scores_of_samples_on_themselves_read_no_rows_in_the_dual(tmp_path, monkeypatch):
+    """They are in the kernel. By rows it would be two passes over all of them for each block."""
+    train, targets = data(24), data(M, seed=5)
+    options = {"proj_dim": 90}
+    cases.whole_run(tmp_path, networks(train), train, targets, **options)
+    traker = cases.make(cases.net(), tmp_path, 24, **options)
+    monkeypatch.setattr(Solution, "apply", None)
+    assert (traker.self_influence() > 0).all()
+
+
 def test_samples_whose_curvature_underflows_still_pull(tmp_path):
     """At log-odds of -200 a slope is 1 and its derivative 0 in float32."""
     x, y = data(24)
@@ -149,10 +159,12 @@ def test_samples_whose_curvature_underflows_still_pull(tmp_path):
         solved = systems.read_solve(0)
         if computer is None:
             assert bool(torch.isfinite(sums["response"]).all())
-        found.append((solved["form"], sums["fitted"], solved["lambda_reg"]))
-    assert [form for form, _, _ in found] == ["dual", "primal"]
+        own = traker.self_influence()
+        found.append((solved["form"], sums["fitted"], solved["lambda_reg"], own))
+    assert [form for form, *_ in found] == ["dual", "primal"]
     torch.testing.assert_close(found[0][1], found[1][1])
     assert found[0][2] == pytest.approx(found[1][2], rel=1e-5)
+    np.testing.assert_allclose(found[0][3], found[1][3], rtol=1e-4)
 
 
 @pytest.mark.parametrize("task", ["image", "tokens"])
@@ -348,6 +360,151 @@ def test_a_regression_has_nothing_to_draw(tmp_path):
     assert not list(tmp_path.rglob("drawn-*"))
 
 
+# ---- what ought to make no difference -----------------------------------------------------------
+
+
+def numbers_to_predict(n):
+    """(x [n, 6], y [n]) with noise, and a network that has fitted them; float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 6, generator=generator, dtype=torch.float64)
+    y = x[:, 0] - x[:, 1] * x[:, 2] + 0.3 * torch.randn(n, generator=generator, dtype=x.dtype)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (model(x)[:, 0] - y).square().mean().backward()
+        optimizer.step()
+    return x, y, model.eval()
+
+
+def scored(folder, model, task, train, targets, k, **options):
+    """(scores, lambda) of one checkpoint."""
+    n, m = len(train[0]), len(targets[0])
+    settings = {"use_half_precision": False, "device": "cpu", "proj_dim": k, **options}
+    traker = TRAKer(model, task, n, folder, **settings)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize(train, num_samples=n)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, m)
+    traker.score(targets, num_samples=m)
+    return np.array(traker.finalize_scores("test")), lambdas(traker)[0]
+
+
+def chosen_lambda(features, share, samples):
+    """Of rows [N, k] of the Fisher matrix, by the primal."""
+    moments = ridge.Moments(features.shape[1], 1.0)
+    blocks = zip(features.split(11), *(part.split(11) for part in share), strict=True)
+    stream = moments.over((rows, ridge.Share(*parts)) for rows, *parts in blocks)
+    gram = ScoreComputer().gram(stream, features.shape[1], len(features))
+    return ridge.choose_fisher_lambda(gram, moments, samples).lambda_reg
+
+
+@pytest.mark.parametrize("likelihood", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("gradients", [1e-6, 1.0, 1e6])
+def test_lambda_has_the_scale_of_the_matrix(gradients, likelihood):
+    """c times the gradients give c^2 times F and lambda, and w times all likelihoods w times."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 12, generator=generator, dtype=torch.float64)
+    f = 2 * x[:, 0] + x[:, 1] + 0.1 * torch.randn(80, generator=generator, dtype=x.dtype)
+    q = torch.sigmoid(-f)
+    share = (q * (1 - q), f, q)
+    usual = chosen_lambda(x, share, 80)
+    assert usual > 1.01 * ridge.LEAST * float((share[0] * x.square().sum(1)).sum()) / 80
+    scaled = (likelihood * share[0], f, likelihood * q)
+    wanted = gradients**2 * likelihood * usual
+    assert chosen_lambda(gradients * x, scaled, 80) == pytest.approx(wanted, rel=1e-6)
+    order = torch.randperm(80, generator=generator)
+    mixed = tuple(part[order] for part in share)
+    assert chosen_lambda(x[order], mixed, 80) == pytest.approx(usual, rel=1e-6)
+    turned = torch.where(torch.arange(80) % 3 == 0, -1.0, 1.0).double()  # another sign of f
+    signed = (share[0], turned * f, turned * q)
+    assert chosen_lambda(turned[:, None] * x, signed, 80) == pytest.approx(usual, rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [8, 90])
+def test_a_regression_doesnt_ask_where_its_labels_have_their_zero(tmp_path, k):
+    x, y, model = numbers_to_predict(60)
+    found = []
+    for zero in (0.0, 100.0):
+        task = FunctionModelOutput(
+            lambda model, batch, zero=zero: model(batch[0])[:, 0] + zero,
+            likelihood=lambda f, batch: -0.5 * (batch[1] - f) ** 2,
+        )
+        labels = y + zero
+        found.append(scored(tmp_path / str(zero), model, task, (x, labels), (x[:M], labels[:M]), k))
+    (scores, lam), (others, other) = found
+    assert other == pytest.approx(lam, rel=1e-4)
+    assert_close(others, scores, 1e-3)  # 100 and a residual have fewer digits in float32
+
+
+@pytest.mark.parametrize("k", [8, 90])
+def test_two_classes_may_be_said_by_the_log_odds_of_either(tmp_path, k):
+    """By the right one's, as the task for images does, or by that of class 1 for all."""
+    x, y, model = numbers_to_predict(60)
+    y = (y > 0).long()
+    by_class = FunctionModelOutput(
+        lambda model, batch: model(batch[0])[:, 0],
+        likelihood=lambda f, batch: batch[1] * f - F.softplus(f),
+    )
+    found = [
+        scored(tmp_path / str(place), model, task, (x, y), (x[:M], y[:M]), k)
+        for place, task in enumerate(("image_classification", by_class))
+    ]
+    (scores, lam), (others, other) = found
+    assert other == pytest.approx(lam, rel=1e-5)
+    assert_close(others * (2 * y[:M].numpy() - 1), scores)
+
+
+def test_slopes_of_a_regression_and_of_classes_are_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    f = 3 * torch.randn(400, generator=generator)
+    noise = torch.randn(400, generator=generator)
+    counts, sure = torch.poisson(f.exp(), generator=generator), torch.sigmoid(f)
+    labels = (torch.rand(400, generator=generator) < sure).float()
+    for slopes, curvature, residual in (
+        (noise, torch.ones(400), 1.0),
+        (100 * noise, torch.full((400,), 100.0), 1.0),
+        (counts - f.exp(), f.exp(), 1.0),
+        (labels - sure, sure * (1 - sure), 0.0),
+        (1 - sure, sure * (1 - sure), 0.0),
+        (torch.ones(400), torch.ones(400), 0.0),  # of several predictions
+        (torch.zeros(400), torch.zeros(400), 0.0),
+    ):
+        found = ridge.fisher_meaning(slopes, curvature, f)
+        assert found.residual == residual
+        weighted = float((curvature.double() * f.double()).sum() / curvature.double().sum())
+        assert found.offset == pytest.approx(weighted if residual else 0.0)
+
+
+# ---- networks that know everything --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("least", "told"), [(98, "larger than float32"), (1000, "all 24 feat")])
+def test_texts_that_are_known_for_certain_have_no_scores(tmp_path, least, told):
+    """The gradients of their log-likelihoods are 0, or so small that F is 0 beside the targets'."""
+    ids = texts(20)[0]
+    model = trained_language()
+    labels = model(ids).argmax(-1)
+    with torch.no_grad():
+        margin = model(ids).topk(2).values.diff().abs().min()
+        for p in model.head.parameters():
+            p.mul_(least / margin)
+    batch = (ids, torch.ones_like(ids), labels)
+    traker = TRAKer(model, "masked_lm", 20, tmp_path, proj_dim=8, device="cpu")
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize(batch, num_samples=20)
+
+    def scores():
+        traker.finalize_features()
+        traker.start_scoring_checkpoint("test", model.state_dict(), 0, M)
+        traker.score(tuple(part[:M] for part in batch), num_samples=M)
+        return traker.finalize_scores("test")
+
+    with pytest.raises(ValueError, match=told):
+        scores()
+
+
 # ---- batches, stops, and files ------------------------------------------------------------------
 
 
@@ -478,6 +635,22 @@ def test_a_number_when_finalising_is_traks_formula_to_the_digit(tmp_path, n, k):
         assert {traker.saver.systems.read_solve(i)["curvature"] for i in (0, 1)} == {"trak"}
     np.testing.assert_array_equal(*found)
     assert_close(found[0], cases.explicit_trak(networks(train), train, targets, k, 0.2))
+
+
+def test_checkpoints_with_either_matrix_have_no_mean(tmp_path):
+    train, targets = data(20), data(M, seed=5)
+    models = networks(train)
+    scores = np.array(cases.whole_run(tmp_path, models, train, targets, proj_dim=8))
+    traker = cases.make(models[0], tmp_path, 20, proj_dim=8)
+    traker.finalize_features([1], lambda_reg=0.2)
+    told = r"model_ids 0 were finalised with the Fisher matrix and 1 with TRAK's formula; expected"
+    with pytest.raises(ValueError, match=told):
+        traker.finalize_scores("test")
+    with pytest.raises(ValueError, match=told):
+        traker.self_influence()
+    traker.finalize_scores("test", [1])
+    traker.finalize_features()
+    np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
 
 
 def test_a_number_alone_is_traks_store(tmp_path):

@@ -45,14 +45,14 @@ class Case(NamedTuple):
 
     batch : of copies x [B, D], as the task takes it.
     predictions : of x, (weight, logits [C], label) of each prediction that counts.
-    places : which of the task's T predictions these are, of how many.
+    numbers : how many numbers the noise has for each row; the predictions take the first.
     """
 
     task: Any
     x: Tensor
     batch: Callable[[Tensor], Any]
     predictions: Callable[[Tensor], list[tuple[float, Tensor, int]]]
-    places: tuple[list[int], int] = ([0], 1)
+    numbers: int = 1
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -105,7 +105,7 @@ def multilabel(kind: Any, labels: list[float]) -> Case:
 
     count = len(labels)
     task = kind(multilabel=True)
-    return Case(task, numbers(count), batch, predictions, ([*range(count)], count))
+    return Case(task, numbers(count), batch, predictions, count)
 
 
 def causal(reduction: str, classes: int, labels: list[int]) -> Case:
@@ -124,7 +124,7 @@ def causal(reduction: str, classes: int, labels: list[int]) -> Case:
         return [(weight, x.reshape(count, classes)[t], labels[t + 1]) for t in there]
 
     task = CausalLMModelOutput(reduction)
-    return Case(task, numbers(count * classes, seed=2), batch, predictions, (there, count - 1))
+    return Case(task, numbers(count * classes, seed=2), batch, predictions, count - 1)
 
 
 def seq2seq(reduction: str) -> Case:
@@ -141,7 +141,7 @@ def seq2seq(reduction: str) -> Case:
         return [(weight, x.reshape(3, 3)[t], labels[t]) for t in (0, 2)]
 
     task = Seq2SeqModelOutput(reduction)
-    return Case(task, numbers(9, seed=3), batch, predictions, ([0, 2], 3))
+    return Case(task, numbers(9, seed=3), batch, predictions, 3)
 
 
 def clip(temperature: float | None) -> Case:
@@ -162,7 +162,7 @@ def clip(temperature: float | None) -> Case:
         to_images = scale * torch.cat([own, found.images @ v])
         return [(0.5, to_texts, 0), (0.5, to_images, 0)]
 
-    return Case(task, numbers(6, seed=4) / 2, batch, predictions, ([0, 1], 2))
+    return Case(task, numbers(6, seed=4) / 2, batch, predictions, 2)
 
 
 CASES = {
@@ -205,7 +205,6 @@ def others_of(logits: Tensor, label: int) -> Tensor:
 
 def every_draw(case: Case) -> tuple[Tensor, Tensor]:
     """Noise [E, 1, T, 3] of all choices of classes and signs, and their probabilities [E]."""
-    places, count = case.places
     options = []
     for _, logits, label in case.predictions(case.x):
         pi = others_of(logits, label)
@@ -220,10 +219,10 @@ def every_draw(case: Case) -> tuple[Tensor, Tensor]:
             ]
         )
     draws = list(itertools.product(*options))
-    noise = torch.full((len(draws), 1, count, 3), 0.5, dtype=torch.float64)
+    noise = torch.full((len(draws), 1, case.numbers, 3), 0.5, dtype=torch.float64)
     chance = torch.ones(len(draws), dtype=torch.float64)
     for number, draw in enumerate(draws):
-        for place, (u, own, other, p) in zip(places, draw, strict=True):
+        for place, (u, own, other, p) in enumerate(draw):
             noise[number, 0, place] = torch.tensor([u, own, other])
             chance[number] *= p
     torch.testing.assert_close(chance.sum(), torch.ones((), dtype=torch.float64))
@@ -256,7 +255,7 @@ def fisher(case: Case) -> Tensor:
         p = logits.softmax(0)
         j = jacobian(case, number)
         total += weight * j.T @ (torch.diag(p) - torch.outer(p, p)) @ j
-    made = terms_of(case, case.x[None], torch.full((1, 1, case.places[1], 3), 0.5))
+    made = terms_of(case, case.x[None], torch.full((1, 1, case.numbers, 3), 0.5))
     if made.drawn.shape[1]:
         y = case.x.clone().requires_grad_()
         likelihood = sum(w * z.log_softmax(0)[label] for w, z, label in case.predictions(y))
@@ -274,7 +273,7 @@ def outer(rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("draws", [0, 1])
 def test_slope_times_the_gradient_is_that_of_the_log_likelihood(case, draws):
     x = copies(case, 1)
-    made = terms_of(case, x, torch.full((1, draws, case.places[1], 3), 0.5))
+    made = terms_of(case, x, torch.full((1, draws, case.numbers, 3), 0.5))
     found = made.slope * by_x(made.output, x)
     y = case.x.clone().requires_grad_()
     exact = sum(w * logits.log_softmax(0)[label] for w, logits, label in case.predictions(y))
@@ -287,7 +286,7 @@ def test_slope_times_the_gradient_is_that_of_the_log_likelihood(case, draws):
 def test_the_output_is_the_tasks_own_where_that_has_the_same_direction(case):
     """So that lambda as a number is TRAK's formula on the features that are there."""
     model = nn.Identity() if isinstance(case.task, ImageClassificationModelOutput) else Echo()
-    made = terms_of(case, case.x[None], torch.full((1, 1, case.places[1], 3), 0.5))
+    made = terms_of(case, case.x[None], torch.full((1, 1, case.numbers, 3), 0.5))
     if case.task.learns_along_output:
         batch = case.batch(case.x[None])
         torch.testing.assert_close(made.output, case.task.outputs(model, {}, {}, batch))
@@ -297,7 +296,7 @@ def test_the_output_is_the_tasks_own_where_that_has_the_same_direction(case):
         several = isinstance(case.task, CausalLMModelOutput) or getattr(
             case.task, "multilabel", False
         )
-        assert several or case.places != ([0], 1)
+        assert several or case.numbers > 1
 
 
 # ---- the matrix ---------------------------------------------------------------------------------
@@ -363,7 +362,7 @@ def test_draws_are_unbiased(name):
     """
     case, count = CASES[name](), 40_000
     draws = Draws(count, 8, Fisher(count), seed=3)
-    noise = draws.noise(1, np.arange(count), case.places[1])
+    noise = draws.noise(1, np.arange(count), case.numbers)
     x = copies(case, count)
     made = terms_of(case, x, noise)
     exact = made.curvature.detach()[:, None, None] * outer(by_x(made.output, x))
@@ -442,24 +441,35 @@ def test_they_dont_change_where_all_logits_of_a_prediction_do():
 
 
 def test_terms_depend_on_the_sample_alone():
-    """Not on padding, the order or the other samples of a batch: draws are by number."""
+    """Not on padding on either side, the order or the other samples of a batch: draws are by
+    number.
+    """
     task, classes, inds = CausalLMModelOutput(), 5, np.array([7, 2, 100_003])
     draws = Draws(200_000, 8, Fisher(draws=2), seed=9)
     logits = numbers(3, 6, classes)
     labels = torch.tensor([[1, 2, 3, 4, 0, 1], [1, 2, *[IGNORED] * 4], [0, 1, 4, *[IGNORED] * 3]])
 
-    def terms(rows: list[int], length: int) -> Terms:
-        noise = draws.noise(5, inds[rows], length - 1)
-        given = {"input_ids": labels[rows, :length].clamp(min=0), "labels": labels[rows, :length]}
-        batch = ({**given, "logits": logits[rows, :length]},)
-        assert task.num_predictions(batch) == length - 1
+    def terms(rows: list[int], length: int, left: int = 0) -> Terms:
+        noise = draws.noise(5, inds[rows], left + length - 1)
+        own = nn.functional.pad(labels[rows, :length], (left, 0), value=IGNORED)
+        own[:, left] = IGNORED  # the first has no prediction
+        given = {"input_ids": own.clamp(min=0), "labels": own}
+        batch = ({**given, "logits": nn.functional.pad(logits[rows, :length], (0, 0, left, 0))},)
+        assert task.num_predictions(batch) == left + length - 1
         return task.likelihood_terms(Echo(), {}, {}, batch, noise)
 
     whole = terms([0, 1, 2], 6)
     assert whole.drawn.shape == (3, 2)
     assert whole.drawn.unique().numel() == 6
-    for rows, length in (([1], 2), ([2], 3), ([2, 0], 6), ([1, 2], 4)):
-        part = terms(rows, length)
+    for rows, length, left in (
+        ([1], 2, 0),
+        ([2], 3, 0),
+        ([2, 0], 6, 0),
+        ([1, 2], 4, 0),
+        ([1], 2, 1),
+        ([2, 0], 6, 3),
+    ):
+        part = terms(rows, length, left)
         for name in Terms._fields:
             found, wanted = getattr(part, name), getattr(whole, name)[rows]
             torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
@@ -588,7 +598,7 @@ def test_a_class_that_is_impossible_is_never_drawn():
 def test_sums_of_16_bit_logits_are_made_in_float32(name, dtype):
     case = CASES[name]()
     x = case.x[None].to(dtype)
-    noise = torch.full((1, 1, case.places[1], 3), 0.4)
+    noise = torch.full((1, 1, case.numbers, 3), 0.4)
     found, exact = terms_of(case, x, noise), terms_of(case, x.double(), noise)
     for name in Terms._fields:
         assert getattr(found, name).dtype == torch.float32
