@@ -118,10 +118,13 @@ def check_block(function: str, kind: str, block: SupportsIndex | None, proj_dim:
                 "(`Projector(...).block` is the one that a projector uses)"
             )
         return default_block(proj_dim)
-    block = check_integer(function, "block", block, MIN_BLOCK, MAX_BLOCK + 1, expected)
-    if block & (block - 1):
+    try:
+        size = check_integer(function, "block", block, MIN_BLOCK, MAX_BLOCK + 1, expected)
+    except ValueError:  # its bounds alone would make a caller try 20
+        size = 0
+    if size == 0 or size & (size - 1):
         raise ValueError(f"{function}: received block={block}; expected {expected}")
-    return block
+    return size
 
 
 def check_precision(function: str, precision: str | None) -> str:

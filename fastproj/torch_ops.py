@@ -18,8 +18,7 @@ from torch.autograd import forward_ad
 
 from fastproj.backends import registry
 from fastproj.call import Call
-from fastproj.checks import MAX_SEED, check_memory, result_dtype
-from fastproj.spec import MatrixKey
+from fastproj.checks import MAX_SEED, check_key, check_memory, result_dtype
 from fastproj.spec import matrix_rows as matrix_rows_of_spec
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -45,7 +44,7 @@ def _flat(call: Call, backend: str) -> tuple[Any, ...]:
     return call.row_offset, call.scale, how, which, seed, stream
 
 
-@functools.lru_cache(maxsize=1024)  # a key checks what it is made of
+@functools.lru_cache(maxsize=1024)  # so the checks cost nothing
 def _call(
     row_offset: int,
     scale: float,
@@ -56,7 +55,9 @@ def _call(
 ) -> tuple[Call, str]:
     precision, backend = precision_backend.split(",")
     kind, block = kind_block.split(",")
-    key = MatrixKey(kind, seed & (MAX_SEED - 1), stream, int(block))
+    key = check_key(
+        "torch.ops.fastproj", seed & (MAX_SEED - 1), kind, stream, block=int(block) or None
+    )
     return Call(key, row_offset, scale, precision=precision), backend
 
 

@@ -300,8 +300,10 @@ def test_vmap_and_compile() -> None:
     [
         ({"kind": "rademacher", "block": 16}, ValueError, "only kind='sjlt' has a block"),
         ({"kind": "gaussian", "block": 1024}, ValueError, "expected None"),
-        ({"kind": "sjlt", "block": 8}, ValueError, "16 <= block"),
-        ({"kind": "sjlt", "block": 131072}, ValueError, "block < 65537"),
+        ({"kind": "sjlt", "block": 0}, ValueError, "a power of two from 16 to 65536"),
+        ({"kind": "sjlt", "block": 8}, ValueError, "=8; expected a power of two from 16 to 65536"),
+        ({"kind": "sjlt", "block": 1 << 17}, ValueError, "a power of two from 16 to 65536"),
+        ({"kind": "sjlt", "block": 1 << 70}, ValueError, "a power of two from 16 to 65536"),
         ({"kind": "sjlt", "block": 48}, ValueError, "a power of two from 16 to 65536"),
         ({"kind": "sjlt", "block": 32.0}, TypeError, "a power of two from 16 to 65536"),
         ({"kind": "sjlt", "block": True}, TypeError, "a power of two from 16 to 65536"),
@@ -320,6 +322,25 @@ def test_bad_blocks_are_refused(
     ):
         with pytest.raises(error, match=words):
             call()
+
+
+@pytest.mark.parametrize("word", ["sjlt,0", "sjlt,8", "sjlt,24", "sjlt,131072", "sjlt,-16"])
+def test_the_ops_refuse_a_block_that_no_kernel_has(word: str) -> None:
+    """A kernel would shift by a negative number, or take another block than the one named."""
+    g, y = torch.ones(2, 100), torch.ones(2, 64)
+    how = (0, 1.0, ",", word, 0, 0)
+    fastproj.project(g, 64)  # which registers the ops
+    ops = torch.ops.fastproj
+    for call in (
+        lambda: ops.project([g], 64, *how),
+        lambda: ops.project_into([g], y, False, *how),
+        lambda: ops.project_transpose(y, 100, *how),
+        lambda: ops.matrix(100, 64, 0, torch.float32, torch.device("cpu"), *how),
+    ):
+        with pytest.raises(ValueError, match="a power of two from 16 to 65536"):
+            call()
+    with pytest.raises(ValueError, match="only kind='sjlt' has a block"):
+        ops.project([g], 64, 0, 1.0, ",", "rademacher,16", 0, 0)
 
 
 def test_a_block_of_the_matrix_needs_its_block_named() -> None:

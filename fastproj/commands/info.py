@@ -42,14 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
         "gradients [B, P] of DTYPE (fp32, bf16, fp16, fp64) and K columns",
     )
     parser.add_argument(
-        "--kind", default="rademacher", choices=KINDS, help="of --launch (default: rademacher)"
+        "--kind", default=None, choices=KINDS, help="of --launch (default: rademacher)"
     )
     parser.add_argument(
         "--block", type=int, metavar="W", help="of --launch, for kind sjlt (default: by K)"
     )
     parser.add_argument(
         "--precision",
-        default="highest",
+        default=None,
         choices=["highest", "high", "medium"],
         help="of --launch (default: highest)",
     )
@@ -61,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.launch is None:
+        for name in ("kind", "block", "precision"):
+            if getattr(options, name) is not None:
+                parser.error(f"received --{name} without --launch; expected both, or neither")
         return execute("info", options, print_info)
+    options.kind = options.kind or "rademacher"
+    options.precision = options.precision or "highest"
     try:
         options.found = launch.plans_of(options)
     except ValueError as refusal:

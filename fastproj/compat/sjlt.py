@@ -150,7 +150,7 @@ class SJLTProjection(nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Take the seed of ``state``. Raises ValueError where its shape or block is another."""
-        mine = self.get_extra_state() | {"seed": state["seed"]}
+        mine = self.get_extra_state() | {"seed": state.get("seed", self.seed)}
         if state != mine:
             raise ValueError(f"SJLTProjection: received the state {state}; expected {mine}")
         self.seed = state["seed"]

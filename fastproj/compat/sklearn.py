@@ -73,6 +73,8 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     density_ : 1 / ``block_`` for kind "sjlt", 1.0 for the others.
     components_ : of kind "sjlt", the scaled matrix [K, P] as a scipy.sparse.csr_matrix, float64;
         ``transform(X)`` is ``X @ components_.T``. Made at each access; nothing else needs it.
+    inverse_components_ : the pseudo-inverse of that matrix [P, K], float64, dense. Made at each
+        access; ``inverse_transform`` doesn't need it.
     n_features_in_ : P.
 
     Raises
@@ -184,14 +186,15 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
     @property
     def components_(self) -> csr_matrix:
         check_is_fitted(self)
-        if self.kind != "sjlt":
+        kind = self._projector.kind  # set_params changes self.kind alone, until the next fit
+        if kind != "sjlt":
             raise AttributeError(
-                f"FastRandomProjection: received a request for components_ of kind={self.kind!r}, "
+                f"FastRandomProjection: received a request for components_ of kind={kind!r}, "
                 "which is not stored; expected fastproj.matrix(t.n_features_in_, "
                 "t.n_components_, t.seed_, t.kind) / t.n_components_ ** 0.5, its transpose"
             )
         features, cols, block = self.n_features_in_, self.n_components_, self.block_ or 1
-        key = MatrixKey(self.kind, self.seed_, 0, block)
+        key = MatrixKey(kind, self.seed_, 0, block)
         k = np.arange(cols, dtype=np.uint64)
         tiles = range(-(-features // block))
         found = [sjlt_entries(key, tile, k) for tile in tiles]
@@ -201,6 +204,11 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         starts = np.concatenate([[0], np.cumsum(kept.sum(1))])
         values = signs[kept] * math.sqrt(block / cols)
         return csr_matrix((values, rows[kept], starts), shape=(cols, features))
+
+    @property
+    def inverse_components_(self) -> NDArray[np.float64]:
+        check_is_fitted(self)
+        return np.ascontiguousarray(self.inverse_transform(np.eye(self.n_components_)).T)
 
     def transform(self, X: Any) -> NDArray[Any]:
         """[n, P] to [n, K], dense: float32 for float32, float64 otherwise.
@@ -242,7 +250,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         """The pseudo-inverse of the scaled matrix's Gram matrix, float64, of size min(P, K)."""
         rows, cols = self.n_features_in_, self.n_components_
         square = (self.block_ or 1) / cols
-        found = gram(rows, cols, self.seed_, self.kind, self.block_) * square
+        found = gram(rows, cols, self.seed_, self._projector.kind, self.block_) * square
         return torch.linalg.pinv(found, hermitian=True)
 
     def __sklearn_tags__(self) -> Any:

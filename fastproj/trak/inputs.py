@@ -69,13 +69,27 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_projector(projector: Any, factored: SupportsIndex | None) -> Any:
-    """``projector``; raises TypeError unless it projects, and knows to how many dimensions."""
+def check_projector(
+    projector: Any,
+    kind: str | None,
+    block: SupportsIndex | None,
+    factored: SupportsIndex | None,
+) -> Any:
+    """``projector``; raises TypeError unless it projects, and knows to how many dimensions.
+
+    Raises ValueError for arguments that name another matrix beside it.
+    """
     if factored is not None:
         raise ValueError(
             f"TRAKer: received factored={factored!r} and a projector; expected one of them "
             "(fastproj.FactoredProjector is such a projector)"
         )
+    for name, value in (("kind", kind), ("block", block)):
+        if value is not None:
+            raise ValueError(
+                f"TRAKer: received {name}={value!r} and a projector; expected one of them "
+                "(a projector has a matrix of its own)"
+            )
     known = isinstance(getattr(projector, "proj_dim", None), int | np.integer)
     if isinstance(projector, type) or not hasattr(projector, "project") or not known:
         raise TypeError(

@@ -102,3 +102,15 @@ def test_launch_of_the_sparse_kind(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(words)
         assert caught.value.code == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["--block", "1024"], ["--kind", "sjlt"], ["--precision", "high"]], ids=str
+)
+def test_options_of_launch_are_not_dropped_without_it(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["info", *words])
+    assert caught.value.code == 2
+    assert f"received {words[0]} without --launch" in capsys.readouterr().err

@@ -106,6 +106,8 @@ def test_the_seed_names_the_matrix() -> None:
     narrow = SJLTProjection(80, 32, 2, device="cpu")
     with pytest.raises(ValueError, match=r"received the state .*'block': 32.*expected .*: 16"):
         narrow.load_state_dict(p.state_dict())
+    with pytest.raises(ValueError, match=r"received the state {}; expected .*'block': 16"):
+        narrow.set_extra_state({})
 
 
 def test_sjlts_other_methods() -> None:

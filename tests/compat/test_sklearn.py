@@ -102,6 +102,34 @@ def test_density_and_components_that_cant_be() -> None:
         _ = dense.components_
 
 
+@pytest.mark.parametrize("kinds", [("rademacher", "sjlt"), ("sjlt", "gaussian")])
+def test_parameters_set_after_fit_wait_for_the_next_fit(kinds: tuple[str, str]) -> None:
+    X = data()
+    t = FastRandomProjection(8, kind=kinds[0], random_state=3).fit(X)
+    same = FastRandomProjection(8, kind=kinds[0], random_state=3).fit(X)
+    t.set_params(kind=kinds[1], block=None)
+    Y = t.transform(X)
+    np.testing.assert_array_equal(Y, same.transform(X))
+    np.testing.assert_array_equal(t.inverse_transform(Y), same.inverse_transform(Y))
+    if kinds[0] == "sjlt":
+        np.testing.assert_allclose(Y, X @ t.components_.T, atol=1e-9)
+    else:
+        with pytest.raises(AttributeError, match="kind='rademacher'"):
+            _ = t.components_
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.DataDimensionalityWarning")
+@pytest.mark.parametrize(("features", "components"), [(300, 8), (5, 20)])
+def test_inverse_components_are_scikit_learns(features: int, components: int) -> None:
+    t = FastRandomProjection(components, kind="sjlt", random_state=3)
+    with pytest.raises(NotFittedError):
+        _ = t.inverse_components_
+    t.fit(data(6, features))
+    expected = np.linalg.pinv(t.components_.toarray())
+    assert t.inverse_components_.shape == (features, components)
+    np.testing.assert_allclose(t.inverse_components_, expected, atol=1e-9)
+
+
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.DataDimensionalityWarning")
 @pytest.mark.parametrize(("features", "components"), [(20, 5), (5, 20), (9, 9), (600, 64)])
 def test_inverse_transform_is_the_pseudo_inverse(

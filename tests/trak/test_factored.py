@@ -75,3 +75,6 @@ def test_what_it_refuses(tmp_path):
     projector = fastproj.Projector(sum(p.numel() for p in model.parameters()), 8, scale=None)
     with pytest.raises(ValueError, match="factored=4 and a projector"):
         cases.make(model, tmp_path, N, factored=4, projector=projector)
+    for name, value in (("kind", "gaussian"), ("block", 16)):
+        with pytest.raises(ValueError, match=f"received {name}={value!r} and a projector"):
+            cases.make(model, tmp_path, N, projector=projector, **{name: value})
