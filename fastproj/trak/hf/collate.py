@@ -14,7 +14,7 @@ from fastproj.trak.hf.heads import is_regression
 from fastproj.trak.hf.lengths import padded_shapes
 from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Sample, Samples
-from fastproj.trak.tasks.language import IGNORE_INDEX, base_of, forward_names
+from fastproj.trak.tasks.language import IGNORE_INDEX, base_of, forward_names, seen_tokens
 
 LABELS = ("labels", "label", "label_ids")  # Hugging Face's names for them
 OF_TOKENS = ("causal_lm", "masked_lm", "token_classification")  # a label for each input token
@@ -62,6 +62,7 @@ class Collator:
         self.pads.update(input_ids=pad, decoder_input_ids=pad, labels=IGNORE_INDEX)
         self._say_what_is_left_out(samples[0])
         self.lengths = [self._lengths(index, sample) for index, sample in enumerate(samples)]
+        self.token_labels = kind in OF_TOKENS or (kind is None and all(map(of_tokens, samples)))
         self.shapes = padded_shapes(self.lengths)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -109,8 +110,7 @@ class Collator:
         if given is not None:
             row["labels"] = self._labels(index, as_tensor(given), len(ids))
         elif self.kind == "causal_lm":
-            hidden = row.get("attention_mask", torch.ones_like(ids)) == 0
-            row["labels"] = ids.masked_fill(hidden, IGNORE_INDEX)
+            row["labels"] = seen_tokens(ids, row.get("attention_mask", torch.ones_like(ids)))
         elif self.masking is not None:
             never = sample.get("special_tokens_mask")
             never = None if never is None else as_tensor(never)
@@ -143,7 +143,7 @@ class Collator:
         by_token = all(p.dim() and len(p) == n for p, n in zip(parts, tokens, strict=True))
         if self.kind == "seq2seq" and name in ("labels", *TARGET):
             return padded(parts, shape[1], self.pads[name])
-        if name == "labels" and by_token and self.kind in (*OF_TOKENS, None):
+        if name == "labels" and self.token_labels:
             return padded(parts, shape[0], self.pads[name])
         if name in SOURCE and by_token:
             return padded(parts, shape[0], self.pads[name])
@@ -175,6 +175,12 @@ class Collator:
 def labels_of(sample: Sample) -> Any:
     """The labels of a sample under any of their names, or None."""
     return next((sample[name] for name in LABELS if sample.get(name) is not None), None)
+
+
+def of_tokens(sample: Sample) -> bool:
+    """Whether a sample has a label for each token."""
+    labels = labels_of(sample)
+    return np.ndim(labels) > 0 and len(labels) == len(sample["input_ids"])
 
 
 def as_tensor(value: Any) -> Tensor:
