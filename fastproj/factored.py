@@ -271,9 +271,9 @@ class FactoredProjector:
         for name, parts in found.items():
             sides = self.sides(name, model_id)
             if len(parts) > 1:
-                pieces.append(self._product(*parts, sides))
+                pieces.append(self._product(parts[0], parts[1], sides))
             else:
-                pieces.append(sides.of_rows(0, flattened(*parts))[1])
+                pieces.append(sides.of_rows(0, flattened(parts[0]))[1])
         return self.outer.project(one_dtype(pieces), model_id, out=out)
 
     def _factors(self, function: str, name: str, pair: Any) -> tuple[Tensor, Tensor]:

@@ -157,9 +157,7 @@ class Lookup:
         sample = torch.arange(size, device=ids.device).unsqueeze(1)
         pair = (ids.long() * size + sample)[counted]  # sorted by row of the table, then by sample
         pairs, inverse = pair.unique(return_inverse=True)
-        wide = torch.promote_types(g.dtype, torch.float32)  # sums of 16 bits stop growing
-        sums = g.new_zeros(len(pairs), width, dtype=wide)
-        sums = sums.index_add_(0, inverse, g[counted].to(wide)).to(g.dtype)
+        sums = g.new_zeros(len(pairs), width).index_add_(0, inverse, g[counted])
         kept = (sums != 0).any(1)
         pairs, sums = pairs[kept], sums[kept]
         if not len(pairs):
