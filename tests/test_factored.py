@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastproj
+from fastproj import factored
 from fastproj.factored import SIDES_SEED
 
 SHAPES = {"fc": (12, 7), "bias": (12,), "conv": (9, 4, 3, 2), "table": (40, 10), "narrow": (3, 50)}
@@ -147,6 +148,21 @@ def test_a_module_gives_its_shapes():
     assert projector.grad_dim == 630
     assert projector.inner_dim == 64 + 30
     assert "factored=8" in repr(projector)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("r", [1, 5, 8])
+def test_sides_made_in_parts_are_the_same(r, dtype, monkeypatch):
+    """Integers are exact before the scale, whatever is made at once."""
+    monkeypatch.setattr(factored, "SIDE_BYTES", 8 * r * 7)
+    one = fastproj.FactoredProjector({"w": (40, 19)}, r, 32, 3).sides("w", 2)
+    x = torch.randint(-4, 5, (3, 6, 40), generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = one.left.apply(x)
+    found = one.of_left(x)
+    assert found.dtype == exact.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+    assert one.of_left(x[:0]).shape == (0, 6, r)
+    assert one.of_left(x[:, :0]).shape == (3, 0, r)
 
 
 @pytest.mark.parametrize("r", [2, 64])
