@@ -15,8 +15,9 @@ from torch import nn
 from fastproj import TRAKer
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.hf import HFTRAKer
-from fastproj.trak.hf.collate import labels_of
+from fastproj.trak.hf.collate import Collator, labels_of
 from fastproj.trak.hf.masking import SHARE, Masking
+from fastproj.trak.hf.samples import Samples
 from tests.trak.hf import models
 
 KINDS = (
@@ -211,6 +212,45 @@ def test_labels_that_do_not_count(tmp_path):
     wanted = run(tmp_path / "a", model, samples, samples[:3])
     np.testing.assert_array_equal(run(tmp_path / "b", model, whole, samples[:3]), wanted)
     assert np.abs(run(tmp_path / "c", model, masked, samples[:3]) - wanted).max() > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_samples_that_are_padded_already(tmp_path, side):
+    """By the mask, on either side: the first token that it shows is predicted by none."""
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 12)
+    pads = [[9] * (1 + i % 3) for i in range(len(samples))]
+
+    def joined(pad, own):
+        return [*pad, *own] if side == "left" else [*own, *pad]
+
+    padded = [
+        {
+            "input_ids": joined(pad, s["input_ids"]),
+            "attention_mask": joined([0] * len(pad), [1] * len(s["input_ids"])),
+            "position_ids": joined([0] * len(pad), range(len(s["input_ids"]))),
+        }
+        for pad, s in zip(pads, samples, strict=True)
+    ]
+    own = {"curvature": "trak"}  # no rows are drawn, by the place of a token
+    wanted = run(tmp_path / "a", model, samples, samples[:3], **own)
+    close(run(tmp_path / "b", model, padded, padded[:3], **own), wanted)
+
+
+def test_labels_of_a_task_of_ones_own_are_of_tokens_in_all_samples_or_in_none():
+    """Three labels a sample, some of which have three tokens."""
+    model = models.model_for("causal_lm")
+    lengths = [3, 3, 5, 3]
+    rows = [{"input_ids": list(range(1, n + 1)), "labels": [1, 0, 1]} for n in lengths]
+
+    def collator(rows):
+        samples = Samples("HFTRAKer", "train", rows)
+        return Collator(samples, model, None, lambda model, batch: None, None, None, "train")
+
+    batch = collator(rows).batch([0, 1, 3])
+    assert batch["input_ids"].shape == (3, 5)
+    assert batch["labels"].tolist() == [[1, 0, 1]] * 3
+    by_token = [{**row, "labels": row["input_ids"]} for row in rows]
+    assert collator(by_token).batch([0])["labels"].tolist() == [[1, 2, 3, -100, -100]]
 
 
 # ---- adapters -----------------------------------------------------------------------------------
