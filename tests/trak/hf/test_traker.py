@@ -280,7 +280,7 @@ BAD_SAMPLES = {
 def test_a_sample_that_can_not_work_is_named_by_its_number(name, tmp_path):
     sample, said = BAD_SAMPLES[name]
     samples = [*models.samples_for("causal_lm", 7), sample]
-    with pytest.raises(ValueError, match=f"HFTRAKer: sample 7 of train {said}"):
+    with pytest.raises(ValueError, match=f"HFTRAKer: sample 7 of train .*{said}"):
         run(tmp_path, models.model_for("causal_lm"), samples, samples[:1])
 
 
