@@ -590,13 +590,13 @@ class HookGradientComputer(AbstractGradientComputer):
             copies = batches.select(batch, [0] * size)
             with Recorder(hooked, size, None) as recorder:
                 recorder.outputs(self, self.chosen, copies)
-                calls.append(recorder.seen)
+                calls.append(recorder.seen())
         layouts: dict[str, list[Layout]] = {}
         failed = []
         for owned in hooked:
             two, three = (seen.get(owned.path, []) for seen in calls)
             found = [
-                Layout(tree_dims(a.inputs, b.inputs), tree_dims(a.outputs, b.outputs), a.written())
+                Layout(tree_dims(a.inputs, b.inputs), tree_dims(a.outputs, b.outputs), a.written)
                 for a, b in zip(two, three, strict=False)
             ]
             layouts[owned.path] = found
