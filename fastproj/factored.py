@@ -10,7 +10,7 @@ Inner products of gradients keep their expectation.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -23,6 +23,7 @@ from fastproj.projector import Projector
 
 SIDES_SEED = 0x9E3779B97F4A7C15  # xor-ed with the seed, it is the seed of the sides
 SIDES_KIND = "rademacher"
+SIDE_BYTES = 4 * 1024 * 1024  # of entries of a side made at once
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,25 @@ class Side:
         )
         return made.view(*x.shape[:-1], self.rank)
 
+    def product(self, x: Tensor) -> Tensor:
+        """``apply`` to all of it, x [..., size], for factors: in the time of a matrix product.
+
+        On a CPU it is PyTorch's, with entries made before: for so few columns that takes a quarter
+        of the time of the kernels, which make them again and again. Its rounding may depend on the
+        number of rows.
+        """
+        if x.device.type != "cpu":
+            return self.apply(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        flat = x.reshape(-1, self.size)
+        made = torch.zeros(len(flat), self.rank, dtype=dtype)
+        step = max(1, SIDE_BYTES // (self.rank * dtype.itemsize))
+        for start in range(0, self.size, step):
+            stop = min(start + step, self.size)
+            entries = self._entries(slice(self.first + start, self.first + stop), dtype, x.device)
+            made = torch.addmm(made, flat[:, start:stop].to(dtype), entries)
+        return (made * self.rank**-0.5).view(*x.shape[:-1], self.rank)
+
     def matrix(self, like: Tensor) -> Tensor:
         """All of it, [size, r], on the device of ``like``, float32 or float64 as ``apply`` has."""
         rows = slice(self.first, self.first + self.size)
@@ -66,8 +86,11 @@ class Side:
 
     def _scaled(self, rows: slice | Tensor, like: Tensor) -> Tensor:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        found = ops.matrix(rows, self.rank, dtype=dtype, device=like.device, **self._matrix)
-        return found.mul_(self.rank**-0.5)
+        return self._entries(rows, dtype, like.device).mul_(self.rank**-0.5)
+
+    def _entries(self, rows: slice | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """+1 and -1."""
+        return ops.matrix(rows, self.rank, dtype=dtype, device=device, **self._matrix)
 
 
 @dataclass(frozen=True)
@@ -81,21 +104,22 @@ class Sides:
 
     def of_left(self, x: Tensor) -> Tensor:
         """[..., rows] compressed."""
-        return x if self.left is None else self.left.apply(x)
+        return x if self.left is None else self.left.product(x)
 
     def of_right(self, x: Tensor) -> Tensor:
         """[..., cols] compressed."""
-        return x if self.right is None else self.right.apply(x)
+        return x if self.right is None else self.right.product(x)
 
     def of_rows(self, start: int, values: Tensor) -> tuple[int, Tensor]:
         """Entries ``start ..`` [b, n] of the flattened gradient, whole rows of it, compressed.
 
         Returns the place in the flattened result where they begin, and the values [b, m].
         """
-        if self.left is None and self.right is None:
+        if (self.left is None and self.right is None) or not values.shape[1]:
             return start, values
         first = start // self.cols
-        grads = self.of_right(values.unflatten(1, (-1, self.cols)))  # [b, some rows, r]
+        grads = values.unflatten(1, (-1, self.cols))
+        grads = grads if self.right is None else self.right.apply(grads)  # [b, some rows, r]
         if self.left is None:
             return first * grads.shape[2], grads.flatten(1)
         return 0, self.left.apply(grads.transpose(1, 2), first).transpose(1, 2).flatten(1)
@@ -113,7 +137,7 @@ class FactoredProjector:
     Parameters
     ----------
     shapes : name -> shape of each parameter, in order; or a module, for all of its parameters.
-    factored : r, 1 <= r <= 65,536, the size that sides are compressed to.
+    factored : r, 1 <= r < 65,536, the size that sides are compressed to.
     proj_dim : K, 1 <= K <= 2^32.
     seed, kind, block, scale, precision, backend : of the matrix [inner_dim, proj_dim], as in
         ``fastproj.Projector``. Sides are drawn from another seed that follows from this one.
@@ -142,15 +166,8 @@ class FactoredProjector:
         precision: str | None = None,
         backend: str | None = None,
     ) -> None:
-        if isinstance(shapes, nn.Module):
-            shapes = {name: p.shape for name, p in shapes.named_parameters()}
-        if not isinstance(shapes, Mapping) or not shapes:
-            raise TypeError(
-                f"FactoredProjector: received shapes={shapes!r:.80}; expected a dict of shapes by "
-                "name, such as {'weight': (64, 32)}, or a module that has parameters"
-            )
+        self.shapes = checked_shapes(shapes)
         self.factored = checks.check_integer("FactoredProjector", "factored", factored, 1, 1 << 16)
-        self.shapes = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
         self.grad_dim = sum(math.prod(shape) for shape in self.shapes.values())
         self._places: dict[str, tuple[int, int, int]] = {}  # first left row, right row, inner row
         sides = inner = 0
@@ -222,8 +239,7 @@ class FactoredProjector:
         model_id = checks.check_integer(function, "model_id", model_id, 0, checks.MAX_STREAM)
         found = self._by_name(function, grads)
         pieces = [
-            self.sides(name, model_id).of_rows(0, g.reshape(len(g), -1))[1]
-            for name, g in found.items()
+            self.sides(name, model_id).of_rows(0, flattened(g))[1] for name, g in found.items()
         ]
         return self.outer.project(one_dtype(pieces), model_id, out=out)
 
@@ -251,21 +267,42 @@ class FactoredProjector:
         """
         function = "FactoredProjector.project_pairs"
         model_id = checks.check_integer(function, "model_id", model_id, 0, checks.MAX_STREAM)
+        if not isinstance(pairs, Mapping):
+            raise TypeError(
+                f"{function}: received pairs of type {type(pairs).__name__}; expected a dict by "
+                f"name of pairs of tensors, for each of the {len(self.shapes)} names of shapes, "
+                f"such as {next(iter(self.shapes))!r}"
+            )
         self._check_names(function, "pairs", pairs)
-        pieces = []
+        found: dict[str, tuple[Tensor, ...]] = {}
         for name in self.shapes:
-            pair, sides = pairs[name], self.sides(name, model_id)
+            pair = pairs[name]
             if isinstance(pair, Tensor):
                 self._check_shape(function, name, pair)
-                pieces.append(sides.of_rows(0, pair.reshape(len(pair), -1))[1])
+                found[name] = (pair,)
             else:
-                pieces.append(self._product(function, name, pair, sides))
+                found[name] = self._factors(function, name, pair)
+        check_alike(
+            function,
+            {
+                f"pairs[{name!r}]" + (f"[{place}]" if len(parts) > 1 else ""): part
+                for name, parts in found.items()
+                for place, part in enumerate(parts)
+                if not (len(parts) > 1 and place == 0 and is_numbers(part))
+            },
+        )
+        pieces = []
+        for name, parts in found.items():
+            sides = self.sides(name, model_id)
+            if len(parts) > 1:
+                pieces.append(self._product(parts[0], parts[1], sides))
+            else:
+                pieces.append(sides.of_rows(0, flattened(parts[0]))[1])
         return self.outer.project(one_dtype(pieces), model_id, out=out)
 
-    def _product(
-        self, function: str, name: str, pair: tuple[Tensor, Tensor], sides: Sides
-    ) -> Tensor:
-        """The compressed gradient of a pair of factors, [B, inner]."""
+    def _factors(self, function: str, name: str, pair: Any) -> tuple[Tensor, Tensor]:
+        """The two factors of a gradient, checked against its shape."""
+        rows, cols = rows_cols(self.shapes[name])
         tensors = isinstance(pair, (tuple, list)) and [isinstance(t, Tensor) for t in pair]
         if tensors != [True, True]:
             raise TypeError(
@@ -273,25 +310,33 @@ class FactoredProjector:
                 "(left [B, T, m], right [B, T, n]), or a gradient [B, *shape]"
             )
         left, right = pair
-        looked_up = not left.is_floating_point()
-        whole = [*left.shape, sides.rows] if looked_up else list(left.shape)
-        if (
-            len(whole) != 3
-            or list(right.shape) != [*whole[:2], sides.cols]
-            or whole[2] != sides.rows
-        ):
+        looked_up = is_numbers(left)
+        whole = [*left.shape, rows] if looked_up else list(left.shape)
+        if len(whole) != 3 or list(right.shape) != [*whole[:2], cols] or whole[2] != rows:
+            positions = ""
+            if left.dim() == right.dim() == 2 and list(left.shape) == [len(right), rows]:
+                positions = " (of one position: left.unsqueeze(1) and right.unsqueeze(1))"
             raise ValueError(
                 f"{function}: received {name!r}: {checks.describe(left)} and "
-                f"{checks.describe(right)}; expected [B, T, {sides.rows}] (or row numbers [B, T], "
-                f"int64) and [B, T, {sides.cols}]"
+                f"{checks.describe(right)}; expected [B, T, {rows}] (or row numbers [B, T], "
+                f"int64) and [B, T, {cols}]{positions}"
             )
-        if looked_up and left.numel() and not 0 <= left.min() <= left.max() < sides.rows:
+        if left.device != right.device:
+            raise ValueError(
+                f"{function}: received {name!r}: {checks.describe(left)} and "
+                f"{checks.describe(right)}; expected one device throughout"
+            )
+        if looked_up and left.numel() and not 0 <= left.min() <= left.max() < rows:
             raise ValueError(
                 f"{function}: received {name!r} with row numbers from {int(left.min())} to "
-                f"{int(left.max())}; expected 0 <= row < {sides.rows}"
+                f"{int(left.max())}; expected 0 <= row < {rows}"
             )
+        return left, right
+
+    def _product(self, left: Tensor, right: Tensor, sides: Sides) -> Tensor:
+        """The compressed gradient of a pair of factors, [B, inner]."""
         right = sides.of_right(right)
-        if not looked_up:
+        if not is_numbers(left):
             return multiplied(sides.of_left(left), right)
         if sides.left is not None:
             return looked_up_product(sides.left, left, right)
@@ -305,9 +350,15 @@ class FactoredProjector:
                     f"{function}: received grads {checks.describe(grads)}; expected "
                     f"[B, grad_dim = {self.grad_dim}]"
                 )
+            checks.check_input(function, "grads", grads)
             sizes = [math.prod(shape) for shape in self.shapes.values()]
             return dict(zip(self.shapes, grads.split(sizes, 1), strict=True))
         if not isinstance(grads, Mapping):
+            if isinstance(grads, str) or not isinstance(grads, Iterable):
+                raise TypeError(
+                    f"{function}: received grads of type {type(grads).__name__}; expected a dict "
+                    f"of [B, *shape] by name, a sequence of them, or [B, {self.grad_dim}]"
+                )
             grads = list(grads)
             if len(grads) != len(self.shapes):
                 raise ValueError(
@@ -318,6 +369,7 @@ class FactoredProjector:
         self._check_names(function, "grads", grads)
         for name in self.shapes:
             self._check_shape(function, name, grads[name])
+        check_alike(function, {f"grads[{name!r}]": grads[name] for name in self.shapes})
         return {name: grads[name] for name in self.shapes}
 
     def _check_names(self, function: str, what: str, given: Mapping[str, Any]) -> None:
@@ -350,6 +402,67 @@ class FactoredProjector:
             f"FactoredProjector({len(self.shapes)} parameters, factored={self.factored}, "
             f"grad_dim={self.grad_dim}, inner_dim={self.inner_dim}, outer={self.outer!r})"
         )
+
+
+def checked_shapes(shapes: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of parameters by name, of a dict or a module. Raises TypeError or ValueError."""
+    function = "FactoredProjector"
+    if isinstance(shapes, nn.Module):
+        shapes = {name: () if lazy(p) else p.shape for name, p in shapes.named_parameters()}
+    if not isinstance(shapes, Mapping) or not shapes:
+        raise TypeError(
+            f"{function}: received shapes={shapes!r:.80}; expected a dict of shapes by "
+            "name, such as {'weight': (64, 32)}, or a module that has parameters"
+        )
+    found = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, str | Tensor) or not isinstance(shape, Iterable):
+            cure = f" (tuple({name}.shape))" if isinstance(shape, Tensor) else ""
+            raise TypeError(
+                f"{function}: received shapes[{name!r}] of type {type(shape).__name__}; expected a "
+                f"tuple of sizes, such as (64, 32){cure}"
+            )
+        found[name] = tuple(
+            checks.check_integer(function, f"shapes[{name!r}]", n, 0, 1 << 56) for n in shape
+        )
+    if sum(sum(rows_cols(shape)) for shape in found.values()) > 1 << 56:
+        raise ValueError(
+            f"{function}: received shapes with more than 2^56 rows and columns in all; expected "
+            "parameters that fit in memory"
+        )
+    return found
+
+
+def lazy(p: Tensor) -> bool:
+    """Whether a parameter has no shape yet. Raises ValueError where that is so."""
+    if not nn.parameter.is_lazy(p):
+        return False
+    raise ValueError(
+        "FactoredProjector: received a module with a lazy parameter, which has no shape yet; "
+        "expected one that has seen a batch: call it once"
+    )
+
+
+def is_numbers(t: Tensor) -> bool:
+    """Whether a factor is numbers of rows of a table."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+
+
+def check_alike(function: str, given: Mapping[str, Tensor]) -> None:
+    """Raise TypeError or ValueError unless all are strided, of one batch size, on one device."""
+    first = next(iter(given))
+    for name, t in given.items():
+        checks.check_input(function, name, t)
+        if len(t) != len(given[first]) or t.device != given[first].device:
+            raise ValueError(
+                f"{function}: received {first} {checks.describe(given[first])} but {name} "
+                f"{checks.describe(t)}; expected one batch size and device throughout"
+            )
+
+
+def flattened(g: Tensor) -> Tensor:
+    """[B, ...] as [B, n], also where B = 0."""
+    return g.unsqueeze(1) if g.dim() == 1 else g.flatten(1)
 
 
 def rows_cols(shape: Sequence[int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastproj
+from fastproj import factored
 from fastproj.factored import SIDES_SEED
 
 SHAPES = {"fc": (12, 7), "bias": (12,), "conv": (9, 4, 3, 2), "table": (40, 10), "narrow": (3, 50)}
@@ -149,6 +150,106 @@ def test_a_module_gives_its_shapes():
     assert "factored=8" in repr(projector)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("r", [1, 5, 8])
+def test_sides_made_in_parts_are_the_same(r, dtype, monkeypatch):
+    """Integers are exact before the scale, whatever is made at once."""
+    monkeypatch.setattr(factored, "SIDE_BYTES", 8 * r * 7)
+    one = fastproj.FactoredProjector({"w": (40, 19)}, r, 32, 3).sides("w", 2)
+    x = torch.randint(-4, 5, (3, 6, 40), generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = one.left.apply(x)
+    found = one.of_left(x)
+    assert found.dtype == exact.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+    assert one.of_left(x[:0]).shape == (0, 6, r)
+    assert one.of_left(x[:, :0]).shape == (3, 0, r)
+
+
+@pytest.mark.parametrize("r", [2, 64])
+def test_no_samples_and_no_positions(r):
+    """B = 0 gives [0, proj_dim], and pairs with T = 0 a gradient of zero."""
+    projector = fastproj.FactoredProjector(SHAPES, r, 32)
+    assert projector.project(whole(size=0)).shape == (0, 32)
+    assert projector.project(torch.zeros(0, projector.grad_dim)).shape == (0, 32)
+    given, _ = pairs()
+    none = {
+        n: p[:0] if isinstance(p, torch.Tensor) else (p[0][:0], p[1][:0]) for n, p in given.items()
+    }
+    assert projector.project_pairs(none).shape == (0, 32)
+    still = {
+        n: 0 * p if isinstance(p, torch.Tensor) else (p[0][:, :0], p[1][:, :0])
+        for n, p in given.items()
+    }
+    assert torch.equal(projector.project_pairs(still), torch.zeros(B, 32, dtype=torch.float64))
+
+
+def test_parameters_without_entries_are_nothing():
+    projector = fastproj.FactoredProjector({**SHAPES, "none": (9, 0), "no": (0, 9)}, 4, 32, 1)
+    grads = {**whole(), "none": torch.zeros(B, 9, 0).double(), "no": torch.zeros(B, 0, 9).double()}
+    exact = fastproj.FactoredProjector(SHAPES, 4, 32, 1).project(whole())
+    assert torch.equal(projector.project(grads), exact)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "error", "said"),
+    [
+        ({"a": 5}, TypeError, r"shapes\['a'\] of type int.*tuple of sizes"),
+        ({"a": "ab"}, TypeError, "of type str"),
+        ({"a": None}, TypeError, "of type NoneType"),
+        ({"a": torch.zeros(3, 4)}, TypeError, r"tuple\(a.shape\)"),
+        ({"a": (2.5, 4)}, TypeError, r"2\.5.*expected an integer"),
+        ({"a": (True, 4)}, TypeError, "expected an integer"),
+        ({"a": (-1, 4)}, ValueError, "=-1; expected 0 <="),
+        ({"a": (1 << 55, 3), "b": (1 << 55, 3)}, ValueError, r"2\^56 rows and columns"),
+        (torch.nn.LazyLinear(4), ValueError, "lazy.*call it once"),
+        ([("a", (3, 4))], TypeError, "a dict of shapes by name"),
+    ],
+)
+def test_shapes_that_are_none(shapes, error, said):
+    with pytest.raises(error, match=said):
+        fastproj.FactoredProjector(shapes, 4, 32)
+
+
+BAD_PAIRS = {
+    "2-d": (
+        "fc",
+        lambda left, right: (left[:, 0], right[:, 0]),
+        r"one position: left\.unsqueeze",
+    ),
+    "4-d": ("fc", lambda left, right: (left[:, None], right[:, None]), r"expected \[B, T, 12\]"),
+    "integer inputs": ("fc", lambda left, right: (left, right.long()), r"pairs\['fc'\]\[1\].float"),
+    "complex": ("fc", lambda left, right: (left + 0j, right), r"pairs\['fc'\]\[0\].*view_as_real"),
+    "flags": ("table", lambda ids, right: (ids > 3, right), "row numbers"),
+    "batch": ("fc", lambda left, right: (left[:2], right[:2]), "one batch size"),
+    "devices": ("fc", lambda left, right: (left.to("meta"), right), "one device"),
+    "other device": (
+        "fc",
+        lambda left, right: (left.to("meta"), right.to("meta")),
+        "one batch size",
+    ),
+    "integer bias": ("bias", lambda g: g.long(), r"pairs\['bias'\].float\(\)"),
+    "sparse": ("bias", lambda g: g.to_sparse(), r"pairs\['bias'\].to_dense\(\)"),
+    "numpy": ("bias", lambda g: g.numpy(), "'bias': ndarray; expected a pair of tensors"),
+    "none": ("bias", lambda g: None, "'bias': NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_pairs_that_are_refused(name):
+    """By the caller's names, before ``out`` is touched."""
+    which, spoil, said = BAD_PAIRS[name]
+    projector = fastproj.FactoredProjector(SHAPES, 4, 32)
+    given, _ = pairs()
+    was = given[which]
+    given[which] = spoil(was) if isinstance(was, torch.Tensor) else spoil(*was)
+    out = torch.full((B, 32), 7.0, dtype=torch.float64)
+    with pytest.raises(
+        (TypeError, ValueError), match=f"^FactoredProjector.project_pairs: .*{said}"
+    ):
+        projector.project_pairs(given, out=out)
+    assert bool((out == 7).all())
+
+
 def test_what_it_refuses():
     make = fastproj.FactoredProjector
     with pytest.raises(TypeError, match="a dict of shapes by name"):
@@ -167,7 +268,16 @@ def test_what_it_refuses():
         projector.project(torch.zeros(2, 9))
     with pytest.raises(ValueError, match="received 4 gradients; expected 5"):
         projector.project(list(grads.values())[:4])
+    for odd in (None, 7, "abc"):
+        with pytest.raises(TypeError, match=r"^FactoredProjector\.project: received grads of type"):
+            projector.project(odd)
+    with pytest.raises(ValueError, match=r"grads\['fc'\].*but grads\['bias'\].*one batch size"):
+        projector.project({**grads, "bias": grads["bias"][:2]})
+    with pytest.raises(TypeError, match=r"grads\['fc'\].float\(\)"):
+        projector.project({**grads, "fc": grads["fc"].long()})
     given, _ = pairs()
+    with pytest.raises(TypeError, match="received pairs of type list; expected a dict"):
+        projector.project_pairs(list(given.values()))
     with pytest.raises(ValueError, match=r"'fc'.*row numbers"):
         projector.project_pairs({**given, "fc": given["fc"][::-1]})
     with pytest.raises(TypeError, match="a pair of tensors"):

@@ -442,6 +442,7 @@ class TRAKer:
         finalize(
             self.saver.systems, self.score_computer, ids, lambda_reg, ranks, probabilities, fisher
         )
+        self._stream = None  # it holds the targets times the inverse of before
         if self._pass is not None:
             self._pass.next = 0
 
@@ -514,7 +515,8 @@ class TRAKer:
         then the new ones count.
 
         With ``per`` or ``stream`` nothing is kept. The scores by the checkpoint that is loaded are
-        returned; ``finalize_scores`` would average such scores over checkpoints.
+        returned. The mean over checkpoints is what ``finalize_scores`` gives, but for curvature
+        "trak", where it averages Q by itself.
 
         Parameters
         ----------
@@ -559,6 +561,7 @@ class TRAKer:
             if self._stream is None:
                 self._stream = Stream(*held, scoring.exp_name)
             return self._stream.scores(prepared, size)
+        self._stream = None  # it holds the targets that were there
         scoring.take(batch, inds, num_samples)
         return None
 

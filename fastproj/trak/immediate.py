@@ -10,7 +10,7 @@ import torch
 
 from fastproj.trak.curvature import check_finite_terms, check_terms
 from fastproj.trak.featurizer import Featurizer
-from fastproj.trak.gradients import AbstractGradientComputer, project_modules
+from fastproj.trak.gradients import AbstractGradientComputer, modules_of, project_modules
 from fastproj.trak.gradients.scales import projects_pieces, unscaled
 from fastproj.trak.readiness import require_all
 from fastproj.trak.solving.scoring import (
@@ -53,6 +53,11 @@ def scores_in_parts(
         )
     if per not in ("module", "token"):
         raise ValueError(f"score: received per={per!r}; expected 'module' or 'token'")
+    if not size:
+        parts_of_each = (
+            len(modules_of(computer.names)) if per == "module" else task.num_predictions(batch)
+        )
+        return np.empty((made_by.saver.train_set_size, 0, parts_of_each), np.float32)
     with made_by.loaded.guarded("score", True), made_by.computing():
         made_by.out_to_loss(batch)
         if per == "module":
@@ -83,6 +88,8 @@ class Stream:
 
     def scores(self, batch: tuple[Any, ...], size: int) -> Scores:
         """Those of the samples in a batch, [B, m]."""
+        if not size:
+            return np.empty((0, len(self.weights)), np.float32)
         made_by, model_id, inds = self.made_by, self.model_id, np.arange(size)
         with made_by.loaded.guarded("score", True), made_by.computing():
             if made_by.draws is None:

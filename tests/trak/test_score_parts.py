@@ -107,6 +107,35 @@ def test_a_stream_of_training_samples_has_their_scores(computer, settings, tmp_p
     assert sorted(str(path) for path in tmp_path.rglob("*")) == files
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_stream_has_the_targets_and_lambda_that_are_there(grouped, tmp_path):
+    """Not those of the stream's first batch: targets may be given again, or lambda be another."""
+    traker, train, _ = scored(tmp_path, curvature="fisher")
+    if grouped:
+        state = traker.model.state_dict()
+        traker.start_scoring_checkpoint("g", state, 0, M, groups=[0, 1, 0, 0, 1], reduction="mean")
+        traker.score(batch_of(M, 2), num_samples=M)
+    name = "g" if grouped else "t"
+    before = traker.score(train, stream=True)
+    traker.score(batch_of(M, 3), inds=range(M))
+    found = traker.score(train, stream=True)
+    assert np.abs(found - before).max() > 0.1 * np.abs(before).max()
+    np.testing.assert_allclose(found, traker.finalize_scores(name), rtol=1e-4, atol=1e-6)
+    traker.finalize_features(lambda_reg="10*mean")
+    found = traker.score(train, stream=True)
+    assert np.abs(found).max() < 0.9 * np.abs(before).max()
+    np.testing.assert_allclose(found, traker.finalize_scores(name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "trak"])
+def test_an_empty_batch_has_no_scores(curvature, tmp_path):
+    traker, _, _ = scored(tmp_path, curvature=curvature)
+    nothing = {name: t[:0] for name, t in batch_of(M, 2).items()}
+    assert traker.score(nothing, per="module").shape == (N, 0, 5)
+    assert traker.score(nothing, per="token").shape == (N, 0, T - 1)
+    assert traker.score(nothing, stream=True).shape == (0, M)
+
+
 def test_what_is_refused(tmp_path):
     traker, train, _ = scored(tmp_path)
     targets = batch_of(M, 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastproj.factored import one_dtype
 from fastproj.trak import batches
-from fastproj.trak.gradients.running import modules_named_twice, plainly, restored
+from fastproj.trak.gradients.running import modules_named_twice, plainly, restored, wide_sums
 from fastproj.trak.tasks.base import BatchedModelOutput, Terms, run
 from fastproj.trak.tasks.training import SeveralOutputs, definer
 
@@ -227,9 +227,10 @@ class AbstractGradientComputer(ABC):
                     found.append(dict.fromkeys(chosen))
                     continue
                 last = len(found) + 1 == outputs.numel()
-                grads = torch.autograd.grad(
-                    out, list(chosen.values()), allow_unused=True, retain_graph=not last
-                )
+                with wide_sums(chosen.values()):
+                    grads = torch.autograd.grad(
+                        out, list(chosen.values()), allow_unused=True, retain_graph=not last
+                    )
                 parts = zip(chosen, grads, strict=True)
                 found.append({n: None if g is None else dense(g) for n, g in parts})
         return found
@@ -248,7 +249,9 @@ def with_one_dtype(grads: Grads) -> Grads:
 
 def dense(g: Tensor) -> Tensor:
     """A gradient as a dense tensor; those of embeddings may be sparse."""
-    return g.to_dense() if g.is_sparse else g
+    if not g.is_sparse:
+        return g
+    return g.to(torch.promote_types(g.dtype, torch.float32)).to_dense().to(g.dtype)
 
 
 def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | str | None) -> list[str]:

@@ -11,6 +11,7 @@ from torch.func import vjp, vmap
 from fastproj.trak import batches
 from fastproj.trak.gradients.attention import plain_attention
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
+from fastproj.trak.gradients.running import wide_sums
 
 
 class FunctionalGradientComputer(AbstractGradientComputer):
@@ -38,6 +39,6 @@ class FunctionalGradientComputer(AbstractGradientComputer):
         vectorised = vmap(
             gradients, in_dims=(in_dims, *(0 for _ in tensors)), randomness="different"
         )
-        with plain_attention(self.model):
+        with plain_attention(self.model), wide_sums(self.chosen.values()):
             rows: list[Grads] = vectorised(chosen, *tensors)
         return [{name: grads[name] for name in self.names} for grads in rows]

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fastproj.memory import is_out_of_memory
 from fastproj.trak import batches
-from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, dense
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import warn_loop
@@ -35,6 +35,7 @@ from fastproj.trak.gradients.proof import (
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder, Seen
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
+from fastproj.trak.gradients.running import wide_sums
 from fastproj.trak.gradients.scales import projects_pieces
 from fastproj.trak.gradients.sinks import (
     Check,
@@ -412,7 +413,8 @@ class HookGradientComputer(AbstractGradientComputer):
             sinks.append(make_sink(Counter()))
             if outputs.requires_grad:
                 kept = len(sinks) < len(outputs)
-                out.backward(inputs=list(chosen.values()), retain_graph=kept)
+                with wide_sums(chosen.values()):
+                    out.backward(inputs=list(chosen.values()), retain_graph=kept)
             sinks[-1].close()
         if not found and not self._dependent:
             raise self.no_dependence()
@@ -588,13 +590,13 @@ class HookGradientComputer(AbstractGradientComputer):
             copies = batches.select(batch, [0] * size)
             with Recorder(hooked, size, None) as recorder:
                 recorder.outputs(self, self.chosen, copies)
-                calls.append(recorder.seen)
+                calls.append(recorder.seen())
         layouts: dict[str, list[Layout]] = {}
         failed = []
         for owned in hooked:
             two, three = (seen.get(owned.path, []) for seen in calls)
             found = [
-                Layout(tree_dims(a.inputs, b.inputs), tree_dims(a.outputs, b.outputs), a.written())
+                Layout(tree_dims(a.inputs, b.inputs), tree_dims(a.outputs, b.outputs), a.written)
                 for a, b in zip(two, three, strict=False)
             ]
             layouts[owned.path] = found
@@ -677,8 +679,7 @@ def hand_up(left: dict[str, Owned], path: str, model: nn.Module, but: set[str]) 
 
 def whole_pieces(grad: Tensor) -> Iterator[Piece]:
     """The gradient of one sample by one parameter; of an embedding's, the rows looked up."""
-    if grad.is_sparse:
-        grad = grad.to_dense()
+    grad = dense(grad)
     flat = grad.reshape(len(grad), -1) if grad.dim() > 1 else grad.reshape(1, -1)
     width = flat.shape[1]
     rows = (flat != 0).any(1).nonzero().flatten().cpu().numpy()

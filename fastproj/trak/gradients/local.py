@@ -15,7 +15,7 @@ from fastproj.memory import is_out_of_memory
 from fastproj.trak.gradients.base import dense
 from fastproj.trak.gradients.layout import SHARED, BatchDim
 from fastproj.trak.gradients.parts import Piece
-from fastproj.trak.gradients.running import vectorised
+from fastproj.trak.gradients.running import vectorised, wide_sums
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -76,7 +76,8 @@ def local_gradients(
         }
 
     inputs = [arguments[i].detach() for i in batched]
-    with vectorised(module), torch.no_grad():  # but for the parameters, which vjp sees to
+    # Without gradients but for those by the parameters, which vjp sees to.
+    with vectorised(module), wide_sums(params.values()), torch.no_grad():
         try:
             found = vmap(vectorised_gradient)(inputs, given)
         except (RuntimeError, ValueError) as error:  # e.g. it branches on values

@@ -303,16 +303,30 @@ class Patches:
         most = PATCH_BYTES * (1 if self.x.device.type == "cpu" else GPU_TIMES)
         return max(1, most // max(1, entries * self.x.element_size()))
 
+    @property
+    def are_inputs(self) -> bool:
+        """Whether the patches are x itself: of a kernel of one place, which goes to all of them."""
+        layer = self.layer
+        return (
+            all(n == 1 for n in (*layer.kernel_size, *layer.stride, self.x.shape[1]))
+            and not any(layer._reversed_padding_repeated_twice)
+            and self.x.shape[3:] == self.g.shape[3:]
+        )
+
     def padded(self, rows: slice) -> Tensor:
         """x of some samples as the convolution sees it, [B n, C, ...]."""
         layer = self.layer
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = self.x[rows].flatten(0, 1)
+        if not any(layer._reversed_padding_repeated_twice):
+            return x
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         return F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
 
     def patches(self, rows: slice) -> Tensor:
         """The inputs of each output of some samples: [B, groups, fan_in, n places]."""
         layer, lengths = self.layer, self.g.shape[3:]
+        if self.are_inputs:
+            return self.x[rows].squeeze(1).flatten(2).unflatten(1, (layer.groups, -1))
         x = self.padded(rows).contiguous().unflatten(0, (-1, self.x.shape[1]))
         size, n, channels = x.shape[:3]
         strides = x.stride()[3:]

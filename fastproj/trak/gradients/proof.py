@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, dense
+from fastproj.trak.gradients.running import wide_sums
 
 MOST_APART = 8  # samples without a finite gradient that are sought in a batch
 UNEVEN = 3e-3  # of the norm of all: the whole gradient of a smaller sample is near the tolerance
@@ -198,7 +199,8 @@ def weighted_gradient(
 
     for name, leaf in chosen.items():
         leaf.register_post_accumulate_grad_hook(partial(arrived, name))
-    out.backward(slopes, inputs=list(chosen.values()))
+    with wide_sums(chosen.values()):
+        out.backward(slopes, inputs=list(chosen.values()))
 
 
 def shares_of(rows: int) -> list[float]:

@@ -46,18 +46,13 @@ class Layout:
 
 
 class Seen(NamedTuple):
-    """What is noted of one call of a module: the shapes of the leaves, and what it returned."""
+    """What is noted of one call of a module: the shapes of the leaves, and which outputs have been
+    written to since.
+    """
 
     inputs: list[torch.Size | None]
     outputs: list[torch.Size | None]
-    returned: list[Any]
-
-    def written(self) -> list[bool]:
-        """Which outputs have been written to since."""
-        return [
-            isinstance(t, Tensor) and t.is_floating_point() and t._version > 0
-            for t in self.returned  # copies, whose versions begin at 0
-        ]
+    written: list[bool]
 
 
 class Recorder:
@@ -79,7 +74,7 @@ class Recorder:
         self.layouts = layouts
         self.warned = set() if warned is None else warned
         self.work = Workspace() if work is None else work
-        self.seen: dict[str, list[Seen]] = {}
+        self._seen: dict[str, list[tuple[list[torch.Size | None], list[Any]]]] = {}
         self.uses: Counter[str] = Counter()
         self.eps = 0.0  # of the coarsest dtype that the model computed in
         self.repeated: list[Tensor] = []  # outputs that were shared, one for each sample
@@ -133,6 +128,17 @@ class Recorder:
                 out, leaves, torch.ones_like(out), allow_unused=True, retain_graph=not self._last
             )
 
+    def seen(self) -> dict[str, list[Seen]]:
+        """All calls of each module, where only these were noted. Lets go of what they returned."""
+        found = {
+            path: [
+                Seen(inputs, tree_shapes(leaves), written_to(leaves)) for inputs, leaves in calls
+            ]
+            for path, calls in self._seen.items()
+        }
+        self._seen.clear()
+        return found
+
     @contextmanager
     def deaf(self) -> Iterator[None]:
         """Within the block, calls of the modules go unheard."""
@@ -158,9 +164,8 @@ class Recorder:
             self._calls[owned.path] += 1
             if self.layouts is None:
                 output = pytree.tree_map(self._copied, output)
-                shapes = tree_shapes((args, kwargs)), tree_shapes(output)
-                seen = Seen(*shapes, pytree.tree_leaves(output))
-                self.seen.setdefault(owned.path, []).append(seen)
+                seen = tree_shapes((args, kwargs)), pytree.tree_leaves(output)
+                self._seen.setdefault(owned.path, []).append(seen)
                 return output
             layouts = self.layouts.get(owned.path, [])
             if number >= len(layouts):
@@ -272,6 +277,11 @@ class Together(torch.autograd.Function):
         """The gradients as they are; None by what nothing depends on."""
         ctx.done(*grads)
         return None, *grads
+
+
+def written_to(leaves: list[Any]) -> list[bool]:
+    """Which copies have been written to: their versions begin at 0."""
+    return [isinstance(t, Tensor) and t.is_floating_point() and t._version > 0 for t in leaves]
 
 
 def looks_up(owned: Owned) -> bool:

@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HALVES = (torch.bfloat16, torch.float16)
+
+# Backwards that on a CPU add up the numbers of all positions in 16 bits. Such a sum no longer grows
+# when it is 256 times as large as what is added: of 2048 tokens most are lost.
+aten: Any = torch.ops.aten
+IN_PLACE = {
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten.index_add_.default,
+    aten.scatter_add_.default,
+}
+SUMS = IN_PLACE | {
+    aten.embedding_dense_backward.default,
+    aten._embedding_bag_backward.default,
+    aten._embedding_bag_dense_backward.default,
+    aten.native_layer_norm_backward.default,
+    aten.native_group_norm_backward.default,
+    aten.index_put.default,
+    aten.index_add.default,
+    aten.scatter_add.default,
+}
 
 
 @contextmanager
@@ -59,6 +84,35 @@ def modules_named_twice(model: nn.Module) -> list[nn.Module]:
     """The modules that have several names in a model, each once."""
     counts = Counter(m for _, m in model.named_modules(remove_duplicate=False))
     return [module for module, count in counts.items() if count > 1]
+
+
+def wide_sums(params: Iterable[Tensor]) -> AbstractContextManager[Any]:
+    """Within the block, gradients of a model in 16 bits are added up in float32 on a CPU, too."""
+    halves = any(p.dtype in HALVES and p.device.type == "cpu" for p in params)
+    return WideSums() if halves else nullcontext()
+
+
+class WideSums(TorchDispatchMode):
+    """Runs SUMS of 16 bits in float32, and rounds what comes of it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """``func``, or the same in float32."""
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves(args) if func in SUMS else []
+        dtypes = {t.dtype for t in leaves if isinstance(t, Tensor) and t.is_floating_point()}
+        if len(dtypes) != 1 or not dtypes <= set(HALVES):  # else the sums are in float32 anyway
+            return func(*args, **kwargs)
+        (dtype,) = dtypes
+        found = func(*pytree.tree_map(partial(converted, dtype, torch.float32), args), **kwargs)
+        found = pytree.tree_map(partial(converted, torch.float32, dtype), found)
+        return args[0].copy_(found) if func in IN_PLACE else found
+
+
+def converted(old: torch.dtype, new: torch.dtype, leaf: Any) -> Any:
+    """A tensor of one dtype in another; anything else as it is."""
+    return leaf.to(new) if isinstance(leaf, Tensor) and leaf.dtype == old else leaf
 
 
 class KeptActivations:

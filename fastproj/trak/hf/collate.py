@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastproj.trak.hf.heads import is_regression
 from fastproj.trak.hf.lengths import padded_shapes
 from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Sample, Samples
-from fastproj.trak.tasks.language import IGNORE_INDEX, base_of, forward_names
+from fastproj.trak.tasks.language import IGNORE_INDEX, base_of, forward_names, seen_tokens
 
 LABELS = ("labels", "label", "label_ids")  # Hugging Face's names for them
 OF_TOKENS = ("causal_lm", "masked_lm", "token_classification")  # a label for each input token
@@ -57,11 +57,13 @@ class Collator:
         self.masking = masking
         self.number = is_regression(task)
         self.takes = forward_names(model)
+        self.words = vocabulary_of(model)
         self.pads = dict.fromkeys((*SOURCE, *TARGET), 0)
         pad = padding_token(base_of(model).config, tokenizer)
         self.pads.update(input_ids=pad, decoder_input_ids=pad, labels=IGNORE_INDEX)
         self._say_what_is_left_out(samples[0])
         self.lengths = [self._lengths(index, sample) for index, sample in enumerate(samples)]
+        self.token_labels = kind in OF_TOKENS or (kind is None and all(map(of_tokens, samples)))
         self.shapes = padded_shapes(self.lengths)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -80,7 +82,10 @@ class Collator:
         }
 
     def _lengths(self, index: int, sample: Sample) -> tuple[int, ...]:
-        lengths = [len(sample["input_ids"])]
+        ids = sample["input_ids"]
+        if not hasattr(ids, "__len__"):
+            raise self._wrong(index, f"has input_ids {ids!r:.60}", "a list of token numbers")
+        lengths = [len(ids)]
         if self.kind == "seq2seq":
             labels = labels_of(sample)
             if labels is None:
@@ -94,30 +99,73 @@ class Collator:
         """The arguments of the model for a sample, not padded, and its labels."""
         sample = self.samples[index]
         row = {
-            name: as_tensor(value)
+            name: self._tensor(index, name, value)
             for name, value in sample.items()
             if name in self.takes and name not in LABELS and value is not None
         }
         ids = row["input_ids"]
-        if ids.dim() != 1:
+        self._check_ids(index, ids)
+        mask = row.get("attention_mask", torch.ones_like(ids))
+        if mask.dim() == 1 and len(mask) != len(ids):
             raise self._wrong(
-                index, f"has input_ids {list(ids.shape)}", "one list of token numbers a sample"
+                index,
+                f"has an attention_mask of {len(mask)} and {len(ids)} input_ids",
+                "1 for each token, 0 where one is hidden, or no attention_mask",
             )
-        if "attention_mask" in self.takes and "attention_mask" not in row:
-            row["attention_mask"] = torch.ones_like(ids)
+        if "attention_mask" in self.takes:
+            row["attention_mask"] = mask
         given = labels_of(sample)
         if given is not None:
-            row["labels"] = self._labels(index, as_tensor(given), len(ids))
+            row["labels"] = self._labels(index, self._tensor(index, "labels", given), len(ids))
         elif self.kind == "causal_lm":
-            hidden = row.get("attention_mask", torch.ones_like(ids)) == 0
-            row["labels"] = ids.masked_fill(hidden, IGNORE_INDEX)
+            row["labels"] = seen_tokens(ids, mask)
         elif self.masking is not None:
             never = sample.get("special_tokens_mask")
             never = None if never is None else as_tensor(never)
-            row["input_ids"], row["labels"] = self.masking.hide(index, ids, never)
+            row["input_ids"], row["labels"] = self.masking.hide(index, ids, never, mask)
         elif self.kind is not None:
             raise self._wrong(index, "has no labels", "'labels' (or 'label') in every sample")
+        self._check_something_counts(index, row)
         return row
+
+    def _tensor(self, index: int, name: str, value: Any) -> Tensor:
+        """An entry of a sample as a tensor."""
+        try:
+            return as_tensor(value)
+        except (TypeError, ValueError):
+            cure = " (fastproj.trak.hf.tokenize takes names, by label2id)"
+            raise self._wrong(
+                index,
+                f"has {name} {value!r:.60}",
+                f"numbers, in lists of one length{cure if name == 'labels' else ''}",
+            ) from None
+
+    def _check_ids(self, index: int, ids: Tensor) -> None:
+        """Raise ValueError unless they are token numbers that the model knows."""
+        if ids.dim() != 1 or ids.is_floating_point():
+            what = "of floating-point numbers" if ids.dim() == 1 else str(list(ids.shape))
+            raise self._wrong(index, f"has input_ids {what}", "one list of token numbers a sample")
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or (self.words is not None and high >= self.words):
+            known = f"0..{self.words - 1}, which the model knows" if self.words else "0 or more"
+            raise self._wrong(
+                index,
+                f"has the token {low if low < 0 else high}",
+                f"tokens {known} (is the tokenizer another model's?)",
+            )
+
+    def _check_something_counts(self, index: int, row: Mapping[str, Tensor]) -> None:
+        """Raise ValueError where no label of a sample counts."""
+        if self.kind not in (*OF_TOKENS, "seq2seq"):
+            return
+        labels = row["labels"][1:] if self.kind == "causal_lm" else row["labels"]
+        if not bool((labels != IGNORE_INDEX).any()):
+            why = f"all that the model predicts are {IGNORE_INDEX}" if len(labels) else "one token"
+            raise self._wrong(
+                index,
+                f"has no label that counts ({why})",
+                "at least one token to predict, or a data set without this sample",
+            )
 
     def _labels(self, index: int, labels: Tensor, tokens: int) -> Tensor:
         """The labels of a sample, checked against what the task takes."""
@@ -143,7 +191,7 @@ class Collator:
         by_token = all(p.dim() and len(p) == n for p, n in zip(parts, tokens, strict=True))
         if self.kind == "seq2seq" and name in ("labels", *TARGET):
             return padded(parts, shape[1], self.pads[name])
-        if name == "labels" and by_token and self.kind in (*OF_TOKENS, None):
+        if name == "labels" and self.token_labels:
             return padded(parts, shape[0], self.pads[name])
         if name in SOURCE and by_token:
             return padded(parts, shape[0], self.pads[name])
@@ -172,9 +220,25 @@ class Collator:
             )
 
 
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens a model has embeddings of; None where it doesn't say."""
+    try:
+        table = base_of(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers', where a model has none
+        return None
+    found = getattr(table, "num_embeddings", None)
+    return found if isinstance(found, int) else None
+
+
 def labels_of(sample: Sample) -> Any:
     """The labels of a sample under any of their names, or None."""
     return next((sample[name] for name in LABELS if sample.get(name) is not None), None)
+
+
+def of_tokens(sample: Sample) -> bool:
+    """Whether a sample has a label for each token."""
+    labels = labels_of(sample)
+    return np.ndim(labels) > 0 and len(labels) == len(sample["input_ids"])
 
 
 def as_tensor(value: Any) -> Tensor:

@@ -44,12 +44,17 @@ class Masking:
         self.share = share
         self._key = (seed & WORD) ^ SALTS[of], seed >> 32
 
-    def hide(self, index: int, ids: Tensor, never: Tensor | None) -> tuple[Tensor, Tensor]:
+    def hide(
+        self, index: int, ids: Tensor, never: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """input_ids [T] of sample ``index`` with tokens hidden, and their labels [T].
 
         never : [T], not 0 where a token is special; None: the tokenizer's special tokens are.
+        mask : [T], 0 where the model sees no token; None: it sees all.
         """
         free = ~torch.isin(ids, self.special) if never is None else never == 0
+        if mask is not None:
+            free &= mask != 0
         places = np.arange(len(ids), dtype=np.uint64)
         words = philox4x32_10((index & WORD, places, index >> 32, 0), self._key)
         draw = torch.from_numpy(words[0].astype(np.int64)).masked_fill(~free, 1 << 32)

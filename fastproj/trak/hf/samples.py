@@ -45,7 +45,17 @@ class Samples(Sequence[Sample]):
 
     def _sequence(self, data: Any) -> Any:
         if isinstance(data, Mapping):
+            if data and all(hasattr(part, "column_names") for part in data.values()):
+                raise TypeError(
+                    f"{self._where} as a dict of data sets ({', '.join(map(repr, data))}); "
+                    f"expected one of them, such as data[{next(iter(data))!r}]"
+                )
             return Columns(self._where, data)
+        if hasattr(data, "iloc"):
+            raise TypeError(
+                f"{self._where} of type {type(data).__name__}; expected a sequence of dicts, as "
+                "datasets.Dataset.from_pandas(data) or data.to_dict('records') makes of it"
+            )
         if isinstance(data, str | bytes) or not (
             isinstance(data, Iterable) or hasattr(data, "__getitem__")
         ):

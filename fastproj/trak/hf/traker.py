@@ -20,8 +20,10 @@ from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Samples
 from fastproj.trak.progress import progress
 from fastproj.trak.tasks import TASKS
+from fastproj.trak.tasks.language import base_of
 
 AUTO = "auto"
+POSITIONS_LEFT = 8  # that a model may keep for itself: RoBERTa's first is that after the padding's
 AS_IT_IS = "the model as it is"
 
 
@@ -37,7 +39,8 @@ class HFTRAKer:
 
     Parameters
     ----------
-    model : a transformers model, with or without peft's adapters, or the local folder of one. It is
+    model : a transformers model, with or without peft's adapters, also one of ``torch.compile``
+        (which runs as it was written), or the local folder of one. It is
         put into eval mode; its parameters become those of the checkpoint that was loaded last.
     train : the tokenised training set: a ``datasets.Dataset`` or another sequence of dicts, an
         iterable of dicts (which is read into memory), or what a tokenizer returns for a list of
@@ -81,6 +84,7 @@ class HFTRAKer:
     ) -> None:
         name = type(self).__name__
         self.batch_size = check_integer(name, "batch_size", batch_size, 1, 1 << 20)
+        model = getattr(model, "_orig_mod", model)  # inside of what torch.compile made
         self.model: Any = model if isinstance(model, nn.Module) else load_model(model, task)
         self.checkpoints = numbered(name, checkpoints)
         self.tokenizer = tokenizer
@@ -221,8 +225,26 @@ class HFTRAKer:
         batches = plan_batches(keys, collator.lengths, self.batch_size)
         with progress(what, len(keys), "sample") as bar:
             for batch in batches:
-                use(collator.batch(batch), inds=batch)
+                made = collator.batch(batch)
+                try:
+                    use(made, inds=batch)
+                except IndexError as error:
+                    self._say_if_too_long(collator, batch, error)
+                    raise
                 bar.update(len(batch))
+
+    def _say_if_too_long(self, collator: Collator, batch: list[int], error: IndexError) -> None:
+        """Raise ValueError where a batch has more tokens than the model has positions for."""
+        most = getattr(base_of(self.model).config, "max_position_embeddings", None)
+        longest = max(batch, key=lambda index: collator.lengths[index])
+        tokens = max(collator.lengths[longest])
+        if isinstance(most, int) and tokens > most - POSITIONS_LEFT:
+            raise ValueError(
+                f"{type(self).__name__}: sample {longest} of {collator.name} has {tokens} tokens, "
+                f"for which the model has no positions; expected at most {most} (its config's "
+                "max_position_embeddings; RoBERTa's are two less), as tokenize(..., max_length=) "
+                "cuts them"
+            ) from error
 
     def _weights(self, model_id: int) -> Mapping[str, Any]:
         """The state_dict of a checkpoint."""
@@ -249,6 +271,11 @@ def numbered(function: str, checkpoints: Any) -> dict[int, Any]:
                 "goes in as [state_dict]), or a dict whose keys are model_ids"
             )
         found = dict(checkpoints)
+    elif not isinstance(checkpoints, Iterable):
+        raise TypeError(
+            f"{function}: received checkpoints={checkpoints!r:.80}; expected a list of local "
+            "folders or state_dicts, a dict of them by model_id, or None for the model as it is"
+        )
     else:
         found = dict(enumerate(checkpoints))
     if not found:

@@ -151,7 +151,8 @@ class CausalLMModelOutput(TokenModelOutput):
     A batch is (input_ids, attention_mask, labels), (input_ids, attention_mask), (input_ids,), or a
     dict of the model's keyword arguments and "labels". The label of position t is predicted from
     the positions before it, so labels are the input_ids, not shifted, with -100 where a token does
-    not count (a prompt, padding). Without labels every token counts that the mask doesn't hide.
+    not count (a prompt, padding). Without labels every token counts that the mask doesn't hide, but
+    for the first of them.
     """
 
     size_power = 0.5
@@ -167,7 +168,7 @@ class CausalLMModelOutput(TokenModelOutput):
         if "labels" not in inputs and isinstance(inputs.get("input_ids"), Tensor):
             mask = inputs.get("attention_mask")
             ids = inputs["input_ids"]
-            inputs["labels"] = ids if mask is None else ids.masked_fill(mask == 0, IGNORE_INDEX)
+            inputs["labels"] = ids if mask is None else seen_tokens(ids, mask)
         return inputs
 
     def targets(self, labels: Tensor) -> Tensor:
@@ -279,6 +280,16 @@ def token_margins(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Margins [B, T] of the labels, and which of them count; the others are of token 0."""
     mask = labels != IGNORE_INDEX
     return margins(logits, torch.where(mask, labels, 0)), mask
+
+
+def seen_tokens(ids: Tensor, mask: Tensor) -> Tensor:
+    """The labels of tokens [..., T] that are their own: -100 for those that the mask hides, and for
+    the one that only hidden ones come before.
+    """
+    seen = mask != 0
+    first = seen & (seen.cumsum(-1) == 1)
+    first[..., :1] = False  # nothing predicts it
+    return ids.masked_fill(~seen | first, IGNORE_INDEX)
 
 
 def as_dict(batch: Batch, names: tuple[str, ...], least: int) -> dict[str, Any]:

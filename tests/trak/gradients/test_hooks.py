@@ -164,6 +164,14 @@ LAYERS = {
         floats(2, 4, 4),
         6,
     ),
+    "conv2d-one-place": (conv(nn.Conv2d, 4, 6, 1, groups=2), floats(4, 3, 4), 6),
+    "conv2d-one-place-strided": (conv(nn.Conv2d, 4, 6, 1, stride=2), floats(4, 5, 4), 6),
+    "conv-transpose-one-place": (conv(nn.ConvTranspose2d, 4, 6, 1), floats(4, 3, 4), 6),
+    "conv-transpose-one-place-longer": (
+        conv(nn.ConvTranspose2d, 4, 6, 1, dilation=2, output_padding=1),
+        floats(4, 3, 3),
+        6,
+    ),
     "conv3d": (conv(nn.Conv3d, 2, 4, 2, stride=(1, 2, 1)), floats(2, 3, 4, 3), 4),
     "conv3d-groups": (
         conv(nn.Conv3d, 4, 4, (1, 2, 2), dilation=(1, 1, 2), groups=2, padding_mode="replicate"),

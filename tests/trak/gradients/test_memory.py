@@ -123,6 +123,19 @@ def test_nothing_of_a_batch_stays(asked):
     assert not [o for o in gc.get_objects() if type(o) in (Recorder, sinks.Check)]
 
 
+def test_what_is_tried_first_takes_no_more_than_a_small_batch():
+    """Two and three copies of a sample, whose activations are larger than the parameters."""
+    layers = [part for _ in range(6) for part in (nn.Linear(8, 8), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 2048, 3))
+    computer = HookGradientComputer(model, TASK)
+    projector = Projector(sum(p.numel() for p in model.parameters()), 8)
+    batch = torch.randn(3, 2048, 8), torch.arange(3)
+    computer.project(batch, projector, 0)  # fills the workspace
+    computer.load_model_params(model)
+    first, second = (most_bytes(lambda: computer.project(batch, projector, 0)) for _ in range(2))
+    assert first < 1.1 * second
+
+
 def test_a_table_that_is_also_an_output_layer_needs_no_sum(monkeypatch):
     """Its rows that are looked up are projected by themselves."""
     made = []

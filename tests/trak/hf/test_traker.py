@@ -15,8 +15,9 @@ from torch import nn
 from fastproj import TRAKer
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.hf import HFTRAKer
-from fastproj.trak.hf.collate import labels_of
+from fastproj.trak.hf.collate import Collator, labels_of
 from fastproj.trak.hf.masking import SHARE, Masking
+from fastproj.trak.hf.samples import Samples
 from tests.trak.hf import models
 
 KINDS = (
@@ -211,6 +212,99 @@ def test_labels_that_do_not_count(tmp_path):
     wanted = run(tmp_path / "a", model, samples, samples[:3])
     np.testing.assert_array_equal(run(tmp_path / "b", model, whole, samples[:3]), wanted)
     assert np.abs(run(tmp_path / "c", model, masked, samples[:3]) - wanted).max() > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_samples_that_are_padded_already(tmp_path, side):
+    """By the mask, on either side: the first token that it shows is predicted by none."""
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 12)
+    pads = [[9] * (1 + i % 3) for i in range(len(samples))]
+
+    def joined(pad, own):
+        return [*pad, *own] if side == "left" else [*own, *pad]
+
+    padded = [
+        {
+            "input_ids": joined(pad, s["input_ids"]),
+            "attention_mask": joined([0] * len(pad), [1] * len(s["input_ids"])),
+            "position_ids": joined([0] * len(pad), range(len(s["input_ids"]))),
+        }
+        for pad, s in zip(pads, samples, strict=True)
+    ]
+    own = {"curvature": "trak"}  # no rows are drawn, by the place of a token
+    wanted = run(tmp_path / "a", model, samples, samples[:3], **own)
+    close(run(tmp_path / "b", model, padded, padded[:3], **own), wanted)
+
+
+def test_labels_of_a_task_of_ones_own_are_of_tokens_in_all_samples_or_in_none():
+    """Three labels a sample, some of which have three tokens."""
+    model = models.model_for("causal_lm")
+    lengths = [3, 3, 5, 3]
+    rows = [{"input_ids": list(range(1, n + 1)), "labels": [1, 0, 1]} for n in lengths]
+
+    def collator(rows):
+        samples = Samples("HFTRAKer", "train", rows)
+        return Collator(samples, model, None, lambda model, batch: None, None, None, "train")
+
+    batch = collator(rows).batch([0, 1, 3])
+    assert batch["input_ids"].shape == (3, 5)
+    assert batch["labels"].tolist() == [[1, 0, 1]] * 3
+    by_token = [{**row, "labels": row["input_ids"]} for row in rows]
+    assert collator(by_token).batch([0])["labels"].tolist() == [[1, 2, 3, -100, -100]]
+
+
+def test_a_compiled_model_is_the_model_inside(tmp_path):
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 6)
+    wanted = run(tmp_path / "a", model, samples, samples[:2])
+    found = run(tmp_path / "b", torch.compile(model), samples, samples[:2])
+    np.testing.assert_array_equal(found, wanted)
+
+
+BAD_SAMPLES = {
+    "negative": ({"input_ids": [5, -1, 3]}, r"has the token -1; expected tokens 0\.\.63"),
+    "unknown": ({"input_ids": [5, 64, 3]}, r"has the token 64; expected tokens 0\.\.63"),
+    "floats": ({"input_ids": [5.0, 1.0]}, "input_ids of floating-point numbers"),
+    "strings": ({"input_ids": ["5", "1"]}, r"input_ids \['5', '1'\]; expected numbers"),
+    "none": ({"input_ids": None}, "input_ids None; expected a list"),
+    "number": ({"input_ids": 5}, "input_ids 5; expected a list"),
+    "mask": ({"input_ids": [1, 2, 3], "attention_mask": [1, 1]}, "attention_mask of 2 and 3"),
+    "one token": ({"input_ids": [5]}, "no label that counts .one token"),
+    "hidden": ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "no label that counts"),
+    "no label": ({"input_ids": [5, 6], "labels": [5, -100]}, "no label that counts .*-100"),
+    "too long": ({"input_ids": [5] * 200}, "has 200 tokens, .*expected at most 40"),
+    "label": ({"input_ids": [5, 6], "labels": ["a", "b"]}, "labels .*tokenize takes names"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_a_sample_that_can_not_work_is_named_by_its_number(name, tmp_path):
+    sample, said = BAD_SAMPLES[name]
+    samples = [*models.samples_for("causal_lm", 7), sample]
+    with pytest.raises(ValueError, match=f"HFTRAKer: sample 7 of train .*{said}"):
+        run(tmp_path, models.model_for("causal_lm"), samples, samples[:1])
+
+
+def test_data_sets_that_are_none(tmp_path):
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 4)
+    one = datasets.Dataset.from_list(samples)
+    splits = datasets.DatasetDict({"train": one, "test": one})
+    with pytest.raises(TypeError, match=r"dict of data sets .*data\['train'\]"):
+        run(tmp_path, model, splits, samples)
+    with pytest.raises(TypeError, match=r"DataFrame; expected .*from_pandas"):
+        run(tmp_path, model, one.to_pandas(), samples)
+    with pytest.raises(TypeError, match="checkpoints=3; expected a list"):
+        HFTRAKer(model, samples, 3, tmp_path, **OPTIONS)
+
+
+def test_tokens_that_the_mask_hides_are_not_predicted():
+    """Padding need not be special to the tokenizer."""
+    ids = torch.arange(10, 30)
+    mask = (ids < 14).long()
+    for index in range(20):
+        hidden, labels = Masking(models.tokenizer(), "train").hide(index, ids, None, mask)
+        assert (labels[4:] == -100).all()
+        assert torch.equal(hidden[4:], ids[4:])
+        assert (labels[:4] != -100).any()
 
 
 # ---- adapters -----------------------------------------------------------------------------------

@@ -174,6 +174,14 @@ def test_wrong_batches_of_other_tasks_are_named(task, batch, message):
         resolve_task(task).check_batch(batch)
 
 
+def test_without_labels_the_first_token_after_padding_does_not_count():
+    """No token comes before it that its logits could be of."""
+    ids = torch.arange(1, 11).view(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    labels = resolve_task("causal_lm").inputs((ids, mask))["labels"]
+    assert labels.tolist() == [[-100, -100, -100, 4, 5], [6, 7, 8, -100, -100]]
+
+
 class Tokens(nn.Module):
     def __init__(self, size):
         super().__init__()
