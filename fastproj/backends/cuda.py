@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastproj.backends import built
 from fastproj.call import DTYPES, KIND_NUMBERS, TERMS, Call, view
-from fastproj.checks import check_block
+from fastproj.spec import default_block
 
 NAME = "cuda"
 VARIANT_VARIABLE = "FASTPROJ_CUDA_VARIANT"
@@ -138,18 +138,19 @@ def plan(
     arch: int = 90,
     multiprocessors: int = 132,
     aligned: bool = True,
-    block: int | None = None,
+    block: int = 0,
 ) -> dict[str, str]:
     """What a projection of grads ``[batch, rows]`` to ``cols`` columns would use; needs no GPU.
 
     arch : compute capability, e.g. 80 or 90.
     aligned : whether every row of the grads starts at a multiple of 16 bytes.
-    block : of kind sjlt alone; None stands for the default for ``cols``.
+    block : of kind sjlt alone; 0 stands for the default for ``cols``.
     """
-    size = check_block("plan", kind, block, cols)
+    if kind == "sjlt":
+        block = block or default_block(cols)
     facts = _module().plan(
         batch, rows, cols, DTYPES[dtype], KIND_NUMBERS[kind], TERMS[precision], arch,
-        multiprocessors, aligned, _variant(), block_log2=max(size.bit_length() - 1, 0),
+        multiprocessors, aligned, _variant(), block_log2=max(block.bit_length() - 1, 0),
     )  # fmt: skip
     return {name: str(value) for name, value in facts.items()}
 

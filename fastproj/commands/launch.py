@@ -105,7 +105,7 @@ def plans(
         if gpu.arch.startswith("sm_"):
             reason = cuda.not_built() or ""
             facts = {} if reason else cuda.plan(
-                batch, rows, cols, dtype, kind, precision, block=block or None,
+                batch, rows, cols, dtype, kind, precision, block=block,
                 arch=int(gpu.arch[3:]), multiprocessors=gpu.multiprocessors,
             )  # fmt: skip
             found.append(Plan("cuda", gpu, facts, reason))
