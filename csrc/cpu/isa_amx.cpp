@@ -208,21 +208,41 @@ class TileMaker {
         }
     }
 
-    // The next step's. After the last step it begins again.
+    // Part kPart of kParts of the next step's. After the last step it begins again. In small parts
+    // the work goes beside the products: what comes in one piece waits until they are through.
+    template <int kPart, int kParts>
     void make(char* tiles) {
+        if constexpr (kPart == 0) begin_step();
         if constexpr (kKind == Kind::kRademacher) {
-            make_rademacher(tiles);
+            make_rademacher<kPart, kParts>(tiles);
         } else {
-            make_gaussian(tiles);
-            if (step_ + 1 == kPanelSteps) next_panel();
+            make_gaussian<kPart, kParts>(tiles);
         }
-        step_ = (step_ + 1) % kPanelSteps;
+        if constexpr (kPart + 1 == kParts) end_step();
     }
 
   private:
-    static constexpr int kFetches = 2 * kStrips;  // two lanes each, see ColumnWords::get
+    static constexpr int kFetches = 4 * kStrips;  // a lane of a vector each
     static constexpr int kFetchEvery = kPanelSteps / kFetches;
     using Words = Simd::U[kStrips][4][4];
+
+    // Rademacher: panel_ and vector_ are one panel ahead. A step makes tiles of the words at hand
+    // and fetches some of the panel to come, so that the work is even.
+    void begin_step() {
+        if constexpr (kKind == Kind::kRademacher) {
+            if (step_ > 0) return;
+            fetched_ ^= 1;
+            next_panel();
+            words_.set_block(range_.panel_begin + panel_);
+        } else {
+            words_.set_block((range_.panel_begin + panel_) * kPanelSteps + step_);
+        }
+    }
+
+    void end_step() {
+        step_ = (step_ + 1) % kPanelSteps;
+        if (kKind == Kind::kGaussian && step_ == 0) next_panel();
+    }
 
     void next_panel() {
         if (++panel_ < range_.panels) return;
@@ -230,44 +250,40 @@ class TileMaker {
         vector_ = vector_ + kStrips < range_.vectors ? vector_ + kStrips : 0;
     }
 
-    // panel_ and vector_ are one panel ahead: a step makes tiles of the words at hand and fetches
-    // some of the panel to come, so that the work is even.
+    template <int kPart, int kParts>
     void make_rademacher(char* tiles) {
-        if (step_ == 0) {
-            fetched_ ^= 1;
-            next_panel();
-            words_.set_block(range_.panel_begin + panel_);
-        }
         const Words& words = words_of_[fetched_ ^ 1];
         const int j = step_ / 4, first_bit = step_ % 4 * 4;
         const __m512i sign_bits = _mm512_set1_epi32(static_cast<int>(0x80008000u));
         const __m512i ones = _mm512_set1_epi32(0x3f803f80);
-        for (int bit = 0; bit < 4; ++bit) {
+        constexpr int kCells = kTileRows * kStrips;
+#pragma GCC unroll 64
+        for (int i = kCells * kPart / kParts; i < kCells * (kPart + 1) / kParts; ++i) {
+            const int bit = i / (4 * kStrips), strip = i / 4 % kStrips, lane = i % 4;
             // A shift by a vector is one micro-operation on Intel, by a register's low word two.
             const __m512i count = _mm512_set1_epi32(15 - first_bit - bit);
-            for (int strip = 0; strip < kStrips; ++strip) {
-                for (int lane = 0; lane < 4; ++lane) {
-                    const __m512i moved = _mm512_sllv_epi32((__m512i)words[strip][lane][j], count);
-                    store_cells((Simd::U)_mm512_ternarylogic_epi32(moved, sign_bits, ones,
-                                                                   0x6A),  // (a & b) ^ c
-                                tiles, strip, 4 * bit + lane);
-                }
-            }
+            const __m512i moved = _mm512_sllv_epi32((__m512i)words[strip][lane][j], count);
+            store_cells((Simd::U)_mm512_ternarylogic_epi32(moved, sign_bits, ones,
+                                                           0x6A),  // (a & b) ^ c
+                        tiles, strip, 4 * bit + lane);
         }
-        if (step_ % kFetchEvery == kFetchEvery / 2) fetch(step_ / kFetchEvery);
+        if constexpr (kPart == kParts / 2) {
+            if (step_ % kFetchEvery == kFetchEvery / 2) fetch(step_ / kFetchEvery);
+        }
     }
 
+    template <int kPart, int kParts>
     void make_gaussian(char* tiles) {
-        words_.set_block((range_.panel_begin + panel_) * kPanelSteps + step_);
-        for (int strip = 0; strip < kStrips; ++strip) {
-            Simd::U w[4][4];
-            words_.get_all(vector_ + strip, w);
-            for (int i = 0; i < kTileRows; i += 2) {
-                auto x = (__m512i)w[i % 4][i / 4], y = (__m512i)w[i % 4 + 1][i / 4];
-                gauss_bf16_pair(x, y);
-                store_cells((Simd::U)x, tiles, strip, i);
-                store_cells((Simd::U)y, tiles, strip, i + 1);
-            }
+        constexpr int kPairs = kTileRows / 2 * kStrips;
+#pragma GCC unroll 32
+        for (int i = kPairs * kPart / kParts; i < kPairs * (kPart + 1) / kParts; ++i) {
+            const int strip = i / (kTileRows / 2), row = i % (kTileRows / 2) * 2;
+            Simd::U(&w)[4][4] = words_of_[0][strip];
+            if (row == 0) words_.get_all(vector_ + strip, w);
+            auto x = (__m512i)w[row % 4][row / 4], y = (__m512i)w[row % 4 + 1][row / 4];
+            gauss_bf16_pair(x, y);
+            store_cells((Simd::U)x, tiles, strip, row);
+            store_cells((Simd::U)y, tiles, strip, row + 1);
         }
     }
 
@@ -275,8 +291,8 @@ class TileMaker {
         _mm512_store_si512(tiles + strip * kTileBytes + row * 64, (__m512i)cells);
     }
     void fetch(int i) {
-        const int strip = i / 2, lane = i % 2 * 2;
-        words_.get<2>(static_cast<std::uint32_t>(lane), vector_ + strip,
+        const int strip = i / 4, lane = i % 4;
+        words_.get<1>(static_cast<std::uint32_t>(lane), vector_ + strip,
                       &words_of_[fetched_][strip][lane]);
     }
 
@@ -294,11 +310,9 @@ inline void unroll(std::integer_sequence<int, kIndices...>, F&& f) {
     (f(std::integral_constant<int, kIndices>{}), ...);
 }
 
-// Term tiles that share one generated tile of R. Those of a chunk come from the L2 cache, at less
-// than the rate of the products unless two vectors of columns share them: Rademacher, where tiles
-// of R are cheap, takes three for two vectors, Gaussian six for one. A multiple of three, so that
-// the three terms of a batch row are in one block.
-constexpr int max_block_tiles(Kind kind) { return kind == Kind::kRademacher ? 3 : 6; }
+// Term tiles that share one generated tile of R. A multiple of three, so that the three terms of a
+// batch row are in one block.
+constexpr int kMaxBlockTiles = 6;
 
 // Vectors of columns that share a load of term tiles: as many as there are registers for.
 constexpr int strips_for(int block_tiles) {
@@ -352,7 +366,7 @@ void multiply_chunk(const Block& block, ColumnWords& words, const Range& range) 
     alignas(64) char made[kRing][kStrips * kTileBytes];
     alignas(64) float sums[kTiles * kStrips * kTileRows * kLanes];
     TileMaker<kKind, kStrips> maker(words, range);
-    for (int step = 0; step < kAhead; ++step) maker.make(made[step]);
+    for (int step = 0; step < kAhead; ++step) maker.template make<0, 1>(made[step]);
     const int steps = range.panels * kPanelSteps;
     for (int v = 0; v < range.vectors; v += kStrips) {
         unroll(tiles,
@@ -360,16 +374,17 @@ void multiply_chunk(const Block& block, ColumnWords& words, const Range& range) 
         const std::uint16_t* a = block.term_tiles;
         for (int step = 0; step < steps; ++step) {
             const char* ready = made[step % kRing];
+            char* next = made[(step + kAhead) % kRing];
             unroll(strips, [&](auto s) {
                 load_tile<kTileB>(ready + s * kTileBytes);
                 unroll(tiles, [&](auto m) {
                     constexpr int kA = kShort && m + 1 == kTiles ? kTileShortA : kTileA;
                     load_tile<kA>(a + m * (kTileBytes / 2));
                     multiply_tiles<m * kStrips + s, kA, kTileB>();
+                    maker.template make<s * kTiles + m, kStrips * kTiles>(next);
                 });
             });
             a += kTiles * (kTileBytes / 2);
-            maker.make(made[(step + kAhead) % kRing]);
         }
         unroll(tiles, [&](auto m) {
             unroll(strips, [&](auto s) {
@@ -418,7 +433,6 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <Kind kKind, int kTerms>
 void project_tiles(const ProjectTile& tile) {
-    constexpr int kMaxTiles = max_block_tiles(kKind);
     Arena arena(tile.scratch);
     const int cols = pad_columns(tile.cols);
     ColumnWords words(tile.key, tile.col_begin, cols, arena.take<char>(ColumnWords::bytes(cols)));
@@ -427,7 +441,7 @@ void project_tiles(const ProjectTile& tile) {
     // Blocks of about the same size. With three terms, full ones: so no batch row's terms are torn
     // apart.
     const int block_tiles =
-        kTerms == 3 ? kMaxTiles : ceil_div(term_tiles, ceil_div(term_tiles, kMaxTiles));
+        kTerms == 3 ? kMaxBlockTiles : ceil_div(term_tiles, ceil_div(term_tiles, kMaxBlockTiles));
     const std::size_t packed = static_cast<std::size_t>(term_tiles) * kChunkSteps * kTileBytes / 2;
     auto* a = arena.take<std::uint16_t>(packed);
     float* g = arena.take<float>(kChunkPanels * kPanelRows);
@@ -463,13 +477,15 @@ void project_tiles(const ProjectTile& tile) {
             const Block block{tile_row(first_row, 0),     rows,       kTerms, unscale + b,
                               tile.acc + b * tile.acc_ld, tile.acc_ld};
             load_config(config_for(here, rows));
-            multiply_block_for<kKind>(here, std::make_integer_sequence<int, kMaxTiles>())(
+            multiply_block_for<kKind>(here, std::make_integer_sequence<int, kMaxBlockTiles>())(
                 block, words, range);
         }
     }
     release_tiles();
 }
 
+// With three terms of fp32, sums of signs from tables (AVX-512) are as fast as tile products at 32
+// samples and three times as fast at one.
 template <Kind kKind>
 void project_amx(const ProjectTile& tile) {
     const Dtype dtype = tile.source->pieces[0].dtype;
@@ -481,6 +497,8 @@ void project_amx(const ProjectTile& tile) {
         project_tiles<kKind, 1>(tile);
     } else if (tile.terms == 2) {
         project_tiles<kKind, 2>(tile);
+    } else if constexpr (kKind == Kind::kRademacher) {
+        kernels_avx512().rademacher_f32(tile);
     } else {
         project_tiles<kKind, 3>(tile);
     }
@@ -492,8 +510,8 @@ std::size_t amx_scratch_bytes(int batch, int cols) {
                             term_tiles * kChunkSteps * kTileBytes +
                             kChunkPanels * kPanelRows * sizeof(float) +
                             static_cast<std::size_t>(batch) * sizeof(double) + 4 * 64;
-    const std::size_t dense = dense_scratch_bytes(batch, cols);  // float64
-    return amx > dense ? amx : dense;
+    const std::size_t others = kernels_avx512().project_scratch_bytes(batch, cols);
+    return amx > others ? amx : others;
 }
 
 }  // namespace
