@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -163,6 +164,16 @@ def test_a_row_does_not_depend_on_its_batch(isa, kind):
         for rows in (slice(0, 1), slice(5, 7), slice(20, 37), slice(0, 6)):
             part = run(grads[rows], 130, key, precision=precision)
             assert torch.equal(part, whole[rows])
+
+
+def test_amx_leaves_signs_of_float32_to_avx512(amx_emulator, monkeypatch):
+    """Precision "highest": the AVX-512 tables are the faster, so both sets give the same bits."""
+    grads = torch.randn(5, 1500, generator=torch.Generator().manual_seed(6))
+    key, found = MatrixKey("rademacher", 3, 0), {}
+    for name in ("avx512", "amx"):
+        monkeypatch.setattr(cpu, "_isa", partial(list(cpu.isas()).index, name))
+        found[name] = run(grads, 200, key)
+    assert torch.equal(found["amx"], found["avx512"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
