@@ -69,9 +69,6 @@ FASTPROJ_DEVICE float bits_float(std::uint32_t x) { return __uint_as_float(x); }
 FASTPROJ_DEVICE double words_double(std::uint32_t low, std::uint32_t high) {
     return __hiloint2double(static_cast<int>(high), static_cast<int>(low));
 }
-FASTPROJ_DEVICE double flip_sign(double x, std::uint32_t sign) {  // sign: bit 31
-    return __hiloint2double(__double2hiint(x) ^ static_cast<int>(sign), __double2loint(x));
-}
 // {lo, hi} rounded to nearest.
 FASTPROJ_DEVICE std::uint32_t round_bf16x2(float lo, float hi) {
     std::uint32_t r;
