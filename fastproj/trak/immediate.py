@@ -14,6 +14,7 @@ from fastproj.trak.gradients import AbstractGradientComputer, modules_of, projec
 from fastproj.trak.gradients.scales import projects_pieces, unscaled
 from fastproj.trak.readiness import require_all
 from fastproj.trak.solving.scoring import (
+    Halved,
     check_scores,
     scores_of_targets,
     target_features,
@@ -84,6 +85,7 @@ class Stream:
         columns = range(saver.num_columns(exp_name))
         targets = target_features(saver, model_id, exp_name, columns)
         self.weights = target_weights(saver.systems, score_computer, model_id, targets)  # [m, k]
+        self.halved = Halved.of(saver.systems, model_id)
         self.made_by, self.score_computer, self.model_id = made_by, score_computer, model_id
 
     def scores(self, batch: tuple[Any, ...], size: int) -> Scores:
@@ -105,8 +107,11 @@ class Stream:
                 q = terms.slope.float()
                 nothing = np.zeros(size, np.bool_)
                 (features,) = made_by.features(samples, model_id, inds, drawn=nothing)
-        product = self.score_computer.scores(features.float().cpu(), self.weights)
-        product.mul_(q.cpu().unsqueeze(1))
+        features, q = features.float().cpu(), q.cpu()
+        if made_by.draws is not None:
+            q = self.halved.slopes(self.score_computer, features, q, terms.curvature.cpu())
+        product = self.score_computer.scores(features, self.weights)
+        product.mul_(q.unsqueeze(1))
         check_scores(made_by.saver.systems, model_id, product)
         scores: Scores = product.numpy()
         return scores

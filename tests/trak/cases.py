@@ -127,9 +127,9 @@ def in_metric(model: nn.Module, grads: Tensor, fisher: Fisher) -> Tensor:
 
 def fisher_of(
     model: nn.Module, model_id: int, train: tuple[Tensor, Tensor], proj_dim: int, fisher: Fisher
-) -> tuple[Tensor, Tensor]:
-    """A classifier's Fisher matrix plus the empirical one, [k, k], and gradients of the
-    log-likelihood [n, k], projected.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A classifier's Fisher matrix plus the empirical one, [k, k], gradients of the log-likelihood
+    [n, k], projected, and what a Newton step from the network's logits is fitted to, [k].
 
     The other classes are those that Draws chooses, by the inverse of their distribution.
     """
@@ -139,24 +139,29 @@ def fisher_of(
     uniform = draws.noise(model_id, np.arange(count), 1)[:, :, 0, 0]
     own = gradients(model, train)
     slopes = q(model, train)
-    rows, weights = [], []
+    rows, weights, values, drawn_values = [], [], [], []
     for i, (image, label) in enumerate(zip(*train, strict=True)):
         logits = model(image.unsqueeze(0))[0]
         pi = logits.detach().clone()
         pi[label] = -torch.inf
         pi = pi.double().softmax(0)
+        values.append((logits[label] - pi @ logits).detach())
         for u in uniform[i] if chosen[i] else ():
             other = int((pi.cumsum(0) <= float(u)).sum())
             contrast = (slopes[i] / fisher.draws).sqrt() * (logits[other] - pi @ logits)
             parts = torch.autograd.grad(contrast, list(model.parameters()), retain_graph=True)
             rows.append(torch.cat([part.reshape(-1) for part in parts]))
             weights.append(count / chosen.sum())
+            drawn_values.append(contrast.detach())
     phi = projected(in_metric(model, own, fisher), proj_dim, model_id)
     drawn = in_metric(model, torch.stack(rows).double(), fisher)
     drawn = projected(drawn, proj_dim, model_id)
+    weight = torch.tensor(weights)
     matrix = (phi * slopes[:, None]).T @ phi  # p q + q^2
-    matrix += (drawn * torch.tensor(weights)[:, None]).T @ drawn
-    return matrix, phi * slopes[:, None]
+    matrix += (drawn * weight[:, None]).T @ drawn
+    response = phi.T @ (slopes * torch.stack(values) + slopes)
+    response += drawn.T @ (weight * torch.stack(drawn_values))
+    return matrix, phi * slopes[:, None], response
 
 
 def explicit_fisher(
@@ -164,14 +169,25 @@ def explicit_fisher(
     train: tuple[Tensor, Tensor],
     targets: tuple[Tensor, Tensor],
     proj_dim: int,
-    lambdas: list[float],
+    solved: list[dict[str, Any]],
     fisher: Fisher | None = None,
 ) -> Tensor:
-    """The scores with the Fisher matrix, at the lambdas of the checkpoints, float64 [n, m]."""
+    """The scores with the Fisher matrix, at the lambdas and training ridges of the checkpoints,
+    float64 [n, m].
+    """
     total = torch.zeros(len(train[0]), len(targets[0]), dtype=torch.float64)
-    for model_id, (model, lambda_reg) in enumerate(zip(models, lambdas, strict=True)):
+    for model_id, (model, found) in enumerate(zip(models, solved, strict=True)):
         fisher = fisher or Fisher()
-        matrix, of_likelihood = fisher_of(model, model_id, train, proj_dim, fisher)
+        matrix, of_likelihood, response = fisher_of(model, model_id, train, proj_dim, fisher)
+        lambda_reg, ridge = found["lambda_reg"], found["training_ridge"]
+        if found["halved"] is not None:
+            whole, half = (
+                torch.linalg.solve(matrix + r * torch.eye(proj_dim).double(), response)
+                for r in (ridge, 2 * ridge)
+            )
+            slopes = q(model, train)
+            change = of_likelihood @ (half - whole) / slopes
+            of_likelihood *= (1 - (1 - slopes) * change)[:, None]  # Q - p q change, over Q
         of_targets = in_metric(model, gradients(model, targets), fisher)
         of_targets = projected(of_targets, proj_dim, model_id)
         system = matrix + lambda_reg * torch.eye(proj_dim).double()
@@ -189,7 +205,7 @@ def explicit_own(
     """What samples do to their own log-likelihoods, at the lambdas of the checkpoints, [n]."""
     total = torch.zeros(len(train[0]), dtype=torch.float64)
     for model_id, (model, lambda_reg) in enumerate(zip(models, lambdas, strict=True)):
-        matrix, slopes = fisher_of(model, model_id, train, proj_dim, fisher or Fisher())
+        matrix, slopes, _ = fisher_of(model, model_id, train, proj_dim, fisher or Fisher())
         system = matrix + lambda_reg * torch.eye(proj_dim).double()
         total += (slopes * torch.linalg.solve(system, slopes.T).T).sum(1)
     return total / len(models)

@@ -21,9 +21,11 @@ from fastproj.trak.solving.ridge import (
     Meaning,
     Moments,
     Share,
+    agreeing_ridge,
     choose_fisher_lambda,
     choose_lambda,
     fisher_meaning,
+    halving_step,
     logistic_share,
     meaning,
     sample_weights,
@@ -103,8 +105,6 @@ def finalize(
     with ranks.barrier(STEP):
         for model_id in model_ids if ranks.first else ():
             q = meanings.get(model_id)
-            if lambda_reg != AUTO:
-                q = None
             keep_lambda(systems, computer, model_id, system[model_id], lambda_reg, q)
             # Not where they were summed up: a process killed there would leave them for good.
             systems.remove_parts(model_id, system[model_id])
@@ -148,7 +148,10 @@ def keep_lambda(
     lambda_reg: Lambda,
     q: Meaning | None,
 ) -> None:
-    """Choose a checkpoint's lambda where it is "auto", check that it solves, and store it."""
+    """Choose a checkpoint's lambda where it is "auto", check that it solves, and store it.
+
+    With the Fisher matrix, the step that gives slopes at half of the samples is kept beside it.
+    """
     gram, moments = read_gram(systems, model_id, system)
     value = lambda_reg
     facts: dict[str, Any] = {
@@ -158,10 +161,11 @@ def keep_lambda(
         "power": system.power,
         "form": "dual" if system.dual else "primal",
     }
-    if q is not None:
+    ridge = agreeing_ridge(gram, moments) if system.fisher else None
+    if q is not None and lambda_reg == AUTO:
         if system.fisher:
             n = systems.store.train_set_size
-            choice = choose_fisher_lambda(gram, moments, n, q.residual)
+            choice = choose_fisher_lambda(gram, moments, n, ridge, q.residual)
         else:
             choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
@@ -173,6 +177,11 @@ def keep_lambda(
             choice.rule,
         )
     solution = computer.solve(gram, value)
+    if q is not None and system.fisher:
+        step = step_of(systems, model_id, system, gram, moments, ridge)
+        systems.write_step(model_id, step)
+        facts["training_ridge"] = ridge
+        facts["halved"] = None if step is None else q.residual
     systems.write_solve(model_id, {**facts, **solution.summary()})
     logger.info(
         "model_id %d: lambda %.3g, condition estimate %.1e (%s)",
@@ -181,6 +190,25 @@ def keep_lambda(
         solution.condition,
         f"{len(gram.matrix)} x {len(gram.matrix)}, {facts['form']}",
     )
+
+
+def step_of(
+    systems: Systems,
+    model_id: int,
+    system: System,
+    gram: Gram,
+    moments: Moments,
+    ridge: float | None,
+) -> Tensor | None:
+    """``halving_step`` as float64 [k]."""
+    step = halving_step(gram, moments, ridge)
+    if step is None or not system.dual:
+        return step
+    order = systems.read_gram(model_id, system)[0]["order"].numpy()
+    total = torch.zeros(gram.k, dtype=torch.float64)
+    for places, rows in stored_rows(systems.store, model_id, system, order).read():
+        total += rows.double().mT @ step[places]
+    return total
 
 
 def solution_of(systems: Systems, computer: ScoreComputer, model_id: int) -> Solution:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.files import Tensors
-from fastproj.trak.solving.solve import Gram, check_gram, cholesky, in_range
+from fastproj.trak.solving.solve import Gram, apply_factor, check_gram, cholesky, in_range
 from fastproj.trak.store.features import Buffer
 
 LANCZOS_STEPS, MAX_STEPS = 20, 200
@@ -29,6 +29,7 @@ SETTLED = 1e-9  # relative change of the ridge over LANCZOS_STEPS at which it is
 TINY = 1e-12  # Q below it, or negative, counts as TINY: a logit of 28
 CEILING = 1 - 1e-4  # Q above it counts as CEILING: a logit of -9
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
+REGRESSION_MARGIN = 2.5  # the same, with the Fisher matrix of a regression
 STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
 LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T W Phi
 SINGULAR = 1e-3  # A matrix is singular where LOWEST leaves this share of dimensions unused.
@@ -125,14 +126,26 @@ def fisher_meaning(slopes: Tensor, curvature: Tensor, along: Tensor) -> Meaning:
     where a label has its zero.
     """
     q, weights, values = (t.double() for t in (slopes, curvature, along))
-    size = q.abs().clamp(max=1)
-    logistic = size * (1 - size)
+    logistic = own_curvature(q, weights, 0.0)
     larger = float(torch.maximum(weights, logistic).sum())
     apart = float((weights - logistic).abs().sum()) / larger if larger > 0 else 0.0
     residual = min(meaning(slopes, True).residual, between(apart, UNSURE, CONTRARY))
     total = float(weights.sum())
     offset = residual * float(weights @ values) / total if total > 0 else 0.0
     return Meaning(1.0, residual, offset)
+
+
+def own_curvature(slopes: Tensor, curvature: Tensor, residual: float) -> Tensor:
+    """The curvature of each log-likelihood along its sample's own row, [n].
+
+    That is |Q| (1 - |Q|) of a logistic likelihood: ``curvature`` counts the empirical Fisher matrix
+    too. Of a regression it is ``curvature``. Where a row is the gradient of the log-likelihood
+    itself, as of sequences, Q is 1 and the result 0: the row stands for several predictions.
+
+    slopes, curvature : as in ``Terms``. residual : as in ``Meaning``.
+    """
+    size = slopes.abs().clamp(max=1)
+    return torch.lerp(size * (1 - size), curvature, residual)
 
 
 def between(x: float, low: float, high: float) -> float:
@@ -197,15 +210,15 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
 
 
 def choose_fisher_lambda(
-    gram: Gram, moments: Moments, samples: int, residual: float = 0.0
+    gram: Gram, moments: Moments, samples: int, ridge: float | None, residual: float = 0.0
 ) -> Choice:
     """Choose the ridge that is added to the Fisher matrix.
 
     It is ``MARGIN gamma / ((1 - d / k) (1 - d / N))``. gamma is the ridge at which one Newton step
-    from the network's outputs agrees with them (``agreeing_ridge``), and d the effective dimension
-    there. The two factors are needed because k dimensions, and N rows of which most are drawn, fit
-    more easily than the whole network fits all its labels. For a regression it is twice that: see
-    docs/research/lambda.md.
+    from the network's outputs agrees with them, and d the effective dimension there. The two
+    factors are needed because k dimensions, and N rows of which most are drawn, fit more easily
+    than the whole network fits all its labels. For a regression REGRESSION_MARGIN takes the place
+    of MARGIN: see docs/research/lambda.md.
 
     The nearer d comes to k or N, the less gamma says. ``TYPICAL sqrt(1 - d / N) trace / n`` is best
     in the mean of many problems. So a ridge below it is averaged with it, geometrically: the ridge
@@ -217,11 +230,11 @@ def choose_fisher_lambda(
     ----------
     gram : of all N rows.
     samples : n.
+    ridge : gamma, as ``agreeing_ridge`` finds it.
     residual : how far the slopes of the log-likelihoods are residuals of a regression, 0 .. 1.
     """
     trace = check_gram(gram) * gram.k
     least, most = LEAST * trace / samples, MOST * trace
-    ridge = agreeing_ridge(gram, moments)
     log_lambda, trust = math.log(TYPICAL * trace / samples), 0.0
     if ridge is not None:
         dimension = effective_dimension(gram.matrix, ridge)
@@ -231,7 +244,8 @@ def choose_fisher_lambda(
         inside = LOWEST < math.log(ridge * gram.k / trace) < HIGHEST
         trust = free * moments.fit_share() if inside else 0.0
         if trust > 0:
-            above = math.log(2**residual * MARGIN * ridge / free) - log_lambda
+            margin = MARGIN ** (1 - residual) * REGRESSION_MARGIN**residual
+            above = math.log(margin * ridge / free) - log_lambda
             trust = max(trust, moments.fit_share()) if above > 0 else trust
             log_lambda += trust * above
     lam = min(max(math.exp(log_lambda), least), most)
@@ -362,6 +376,31 @@ def agreeing_ridge(gram: Gram, moments: Moments) -> float | None:
         if log_ridge > LOWEST and abs(log_ridge - before) < SETTLED:
             break
     return math.exp(log_ridge) * unit
+
+
+def halving_step(gram: Gram, moments: Moments, ridge: float | None) -> Tensor | None:
+    """How far the parameters of k features move where only half of the samples are trained on.
+
+    With theta(r) = (F + r I)^-1 u it is ``theta(2 gamma) - theta(gamma)``: random halves of the
+    samples have F / 2 and u / 2 in expectation, and the same training ridge gamma. In the dual it
+    is x [N] of ``S^T x``. None where gamma is not known.
+
+    ridge : gamma, as ``agreeing_ridge`` finds it.
+    """
+    unit = gram.trace / gram.k
+    if ridge is None or not LOWEST < math.log(ridge / unit) < HIGHEST:
+        return None
+    start = moments.response if gram.dual else moments.fitted
+    return -ridge * solved(gram.matrix, 2 * ridge, solved(gram.matrix, ridge, start))
+
+
+def solved(matrix: Tensor, ridge: float, vector: Tensor) -> Tensor:
+    """``(A + ridge I)^-1 vector`` of a positive semi-definite A, float64 [r, r]."""
+    factor = cholesky(matrix, ridge)
+    if factor is not None:
+        return apply_factor(factor, vector.unsqueeze(1)).squeeze(1)
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ ((vectors.mT @ vector) / (values.clamp(min=0) + ridge))
 
 
 def agreements(gram: Gram, moments: Moments) -> Iterator[Callable[[float], float]]:

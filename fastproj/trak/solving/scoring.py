@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from fastproj.checks import listed
 from fastproj.trak.distributed import Ranks
+from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.finalizing import own_scores, solution_of
+from fastproj.trak.solving.ridge import own_curvature
 from fastproj.trak.solving.solve import ScoreComputer
 from fastproj.trak.solving.systems import Systems
 from fastproj.trak.store.features import block_rows, read_features, sample_blocks
@@ -34,7 +37,7 @@ def write_scores(
     """The scores, block by block, into ``sink``; blocks are shared out over ranks.
 
     ``mean over checkpoints of (features @ weights.T) * mean over checkpoints of Q``, or, where each
-    takes its own Q, ``mean over checkpoints of ((features @ weights.T) * Q)``.
+    takes its own Q, ``mean over checkpoints of ((features @ weights.T) * Q)``, Q as in ``Halved``.
     """
     store, own_q = systems.store, takes_own_q(systems, model_ids)
     readers = [store.reader(model_id) for model_id in model_ids]
@@ -42,6 +45,7 @@ def write_scores(
     blocks = sample_blocks(readers[0].index.order(), rows_at_once)[ranks.rank :: ranks.size]
     chunks = target_chunks(store, exp_name, len(model_ids))
     passes = len(chunks) * store.train_set_size // ranks.size
+    halved = [Halved.of(systems, model_id) for model_id in model_ids]
     with ranks.barrier("finalize_scores"), progress("scoring", passes, "sample") as bar:
         total = q_total = torch.empty(0)
         for columns in chunks:
@@ -53,6 +57,7 @@ def write_scores(
                 assert q is not None  # training shards have it
                 product = computer.scores(features, weights[place])  # [b, m]
                 if own_q:
+                    q = halved[place].slopes_of(rows, computer, features, q)
                     product.mul_(q.unsqueeze(1))
                     q = torch.ones_like(q)
                 check_scores(systems, model_ids[place], product)
@@ -76,12 +81,57 @@ def scores_of_targets(
     scores = np.empty((store.train_set_size, len(targets)), np.float32)
     reader = store.reader(model_id)
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
+    halved = Halved.of(systems, model_id)
     for rows, _, features, q in read_features([reader], blocks):
         assert q is not None  # training shards have it
+        q = halved.slopes_of(rows, computer, features, q)
         product = computer.scores(features, weights).mul_(q.unsqueeze(1))
         check_scores(systems, model_id, product)
         scores[rows] = product.numpy()
     return scores
+
+
+@dataclass(frozen=True)
+class Halved:
+    """Q of training samples, as it is where only half of them are trained on.
+
+    Scores say what training without some samples would change. Their slopes matter then, not those
+    of a network that was fitted to all. ``Q - w (phi . step)`` is what one Newton step makes of
+    them, with w the curvature along the sample's own row phi: see docs/research/lambda.md.
+
+    step : ``ridge.halving_step``, [k]; None: Q stays as it is, as with TRAK's formula.
+    residual : as in ``ridge.Meaning``.
+    curvature : of the training samples, [n].
+    """
+
+    step: Tensor | None = None
+    residual: float = 0.0
+    curvature: Tensor | None = None
+
+    @classmethod
+    def of(cls, systems: Systems, model_id: int) -> Halved:
+        """As a checkpoint was finalised."""
+        found = systems.read_step(model_id)
+        if found is None:
+            return cls()
+        return cls(*found, systems.store.column(model_id, "curvature"))
+
+    def slopes_of(
+        self, rows: Indices, computer: ScoreComputer, features: Tensor, q: Tensor
+    ) -> Tensor:
+        """``slopes`` of the training samples ``rows`` [b]."""
+        if self.curvature is None:
+            return q
+        return self.slopes(computer, features, q, self.curvature[torch.from_numpy(rows)])
+
+    def slopes(
+        self, computer: ScoreComputer, features: Tensor, q: Tensor, curvature: Tensor
+    ) -> Tensor:
+        """Q [b] of samples with features [b, k], and the Q and curvature [b] that they have now."""
+        if self.step is None:
+            return q
+        change = computer.scores(features, self.step.unsqueeze(0)).squeeze(1)
+        return q - own_curvature(q, curvature.to(q), self.residual) * change
 
 
 def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[int]) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # terms of a float32 product before it is folded into the float64 sum
-GRAM_TILE = 512  # columns of XtX at once: by symmetry, half of the tiles are enough
+GRAM_TILE = 512  # rows of XtX at once: by symmetry, half of the tiles are enough
+GRAM_COLUMNS = 2048  # of a tile: its memory is used again
 SAFE_EXPONENT = 32  # up to 2^32 and down to 2^-32, float32 holds squares and their small terms
 POWER_STEPS = 12
 HALF_ROUNDING = 2.0**-11  # of features kept as float16, relative to each entry
@@ -186,20 +187,27 @@ class ScoreComputer:
         """
         dtype = sum_dtype(float(n) * proj_dim * proj_dim)
         total = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=self.device)  # [k, k]
+        high, wide = GRAM_TILE, GRAM_COLUMNS
+        memory = torch.empty(high * wide, dtype=dtype, device=self.device)
         seen = 0
         with full_precision():
             for block in blocks:
                 seen += len(block)
                 for part in block.to(self.device, dtype).split(BLOCK_ROWS):  # [<= BLOCK_ROWS, k]
                     part, exponent = in_range(part)
-                    for i in range(0, proj_dim, GRAM_TILE):
-                        tile = part[:, i : i + GRAM_TILE].mT @ part[:, i:]
-                        total[i : i + GRAM_TILE, i:].add_(tile, alpha=math.ldexp(1.0, 2 * exponent))
-        for i in range(0, proj_dim, GRAM_TILE):  # in place: k x k may be most of the memory
-            rows = total[i : i + GRAM_TILE]
-            own = rows[:, i : i + GRAM_TILE]
+                    for i in range(0, proj_dim, high):
+                        left = part[:, i : i + high].mT
+                        for j in range(i, proj_dim, wide):
+                            right = part[:, j : j + wide]
+                            tile = memory[: len(left) * right.shape[1]].view(len(left), -1)
+                            torch.matmul(left, right, out=tile)
+                            place = total[i : i + high, j : j + wide]
+                            place.add_(tile, alpha=math.ldexp(1.0, 2 * exponent))
+        for i in range(0, proj_dim, high):  # in place: k x k may be most of the memory
+            rows = total[i : i + high]
+            own = rows[:, i : i + high]
             own.copy_(own.triu() + own.triu(1).mT)
-            total[i + GRAM_TILE :, i : i + GRAM_TILE] = rows[:, i + GRAM_TILE :].mT
+            total[i + high :, i : i + high] = rows[:, i + high :].mT
         return Gram(total.cpu(), seen, proj_dim, torch.finfo(dtype).eps)
 
     def forms_dual(self, n: int, proj_dim: int) -> bool:

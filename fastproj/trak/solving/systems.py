@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fastproj.trak.files import Tensors, corrupt, read_json, remove_quietly, write_json
 from fastproj.trak.solving.solve import System
 from fastproj.trak.store.store import DRAWN, Store
@@ -80,6 +82,24 @@ class Systems:
         """Remove the parts of a Gram matrix, which is whole now."""
         for path in self.store.model_dir(model_id).glob(f"part-{gram_name(system)}-*.safetensors"):
             remove_quietly(path)
+
+    def step_path(self, model_id: int) -> Path:
+        """The file of ``ridge.halving_step``."""
+        return self.store.model_dir(model_id) / "halving_step.safetensors"
+
+    def write_step(self, model_id: int, step: Tensor | None) -> None:
+        """Keep the step of a checkpoint, float64 [k]; None: it has none."""
+        if step is None:
+            remove_quietly(self.step_path(model_id))
+        else:
+            self.store.write(self.step_path(model_id), {"step": step}, model_id)
+
+    def read_step(self, model_id: int) -> tuple[Tensor, float] | None:
+        """(step [k], how far the slopes are residuals); None where finalising found no step."""
+        residual = self.read_solve(model_id).get("halved")
+        if residual is None:
+            return None
+        return self.store.read(self.step_path(model_id), model_id)[0]["step"], float(residual)
 
     def solve_path(self, model_id: int) -> Path:
         """The file of a lambda."""

@@ -42,8 +42,12 @@ def networks(train):
     return [cases.net(0, torch.float64), cases.trained(1, single).double().eval()]
 
 
+def solved(traker):
+    return [traker.saver.systems.read_solve(i) for i in traker.saver.ids()]
+
+
 def lambdas(traker):
-    return [traker.saver.systems.read_solve(i)["lambda_reg"] for i in traker.saver.ids()]
+    return [one["lambda_reg"] for one in solved(traker)]
 
 
 def assert_close(found, exact, tolerance=1e-5):
@@ -78,8 +82,10 @@ def test_scores_are_the_formula(tmp_path, monkeypatch, name):
     assert (stored["curvature"], stored["form"], stored["n"]) == ("fisher", form, rows)
     files = {path.name for path in (tmp_path / "models" / "1").glob("*.safetensors")}
     file = "fisher" if form == "primal" else "fisher_kernel"
-    assert {name for name in files if not name.startswith("train-")} == {f"{file}.safetensors"}
-    assert_close(scores, cases.explicit_fisher(models, train, targets, k, lambdas(traker), fisher))
+    made = {name for name in files if not name.startswith("train-")}
+    step = set() if stored["halved"] is None else {"halving_step.safetensors"}
+    assert made == {f"{file}.safetensors"} | step
+    assert_close(scores, cases.explicit_fisher(models, train, targets, k, solved(traker), fisher))
     assert_close(
         traker.self_influence(),
         cases.explicit_own(models, train, k, lambdas(traker), fisher),
@@ -352,8 +358,12 @@ def test_a_regression_has_nothing_to_draw(tmp_path):
         grads = torch.autograd.grad(model(one[None])[0, 0], list(model.parameters()))
         rows.append(torch.cat([g.reshape(-1) for g in grads]))
     phi = cases.projected(torch.stack(rows), 8, 0)
-    residual = y - model(x)[:, 0].detach()
-    system = phi.T @ phi + 0.3 * torch.eye(8)
+    f = model(x)[:, 0].detach()
+    gram, gamma = phi.T @ phi, solved(traker)[0]["training_ridge"]
+    fitted = phi.T @ (f - f.mean() + y - f)
+    whole, half = (torch.linalg.solve(gram + r * torch.eye(8), fitted) for r in (gamma, 2 * gamma))
+    residual = y - f - phi @ (half - whole)
+    system = gram + 0.3 * torch.eye(8)
     exact = (phi * residual[:, None]) @ torch.linalg.solve(system, phi[:M].T)
     assert_close(traker.finalize_scores("test"), exact)
     assert not traker.saver.index(0, DRAWN).done.any()
@@ -397,7 +407,8 @@ def chosen_lambda(features, share, samples):
     blocks = zip(features.split(11), *(part.split(11) for part in share), strict=True)
     stream = moments.over((rows, ridge.Share(*parts)) for rows, *parts in blocks)
     gram = ScoreComputer().gram(stream, features.shape[1], len(features))
-    return ridge.choose_fisher_lambda(gram, moments, samples).lambda_reg
+    gamma = ridge.agreeing_ridge(gram, moments)
+    return ridge.choose_fisher_lambda(gram, moments, samples, gamma).lambda_reg
 
 
 @pytest.mark.parametrize("likelihood", [1e-6, 1.0, 1e6])
@@ -509,34 +520,65 @@ def test_texts_that_are_known_for_certain_have_no_scores(tmp_path, least, told):
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.5, 1.0])
-def test_a_regression_has_up_to_twice_the_ridge(residual, monkeypatch):
+def test_a_regression_has_a_margin_of_its_own(residual):
     """Where nothing puts gamma in doubt: small beside k and N, and above what is typical."""
-    monkeypatch.setattr(ridge, "agreeing_ridge", lambda *_: 40.0)
     sure = SimpleNamespace(fit_share=lambda: 1.0)
     gram = Gram(torch.eye(500, dtype=torch.float64), 10**6, 500, 1e-12)
     dimension = ridge.effective_dimension(gram.matrix, 40.0)
     free = (1 - dimension / 500) * (1 - dimension / 10**6)
-    choice = ridge.choose_fisher_lambda(gram, sure, 500, residual)
-    assert choice.lambda_reg == pytest.approx(2**residual * ridge.MARGIN * 40.0 / free)
+    choice = ridge.choose_fisher_lambda(gram, sure, 500, 40.0, residual)
+    margin = ridge.MARGIN ** (1 - residual) * ridge.REGRESSION_MARGIN**residual
+    assert choice.lambda_reg == pytest.approx(margin * 40.0 / free)
+
+
+@pytest.mark.parametrize("k", [4, 50])
+def test_at_half_of_the_data_a_ridge_regression_has_the_residuals_of_twice_the_ridge(k):
+    """In the primal and in the dual: (A + 2 gamma)^-1 u less (A + gamma)^-1 u, along each row."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, k, generator=generator, dtype=torch.float64)
+    y = rows[:, 0] + torch.randn(20, generator=generator, dtype=torch.float64)
+    whole, half = (
+        y - rows @ torch.linalg.solve(rows.T @ rows + r * torch.eye(k), rows.T @ y)
+        for r in (3.0, 6.0)
+    )
+    moments = ridge.Moments(k, 1.0)
+    share = ridge.Share(torch.ones(20, dtype=torch.float64), y - whole, whole)
+    list(moments.over([(rows, share)]))
+    dual = k > 20
+    matrix = rows @ rows.T if dual else rows.T @ rows
+    gram = Gram(matrix, 20, k, 1e-12)
+    gamma = ridge.agreeing_ridge(gram, moments)
+    assert gamma == pytest.approx(3.0)
+    step = ridge.halving_step(gram, moments, gamma)
+    step = rows.T @ step if dual else step
+    torch.testing.assert_close(whole - rows @ step, half)
+    assert ridge.halving_step(gram, moments, None) is None
+    assert ridge.halving_step(gram, moments, 1e-12 * gamma) is None  # it says nothing
+
+
+def test_the_curvature_along_a_row_is_without_what_was_added():
+    q = torch.tensor([0.1, 0.9, 1.0, -0.3, 2.0])
+    curvature = torch.tensor([0.1, 0.9, 1.0, 1.0, 1.0])
+    logistic = torch.tensor([0.09, 0.09, 0.0, 0.21, 0.0])
+    torch.testing.assert_close(ridge.own_curvature(q, curvature, 0.0), logistic)
+    torch.testing.assert_close(ridge.own_curvature(q, curvature, 1.0), curvature)
 
 
 @pytest.mark.parametrize("fitted", [0.0, 0.5, 1.0])
-def test_the_fewer_rows_are_left_to_fit_the_smaller_is_what_is_typical(fitted, monkeypatch):
+def test_the_fewer_rows_are_left_to_fit_the_smaller_is_what_is_typical(fitted):
     values = torch.tensor([1.0] * 200 + [1e-6] * 300, dtype=torch.float64)
     gram = Gram(torch.diag(values), 500, 1000, 1e-12)  # the dual's, of 500 rows
     known = SimpleNamespace(fit_share=lambda: fitted)
     unit = float(values.sum()) / 500
-    monkeypatch.setattr(ridge, "agreeing_ridge", lambda *_: 1e-4)
     dimension = ridge.effective_dimension(gram.matrix, 1e-4)  # 200 and a little
     typical = ridge.TYPICAL * unit * (1 - dimension / 500) ** (fitted / 2)
     free = (1 - dimension / 500) * (1 - dimension / 1000)
     gamma = ridge.MARGIN * 1e-4 / free
     wanted = typical ** (1 - free * fitted) * gamma ** (free * fitted)
-    found = ridge.choose_fisher_lambda(gram, known, 500).lambda_reg
+    found = ridge.choose_fisher_lambda(gram, known, 500, 1e-4).lambda_reg
     assert found == pytest.approx(max(wanted, ridge.LEAST * unit))
     # Rows that fit at no ridge leave none.
-    monkeypatch.setattr(ridge, "agreeing_ridge", lambda *_: 1e-30)
-    found = ridge.choose_fisher_lambda(gram, known, 500).lambda_reg
+    found = ridge.choose_fisher_lambda(gram, known, 500, 1e-30).lambda_reg
     assert found == pytest.approx(ridge.TYPICAL * unit * ridge.UNUSED ** (fitted / 2))
 
 
@@ -612,7 +654,9 @@ def test_a_number_where_fisher_is_asked_for_is_added_to_it(tmp_path, lambda_reg,
     ]
     wanted = [0.7] * 2 if lambda_reg == 0.7 else [0.3 * trace / k for trace in traces]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    assert_close(scores, cases.explicit_fisher(models, train, targets, k, wanted))
+    ridges = solved(cases.make(models[0], tmp_path, n, **options))
+    exact = [one | {"lambda_reg": lam} for one, lam in zip(ridges, wanted, strict=True)]
+    assert_close(scores, cases.explicit_fisher(models, train, targets, k, exact))
 
 
 @pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
