@@ -187,7 +187,8 @@ def explicit_fisher(
             )
             slopes = q(model, train)
             change = of_likelihood @ (half - whole) / slopes
-            of_likelihood *= (1 - (1 - slopes) * change)[:, None]  # Q - p q change, over Q
+            moved = 1 / (1 + (1 / slopes - 1) * change.exp())  # 1 - p
+            of_likelihood *= (moved / slopes)[:, None]
         of_targets = in_metric(model, gradients(model, targets), fisher)
         of_targets = projected(of_targets, proj_dim, model_id)
         system = matrix + lambda_reg * torch.eye(proj_dim).double()

@@ -126,7 +126,8 @@ def fisher_meaning(slopes: Tensor, curvature: Tensor, along: Tensor) -> Meaning:
     where a label has its zero.
     """
     q, weights, values = (t.double() for t in (slopes, curvature, along))
-    logistic = own_curvature(q, weights, 0.0)
+    size = q.abs().clamp(max=1)
+    logistic = size * (1 - size)
     larger = float(torch.maximum(weights, logistic).sum())
     apart = float((weights - logistic).abs().sum()) / larger if larger > 0 else 0.0
     residual = min(meaning(slopes, True).residual, between(apart, UNSURE, CONTRARY))
@@ -135,17 +136,17 @@ def fisher_meaning(slopes: Tensor, curvature: Tensor, along: Tensor) -> Meaning:
     return Meaning(1.0, residual, offset)
 
 
-def own_curvature(slopes: Tensor, curvature: Tensor, residual: float) -> Tensor:
-    """The curvature of each log-likelihood along its sample's own row, [n].
+def moved_slopes(slopes: Tensor, curvature: Tensor, change: Tensor, residual: float) -> Tensor:
+    """The slopes Q [n] of log-likelihoods whose outputs change by ``change`` [n].
 
-    That is |Q| (1 - |Q|) of a logistic likelihood: ``curvature`` counts the empirical Fisher matrix
-    too. Of a regression it is ``curvature``. Where a row is the gradient of the log-likelihood
-    itself, as of sequences, Q is 1 and the result 0: the row stands for several predictions.
+    That is exact of a logistic likelihood, where |Q| = 1 - p, and of a regression. Where the output
+    is the log-likelihood itself, as of sequences, Q is 1 and stays so.
 
-    slopes, curvature : as in ``Terms``. residual : as in ``Meaning``.
+    curvature : as in ``Terms``. residual : as in ``Meaning``.
     """
-    size = slopes.abs().clamp(max=1)
-    return torch.lerp(size * (1 - size), curvature, residual)
+    sign, size = slopes.sign(), slopes.abs().clamp(max=1)
+    logistic = sign * (torch.sigmoid(torch.logit(size) - sign * change) - size)
+    return slopes + torch.lerp(logistic, -curvature * change, residual)
 
 
 def between(x: float, low: float, high: float) -> float:

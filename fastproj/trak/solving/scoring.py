@@ -15,7 +15,7 @@ from fastproj.trak.distributed import Ranks
 from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.finalizing import own_scores, solution_of
-from fastproj.trak.solving.ridge import own_curvature
+from fastproj.trak.solving.ridge import moved_slopes
 from fastproj.trak.solving.solve import ScoreComputer
 from fastproj.trak.solving.systems import Systems
 from fastproj.trak.store.features import block_rows, read_features, sample_blocks
@@ -96,8 +96,8 @@ class Halved:
     """Q of training samples, as it is where only half of them are trained on.
 
     Scores say what training without some samples would change. Their slopes matter then, not those
-    of a network that was fitted to all. ``Q - w (phi . step)`` is what one Newton step makes of
-    them, with w the curvature along the sample's own row phi: see docs/research/lambda.md.
+    of a network that was fitted to all. One Newton step moves a sample's output by ``phi . step``:
+    see docs/research/lambda.md.
 
     step : ``ridge.halving_step``, [k]; None: Q stays as it is, as with TRAK's formula.
     residual : as in ``ridge.Meaning``.
@@ -131,7 +131,7 @@ class Halved:
         if self.step is None:
             return q
         change = computer.scores(features, self.step.unsqueeze(0)).squeeze(1)
-        return q - own_curvature(q, curvature.to(q), self.residual) * change
+        return moved_slopes(q, curvature.to(q), change, self.residual)
 
 
 def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[int]) -> Tensor:

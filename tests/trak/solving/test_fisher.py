@@ -556,12 +556,17 @@ def test_at_half_of_the_data_a_ridge_regression_has_the_residuals_of_twice_the_r
     assert ridge.halving_step(gram, moments, 1e-12 * gamma) is None  # it says nothing
 
 
-def test_the_curvature_along_a_row_is_without_what_was_added():
-    q = torch.tensor([0.1, 0.9, 1.0, -0.3, 2.0])
-    curvature = torch.tensor([0.1, 0.9, 1.0, 1.0, 1.0])
-    logistic = torch.tensor([0.09, 0.09, 0.0, 0.21, 0.0])
-    torch.testing.assert_close(ridge.own_curvature(q, curvature, 0.0), logistic)
-    torch.testing.assert_close(ridge.own_curvature(q, curvature, 1.0), curvature)
+def test_slopes_follow_the_output():
+    q = torch.tensor([0.1, 0.9, 1.0, -0.3, 0.0], dtype=torch.float64)
+    change = torch.tensor([-1.0, 2.0, -5.0, 0.5, 3.0], dtype=torch.float64)
+    curvature = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    odds = q.abs() / (1 - q.abs()) * torch.exp(-change * q.sign())  # of the wrong answer
+    logistic = torch.where(q == 1, q, q.sign() * odds / (1 + odds))
+    torch.testing.assert_close(ridge.moved_slopes(q, curvature, change, 0.0), logistic)
+    linear = q - curvature * change
+    torch.testing.assert_close(ridge.moved_slopes(q, curvature, change, 1.0), linear)
+    between = ridge.moved_slopes(q, curvature, change, 0.25)
+    torch.testing.assert_close(between, 0.75 * logistic + 0.25 * linear)
 
 
 @pytest.mark.parametrize("fitted", [0.0, 0.5, 1.0])
