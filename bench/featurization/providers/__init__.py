@@ -85,6 +85,9 @@ PROVIDERS: dict[str, Provider] = {
     "trak": Provider("trak 0.3.2, float32", trakpkg.prepare, against="sjlt"),
     "dattri": peer("dattri, projected gradients", dattri.project, "sjlt", DATTRI, by_dim=True),
     "dattri-logra": peer("dattri, LoGra 64 x 64", dattri.logra, "factored-64", DATTRI),
+    "dattri-logra-k": peer(
+        "dattri, LoGra, K in all", dattri.equal, "factored-16", DATTRI, by_dim=True
+    ),
     "bergson": peer("bergson, 16 x 16 a layer", bergson.recommended, "factored-16", BERGSON),
     "bergson-k": peer("bergson, K in all", bergson.equal, "factored-16", BERGSON, by_dim=True),
     "logix": peer("LogIX, 64 x 64 a layer", logix.recommended, "factored-64", LOGIX),

@@ -2,12 +2,14 @@
 
 Compared: ``project`` is one batch of TRAKAttributor.cache up to the projected gradient: its
 gradients by torch.func, its random projection at the same K. ``logra`` is LoGraAttributor.cache of
-a batch without a Hessian: linear layers only, 64 numbers for each side as it recommends (4096 a
-layer), kept in memory.
+a batch without a Hessian: linear layers only, kept in memory, with 64 numbers for each side as it
+recommends (4096 a layer); ``equal`` is the same with so few that all layers keep at most K.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +58,17 @@ class Losses(Logits):
 
 
 def logra(job: Job) -> Prepared:
-    """LoGra of all linear layers."""
+    """LoGra of all linear layers, 64 x 64 numbers each."""
+    return cache(job, lambda layers: SIDE)
+
+
+def equal(job: Job) -> Prepared:
+    """LoGra of all linear layers, at most K numbers in all."""
+    return cache(job, lambda layers: max(1, math.isqrt(job.proj_dim // layers)))
+
+
+def cache(job: Job, side_of: Callable[[int], int]) -> Prepared:
+    """LoGra with the side that ``side_of`` their number gives the layers."""
     from dattri.algorithm.logra import LoGraAttributor
     from dattri.task import AttributionTask
 
@@ -69,12 +81,11 @@ def logra(job: Job) -> Prepared:
         return losses_of(model, batch).sum()
 
     task = AttributionTask(loss, model, model.state_dict())
-    attributor = LoGraAttributor(
-        task, layers, "Identity", proj_dim=SIDE * SIDE, cache_dir=job.folder
-    )
+    numbers = side_of(len(layers)) ** 2
+    attributor = LoGraAttributor(task, layers, "Identity", proj_dim=numbers, cache_dir=job.folder)
 
     def call(batch: dict[str, Tensor]) -> None:
         samples = samples_of(batch)
         attributor.cache(DataLoader(samples, batch_size=len(samples)))
 
-    return Prepared(call, SIDE * SIDE * len(layers))
+    return Prepared(call, numbers * len(layers))
