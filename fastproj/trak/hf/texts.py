@@ -65,9 +65,14 @@ def read_samples(path: str | os.PathLike[str]) -> Any:
     return samples
 
 
+def lines_of(text: str) -> list[str]:
+    """Its lines; str.splitlines also ends them at U+2028 and form feeds, which texts may have."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+
+
 def read_lines(path: Path) -> list[dict[str, str]]:
     """A text a line."""
-    lines = read_text(path).splitlines()
+    lines = lines_of(read_text(path))
     texts = [line for line in lines if line.strip()]
     if len(texts) < len(lines):
         logger.info(
@@ -87,7 +92,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         what = "entry"
     else:
         numbered, what = [], "line"
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(lines_of(text), 1):
             if line.strip():
                 try:
                     numbered.append((number, json.loads(line)))
@@ -213,11 +218,15 @@ def tokenize(
             found.append(dict(sample))
             continue
         parts = parts_of(index, sample, task, named)
-        tokens = MAKERS[task](tokenizer, parts)
+        tokens = MAKERS[task](tokenizer, parts, {"truncation": False})
+        if max_length is not None and is_longer(tokens, max_length):
+            # A tokenizer keeps its special tokens, and shares the length out over a pair.
+            limit = {"truncation": True, "max_length": max_length}
+            tokens = MAKERS[task](tokenizer, parts, limit)
+            shorten(index, tokens, max_length)
+            cut += 1
         if "label" in parts:
             tokens["labels"] = number_of(index, parts["label"], label2id)
-        if max_length is not None:
-            cut += shorten(index, tokens, max_length)
         found.append(tokens)
     if cut:
         logger.warning(
@@ -260,13 +269,16 @@ def parts_of(
     return parts
 
 
-def of_text(tokenizer: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokens of one text, or of two."""
-    return dict(tokenizer(parts["text"], parts.get("text_pair"), truncation=False))
+def of_text(tokenizer: Any, parts: Mapping[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of one text, or of two. ``limit`` is how the tokenizer is told to cut."""
+    return dict(tokenizer(parts["text"], parts.get("text_pair"), **limit))
 
 
-def of_causal(tokenizer: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokens of a text, or of a prompt and its completion, which alone is predicted."""
+def of_causal(tokenizer: Any, parts: Mapping[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of a text, or of a prompt and its completion, which alone is predicted.
+
+    Whatever ``limit`` says, they are whole: no end token may stand where a text goes on.
+    """
     if "text" in parts:
         return dict(tokenizer(parts["text"], truncation=False))
     prompt, completion = parts["prompt"], parts["completion"]
@@ -284,10 +296,10 @@ def of_causal(tokenizer: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     return tokens
 
 
-def of_pair(tokenizer: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
+def of_pair(tokenizer: Any, parts: Mapping[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
     """The tokens of a source, and those of its target as labels."""
-    tokens = dict(tokenizer(parts["source"], truncation=False))
-    tokens["labels"] = tokenizer(text_target=parts["target"], truncation=False)["input_ids"]
+    tokens = dict(tokenizer(parts["source"], **limit))
+    tokens["labels"] = tokenizer(text_target=parts["target"], **limit)["input_ids"]
     return tokens
 
 
@@ -299,19 +311,22 @@ MAKERS = {
 }
 
 
-def shorten(index: int, tokens: dict[str, Any], length: int) -> bool:
-    """Cut what is longer than ``length`` tokens. Return whether anything was."""
-    longer = [name for name, part in tokens.items() if isinstance(part, list)]
-    longer = [name for name in longer if len(tokens[name]) > length]
-    for name in longer:
-        tokens[name] = tokens[name][:length]
+def is_longer(tokens: Mapping[str, Any], length: int) -> bool:
+    """Whether a sample has more than ``length`` tokens."""
+    return any(isinstance(part, list) and len(part) > length for part in tokens.values())
+
+
+def shorten(index: int, tokens: dict[str, Any], length: int) -> None:
+    """Cut what the tokenizer has not; ValueError where nothing to predict is left."""
+    for name, part in tokens.items():
+        if isinstance(part, list):
+            tokens[name] = part[:length]
     labels = tokens.get("labels")
-    if longer and isinstance(labels, list) and all(label == IGNORE_INDEX for label in labels):
+    if isinstance(labels, list) and all(label == IGNORE_INDEX for label in labels):
         raise ValueError(
             f"tokenize: sample {index} has no token of its completion within {length} tokens; "
             "expected a shorter prompt, or a larger max_length (--max-length)"
         )
-    return bool(longer)
 
 
 def number_of(index: int, label: Any, label2id: Mapping[str, int] | None) -> Any:

@@ -117,6 +117,26 @@ def test_what_is_too_long_is_cut_and_counted(caplog):
     assert "1 of 2 samples were cut to 3 tokens" in caplog.text
 
 
+def test_what_is_cut_keeps_its_end_and_both_texts():
+    pair = {"text": "w0 w1 w2 w3", "text_pair": "w4 w5 w6", "label": 1}
+    (found,) = tokenize([pair], models.tokenizer(), "text_classification", max_length=6)
+    assert found["input_ids"] == [5, 6, END, 9, 10, END]
+    (found,) = tokenize([{"text": "w0 w1 w2 w3"}], models.tokenizer(), "masked_lm", max_length=3)
+    assert found["input_ids"] == [5, 6, END]
+    both = {"source": "w0 w1 w2 w3", "target": "w2 w3 w4"}
+    (found,) = tokenize([both], models.tokenizer(), "seq2seq", max_length=3)
+    assert (found["input_ids"], found["labels"]) == ([5, 6, END], [7, 8, END])
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    texts = ["a\u2028b", "c\x0cd\x85e", "f"]
+    (tmp_path / "texts.txt").write_bytes("\r\n".join(texts).encode())
+    assert read_samples(tmp_path / "texts.txt") == [{"text": text} for text in texts]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "texts.jsonl").write_text(lines + "\n", encoding="utf-8")
+    assert read_samples(tmp_path / "texts.jsonl") == [{"text": text} for text in texts]
+
+
 def test_what_is_tokenised_stays_as_it_is():
     sample = {"input_ids": [9, 8], "labels": [-100, 8]}
     assert tokenize([sample], None, "causal_lm") == [sample]
