@@ -184,7 +184,7 @@ class TRAKer:
         self.projector = (
             make_projector(shapes, proj_dim, projector_seed, kind, block, factored)
             if projector is None
-            else check_projector(projector, kind, block, factored)
+            else check_projector(projector, shapes, kind, block, factored)
         )
         self.proj_dim = int(self.projector.proj_dim) or self.num_params_for_grad
         self.gradient_computer = resolve_gradient_computer(gradient_computer)(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from itertools import zip_longest
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -71,13 +72,15 @@ def check_model(model: Any) -> None:
 
 def check_projector(
     projector: Any,
+    shapes: dict[str, torch.Size],
     kind: str | None,
     block: SupportsIndex | None,
     factored: SupportsIndex | None,
 ) -> Any:
     """``projector``; raises TypeError unless it projects, and knows to how many dimensions.
 
-    Raises ValueError for arguments that name another matrix beside it.
+    Raises ValueError for arguments that name another matrix beside it, and for a FactoredProjector
+    of other parameters than ``shapes``.
     """
     if factored is not None:
         raise ValueError(
@@ -96,6 +99,16 @@ def check_projector(
             f"TRAKer: received projector={projector!r:.80}; expected None, or an object (not a "
             "class) with proj_dim and project(grads, model_id=)"
         )
+    if isinstance(projector, FactoredProjector):
+        wanted = [(name, tuple(shape)) for name, shape in shapes.items()]
+        given = [(name, tuple(shape)) for name, shape in projector.shapes.items()]
+        for one, other in zip_longest(given, wanted):
+            if one != other:
+                raise ValueError(
+                    f"TRAKer: received a FactoredProjector with {one} in the place of {other}; "
+                    "expected the names and shapes of the parameters that gradients are taken of, "
+                    "in the model's order (factored=r makes one of these)"
+                )
     return projector
 
 

@@ -40,6 +40,22 @@ def test_r_above_all_sides_changes_nothing(kind, tmp_path):
     assert np.abs(small - plain).max() > 0.01 * np.abs(plain).max()
 
 
+def test_a_projector_of_other_parameters_is_refused(tmp_path):
+    model = cases.net()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    cases.make(model, tmp_path, N, projector=fastproj.FactoredProjector(shapes, R, 32))
+    first, *rest = shapes
+    others = (
+        dict(reversed(shapes.items())),
+        {name: shapes[name] for name in rest},
+        shapes | {"more": (3, 4)},
+        shapes | {first: (*shapes[first], 2)},
+    )
+    for other in others:
+        with pytest.raises(ValueError, match="in the place of"):
+            cases.make(model, tmp_path, N, projector=fastproj.FactoredProjector(other, R, 32))
+
+
 def test_a_store_keeps_r_and_refuses_another(tmp_path):
     cases.make(cases.net(), tmp_path, N, factored=R)
     cases.make(cases.net(), tmp_path, N, factored=R)

@@ -83,11 +83,12 @@ class ProjectingSink:
             self.sides = {name: projector.sides(name, model_id) for name in params}
             rows = {name: projector.inner_rows(name) for name in params}
             self.sizes = {name: where.stop - where.start for name, where in rows.items()}
+            self.offsets = {name: where.start for name, where in rows.items()}
         else:
             self.sizes = {name: p.numel() for name, p in params.items()}
+            starts = accumulate(self.sizes.values(), initial=0)
+            self.offsets = dict(zip(self.sizes, starts, strict=False))
         self.projectors = for_each(outer, factors, list(params))
-        starts = accumulate(self.sizes.values(), initial=0)
-        self.offsets = dict(zip(self.sizes, starts, strict=False))
         first = next(iter(params.values()))
         wide = any(p.dtype == torch.float64 for p in params.values())
         self.out = first.new_zeros(
