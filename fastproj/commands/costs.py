@@ -103,7 +103,8 @@ class Run:
         found = {"features": self.checkpoints * self.samples * (row + counts)}
         if self.fisher:
             found["drawn rows of the Fisher matrix"] = self.checkpoints * self.drawn * row
-        found["matrices"] = self.checkpoints * 8 * self.size**2
+        step = 8 * self.proj_dim if self.fisher else 0  # by which slopes are moved
+        found["matrices"] = self.checkpoints * (8 * self.size**2 + step)
         found["features of targets"] = self.checkpoints * self.targets * row
         found["scores"] = 4 * self.samples * self.targets
         return found

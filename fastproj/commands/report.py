@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fastproj.commands.arguments import add_json, add_option, command_parser, positive
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.trak.evaluation.report import Page, write_report
-from fastproj.trak.files import StoreError, parsed_json, read_text
+from fastproj.trak.files import StoreError, lines_of, parsed_json, read_text
 from fastproj.trak.store.scores import load_array, load_scores
 
 TEXTS = "expected a list of texts, or of lists of tokens"
@@ -127,7 +127,7 @@ def load_texts(path: Path | None) -> list[str] | list[list[str]] | None:
         return None
     text = read_text(path)
     if path.suffix != ".json":
-        return text.removesuffix("\n").split("\n")  # splitlines also ends lines at U+2028
+        return lines_of(text)
     try:
         found = parsed_json(path, text)
     except ValueError as error:

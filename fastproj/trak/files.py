@@ -182,6 +182,11 @@ def read_text(path: Path, newline: str | None = None) -> str:
         raise ValueError(f"{path} is no text in UTF-8 ({error}); expected one") from None
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of what ``read_text`` gave; str.splitlines also ends them at U+2028 and others."""
+    return text.removesuffix("\n").split("\n")
+
+
 def parsed_json(path: Path, text: str) -> Any:
     """What a text from ``path`` says; ValueError, by name, where it isn't JSON."""
     try:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastproj.trak.files import parsed_json, read_text
+from fastproj.trak.files import lines_of, parsed_json, read_text
 from fastproj.trak.tasks.language import IGNORE_INDEX
 
 FILES = ".jsonl (or .json), .txt, .parquet, or a folder of datasets' save_to_disk"
@@ -63,11 +63,6 @@ def read_samples(path: str | os.PathLike[str]) -> Any:
     if not len(samples):
         raise ValueError(f"received {str(path)!r} without a sample; expected at least one")
     return samples
-
-
-def lines_of(text: str) -> list[str]:
-    """Its lines; str.splitlines also ends them at U+2028 and form feeds, which texts may have."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
 def read_lines(path: Path) -> list[dict[str, str]]:
@@ -218,11 +213,13 @@ def tokenize(
             found.append(dict(sample))
             continue
         parts = parts_of(index, sample, task, named)
-        tokens = MAKERS[task](tokenizer, parts, {"truncation": False})
+        tokens = MAKERS[task](tokenizer, parts, truncation=False)
         if max_length is not None and is_longer(tokens, max_length):
-            # A tokenizer keeps its special tokens, and shares the length out over a pair.
-            limit = {"truncation": True, "max_length": max_length}
-            tokens = MAKERS[task](tokenizer, parts, limit)
+            # A tokenizer keeps its special tokens, and shares the length out over a pair. For a
+            # causal model no end token may stand where a text goes on.
+            if task != "causal_lm":
+                limit = {"truncation": True, "max_length": max_length}
+                tokens = MAKERS[task](tokenizer, parts, **limit)
             shorten(index, tokens, max_length)
             cut += 1
         if "label" in parts:
@@ -269,18 +266,15 @@ def parts_of(
     return parts
 
 
-def of_text(tokenizer: Any, parts: Mapping[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of one text, or of two. ``limit`` is how the tokenizer is told to cut."""
+def of_text(tokenizer: Any, parts: Mapping[str, Any], **limit: Any) -> dict[str, Any]:
+    """The tokens of one text, or of two. ``limit`` says whether the tokenizer cuts, and where."""
     return dict(tokenizer(parts["text"], parts.get("text_pair"), **limit))
 
 
-def of_causal(tokenizer: Any, parts: Mapping[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of a text, or of a prompt and its completion, which alone is predicted.
-
-    Whatever ``limit`` says, they are whole: no end token may stand where a text goes on.
-    """
+def of_causal(tokenizer: Any, parts: Mapping[str, Any], **limit: Any) -> dict[str, Any]:
+    """The tokens of a text, or of a prompt and its completion, which alone is predicted."""
     if "text" in parts:
-        return dict(tokenizer(parts["text"], truncation=False))
+        return dict(tokenizer(parts["text"], **limit))
     prompt, completion = parts["prompt"], parts["completion"]
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -288,7 +282,7 @@ def of_causal(tokenizer: Any, parts: Mapping[str, Any], limit: dict[str, Any]) -
             "say where in a text its tokens are; expected a fast tokenizer (tokenizer.json), "
             "samples with 'text', or tokenised ones with 'input_ids' and 'labels'"
         )
-    tokens = dict(tokenizer(prompt + completion, truncation=False, return_offsets_mapping=True))
+    tokens = dict(tokenizer(prompt + completion, return_offsets_mapping=True, **limit))
     ends = [end for _, end in tokens.pop("offset_mapping")]
     first = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ends))
     ids = tokens["input_ids"]
@@ -296,7 +290,7 @@ def of_causal(tokenizer: Any, parts: Mapping[str, Any], limit: dict[str, Any]) -
     return tokens
 
 
-def of_pair(tokenizer: Any, parts: Mapping[str, Any], limit: dict[str, Any]) -> dict[str, Any]:
+def of_pair(tokenizer: Any, parts: Mapping[str, Any], **limit: Any) -> dict[str, Any]:
     """The tokens of a source, and those of its target as labels."""
     tokens = dict(tokenizer(parts["source"], **limit))
     tokens["labels"] = tokenizer(text_target=parts["target"], **limit)["input_ids"]

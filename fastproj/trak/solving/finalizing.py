@@ -176,12 +176,12 @@ def keep_lambda(
             choice.relative,
             choice.rule,
         )
-    solution = computer.solve(gram, value)
-    if q is not None and system.fisher:
+    if q is not None and system.fisher:  # before there is a factor: two such matrices are enough
         step = step_of(systems, model_id, system, gram, moments, ridge)
         systems.write_step(model_id, step)
         facts["training_ridge"] = ridge
         facts["halved"] = None if step is None else q.residual
+    solution = computer.solve(gram, value)
     systems.write_solve(model_id, {**facts, **solution.summary()})
     logger.info(
         "model_id %d: lambda %.3g, condition estimate %.1e (%s)",
@@ -200,11 +200,13 @@ def step_of(
     moments: Moments,
     ridge: float | None,
 ) -> Tensor | None:
-    """``halving_step`` as float64 [k]."""
+    """``halving_step`` as float64 [k]; None also where it moves no slope, as of sequences."""
+    if bool((systems.store.out_to_loss(model_id) == 1).all()):
+        return None
     step = halving_step(gram, moments, ridge)
     if step is None or not system.dual:
         return step
-    order = systems.read_gram(model_id, system)[0]["order"].numpy()
+    order = systems.read_order(model_id, system).numpy()
     total = torch.zeros(gram.k, dtype=torch.float64)
     for places, rows in stored_rows(systems.store, model_id, system, order).read():
         total += rows.double().mT @ step[places]
@@ -233,7 +235,7 @@ def own_scores(systems: Systems, computer: ScoreComputer, model_id: int) -> Tens
     """``phi (S^T S + lambda I)^-1 phi`` of each training sample, float64 [n], by the dual."""
     system, store = systems.read_system(model_id), systems.store
     solution, gram = solved(systems, computer, model_id)
-    order = systems.read_gram(model_id, system)[0]["order"]
+    order = systems.read_order(model_id, system)
     out = torch.empty(int(order.max()) + 1, dtype=torch.float64)
     out[order] = solution.on_own_rows(gram.matrix)
     samples = out[: store.train_set_size]  # the others are rows that were drawn

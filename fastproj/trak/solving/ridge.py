@@ -242,8 +242,7 @@ def choose_fisher_lambda(
         left = 1 - dimension / gram.n
         log_lambda += moments.fit_share() * math.log(max(left, UNUSED)) / 2
         free = max(1 - dimension / gram.k, 0.0) * max(left, 0.0)
-        inside = LOWEST < math.log(ridge * gram.k / trace) < HIGHEST
-        trust = free * moments.fit_share() if inside else 0.0
+        trust = free * moments.fit_share() if is_found(gram, ridge) else 0.0
         if trust > 0:
             margin = MARGIN ** (1 - residual) * REGRESSION_MARGIN**residual
             above = math.log(margin * ridge / free) - log_lambda
@@ -388,14 +387,19 @@ def halving_step(gram: Gram, moments: Moments, ridge: float | None) -> Tensor | 
 
     ridge : gamma, as ``agreeing_ridge`` finds it.
     """
-    unit = gram.trace / gram.k
-    if ridge is None or not LOWEST < math.log(ridge / unit) < HIGHEST:
+    if ridge is None or not is_found(gram, ridge):
         return None
     start = moments.response if gram.dual else moments.fitted
-    return -ridge * solved(gram.matrix, 2 * ridge, solved(gram.matrix, ridge, start))
+    whole = regularised(gram.matrix, ridge, start)
+    return -ridge * regularised(gram.matrix, 2 * ridge, whole)
 
 
-def solved(matrix: Tensor, ridge: float, vector: Tensor) -> Tensor:
+def is_found(gram: Gram, ridge: float) -> bool:
+    """Whether a ridge isn't at the ends of where it was sought, where it says nothing."""
+    return LOWEST < math.log(ridge * gram.k / gram.trace) < HIGHEST
+
+
+def regularised(matrix: Tensor, ridge: float, vector: Tensor) -> Tensor:
     """``(A + ridge I)^-1 vector`` of a positive semi-definite A, float64 [r, r]."""
     factor = cholesky(matrix, ridge)
     if factor is not None:

@@ -29,6 +29,9 @@ class Systems:
         """Whether a lambda and its matrix, of the features that are there now, were stored."""
         if not self.solve_path(model_id).exists():
             return False
+        halved = self.read_solve(model_id).get("halved")
+        if halved is not None and not self.step_path(model_id).exists():
+            return False
         return self.has_gram(model_id, self.read_system(model_id))
 
     def gram_path(self, model_id: int, system: System, part: GramPart | None = None) -> Path:
@@ -77,6 +80,11 @@ class Systems:
         path = self.gram_path(model_id, system, part)
         tensors, metadata = self.store.read(path, model_id)
         return tensors, int(metadata["n"]), float(metadata["eps"])
+
+    def read_order(self, model_id: int, system: System) -> Tensor:
+        """The numbers of the rows of a dual system, int64, without its matrix."""
+        path = self.gram_path(model_id, system)
+        return self.store.read(path, model_id, names=("order",))[0]["order"]
 
     def remove_parts(self, model_id: int, system: System) -> None:
         """Remove the parts of a Gram matrix, which is whole now."""

@@ -332,8 +332,10 @@ def test_a_regression_has_nothing_to_draw(tmp_path):
     """F is Phi^T Phi, and Q are the residuals."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
-    y = x[:, 0] + torch.randn(40, generator=generator, dtype=torch.float64)
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    y = model(x)[:, 0].detach()  # it has been fitted
+    y += 0.1 * torch.randn(40, generator=generator, dtype=torch.float64)
     task = FunctionModelOutput(
         lambda model, batch: model(batch[0])[:, 0],
         likelihood=lambda f, batch: -0.5 * (batch[1] - f) ** 2,
@@ -360,6 +362,7 @@ def test_a_regression_has_nothing_to_draw(tmp_path):
     phi = cases.projected(torch.stack(rows), 8, 0)
     f = model(x)[:, 0].detach()
     gram, gamma = phi.T @ phi, solved(traker)[0]["training_ridge"]
+    assert solved(traker)[0]["halved"] == 1.0
     fitted = phi.T @ (f - f.mean() + y - f)
     whole, half = (torch.linalg.solve(gram + r * torch.eye(8), fitted) for r in (gamma, 2 * gamma))
     residual = y - f - phi @ (half - whole)
@@ -554,6 +557,46 @@ def test_at_half_of_the_data_a_ridge_regression_has_the_residuals_of_twice_the_r
     torch.testing.assert_close(whole - rows @ step, half)
     assert ridge.halving_step(gram, moments, None) is None
     assert ridge.halving_step(gram, moments, 1e-12 * gamma) is None  # it says nothing
+
+
+@pytest.mark.parametrize("k", [16, 64])
+def test_a_step_that_is_gone_is_made_again(tmp_path, k):
+    train, targets = data(20), data(M, seed=5)
+    models = networks(train)
+    options = {"proj_dim": k, "curvature": Fisher(draws=3)}
+    scores = np.array(cases.whole_run(tmp_path, models, train, targets, **options))
+    traker = cases.make(models[0], tmp_path, 20, **options)
+    assert traker.saver.systems.is_finalized(1)
+    (tmp_path / "models/1/halving_step.safetensors").unlink()
+    assert not traker.saver.systems.is_finalized(1)
+    traker.finalize_features()
+    np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
+
+
+def test_slopes_move_alike_in_streams_and_in_parts_of_scores(tmp_path):
+    train, targets = data(20), data(M, seed=5)
+    model = networks(train)[1]
+    traker = cases.make(model, tmp_path, 20, proj_dim=64)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    traker.load_checkpoint(state, 0)
+    traker.featurize(train, num_samples=20)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", state, 0, M)
+    traker.score(targets, num_samples=M)
+    scores = np.array(traker.finalize_scores("test"))
+    assert solved(traker)[0]["halved"] == 0.0
+    some = tuple(part[3:9] for part in train)
+    assert_close(traker.score(some, stream=True), scores[3:9])
+    assert_close(traker.score(targets, per="module").sum(2), scores)
+
+
+def test_where_no_slope_moves_there_is_no_step(tmp_path):
+    """Nor its cost: two more Cholesky factors."""
+    traker = language(tmp_path, 20, 64, "auto")
+    finished(traker)
+    found = solved(traker)[0]
+    assert (found["halved"], found["training_ridge"] > 0) == (None, True)
+    assert not (tmp_path / "models/0/halving_step.safetensors").exists()
 
 
 def test_slopes_follow_the_output():

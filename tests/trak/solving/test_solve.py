@@ -118,6 +118,7 @@ def test_gram_of_blocks(monkeypatch, exact, scale):
     monkeypatch.setattr(module, "EXACT_FLOPS", math.inf if exact else 0)
     monkeypatch.setattr(module, "BLOCK_ROWS", 16)
     monkeypatch.setattr(module, "GRAM_TILE", 3)
+    monkeypatch.setattr(module, "GRAM_COLUMNS", 5)
     phi = (features(100, 8) * scale).float()
     phi[3] *= 1e4
     result = ScoreComputer().gram(phi.split(37), 8, 100)
