@@ -130,6 +130,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="one score a sample, for all targets together: to select data with",
     )
     add_option(scores, "--proj-dim", 4096, "K", "dimension of the features", positive)
+    scores.add_argument(
+        "--factored",
+        type=positive,
+        metavar="r",
+        help="compress both sides of each layer's gradient to r first: faster for large models, at "
+        "some cost in quality (default: gradients as they are)",
+    )
     add_option(scores, "--batch-size", 16, "B", "samples at once", positive)
     add_option(scores, "--seed", 0, "N", "of the projection")
     add_option(scores, "--top", 5, "N", "samples to print on each side", positive)
@@ -203,6 +210,7 @@ def score(options: argparse.Namespace) -> Outcome:
         grad_wrt=None if options.grad_wrt == "all" else options.grad_wrt,
         proj_dim=options.proj_dim,
         projector_seed=options.seed,
+        factored=options.factored,
         logging_level=logging.WARNING,
     )
     first = traker.traker.ranks.first

@@ -74,6 +74,23 @@ def test_scores_of_the_checkpoints_of_a_training(here, capsys):
     np.testing.assert_array_equal(np.load("fastproj-trak/scores/targets.mmap"), found)
 
 
+def test_factored_gradients(here, capsys):
+    model = "run/checkpoint-5"
+    assert run(model, *DATA, "--factored", 3) == 0
+    found = np.load("fastproj-trak/scores/targets.mmap")
+    tokenizer = load_tokenizer(model)
+    rows, targets = (tokenize(rows, tokenizer, "causal_lm") for rows in (TRAIN, TARGETS))
+    traker = HFTRAKer(load_model(model), rows, [model], "other", proj_dim=16, factored=3)
+    np.testing.assert_array_equal(found, traker.score(targets))
+    assert run(model, *DATA, "--factored", 3) == 0  # again, from what is there
+    for other, said in ((("--factored", 4), "4"), ((), "None")):
+        capsys.readouterr()
+        assert run(model, *DATA, *other) == 1
+        printed = capsys.readouterr().err
+        assert f"factored 3 in the directory, {said} in this run" in printed
+        assert "the same settings (factored=3)" in printed
+
+
 def test_one_score_for_all_targets(here, capsys):
     assert run("run/checkpoint-5", *DATA, "--out", "each") == 0
     assert run("run/checkpoint-5", *DATA, "--mean", "--out", "mean", "--name", "dev") == 0
@@ -160,6 +177,7 @@ def test_long_samples_are_cut_to_what_the_model_takes(here, caplog):
         (("run", *DATA, "--name", "a/b"), "a/b"),
         (("run", *DATA, "--device", "nowhere"), "nowhere"),
         (("run", *DATA, "--seed", "-1"), "seed"),
+        (("run", *DATA, "--factored", 1 << 16), "factored=65536; expected 1 <= factored < 2^16"),
     ],
 )
 def test_what_can_not_work_is_said(here, capsys, arguments, said):
@@ -177,6 +195,8 @@ def test_what_can_not_work_is_said(here, capsys, arguments, said):
         (("run", "--train", "a.txt"), "--targets"),
         (("run", *DATA, "--column", "text"), "expected NAME=COLUMN"),
         (("run", *DATA, "--proj-dim", "0"), "expected an integer of at least 1"),
+        (("run", *DATA, "--factored", "0"), "received '0'; expected an integer of at least 1"),
+        (("run", *DATA, "--factored", "2.5"), "received '2.5'; expected an integer of at least 1"),
         (("run", *DATA, "--task", "lm"), "invalid choice: 'lm'"),
     ],
 )
