@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsFloat, SupportsIndex, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,6 +69,16 @@ def check_integer(
         top = f"2^{high.bit_length() - 1}" if high & (high - 1) == 0 else str(high)
         raise ValueError(f"{function}: received {name}={value}; expected {low} <= {name} < {top}")
     return value
+
+
+def check_flag(function: str, name: str, value: object) -> bool:
+    """``value`` as a bool. Raises TypeError, also for strings such as "no", which count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"{function}: received {name}={value!r:.80} ({type(value).__name__}); expected True or "
+            "False"
+        )
+    return bool(value)
 
 
 def check_proj_dim(function: str, proj_dim: SupportsIndex) -> int:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastproj.checks import check_integer
+from fastproj.checks import check_flag, check_integer
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak.curvature import Draws, Fisher, resolve_curvature
 from fastproj.trak.distributed import Ranks, local_device, ranks_of_this_run
@@ -542,6 +542,7 @@ class TRAKer:
         TypeError, ValueError
             As ``featurize``.
         """
+        stream = check_flag("score", "stream", stream)
         scoring = self._pass
         if scoring is None or scoring.exp_name is None:
             raise NotReadyError(

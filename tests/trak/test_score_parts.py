@@ -133,7 +133,7 @@ def test_an_empty_batch_has_no_scores(curvature, tmp_path):
     nothing = {name: t[:0] for name, t in batch_of(M, 2).items()}
     assert traker.score(nothing, per="module").shape == (N, 0, 5)
     assert traker.score(nothing, per="token").shape == (N, 0, T - 1)
-    assert traker.score(nothing, stream=True).shape == (0, M)
+    assert traker.score(nothing, stream=np.True_).shape == (0, M)
 
 
 def test_what_is_refused(tmp_path):
@@ -145,6 +145,9 @@ def test_what_is_refused(tmp_path):
         traker.score(targets, per="token", num_samples=M)
     with pytest.raises(ValueError, match="the batch alone"):
         traker.score(targets, per="token", stream=True)
+    for odd in ("no", 0, None):
+        with pytest.raises(TypeError, match=rf"received stream={odd!r} .*; expected True or False"):
+            traker.score(train, stream=odd)
     traker.start_scoring_checkpoint("later", traker.model.state_dict(), 0, M)
     with pytest.raises(NotReadyError, match="lacks 5 of 5 targets"):
         traker.score(train, stream=True)
