@@ -134,6 +134,8 @@ class FactoredProjector:
     ``inner_dim`` to ``proj_dim`` dimensions, as ``fastproj.Projector`` does. The map is linear,
     depends on shapes, seed and model_id alone, and keeps inner products in expectation.
 
+    ``TRAKer`` calls ``project`` of a subclass that overrides it, with whole gradients.
+
     Parameters
     ----------
     shapes : name -> shape of each parameter, in order; or a module, for all of its parameters.

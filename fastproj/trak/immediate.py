@@ -44,8 +44,8 @@ def scores_in_parts(
     if per == "module" and not projects_pieces(projector):
         raise ValueError(
             f'score: received per="module" with a {type(unscaled(projector)[0]).__name__}, which '
-            "can't project parts of a gradient; expected fastproj.Projector or "
-            "fastproj.FactoredProjector"
+            "can't project parts of a gradient; expected fastproj.Projector, or "
+            "fastproj.FactoredProjector whose project is not overridden"
         )
     if per == "token" and not hasattr(task, "token_outputs"):
         raise ValueError(

@@ -169,7 +169,8 @@ def matrix_of(projector: Any) -> dict[str, Any]:
     """What is stored of a projector: its class, its matrix, and what it does before that."""
     kind = getattr(projector, "kind", getattr(projector, "proj_type", "unknown"))
     block = getattr(projector, "block", None)
-    made = type(getattr(projector, "outer", projector))  # factored ones have another key beside
+    # That of a factored one is its outer matrix's, with r beside it; a subclass is another map.
+    made = type(projector.outer if type(projector) is FactoredProjector else projector)
     found = {
         "projector": f"{made.__module__}.{made.__qualname__}",
         "kind": str(getattr(kind, "value", kind)),

@@ -56,6 +56,39 @@ def test_a_projector_of_other_parameters_is_refused(tmp_path):
             cases.make(model, tmp_path, N, projector=fastproj.FactoredProjector(other, R, 32))
 
 
+class Halved(fastproj.FactoredProjector):
+    """Another map by a ``project`` of its own."""
+
+    def project(self, grads, model_id=0):
+        return super().project({name: g / 2 for name, g in grads.items()}, model_id)
+
+
+@pytest.mark.parametrize("computer", ["hooks", "func", "loop"])
+@pytest.mark.parametrize("curvature", ["trak", "fisher"])
+def test_a_project_of_its_own_is_used(tmp_path, curvature, computer):
+    """Also by hooks, which compress the gradients of other FactoredProjectors by themselves."""
+    model, features = cases.net(), []
+    for kind in (fastproj.FactoredProjector, Halved):
+        projector = kind(model, R, 32, scale=None)
+        how = {"gradient_computer": computer, "curvature": curvature, "projector": projector}
+        traker = cases.make(model, tmp_path / kind.__name__, N, **how)
+        cases.featurize(traker, model, 0, TRAIN)
+        features.append(traker.saver.matrix(0))
+    torch.testing.assert_close(features[1], features[0] / 2)
+    with pytest.raises(StoreMismatchError, match=r"projector .*Projector' in .*\.Halved' in this"):
+        cases.make(model, tmp_path / "FactoredProjector", N, **how)
+
+
+def test_parts_of_a_gradient_do_not_go_to_a_project_of_its_own(tmp_path):
+    model = cases.net()
+    traker = cases.make(model, tmp_path, N, projector=Halved(model, R, 32, scale=None))
+    cases.featurize(traker, model, 0, TRAIN)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("t", model.state_dict(), 0, M)
+    with pytest.raises(ValueError, match=r"a Halved, .* whose project is not overridden"):
+        traker.score(TARGETS, per="module")
+
+
 def test_a_store_keeps_r_and_refuses_another(tmp_path):
     cases.make(cases.net(), tmp_path, N, factored=R)
     cases.make(cases.net(), tmp_path, N, factored=R)

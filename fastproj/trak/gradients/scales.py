@@ -63,8 +63,15 @@ def unscaled(projector: Any) -> tuple[Any, Mapping[str, float]]:
 
 
 def projects_pieces(projector: Any) -> bool:
-    """Whether it takes gradients piece by piece."""
-    return isinstance(unscaled(projector)[0], Projector | FactoredProjector)
+    """Whether it takes gradients piece by piece.
+
+    A ``FactoredProjector`` with a ``project`` of its own takes whole ones: pieces are compressed by
+    its sides and would pass by what it overrides.
+    """
+    projector, _ = unscaled(projector)
+    if isinstance(projector, FactoredProjector):
+        return getattr(projector.project, "__func__", None) is FactoredProjector.project
+    return isinstance(projector, Projector)
 
 
 def for_each(
