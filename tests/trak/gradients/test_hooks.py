@@ -369,6 +369,24 @@ def test_all_computers_factor_alike(computer, size):
     torch.testing.assert_close(made.project(batch, factored, 1), factored.project(exact, 1))
 
 
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("r", [2, 4, 6])
+def test_conv1d_of_transformers_is_factored(r, shape, monkeypatch):
+    """GPT-2's layer, W [I, O] = [4, 6]: both sides are compressed, one, and none."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    layer = transformers.pytorch_utils.Conv1D(6, 4)
+    model = Classifier(layer, 6).double().eval()
+    batch = (floats(*shape), torch.arange(N) % CLASSES)
+    exact = flat(IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch))
+    monkeypatch.setattr(recorder, "local_gradients", None)
+    factored = fastproj.FactoredProjector(model, r, 32, seed=4, scale=None)
+    found = HookGradientComputer(model, TASK).project(batch, factored, 2)
+    torch.testing.assert_close(found, factored.project(exact, 2))
+    plain = Projector(exact.shape[1], 32, 4, "sjlt", scale=None).project(exact, 2)
+    assert torch.allclose(found, plain) == (r == 6)
+
+
 def test_a_factored_layer_is_not_formed_but_to_be_checked(monkeypatch):
     """Of a second batch like the first, no piece is as wide as a layer's gradient."""
     model = nn.Sequential(nn.Flatten(), *(nn.Linear(32, 32) for _ in range(6)), nn.Linear(32, 3))

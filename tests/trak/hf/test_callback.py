@@ -70,11 +70,12 @@ def test_it_is_the_same_with_adapters_and_checkpointed_activations(tmp_path):
     assert np.abs(ours.scores).max() > 0
 
 
-def check_by_checkpoints(tmp_path, ours, run):
+def check_by_checkpoints(tmp_path, ours, run, **options):
     """The scores are those of the checkpoints on disk."""
     folders = dict(zip(ours.steps, checkpoints_in(run), strict=True))
     samples = models.samples_for("causal_lm", SAMPLES)
-    after = HFTRAKer(folders[ours.steps[0]], samples, folders, tmp_path / "after", **OPTIONS)
+    options = {**OPTIONS, **options}
+    after = HFTRAKer(folders[ours.steps[0]], samples, folders, tmp_path / "after", **options)
     np.testing.assert_array_equal(ours.scores, after.score(samples[:3]))
 
 
@@ -82,6 +83,14 @@ def test_scores_are_those_of_the_saved_checkpoints(tmp_path):
     ours = callback(tmp_path)
     train(tmp_path / "run", [ours])
     check_by_checkpoints(tmp_path, ours, tmp_path / "run")
+
+
+def test_factored_gradients(tmp_path, plain, whole):
+    """The training is the same, and scores are those of the saved checkpoints."""
+    ours = callback(tmp_path, factored=3)
+    assert_same(state_of(train(tmp_path / "run", [ours])), plain[1])
+    check_by_checkpoints(tmp_path, ours, tmp_path / "run", factored=3)
+    assert np.abs(ours.scores - whole).max() > 0.01 * np.abs(whole).max()
 
 
 def test_targets_may_come_later(tmp_path, whole):
