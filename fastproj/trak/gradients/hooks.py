@@ -95,8 +95,8 @@ class HookGradientComputer(AbstractGradientComputer):
     ``torch.func.vmap`` of that module alone for others. With a ``fastproj.Projector``, each is
     projected at its row offset and freed. So at most one layer's gradients are in memory, and often
     less: large layers come in pieces, embeddings with the rows that are looked up. With a
-    ``fastproj.FactoredProjector``, those of linear layers, convolutions and embeddings are formed
-    only in batches that are checked.
+    ``fastproj.FactoredProjector``, those of linear layers, convolutions without groups and
+    embeddings are formed only in batches that are checked.
     The gradients of a module that is called several times, and of a shared parameter, are summed.
     Where a parameter is used outside of its module's forward, a module above it takes its place, at
     last the whole model under ``torch.func``. A log line says so.
