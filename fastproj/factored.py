@@ -67,12 +67,14 @@ class Side:
             return self.apply(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         flat = x.reshape(-1, self.size)
-        made = torch.zeros(len(flat), self.rank, dtype=dtype)
         step = max(1, SIDE_BYTES // (self.rank * dtype.itemsize))
+        made: Tensor | None = None
         for start in range(0, self.size, step):
             stop = min(start + step, self.size)
             entries = self._entries(slice(self.first + start, self.first + stop), dtype, x.device)
-            made = torch.addmm(made, flat[:, start:stop].to(dtype), entries)
+            part = flat[:, start:stop].to(dtype)
+            made = part @ entries if made is None else torch.addmm(made, part, entries)
+        assert made is not None  # compressed sides are longer than r
         return (made * self.rank**-0.5).view(*x.shape[:-1], self.rank)
 
     def matrix(self, like: Tensor) -> Tensor:

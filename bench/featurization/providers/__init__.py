@@ -79,6 +79,9 @@ PROVIDERS: dict[str, Provider] = {
         f"factored-{r}": features(f"factored, r = {r}", r in (16, 64, 128), factored=r)
         for r in (8, 16, 32, 64, 128)
     },
+    "factored-16-linear": features(
+        "factored, r = 16, linear weights", by_default=False, factored=16, linear=True
+    ),
     "default": ours_with("as it comes, all drawn for"),
     "func": features("sjlt, torch.func", by_default=False, gradient_computer="func"),
     "loop": features("sjlt, loop", by_default=False, gradient_computer="loop"),

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.featurization.job import Job, Prepared, Unsupported
 from fastproj import TRAKer
@@ -20,8 +20,13 @@ FEATURES = {"curvature": "trak"}
 WARM_UP = 4
 
 
-def prepare(job: Job, **options: Any) -> Prepared:
-    """TRAKer with these options, the rest as it comes."""
+def prepare(job: Job, linear: bool = False, **options: Any) -> Prepared:
+    """TRAKer with these options, the rest as it comes.
+
+    linear : gradients by the weights of linear layers alone, as other packages take them.
+    """
+    if linear:
+        options["grad_wrt"] = linear_weights(job.model)
     try:
         traker = TRAKer(
             job.model,
@@ -46,14 +51,26 @@ def prepare(job: Job, **options: Any) -> Prepared:
     return Prepared(call, job.proj_dim, WARM_UP, check=found, details=computer)
 
 
+def linear_weights(model: nn.Module) -> list[str]:
+    """The names of the weights of all linear layers, also of GPT-2's Conv1D, in the model."""
+    names = {id(p): name for name, p in model.named_parameters()}  # a shared weight's first one
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    ]
+    return list(dict.fromkeys(names[id(layer.weight)] for layer in layers))
+
+
 def against_gradient(traker: Any, batch: dict[str, Tensor]) -> float:
     """|phi|^2 / |grad f|^2 of the sample that was featurized last, the last of ``batch``."""
     model = traker.model
     model.zero_grad(set_to_none=True)
     sample = {name: part[-1:] for name, part in batch.items()}
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    chosen = [weights[name] for name in traker.gradient_computer.names]
     out = traker.task.outputs(model, weights, buffers, (sample,))
-    grads = torch.autograd.grad(out.sum(), list(weights.values()), allow_unused=True)
+    grads = torch.autograd.grad(out.sum(), chosen, allow_unused=True)
     exact = sum(float(g.double().square().sum()) for g in grads if g is not None)
     done = int(traker.saver.index(0).done.sum())
     features = traker.saver.matrix(0)[done - 1].double() * traker.normalize_factor

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastproj.factored import FactoredProjector
 from fastproj.memory import is_out_of_memory
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, dense
@@ -36,7 +37,7 @@ from fastproj.trak.gradients.recorder import Layout, Owned, Recorder, Seen
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
 from fastproj.trak.gradients.running import wide_sums
-from fastproj.trak.gradients.scales import projects_pieces
+from fastproj.trak.gradients.scales import projects_pieces, unscaled
 from fastproj.trak.gradients.sinks import (
     Check,
     CollectingSink,
@@ -105,7 +106,7 @@ class HookGradientComputer(AbstractGradientComputer):
     batch dimension is inside the model. A module that other samples call more often is an error.
     After each ``load_model_params``, the first batch of each structure (shapes, control flow) is
     checked against plain autograd, and now and then a later one (``proof``). A batch of one sample
-    gets plain autograd's gradients.
+    gets plain autograd's gradients, but for a ``fastproj.FactoredProjector``.
 
     Raises
     ------
@@ -125,9 +126,10 @@ class HookGradientComputer(AbstractGradientComputer):
         self._used: set[str] = set()  # what f of some batch has been seen to depend on
         self._structures: set[tuple[Rows, int]] = set()  # of batches that were checked
         self._ahead: tuple[list[Any], Forward] | None = None
-        self._batches = {False: 0, True: 0}  # so far, of several samples; of drawn rows alone
+        self._batches = {False: 0, True: 0}  # so far by hooks; of drawn rows alone
         self._checks = 0
         self._plans: dict[Any, Plan] = {}
+        self._factored = False  # whether the projector of the last batch compresses both sides
         if not hasattr(self, "_work"):
             self._work = Workspace()
 
@@ -188,6 +190,7 @@ class HookGradientComputer(AbstractGradientComputer):
     ) -> list[Tensor]:
         """The projections of some outputs of the samples, [B, proj_dim] each."""
         self.on_trust = False
+        self._factored = isinstance(unscaled(projector)[0], FactoredProjector)
         sinks: list[ProjectingSink] = []
 
         def sink(uses: Counter[str]) -> Sink:
@@ -204,6 +207,7 @@ class HookGradientComputer(AbstractGradientComputer):
     ) -> list[Tensor]:
         """What each of ``modules_of`` the parameters adds to ``project``, [B, proj_dim] each."""
         self.on_trust = False
+        self._factored = isinstance(unscaled(projector)[0], FactoredProjector)
         sinks: list[ModuleSink] = []
 
         def sink(uses: Counter[str]) -> Sink:
@@ -232,7 +236,7 @@ class HookGradientComputer(AbstractGradientComputer):
         may round differently.
         """
         self._ahead = None
-        if batches.size(batch) == 1 or not self.trusting:
+        if self._is_plain(batch) or not self.trusting:
             return look(batch)
         replay = Replay(self.model)
         found: list[Looked] = []
@@ -274,8 +278,10 @@ class HookGradientComputer(AbstractGradientComputer):
         rows : which outputs of a sample.
         """
         made = self._forward_ahead(batch)
-        if batches.size(batch) == 1:  # nothing to ascribe to a sample, nothing to check
-            del made
+        one = batches.size(batch) == 1
+        if one and made is None and not self._is_plain(batch) and self.trusting:
+            made = self._forward_of_one(batch)
+        if one and made is None:
             self._single(batch, make_sink, rows)
             return
         self.on_trust = True
@@ -388,6 +394,29 @@ class HookGradientComputer(AbstractGradientComputer):
                 checked,
                 every,
             )
+
+    def _is_plain(self, batch: tuple[Any, ...]) -> bool:
+        """Whether plain autograd is the better way: one sample has nothing to be told apart from.
+
+        Not where both sides of a layer are compressed, for autograd would form its gradient.
+        """
+        return batches.size(batch) == 1 and not self._factored
+
+    def _forward_of_one(self, batch: tuple[Any, ...]) -> Forward | None:
+        """``_forward`` of one sample; None where only plain autograd can follow it."""
+        try:
+            return self._forward(batch)
+        except Exception as error:  # the plan needs batches of two and three, this sample doesn't
+            if is_out_of_memory(error):
+                raise
+            if "one" not in self.said:
+                self.said.add("one")
+                logger.warning(
+                    "hooks: a batch of one sample forms its gradients whole, which takes longer "
+                    "than factored ones: %s",
+                    error,
+                )
+            return None
 
     def _single(
         self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink], rows: Rows

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastproj.factored import FactoredProjector, Sides
+from fastproj.projector import Projector
 from fastproj.trak.gradients import base
 from fastproj.trak.gradients.parts import Part, Piece, Watched
 from fastproj.trak.gradients.proof import (
@@ -25,6 +26,10 @@ from fastproj.trak.gradients.proof import (
     wide,
 )
 from fastproj.trak.gradients.scales import for_each, unscaled
+
+# Numbers of a sample that wait until one call projects them. Compressed gradients of a layer are so
+# few that the calls would take longer than the arithmetic.
+GATHERED = 1 << 16
 
 
 class Sink(Protocol):
@@ -102,6 +107,7 @@ class ProjectingSink:
                 self.to_come[name] = count
                 left -= needed
         self.sums: dict[str, Tensor] = {}
+        self.waiting: list[Waiting] = []
 
     def add(self, name: str, part: Part) -> None:
         """Project a part piece by piece, or add it to those to be projected with the last one."""
@@ -125,6 +131,7 @@ class ProjectingSink:
         """Project the sums of which fewer parts came."""
         for name in list(self.sums):
             self._project(name, Piece(0, self.sums.pop(name)))
+        self._project_waiting()
 
     def _add_product(self, name: str, left: Tensor, right: Tensor) -> bool:
         offset = self.offsets[name]
@@ -140,9 +147,39 @@ class ProjectingSink:
         if isinstance(piece.rows, Tensor):
             part = projector.project(values, self.model_id, row_offset=offset)  # [b, k]
             self.out.index_add_(0, piece.rows, part)
+        elif self.sides and piece.rows == slice(None) and values.shape[1] < GATHERED:
+            self.waiting.append(Waiting(offset, projector, values.clone()))  # it may be reused
+            if sum(one.values.shape[1] for one in self.waiting) >= GATHERED:
+                self._project_waiting()
         else:
             out = self.out[piece.rows]
             projector.project(values, self.model_id, row_offset=offset, out=out, accumulate=True)
+
+    def _project_waiting(self) -> None:
+        """Project what waits: neighbours among the rows of the matrix in one call."""
+        self.waiting.sort(key=lambda one: one.offset)
+        while self.waiting:
+            run = [self.waiting.pop(0)]
+            while self.waiting and run[-1].is_followed_by(self.waiting[0]):
+                run.append(self.waiting.pop(0))
+            values = torch.cat([one.values for one in run], 1)
+            first = run[0]
+            first.projector.project(
+                values, self.model_id, row_offset=first.offset, out=self.out, accumulate=True
+            )
+
+
+class Waiting(NamedTuple):
+    """Values [B, n] to be projected from row ``offset`` on."""
+
+    offset: int
+    projector: Projector
+    values: Tensor
+
+    def is_followed_by(self, other: Waiting) -> bool:
+        """Whether one call can project both."""
+        end = self.offset + self.values.shape[1]
+        return end == other.offset and self.projector is other.projector
 
 
 class ModuleSink:

@@ -27,6 +27,7 @@ from fastproj.trak.gradients import (
     parts,
     recorder,
     resolve_gradient_computer,
+    sinks,
 )
 from tests.trak import cases, modules
 
@@ -394,11 +395,64 @@ def test_a_factored_layer_is_not_formed_but_to_be_checked(monkeypatch):
     factored = fastproj.FactoredProjector(model, 4, 32, scale=None)
     factored.outer = Recorded(factored.inner_dim, 32, kind="sjlt", scale=None)
     computer = HookGradientComputer(model, TASK)
-    computer.project(batch, factored, 0)
+    first = computer.project(batch, factored, 0)
+    factored.outer.seen.clear()
     monkeypatch.setattr(hooks, "worth_a_proof", lambda _: False)
     monkeypatch.setattr(parts.Product, "pieces", None)
-    computer.project(batch, factored, 0)
-    assert max(shape[1] for shape in factored.outer.seen) == 32
+    assert torch.equal(computer.project(batch, factored, 0), first)
+    assert factored.outer.seen == [(N, factored.inner_dim)]  # those of all layers wait for one call
+
+
+@pytest.mark.parametrize("numbers", [1, 20, 50, 100])
+def test_gradients_that_wait_for_each_other_are_projected_once_each(numbers, monkeypatch):
+    """However many numbers wait: sums of integers are exact in any order."""
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 3))
+    values = torch.Generator().manual_seed(0)
+    grads = {
+        name: torch.randint(-3, 4, (N, *p.shape), generator=values).float()
+        for name, p in model.named_parameters()
+    }
+    factored = fastproj.FactoredProjector(model, 4, 32, scale=None)
+    monkeypatch.setattr(sinks, "GATHERED", numbers)
+    sink = sinks.ProjectingSink(dict(model.named_parameters()), N, factored, 0, {})
+    for name in reversed(grads):
+        sink.add(name, parts.Piece(0, grads[name].flatten(1)))
+    sink.close()
+    assert torch.equal(sink.out, factored.project(grads))
+
+
+def test_a_factored_layer_of_one_sample_is_not_formed(monkeypatch):
+    """Its features are those of autograd's gradient, which was compared in the first batch."""
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(32, 32) for _ in range(3)), nn.Linear(32, 3))
+    batch = (floats(32).float()[:1], torch.zeros(1, dtype=torch.long))
+    factored = fastproj.FactoredProjector(model, 4, 32)
+    computer = HookGradientComputer(model, TASK)
+    exact = factored.project(computer.compute_rows(batch)[0])
+    for _ in range(3):
+        computer.compute_loss_grad(batch)
+        torch.testing.assert_close(computer.project(batch, factored, 0), exact)
+        monkeypatch.setattr(hooks, "worth_a_proof", lambda _: False)
+        monkeypatch.setattr(hooks, "whole_pieces", None)
+        monkeypatch.setattr(parts.Product, "pieces", None)
+
+
+def test_one_sample_that_hooks_cannot_follow_is_factored_all_the_same(caplog):
+    """The plan takes batches of two and three; a model for one sample at a time takes neither."""
+
+    class OneByOne(nn.Linear):
+        def forward(self, x):
+            assert len(x) == 1, "one sample at a time"
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Flatten(), OneByOne(32, 3))
+    batch = (floats(32).float()[:1], torch.zeros(1, dtype=torch.long))
+    factored = fastproj.FactoredProjector(model, 4, 32)
+    computer = HookGradientComputer(model, TASK)
+    exact = factored.project(computer.compute_rows(batch)[0])
+    for _ in range(2):
+        computer.compute_loss_grad(batch)
+        assert torch.equal(computer.project(batch, factored, 0), exact)
+    assert caplog.text.count("one sample at a time") == 1
 
 
 def test_embeddings_stay_sparse():
