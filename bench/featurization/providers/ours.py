@@ -25,8 +25,9 @@ def prepare(job: Job, linear: bool = False, **options: Any) -> Prepared:
 
     linear : gradients by the weights of linear layers alone, as other packages take them.
     """
+    names = linear_weights(job.model) if linear else [n for n, _ in job.model.named_parameters()]
     if linear:
-        options["grad_wrt"] = linear_weights(job.model)
+        options["grad_wrt"] = names
     try:
         traker = TRAKer(
             job.model,
@@ -46,7 +47,7 @@ def prepare(job: Job, linear: bool = False, **options: Any) -> Prepared:
     def call(batch: dict[str, Tensor]) -> None:
         traker.featurize(batch, num_samples=len(batch["labels"]))
 
-    found = partial(against_gradient, traker) if options.get("curvature") == "trak" else None
+    found = partial(against_gradient, traker, names) if options.get("curvature") == "trak" else None
     computer = {"computer": getattr(traker.gradient_computer, "name", None)}
     return Prepared(call, job.proj_dim, WARM_UP, check=found, details=computer)
 
@@ -62,13 +63,16 @@ def linear_weights(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names[id(layer.weight)] for layer in layers))
 
 
-def against_gradient(traker: Any, batch: dict[str, Tensor]) -> float:
-    """|phi|^2 / |grad f|^2 of the sample that was featurized last, the last of ``batch``."""
+def against_gradient(traker: Any, names: list[str], batch: dict[str, Tensor]) -> float:
+    """|phi|^2 / |grad f|^2 of the sample that was featurized last, the last of ``batch``.
+
+    names : of the parameters that gradients are meant to be taken by.
+    """
     model = traker.model
     model.zero_grad(set_to_none=True)
     sample = {name: part[-1:] for name, part in batch.items()}
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    chosen = [weights[name] for name in traker.gradient_computer.names]
+    chosen = [weights[name] for name in names]
     out = traker.task.outputs(model, weights, buffers, (sample,))
     grads = torch.autograd.grad(out.sum(), chosen, allow_unused=True)
     exact = sum(float(g.double().square().sum()) for g in grads if g is not None)
