@@ -2,6 +2,8 @@
 
     python -m bench.featurize_quality --costs bench/results/<day>-<commit>-featurize.json
     python -m bench.featurize_quality --quick      one problem, tiny sizes: a minute or two
+    python -m bench.featurize_quality --again bench/results/<day>-<commit>-featurize-quality.json \
+        --costs ...                                draws what was measured, with other costs
 
 For dense and sparse matrices and factored gradients of rank 8 to 128, at each K: the LDS of
 fastproj.TRAKer's defaults with its bootstrap interval, and the difference to the dense one with the
@@ -11,7 +13,7 @@ multiple of a plain forward and backward of the same samples: a pass of one come
 of the other, and the median over checkpoints counts.
 
 These models are tiny: most of their time is that of calls. ``--costs`` takes the times of a large
-model from a result of bench.featurize, and the picture shows the LDS against these too.
+model from a result of bench.featurize, and the picture shows the LDS against these.
 """
 
 from __future__ import annotations
@@ -61,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     logging.disable(logging.INFO)
     costs = costs_of(options.costs, options.model)
+    if options.again is not None:
+        places = summary(json.loads(options.again.read_text(encoding="utf-8"))["runs"], costs)
+        draw(places, options.model, options.picture)
+        print(table(places))
+        return 0
     rows: list[Row] = []
     for name in options.problem:
         problem = PROBLEMS[name](**({"n": 200, "targets": 20} if options.quick else {}))
@@ -85,6 +92,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoints", type=positive, metavar="M", help="5")
     parser.add_argument("--subsets", type=positive, metavar="S", help="random halves; 200")
     parser.add_argument("--costs", type=Path, metavar="FILE", help="a result of bench.featurize")
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE", help="a result of this: draw it, measure nothing"
+    )
     parser.add_argument("--model", default=MODEL, help=f"of --costs: {MODEL}")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE", help="also draw there: docs/pictures/ as a rule"
@@ -246,33 +256,28 @@ COLOURS = {2048: "#2f6fde", 8192: "#c2571a"}
 
 
 def draw(places: Sequence[Row], model: str, path: Path) -> None:
-    """LDS against seconds, a column for each problem; below against a large model's cost."""
+    """LDS, a column for each problem, against a large model's cost; against seconds without one."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     problems = list(dict.fromkeys(row["problem"] for row in places))
-    axes_of = [("seconds", "seconds of featurizing 1,000 samples")]
+    name, label = "seconds", "seconds of featurizing 1,000 samples"
     if any(row["large_times"] is not None for row in places):
-        axes_of.append(("large_times", f"cost on {model}, x forward + backward"))
-    figure, axes = plt.subplots(
-        len(axes_of),
-        len(problems),
-        figsize=(5.2 * len(problems), 4.2 * len(axes_of)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for line, (name, label) in zip(axes, axes_of, strict=True):
-        for axis, problem in zip(line, problems, strict=True):
-            some = [row for row in places if row["problem"] == problem and row[name] is not None]
-            for k in dict.fromkeys(row["k"] for row in some):
-                draw_line(axis, [row for row in some if row["k"] == k], name, k)
-            axis.set_xlabel(label)
-            axis.set_title(problem, fontsize=10)
-            axis.grid(alpha=0.25)
-            axis.legend(fontsize=8, loc="lower right")
-        line[0].set_ylabel("linear datamodeling score")
+        name, label = "large_times", f"cost on {model}, x forward + backward"
+    size = 5.2 * len(problems), 4.2
+    figure, axes = plt.subplots(1, len(problems), figsize=size, squeeze=False, layout="constrained")
+    for axis, problem in zip(axes[0], problems, strict=True):
+        some = [row for row in places if row["problem"] == problem and row[name] is not None]
+        for k in dict.fromkeys(row["k"] for row in some):
+            draw_line(axis, [row for row in some if row["k"] == k], name, k)
+        axis.set_xlabel(label)
+        axis.set_xscale("log")
+        axis.set_title(problem, fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, loc="lower right")
+    axes[0][0].set_ylabel("linear datamodeling score")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

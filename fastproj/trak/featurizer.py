@@ -25,7 +25,7 @@ from fastproj.trak.gradients.memory import enough_memory
 from fastproj.trak.inputs import check_finite, check_mode
 from fastproj.trak.saver import Saver
 from fastproj.trak.store.store import DRAWN
-from fastproj.trak.tasks import TrainingOutput
+from fastproj.trak.tasks import TokenOutput, TrainingOutput
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -65,6 +65,7 @@ class Featurizer:
         self.training_computer: Any = None
         if draws is not None:
             self.training_computer = computer.sibling(TrainingOutput(task))
+        self._token_computer: Any = None
         self._lists = batches.Lists()
         self._warned_autocast = False
 
@@ -84,6 +85,16 @@ class Featurizer:
         self.computer.load_model_params(self.model)
         if self.draws is not None:
             self.training_computer.load_model_params(self.model)
+        self._token_computer = None
+
+    @property
+    def token_computer(self) -> Any:
+        """The computer of single labels' gradients, for as long as the model stays as it is: what
+        it has checked, it need not check again.
+        """
+        if self._token_computer is None:
+            self._token_computer = self.computer.sibling(TokenOutput(self.task))
+        return self._token_computer
 
     def prepare(self, function: str, batch: Any, count: int | None) -> tuple[tuple[Any, ...], int]:
         """The batch on the device, checked, and its size."""

@@ -21,7 +21,7 @@ from fastproj.trak.solving.scoring import (
     target_weights,
 )
 from fastproj.trak.solving.solve import ScoreComputer
-from fastproj.trak.tasks import TokenOutput
+from fastproj.trak.tasks.names import TASKS
 
 Scores = npt.NDArray[np.float32]
 
@@ -48,9 +48,10 @@ def scores_in_parts(
             "fastproj.FactoredProjector whose project is not overridden"
         )
     if per == "token" and not hasattr(task, "token_outputs"):
+        names = ", ".join(name for name, kind in TASKS.items() if hasattr(kind, "token_outputs"))
         raise ValueError(
-            f'score: received per="token" with the task {type(task).__name__}; expected causal_lm '
-            "or seq2seq, or a task with token_outputs"
+            f'score: received per="token" with the task {type(task).__name__}; expected {names}, '
+            "or a task with token_outputs"
         )
     if per not in ("module", "token"):
         raise ValueError(f"score: received per={per!r}; expected 'module' or 'token'")
@@ -64,7 +65,7 @@ def scores_in_parts(
         if per == "module":
             parts = project_modules(computer, batch, projector, model_id)
         else:
-            parts = computer.sibling(TokenOutput(task)).project_rows(batch, projector, model_id)
+            parts = made_by.token_computer.project_rows(batch, projector, model_id)
     rows = [made_by.scaled(part, np.arange(size)) for part in parts]
     targets = torch.stack(rows, 1).flatten(0, 1)
     scores = scores_of_targets(made_by.saver.systems, score_computer, model_id, targets)

@@ -76,3 +76,17 @@ def test_it_measures_draws_and_writes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(content["lds"]) == 3
     assert picture.stat().st_size > 10_000
     assert path.with_suffix(".png").exists()
+
+
+def test_what_was_measured_is_drawn_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a large model's costs, which came later."""
+    result, costs, picture = (tmp_path / name for name in ("it.json", "costs.json", "picture.png"))
+    result.write_text(json.dumps({"runs": [row("sjlt", 64, [1.0])]}))
+    made = {"workload": "gpt_36m", "proj_dim": 64, "seconds": [1.0]}
+    costs.write_text(json.dumps({"rows": [{**made, "provider": "sjlt", "times": 1.23}]}))
+    words = ["--again", result, "--costs", costs, "--picture", picture]
+    assert featurize_quality.main([str(word) for word in words]) == 0
+    assert "1.23" in capsys.readouterr().out
+    assert picture.stat().st_size > 10_000

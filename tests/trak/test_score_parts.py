@@ -96,6 +96,32 @@ def test_a_token_counts_as_if_it_were_the_only_label(tmp_path):
         np.testing.assert_allclose(alone[:, 0, place], by_token[:, 0, place], rtol=1e-4, atol=1e-6)
 
 
+def test_a_label_takes_one_backward(tmp_path, monkeypatch):
+    """What was checked is not checked again before another checkpoint is loaded."""
+    traker, _, _ = scored(tmp_path)
+    calls = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            calls.append(function)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch.autograd, "grad", counted(torch.autograd.grad))
+    monkeypatch.setattr(torch.Tensor, "backward", counted(torch.Tensor.backward))
+
+    def passes():
+        calls.clear()
+        traker.score(batch_of(M, 2), per="token")
+        return len(calls)
+
+    first, second, third = passes(), passes(), passes()  # checked, checked, not checked
+    assert first > second > third == T - 1
+    traker.start_scoring_checkpoint("t", traker.model.state_dict(), 0, M)
+    assert passes() > third
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("computer", ["auto", "loop"])
 def test_a_stream_of_training_samples_has_their_scores(computer, settings, tmp_path):
@@ -161,6 +187,8 @@ def test_tokens_are_of_language_models_alone(tmp_path):
     traker.featurize(batch, num_samples=6)
     traker.finalize_features()
     traker.start_scoring_checkpoint("t", model.state_dict(), 0, 6)
-    with pytest.raises(ValueError, match="causal_lm or seq2seq"):
+    with pytest.raises(
+        ValueError, match="expected seq2seq, causal_lm, masked_lm, token_classification, or"
+    ):
         traker.score(batch, per="token")
     assert traker.score(batch, per="module").shape == (6, 6, 1)
