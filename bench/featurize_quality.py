@@ -91,7 +91,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive, default=1, help="matrices for each LDS: 1")
     parser.add_argument("--checkpoints", type=positive, metavar="M", help="5")
     parser.add_argument("--subsets", type=positive, metavar="S", help="random halves; 200")
-    parser.add_argument("--costs", type=Path, metavar="FILE", help="a result of bench.featurize")
+    parser.add_argument(
+        "--costs", type=Path, nargs="+", default=[], metavar="FILE", help="of bench.featurize"
+    )
     parser.add_argument(
         "--again", type=Path, metavar="FILE", help="a result of this: draw it, measure nothing"
     )
@@ -170,15 +172,14 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def costs_of(path: Path | None, model: str) -> dict[tuple[str, int], float]:
-    """(way, K) -> times a plain forward and backward, of a model in a result of bench.featurize."""
-    if path is None:
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
+def costs_of(paths: Sequence[Path], model: str) -> dict[tuple[str, int], float]:
+    """(way, K) -> times a plain forward and backward, of a model in results of bench.featurize."""
+    found = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths]
     ways = {provider: way for way, (_, _, provider) in WAYS.items()}
     return {
         (ways[row["provider"]], row["proj_dim"]): row["times"]
-        for row in content["rows"]
+        for rows in found
+        for row in rows
         if row["workload"] == model and row["provider"] in ways and row["seconds"]
     }
 

@@ -38,9 +38,9 @@ def test_costs_are_medians_and_go_by_k(tmp_path: Path) -> None:
         {"workload": "gpt_36m", "provider": "plain", "proj_dim": 64, "times": 1.0, "seconds": [1]},
     ]
     result.write_text(json.dumps({"rows": rows}))
-    costs = costs_of(result, "gpt_36m")
+    costs = costs_of([result], "gpt_36m")
     assert costs == {("rademacher", 64): 4.0}
-    assert costs_of(None, "gpt_36m") == {}
+    assert costs_of([], "gpt_36m") == {}
     runs = [row("rademacher", 64, [3.0, 4.0, 90.0]), row("rademacher", 128, [6.0, 6.0, 6.0])]
     first, second = summary(runs, costs)
     assert first["seconds"] == 8.0
