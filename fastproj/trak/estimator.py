@@ -522,7 +522,7 @@ class TRAKer:
         ----------
         batch, inds, num_samples : as in ``featurize``, with the targets' numbers. With ``per`` or
             ``stream`` they have none.
-        per : "module", or "token" for language models: the scores of the targets in ``batch``, in
+        per : "module", or "token" for tasks of tokens: the scores of the targets in ``batch``, in
             parts that add up to them. A module's part comes from the gradient by its own
             parameters; parts are in the order of ``modules``. A token's part comes from the margin
             of its label, and takes a backward.

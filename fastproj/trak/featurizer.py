@@ -149,9 +149,7 @@ class Featurizer:
             have drawn ones. These are [b, k].
         """
         computer = self.computer if drawn is None else self.training_computer
-        if isinstance(computer, AbstractGradientComputer):
-            computer.trusting = not self.saver.distrusted(model_id)
-            computer.when_disproved = partial(self._distrust, model_id)
+        self.trust(computer, model_id)
         with self.computing():
             if drawn is not None:
                 chosen = torch.from_numpy(drawn).to(self.device)
@@ -164,6 +162,12 @@ class Featurizer:
                 grads = computer.compute_per_sample_grad(batch)
                 features = self.projector.project(grads, model_id=model_id)
         return [self.scaled(features, inds)]
+
+    def trust(self, computer: Any, model_id: int) -> None:
+        """Let a computer rely on checks of other batches, unless one of this checkpoint failed."""
+        if isinstance(computer, AbstractGradientComputer):
+            computer.trusting = not self.saver.distrusted(model_id)
+            computer.when_disproved = partial(self._distrust, model_id)
 
     def scaled(self, features: Tensor, inds: Indices) -> Tensor:
         """Features [B, k] over ``scale``, checked."""

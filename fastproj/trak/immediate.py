@@ -60,12 +60,15 @@ def scores_in_parts(
             len(modules_of(computer.names)) if per == "module" else task.num_predictions(batch)
         )
         return np.empty((made_by.saver.train_set_size, 0, parts_of_each), np.float32)
+    by_module = per == "module"
+    computer = computer if by_module else made_by.token_computer
+    made_by.trust(computer, model_id)
     with made_by.loaded.guarded("score", True), made_by.computing():
-        made_by.out_to_loss(batch)
-        if per == "module":
+        computer.compute_loss_grad(batch)  # which checks labels
+        if by_module:
             parts = project_modules(computer, batch, projector, model_id)
         else:
-            parts = made_by.token_computer.project_rows(batch, projector, model_id)
+            parts = computer.project_rows(batch, projector, model_id)
     rows = [made_by.scaled(part, np.arange(size)) for part in parts]
     targets = torch.stack(rows, 1).flatten(0, 1)
     scores = scores_of_targets(made_by.saver.systems, score_computer, model_id, targets)

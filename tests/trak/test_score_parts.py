@@ -9,6 +9,7 @@ from torch import nn
 
 from fastproj import TRAKer
 from fastproj.trak.curvature import Fisher
+from fastproj.trak.gradients.layout import HooksError
 from fastproj.trak.store.store import NotReadyError
 from tests.trak import modules
 
@@ -116,10 +117,30 @@ def test_a_label_takes_one_backward(tmp_path, monkeypatch):
         traker.score(batch_of(M, 2), per="token")
         return len(calls)
 
-    first, second, third = passes(), passes(), passes()  # checked, checked, not checked
-    assert first > second > third == T - 1
+    first, second, third, fourth = (passes() for _ in range(4))  # all checked but the third
+    assert first > second == fourth > third == T - 1
     traker.start_scoring_checkpoint("t", traker.model.state_dict(), 0, M)
-    assert passes() > third
+    assert passes() > T - 1  # the fifth of the old checkpoint would not be
+
+
+@pytest.mark.parametrize("per", ["module", "token"])
+def test_parts_are_not_on_trust_after_a_failed_check(per, tmp_path):
+    traker, _, _ = scored(tmp_path, computer="hooks")
+    traker.score(batch_of(M, 2), per=per)
+    traker.saver.distrust(0, "a check has failed")
+    with pytest.raises(HooksError, match="failed a check before"):
+        traker.score(batch_of(M, 2), per=per)
+
+
+@pytest.mark.parametrize(("per", "before"), [("module", 3), ("token", 2)])
+def test_labels_are_checked_in_the_forward_of_the_gradients(per, before, tmp_path):
+    traker, _, _ = scored(tmp_path)
+    for _ in range(before):  # the next is not checked
+        traker.score(batch_of(M, 2), per=per)
+    calls = []
+    traker.model.head.register_forward_hook(lambda *_: calls.append(1))
+    traker.score(batch_of(M, 2), per=per)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
