@@ -274,7 +274,6 @@ def draw(places: Sequence[Row], model: str, path: Path) -> None:
         for k in dict.fromkeys(row["k"] for row in some):
             draw_line(axis, [row for row in some if row["k"] == k], name, k)
         axis.set_xlabel(label)
-        axis.set_xscale("log")
         axis.set_title(problem, fontsize=10)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, loc="lower right")

@@ -80,7 +80,7 @@ PROVIDERS: dict[str, Provider] = {
         for r in (8, 16, 32, 64, 128)
     },
     "factored-16-linear": features(
-        "factored, r = 16, linear weights", by_default=False, factored=16, linear=True
+        "factored 16, linear layers", by_default=False, factored=16, linear=True
     ),
     "default": ours_with("as it comes, all drawn for"),
     "func": features("sjlt, torch.func", by_default=False, gradient_computer="func"),
