@@ -2,8 +2,9 @@
 
     python -m bench.featurize_quality --costs bench/results/<day>-<commit>-featurize.json
     python -m bench.featurize_quality --quick      one problem, tiny sizes: a minute or two
-    python -m bench.featurize_quality --again bench/results/<day>-<commit>-featurize-quality.json \
-        --costs ...                                draws what was measured, with other costs
+    python -m bench.featurize_quality --again bench/results/<day>-<commit>-featurize-quality.json
+
+The last draws what was measured before, measuring nothing, as a rule with other ``--costs``.
 
 For dense and sparse matrices and factored gradients of rank 8 to 128, at each K: the LDS of
 fastproj.TRAKer's defaults with its bootstrap interval, and the difference to the dense one with the
@@ -65,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     costs = costs_of(options.costs, options.model)
     if options.again is not None:
         places = summary(json.loads(options.again.read_text(encoding="utf-8"))["runs"], costs)
-        draw(places, options.model, options.picture)
         print(table(places))
+        if options.picture is not None:
+            draw(places, options.model, options.picture)
         return 0
     rows: list[Row] = []
     for name in options.problem:

@@ -108,6 +108,7 @@ class ProjectingSink:
                 left -= needed
         self.sums: dict[str, Tensor] = {}
         self.waiting: list[Waiting] = []
+        self.gathered = 0  # numbers of a sample that wait
 
     def add(self, name: str, part: Part) -> None:
         """Project a part piece by piece, or add it to those to be projected with the last one."""
@@ -149,7 +150,8 @@ class ProjectingSink:
             self.out.index_add_(0, piece.rows, part)
         elif self.sides and piece.rows == slice(None) and values.shape[1] < GATHERED:
             self.waiting.append(Waiting(offset, projector, values.clone()))  # it may be reused
-            if sum(one.values.shape[1] for one in self.waiting) >= GATHERED:
+            self.gathered += values.shape[1]
+            if self.gathered >= GATHERED:
                 self._project_waiting()
         else:
             out = self.out[piece.rows]
@@ -157,6 +159,7 @@ class ProjectingSink:
 
     def _project_waiting(self) -> None:
         """Project what waits: neighbours among the rows of the matrix in one call."""
+        self.gathered = 0
         self.waiting.sort(key=lambda one: one.offset)
         while self.waiting:
             run = [self.waiting.pop(0)]

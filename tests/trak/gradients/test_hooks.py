@@ -421,13 +421,18 @@ def test_gradients_that_wait_for_each_other_are_projected_once_each(numbers, mon
     assert torch.equal(sink.out, factored.project(grads))
 
 
-def test_a_factored_layer_of_one_sample_is_not_formed(monkeypatch):
-    """Its features are those of autograd's gradient, which was compared in the first batch."""
-    model = nn.Sequential(nn.Flatten(), *(nn.Linear(32, 32) for _ in range(3)), nn.Linear(32, 3))
+def one_sample(model):
+    """A batch of one, a FactoredProjector, a computer, and the features by autograd's gradient."""
     batch = (floats(32).float()[:1], torch.zeros(1, dtype=torch.long))
     factored = fastproj.FactoredProjector(model, 4, 32)
     computer = HookGradientComputer(model, TASK)
-    exact = factored.project(computer.compute_rows(batch)[0])
+    return batch, factored, computer, factored.project(computer.compute_rows(batch)[0])
+
+
+def test_a_factored_layer_of_one_sample_is_not_formed(monkeypatch):
+    """Its features are those of autograd's gradient, which was compared in the first batch."""
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(32, 32) for _ in range(3)), nn.Linear(32, 3))
+    batch, factored, computer, exact = one_sample(model)
     for _ in range(3):
         computer.compute_loss_grad(batch)
         torch.testing.assert_close(computer.project(batch, factored, 0), exact)
@@ -445,10 +450,7 @@ def test_one_sample_that_hooks_cannot_follow_is_factored_all_the_same(caplog):
             return super().forward(x)
 
     model = nn.Sequential(nn.Flatten(), OneByOne(32, 3))
-    batch = (floats(32).float()[:1], torch.zeros(1, dtype=torch.long))
-    factored = fastproj.FactoredProjector(model, 4, 32)
-    computer = HookGradientComputer(model, TASK)
-    exact = factored.project(computer.compute_rows(batch)[0])
+    batch, factored, computer, exact = one_sample(model)
     for _ in range(2):
         computer.compute_loss_grad(batch)
         assert torch.equal(computer.project(batch, factored, 0), exact)
