@@ -403,22 +403,28 @@ def test_a_factored_layer_is_not_formed_but_to_be_checked(monkeypatch):
     assert factored.outer.seen == [(N, factored.inner_dim)]  # those of all layers wait for one call
 
 
+@pytest.mark.parametrize("lacking", [None, "2.weight"])
 @pytest.mark.parametrize("numbers", [1, 20, 50, 100])
-def test_gradients_that_wait_for_each_other_are_projected_once_each(numbers, monkeypatch):
-    """However many numbers wait: sums of integers are exact in any order."""
+def test_gradients_that_wait_for_each_other_are_projected_once_each(numbers, lacking, monkeypatch):
+    """However many numbers wait, and with a gap: sums of integers are exact in any order."""
     model = nn.Sequential(nn.Flatten(), *(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 3))
     values = torch.Generator().manual_seed(0)
     grads = {
-        name: torch.randint(-3, 4, (N, *p.shape), generator=values).float()
+        name: torch.randint(-3, 4, (N, *p.shape), generator=values).float() * (name != lacking)
         for name, p in model.named_parameters()
     }
     factored = fastproj.FactoredProjector(model, 4, 32, scale=None)
+    exact = factored.project(grads)
+    factored.outer = Recorded(factored.inner_dim, 32, kind="sjlt", scale=None)
     monkeypatch.setattr(sinks, "GATHERED", numbers)
     sink = sinks.ProjectingSink(dict(model.named_parameters()), N, factored, 0, {})
     for name in reversed(grads):
-        sink.add(name, parts.Piece(0, grads[name].flatten(1)))
+        if name != lacking:
+            sink.add(name, parts.Piece(0, grads[name].flatten(1)))
     sink.close()
-    assert torch.equal(sink.out, factored.project(grads))
+    assert torch.equal(sink.out, exact)
+    if lacking is None:
+        assert all(shape[1] >= numbers for shape in factored.outer.seen[:-1])
 
 
 def one_sample(model):
