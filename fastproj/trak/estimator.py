@@ -163,6 +163,10 @@ class TRAKer:
         curvature: str | Fisher = AUTO,
         distributed: bool | None = None,
     ) -> None:
+        load_from_save_dir = check_flag("TRAKer", "load_from_save_dir", load_from_save_dir)
+        use_half_precision = check_flag("TRAKer", "use_half_precision", use_half_precision)
+        if distributed is not None:
+            distributed = check_flag("TRAKer", "distributed", distributed)
         logger.setLevel(logging_level)
         check_model(model)
         self.task = resolve_task(task)
@@ -285,6 +289,7 @@ class TRAKer:
             Where the checkpoint's keys or shapes don't fit the model; StoreMismatchError where
             ``model_id`` was featurized from another checkpoint.
         """
+        strict = check_flag("load_checkpoint", "strict", strict)
         model_id = self._load("load_checkpoint", checkpoint, model_id, strict)
         self._register(model_id)
         done = self.saver.index(model_id).done
@@ -422,6 +427,7 @@ class TRAKer:
             For a checkpoint that is not fully featurized.
         """
         function = "finalize_features"
+        del_grads = check_flag(function, "del_grads", del_grads)
         model_ids = as_model_ids(function, model_ids)
         ranks = self.ranks if self.ranks.agree(function, model_ids) else Ranks()
         self.saver.forget()
@@ -486,6 +492,7 @@ class TRAKer:
             other groups than the experiment has, or a name that can't name files.
         """
         function = "start_scoring_checkpoint"
+        strict = check_flag(function, "strict", strict)
         num_targets = check_integer(function, "num_targets", num_targets, 1, MAX_SAMPLES)
         grouping = as_groups(function, groups, reduction, num_targets)
         self.saver.experiment_path(exp_name)
@@ -602,6 +609,7 @@ class TRAKer:
             Where something is missing and ``allow_skip`` is False, or nothing is left.
         """
         function = "finalize_scores"
+        allow_skip = check_flag(function, "allow_skip", allow_skip)
         if top_k is not None:
             top_k = check_integer(function, "top_k", top_k, 1, MAX_SAMPLES)
         model_ids = as_model_ids(function, model_ids)

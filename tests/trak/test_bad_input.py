@@ -69,6 +69,46 @@ def test_constructor(tmp_path, model, options, kind, message):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["load_from_save_dir", "use_half_precision", "distributed"])
+def test_a_flag_of_the_constructor_is_true_or_false(tmp_path, model, name):
+    for odd in ("no", "", 0, 1, torch.tensor(False)):
+        with pytest.raises(TypeError, match=rf"^TRAKer: received {name}=.*; expected True or Fals"):
+            cases.make(model, tmp_path / "new", N, **{name: odd})
+    assert not (tmp_path / "new").exists()
+    cases.make(model, tmp_path / "new", N, **{name: np.False_})
+
+
+def test_a_flag_of_a_call_is_true_or_false(traker, train, model):
+    state = model.state_dict()
+
+    def refused(call, name, *args):
+        message = rf"^{call.__name__}: received {name}='no' \(str\); expected True or False"
+        with pytest.raises(TypeError, match=message):
+            call(*args, **{name: "no"})
+
+    refused(traker.load_checkpoint, "strict", state, 1)
+    assert not (traker.save_dir / "models" / "1").exists()
+    traker.load_checkpoint(state, 0, strict=np.True_)
+    traker.featurize(train, num_samples=N)
+    refused(traker.finalize_features, "del_grads")
+    with pytest.raises(NotReadyError, match="not finalised"):
+        traker.start_scoring_checkpoint("test", state, 0, 3)
+    traker.finalize_features(del_grads=np.True_)
+    refused(traker.start_scoring_checkpoint, "strict", "test", state, 0, 3)
+    assert not (traker.save_dir / "models" / "0" / "test").exists()
+    traker.start_scoring_checkpoint("test", state, 0, 3, strict=np.True_)
+    traker.score((train[0][:2], train[1][:2]), num_samples=2)
+    refused(traker.finalize_scores, "allow_skip", "test")
+    with pytest.raises(NotReadyError, match="lacks 1 of 3 targets"):
+        traker.finalize_scores("test", allow_skip=np.False_)
+
+
+def test_a_flag_of_a_task_is_true_or_false():
+    with pytest.raises(TypeError, match=r"^ImageClassificationModelOutput: .* multilabel='no' .*F"):
+        ImageClassificationModelOutput(multilabel="no")
+    assert ImageClassificationModelOutput(multilabel=np.False_).multilabel is False
+
+
 @pytest.mark.parametrize("package", ["safetensors", "tqdm"])
 def test_a_missing_package_is_named(package):
     code = f"import sys; sys.modules[{package!r}] = None; import fastproj; fastproj.TRAKer"

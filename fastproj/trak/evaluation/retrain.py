@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastproj.checks import check_integer, listed
+from fastproj.checks import check_flag, check_integer, listed
 from fastproj.trak.evaluation.metrics import Mask, as_indices, as_mask, check_places
 from fastproj.trak.evaluation.recipe import file_identity, recipe_identity
 from fastproj.trak.evaluation.workers import Outcome, Task, WorkerError, run_here, run_in_workers
@@ -261,6 +261,7 @@ def train_subsets(
     repeats = check_integer(function, "repeats", repeats, 1, 1 << 20)
     jobs = check_integer(function, "jobs", jobs, 1, 1 << 12)
     seed = check_integer(function, "seed", seed, 0, MAX_SEED)
+    allow_failures = check_flag(function, "allow_failures", allow_failures)
     if threads is None:
         threads = max(1, torch.get_num_threads() // jobs)
     threads = check_integer(function, "threads", threads, 1, 1 << 12)

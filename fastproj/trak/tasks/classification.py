@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastproj.checks import check_flag
 from fastproj.trak.tasks.base import (
     Batch,
     BatchedModelOutput,
@@ -39,7 +40,7 @@ class ClassificationModelOutput(BatchedModelOutput):
 
     def __init__(self, temperature: float = 1.0, multilabel: bool = False) -> None:
         self.temperature = check_temperature(type(self).__name__, temperature)
-        self.multilabel = multilabel
+        self.multilabel = check_flag(type(self).__name__, "multilabel", multilabel)
 
     @abstractmethod
     def predict(

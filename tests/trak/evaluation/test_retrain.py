@@ -384,6 +384,7 @@ def test_a_damaged_file_is_named(tmp_path):
         ({"masks": np.arange(10).reshape(2, 5)}, "masks with the value 2"),
         ({"masks": [[True, False], [False, False]]}, "row 1 has no sample"),
         ({"repeats": 0}, "repeats=0"),
+        ({"allow_failures": "no"}, "allow_failures='no' .*expected True or False"),
         ({"jobs": 0}, "jobs=0"),
         ({"threads": 0}, "threads=0"),
         ({"seed": -1}, "seed=-1"),

@@ -199,6 +199,14 @@ def test_samples_that_can_not_work_stop_the_training_before_it_begins(tmp_path):
     assert not (tmp_path / "run" / "checkpoint-4").exists()
 
 
+def test_a_flag_is_true_or_false(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"received use_half_precision='no' .*; expected True or Fa"
+    ):
+        train(tmp_path / "run", [callback(tmp_path, use_half_precision="no")])
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
+
+
 @pytest.mark.parametrize("of", ["fsdp", "deepspeed", "DTensors"])
 def test_shards_are_refused(tmp_path, of):
     model = models.model_for("causal_lm")

@@ -296,6 +296,13 @@ def test_data_sets_that_are_none(tmp_path):
         HFTRAKer(model, samples, 3, tmp_path, **OPTIONS)
 
 
+def test_a_flag_is_true_or_false(tmp_path):
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 4)
+    with pytest.raises(TypeError, match=r"received load_from_save_dir='no' .*; expected True or F"):
+        run(tmp_path / "new", model, samples, samples, load_from_save_dir="no")
+    assert not (tmp_path / "new").exists()
+
+
 def test_tokens_that_the_mask_hides_are_not_predicted():
     """Padding need not be special to the tokenizer."""
     ids = torch.arange(10, 30)
