@@ -87,13 +87,15 @@ class Featurizer:
             self.training_computer.load_model_params(self.model)
         self._token_computer = None
 
-    @property
-    def token_computer(self) -> Any:
-        """The computer of single labels' gradients, for as long as the model stays as it is: what
-        it has checked, it need not check again.
+    def token_computer(self, batch: tuple[Any, ...]) -> Any:
+        """The computer of the gradients by single labels of a batch, at ``task.places``.
+
+        It is one for as long as the model stays as it is: what it has checked, it need not check
+        again.
         """
         if self._token_computer is None:
             self._token_computer = self.computer.sibling(TokenOutput(self.task))
+        self._token_computer.task.choose(batch)
         return self._token_computer
 
     def prepare(self, function: str, batch: Any, count: int | None) -> tuple[tuple[Any, ...], int]:

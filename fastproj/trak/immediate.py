@@ -61,7 +61,7 @@ def scores_in_parts(
         )
         return np.empty((made_by.saver.train_set_size, 0, parts_of_each), np.float32)
     by_module = per == "module"
-    computer = computer if by_module else made_by.token_computer
+    computer = computer if by_module else made_by.token_computer(batch)
     made_by.trust(computer, model_id)
     with made_by.loaded.guarded("score", True), made_by.computing():
         computer.compute_loss_grad(batch)  # which checks labels
@@ -72,7 +72,12 @@ def scores_in_parts(
     rows = [made_by.scaled(part, np.arange(size)) for part in parts]
     targets = torch.stack(rows, 1).flatten(0, 1)
     scores = scores_of_targets(made_by.saver.systems, score_computer, model_id, targets)
-    return scores.reshape(len(scores), size, len(rows))
+    scores = scores.reshape(len(scores), size, len(rows))
+    if by_module or computer.task.places is None:
+        return scores
+    every = np.zeros((len(scores), size, task.num_predictions(batch)), np.float32)
+    every[..., computer.task.places.cpu().numpy()] = scores
+    return every
 
 
 class Stream:

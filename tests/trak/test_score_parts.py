@@ -11,7 +11,8 @@ from fastproj import TRAKer
 from fastproj.trak.curvature import Fisher
 from fastproj.trak.gradients.layout import HooksError
 from fastproj.trak.store.store import NotReadyError
-from tests.trak import modules
+from fastproj.trak.tasks import MaskedLMModelOutput
+from tests.trak import cases, modules
 
 VOCAB, T, N, M = 11, 6, 24, 5
 
@@ -31,20 +32,24 @@ def Words(self, input_ids):
     return self.head(self.norm(x + torch.tanh(self.body(x))))
 
 
-def batch_of(size, seed):
+def batch_of(size, seed, labelled=None):
+    """``labelled``: the places [t] of labels, each of which the first sample lacks but for one."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (size, T), generator=generator)
     labels = ids.clone()
     labels[0, 4:] = -100
+    if labelled is not None:
+        labels[:, [place for place in range(T) if place not in labelled]] = -100
+        labels[0, labelled[1:]] = -100
     return {"input_ids": ids, "labels": labels}
 
 
-def scored(folder, computer="auto", **settings):
+def scored(folder, computer="auto", task="causal_lm", **settings):
     """A TRAKer with all targets of an experiment scored, and the training batch and scores."""
     model = Words().double().eval()
     traker = TRAKer(
         model,
-        "causal_lm",
+        task,
         N,
         folder,
         proj_dim=64,
@@ -97,8 +102,92 @@ def test_a_token_counts_as_if_it_were_the_only_label(tmp_path):
         np.testing.assert_allclose(alone[:, 0, place], by_token[:, 0, place], rtol=1e-4, atol=1e-6)
 
 
+def by_formula(model, train, targets, lambda_reg):
+    """TRAK's scores by each token [N, M, T], with explicit gradients and inverse, float64."""
+
+    def by_token(batch):
+        margins, probabilities = [], []
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            logits = model(ids.unsqueeze(0))[0]
+            for place, label in enumerate(labels.tolist()):
+                others = torch.cat([logits[place, :label], logits[place, label + 1 :]])
+                if label == -100:
+                    margins.append(logits.sum() * 0)
+                else:
+                    margins.append(logits[place, label] - others.logsumexp(0))
+            counted = labels != -100
+            p = logits.softmax(1)[counted, labels[counted]]
+            probabilities.append(p.mean().detach())
+        rows = []
+        for margin in margins:
+            parts = torch.autograd.grad(margin, list(model.parameters()), retain_graph=True)
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+        features = cases.projected(torch.stack(rows), 64, 0)
+        return features.view(len(batch["labels"]), T, 64), 1 - torch.stack(probabilities)
+
+    of_train, q = by_token(train)
+    phi = of_train.sum(1)
+    inverse = torch.linalg.inv(phi.T @ phi + lambda_reg * torch.eye(64).double())
+    of_targets, _ = by_token(targets)
+    return torch.einsum("n,nk,mtk->nmt", q, phi @ inverse, of_targets).numpy()
+
+
+@pytest.mark.parametrize("computer", ["hooks", "func", "loop"])
+@pytest.mark.parametrize("task", ["masked_lm", "token_classification"])
+def test_tokens_of_tasks_that_predict_each_at_its_own_place(task, computer, tmp_path):
+    traker, train, scores = scored(tmp_path, computer, task, lambda_reg=0.5)
+    assert traker.fisher is None  # a lambda is given: TRAK's formula
+    for labelled in (None, [1, 4, 5]):
+        targets = batch_of(M, 2, labelled)
+        found = traker.score(targets, per="token")
+        wanted = by_formula(traker.model, train, targets, 0.5)
+        counted = (targets["labels"] != -100).numpy()
+        assert not found[:, ~counted].any()
+        assert np.abs(wanted[:, counted]).min(0).all()
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * scale)
+        if labelled is None:
+            np.testing.assert_allclose(found.sum(2), scores, rtol=1e-4, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("computer", ["auto", "func", "loop"])
+@pytest.mark.parametrize("task", ["causal_lm", "masked_lm"])
+def test_places_without_a_label_in_any_sample_have_scores_of_0(task, computer, tmp_path):
+    """What the others have does not depend on whether such places are there."""
+    traker, _, _ = scored(tmp_path, computer, task)
+    first = 1 if task == "causal_lm" else 0  # whose label nothing predicts
+    labels = batch_of(M, 2)["labels"]
+    whole = traker.score({**batch_of(M, 2), "labels": labels}, per="token")
+    few = torch.full_like(labels, -100)
+    few[:, 2:4] = labels[:, 2:4]
+    found = traker.score({**batch_of(M, 2), "labels": few}, per="token")
+    assert found.shape == whole.shape
+    assert found.dtype == whole.dtype
+    np.testing.assert_allclose(found[..., 2 - first : 4 - first], whole[..., 2 - first : 4 - first])
+    found[..., 2 - first : 4 - first] = 0
+    assert not found.any()
+
+
+class OfEveryPlace(MaskedLMModelOutput):
+    """A task of one's own, in which places without a label add to f, too."""
+
+    def predictions(self, model, weights, buffers, inputs):
+        """The labels are the words that are there."""
+        logits, _ = super().predictions(model, weights, buffers, inputs)
+        return logits, inputs["input_ids"]
+
+
+def test_a_task_that_changes_what_is_predicted_keeps_all_places(tmp_path):
+    traker, _, scores = scored(tmp_path, task=OfEveryPlace())
+    found = traker.score(batch_of(M, 2, [1, 4]), per="token")
+    assert np.abs(found).max((0, 1)).all()
+    np.testing.assert_allclose(found.sum(2), scores, rtol=1e-4, atol=1e-6)
+
+
 def test_a_label_takes_one_backward(tmp_path, monkeypatch):
-    """What was checked is not checked again before another checkpoint is loaded."""
+    """What was checked is not checked again before another checkpoint is loaded. A place at which
+    no sample has a label takes none.
+    """
     traker, _, _ = scored(tmp_path)
     calls = []
 
@@ -112,13 +201,15 @@ def test_a_label_takes_one_backward(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", counted(torch.autograd.grad))
     monkeypatch.setattr(torch.Tensor, "backward", counted(torch.Tensor.backward))
 
-    def passes():
+    def passes(labelled=None):
         calls.clear()
-        traker.score(batch_of(M, 2), per="token")
+        traker.score(batch_of(M, 2, labelled), per="token")
         return len(calls)
 
     first, second, third, fourth = (passes() for _ in range(4))  # all checked but the third
     assert first > second == fourth > third == T - 1
+    few = [passes([2, 5]), passes([3]), passes([1, 2, 4])]  # of as many places as have a label
+    assert few == [2, 1, 3]
     traker.start_scoring_checkpoint("t", traker.model.state_dict(), 0, M)
     assert passes() > T - 1  # the fifth of the old checkpoint would not be
 

@@ -85,9 +85,14 @@ class TokenModelOutput(BatchedModelOutput):
                 f"labels that the model predicts are {IGNORE_INDEX}"
             )
 
+    @abstractmethod
     def targets(self, labels: Tensor) -> Tensor:
-        """The labels that have a prediction."""
-        return labels
+        """The labels that have a prediction: those that ``predictions`` returns."""
+
+    def counted_places(self, batch: Batch) -> Tensor:
+        """The numbers [t] of the predictions that count for some sample."""
+        labels = self.targets(self.inputs(batch)["labels"])
+        return (labels != IGNORE_INDEX).any(0).nonzero().flatten()
 
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """f of each sample, [B]."""
@@ -200,6 +205,10 @@ class Seq2SeqModelOutput(TokenModelOutput):
         """Keyword arguments and labels."""
         return as_dict(batch, ("input_ids", "attention_mask", "labels"), least=3)
 
+    def targets(self, labels: Tensor) -> Tensor:
+        """All."""
+        return labels
+
     def predictions(
         self, model: Any, weights: Params, buffers: Params, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
@@ -232,6 +241,10 @@ class MaskedLMModelOutput(TokenModelOutput):
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments and labels."""
         return as_dict(batch, ("input_ids", "attention_mask", "labels"), least=3)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """All."""
+        return labels
 
     def predictions(
         self, model: Any, weights: Params, buffers: Params, inputs: dict[str, Any]

@@ -29,17 +29,43 @@ class SeveralOutputs(BatchedModelOutput):
 
 
 class TokenOutput(SeveralOutputs):
-    """The margin of each label of a sequence by itself, [T, B]: f is their sum."""
+    """The margin of each label of a sequence by itself, [T, B]: f is their sum.
+
+    A place at which no sample of a batch has a label costs nothing, once ``choose`` knows the
+    batch. Parts of a batch, which chunks and checks take, have the places of the whole.
+
+    Attributes
+    ----------
+    places : the numbers [t] of the places that ``outputs`` has; None is all T.
+    """
+
+    places: Tensor | None = None
+
+    def choose(self, batch: Batch) -> None:
+        """Leave out the places at which no sample of this batch has a label.
+
+        A subclass of a task of ours that changes what tokens add to f, and not ``targets``, keeps
+        all: the two need not belong together.
+        """
+        kind = type(self.task)
+        of_targets = definer(kind, "targets")
+        known = hasattr(self.task, "counted_places") and all(
+            of_targets <= definer(kind, name) for name in ("predictions", "token_outputs")
+        )
+        self.places = self.task.counted_places(batch) if known else None
 
     def rows_at_most(self, batch: Batch) -> int:
-        """T."""
+        """How many places ``outputs`` has."""
+        if self.places is not None:
+            return len(self.places)
         return int(self.task.num_predictions(batch))
 
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
-        """[T, B]; 0 where a label does not count."""
+        """[t, B]; 0 where a label does not count."""
         method = self.task.token_outputs
         by_sample: Tensor = run(method, model, weights, buffers, batch)
-        return by_sample.T
+        by_place = by_sample.T
+        return by_place if self.places is None else by_place.index_select(0, self.places)
 
     def get_out_to_loss_grad(
         self, model: Any, weights: Params, buffers: Params, batch: Batch
