@@ -317,8 +317,9 @@ class HookGradientComputer(AbstractGradientComputer):
         made.recorder.backward(out, made.leaves, sinks)
         for number, name, values in self._rest(made.plan.rest, batch, rows):
             sinks[number].add(name, Piece(0, values))
-        for sink in sinks:
-            sink.close()
+        if made.plan.rest:
+            for sink in sinks:
+                sink.flush()
         return made.recorder.eps
 
     # ---- checks ---------------------------------------------------------------------------------
@@ -444,7 +445,7 @@ class HookGradientComputer(AbstractGradientComputer):
                 kept = len(sinks) < len(outputs)
                 with wide_sums(chosen.values()):
                     out.backward(inputs=list(chosen.values()), retain_graph=kept)
-            sinks[-1].close()
+            sinks[-1].flush()
         if not found and not self._dependent:
             raise self.no_dependence()
         self._dependent = True

@@ -30,6 +30,6 @@ def project_modules(
         sink = ModuleSink(computer.chosen, size, projector, model_id, {})
         for name, g in grads.items():
             sink.add(name, Piece(0, g.detach().reshape(size, -1)))
-        sink.close()
+        sink.flush()
         chunks.append(sink.outs)
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]

@@ -127,6 +127,7 @@ class Recorder:
             torch.autograd.grad(
                 out, leaves, torch.ones_like(out), allow_unused=True, retain_graph=not self._last
             )
+            sink.flush()  # before the next row has as much to keep
 
     def seen(self) -> dict[str, list[Seen]]:
         """All calls of each module, where only these were noted. Lets go of what they returned."""

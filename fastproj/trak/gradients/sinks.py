@@ -38,8 +38,8 @@ class Sink(Protocol):
     def add(self, name: str, part: Part) -> None:
         """One more part of the gradient by the parameter ``name``."""
 
-    def close(self) -> None:
-        """There are no more parts."""
+    def flush(self) -> None:
+        """Use what was kept for parts that did not come. More may come, before another flush."""
 
 
 class CollectingSink:
@@ -54,8 +54,8 @@ class CollectingSink:
         for piece in part.pieces():
             piece.add_to(flat)
 
-    def close(self) -> None:
-        """Nothing is left to do."""
+    def flush(self) -> None:
+        """Nothing was kept."""
 
 
 class ProjectingSink:
@@ -128,8 +128,8 @@ class ProjectingSink:
             if not self.to_come[name]:
                 self._project(name, Piece(0, self.sums.pop(name)))
 
-    def close(self) -> None:
-        """Project the sums of which fewer parts came."""
+    def flush(self) -> None:
+        """Project what waits, and the sums of which fewer parts came."""
         for name in list(self.sums):
             self._project(name, Piece(0, self.sums.pop(name)))
         self._project_waiting()
@@ -206,10 +206,10 @@ class ModuleSink:
         """Project a part with others of its module."""
         self._sinks[module_of(name)].add(name, part)
 
-    def close(self) -> None:
-        """There are no more parts."""
+    def flush(self) -> None:
+        """Project what waits."""
         for sink in self._sinks.values():
-            sink.close()
+            sink.flush()
 
 
 def module_of(name: str) -> str:
@@ -234,9 +234,9 @@ class RowSink:
         """One more part of the gradient by the parameter ``name``."""
         self.sink.add(name, Watched(part, partial(self.check.subtract, name, row=self.row)))
 
-    def close(self) -> None:
-        """There are no more parts."""
-        self.sink.close()
+    def flush(self) -> None:
+        """As of the sink."""
+        self.sink.flush()
 
 
 class NoSink:
@@ -247,8 +247,8 @@ class NoSink:
         for _ in part.pieces():
             pass
 
-    def close(self) -> None:
-        """Nothing is left to do."""
+    def flush(self) -> None:
+        """Nothing was kept."""
 
 
 class Check:

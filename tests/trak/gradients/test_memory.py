@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastproj import Projector, TRAKer
+from fastproj import FactoredProjector, Projector, TRAKer
 from fastproj.trak.gradients import HookGradientComputer, parts, proof, sinks
 from fastproj.trak.gradients.recorder import Recorder
-from fastproj.trak.tasks import ImageClassificationModelOutput, contrasts
+from fastproj.trak.tasks import (
+    CausalLMModelOutput,
+    ImageClassificationModelOutput,
+    TokenOutput,
+    contrasts,
+)
 
 TASK = ImageClassificationModelOutput()
 WORDS, WIDTH, SAMPLES, LENGTH = 2000, 64, 4, 64
@@ -89,6 +94,23 @@ def test_a_language_model_takes_no_more_than_training(options, model, plain, tmp
     assert max(ratios) < 1.05 * ratios[2], ratios
 
 
+def test_compressed_gradients_wait_for_those_of_their_own_output_alone(model):
+    """One more output of a sample takes its features, not the compressed gradients of a model."""
+    computer = HookGradientComputer(model, TokenOutput(CausalLMModelOutput()))
+    projector = FactoredProjector(model, 16, 64)
+    found = {}
+    for places in (2, 12, 2, 12, 2, 12):  # the last two are not checked
+        labels = batch(0)["labels"].clone()
+        labels[:, places + 1 :] = -100
+        given = ({**batch(0), "labels": labels},)
+        computer.task.choose(given)
+        found[places] = most_bytes(lambda x=given: computer.project_rows(x, projector, 0))
+    features = SAMPLES * projector.proj_dim * 4
+    waiting = SAMPLES * projector.inner_dim * 4
+    assert 20 * features < waiting
+    assert (found[12] - found[2]) / 10 < 4 * features
+
+
 class Several(nn.Module):
     """Modules of one output and of several, one of which nothing depends on."""
 
@@ -139,8 +161,8 @@ def test_what_is_tried_first_takes_no_more_than_a_small_batch():
 def test_a_table_that_is_also_an_output_layer_needs_no_sum(monkeypatch):
     """Its rows that are looked up are projected by themselves."""
     made = []
-    close = sinks.ProjectingSink.close
-    monkeypatch.setattr(sinks.ProjectingSink, "close", lambda s: (made.append(s), close(s)))
+    flush = sinks.ProjectingSink.flush
+    monkeypatch.setattr(sinks.ProjectingSink, "flush", lambda s: (made.append(s), flush(s)))
     model = Several()
     computer = HookGradientComputer(model, TASK)
     projector = Projector(sum(p.numel() for p in model.parameters()), 8)
