@@ -194,9 +194,8 @@ class HookGradientComputer(AbstractGradientComputer):
         sinks: list[ProjectingSink] = []
 
         def sink(uses: Counter[str]) -> Sink:
-            sinks.append(
-                ProjectingSink(self.chosen, batches.size(batch), projector, model_id, uses)
-            )
+            size = batches.size(batch)
+            sinks.append(ProjectingSink(self.chosen, size, projector, model_id, uses, self._work))
             return sinks[-1]
 
         self._run(batch, sink, rows)
@@ -212,7 +211,7 @@ class HookGradientComputer(AbstractGradientComputer):
 
         def sink(uses: Counter[str]) -> Sink:
             size = batches.size(batch)
-            sinks.append(ModuleSink(self.chosen, size, projector, model_id, uses))
+            sinks.append(ModuleSink(self.chosen, size, projector, model_id, uses, self._work))
             return sinks[-1]
 
         self._run(batch, sink)

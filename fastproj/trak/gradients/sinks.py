@@ -14,7 +14,7 @@ from torch import Tensor
 from fastproj.factored import FactoredProjector, Sides
 from fastproj.projector import Projector
 from fastproj.trak.gradients import base
-from fastproj.trak.gradients.parts import Part, Piece, Watched
+from fastproj.trak.gradients.parts import Part, Piece, Product, Watched, Workspace
 from fastproj.trak.gradients.proof import (
     Asked,
     Evened,
@@ -30,6 +30,10 @@ from fastproj.trak.gradients.scales import for_each, unscaled
 # Numbers of a sample that wait until one call projects them. Compressed gradients of a layer are so
 # few that the calls would take longer than the arithmetic.
 GATHERED = 1 << 16
+
+# Of a gradient's numbers: factors of a product are kept up to this share. At the end they are
+# copied side by side, and both together are then no more than a sum of gradients would be.
+KEPT_SHARE = 0.5
 
 
 class Sink(Protocol):
@@ -62,13 +66,17 @@ class ProjectingSink:
     """Their projection, [B, proj_dim]: each piece is projected with its row offset and let go.
 
     The matrix of a parameter costs as much as its gradients to multiply by, so those of a
-    parameter that is used several times are summed first, for as many as GRAD_BYTES allow.
+    parameter that is used several times are summed first, for as many as GRAD_BYTES allow. Where
+    all are products of factors that are small beside them, as of a layer that is called once for
+    each position, the factors are put side by side instead: the sum of the products is the product
+    of these, and is formed piece by piece.
 
     Parameters
     ----------
     projector : a ``Projector`` or ``FactoredProjector``, or a ``ScaledProjector`` of one.
     uses : how many parts there will be of a parameter, at most; but for those of embeddings, which
         are a few rows and not worth a sum.
+    work : memory for the pieces of gradients.
     """
 
     def __init__(
@@ -78,8 +86,10 @@ class ProjectingSink:
         projector: Any,
         model_id: int,
         uses: Mapping[str, int],
+        work: Workspace | None = None,
     ) -> None:
         self.model_id = model_id
+        self.work = Workspace() if work is None else work
         self.sides: dict[str, Sides] = {}
         projector, factors = unscaled(projector)
         outer = projector
@@ -107,32 +117,60 @@ class ProjectingSink:
                 self.to_come[name] = count
                 left -= needed
         self.sums: dict[str, Tensor] = {}
+        self.kept: dict[str, list[tuple[Tensor, Tensor]]] = {}  # factors of products to be summed
         self.waiting: list[Waiting] = []
         self.gathered = 0  # numbers of a sample that wait
 
     def add(self, name: str, part: Part) -> None:
         """Project a part piece by piece, or add it to those to be projected with the last one."""
-        sides = self.sides.get(name)
-        summed = name in self.to_come and not part.few_rows
-        if sides is None and not summed and part.as_product(partial(self._add_product, name)):
+        if name not in self.to_come or part.few_rows:
+            self._project_part(name, part)
             return
-        for piece in part.pieces() if sides is None else part.compressed(sides):
-            if not summed:
-                self._project(name, piece)
-                continue
-            if name not in self.sums:
-                self.sums[name] = piece.values.new_zeros(len(self.out), self.sizes[name])
-            piece.add_to(self.sums[name])
-        if summed:
-            self.to_come[name] -= 1
-            if not self.to_come[name]:
-                self._project(name, Piece(0, self.sums.pop(name)))
+        sides = self.sides.get(name)
+        if sides is not None or not part.as_product(partial(self._keep, name)):
+            for piece in part.pieces() if sides is None else part.compressed(sides):
+                if name not in self.sums:
+                    self.sums[name] = piece.values.new_zeros(len(self.out), self.sizes[name])
+                piece.add_to(self.sums[name])
+        self.to_come[name] -= 1
+        if not self.to_come[name]:
+            self._project_sum(name)
 
     def flush(self) -> None:
         """Project what waits, and the sums of which fewer parts came."""
-        for name in list(self.sums):
-            self._project(name, Piece(0, self.sums.pop(name)))
+        for name in {**self.sums, **self.kept}:
+            self._project_sum(name)
         self._project_waiting()
+
+    def _keep(self, name: str, left: Tensor, right: Tensor) -> bool:
+        """Keep the factors of a product, if those of all calls will be small beside the gradient.
+
+        The calls to come are taken to be like this one.
+        """
+        kept = self.kept.get(name, [])
+        numbers = (left.numel() + right.numel()) * self.to_come[name]
+        numbers += sum(one.numel() + other.numel() for one, other in kept)
+        if numbers > KEPT_SHARE * len(self.out) * self.sizes[name]:
+            return False
+        # Copies: they may be views of much larger tensors, and be written to later.
+        self.kept[name] = [*kept, (left.clone(), right.clone())]
+        return True
+
+    def _project_sum(self, name: str) -> None:
+        """Project what was summed up of the gradient by one parameter."""
+        if name in self.sums:
+            self._project(name, Piece(0, self.sums.pop(name)))
+        if name in self.kept:
+            lefts, rights = zip(*self.kept.pop(name), strict=True)
+            self._project_part(name, Product(torch.cat(lefts, 1), torch.cat(rights, 1), self.work))
+
+    def _project_part(self, name: str, part: Part) -> None:
+        """Project a part as it comes."""
+        sides = self.sides.get(name)
+        if sides is None and part.as_product(partial(self._add_product, name)):
+            return
+        for piece in part.pieces() if sides is None else part.compressed(sides):
+            self._project(name, piece)
 
     def _add_product(self, name: str, left: Tensor, right: Tensor) -> bool:
         offset = self.offsets[name]
@@ -195,9 +233,10 @@ class ModuleSink:
         projector: Any,
         model_id: int,
         uses: Mapping[str, int],
+        work: Workspace | None = None,
     ) -> None:
         self._sinks = {
-            module: ProjectingSink(params, size, projector, model_id, uses)
+            module: ProjectingSink(params, size, projector, model_id, uses, work)
             for module in modules_of(params)
         }
         self.outs = [sink.out for sink in self._sinks.values()]

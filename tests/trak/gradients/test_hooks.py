@@ -482,6 +482,110 @@ def test_a_shared_layer_is_projected_once():
     assert sorted(shape[1] for shape in projector.seen) == [3, 4, 12, 16]
 
 
+class Repeated(nn.Module):
+    """A weight [16, 16] in calls of different lengths: of a linear layer, of another without a
+    bias, of GPT-2's layer, which transposes it, and of an embedding. A convolution is called twice.
+    """
+
+    def __init__(self):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        self.linear = nn.Linear(16, 16)
+        self.other = nn.Linear(16, 16, bias=False)
+        self.transposed = transformers.pytorch_utils.Conv1D(16, 16)
+        self.words = nn.Embedding(16, 16)
+        self.places = nn.Conv1d(16, 16, 2)
+        self.rare = nn.Linear(16, 16)
+        self.other.weight = self.transposed.weight = self.words.weight = self.linear.weight
+
+    def forward(self, ids):  # [B, 3]
+        h = self.words(ids)
+        h = torch.tanh(self.linear(h)) + self.linear(h[:, :1])
+        for _ in range(2):
+            h = torch.tanh(self.places(h.transpose(1, 2)).transpose(1, 2))  # [B, 2, 16], [B, 1, 16]
+        h = h[:, 0]
+        return self.transposed(torch.tanh(self.other(self.linear(h)))) + self.rare(self.rare(h))
+
+
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+@pytest.mark.parametrize("factored", [None, 4])
+@pytest.mark.parametrize("most", ["factors", "sums", "neither"])
+def test_calls_of_different_lengths_have_one_gradient(most, factored, kind, monkeypatch):
+    """Against torch.func, whatever is kept of the calls until the last one; also of a part of the
+    batch.
+    """
+    torch.manual_seed(0)
+    model = Classifier(Repeated(), 16).double().eval()
+    batch = torch.randint(0, 16, (N, 3)), torch.arange(N) % CLASSES
+    if most == "factors":
+        monkeypatch.setattr(sinks, "KEPT_SHARE", 100.0)
+    if most == "sums":
+        monkeypatch.setattr(sinks, "KEPT_SHARE", 0.0)
+    if most == "neither":
+        monkeypatch.setattr("fastproj.trak.gradients.base.GRAD_BYTES", 1)
+    size = sum(p.numel() for p in model.parameters())
+    projector = Projector(size, 32, kind=kind)
+    if factored:
+        projector = fastproj.FactoredProjector(model, factored, 32, kind=kind)
+    exact = FunctionalGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    computer = HookGradientComputer(model, TASK)
+    for rows in (slice(0, N), slice(0, 2), slice(2, N), slice(0, N)):
+        found = computer.project(batches.select(batch, rows), projector, 3)
+        wanted = projector.project({name: g[rows] for name, g in exact.items()}, 3)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_many_short_calls_are_projected_as_one_product(kernel, monkeypatch):
+    """A kernel that forms and projects at once is given it, too."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16)
+    model = nn.Sequential(
+        *[part for _ in range(4) for part in (layer, nn.Tanh())], nn.Linear(16, 3)
+    )
+    batch = floats(16).float(), torch.arange(N) % CLASSES
+    projector = Recorded(sum(p.numel() for p in model.parameters()), 32, kind="sjlt")
+    given = []
+
+    def add_product(left, right, model_id, *, row_offset, out):
+        given.append((left.shape, right.shape))
+        grads = torch.einsum("btm,btn->bmn", left, right).flatten(1)
+        projector.project(grads, model_id, row_offset=row_offset, out=out, accumulate=True)
+        return True
+
+    if kernel:
+        monkeypatch.setattr(projector, "add_product", add_product)
+    computer = HookGradientComputer(model, TASK)
+    exact = projector.project(flat(computer.compute_per_sample_grad(batch)), 0)
+    projector.seen = []
+    torch.testing.assert_close(computer.project(batch, projector, 0), exact)
+    assert [shape for shape in projector.seen if shape[1] == 256] == [(N, 256)]
+    if kernel:
+        assert given[-1] == ((N, 4, 16), (N, 4, 16))
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 2)])  # the last goes into a sum where 3 may come
+@pytest.mark.parametrize("uses", [2, 3])
+def test_what_is_kept_of_a_product_is_a_copy_and_not_lost(uses, lengths):
+    """Where fewer parts come than might have, and where factors are written to later."""
+    model = nn.Linear(16, 16, bias=False)
+    projector = Projector(256, 32, kind="sjlt")
+    sink = sinks.ProjectingSink({"weight": model.weight}, N, projector, 0, {"weight": uses})
+    exact = torch.zeros(N, 256)
+    for length in lengths:
+        left, right = floats(length, 16).float(), floats(length, 16).float().cos()
+        exact += torch.einsum("btm,btn->bmn", left, right).flatten(1)
+        sink.add("weight", parts.Product(left, right, parts.Workspace()))
+        left.zero_()
+        right.zero_()
+    assert bool(sink.kept) == (uses == 3)
+    assert bool(sink.sums) == (uses == 3 and lengths == (1, 2))
+    sink.flush()
+    torch.testing.assert_close(sink.out, projector.project(exact, 0))
+    assert not sink.kept
+    assert not sink.sums
+
+
 def test_the_model_is_left_as_it_was():
     model, batch = build("encoder-layer")
     before = {name: t.clone() for name, t in model.state_dict().items()}

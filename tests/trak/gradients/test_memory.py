@@ -19,6 +19,7 @@ from fastproj.trak.tasks import (
     TokenOutput,
     contrasts,
 )
+from tests.trak import modules
 
 TASK = ImageClassificationModelOutput()
 WORDS, WIDTH, SAMPLES, LENGTH = 2000, 64, 4, 64
@@ -172,13 +173,22 @@ def test_a_table_that_is_also_an_output_layer_needs_no_sum(monkeypatch):
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
 
 
+@modules.of()
+def Mean(self, x):
+    """Over the positions."""
+    return x.mean(1)
+
+
 def test_parts_of_a_parameter_are_projected_with_the_last_one(monkeypatch):
-    """One sum at a time, not those of all parameters until the end; and within GRAD_BYTES."""
+    """One sum at a time, not those of all parameters until the end; and within GRAD_BYTES.
+
+    There are as many positions as make the factors of a product larger than a weight.
+    """
     torch.manual_seed(0)
     one, other = nn.Linear(8, 8), nn.Linear(8, 8)
-    model = nn.Sequential(one, one, other, other)
+    model = nn.Sequential(one, one, other, other, Mean())
     computer = HookGradientComputer(model, TASK)
-    x = torch.randn(4, 8)
+    x = torch.randn(4, 8, 8)
     projector = Projector(sum(p.numel() for p in model.parameters()), 16)
     exact = projector.project(computer.compute_per_sample_grad((x, LABELS)), 0)
     held = []
@@ -198,3 +208,25 @@ def test_parts_of_a_parameter_are_projected_with_the_last_one(monkeypatch):
     found = computer.project((x, LABELS), projector, 0)
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
     assert max(held) == 1
+
+
+@modules.of(seed=0, cell=lambda: nn.Linear(256, 256), head=lambda: nn.Linear(256, 4))
+def Unrolled(self, x):
+    """A layer for each of 8 steps."""
+    h = torch.zeros_like(x[:, 0])
+    for step in range(x.shape[1]):
+        h = torch.tanh(self.cell(h + x[:, step]))
+    return self.head(h)
+
+
+def test_the_gradient_of_a_layer_with_many_short_calls_is_not_formed_whole(monkeypatch):
+    """Nor is a sum of its parts kept."""
+    monkeypatch.setattr(parts, "PIECE_BYTES", 1 << 16)
+    model = Unrolled()
+    computer = HookGradientComputer(model, TASK)
+    projector = Projector(sum(p.numel() for p in model.parameters()), 16, kind="sjlt")
+    batch = torch.randn(4, 8, 256), LABELS
+    found = [most_bytes(lambda: computer.project(batch, projector, 0)) for _ in range(3)]
+    assert found[2] < 4 * 256 * 256 * 4 / 2  # the third is not checked
+    exact = projector.project(computer.compute_per_sample_grad(batch), 0)
+    torch.testing.assert_close(computer.project(batch, projector, 0), exact, rtol=1e-4, atol=1e-5)
