@@ -138,7 +138,7 @@ class AutomaticGradientComputer(AbstractGradientComputer):
 def step_down(name: str, instead: str, reason: Exception) -> str:
     """What a user is told where one computer takes the place of another."""
     first_line = str(reason).strip().partition("\n")[0]
-    error = f"{type(reason).__name__}: {first_line[:300]}".removesuffix(": ")
+    error = f"{type(reason).__name__}: {first_line[:400]}".removesuffix(": ")
     place = own_fault(reason)
     if place is None:
         return (

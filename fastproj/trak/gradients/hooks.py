@@ -374,8 +374,9 @@ class HookGradientComputer(AbstractGradientComputer):
                 self.when_disproved()
             raise HooksError(
                 f"hooks: the gradient by {listed(wrong)} is not that of plain autograd; is the "
-                "parameter used outside of its module's forward, are samples mixed, or does "
-                "the model draw random numbers (dropout in training mode) or take gradients itself?"
+                "parameter used outside of its module's forward (use a module that shares it, such "
+                "as nn.Linear for F.linear), are samples mixed, or does the model draw random "
+                "numbers (dropout in training mode) or take gradients itself?"
             )
 
     def _remember(self, structure: tuple[Rows, int]) -> None:

@@ -629,6 +629,45 @@ def test_what_hooks_cannot_see_is_refused_and_automatic_goes_on_without_them(nam
         automatic.compute_per_sample_grad(batch)
 
 
+@modules.of(seed=0, words=lambda: nn.Embedding(9, 4), body=lambda: nn.Linear(4, 4))
+def Reads(self, ids):
+    """A table that is also an output layer, by a function that reads it."""
+    return F.linear(torch.tanh(self.body(self.words(ids))).mean(1), self.words.weight)
+
+
+class Shares(Reads):
+    """The same by a module that shares it."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.body(self.words(ids))).mean(1))
+
+
+def test_a_weight_that_is_read_elsewhere_is_named_with_a_cure_that_is_right(tmp_path):
+    """What the warning asks for gives the same scores, in the same save_dir too."""
+    batch = torch.randint(0, 9, (N, 3)), torch.arange(N)
+    before, after = Reads().double().eval(), Shares().double().eval()
+    said = (
+        r"by 'words\.weight' .* \(use a module that shares it, such as nn\.Linear for F\.linear\)"
+    )
+    first = cases.loaded(before, tmp_path, N, proj_dim=16, lambda_reg=1.0)
+    with pytest.warns(UserWarning, match=said):
+        first.featurize(batch, num_samples=N)
+    assert first.gradient_computer.name == "func"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for folder in (tmp_path, tmp_path / "new"):
+            cured = cases.loaded(after, folder, N, proj_dim=16, lambda_reg=1.0)
+            cured.featurize(batch, num_samples=N)
+            assert cured.gradient_computer.name == "hooks"
+            found = cured.saver.matrix(0)
+            torch.testing.assert_close(found, first.saver.matrix(0), rtol=1e-4, atol=1e-6)
+
+
 class OneSample(AbstractModelOutput):
     """A task in trak's form, that looks at values."""
 
