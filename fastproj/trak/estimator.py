@@ -59,9 +59,10 @@ from fastproj.trak.saver import Saver
 from fastproj.trak.solving.finalizing import finalize, solution_of
 from fastproj.trak.solving.scoring import self_scores, write_scores
 from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, check_lambda
+from fastproj.trak.store.identity import describe_task
 from fastproj.trak.store.scores import ScoresWriter, TopWriter, read_top_scores
 from fastproj.trak.store.store import NotReadyError
-from fastproj.trak.tasks import describe_task, resolve_task
+from fastproj.trak.tasks import resolve_task
 
 logger = logging.getLogger("fastproj.trak")
 

@@ -30,7 +30,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,35 +56,17 @@ from fastproj.trak.files import (
     write_safetensors,
 )
 from fastproj.trak.store.features import FeatureReader, block_rows, pack_half, sample_blocks
+from fastproj.trak.store.identity import difference
 from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 
 FORMAT = 3
 ROWS = "drawn"  # of a training shard: how many rows were drawn for each sample
 DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that are drawn
 Found = list[tuple[ShardFile, Indices, Indices]]  # with the numbers and content ids of its rows
-ABSENT = {"curvature": "trak", "size_power": 0.0}  # what metadata that lack a key mean
-OWN_PROJECTOR = "fastproj.projector.Projector"
-MATRIX_ARGUMENTS = ("kind", "block", "proj_dim", "factored")
 
 
 class NotReadyError(RuntimeError):
     """A step was called before the step that it builds on."""
-
-
-def same_settings(stored: Mapping[str, Any], wrong: Collection[str]) -> str:
-    """How a run can go on with a directory that differs from it in ``wrong``, for messages.
-
-    Where the matrix or the scale of gradients is another, these are arguments of TRAKer.
-    """
-    if set(wrong) == {"size_power"}:
-        return f"curvature=fastproj.trak.Fisher(size_power={stored.get('size_power')!r})"
-    if stored.get("projector") != OWN_PROJECTOR or not set(wrong) & set(MATRIX_ARGUMENTS):
-        return "the same settings"
-    named = set(wrong)
-    if named & {"kind", "block"}:
-        named |= {"kind", "block"}  # a dense kind takes no block, and sjlt another by default
-    words = [f"{key}={stored.get(key)!r}" for key in MATRIX_ARGUMENTS if key in named]
-    return f"the same settings ({', '.join(words)})"
 
 
 class Store:
@@ -138,18 +120,10 @@ class Store:
             write_json(path, {"format": FORMAT, **self.identity})
             return
         stored = read_json(path)
-        stored = {**ABSENT, **stored}
-        wanted = {"format": FORMAT, **ABSENT, **self.identity}
-        wrong = [key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key)]
+        wrong = difference(stored, {"format": FORMAT, **self.identity})
         if wrong:
-            values = [
-                f"{key.replace('_', ' ')} {stored.get(key)!r} in the directory, "
-                f"{wanted.get(key)!r} in this run"
-                for key in wrong
-            ]
             raise StoreMismatchError(
-                f"TRAKer: {self.save_dir} holds features of another run: {'; '.join(values)}. "
-                f"Nothing was changed; use {same_settings(stored, wrong)}, or another save_dir"
+                f"TRAKer: {self.save_dir} holds features of another run: {wrong}"
             )
 
     def ids(self) -> list[int]:

@@ -13,7 +13,7 @@ from fastproj.trak.tasks.language import (
     TokenClassificationModelOutput,
 )
 from fastproj.trak.tasks.margin import margins
-from fastproj.trak.tasks.names import TASKS, describe_task, resolve_task
+from fastproj.trak.tasks.names import TASKS, resolve_task
 from fastproj.trak.tasks.text import TextClassificationModelOutput
 from fastproj.trak.tasks.training import (
     SeveralOutputs,
@@ -38,7 +38,6 @@ __all__ = [
     "TokenClassificationModelOutput",
     "TokenOutput",
     "TrainingOutput",
-    "describe_task",
     "has_likelihood",
     "margins",
     "resolve_task",

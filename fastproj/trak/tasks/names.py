@@ -26,7 +26,6 @@ TASKS: dict[str, type[AbstractModelOutput]] = {
     "masked_lm": MaskedLMModelOutput,
     "token_classification": TokenClassificationModelOutput,
 }
-UNSAID = (("likelihood", None), ("multilabel", False))  # settings that older stores lack
 METHODS = ("get_output", "get_out_to_loss_grad")
 
 
@@ -52,16 +51,3 @@ def resolve_task(task: Any) -> Any:
     raise TypeError(
         f"TRAKer: received task={task!r:.80} without {' and '.join(missing)}; {expected}"
     )
-
-
-def describe_task(task: Any) -> str:
-    """The text stored beside features: a task's class, and the settings of a task of ours."""
-    name = type(task).__name__
-    if not type(task).__module__.startswith("fastproj."):
-        return name  # what attributes of others mean, and when they change, is not known
-    settings = {
-        key: getattr(value, "__name__", type(value).__name__) if callable(value) else value
-        for key, value in vars(task).items()
-        if not key.startswith("_") and (key, value) not in UNSAID
-    }
-    return f"{name}({', '.join(f'{key}={value}' for key, value in settings.items())})"
