@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -225,8 +226,8 @@ def is_index(t: Any) -> bool:
     )
 
 
-def check_temperature(name: str, temperature: float) -> float:
-    """``temperature``, or a ValueError unless it is positive."""
-    if not temperature > 0:
-        raise ValueError(f"{name}: received temperature={temperature}; expected a positive number")
+def check_temperature(name: str, temperature: float, argument: str = "temperature") -> float:
+    """``temperature``, or a ValueError unless it is positive and finite."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{name}: received {argument}={temperature}; expected a positive number")
     return temperature

@@ -64,6 +64,9 @@ class CLIPModelOutput(BatchedModelOutput):
         model's own logit scale (exp(logit_scale)).
     simulated_batch_size : S.
     seed : of the choice of S pairs among those of the loader.
+    likelihood_temperature : divides the similarities times the scale in the likelihood of
+        curvature "fisher"; 1 is the likelihood that CLIP is trained by. None is the root of the
+        scale: what is left is the geometric mean of the loss's scale and of f's, which is 1.
     """
 
     model_holds_weights = False  # embeddings are found by the model's own parameters
@@ -76,10 +79,13 @@ class CLIPModelOutput(BatchedModelOutput):
         temperature: float | None = None,
         simulated_batch_size: int = 300,
         seed: int = 0,
+        likelihood_temperature: float | None = None,
     ) -> None:
         name = type(self).__name__
         if temperature is not None:
             check_temperature(name, temperature)
+        if likelihood_temperature is not None:
+            check_temperature(name, likelihood_temperature, "likelihood_temperature")
         if simulated_batch_size < 1:
             raise ValueError(
                 f"{name}: received simulated_batch_size={simulated_batch_size}; expected >= 1"
@@ -87,6 +93,7 @@ class CLIPModelOutput(BatchedModelOutput):
         self.temperature = temperature
         self.simulated_batch_size = simulated_batch_size
         self.seed = seed
+        self.likelihood_temperature = likelihood_temperature
         self._by_checkpoint: dict[str, Embeddings] = {}
         self._current: tuple[tuple[int, ...], Embeddings] | None = None
 
@@ -193,6 +200,10 @@ class CLIPModelOutput(BatchedModelOutput):
     ) -> Terms:
         """Those of both predictions, at half weight each, as in the loss that CLIP is trained by.
 
+        But softer: at CLIP's own scale a few other pairs, the hardest of this simulated batch, make
+        all of the gradient, and pairs that are told apart have none. The network that is asked
+        about was trained on other batches, and on fewer pairs ("Softer likelihoods", lambda.md).
+
         The classes are the right partner and those of the simulated batch. The scale is a constant:
         f doesn't depend on it, and scores were no better with its gradient (bench.lds, captions).
         That gradient would take another run of the whole model where the scale belongs to no module
@@ -206,6 +217,8 @@ class CLIPModelOutput(BatchedModelOutput):
         u, v, scale = embed(model, weights, buffers, batch)
         scale = scale if self.temperature is None else self.temperature
         scale = scale.detach() if isinstance(scale, Tensor) else scale
+        own_temperature = self.likelihood_temperature
+        scale = scale**0.5 if own_temperature is None else scale / own_temperature
         own = (u * v).sum(1, keepdim=True)  # [B, 1]
         to_texts = torch.cat([own, u @ others.texts.T], 1)  # [B, 1 + S]
         to_images = torch.cat([own, v @ others.images.T], 1)

@@ -17,6 +17,7 @@ from fastproj.trak.tasks.base import (
     Params,
     Terms,
     call,
+    check_temperature,
     describe_parts,
     is_index,
     logits_of,
@@ -38,20 +39,28 @@ class TokenModelOutput(BatchedModelOutput):
     ----------
     reduction : "sum" | "mean" over the tokens of a sample. With "mean", long sequences count no
         more than short ones. Q is the same.
+    likelihood_temperature : divides the logits in the log-likelihood by whose gradient training
+        samples count, with curvature "fisher". None is the task's own, ``softens``: 1 unless its
+        class says so.
     """
 
     name: str
     expected: str
+    softens = 1.0
 
     knows_likelihood = True
     learns_along_output = False  # log-likelihoods of tokens have other weights than their margins
 
-    def __init__(self, reduction: str = "sum") -> None:
+    def __init__(self, reduction: str = "sum", likelihood_temperature: float | None = None) -> None:
+        name = type(self).__name__
         if reduction not in ("sum", "mean"):
-            raise ValueError(
-                f"{type(self).__name__}: received reduction={reduction!r}; expected 'sum' or 'mean'"
-            )
+            raise ValueError(f"{name}: received reduction={reduction!r}; expected 'sum' or 'mean'")
         self.reduction = reduction
+        self.likelihood_temperature = self.softens
+        if likelihood_temperature is not None:
+            self.likelihood_temperature = check_temperature(
+                name, likelihood_temperature, "likelihood_temperature"
+            )
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -133,7 +142,7 @@ class TokenModelOutput(BatchedModelOutput):
         counts = mask.to(torch.promote_types(logits.dtype, torch.float32))
         if self.reduction == "mean":
             counts = counts / counts.sum(1, keepdim=True)
-        return prediction_terms(logits, labels, counts, noise)
+        return prediction_terms(logits, labels, counts, noise, self.likelihood_temperature)
 
     def _check_logits(self, logits: Tensor, labels: Tensor) -> None:
         if logits.dim() != 3 or logits.shape[:2] != labels.shape or logits.shape[2] < 2:
@@ -161,6 +170,7 @@ class CausalLMModelOutput(TokenModelOutput):
     """
 
     size_power = 0.5
+    softens = 1.5  # docs/research/lambda.md, "Softer likelihoods"
     name = "causal_lm"
     expected = (
         "(input_ids, attention_mask, labels), without the last or the last two, or a dict with "

@@ -39,7 +39,8 @@ def class_terms(logits: Tensor, labels: Tensor, noise: Tensor) -> Terms:
     """
     two = logits.shape[-1] == 2
     draws = 0 if two else noise.shape[1]
-    own, rest, mean, others = contrasts(logits, labels, noise[:, :draws, 0, UNIFORM])
+    found = contrasts(logits, labels, noise[:, :draws, 0, UNIFORM])
+    own, rest, mean, others = found.own, found.rest, found.mean, found.drawn
     f = own - rest
     q, p = torch.sigmoid(-f.detach()), torch.sigmoid(f.detach())
     scale = (q / max(draws, 1)).sqrt().unsqueeze(-1)
@@ -48,27 +49,35 @@ def class_terms(logits: Tensor, labels: Tensor, noise: Tensor) -> Terms:
     return Terms(f, q, curvature, (own - mean).detach(), drawn)
 
 
-def prediction_terms(logits: Tensor, labels: Tensor, weights: Tensor, noise: Tensor) -> Terms:
+def prediction_terms(
+    logits: Tensor, labels: Tensor, weights: Tensor, noise: Tensor, temperature: float = 1.0
+) -> Terms:
     """Several predictions of each sample, whose log-likelihoods count ``weights``.
 
     logits [B, T, C], labels [B, T], weights [B, T] (0: not there), noise [B, d, T, 3]. The first
     prediction that is there takes the first numbers of the noise, wherever it stands: padding may
     come before it, as much as the other samples of a batch need.
+
+    The output is the log-likelihood of the labels under logits / temperature, times temperature:
+    its slope by a logit is p or p - 1 of the softer softmax. The curvature is that of the logits.
     """
     there = weights > 0
     labels = torch.where(there, labels, 0)
     number = (there.cumsum(1) - 1).clamp(min=0)  # [B, T]
     noise = noise.gather(2, number[:, None, :, None].expand_as(noise))
-    own, rest, mean, others = contrasts(logits, labels, noise[..., UNIFORM].mT)  # and [B, T, d]
+    found = contrasts(logits, labels, noise[..., UNIFORM].mT, temperature)
+    own, rest, mean, soft, soft_mean, others = found  # [B, T], and [B, T, d]
     weights, noise = weights.to(own.dtype), noise.to(own.dtype)
     f = own - rest
     q, p = torch.sigmoid(-f.detach()), torch.sigmoid(f.detach())
-    log_p = log_sigmoid(f)
+    softer = (own - soft) / temperature  # the log-odds of logits / temperature
+    log_p = temperature * log_sigmoid(softer)
     of_own = (weights * p * q).sqrt().unsqueeze(-1) * noise[..., OWN_SIGN].mT  # [B, T, d]
     of_other = (weights * q).sqrt().unsqueeze(-1) * noise[..., OTHER_SIGN].mT
     rows = of_own * (own - mean).unsqueeze(-1) + of_other * (others - mean.unsqueeze(-1))
     drawn = torch.where(there.unsqueeze(-1), rows, 0.0).sum(1) / max(noise.shape[1], 1) ** 0.5
-    along = torch.where(there, weights * q * (own - mean).detach(), 0.0).sum(1)
+    slope = weights * torch.sigmoid(-softer.detach())
+    along = torch.where(there, slope * (own.detach() - soft_mean), 0.0).sum(1)
     output = torch.where(there, weights * log_p, 0.0).sum(1)
     return Terms(output, torch.ones_like(along), torch.ones_like(along), along, drawn)
 

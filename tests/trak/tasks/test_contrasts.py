@@ -27,9 +27,9 @@ def uniform_of(*shape: int) -> Tensor:
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
-def written_out(z: Tensor, labels: Tensor, uniform: Tensor) -> tuple[Tensor, ...]:
-    """The four of them, one row at a time."""
-    own, rest, mean, drawn = [], [], [], []
+def written_out(z: Tensor, labels: Tensor, uniform: Tensor, t: float = 1.0) -> tuple[Tensor, ...]:
+    """All of them, one row at a time."""
+    own, rest, mean, soft, soft_mean, drawn = [], [], [], [], [], []
     for row, y, places in zip(
         z.reshape(-1, z.shape[-1]), labels.reshape(-1), uniform.reshape(labels.numel(), -1),
         strict=True,
@@ -40,10 +40,13 @@ def written_out(z: Tensor, labels: Tensor, uniform: Tensor) -> tuple[Tensor, ...
         rest.append(row[others].logsumexp(0))
         possible = pi > 0
         mean.append((pi[possible] * row[others][possible]).sum())
+        soft.append(t * (row[others] / t).logsumexp(0))
+        softer = (row.detach()[others] / t).softmax(0)
+        soft_mean.append((softer[possible] * row.detach()[others][possible]).sum())
         classes = [int((pi.cumsum(0) <= place).sum()) for place in places]
         drawn.append(row[others][classes])
     shape = labels.shape
-    parts = (torch.stack(part).reshape(shape) for part in (own, rest, mean))
+    parts = (torch.stack(part).reshape(shape) for part in (own, rest, mean, soft, soft_mean))
     return (*parts, torch.stack(drawn).reshape(*shape, -1))
 
 
@@ -55,15 +58,16 @@ def weighted(found: tuple[Tensor, ...]) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(B,), (1, T), (B, T), (B, 2, T), (B, 0)], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 1000])  # of a block; 0 is less than one
-def test_values_and_gradients(shape, rows, monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 0.4])
+def test_values_and_gradients(shape, rows, temperature, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", rows * C * 8)
     z = numbers(*shape, C).requires_grad_()
     labels, uniform = labels_of(*shape), uniform_of(*shape, D)
-    found = contrasts(z, labels, uniform)
-    assert [part.shape for part in found] == [labels.shape] * 3 + [uniform.shape]
+    found = contrasts(z, labels, uniform, temperature)
+    assert [part.shape for part in found] == [labels.shape] * 5 + [uniform.shape]
     if not labels.numel():
         return
-    exact = written_out(z, labels, uniform)
+    exact = written_out(z, labels, uniform, temperature)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours, theirs)
     (slope,) = torch.autograd.grad(weighted(found), z)
@@ -71,14 +75,15 @@ def test_values_and_gradients(shape, rows, monkeypatch):
     torch.testing.assert_close(slope, right)
 
 
-def test_rows_that_lie_elsewhere_and_classes_that_cannot_be():
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_rows_that_lie_elsewhere_and_classes_that_cannot_be(temperature):
     """Logits as a language model's are cut, and some of minus infinity."""
     whole = numbers(B, T + 1, C)
     whole[:, :, 3:6] = -torch.inf
     whole = whole.requires_grad_()
     labels, uniform = torch.full((B, T), 7), uniform_of(B, T, D)
-    found = contrasts(whole[:, :-1], labels, uniform)
-    exact = written_out(whole[:, :-1], labels, uniform)
+    found = contrasts(whole[:, :-1], labels, uniform, temperature)
+    exact = written_out(whole[:, :-1], labels, uniform, temperature)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours, theirs)
     (slope,) = torch.autograd.grad(weighted(found), whole)
@@ -112,7 +117,7 @@ def test_by_vmap(in_dims):
         given.append(make(*size))
 
     def slope(z: Tensor, labels: Tensor, uniform: Tensor) -> Tensor:
-        return torch.func.grad(lambda z: weighted(contrasts(z, labels, uniform)))(z)
+        return torch.func.grad(lambda z: weighted(contrasts(z, labels, uniform, 1.5)))(z)
 
     found = torch.func.vmap(slope, in_dims)(*given)
     for b in range(B):
@@ -127,8 +132,8 @@ def test_by_vmap(in_dims):
 def test_16_bits_are_computed_in_32(dtype):
     z = numbers(B, T, C, dtype=dtype).requires_grad_()
     labels, uniform = labels_of(B, T), uniform_of(B, T, D).float()
-    found = contrasts(z, labels, uniform)
-    exact = contrasts(z.double(), labels, uniform.double())
+    found = contrasts(z, labels, uniform, 1.5)
+    exact = contrasts(z.double(), labels, uniform.double(), 1.5)
     assert all(part.dtype == torch.float32 for part in found)
     for ours, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
@@ -148,7 +153,7 @@ def test_of_the_logits_only_they_themselves_are_kept():
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        contrasts(z, labels_of(B, T), uniform_of(B, T, D))
+        contrasts(z, labels_of(B, T), uniform_of(B, T, D), 1.5)
         margins(z, labels_of(B, T))
     large = [t for t in kept if t.numel() >= z.numel()]
     assert large

@@ -46,6 +46,7 @@ class Case(NamedTuple):
     batch : of copies x [B, D], as the task takes it.
     predictions : of x, (weight, logits [C], label) of each prediction that counts.
     numbers : how many numbers the noise has for each row; the predictions take the first.
+    temperature : of the likelihood by which training samples count.
     """
 
     task: Any
@@ -53,6 +54,12 @@ class Case(NamedTuple):
     batch: Callable[[Tensor], Any]
     predictions: Callable[[Tensor], list[tuple[float, Tensor, int]]]
     numbers: int = 1
+    temperature: float = 1.0
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """Of the labels under logits / temperature, times temperature."""
+        t = self.temperature
+        return sum(t * w * (z / t).log_softmax(0)[label] for w, z, label in self.predictions(x))
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -108,7 +115,9 @@ def multilabel(kind: Any, labels: list[float]) -> Case:
     return Case(task, numbers(count), batch, predictions, count)
 
 
-def causal(reduction: str, classes: int, labels: list[int]) -> Case:
+def causal(
+    reduction: str, classes: int, labels: list[int], temperature: float | None = None
+) -> Case:
     """Position t of the logits predicts label t + 1."""
     count = len(labels)
     there = [t for t in range(count - 1) if labels[t + 1] != IGNORED]
@@ -123,8 +132,9 @@ def causal(reduction: str, classes: int, labels: list[int]) -> Case:
     def predictions(x: Tensor) -> list[tuple[float, Tensor, int]]:
         return [(weight, x.reshape(count, classes)[t], labels[t + 1]) for t in there]
 
-    task = CausalLMModelOutput(reduction)
-    return Case(task, numbers(count * classes, seed=2), batch, predictions, count - 1)
+    task = CausalLMModelOutput(reduction, temperature)
+    x = numbers(count * classes, seed=2)
+    return Case(task, x, batch, predictions, count - 1, temperature or 1.5)
 
 
 def seq2seq(reduction: str) -> Case:
@@ -144,12 +154,13 @@ def seq2seq(reduction: str) -> Case:
     return Case(task, numbers(9, seed=3), batch, predictions, 3)
 
 
-def clip(temperature: float | None) -> Case:
+def clip(temperature: float | None, own: float | None = None) -> Case:
     """x is (u, v); the right partner is class 0 of both predictions."""
     others = numbers(2, 3, seed=5), numbers(2, 3, seed=6)
-    task = CLIPModelOutput(temperature, simulated_batch_size=2)
+    task = CLIPModelOutput(temperature, simulated_batch_size=2, likelihood_temperature=own)
     task.get_embeddings(Echo(), [{"u": others[0], "v": others[1]}])
     scale = 1.0 if temperature is None else temperature
+    scale = scale**0.5 if own is None else scale / own
 
     def batch(x: Tensor) -> Any:
         return ({"u": x[:, :3], "v": x[:, 3:]},)
@@ -181,10 +192,13 @@ CASES = {
     "causal, mean": lambda: causal("mean", 3, [0, 2, IGNORED, 1]),
     "causal, two tokens": lambda: causal("sum", 2, [1, 0, 1]),
     "causal, one prediction": lambda: causal("sum", 4, [1, 3]),
+    "causal, not softened": lambda: causal("sum", 3, [0, 2, 1], 1.0),
+    "causal, sharpened": lambda: causal("mean", 3, [0, 2, 1], 0.5),
     "seq2seq, sum": lambda: seq2seq("sum"),
     "seq2seq, mean": lambda: seq2seq("mean"),
     "clip": lambda: clip(None),
     "clip, temperature": lambda: clip(2.0),
+    "clip, as it was trained": lambda: clip(2.0, 1.0),
 }
 
 
@@ -258,8 +272,7 @@ def fisher(case: Case) -> Tensor:
     made = terms_of(case, case.x[None], torch.full((1, 1, case.numbers, 3), 0.5))
     if made.drawn.shape[1]:
         y = case.x.clone().requires_grad_()
-        likelihood = sum(w * z.log_softmax(0)[label] for w, z, label in case.predictions(y))
-        total += outer(torch.autograd.grad(likelihood, y)[0])
+        total += outer(torch.autograd.grad(case.log_likelihood(y), y)[0])
     return total
 
 
@@ -276,8 +289,7 @@ def test_slope_times_the_gradient_is_that_of_the_log_likelihood(case, draws):
     made = terms_of(case, x, torch.full((1, draws, case.numbers, 3), 0.5))
     found = made.slope * by_x(made.output, x)
     y = case.x.clone().requires_grad_()
-    exact = sum(w * logits.log_softmax(0)[label] for w, logits, label in case.predictions(y))
-    torch.testing.assert_close(found[0], torch.autograd.grad(exact, y)[0])
+    torch.testing.assert_close(found[0], torch.autograd.grad(case.log_likelihood(y), y)[0])
     assert not made.slope.requires_grad
     assert not made.curvature.requires_grad
     assert not made.along.requires_grad
@@ -391,7 +403,7 @@ def test_along_and_drawn_have_the_values_of_their_rows_times_the_logits(name):
         torch.testing.assert_close(values.detach(), (by_x(values, x) * x).sum(1).detach())
 
 
-@pytest.mark.parametrize("name", ["clip", "clip, temperature"])
+@pytest.mark.parametrize("name", [name for name in CASES if "clip" in name])
 def test_the_values_of_pairs_are_0(name):
     case = CASES[name]()
     noise, _ = every_draw(case)
@@ -402,7 +414,10 @@ def test_the_values_of_pairs_are_0(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if "clip" not in name])
 def test_rows_and_values_are_what_a_newton_step_fits(name):
-    """In expectation, u = J^T v and z . v, with v = (diag p - p p^T) z + e_y - p: see ridge.fit."""
+    """In expectation, u = J^T v and z . v, with v = (diag p - p p^T) z + e_y - p: see ridge.fit.
+
+    The last p is that of the likelihood's temperature.
+    """
     case = CASES[name]()
     noise, chance = every_draw(case)
     x = copies(case, len(noise))
@@ -415,8 +430,8 @@ def test_rows_and_values_are_what_a_newton_step_fits(name):
     explained = made.along * target + values.square().sum(1)
     exact_u, exact = torch.zeros_like(case.x), torch.zeros((), dtype=torch.float64)
     for number, (weight, z, label) in enumerate(case.predictions(case.x)):
-        p = z.softmax(0)
-        v = p * z - p * (p @ z) - p
+        p, t = z.softmax(0), case.temperature
+        v = p * z - p * (p @ z) - (z / t).softmax(0)
         v[label] += 1
         exact_u += weight * v @ jacobian(case, number)
         exact += weight * z @ v

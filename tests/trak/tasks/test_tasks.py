@@ -224,6 +224,10 @@ def test_options_of_tasks_are_checked():
         CLIPModelOutput(simulated_batch_size=0)
     with pytest.raises(ValueError, match="temperature=-1"):
         CLIPModelOutput(temperature=-1)
+    for task in (CLIPModelOutput, CausalLMModelOutput):
+        for wrong in (0.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=f"likelihood_temperature={wrong}"):
+                task(likelihood_temperature=wrong)
     with pytest.raises(ValueError, match="without batches"):
         CLIPModelOutput().get_embeddings(nn.Linear(1, 1), [])
 
