@@ -32,6 +32,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "docstring_words": texts.docstring_words,
     "docstring_gaps": texts.docstring_gaps,
     "captions": captions.captions,
+    "sides": images.sides,
     "photos": images.photos,
     "pixels": images.pixels,
     "shapes": images.shapes,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.battery.models import CNN, MLP, DigitsCNN, ViT
-from bench.battery.problem import Problem, Regression, separate
+from bench.battery.models import CNN, MLP, DigitsCNN, Sides, ViT
+from bench.battery.problem import Pairs, Problem, Regression, separate
 from fastproj.testbed.digits import digits as load_digits
 from fastproj.testbed.ensembles import Training
 
@@ -165,6 +165,35 @@ def pixels(n: int = 600, targets: int = 100) -> Problem:
     training = Training(epochs=30, batch=40, learning_rate=0.02, weight_decay=1e-3, clip=5.0)
     return Problem(
         "pixels", samples, asked, lambda: MLP(56, 32, 1), training, Regression(), held_out=True
+    )
+
+
+def sides(n: int = 800, targets: int = 100) -> Problem:
+    """Which right half belongs to the left one of 16 x 16 pixels of the photographs."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(5)
+    pictures = [image.mean(2) / 255.0 for image in load_sample_images().images]  # [427, 640]
+    patches = []
+    for number in range(n + targets):
+        y, x = int(rng.integers(0, 427 - 16)), int(rng.integers(0, 640 - 16))
+        patches.append(pictures[number % 2][y : y + 16, x : x + 16])
+    stacked = np.stack(patches)
+    stacked = (stacked - stacked.mean()) / stacked.std()
+    left, right = (
+        torch.tensor(half.reshape(n + targets, -1), dtype=torch.float32)
+        for half in (stacked[:, :, :8], stacked[:, :, 8:])
+    )
+    samples = (left[:n], right[:n])
+    return Problem(
+        "sides",
+        samples,
+        (left[n:], right[n:]),
+        lambda: Sides(128),
+        Training(epochs=30, batch=80, learning_rate=0.05, weight_decay=1e-3, clip=1.0),
+        Pairs(samples, 200),
+        held_out=True,
+        retrainings=3,
     )
 
 

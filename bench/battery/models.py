@@ -228,3 +228,18 @@ class TwoTowers(nn.Module):
         """Images [B, 3, side, side] and word numbers [B, T] -> [B, width] each, scale."""
         u, v = self.image(image), self.text(self.words(text).flatten(-2))
         return F.normalize(u, dim=-1), F.normalize(v, dim=-1), self.log_scale.exp()
+
+
+class Sides(nn.Module):
+    """Embeddings of length 1 for left and right sides of patches, and a learned scale."""
+
+    def __init__(self, pixels: int, hidden: int = 24, width: int = 12) -> None:
+        super().__init__()
+        self.left = MLP(pixels, hidden, width)
+        self.right = MLP(pixels, hidden, width)
+        self.log_scale = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Left and right pixels [B, pixels] -> [B, width] each, scale. Names are open_clip's."""
+        u, v = self.left(image), self.right(text)
+        return F.normalize(u, dim=-1), F.normalize(v, dim=-1), self.log_scale.exp()
