@@ -29,6 +29,7 @@ from fastproj.trak.gradients import (
     resolve_gradient_computer,
     sinks,
 )
+from fastproj.trak.gradients.base import RandomNumbersError
 from tests.trak import cases, modules
 
 TASK = ImageClassificationModelOutput()
@@ -939,7 +940,7 @@ def test_after_a_single_sample_the_first_batch_of_several_is_checked():
 def test_random_numbers_are_noticed():
     torch.manual_seed(0)
     model = Classifier(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), 4).double().train()
-    with pytest.raises(HooksError, match="random numbers"):
+    with pytest.raises(RandomNumbersError, match="random numbers"):
         HookGradientComputer(model, TASK).compute_per_sample_grad(
             (floats(4), torch.arange(N) % CLASSES)
         )
