@@ -326,9 +326,11 @@ class HookGradientComputer(AbstractGradientComputer):
     def _split(self, batch: tuple[Any, ...], evened: Evened | None = None) -> Split:
         """How a batch is checked: each time in other parts."""
         self._checks += 1
-        alone = ALONE_FIRST if self._checks == 1 else 1
+        alone, size = ALONE_FIRST if self._checks == 1 else 1, batches.size(batch)
+        if any(getattr(module, "scale_grad_by_freq", False) for module in self.model.modules()):
+            alone = size  # autograd would count how often words are in the samples of a part
         device = next(iter(self.chosen.values())).device
-        return Split.of(batches.size(batch), alone, self._checks, device, evened)
+        return Split.of(size, alone, self._checks, device, evened)
 
     def _is_proved(self, batch: tuple[Any, ...], rows: Rows, check: Check, eps: float) -> bool:
         """Compare with plain autograd; whether the gradients of all samples are finite.
