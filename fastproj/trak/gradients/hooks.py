@@ -99,8 +99,9 @@ class HookGradientComputer(AbstractGradientComputer):
     ``fastproj.FactoredProjector``, those of linear layers, convolutions without groups and
     embeddings are formed only in batches that are checked.
     The gradients of a module that is called several times, and of a shared parameter, are summed.
-    Where a parameter is used outside of its module's forward, a module above it takes its place, at
-    last the whole model under ``torch.func``. A log line says so.
+    Where a parameter is used outside of its module's forward, and that module is never called, a
+    module above it takes its place, at last the whole model under ``torch.func``. A log line says
+    so. Where it is called as well, the check against autograd fails.
 
     The task must be a ``BatchedModelOutput``. Batches of 2 and 3 copies of a sample show where the
     batch dimension is inside the model. A module that other samples call more often is an error.
