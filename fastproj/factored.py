@@ -256,6 +256,9 @@ class FactoredProjector:
     ) -> Tensor:
         """The same from the factors of gradients, which are never formed, [B, proj_dim].
 
+        The result of a sample may depend on the batch size by rounding, which that of ``project``
+        does not: matrix products add in an order that depends on the number of rows.
+
         Parameters
         ----------
         pairs : by name, for each parameter of ``shapes``: a pair (left [B, T, m], right [B, T, n])

@@ -96,6 +96,30 @@ def test_pairs_give_what_their_products_give(r):
     torch.testing.assert_close(projector.project_pairs(given, 7), projector.project(formed, 7))
 
 
+@pytest.mark.parametrize("places", [1, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_of_one_sample_agree_with_those_of_a_batch_to_rounding(dtype, places):
+    """Bit for bit only ``project`` does: matrix products depend on the number of rows."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"w": (96, 80), "v": (300, 48)}
+    projector = fastproj.FactoredProjector(sizes, 16, 64)
+    given = {
+        name: tuple(torch.randn(17, places, n, generator=generator, dtype=dtype) for n in shape)
+        for name, shape in sizes.items()
+    }
+    y = projector.project_pairs(given)
+    alone = torch.cat(
+        [
+            projector.project_pairs(
+                {n: (a[i : i + 1], b[i : i + 1]) for n, (a, b) in given.items()}
+            )
+            for i in range(17)
+        ]
+    )
+    error = torch.linalg.vector_norm(alone - y, dim=1) / torch.linalg.vector_norm(y, dim=1)
+    assert float(error.max()) < 16 * torch.finfo(dtype).eps
+
+
 def test_forms_of_gradients_agree_and_rows_do_not_depend_on_each_other():
     projector = fastproj.FactoredProjector(SHAPES, 4, 32, 1)
     grads = whole(dtype=torch.float32)

@@ -16,6 +16,7 @@ from fastproj.checks import listed
 from fastproj.trak.attributes import Attributes
 from fastproj.trak.files import tensor_digest
 from fastproj.trak.fingerprints import combined_digest, model_digests, quick_sums
+from fastproj.trak.gradients.base import RandomNumbersError
 from fastproj.trak.tasks.base import COPYING, SMALL_BYTES
 
 COPIED_BYTES = 1 << 26  # of buffers kept to be put back, the smallest first
@@ -272,9 +273,12 @@ class LoadedModel:
         every : whether to look at all values at its end. Do so before anything is kept.
         """
         changed: list[str] = []
+        differing: RandomNumbersError | None = None
         try:
             with no_renorm(self.model):
                 yield
+        except RandomNumbersError as error:  # parameters that are written to are a reason for it
+            differing = error
         finally:
             self._attributes.settle()
             changed = self._changed(every)
@@ -295,7 +299,11 @@ class LoadedModel:
                 )
         rest = [name for name in changed if name not in caches]
         if rest:
-            raise self._changed_within(function, rest, [n for n in rest if n in counted])
+            raise self._changed_within(
+                function, rest, [n for n in rest if n in counted]
+            ) from differing
+        if differing is not None:
+            raise differing
 
     def _changed(self, every: bool) -> list[str]:
         """The names of parameters and buffers that are not as they were loaded.

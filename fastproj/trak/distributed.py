@@ -134,6 +134,7 @@ class Turns:
         self.ranks = ranks
         self.pass_of = pass_of
         self.taking: bool | None = None if ranks.size > 1 else False
+        self.met = False  # whether no batch has come since all ranks were waited for
         self._done = done.copy() if ranks.size > 1 else done
         self._count = 0
 
@@ -171,8 +172,21 @@ class Turns:
 
     def passed(self, inds: Indices) -> None:
         """The batch is done, here or elsewhere."""
+        self.met = False
         if self.taking and not self._done[inds].all():
             self._count += 1
+
+    def meet(self, step: str) -> None:
+        """Wait until every rank is in this step too, or past this pass, so that the batches of all
+        are done. A rank may never call it: what it does next shows that it is past.
+        """
+        while not self.met:
+            every = self.ranks.all_gather_steps(step, (self.pass_of,))
+            behind = [s for s, facts in every if s != step and self._is_of_this_pass(facts)]
+            self.met = not behind
+
+    def _is_of_this_pass(self, facts: Any) -> bool:
+        return isinstance(facts, tuple) and facts[:1] == (self.pass_of,)
 
     def deal(self, step: str, batches: list[Indices]) -> list[Indices]:
         """This rank's share of ``batches``, which all ranks must have alike; all ranks call it."""

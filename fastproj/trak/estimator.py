@@ -536,7 +536,8 @@ class TRAKer:
             of its label, and takes a backward.
         stream : ``batch`` holds other training samples, such as candidates for the training set.
             Their scores on all targets of this experiment are returned, and their features are not
-            kept. All targets must have been given before.
+            kept. All targets must have been given before. With several processes, the first such
+            call after targets waits until all have scored theirs.
 
         Returns
         -------
@@ -568,6 +569,7 @@ class TRAKer:
             if per is not None:
                 return scores_in_parts(*held, prepared, size, per)
             if self._stream is None:
+                scoring.meet("score(stream=True)")
                 self._stream = Stream(*held, scoring.exp_name)
             return self._stream.scores(prepared, size)
         self._stream = None  # it holds the targets that were there

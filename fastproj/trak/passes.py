@@ -99,6 +99,11 @@ class Pass:
             self._turns.compare(self.function, inds, content, by_number)
         return self._turns.mine(inds)
 
+    def meet(self, step: str) -> None:
+        """Wait for the batches of all processes; see what they have written."""
+        self._turns.meet(step)
+        self.featurizer.saver.forget()
+
     def remaining(self, batch_size: int) -> list[list[int]]:
         """This process's share of the samples that are not there yet, in batches of numbers."""
         done = self.index(self.model_id, self.exp_name).done

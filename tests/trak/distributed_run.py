@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
@@ -40,6 +41,8 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     how["backend"] : a process group of this backend is there before TRAKer is made.
     how["groups"] : of the targets.
     how["size_power"] : of fastproj.trak.Fisher.
+    how["stream"] : a number of candidates, shared out in batches of 2, whose scores each rank keeps
+        beside the log.
     how["only"] : "featurize" lets each rank featurize every size-th batch of its, and no more.
     log : the computed batches are appended to it.
     """
@@ -116,7 +119,17 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
         groups = how.get("groups")
         traker.start_scoring_checkpoint("test", state, model_id, M, groups=groups)
         go(traker.score, targets, 2)
+        stream(traker, Path(log).parent, rank, size, how.get("stream", 0))
     scores = traker.finalize_scores("test")
     columns = 1 + max(how["groups"]) if "groups" in how else M
     assert scores.shape == (N, columns)
     assert traker.finalize_scores("test", top_k=3).helpful_indices.shape == (columns, 3)
+
+
+def stream(traker: Any, folder: Path, rank: int, size: int, count: int) -> None:
+    """The scores of this rank's candidates by the loaded checkpoint, a file for each batch."""
+    candidates = cases.data(count, seed=9)
+    batches = list(zip(*(part.split(2) for part in candidates), strict=True)) if count else []
+    for number in range(rank, len(batches), size):
+        scores = traker.score(batches[number], stream=True)
+        np.save(folder / f"stream-{traker.saver.current_model_id}-{number}.npy", scores)

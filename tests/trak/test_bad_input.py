@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from fastproj import Projector, TRAKer
 from fastproj.trak import NotReadyError, StoreMismatchError
+from fastproj.trak.gradients.base import RandomNumbersError
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
 from tests.trak import cases, modules
 
@@ -443,6 +445,74 @@ def test_training_mode_without_effect_is_taken(tmp_path, train):
     traker = cases.loaded(model, tmp_path, len(train[0]))
     model.train()
     traker.featurize(train, num_samples=len(train[0]))
+
+
+@modules.of(fc=lambda: nn.Linear(25, 25), out=lambda: nn.Linear(25, 4))
+def DropsOut(self, x):
+    """Dropout as a function, which is on by default; ``mended`` switches it off."""
+    h = torch.tanh(self.fc(x.flatten(1)))
+    if not hasattr(self, "mended"):
+        h = torch.nn.functional.dropout(h, 0.5)
+    return self.out(h)
+
+
+@pytest.mark.parametrize("size", [1, N])
+@pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
+def test_random_numbers_are_refused_by_all_and_leave_nothing(tmp_path, train, size, computer):
+    model = DropsOut()
+    traker = cases.loaded(model, tmp_path, N, gradient_computer=computer)
+    batch = [part[:size] for part in train]
+    said = r"differ from one call to the next.*F\.dropout\(x, p, training=self\.training\)"
+    for _ in range(2):  # not the first time alone
+        with pytest.raises(RandomNumbersError, match=said):
+            traker.featurize(batch, num_samples=size)
+    assert shards(tmp_path) == []
+    model.mended = True
+    traker = cases.loaded(model, tmp_path, N, gradient_computer=computer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        traker.featurize(train, num_samples=N)
+
+
+@pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
+def test_random_numbers_are_refused_for_parts_of_scores(tmp_path, train, computer):
+    model = DropsOut()
+    model.mended = True
+    traker = cases.featurized(model, tmp_path, train, gradient_computer=computer)
+    traker.finalize_features()
+    del model.mended
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, N)
+    with pytest.raises(RandomNumbersError):
+        traker.score(train, per="module")
+
+
+@pytest.mark.parametrize("computer", ["auto", "hooks"])
+def test_random_numbers_of_some_batches_alone_make_the_others_distrusted(tmp_path, train, computer):
+    """Hooks let earlier batches pass because none of theirs differed."""
+    model = DropsOut()
+    model.mended = True
+    traker = cases.loaded(model, tmp_path, N, gradient_computer=computer)
+    traker.featurize([part[:4] for part in train], inds=range(4))
+    del model.mended
+    with pytest.raises(RandomNumbersError), pytest.warns(match="4 training samples"):
+        traker.featurize([part[4:7] for part in train], inds=range(4, 7))
+    assert not traker.saver.index(0).done.any()
+
+
+@pytest.mark.parametrize("computer", ["func", "loop"])
+def test_rounding_that_differs_is_not_taken_for_random_numbers(tmp_path, train, computer):
+    """As of kernels that add in any order."""
+
+    class Unsteady(DropsOut):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * (1 + 1e-6 * (self.calls % 2))
+
+    model = Unsteady()
+    model.mended = True
+    cases.loaded(model, tmp_path, N, gradient_computer=computer).featurize(train, num_samples=N)
 
 
 # ---- what would spoil gradients without a word ---------------------------------------------------

@@ -19,6 +19,7 @@ from fastproj.trak.distributed import DistributedError, Ranks
 from fastproj.trak.files import read_json
 from fastproj.trak.solving.solve import System
 from fastproj.trak.store.scores import read_scores, read_top_scores
+from fastproj.trak.store.store import NotReadyError
 from tests.trak import cases
 from tests.trak.distributed_run import N
 from tests.trak.lives import Server
@@ -71,6 +72,99 @@ def test_the_same_script_in_several_processes(tmp_path, server, whole, size, fee
     share = Counter(b.split()[0] for b in batches)
     assert len(share) == size
     assert max(share.values()) - min(share.values()) <= 4  # one batch for each pass over data
+
+
+@pytest.mark.parametrize(
+    ("feed", "size", "candidates"),
+    [("plain", 2, 9), ("inds", 3, 2), ("remaining", 2, 2), ("remaining", 3, 9), ("sampler", 2, 9)],
+)
+def test_a_stream_in_several_processes(tmp_path, server, feed, size, candidates):
+    """Each has candidates of its own, unequally many batches of them or none."""
+    found = []
+    for processes in (1, size):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        run(server, folder, processes, feed=feed, stream=candidates, batch_size=[2] * processes)
+        files = sorted(folder.glob("stream-*.npy"))
+        assert len(files) == 2 * ((candidates + 1) // 2)
+        found.append([np.load(file) for file in files])
+    for ours, alone in zip(*found, strict=True):
+        if feed == "sampler":  # targets in other batches, and the sums over training samples
+            np.testing.assert_allclose(ours, alone, rtol=1e-4, atol=1e-5 * np.abs(alone).max())
+        else:
+            np.testing.assert_array_equal(ours, alone)
+
+
+class Beside(Ranks):
+    """Rank 1 of two, of which rank 0 does what ``others`` says when both are to meet."""
+
+    def __init__(self, others):
+        super().__init__(1, 2)
+        self.others = others
+
+    def all_gather_steps(self, step, value):
+        return [self.others.pop(0)(step, value), (step, value)]
+
+
+def test_a_stream_waits_for_the_targets_of_other_processes(tmp_path):
+    model, train, targets = cases.net(), cases.data(10), cases.data(4, seed=5)
+    slow, fast = (cases.make(model, tmp_path, 10) for _ in range(2))
+    cases.featurize(slow, model, 0, train)
+    slow.finalize_features()
+
+    def compare(step, value):
+        return step, value
+
+    def dealing_out(step, value):  # before it has scored its own
+        assert step == "score(stream=True)"
+        return "remaining_batches", (*value, "which")
+
+    def scoring(step, value):
+        slow.score([part[:2] for part in targets], inds=[0, 1])
+        return step, value
+
+    fast.ranks = Beside([compare, dealing_out, scoring])
+    for traker in (slow, fast):
+        traker.start_scoring_checkpoint("test", model.state_dict(), 0, 4)
+    for low in (0, 2):
+        fast.score([part[low : low + 2] for part in targets], num_samples=2)
+    found = fast.score(train, stream=True)
+    assert not fast.ranks.others
+    np.testing.assert_array_equal(found, fast.score(train, stream=True))  # without another wait
+    np.testing.assert_allclose(found, slow.finalize_scores("test"), rtol=1e-3, atol=1e-5)
+
+
+def test_a_stream_beside_processes_that_have_gone_on(tmp_path):
+    """A process without candidates makes no such call: what it does next shows that."""
+    model, train, targets = cases.net(), cases.data(10), cases.data(4, seed=5)
+    traker = cases.make(model, tmp_path, 10)
+    cases.featurize(traker, model, 0, train)
+    traker.finalize_features()
+    for step, facts in (
+        ("finalize_scores", ("test", None, False, None)),
+        ("load_checkpoint", 1),
+        ("score", (("score", 1, "test"), True)),
+    ):
+        traker.ranks = Beside([lambda *_, past=(step, facts): past] * 2)
+        traker.start_scoring_checkpoint("test", model.state_dict(), 0, 4)
+        traker.score(targets, inds=range(4))
+        assert traker.score(train, stream=True).shape == (10, 4)
+        assert not traker.ranks.others
+
+
+def test_a_stream_sees_targets_of_processes_that_work_alone(tmp_path):
+    model, train, targets = cases.net(), cases.data(10), cases.data(4, seed=5)
+    trakers = [cases.make(model, tmp_path, 10, distributed=False) for _ in range(2)]
+    cases.featurize(trakers[0], model, 0, train)
+    trakers[0].finalize_features()
+    for traker in trakers:
+        traker.start_scoring_checkpoint("test", model.state_dict(), 0, 4)
+    with pytest.raises(NotReadyError, match="lacks 4 of 4 targets"):
+        trakers[0].score(train, stream=True)
+    for traker, inds in zip(trakers, ([0, 1], [2, 3]), strict=True):
+        traker.score([part[inds] for part in targets], inds=inds)
+    found = [traker.score(train, stream=True) for traker in trakers]
+    np.testing.assert_array_equal(*found)
 
 
 def test_groups_of_targets_in_several_processes(tmp_path, server, whole):

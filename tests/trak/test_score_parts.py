@@ -91,6 +91,42 @@ def test_parts_add_up_to_the_score(computer, settings, tmp_path):
         np.testing.assert_allclose(by_token.sum(2), scores[:, :size], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("half", "bound"), [(False, 1e-6), (True, 2e-3)])
+@pytest.mark.parametrize("curvature", ["fisher", "trak"])
+def test_of_two_checkpoints_each_adds_up_to_its_own_score(curvature, half, bound, tmp_path):
+    """Their mean is the score of both but for "trak", which averages Q by itself. Stored features
+    in float16 are rounded where those of parts are not.
+    """
+    model = Words().double().eval()
+    options = {"curvature": curvature, "use_half_precision": half, "proj_dim": 64}
+    traker = TRAKer(model, "causal_lm", N, tmp_path, **options)
+    train, targets, states = batch_of(N, 1), batch_of(M, 2), []
+    for model_id in range(2):
+        torch.manual_seed(model_id)
+        moved = {n: t + 0.3 * torch.randn_like(t) for n, t in model.state_dict().items()}
+        states.append(moved)
+        traker.load_checkpoint(moved, model_id)
+        traker.featurize(train, num_samples=N)
+    traker.finalize_features()
+    found = []
+    for model_id, state in enumerate(states):
+        traker.start_scoring_checkpoint("t", state, model_id, M)
+        traker.score(targets, num_samples=M)
+        parts = [traker.score(targets, per=per).sum(2) for per in ("module", "token")]
+        found.append([*parts, traker.score(train, stream=True)])
+    scores = np.array(traker.finalize_scores("t"))
+    alone = [np.array(traker.finalize_scores("t", [model_id])) for model_id in range(2)]
+    allowed = bound * np.abs(scores).max()
+    for of_one, wanted in zip(found, alone, strict=True):
+        for ours in of_one:
+            np.testing.assert_allclose(ours, wanted, rtol=0, atol=allowed)
+            assert not half or np.abs(ours - wanted).max() > allowed / 100
+    for first, second in zip(*found, strict=True):
+        difference = np.abs((first + second) / 2 - scores).max()
+        assert (difference > 1e-2 * np.abs(scores).max()) == (curvature == "trak")
+        assert curvature == "trak" or difference < allowed
+
+
 def test_a_token_counts_as_if_it_were_the_only_label(tmp_path):
     traker, _, _ = scored(tmp_path)
     targets = batch_of(1, 2)

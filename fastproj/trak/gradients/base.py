@@ -12,14 +12,26 @@ from torch import Tensor, nn
 
 from fastproj.factored import one_dtype
 from fastproj.trak import batches
-from fastproj.trak.gradients.running import modules_named_twice, plainly, restored, wide_sums
+from fastproj.trak.gradients.running import (
+    modules_named_twice,
+    norm,
+    plainly,
+    restored,
+    rounding_share,
+    wide_sums,
+)
 from fastproj.trak.tasks.base import BatchedModelOutput, Terms, run
 from fastproj.trak.tasks.training import SeveralOutputs, definer
 
+REPEATED = 4  # samples of a batch whose outputs are computed twice
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
 TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
 
 Grads = dict[str, Tensor]
+
+
+class RandomNumbersError(ValueError):
+    """Outputs differ from one call to the next; no gradient computer can help."""
 
 
 class AbstractGradientComputer(ABC):
@@ -154,11 +166,14 @@ class AbstractGradientComputer(ABC):
                 yield [self.compute_per_sample_grad(part)]
 
     def check_dependence(self, batch: tuple[Any, ...]) -> None:
-        """Raise ValueError if f of no sample depends on the parameters; once per checkpoint."""
+        """Raise ValueError if f of no sample depends on the parameters, or if it is random; once
+        per checkpoint.
+        """
         rows = range(0 if self._dependent else batches.size(batch))
         for row in rows:
             gradient = self.gradients_of(batch, row)[0]
             if any(g is not None for g in gradient.values()):
+                self.check_repeats(batch)
                 self._dependent = True
                 return
         if rows:
@@ -172,6 +187,37 @@ class AbstractGradientComputer(ABC):
             f"{self.names[0]!r}); expected a task that calls the model it is given, not another "
             "module, without no_grad, detach or argmax, and grad_wrt that the model uses"
         )
+
+    def check_repeats(self, batch: tuple[Any, ...], eps: float = 0.0) -> None:
+        """Raise RandomNumbersError if f differs from one call to the next, and its gradient by more
+        than rounding: the kernels of a GPU may add in any order.
+
+        eps : of the coarsest dtype that the model computes in, if that isn't its parameters'.
+        """
+        params = list(self.chosen.values())
+        if any(p.is_cuda for p in params):  # autocast inside of the model is not seen here
+            eps = max(eps, torch.finfo(torch.bfloat16).eps)
+        share = rounding_share(eps, *(p.dtype for p in params))
+        for row in range(min(batches.size(batch), REPEATED)):
+            one = batches.select(batch, slice(row, row + 1))
+            with torch.no_grad():
+                first, again = (self.output_alone(self.chosen, one) for _ in range(2))
+            if torch.equal(first, again):
+                continue
+            left = total = 0.0
+            for pair in zip(*(self.gradients_of(batch, row) for _ in range(2)), strict=True):
+                for name, p in self.chosen.items():
+                    a, b = (torch.zeros_like(p) if g[name] is None else g[name] for g in pair)
+                    left += norm(a - b) ** 2
+                    total += norm(a) ** 2 + norm(b) ** 2
+            if left > share**2 * total:
+                raise RandomNumbersError(
+                    "TRAKer: outputs differ from one call to the next, with the same sample and "
+                    "parameters: the model or the task draws random numbers, or keeps something "
+                    "from call to call; expected F.dropout(x, p, training=self.training), whose "
+                    "default is training=True, dropout_p=0.0 in attention, and other random "
+                    "numbers as a part of the batch"
+                )
 
     def samples_at_once(self, batch: tuple[Any, ...]) -> int:
         """How many samples' gradients fit into GRAD_BYTES; at least one."""

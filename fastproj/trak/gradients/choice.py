@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastproj.memory import is_out_of_memory
 from fastproj.trak.callers import stack_to_caller
-from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, RandomNumbersError
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer
 from fastproj.trak.gradients.loop import IterativeGradientComputer
@@ -122,7 +122,8 @@ class AutomaticGradientComputer(AbstractGradientComputer):
             try:
                 result = use(computer)
             except Exception as error:
-                if name == self._left[-1] or is_out_of_memory(error):
+                hopeless = is_out_of_memory(error) or isinstance(error, RandomNumbersError)
+                if name == self._left[-1] or hopeless:
                     raise
                 refused.append((name, error))
             else:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fastproj.factored import FactoredProjector
 from fastproj.memory import is_out_of_memory
 from fastproj.trak import batches
-from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, dense
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, RandomNumbersError, dense
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import warn_loop
@@ -99,8 +99,9 @@ class HookGradientComputer(AbstractGradientComputer):
     ``fastproj.FactoredProjector``, those of linear layers, convolutions without groups and
     embeddings are formed only in batches that are checked.
     The gradients of a module that is called several times, and of a shared parameter, are summed.
-    Where a parameter is used outside of its module's forward, a module above it takes its place, at
-    last the whole model under ``torch.func``. A log line says so.
+    Where a parameter is used outside of its module's forward, and that module is never called, a
+    module above it takes its place, at last the whole model under ``torch.func``. A log line says
+    so. Where it is called as well, the check against autograd fails.
 
     The task must be a ``BatchedModelOutput``. Batches of 2 and 3 copies of a sample show where the
     batch dimension is inside the model. A module that other samples call more often is an error.
@@ -326,9 +327,11 @@ class HookGradientComputer(AbstractGradientComputer):
     def _split(self, batch: tuple[Any, ...], evened: Evened | None = None) -> Split:
         """How a batch is checked: each time in other parts."""
         self._checks += 1
-        alone = ALONE_FIRST if self._checks == 1 else 1
+        alone, size = ALONE_FIRST if self._checks == 1 else 1, batches.size(batch)
+        if any(getattr(module, "scale_grad_by_freq", False) for module in self.model.modules()):
+            alone = size  # autograd would count how often words are in the samples of a part
         device = next(iter(self.chosen.values())).device
-        return Split.of(batches.size(batch), alone, self._checks, device, evened)
+        return Split.of(size, alone, self._checks, device, evened)
 
     def _is_proved(self, batch: tuple[Any, ...], rows: Rows, check: Check, eps: float) -> bool:
         """Compare with plain autograd; whether the gradients of all samples are finite.
@@ -340,7 +343,7 @@ class HookGradientComputer(AbstractGradientComputer):
         evened = None
         if whole:
             self._note_dependence(found)
-            self._judge(check, eps)
+            self._judge(check, batch, eps)
             evened = check.evened(eps)
         check.left.clear()  # before the same comes again
         if not whole or evened is not None:
@@ -357,7 +360,7 @@ class HookGradientComputer(AbstractGradientComputer):
         made = self._forward(batch)
         check = Check(split, self.chosen, len(made.out[slice(*rows)]), known)
         eps = self._backward(batch, made, rows, lambda _: NoSink(), check)
-        self._judge(check, eps)
+        self._judge(check, batch, eps)
         return not known.infinite
 
     def _note_dependence(self, names: set[str]) -> None:
@@ -366,18 +369,30 @@ class HookGradientComputer(AbstractGradientComputer):
             raise self.no_dependence()
         self._dependent = True
 
-    def _judge(self, check: Check, eps: float) -> None:
-        """Raise HooksError unless the gradients are those that they were compared with."""
+    def _judge(self, check: Check, batch: tuple[Any, ...], eps: float) -> None:
+        """Raise HooksError unless the gradients are those that they were compared with, or
+        RandomNumbersError where these are not the same twice.
+        """
         wrong = check.wrong(eps)
         if wrong:
-            if self.when_disproved is not None:
-                self.when_disproved()
+            try:
+                self.check_repeats(batch, eps)
+            except RandomNumbersError:
+                if self._structures:  # else nothing rests on a check that passed
+                    self._disprove()
+                raise
+            self._disprove()
             raise HooksError(
                 f"hooks: the gradient by {listed(wrong)} is not that of plain autograd; is the "
                 "parameter used outside of its module's forward (use a module that shares it, such "
-                "as nn.Linear for F.linear), are samples mixed, or does the model draw random "
-                "numbers (dropout in training mode) or take gradients itself?"
+                "as nn.Linear for F.linear), are samples mixed, or does the model take gradients "
+                "itself?"
             )
+
+    def _disprove(self) -> None:
+        """Let earlier gradients of this checkpoint no longer count."""
+        if self.when_disproved is not None:
+            self.when_disproved()
 
     def _remember(self, structure: tuple[Rows, int]) -> None:
         """Note a structure that was checked, now or before."""
@@ -423,6 +438,8 @@ class HookGradientComputer(AbstractGradientComputer):
         self, batch: tuple[Any, ...], make_sink: Callable[[Counter[str]], Sink], rows: Rows
     ) -> None:
         """Send the gradients of a batch of one sample to sinks: plain autograd's, by parameter."""
+        if not self._dependent:
+            self.check_repeats(batch)
         chosen = {name: p.detach().requires_grad_() for name, p in self.chosen.items()}
         with torch.enable_grad():
             outputs = self.outputs(chosen, batch).reshape(-1)[slice(*rows)]

@@ -24,6 +24,7 @@ def project_modules(
         found: list[Tensor] = own(batch, projector, model_id)
         return found
     computer.on_trust = False
+    computer.check_dependence(batch)
     chunks = []
     for grads, *_ in computer.iter_rows(batch):
         size = len(next(iter(grads.values())))

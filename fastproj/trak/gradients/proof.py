@@ -12,11 +12,10 @@ from torch import Tensor
 
 from fastproj.trak import batches
 from fastproj.trak.gradients.base import AbstractGradientComputer, dense
-from fastproj.trak.gradients.running import wide_sums
+from fastproj.trak.gradients.running import norm, wide_sums
 
 MOST_APART = 8  # samples without a finite gradient that are sought in a batch
 UNEVEN = 3e-3  # of the norm of all: the whole gradient of a smaller sample is near the tolerance
-NORM_ENTRIES = 1 << 19  # whose squares are added up at once
 FAINT = 1e-6  # of the largest: smaller gradients may be rounding errors
 
 
@@ -211,19 +210,6 @@ def shares_of(rows: int) -> list[float]:
 def is_finite(t: Tensor) -> bool:
     """Whether all entries are; without a copy of them."""
     return not t.numel() or bool(torch.isfinite(torch.stack(t.aminmax())).all())
-
-
-def norm(t: Tensor) -> float:
-    """The norm of a tensor of any magnitude: squares of 1e-25 or 1e25 are not float32's."""
-    return float(norms(t.reshape(1, -1)))
-
-
-def norms(t: Tensor) -> Tensor:
-    """Those of the rows of [b, n], float64 [b]."""
-    dtype = torch.promote_types(t.dtype, torch.float64)  # of which PyTorch makes a copy
-    parts = t.split(max(1, NORM_ENTRIES // max(1, len(t))), 1)
-    found = [torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in parts]
-    return torch.linalg.vector_norm(torch.stack(found), dim=0)
 
 
 def wide(t: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+NORM_ENTRIES = 1 << 19  # whose squares are added up at once
 HALVES = (torch.bfloat16, torch.float16)
 
 # Backwards that on a CPU add up the numbers of all positions in 16 bits. Such a sum no longer grows
@@ -84,6 +85,29 @@ def modules_named_twice(model: nn.Module) -> list[nn.Module]:
     """The modules that have several names in a model, each once."""
     counts = Counter(m for _, m in model.named_modules(remove_duplicate=False))
     return [module for module, count in counts.items() if count > 1]
+
+
+def norm(t: Tensor) -> float:
+    """The norm of a tensor of any magnitude: squares of 1e-25 or 1e25 are not float32's."""
+    return float(norms(t.reshape(1, -1)))
+
+
+def norms(t: Tensor) -> Tensor:
+    """Those of the rows of [b, n], float64 [b]."""
+    dtype = torch.promote_types(t.dtype, torch.float64)  # of which PyTorch makes a copy
+    parts = t.split(max(1, NORM_ENTRIES // max(1, len(t))), 1)
+    found = [torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in parts]
+    return torch.linalg.vector_norm(torch.stack(found), dim=0)
+
+
+def rounding_share(eps: float, *dtypes: torch.dtype) -> float:
+    """How much of a gradient's norm rounding may be, in the coarsest of these dtypes or ``eps``.
+
+    The share is 1e-3 in float32. In 16 bits, errors of 0.04 have been seen.
+    """
+    # At least float32's: float64 models may compute in it, as T5's softmax does.
+    own = max(torch.finfo(dtype).eps for dtype in (torch.float32, *dtypes))
+    return float(min(3 * max(eps, own) ** 0.5, 0.1))
 
 
 def wide_sums(params: Iterable[Tensor]) -> AbstractContextManager[Any]:

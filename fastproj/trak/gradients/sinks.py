@@ -21,10 +21,9 @@ from fastproj.trak.gradients.proof import (
     Known,
     Split,
     is_finite,
-    norm,
-    norms,
     wide,
 )
+from fastproj.trak.gradients.running import norm, norms, rounding_share
 from fastproj.trak.gradients.scales import for_each, unscaled
 
 # Numbers of a sample that wait until one call projects them. Compressed gradients of a layer are so
@@ -372,10 +371,7 @@ class Check:
         total = sum(size**2 for size in self.norms.values()) ** 0.5
         found = []
         for name, left in self.left.items():
-            # At least float32's: float64 models may compute in it, as T5's softmax does.
-            own = max(torch.finfo(d).eps for d in (torch.float32, self.params[name].dtype))
-            # The share is 1e-3 in float32. In 16 bits, errors of 0.04 have been seen.
-            share = min(3 * max(eps, own) ** 0.5, 0.1)
+            share = rounding_share(eps, self.params[name].dtype)
             allowed = share * (self.norms.get(name, 0.0) + 0.1 * total) + self.split.noise
             if not norm(left) <= allowed:
                 found.append(name)

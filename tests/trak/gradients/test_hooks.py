@@ -29,6 +29,7 @@ from fastproj.trak.gradients import (
     resolve_gradient_computer,
     sinks,
 )
+from fastproj.trak.gradients.base import RandomNumbersError
 from tests.trak import cases, modules
 
 TASK = ImageClassificationModelOutput()
@@ -668,6 +669,32 @@ def test_a_weight_that_is_read_elsewhere_is_named_with_a_cure_that_is_right(tmp_
             torch.testing.assert_close(found, first.saver.matrix(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "table",
+    [
+        lambda: nn.Embedding(4, 6, scale_grad_by_freq=True),
+        lambda: nn.EmbeddingBag(4, 6, mode="sum", scale_grad_by_freq=True),
+    ],
+)
+@pytest.mark.parametrize("factored", [False, True])
+def test_frequencies_are_counted_within_a_sample(table, factored):
+    """Autograd would count those of all samples that it differentiates together."""
+    torch.manual_seed(0)
+    model = Classifier(table(), 6).double().eval()
+    exact = IterativeGradientComputer(model, TASK)
+    computers = [kind(model, TASK) for kind in (FunctionalGradientComputer, HookGradientComputer)]
+    size = exact.chosen["layer.weight"].numel() + exact.chosen["head.weight"].numel() + CLASSES
+    projector = Projector(size, 32, seed=4)
+    if factored:
+        projector = fastproj.FactoredProjector(model, 2, 32, seed=4)
+    for _ in range(4):  # of which three are checked
+        batch = torch.randint(0, 4, (9, 5)), torch.arange(9) % CLASSES
+        for computer in computers:
+            torch.testing.assert_close(
+                computer.project(batch, projector, 0), exact.project(batch, projector, 0)
+            )
+
+
 class OneSample(AbstractModelOutput):
     """A task in trak's form, that looks at values."""
 
@@ -939,7 +966,7 @@ def test_after_a_single_sample_the_first_batch_of_several_is_checked():
 def test_random_numbers_are_noticed():
     torch.manual_seed(0)
     model = Classifier(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), 4).double().train()
-    with pytest.raises(HooksError, match="random numbers"):
+    with pytest.raises(RandomNumbersError, match="random numbers"):
         HookGradientComputer(model, TASK).compute_per_sample_grad(
             (floats(4), torch.arange(N) % CLASSES)
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj import FactoredProjector, Projector, TRAKer
-from fastproj.trak.gradients import HookGradientComputer, parts, proof, sinks
+from fastproj.trak.gradients import HookGradientComputer, parts, running, sinks
 from fastproj.trak.gradients.recorder import Recorder
 from fastproj.trak.tasks import (
     CausalLMModelOutput,
@@ -82,7 +82,7 @@ def test_a_language_model_takes_no_more_than_training(options, model, plain, tmp
     """Also where a batch is checked, as the first two and the fourth are."""
     monkeypatch.setattr(parts, "PIECE_BYTES", 1 << 17)  # as small beside the model as in real ones
     monkeypatch.setattr(contrasts, "BLOCK_BYTES", 1 << 17)
-    monkeypatch.setattr(proof, "NORM_ENTRIES", 1 << 15)
+    monkeypatch.setattr(running, "NORM_ENTRIES", 1 << 15)
     traker = TRAKer(model, "causal_lm", 64, tmp_path, proj_dim=512, **options)
     traker.load_checkpoint(model.state_dict(), 0)
     found = [
