@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastproj.commands.arguments import add_json, add_option, positive
+from fastproj.commands.arguments import add_json, add_option, local_path, positive
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.trak.distributed import DistributedError
 from fastproj.trak.files import StoreError
@@ -77,11 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="local folders")
+    parser.add_argument("models", nargs="+", type=local_path, metavar="MODEL", help="local folders")
     data = parser.add_argument_group("data")
-    data.add_argument("--train", type=Path, required=True, metavar="PATH", help="the training set")
     data.add_argument(
-        "--targets", type=Path, required=True, metavar="PATH", help="the samples to explain"
+        "--train", type=local_path, required=True, metavar="PATH", help="the training set"
+    )
+    data.add_argument(
+        "--targets", type=local_path, required=True, metavar="PATH", help="the samples to explain"
     )
     data.add_argument(
         "--column",
@@ -104,8 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]} (default: by the class of the model)",
     )
-    model.add_argument("--base", type=Path, metavar="DIR", help="the model that adapters belong to")
-    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="for a MODEL without one")
+    model.add_argument(
+        "--base", type=local_path, metavar="DIR", help="the model that adapters belong to"
+    )
+    model.add_argument(
+        "--tokenizer", type=local_path, metavar="DIR", help="for a MODEL without one"
+    )
     model.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
@@ -120,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="gradients by all parameters, or by adapters where there are any (default: auto)",
     )
     scores = parser.add_argument_group("scores")
-    add_option(scores, "--out", Path("fastproj-trak"), "DIR", "where to write", Path)
+    add_option(scores, "--out", Path("fastproj-trak"), "DIR", "where to write", local_path)
     scores.add_argument(
         "--name", default="targets", help="of this set of targets (default: targets)"
     )

@@ -79,8 +79,8 @@ def load_adapters(
     peft = import_peft()
     config = read_config(folder / ADAPTER_CONFIG)
     if base is None:
-        base = config.get("base_model_name_or_path") or ""
-        if not Path(base).is_dir():
+        base = config.get("base_model_name_or_path")
+        if not (isinstance(base, str) and base and Path(base).is_dir()):
             raise FileNotFoundError(
                 f"load_model: the adapters in {folder} belong to {base!r}, which is no folder "
                 "here; expected base= (--base on the command line), the local folder of that model"
@@ -281,9 +281,9 @@ def local_folder(function: str, path: str | os.PathLike[str]) -> Path:
             f"{function}: received {type(path).__name__}; expected the path of a local folder"
         )
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if str(path) and folder.is_dir():  # Path("") is the working directory
         return folder
-    what = "is a file" if folder.exists() else "is no folder here"
+    what = "is a file" if folder.is_file() else "is no folder here"
     hub = f" (`hf download {path} --local-dir DIR` makes one of a model on the Hugging Face Hub)"
     like_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) and not folder.exists()
     raise FileNotFoundError(

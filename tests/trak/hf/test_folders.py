@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+import datasets
 import numpy as np
 import peft
 import pytest
@@ -12,7 +13,13 @@ import torch
 import transformers as tf
 
 from fastproj import TRAKer
-from fastproj.trak.hf import HFTRAKer, checkpoints_in, load_model, load_tokenizer
+from fastproj.trak.hf import (
+    HFTRAKer,
+    checkpoints_in,
+    load_model,
+    load_tokenizer,
+    read_samples,
+)
 from fastproj.trak.hf.heads import kind_of
 from tests.trak.hf import models
 
@@ -125,6 +132,35 @@ def test_adapters_and_their_base(tmp_path):
         load_model(tmp_path / "adapters")
     again = load_model(tmp_path / "adapters", base=tmp_path / "base")
     assert all(map(torch.equal, again.state_dict().values(), loaded.state_dict().values()))
+
+
+@pytest.mark.parametrize("said", [None, "", 5])
+def test_adapters_that_name_no_base_do_not_take_the_working_directory(tmp_path, monkeypatch, said):
+    models.model_for("causal_lm").save_pretrained(tmp_path)
+    models.with_adapters(load_model(tmp_path)).save_pretrained(tmp_path / "adapters")
+    path = tmp_path / "adapters" / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "base_model_name_or_path": said}
+    path.write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=f"belong to {said!r}, which is no folder here.*--b"
+    ):
+        load_model("adapters")
+    with pytest.raises(FileNotFoundError, match="received '', which is no folder here"):
+        load_model("adapters", base="")
+    assert load_model("adapters", base=".").peft_config
+
+
+def test_an_empty_path_is_no_folder(tmp_path, monkeypatch):
+    """As a shell's variable that isn't set gives it; the working directory holds all."""
+    models.model_for("causal_lm").save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    datasets.Dataset.from_list([{"text": "w1"}]).save_to_disk(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for read in (load_model, load_tokenizer, checkpoints_in, read_samples):
+        assert read(".")
+        with pytest.raises(FileNotFoundError, match="received '', which is "):
+            read("")
 
 
 def test_dtype_is_that_of_the_files_or_what_is_asked_for(tmp_path):
