@@ -163,6 +163,13 @@ class Collator:
                 f"has an attention_mask of {len(mask)} and {len(ids)} input_ids",
                 "1 for each token, 0 where one is hidden, or no attention_mask",
             )
+        other = mask[(mask != 0) & (mask != 1)] if mask.dim() == 1 else mask.new_empty(0)
+        if len(other):
+            raise self._wrong(
+                index,
+                f"has an attention_mask with the value {other[0].item()}",
+                "1 for each token, 0 where one is hidden, or no attention_mask",
+            )
         if "attention_mask" in self.takes:
             row["attention_mask"] = mask
         given = labels_of(sample)

@@ -17,6 +17,7 @@ from fastproj.trak.tasks.base import (
     Params,
     Terms,
     call,
+    check_masks,
     describe_parts,
     is_index,
     logits_of,
@@ -78,6 +79,7 @@ class TokenModelOutput(BatchedModelOutput):
                     f"{self.name}: received {what} {describe(t)}; expected token numbers [B, T], "
                     f"int64{token_cure(self.name, what, t)}"
                 )
+        check_masks(self.name, inputs)
         empty = (~(self.targets(labels) != IGNORE_INDEX).any(1)).nonzero()
         if len(empty):
             raise ValueError(

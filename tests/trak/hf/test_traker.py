@@ -366,6 +366,10 @@ BAD_SAMPLES = {
     "none": ({"input_ids": None}, "input_ids None; expected a list"),
     "number": ({"input_ids": 5}, "input_ids 5; expected a list"),
     "mask": ({"input_ids": [1, 2, 3], "attention_mask": [1, 1]}, "attention_mask of 2 and 3"),
+    "mask of labels": (
+        {"input_ids": [1, 2, 3], "attention_mask": [-100, 2, 1]},
+        "an attention_mask with the value -100; expected 1 for each token, 0",
+    ),
     "one token": ({"input_ids": [5]}, "no label that counts .one token"),
     "hidden": ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "no label that counts"),
     "no label": ({"input_ids": [5, 6], "labels": [5, -100]}, "no label that counts .*-100"),
