@@ -19,6 +19,7 @@ from fastproj.trak.hf.lengths import plan_batches
 from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Samples
 from fastproj.trak.progress import progress
+from fastproj.trak.store.store import check_exp_name
 from fastproj.trak.tasks import TASKS
 from fastproj.trak.tasks.language import base_of
 
@@ -134,6 +135,7 @@ class HFTRAKer:
         float32 [n_train, n_targets]: entry [i, j] > 0 where training sample i raises the output of
         target j. With ``top_k``: ``TopScores``.
         """
+        check_exp_name(type(self).__name__, exp_name)
         collator = self.collator("targets", targets)
         for model_id in self.checkpoints:
             weights = self._weights(model_id)

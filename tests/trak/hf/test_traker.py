@@ -14,7 +14,7 @@ from torch import nn
 
 from fastproj import TRAKer
 from fastproj.trak.featurizer import Featurizer
-from fastproj.trak.hf import HFTRAKer
+from fastproj.trak.hf import HFTRAKer, TRAKCallback
 from fastproj.trak.hf.collate import OF_TOKENS, Collator, labels_of
 from fastproj.trak.hf.masking import SHARE, Masking
 from fastproj.trak.hf.samples import Samples
@@ -396,6 +396,16 @@ def test_data_sets_that_are_none(tmp_path):
         run(tmp_path, model, one.to_pandas(), samples)
     with pytest.raises(TypeError, match="checkpoints=3; expected a list"):
         HFTRAKer(model, samples, 3, tmp_path, **OPTIONS)
+
+
+def test_a_name_that_can_be_none_is_refused_before_anything_is_computed(tmp_path):
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 4)
+    traker = HFTRAKer(model, samples, None, tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="HFTRAKer: received exp_name='a/b'; expected letters"):
+        traker.score(samples, "a/b")
+    assert not traker.traker.saver.ids()
+    with pytest.raises(ValueError, match="TRAKCallback: received exp_name='a/b'"):
+        TRAKCallback(samples, tmp_path, samples, exp_name="a/b")
 
 
 def test_a_flag_is_true_or_false(tmp_path):
