@@ -23,6 +23,7 @@ from fastproj.projector import Projector
 
 SIDES_SEED = 0x9E3779B97F4A7C15  # xor-ed with the seed, it is the seed of the sides
 SIDES_KIND = "rademacher"
+MAX_FACTORED = 1 << 16  # r is below
 SIDE_BYTES = 4 * 1024 * 1024  # of entries of a side made at once
 
 
@@ -171,7 +172,9 @@ class FactoredProjector:
         backend: str | None = None,
     ) -> None:
         self.shapes = checked_shapes(shapes)
-        self.factored = checks.check_integer("FactoredProjector", "factored", factored, 1, 1 << 16)
+        self.factored = checks.check_integer(
+            "FactoredProjector", "factored", factored, 1, MAX_FACTORED
+        )
         self.grad_dim = sum(math.prod(shape) for shape in self.shapes.values())
         self._places: dict[str, tuple[int, int, int]] = {}  # first left row, right row, inner row
         sides = inner = 0

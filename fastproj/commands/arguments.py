@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 LIMIT = 1 << 63  # of sizes
@@ -52,6 +53,13 @@ def add_option(
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     what = f"{what} (default: {shown})"
     parser.add_argument(name, type=read, default=default, metavar=metavar, help=what, nargs=nargs)
+
+
+def local_path(text: str) -> Path:
+    """An argument that is a path, which "" is not: Path("") is the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("received ''; expected a path, such as . for this folder")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import shtab
 
+from fastproj.commands.arguments import local_path
+
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The script of ``shell`` for a parser with all its commands.
@@ -15,7 +17,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     It is complete in itself: a tab starts no Python.
     """
     for action in actions(parser):
-        if action.type is Path or action.metavar == "RECIPE":
+        if action.type in (Path, local_path) or action.metavar == "RECIPE":
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     return str(shtab.complete(parser, shell))
 

@@ -14,6 +14,7 @@ from fastproj.commands.arguments import add_json, add_option, command_parser, po
 from fastproj.commands.costs import Layers, Run
 from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
 from fastproj.commands.running import DONE, Outcome, execute
+from fastproj.factored import MAX_FACTORED
 from fastproj.spec import KINDS, MAX_COLS, MAX_ROWS
 from fastproj.trak.curvature import CURVATURES
 from fastproj.trak.inputs import default_kind
@@ -120,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_integer("--model-parameters", "P", options.model_parameters, 1, MAX_ROWS + 1)
         check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
+        if options.factored is not None:
+            check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
         if options.kind is None:
             options.kind = default_kind(options.proj_dim, options.block)
         options.block = check_block("--block", options.kind, options.block, options.proj_dim)

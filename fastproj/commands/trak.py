@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,40 @@ from typing import Any
 
 import numpy as np
 
-from fastproj.commands.arguments import add_json, add_option, positive
+from fastproj.checks import check_integer
+from fastproj.commands.arguments import add_json, add_option, local_path, positive
 from fastproj.commands.running import DONE, Outcome, execute
+from fastproj.factored import MAX_FACTORED
 from fastproj.trak.distributed import DistributedError
 from fastproj.trak.files import StoreError
-from fastproj.trak.store.store import NotReadyError
+from fastproj.trak.store.store import NotReadyError, check_exp_name
 from fastproj.trak.tasks.language import base_of
 
 # fastproj.trak.hf is imported when the command runs: help and completion need no transformers.
 TASKS = ("causal_lm", "seq2seq", "masked_lm", "text_classification", "token_classification")
+# Arguments of the library whose names are in messages, and the options that are given for them.
+OPTIONS = {
+    "save_dir": "--out",
+    "exp_name": "--name",
+    "factored": "--factored",
+    "proj_dim": "--proj-dim",
+    "seed": "--seed",
+    "batch_size": "--batch-size",
+    "device": "--device",
+}
+BARE = ("save_dir", "exp_name")  # which are also named without a value; the others are words, too
+ARGUMENT = re.compile(
+    rf"(?<![\w/.'\"-])({'|'.join(OPTIONS)})(?:=(None|'[^']*'|[\w.+-]*\w))?(?![\w/-]|\.\w)"
+)
+# What no option of this command does.
+PHRASES = {
+    r"use the same settings \([^()]*\b(kind|block)=[^()]*\), or another": "use another",
+    r"use curvature=\S+, or another": "use another",
+    r"use another model_id or save_dir \(load_from_save_dir=False [^()]*\)": "use another save_dir",
+    r"load_from_save_dir=False, load_checkpoint and featurize make": "another save_dir makes",
+    r"the same groups= and reduction= for all checkpoints": "--mean if and only if that run had it",
+    r"received num_targets=(\d+)": r"received \1",
+}
 DESCRIPTION = """\
 Which training samples raise or lower what a model says of a target? TRAK scores for a Hugging Face
 model, its training set and targets, all in local folders and files: the command asks no network.
@@ -55,7 +81,14 @@ for an error that the message says how to mend, 2 for wrong arguments, 130 when 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``fastproj trak``; returns the exit status."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    try:
+        check_exp_name("--name", options.name)
+        if options.factored is not None:
+            check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
+    except ValueError as refusal:
+        parser.error(in_options(str(refusal)))
     mendable = (
         DistributedError,
         ModuleNotFoundError,
@@ -66,7 +99,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError,
     )
     kept = f"What is finished is kept in {options.out}; the same command goes on from there"
-    return execute("trak", options, run, mendable, kept)
+    return execute("trak", options, run, mendable, kept, in_options)
+
+
+def in_options(message: str) -> str:
+    """A message of the library with the options of this command in place of its arguments."""
+    for said, words in PHRASES.items():
+        message = re.sub(said, words, message)
+    return ARGUMENT.sub(in_option, message)
+
+
+def in_option(found: re.Match[str]) -> str:
+    """``factored=3`` as ``--factored 3``, and ``factored=None`` as ``no --factored``."""
+    name, value = found.groups()
+    if value is None:
+        return OPTIONS[name] if name in BARE else found[0]
+    return f"no {OPTIONS[name]}" if value == "None" else f"{OPTIONS[name]} {value}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,11 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="local folders")
+    parser.add_argument("models", nargs="+", type=local_path, metavar="MODEL", help="local folders")
     data = parser.add_argument_group("data")
-    data.add_argument("--train", type=Path, required=True, metavar="PATH", help="the training set")
     data.add_argument(
-        "--targets", type=Path, required=True, metavar="PATH", help="the samples to explain"
+        "--train", type=local_path, required=True, metavar="PATH", help="the training set"
+    )
+    data.add_argument(
+        "--targets", type=local_path, required=True, metavar="PATH", help="the samples to explain"
     )
     data.add_argument(
         "--column",
@@ -104,8 +154,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]} (default: by the class of the model)",
     )
-    model.add_argument("--base", type=Path, metavar="DIR", help="the model that adapters belong to")
-    model.add_argument("--tokenizer", type=Path, metavar="DIR", help="for a MODEL without one")
+    model.add_argument(
+        "--base", type=local_path, metavar="DIR", help="the model that adapters belong to"
+    )
+    model.add_argument(
+        "--tokenizer", type=local_path, metavar="DIR", help="for a MODEL without one"
+    )
     model.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
@@ -120,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="gradients by all parameters, or by adapters where there are any (default: auto)",
     )
     scores = parser.add_argument_group("scores")
-    add_option(scores, "--out", Path("fastproj-trak"), "DIR", "where to write", Path)
+    add_option(scores, "--out", Path("fastproj-trak"), "DIR", "where to write", local_path)
     scores.add_argument(
         "--name", default="targets", help="of this set of targets (default: targets)"
     )

@@ -223,6 +223,7 @@ def test_the_largest_numbers_are_planned(quick: None, capsys: pytest.CaptureFixt
         (["--samples", "1.5"], "received '1.5'; expected an integer of at least 1"),
         (["--gradient-seconds", "-1"], "received '-1'; expected seconds, above 0"),
         (["--width", "64"], "--width goes with --factored"),
+        (["--factored", "65536"], "--factored: received r=65536; expected 1 <= r < 2^16"),
         (["--model-parameters", "1e18"], "--model-parameters: received P=1000000000000000000;"),
         (["--proj-dim", "1e10"], "--proj-dim: received K=10000000000; expected 1 <= K < "),
         (["--curvature", "none"], "invalid choice: 'none'"),

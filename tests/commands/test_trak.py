@@ -88,7 +88,53 @@ def test_factored_gradients(here, capsys):
         assert run(model, *DATA, *other) == 1
         printed = capsys.readouterr().err
         assert f"factored 3 in the directory, {said} in this run" in printed
-        assert "the same settings (factored=3)" in printed
+        assert "use the same settings (--factored 3), or another --out" in printed
+
+
+def test_what_a_directory_refuses_is_said_in_options(here, capsys):
+    """No argument of the library that the command has no option for."""
+    model = "run/checkpoint-5"
+    assert run(model, *DATA) == 0
+    refused = {
+        (model, *DATA, "--factored", 3): "the same settings (no --factored), or another --out",
+        (model, *DATA, "--mean"): "--mean if and only if that run had it, or another --name",
+        (model, *DATA, "--targets", "train.jsonl"): "has 2 targets, received 12. Nothing was chang",
+        ("run/checkpoint-10", *DATA): "Nothing was changed; use another --out",
+    }
+    for arguments, said in refused.items():
+        capsys.readouterr()
+        assert run(*arguments) == 1
+        printed = capsys.readouterr().err
+        assert said in printed
+        for argument in ("save_dir", "exp_name", "factored=", "groups=", "num_targets"):
+            assert argument not in printed
+    assert run(model, *DATA, "--mean", "--name", "dev") == 0
+    assert run("run/checkpoint-10", *DATA, "--out", "other") == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "use the same settings (kind='gaussian', block=None), or another save_dir",
+            "use another --out",
+        ),
+        (
+            "use curvature=fastproj.trak.Fisher(size_power=0.0), or another save_dir",
+            "use another --out",
+        ),
+        (
+            "use the same settings (proj_dim=16, factored=None), or another save_dir",
+            "use the same settings (--proj-dim 16, no --factored), or another --out",
+        ),
+        (
+            "TRAKer: /a/save_dir holds './exp_name'; what is in save_dir.",
+            "TRAKer: /a/save_dir holds './exp_name'; what is in --out.",
+        ),
+    ],
+)
+def test_messages_in_options(message, said):
+    assert trak.in_options(message) == said
 
 
 def test_one_score_for_all_targets(here, capsys):
@@ -174,10 +220,8 @@ def test_long_samples_are_cut_to_what_the_model_takes(here, caplog):
             "AutoModelForMaskedLM can't load; expected another task",
         ),
         (("run", *DATA, "--column", "text=body"), "expected 'body'"),
-        (("run", *DATA, "--name", "a/b"), "a/b"),
         (("run", *DATA, "--device", "nowhere"), "nowhere"),
-        (("run", *DATA, "--seed", "-1"), "seed"),
-        (("run", *DATA, "--factored", 1 << 16), "factored=65536; expected 1 <= factored < 2^16"),
+        (("run", *DATA, "--seed", "-1"), "received --seed -1"),
     ],
 )
 def test_what_can_not_work_is_said(here, capsys, arguments, said):
@@ -194,8 +238,16 @@ def test_what_can_not_work_is_said(here, capsys, arguments, said):
         ((), "MODEL"),
         (("run", "--train", "a.txt"), "--targets"),
         (("run", *DATA, "--column", "text"), "expected NAME=COLUMN"),
+        (("run", *DATA, "--base", ""), "argument --base: received ''; expected a path"),
+        (("run", *DATA, "--out", ""), "argument --out: received ''; expected a path"),
+        (("",), "argument MODEL: received ''; expected a path"),
         (("run", *DATA, "--proj-dim", "0"), "expected an integer of at least 1"),
         (("run", *DATA, "--factored", "0"), "received '0'; expected an integer of at least 1"),
+        (
+            ("run", *DATA, "--factored", 1 << 16),
+            "--factored: received r=65536; expected 1 <= r < 2",
+        ),
+        (("run", *DATA, "--name", "a/b"), "received --name 'a/b'; expected letters"),
         (("run", *DATA, "--factored", "2.5"), "received '2.5'; expected an integer of at least 1"),
         (("run", *DATA, "--task", "lm"), "invalid choice: 'lm'"),
     ],

@@ -14,7 +14,7 @@ from fastproj.trak.files import StoreMismatchError, make_dir, read_json, write_j
 from fastproj.trak.fingerprints import model_digest
 from fastproj.trak.hf.traker import HFTRAKer
 from fastproj.trak.hf.undisturbed import undisturbed
-from fastproj.trak.store.store import NotReadyError
+from fastproj.trak.store.store import NotReadyError, check_exp_name
 
 STEPS = "trainer.json"  # in save_dir: the steps that this training was featurized at
 WHEN = ("save", "epoch")
@@ -77,6 +77,7 @@ class TRAKCallback(TrainerCallback):
             raise ValueError(
                 f"TRAKCallback: received when={when!r}; expected {' or '.join(map(repr, WHEN))}"
             )
+        check_exp_name("TRAKCallback", exp_name)
         self.train, self.targets = train, targets
         self.save_dir = Path(save_dir).absolute()
         self.when, self.exp_name, self.options = when, exp_name, options

@@ -1,4 +1,4 @@
-"""Samples as a batch: padded on the right, with labels and attention masks."""
+"""Samples as a batch: padded on the right alone, with labels and attention masks."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Collator:
         pad = padding_token(base_of(model).config, tokenizer)
         self.pads.update(input_ids=pad, decoder_input_ids=pad, labels=IGNORE_INDEX)
         self._say_what_is_left_out(samples[0])
-        self.lengths = [self._lengths(index, sample) for index, sample in enumerate(samples)]
         self.token_labels = kind in OF_TOKENS or (kind is None and all(map(of_tokens, samples)))
+        self.lengths = [self._lengths(index, sample) for index, sample in enumerate(samples)]
         self.shapes = padded_shapes(self.lengths)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
@@ -85,7 +85,8 @@ class Collator:
         ids = sample["input_ids"]
         if not hasattr(ids, "__len__"):
             raise self._wrong(index, f"has input_ids {ids!r:.60}", "a list of token numbers")
-        lengths = [len(ids)]
+        sample = self._shown(index, sample)
+        lengths = [len(sample["input_ids"])]
         if self.kind == "seq2seq":
             labels = labels_of(sample)
             if labels is None:
@@ -95,9 +96,59 @@ class Collator:
             raise self._wrong(index, "has no tokens", "at least one")
         return tuple(lengths)
 
+    def _shown(self, index: int, sample: Sample) -> Sample:
+        """A sample without the padding that it came with: tokens at its ends that a mask hides.
+
+        On the left it would move all tokens to other positions than they have without.
+        """
+        labels = labels_of(sample)
+        if labels is not None:
+            sample = {**sample, "labels": labels}
+        own = ("labels",) if self.token_labels else ()
+        sample = self._cut(index, sample, "input_ids", "attention_mask", (*SOURCE, *own))
+        if self.kind == "seq2seq" and labels is not None:
+            target = (*TARGET, "labels")
+            sample = self._cut(index, sample, "labels", "decoder_attention_mask", target)
+        return sample
+
+    def _cut(
+        self, index: int, sample: Sample, of: str, mask_name: str, names: tuple[str, ...]
+    ) -> Sample:
+        """A sample whose entries ``names`` begin and end with tokens that a mask shows, or, at the
+        end, whose label counts.
+
+        of : the entry that has these tokens.
+        """
+        tokens, mask = sample[of], sample.get(mask_name)
+        if not is_long(mask, len(tokens)):
+            return sample
+        size, shown = len(tokens), self._tensor(index, mask_name, mask) != 0
+        if shown.dim() != 1 or bool(shown[0] & shown[-1]) or not bool(shown.any()):
+            return sample
+        long = {name for name, part in sample.items() if is_long(part, size)}
+        others = long - {*SOURCE, *TARGET, *LABELS}
+        if self.takes & others:  # they are of the same tokens, and can't be padded anew
+            return sample
+        first, last = (int(shown.nonzero()[end]) for end in (0, -1))
+        if "labels" in names and "labels" in sample:
+            if "labels" not in long:  # which is refused
+                return sample
+            labels = self._tensor(index, "labels", sample["labels"]).reshape(size, -1)
+            counted = (labels != IGNORE_INDEX).any(1).nonzero()
+            if len(counted) and int(counted[0]) < first:
+                raise self._wrong(
+                    index,
+                    f"has labels that count for the {first} tokens at its start that {mask_name} "
+                    "hides",
+                    f"{IGNORE_INDEX} there, or samples that are not padded",
+                )
+            last = max(last, *counted.flatten().tolist())
+        cut = {name: sample[name][first : last + 1] for name in long.intersection(names)}
+        return {**sample, **cut}
+
     def _row(self, index: int) -> dict[str, Tensor]:
         """The arguments of the model for a sample, not padded, and its labels."""
-        sample = self.samples[index]
+        sample = self._shown(index, self.samples[index])
         row = {
             name: self._tensor(index, name, value)
             for name, value in sample.items()
@@ -110,6 +161,13 @@ class Collator:
             raise self._wrong(
                 index,
                 f"has an attention_mask of {len(mask)} and {len(ids)} input_ids",
+                "1 for each token, 0 where one is hidden, or no attention_mask",
+            )
+        other = mask[(mask != 0) & (mask != 1)] if mask.dim() == 1 else mask.new_empty(0)
+        if len(other):
+            raise self._wrong(
+                index,
+                f"has an attention_mask with the value {other[0].item()}",
                 "1 for each token, 0 where one is hidden, or no attention_mask",
             )
         if "attention_mask" in self.takes:
@@ -238,7 +296,15 @@ def labels_of(sample: Sample) -> Any:
 def of_tokens(sample: Sample) -> bool:
     """Whether a sample has a label for each token."""
     labels = labels_of(sample)
-    return np.ndim(labels) > 0 and len(labels) == len(sample["input_ids"])
+    return np.ndim(labels) > 0 and is_long(sample["input_ids"], len(labels))
+
+
+def is_long(part: Any, size: int) -> bool:
+    """Whether an entry of a sample has so many parts."""
+    try:
+        return not isinstance(part, str) and len(part) == size
+    except TypeError:  # None, a number
+        return False
 
 
 def as_tensor(value: Any) -> Tensor:

@@ -17,10 +17,15 @@ from fastproj.checks import listed
 from fastproj.memory import is_out_of_memory
 from fastproj.trak.files import parsed_json, read_text
 from fastproj.trak.hf.heads import AUTO_CLASSES, TABLES, has_adapters, kind_of
+from fastproj.trak.hf.settings import other_adapters, other_settings
 from fastproj.trak.tasks.language import base_of
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+OF_ONE_TRAINING = (
+    "expected checkpoints of one training, and as the model one of their folders, or what "
+    "load_model makes of it"
+)
 PREFIX = "base_model.model."  # of peft's names where a model had its adapters put in directly
 
 logger = logging.getLogger("fastproj.trak")
@@ -79,8 +84,8 @@ def load_adapters(
     peft = import_peft()
     config = read_config(folder / ADAPTER_CONFIG)
     if base is None:
-        base = config.get("base_model_name_or_path") or ""
-        if not Path(base).is_dir():
+        base = config.get("base_model_name_or_path")
+        if not (isinstance(base, str) and base and Path(base).is_dir()):
             raise FileNotFoundError(
                 f"load_model: the adapters in {folder} belong to {base!r}, which is no folder "
                 "here; expected base= (--base on the command line), the local folder of that model"
@@ -214,7 +219,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, Tenso
     """The state_dict of a checkpoint, for ``TRAKer.load_checkpoint(model=model)``.
 
     checkpoint : a state_dict as it is; or a local folder with a whole model of the same class, or,
-        where ``model`` has peft's adapters, with adapters, which are put into the model here.
+        where ``model`` has peft's adapters, with adapters, which are put into the model here. The
+        configuration in the folder must make the function that the model computes.
     """
     if isinstance(checkpoint, Mapping):
         return checkpoint
@@ -231,10 +237,18 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, Tenso
             "writes them"
         )
     dtype = next(model.parameters()).dtype
-    return from_folder(type(base_of(model)), folder, dtype).state_dict()
+    base = base_of(model)
+    found = from_folder(type(base), folder, dtype)
+    other = other_settings(base.config, found.config, type(base).__name__)
+    if other:
+        raise ValueError(
+            f"HFTRAKer: the model in {folder} computes another function than the one that was "
+            f"given ({listed(other)}); {OF_ONE_TRAINING}"
+        )
+    return found.state_dict()
 
 
-def put_adapters(model: nn.Module, folder: Path) -> None:
+def put_adapters(model: Any, folder: Path) -> None:
     """Load the adapters in a folder into a model that has adapters of the same names."""
     if not has_adapters(model):
         raise ValueError(
@@ -250,6 +264,7 @@ def put_adapters(model: nn.Module, folder: Path) -> None:
         )
     device = next(model.parameters()).device
     try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
         weights = peft.load_peft_weights(str(folder), device=str(device))
     except Exception as error:
         raise unreadable(folder, "adapters", error) from error
@@ -257,13 +272,16 @@ def put_adapters(model: nn.Module, folder: Path) -> None:
         weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
     name = active_adapter(model)
     wanted = peft.get_peft_model_state_dict(model, adapter_name=name)
-    other = sorted(set(wanted) ^ set(weights))
     shapes = [key for key in wanted if key in weights and wanted[key].shape != weights[key].shape]
-    if other or shapes:
+    other = [
+        *other_adapters(model.peft_config[name], config),
+        *sorted(set(wanted) ^ set(weights)),
+        *shapes,
+    ]
+    if other:
         raise ValueError(
             f"HFTRAKer: the adapters in {folder} are not those of the model (they differ in "
-            f"{listed([*other, *shapes])}); expected checkpoints of one training, with the same "
-            "rank and target modules"
+            f"{listed(other)}); {OF_ONE_TRAINING}"
         )
     peft.set_peft_model_state_dict(model, weights, adapter_name=name)
 
@@ -281,9 +299,9 @@ def local_folder(function: str, path: str | os.PathLike[str]) -> Path:
             f"{function}: received {type(path).__name__}; expected the path of a local folder"
         )
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if str(path) and folder.is_dir():  # Path("") is the working directory
         return folder
-    what = "is a file" if folder.exists() else "is no folder here"
+    what = "is a file" if folder.is_file() else "is no folder here"
     hub = f" (`hf download {path} --local-dir DIR` makes one of a model on the Hugging Face Hub)"
     like_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) and not folder.exists()
     raise FileNotFoundError(

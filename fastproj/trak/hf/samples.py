@@ -22,7 +22,7 @@ class Samples(Sequence[Sample]):
     function, name : of the argument, for messages.
     data : a ``datasets.Dataset`` or another sequence of dicts; an iterable of dicts, which is read
         into memory once; or a dict of columns, as a tokenizer returns it. Entries are what a
-        tokenizer makes of one text: lists, arrays or tensors of numbers, not padded.
+        tokenizer makes of one text: lists, arrays or tensors of numbers.
 
     Raises
     ------

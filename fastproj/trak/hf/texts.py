@@ -43,12 +43,12 @@ def read_samples(path: str | os.PathLike[str]) -> Any:
     FileNotFoundError, ValueError
         For a path that isn't there or holds something else.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    given, path = str(path), Path(path).expanduser()
+    if given and path.is_dir():  # Path("") is the working directory
         return read_dataset(path)
-    if not path.exists():
+    if not (given and path.exists()):
         raise FileNotFoundError(
-            f"received {str(path)!r}, which is not here; expected a local path: {FILES}"
+            f"received {given!r}, which is not here; expected a local path: {FILES}"
         )
     readers = {
         ".jsonl": read_json_lines,

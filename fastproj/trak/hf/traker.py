@@ -19,6 +19,7 @@ from fastproj.trak.hf.lengths import plan_batches
 from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Samples
 from fastproj.trak.progress import progress
+from fastproj.trak.store.store import check_exp_name
 from fastproj.trak.tasks import TASKS
 from fastproj.trak.tasks.language import base_of
 
@@ -44,10 +45,11 @@ class HFTRAKer:
         put into eval mode; its parameters become those of the checkpoint that was loaded last.
     train : the tokenised training set: a ``datasets.Dataset`` or another sequence of dicts, an
         iterable of dicts (which is read into memory), or what a tokenizer returns for a list of
-        texts. A sample has "input_ids", not padded, and what else the model's forward takes.
-        "labels" (or "label") are the class; for language models the tokens to predict, with -100
-        where none counts. Without labels all tokens of a causal model count, and 15 % of the tokens
-        of a masked one are hidden, for each sample the same each time.
+        texts. A sample has "input_ids", and what else the model's forward takes; tokens at its ends
+        that "attention_mask" hides are left out. "labels" (or "label") are the class; for language
+        models the tokens to predict, with -100 where none counts. Without labels all tokens of a
+        causal model count, and 15 % of the tokens of a masked one are hidden, for each sample the
+        same each time.
     checkpoints : local folders of whole models or of adapters, or state_dicts, in a list (their
         model_ids are 0, 1, 2 ...) or in a dict by model_id; None is the model as it is.
     save_dir : where features and scores are kept.
@@ -133,6 +135,7 @@ class HFTRAKer:
         float32 [n_train, n_targets]: entry [i, j] > 0 where training sample i raises the output of
         target j. With ``top_k``: ``TopScores``.
         """
+        check_exp_name(type(self).__name__, exp_name)
         collator = self.collator("targets", targets)
         for model_id in self.checkpoints:
             weights = self._weights(model_id)

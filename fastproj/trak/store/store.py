@@ -263,11 +263,7 @@ class Store:
 
     def experiment_path(self, exp_name: str) -> Path:
         """The experiment's JSON file; raises ValueError for a name that can't be one's."""
-        if not isinstance(exp_name, str) or not re.fullmatch(r"[\w+=,@-][\w .+=,@-]*", exp_name):
-            raise ValueError(
-                f"TRAKer: received exp_name={exp_name!r}; expected letters, digits, spaces and "
-                "_ . + = , @ - (it names files), not starting with a dot"
-            )
+        check_exp_name("TRAKer", exp_name)
         return self.save_dir / "experiments" / f"{exp_name}.json"
 
     # ---- shards ---------------------------------------------------------------------------------
@@ -577,6 +573,15 @@ def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
         return "no groups"
     groups, reduction = grouping
     return f"groups {str(groups)[:60]}{'...' if len(str(groups)) > 60 else ''} by {reduction}"
+
+
+def check_exp_name(function: str, exp_name: object) -> None:
+    """Raise ValueError for a name that can't be an experiment's."""
+    if not isinstance(exp_name, str) or not re.fullmatch(r"[\w+=,@-][\w .+=,@-]*", exp_name):
+        raise ValueError(
+            f"{function}: received exp_name={exp_name!r}; expected letters, digits, spaces and "
+            "_ . + = , @ - (it names files), not starting with a dot"
+        )
 
 
 def is_target(exp_name: str | None) -> bool:

@@ -231,3 +231,23 @@ def check_temperature(name: str, temperature: float, argument: str = "temperatur
     if not 0 < temperature < math.inf:
         raise ValueError(f"{name}: received {argument}={temperature}; expected a positive number")
     return temperature
+
+
+def check_masks(task: str, inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError unless masks of tokens, [B, T], are 1 and 0: what else a model makes of one
+    may be no error, and wrong.
+
+    Masks of pairs of tokens, [B, ..., T, T], may also be what is added to the logits of attention.
+    """
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = inputs.get(name)
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype == torch.bool:
+            continue
+        bad = ((mask != 0) & (mask != 1)).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise ValueError(
+                f"{task}: received {name} with the value {mask[row, column].item()} at row {row} "
+                "of the batch; expected 1 for a token and 0 for padding (labels go by name, as in "
+                "{'input_ids': ..., 'labels': ...}, or after a mask)"
+            )

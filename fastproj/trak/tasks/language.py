@@ -17,6 +17,7 @@ from fastproj.trak.tasks.base import (
     Params,
     Terms,
     call,
+    check_masks,
     check_temperature,
     describe_parts,
     is_index,
@@ -87,6 +88,7 @@ class TokenModelOutput(BatchedModelOutput):
                     f"{self.name}: received {what} {describe(t)}; expected token numbers [B, T], "
                     f"int64{token_cure(self.name, what, t)}"
                 )
+        check_masks(self.name, inputs)
         empty = (~(self.targets(labels) != IGNORE_INDEX).any(1)).nonzero()
         if len(empty):
             raise ValueError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
+import datasets
 import numpy as np
 import peft
 import pytest
@@ -12,9 +14,16 @@ import torch
 import transformers as tf
 
 from fastproj import TRAKer
-from fastproj.trak.hf import HFTRAKer, checkpoints_in, load_model, load_tokenizer
+from fastproj.trak.hf import (
+    HFTRAKer,
+    checkpoints_in,
+    load_model,
+    load_tokenizer,
+    read_samples,
+)
 from fastproj.trak.hf.heads import kind_of
-from tests.trak.hf import models
+from fastproj.trak.hf.settings import is_dropout, other_settings
+from tests.trak.hf import models, training
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -127,6 +136,35 @@ def test_adapters_and_their_base(tmp_path):
     assert all(map(torch.equal, again.state_dict().values(), loaded.state_dict().values()))
 
 
+@pytest.mark.parametrize("said", [None, "", 5])
+def test_adapters_that_name_no_base_do_not_take_the_working_directory(tmp_path, monkeypatch, said):
+    models.model_for("causal_lm").save_pretrained(tmp_path)
+    models.with_adapters(load_model(tmp_path)).save_pretrained(tmp_path / "adapters")
+    path = tmp_path / "adapters" / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "base_model_name_or_path": said}
+    path.write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=f"belong to {said!r}, which is no folder here.*--b"
+    ):
+        load_model("adapters")
+    with pytest.raises(FileNotFoundError, match="received '', which is no folder here"):
+        load_model("adapters", base="")
+    assert load_model("adapters", base=".").peft_config
+
+
+def test_an_empty_path_is_no_folder(tmp_path, monkeypatch):
+    """As a shell's variable that isn't set gives it; the working directory holds all."""
+    models.model_for("causal_lm").save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    datasets.Dataset.from_list([{"text": "w1"}]).save_to_disk(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for read in (load_model, load_tokenizer, checkpoints_in, read_samples):
+        assert read(".")
+        with pytest.raises(FileNotFoundError, match="received '', which is "):
+            read("")
+
+
 def test_dtype_is_that_of_the_files_or_what_is_asked_for(tmp_path):
     models.model_for("causal_lm").to(torch.bfloat16).save_pretrained(tmp_path)
     assert next(load_model(tmp_path).parameters()).dtype == torch.bfloat16
@@ -207,6 +245,136 @@ def test_adapters_of_another_shape(tmp_path):
         peft.get_peft_model(models.model_for("causal_lm"), lora).save_pretrained(tmp_path / name)
         with pytest.raises(ValueError, match="are not those of the model"):
             scores(tmp_path / "out", model, [tmp_path / name])
+
+
+def test_adapters_that_make_another_function(tmp_path):
+    """Of the same names and shapes: only their settings say so."""
+
+    def adapted(**settings):
+        chosen = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True, **settings}
+        lora = peft.LoraConfig(task_type="CAUSAL_LM", **chosen)
+        return peft.get_peft_model(models.model_for("causal_lm"), lora)
+
+    model = adapted(lora_alpha=2)
+    for settings, said in (
+        ({"lora_alpha": 64}, "lora_alpha 64, not 2"),
+        ({"lora_alpha": 2, "use_rslora": True}, "use_rslora True, not False"),
+        ({"lora_alpha": 2, "alpha_pattern": {"c_attn": 9}}, "alpha_pattern {'c_attn': 9}, not {}"),
+        ({"lora_alpha": 2, "init_lora_weights": "olora"}, "init_lora_weights 'olora', not True"),
+        ({"lora_alpha": 2, "use_dora": True}, "use_dora True, not False"),
+        ({"lora_alpha": 2, "r": 3}, "r 3, not 2"),
+    ):
+        models.save_adapters(adapted(**settings), 1, tmp_path / "other")
+        with pytest.raises(ValueError, match=f"differ in {re.escape(said)}.*of one training"):
+            scores(tmp_path / "out", model, [tmp_path / "other"])
+        injected = models.model_for("causal_lm")
+        injected.add_adapter(model.peft_config["default"])
+        with pytest.raises(ValueError, match=re.escape(said)):
+            scores(tmp_path / "injected", injected, [tmp_path / "other"])
+
+
+def test_adapters_of_another_base(tmp_path):
+    model = models.with_adapters(models.model_for("causal_lm"))
+    folder = models.save_adapters(model, 1, tmp_path / "adapters")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    own, other = model.peft_config["default"], "elsewhere/gpt2-large"
+    path.write_text(json.dumps({**config, "base_model_name_or_path": other}))
+    scores(tmp_path / "one says none", model, [folder])
+    own.base_model_name_or_path = "/data/gpt2-large"  # the same one, in another place
+    scores(tmp_path / "place", model, [folder])
+    own.base_model_name_or_path = "gpt2"
+    with pytest.raises(ValueError, match=r"base_model_name_or_path 'elsewhere/gpt2-large', not 'g"):
+        scores(tmp_path / "out", model, [folder])
+
+
+def test_settings_of_adapters_that_leave_the_function(tmp_path):
+    """Of dropout, of initialisation, and other words for the same modules."""
+    base = models.model_for("causal_lm")
+    lora = peft.LoraConfig(
+        r=2, target_modules=".*c_attn", lora_dropout=0.5, init_lora_weights="gaussian"
+    )
+    model = peft.get_peft_model(models.model_for("causal_lm"), lora).eval()
+    folder = models.save_adapters(model, 1, tmp_path / "adapters")
+    wanted = scores(tmp_path / "a", model, [model.state_dict()])
+    other = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["c_attn"])).eval()
+    np.testing.assert_array_equal(scores(tmp_path / "b", other, [folder]), wanted)
+
+
+def saved(folder, kind="causal_lm", **changes):
+    """A model in a folder whose configuration then says something else."""
+    models.model_for(kind).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("causal_lm", {"activation_function": "relu"}, "activation_function 'relu', not 'gelu_ne"),
+        ("causal_lm", {"scale_attn_weights": False}, "scale_attn_weights False, not True"),
+        ("causal_lm", {"pad_token_id": 3}, "pad_token_id 3, not 0"),
+        ("text_classification", {"pad_token_id": None}, "pad_token_id None, not 0"),
+        ("text_classification", {"layer_norm_eps": 0.1}, "layer_norm_eps 0.1, not 1e-12"),
+        ("seq2seq", {"decoder_start_token_id": 1}, "decoder_start_token_id 1, not 0"),
+    ],
+)
+def test_models_of_another_function(tmp_path, kind, changes, said):
+    """Of the same names and shapes."""
+    folder = saved(tmp_path / "other", kind, **changes)
+    samples = models.samples_for(kind, 5)
+    traker = HFTRAKer(models.model_for(kind), samples, [folder], tmp_path / "out", **OPTIONS)
+    with pytest.raises(ValueError, match=rf"another function .*\({said}.*of one training"):
+        traker.featurize()
+    again = HFTRAKer(folder, samples, [folder], tmp_path / "again", **OPTIONS)  # as it says
+    again.featurize()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("causal_lm", {"resid_pdrop": 0.7, "use_cache": False, "initializer_range": 1.0}),
+        ("causal_lm", {"pad_token_id": None, "bos_token_id": 7, "eos_token_id": [2, 3]}),
+        ("causal_lm", {"layer_norm_epsilon": 1e-5, "n_inner": None, "max_length": 9, "mine": 3}),
+        ("text_classification", {"problem_type": "single_label_classification"}),
+        ("text_classification", {"id2label": {"0": "a", "1": "b", "2": "c"}, "eos_token_id": 4}),
+    ],
+)
+def test_settings_that_leave_the_function(tmp_path, kind, changes):
+    folder, samples = saved(tmp_path / "same", kind, **changes), models.samples_for(kind, 8)
+    model = models.model_for(kind)
+    wanted = HFTRAKer(model, samples, None, tmp_path / "a", **OPTIONS).score(samples[:2])
+    found = HFTRAKer(model, samples, [folder], tmp_path / "b", **OPTIONS).score(samples[:2])
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_all_checkpoints_of_a_training_are_of_one_function(tmp_path, adapters):
+    """Also of one that was resumed, and for the model as it was before."""
+    options = {"adapters": adapters, "save_steps": 2}
+    training.train(tmp_path / "run", [], max_steps=4, **options)
+    training.train(tmp_path / "run", [], tmp_path / "run" / "checkpoint-4", max_steps=6, **options)
+    model = models.model_for("causal_lm")
+    if adapters:
+        model = models.with_adapters(model)
+    checkpoints = checkpoints_in(tmp_path / "run")
+    assert len(checkpoints) == 3
+    assert np.isfinite(scores(tmp_path / "out", model, checkpoints)).all()
+
+
+def test_dropout_is_told_from_scales_by_the_same_name():
+    assert is_dropout("hidden_dropout_prob")
+    assert is_dropout("encoder_layerdrop")
+    assert not is_dropout("token_dropout")  # ESM: in eval mode, too
+    assert not is_dropout("moe_token_dropout")
+
+
+def test_settings_of_the_parts_of_a_model_count():
+    ours, theirs = tf.MptConfig(), tf.MptConfig(attn_config={"attn_pdrop": 1})
+    assert not other_settings(ours, theirs, "MptForCausalLM")
+    theirs = tf.MptConfig(attn_config={"alibi_bias_max": 4})
+    assert other_settings(ours, theirs, "MptForCausalLM") == ["attn_config.alibi_bias_max 4, not 8"]
 
 
 def test_tokenizers(tmp_path):

@@ -14,8 +14,8 @@ from torch import nn
 
 from fastproj import TRAKer
 from fastproj.trak.featurizer import Featurizer
-from fastproj.trak.hf import HFTRAKer
-from fastproj.trak.hf.collate import Collator, labels_of
+from fastproj.trak.hf import HFTRAKer, TRAKCallback
+from fastproj.trak.hf.collate import OF_TOKENS, Collator, labels_of
 from fastproj.trak.hf.masking import SHARE, Masking
 from fastproj.trak.hf.samples import Samples
 from tests.trak.hf import models
@@ -214,26 +214,124 @@ def test_labels_that_do_not_count(tmp_path):
     assert np.abs(run(tmp_path / "c", model, masked, samples[:3]) - wanted).max() > 0
 
 
+def padded(sample, pads, side, fill):
+    """A sample as a tokenizer pads it, with a mask. ``fill`` is by the name of an entry."""
+    size = len(sample["input_ids"])
+    whole = {"attention_mask": [1] * size, **sample}
+    for name in fill.keys() & whole.keys():
+        pad = [fill[name]] * pads
+        whole[name] = [*pad, *whole[name]] if side == "left" else [*whole[name], *pad]
+    return whole
+
+
+FILL = {
+    "input_ids": 9,
+    "attention_mask": 0,
+    "token_type_ids": 0,
+    "position_ids": 0,
+    "special_tokens_mask": 0,
+}
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_samples_that_are_padded_already(tmp_path, side):
-    """By the mask, on either side: the first token that it shows is predicted by none."""
-    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 12)
-    pads = [[9] * (1 + i % 3) for i in range(len(samples))]
-
-    def joined(pad, own):
-        return [*pad, *own] if side == "left" else [*own, *pad]
-
-    padded = [
-        {
-            "input_ids": joined(pad, s["input_ids"]),
-            "attention_mask": joined([0] * len(pad), [1] * len(s["input_ids"])),
-            "position_ids": joined([0] * len(pad), range(len(s["input_ids"]))),
-        }
-        for pad, s in zip(pads, samples, strict=True)
-    ]
-    own = {"curvature": "trak"}  # no rows are drawn, by the place of a token
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_that_are_padded_already(tmp_path, kind, side):
+    """By a tokenizer, on either side: scores are those without the padding."""
+    model, samples = models.model_for(kind), models.samples_for(kind, 12)
+    for sample in samples:
+        size = len(sample["input_ids"])
+        if kind == "causal_lm" and size % 2:
+            sample["labels"] = [-100, *sample["input_ids"][1:]]
+        elif kind == "causal_lm":
+            sample["labels"] = sample["input_ids"]
+        if kind == "masked_lm":
+            sample["special_tokens_mask"] = [1, *[0] * (size - 1)]
+        if kind == "text_classification":
+            sample["token_type_ids"] = [i % 2 for i in range(size)]
+    fill = {**FILL, "labels": -100} if kind in OF_TOKENS else FILL
+    # Of each sample that isn't the longest.
+    other = [padded(s, (0, 1, 5)[i % 3] if i else 70, side, fill) for i, s in enumerate(samples)]
+    own = {"tokenizer": models.tokenizer()}
     wanted = run(tmp_path / "a", model, samples, samples[:3], **own)
-    close(run(tmp_path / "b", model, padded, padded[:3], **own), wanted)
+    np.testing.assert_array_equal(run(tmp_path / "b", model, other, other[:3], **own), wanted)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_padding_on_the_left_without_labels_and_with_positions(tmp_path, labels):
+    """The first token that the mask shows is predicted by none."""
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 12)
+    placed = [{**s, "position_ids": [*range(1, 1 + len(s["input_ids"]))]} for s in samples]
+    for given in (samples, placed):
+        other = [padded(s, 1 + i % 3, "left", FILL) for i, s in enumerate(given)]
+        if labels:
+            other = [as_tensors([s])[0] for s in other]
+        folder = tmp_path / str(len(given[0]))
+        wanted = run(folder / "a", model, given, given[:3])
+        np.testing.assert_array_equal(run(folder / "b", model, other, other[:3]), wanted)
+    assert (run(folder / "c", model, samples, samples[:3]) != wanted).any()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_target_that_is_padded_already(tmp_path, side):
+    """By its own mask."""
+    model, samples = models.model_for("seq2seq"), models.samples_for("seq2seq", 10)
+    fill = {"labels": -100, "decoder_attention_mask": 0}
+    other = [
+        padded({**s, "decoder_attention_mask": [1] * len(s["labels"])}, 1 + i % 3, side, fill)
+        for i, s in enumerate(samples)
+    ]
+    samples = [{**s, "decoder_attention_mask": [1] * len(s["labels"])} for s in samples]
+    wanted = run(tmp_path / "a", model, samples, samples[:3])
+    np.testing.assert_array_equal(run(tmp_path / "b", model, other, other[:3]), wanted)
+
+
+def collator_of(row, kind="causal_lm", task="causal_lm", model=None):
+    samples = Samples("HFTRAKer", "train", [row])
+    return Collator(samples, model or models.model_for(kind), kind, task, None, None, "train")
+
+
+def test_labels_of_another_number_than_the_tokens_are_refused_as_they_came():
+    row = {"input_ids": [7, 8, 9, 10], "attention_mask": [0, 0, 1, 1], "labels": [9, 10]}
+    with pytest.raises(ValueError, match=r"has labels \[2\] and 4 input_ids"):
+        collator_of(row).batch([0])
+
+
+def test_a_mask_with_holes_stays():
+    row = {"input_ids": [7, 8, 9, 10, 11], "attention_mask": [0, 1, 0, 1, 0]}
+    batch = collator_of(row).batch([0])
+    assert batch["input_ids"].tolist() == [[8, 9, 10]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 1]]
+    assert batch["labels"].tolist() == [[8, -100, 10]]
+
+
+def test_labels_that_count_are_not_cut_off():
+    """Behind the text, as an end that is also the padding; before it they can't be kept."""
+    ids = [7, 8, 9, 9, 9]
+    row = {"input_ids": ids, "attention_mask": [1, 1, 0, 0, 0], "labels": [7, 8, 9, -100, -100]}
+    batch = collator_of(row).batch([0])
+    assert batch["input_ids"].tolist() == [[7, 8, 9]]
+    assert batch["labels"].tolist() == [[7, 8, 9]]
+    row = {"input_ids": ids, "attention_mask": [0, 0, 1, 1, 1], "labels": ids}
+    said = r"sample 0 of train has labels that count for the 2 tokens at its start .*-100 there"
+    with pytest.raises(ValueError, match=said):
+        collator_of(row)
+    batch = collator_of({**row, "labels": [-100, -100, 9, 9, 9]}).batch([0])
+    assert batch["input_ids"].tolist() == [[9, 9, 9]]
+
+
+def test_samples_with_other_entries_of_tokens_stay_as_they_are():
+    """What has a part for each token under a name of the model's own can't be padded anew."""
+
+    class Boxed(tf.GPT2LMHeadModel):
+        def forward(self, input_ids=None, attention_mask=None, bbox=None, labels=None):
+            raise NotImplementedError
+
+    row = {"input_ids": [7, 8, 9], "attention_mask": [0, 1, 1], "bbox": [[0, 0]] * 3}
+    batch = collator_of(row, model=Boxed(tf.GPT2Config(**models.GPT2))).batch([0])
+    assert batch["input_ids"].tolist() == [[7, 8, 9]]
+    assert batch["bbox"].shape == (1, 3, 2)
+    batch = collator_of(row).batch([0])  # of a model that doesn't take it
+    assert batch["input_ids"].tolist() == [[8, 9]]
 
 
 def test_labels_of_a_task_of_ones_own_are_of_tokens_in_all_samples_or_in_none():
@@ -268,6 +366,10 @@ BAD_SAMPLES = {
     "none": ({"input_ids": None}, "input_ids None; expected a list"),
     "number": ({"input_ids": 5}, "input_ids 5; expected a list"),
     "mask": ({"input_ids": [1, 2, 3], "attention_mask": [1, 1]}, "attention_mask of 2 and 3"),
+    "mask of labels": (
+        {"input_ids": [1, 2, 3], "attention_mask": [-100, 2, 1]},
+        "an attention_mask with the value -100; expected 1 for each token, 0",
+    ),
     "one token": ({"input_ids": [5]}, "no label that counts .one token"),
     "hidden": ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "no label that counts"),
     "no label": ({"input_ids": [5, 6], "labels": [5, -100]}, "no label that counts .*-100"),
@@ -294,6 +396,16 @@ def test_data_sets_that_are_none(tmp_path):
         run(tmp_path, model, one.to_pandas(), samples)
     with pytest.raises(TypeError, match="checkpoints=3; expected a list"):
         HFTRAKer(model, samples, 3, tmp_path, **OPTIONS)
+
+
+def test_a_name_that_can_be_none_is_refused_before_anything_is_computed(tmp_path):
+    model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 4)
+    traker = HFTRAKer(model, samples, None, tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="HFTRAKer: received exp_name='a/b'; expected letters"):
+        traker.score(samples, "a/b")
+    assert not traker.traker.saver.ids()
+    with pytest.raises(ValueError, match="TRAKCallback: received exp_name='a/b'"):
+        TRAKCallback(samples, tmp_path, samples, exp_name="a/b")
 
 
 def test_a_flag_is_true_or_false(tmp_path):

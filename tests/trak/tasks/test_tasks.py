@@ -202,6 +202,47 @@ def test_labels_must_be_tokens_of_the_model(label, size, message):
         CausalLMModelOutput().get_out_to_loss_grad(Tokens(size), {}, {}, batch)
 
 
+IDS = torch.tensor([[4, 5, 6], [4, 7, 8]])
+
+
+@pytest.mark.parametrize(
+    ("task", "batch", "value"),
+    [
+        ("causal_lm", (IDS, IDS), "4 at row 0"),
+        ("causal_lm", (IDS, torch.tensor([[0, 1, 1], [1, -100, 1]])), "-100 at row 1"),
+        ("causal_lm", (IDS, torch.tensor([[1, 1, 1], [1, 1, 0.5]])), "0.5 at row 1"),
+        ("causal_lm", ({"input_ids": IDS, "attention_mask": IDS, "labels": IDS},), "4 at row 0"),
+        ("seq2seq", (IDS, IDS, IDS), "4 at row 0"),
+        ("masked_lm", (IDS, IDS, IDS), "4 at row 0"),
+        ("text_classification", (IDS, IDS, torch.tensor([0, 1])), "4 at row 0"),
+    ],
+)
+def test_masks_are_ones_and_zeros(task, batch, value):
+    """Labels in the place of a mask would hide no token, or others."""
+    said = rf"{task}: received attention_mask with the value {value} .*'labels'.* or after a mask"
+    with pytest.raises(ValueError, match=said):
+        resolve_task(task).check_batch(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.uint8])
+def test_masks_of_any_dtype(dtype):
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).to(dtype)
+    resolve_task("causal_lm").check_batch((IDS, mask))
+    resolve_task("text_classification").check_batch((IDS, mask, torch.tensor([0, 1])))
+
+
+def test_a_mask_of_pairs_of_tokens_is_added_to_the_logits_of_attention():
+    hidden = torch.triu(torch.full((3, 3), -torch.inf), 1).expand(2, 1, 3, 3)
+    batch = {"input_ids": IDS, "attention_mask": hidden, "labels": IDS}
+    resolve_task("causal_lm").check_batch((batch,))
+
+
+def test_the_mask_of_a_decoder_is_ones_and_zeros():
+    batch = {"input_ids": IDS, "decoder_attention_mask": IDS, "labels": IDS}
+    with pytest.raises(ValueError, match="received decoder_attention_mask with the value 4"):
+        resolve_task("seq2seq").check_batch((batch,))
+
+
 def test_prompts_do_not_count_where_labels_say_so():
     torch.manual_seed(0)
     model = Tokens(9)
