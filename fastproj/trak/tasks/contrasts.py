@@ -59,7 +59,8 @@ def contrasts(
         temperature,
     )
     *numbers, drawn, _ = found
-    return Contrasts(*(x.reshape(shape) for x in numbers), drawn.reshape(*shape, draws))
+    own, rest, mean, soft, soft_mean = (x.reshape(shape) for x in numbers)
+    return Contrasts(own, rest, mean, soft, soft_mean, drawn.reshape(*shape, draws))
 
 
 class Compared(torch.autograd.Function):
