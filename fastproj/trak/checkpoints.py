@@ -16,7 +16,7 @@ from fastproj.checks import listed
 from fastproj.trak.attributes import Attributes
 from fastproj.trak.files import tensor_digest
 from fastproj.trak.fingerprints import combined_digest, model_digests, quick_sums
-from fastproj.trak.gradients.base import RandomNumbersError
+from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.base import COPYING, SMALL_BYTES
 
 COPIED_BYTES = 1 << 26  # of buffers kept to be put back, the smallest first

@@ -21,6 +21,10 @@ from fastproj.trak.files import Indices
 MAX_SAMPLES = 1 << 48
 
 
+class RandomNumbersError(ValueError):
+    """Outputs differ from one call to the next; no gradient computer can help."""
+
+
 def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
     """The device that was asked for, checked to be there; None is the model's."""
     if device is None:

@@ -373,7 +373,7 @@ def test_sjlt_products_are_not_for_projectors_that_override_project(
         sink = ProjectingSink(params, 2, ours, 0, {})
         sink.out = sink.out.to(DEVICE)
         sink.add("weight", Product(left, right, Workspace()))
-        sink.close()
+        sink.flush()
         found.append(sink.out)
     assert torch.equal(found[0], found[1] / 2)
     assert found[0].abs().sum() > 0
@@ -390,7 +390,7 @@ def test_sjlt_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         sink.out = sink.out.to(DEVICE)
         sink.add("weight", Product(left, right, Workspace()))
         sink.add("other", Product(right, left.mT.contiguous().mT, Workspace()))
-        sink.close()
+        sink.flush()
         found.append(sink.out)
     assert torch.equal(found[0], found[1])
     assert found[0].abs().sum() > 0

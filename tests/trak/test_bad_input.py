@@ -14,7 +14,7 @@ from torch import nn
 
 from fastproj import Projector, TRAKer
 from fastproj.trak import NotReadyError, StoreMismatchError
-from fastproj.trak.gradients.base import RandomNumbersError
+from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
 from tests.trak import cases, modules
 

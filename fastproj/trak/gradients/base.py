@@ -20,6 +20,7 @@ from fastproj.trak.gradients.running import (
     rounding_share,
     wide_sums,
 )
+from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.base import BatchedModelOutput, Terms, run
 from fastproj.trak.tasks.training import SeveralOutputs, definer
 
@@ -28,10 +29,6 @@ GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one 
 TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
 
 Grads = dict[str, Tensor]
-
-
-class RandomNumbersError(ValueError):
-    """Outputs differ from one call to the next; no gradient computer can help."""
 
 
 class AbstractGradientComputer(ABC):

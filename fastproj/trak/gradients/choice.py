@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fastproj.memory import is_out_of_memory
 from fastproj.trak.callers import stack_to_caller
-from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, RandomNumbersError
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer
 from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.gradients.modules import project_modules
+from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.base import Terms
 
 NAMES: dict[str, type[AbstractGradientComputer]] = {

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fastproj.factored import FactoredProjector
 from fastproj.memory import is_out_of_memory
 from fastproj.trak import batches
-from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, RandomNumbersError, dense
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, dense
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import warn_loop
@@ -47,6 +47,7 @@ from fastproj.trak.gradients.sinks import (
     RowSink,
     Sink,
 )
+from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.base import Terms
 
 ALONE_FIRST = 4  # samples of the first batch that are checked each by itself

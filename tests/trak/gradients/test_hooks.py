@@ -29,7 +29,7 @@ from fastproj.trak.gradients import (
     resolve_gradient_computer,
     sinks,
 )
-from fastproj.trak.gradients.base import RandomNumbersError
+from fastproj.trak.inputs import RandomNumbersError
 from tests.trak import cases, modules
 
 TASK = ImageClassificationModelOutput()
