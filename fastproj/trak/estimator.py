@@ -49,6 +49,7 @@ from fastproj.trak.inputs import (
 from fastproj.trak.mixing import ContentWatch
 from fastproj.trak.passes import Pass
 from fastproj.trak.readiness import (
+    finalized_count,
     known_ids,
     require_all,
     require_finalized,
@@ -523,8 +524,8 @@ class TRAKer:
         then the new ones count.
 
         With ``per`` or ``stream`` nothing is kept. The scores by the checkpoint that is loaded are
-        returned. The mean over checkpoints is what ``finalize_scores`` gives, but for curvature
-        "trak", where it averages Q by itself.
+        returned, as one of those that are finalised. Their mean is what ``finalize_scores`` gives
+        for all of these, but for curvature "trak", where it averages Q by itself.
 
         Parameters
         ----------
@@ -673,5 +674,6 @@ class TRAKer:
         """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""
         require_finalized(self.saver, "current_store", model_id)
         features = self.saver.matrix(model_id)
-        solution = solution_of(self.saver.systems, self.score_computer, model_id)
+        held = self.saver.systems, self.score_computer, model_id
+        solution = solution_of(*held, finalized_count(self.saver))
         return solution.apply(features).to(features.dtype)

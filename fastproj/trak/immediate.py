@@ -12,7 +12,7 @@ from fastproj.trak.curvature import check_finite_terms, check_terms
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.gradients import AbstractGradientComputer, modules_of, project_modules
 from fastproj.trak.gradients.scales import projects_pieces, unscaled
-from fastproj.trak.readiness import require_all
+from fastproj.trak.readiness import finalized_count, require_all
 from fastproj.trak.solving.scoring import (
     Halved,
     check_scores,
@@ -71,7 +71,9 @@ def scores_in_parts(
             parts = computer.project_rows(batch, projector, model_id)
     rows = [made_by.scaled(part, np.arange(size)) for part in parts]
     targets = torch.stack(rows, 1).flatten(0, 1)
-    scores = scores_of_targets(made_by.saver.systems, score_computer, model_id, targets)
+    saver = made_by.saver
+    held = saver.systems, score_computer, model_id, targets
+    scores = scores_of_targets(*held, finalized_count(saver))
     scores = scores.reshape(len(scores), size, len(rows))
     if by_module or computer.task.places is None:
         return scores
@@ -93,7 +95,9 @@ class Stream:
         require_all(saver, "score", model_id, exp_name)
         columns = range(saver.num_columns(exp_name))
         targets = target_features(saver, model_id, exp_name, columns)
-        self.weights = target_weights(saver.systems, score_computer, model_id, targets)  # [m, k]
+        self.count = finalized_count(saver)
+        held = saver.systems, score_computer, model_id, targets
+        self.weights = target_weights(*held, self.count)  # [m, k]
         self.halved = Halved.of(saver.systems, model_id)
         self.made_by, self.score_computer, self.model_id = made_by, score_computer, model_id
 
@@ -121,6 +125,6 @@ class Stream:
             q = self.halved.slopes(self.score_computer, features, q, terms.curvature.cpu())
         product = self.score_computer.scores(features, self.weights)
         product.mul_(q.unsqueeze(1))
-        check_scores(made_by.saver.systems, model_id, product)
+        check_scores(made_by.saver.systems, model_id, product, self.count)
         scores: Scores = product.numpy()
         return scores

@@ -55,6 +55,11 @@ def require_finalized(saver: Saver, function: str, model_id: int) -> None:
         )
 
 
+def finalized_count(saver: Saver) -> int:
+    """The number of checkpoints that are finalised: those whose scores are averaged in the end."""
+    return sum(saver.systems.is_finalized(model_id) for model_id in saver.ids())
+
+
 def require_outputs(task: Any, function: str, lambda_reg: Lambda, scaled: bool) -> None:
     """Raise ValueError unless the training features are gradients of f, as TRAK's are.
 

@@ -164,6 +164,14 @@ def fisher_of(
     return matrix, phi * slopes[:, None], response
 
 
+def lambdas_of_mean(solved: list[dict[str, Any]]) -> list[float]:
+    """The lambdas with which the scores of the checkpoints are averaged: one that was chosen grows
+    by its share of as many checkpoints, a number that was given stays.
+    """
+    grown = 1 + 1 / len(solved)
+    return [one["lambda_reg"] * (grown if one["lambda"] == "auto" else 1) for one in solved]
+
+
 def explicit_fisher(
     models: list[nn.Module],
     train: tuple[Tensor, Tensor],
@@ -176,10 +184,11 @@ def explicit_fisher(
     float64 [n, m].
     """
     total = torch.zeros(len(train[0]), len(targets[0]), dtype=torch.float64)
+    lambdas = lambdas_of_mean(solved)
     for model_id, (model, found) in enumerate(zip(models, solved, strict=True)):
         fisher = fisher or Fisher()
         matrix, of_likelihood, response = fisher_of(model, model_id, train, proj_dim, fisher)
-        lambda_reg, ridge = found["lambda_reg"], found["training_ridge"]
+        lambda_reg, ridge = lambdas[model_id], found["training_ridge"]
         if found["halved"] is not None:
             whole, half = (
                 torch.linalg.solve(matrix + r * torch.eye(proj_dim).double(), response)

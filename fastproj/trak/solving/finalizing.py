@@ -25,6 +25,7 @@ from fastproj.trak.solving.ridge import (
     choose_fisher_lambda,
     choose_lambda,
     fisher_meaning,
+    for_mean,
     halving_step,
     logistic_share,
     meaning,
@@ -213,28 +214,46 @@ def step_of(
     return total
 
 
-def solution_of(systems: Systems, computer: ScoreComputer, model_id: int) -> Solution:
-    """The factored system of a finalised checkpoint, at the lambda it was finalised with."""
-    return solved(systems, computer, model_id)[0]
+def lambda_of(systems: Systems, model_id: int, checkpoints: int) -> float:
+    """The lambda of a finalised checkpoint where the scores of so many are averaged: a number that
+    was given, or the choice for the Fisher matrix as in ``for_mean``.
+    """
+    stored = systems.read_solve(model_id)
+    value = float(stored["lambda_reg"])
+    chosen = stored.get("curvature") == FISHER and stored.get("auto") is not None
+    return for_mean(value, checkpoints) if chosen else value
 
 
-def solved(systems: Systems, computer: ScoreComputer, model_id: int) -> tuple[Solution, Gram]:
+def solution_of(
+    systems: Systems, computer: ScoreComputer, model_id: int, checkpoints: int
+) -> Solution:
+    """The factored system of a finalised checkpoint, one of so many whose scores are averaged."""
+    return solved(systems, computer, model_id, checkpoints)[0]
+
+
+def solved(
+    systems: Systems, computer: ScoreComputer, model_id: int, checkpoints: int
+) -> tuple[Solution, Gram]:
     """The factored system of a finalised checkpoint, and its matrix."""
     system = systems.read_system(model_id)
     stored = systems.read_solve(model_id)
     sums, n, eps = systems.read_gram(model_id, system)
     gram = gram_of(systems.store, system, sums, n, eps)
-    solution = computer.solve_again(gram, {name: stored[name] for name in SUMMARY})
+    summary = {name: stored[name] for name in SUMMARY}
+    summary["lambda_reg"] = lambda_of(systems, model_id, checkpoints)
+    solution = computer.solve_again(gram, summary)
     if system.dual:
         rows = stored_rows(systems.store, model_id, system, sums["order"].numpy())
         solution = replace(solution, rows=rows)
     return solution, gram
 
 
-def own_scores(systems: Systems, computer: ScoreComputer, model_id: int) -> Tensor:
+def own_scores(
+    systems: Systems, computer: ScoreComputer, model_id: int, checkpoints: int
+) -> Tensor:
     """``phi (S^T S + lambda I)^-1 phi`` of each training sample, float64 [n], by the dual."""
     system, store = systems.read_system(model_id), systems.store
-    solution, gram = solved(systems, computer, model_id)
+    solution, gram = solved(systems, computer, model_id, checkpoints)
     order = systems.read_order(model_id, system)
     out = torch.empty(int(order.max()) + 1, dtype=torch.float64)
     out[order] = solution.on_own_rows(gram.matrix)

@@ -378,6 +378,16 @@ def agreeing_ridge(gram: Gram, moments: Moments) -> float | None:
     return math.exp(log_ridge) * unit
 
 
+def for_mean(lambda_reg: float, checkpoints: int) -> float:
+    """A ``choose_fisher_lambda`` where the scores of so many checkpoints are averaged.
+
+    The noisier scores are, the larger is their best ridge. Their mean keeps the noise that all
+    checkpoints share, and of each one's own a share of ``1 / checkpoints``. See
+    docs/research/lambda.md.
+    """
+    return lambda_reg * (1 + 1 / checkpoints)
+
+
 def halving_step(gram: Gram, moments: Moments, ridge: float | None) -> Tensor | None:
     """How far the parameters of k features move where only half of the samples are trained on.
 

@@ -14,7 +14,7 @@ from fastproj.checks import listed
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress
-from fastproj.trak.solving.finalizing import own_scores, solution_of
+from fastproj.trak.solving.finalizing import lambda_of, own_scores, solution_of
 from fastproj.trak.solving.ridge import moved_slopes
 from fastproj.trak.solving.solve import ScoreComputer
 from fastproj.trak.solving.systems import Systems
@@ -52,7 +52,8 @@ def write_scores(
             weights = []  # one checkpoint's system is held at a time
             for model_id in model_ids:
                 targets = target_features(store, model_id, exp_name, columns)
-                weights.append(target_weights(systems, computer, model_id, targets))
+                count = len(model_ids)
+                weights.append(target_weights(systems, computer, model_id, targets, count))
             for rows, place, features, q in read_features(readers, blocks):
                 assert q is not None  # training shards have it
                 product = computer.scores(features, weights[place])  # [b, m]
@@ -60,7 +61,7 @@ def write_scores(
                     q = halved[place].slopes_of(rows, computer, features, q)
                     product.mul_(q.unsqueeze(1))
                     q = torch.ones_like(q)
-                check_scores(systems, model_ids[place], product)
+                check_scores(systems, model_ids[place], product, len(model_ids))
                 if place == 0:
                     total, q_total = product, q
                 else:
@@ -73,11 +74,13 @@ def write_scores(
 
 
 def scores_of_targets(
-    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor
+    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor, checkpoints: int
 ) -> npt.NDArray[np.float32]:
-    """The scores of all training samples by one checkpoint, [n, m], of target features [m, k]."""
+    """The scores of all training samples by one checkpoint of so many, [n, m], of target features
+    [m, k].
+    """
     store = systems.store
-    weights = target_weights(systems, computer, model_id, targets)
+    weights = target_weights(systems, computer, model_id, targets, checkpoints)
     scores = np.empty((store.train_set_size, len(targets)), np.float32)
     reader = store.reader(model_id)
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
@@ -86,7 +89,7 @@ def scores_of_targets(
         assert q is not None  # training shards have it
         q = halved.slopes_of(rows, computer, features, q)
         product = computer.scores(features, weights).mul_(q.unsqueeze(1))
-        check_scores(systems, model_id, product)
+        check_scores(systems, model_id, product, checkpoints)
         scores[rows] = product.numpy()
     return scores
 
@@ -151,11 +154,11 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
             q_total += torch.ones_like(q) if own_q else q
             system = systems.read_system(model_id)
             if system.dual:
-                own = own_scores(systems, computer, model_id)
+                own = own_scores(systems, computer, model_id, len(model_ids))
                 total += own * q.square() if own_q else own
                 bar.update(len(total))
                 continue
-            solution = solution_of(systems, computer, model_id)
+            solution = solution_of(systems, computer, model_id, len(model_ids))
             reader = store.reader(model_id)
             blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
             for rows, _, features, _ in read_features([reader], blocks):
@@ -183,10 +186,10 @@ def takes_own_q(systems: Systems, model_ids: Sequence[int]) -> bool:
     return bool(fisher)
 
 
-def check_scores(systems: Systems, model_id: int, scores: Tensor) -> None:
+def check_scores(systems: Systems, model_id: int, scores: Tensor, checkpoints: int) -> None:
     """Raise ValueError unless scores by a checkpoint are finite; its features are."""
     if not bool(torch.isfinite(scores).all()):
-        lam = systems.read_solve(model_id)["lambda_reg"]
+        lam = lambda_of(systems, model_id, checkpoints)
         raise ValueError(
             f"TRAKer: scores by model_id {model_id} are larger than float32 holds: its lambda is "
             f"{lam:.3g}, for the gradients of its training samples are next to 0; expected a "
@@ -206,10 +209,10 @@ def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:
 
 
 def target_weights(
-    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor
+    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor, checkpoints: int
 ) -> Tensor:
     """Targets' features times the inverse, [m, k], in their dtype, where scores are computed."""
-    weights = solution_of(systems, computer, model_id).apply(targets)
+    weights = solution_of(systems, computer, model_id, checkpoints).apply(targets)
     return weights.to(targets.dtype).to(computer.device)
 
 

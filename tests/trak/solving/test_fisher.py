@@ -89,7 +89,7 @@ def test_scores_are_the_formula(tmp_path, monkeypatch, name):
     assert_close(scores, cases.explicit_fisher(models, train, targets, k, solved(traker), fisher))
     assert_close(
         traker.self_influence(),
-        cases.explicit_own(models, train, k, lambdas(traker), fisher),
+        cases.explicit_own(models, train, k, cases.lambdas_of_mean(solved(traker)), fisher),
     )
     top = traker.finalize_scores("test", top_k=3)
     np.testing.assert_array_equal(top.helpful_indices, np.argsort(-scores, 0)[:3].T)
@@ -316,7 +316,7 @@ def test_scores_of_texts_are_the_formula(tmp_path, reduction, n, k, fisher, form
     drawn = torch.cat([rows for (_, rows), some in zip(made, chosen, strict=True) if some])
     drawn = cases.projected(cases.in_metric(model, drawn, metric), k, 0)
     system = n / chosen.sum() * drawn.T @ drawn + phi.T @ phi
-    system += traker.saver.systems.read_solve(0)["lambda_reg"] * torch.eye(k)
+    system += cases.lambdas_of_mean(solved(traker))[0] * torch.eye(k)
     # Targets are asked about by the task's own output, the margins of their tokens.
     parts = []
     for ids, mask in zip(*texts(M, seed=5), strict=True):
@@ -689,6 +689,36 @@ def test_samples_whose_drawn_rows_are_gone_are_featurized_again(tmp_path):
 # ---- lambda as a number -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
+def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tmp_path, n, k):
+    """As 2 * lambda given for one, and 1.5 * lambda for two."""
+    train, targets = data(n), data(M, seed=5)
+    models = networks(train)
+    both = np.array(cases.whole_run(tmp_path, models, train, targets, proj_dim=k))
+    traker = cases.make(models[0], tmp_path, n, proj_dim=k, curvature="fisher")
+    chosen, own = lambdas(traker), traker.self_influence()
+    alone, own_alone = np.array(traker.finalize_scores("test", [1])), traker.self_influence([1])
+    states = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
+    parts, streams = [], []
+    for model_id, state in enumerate(states):
+        traker.start_scoring_checkpoint("test", state, model_id, M)
+        traker.score(targets, num_samples=M)
+        parts.append(traker.score(targets, per="module").sum(2))
+        streams.append(traker.score(train, stream=True))
+    inverted = np.array(traker.saver.current_store["features"])
+    assert_close(np.mean(parts, 0), both)
+    assert_close(np.mean(streams, 0), both)
+
+    for model_id in range(2):
+        traker.finalize_features([model_id], lambda_reg=1.5 * chosen[model_id])
+    np.testing.assert_array_equal(traker.finalize_scores("test"), both)
+    np.testing.assert_array_equal(traker.self_influence(), own)
+    np.testing.assert_array_equal(traker.saver.current_store["features"], inverted)
+    traker.finalize_features([1], lambda_reg=2 * chosen[1])
+    np.testing.assert_array_equal(traker.finalize_scores("test", [1]), alone)
+    np.testing.assert_array_equal(traker.self_influence([1]), own_alone)
+
+
 @pytest.mark.parametrize("lambda_reg", [0.7, "0.3*mean"])
 @pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
 def test_a_number_where_fisher_is_asked_for_is_added_to_it(tmp_path, lambda_reg, n, k):
@@ -775,7 +805,7 @@ def test_texts_have_no_traks_formula_when_finalising(tmp_path):
     assert not traker.saver.systems.is_finalized(0)
     scores = finished(traker)
     asked = language(tmp_path, 20, 8, "fisher")  # goes on with the same features
-    value = asked.saver.systems.read_solve(0)["lambda_reg"]
+    (value,) = cases.lambdas_of_mean(solved(asked))
     np.testing.assert_array_equal(finished(asked, lambda_reg=value), scores)
 
 

@@ -567,13 +567,13 @@ def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
     stored = traker.saver.systems.read_solve(0)
     traker.saver.systems.write_solve(0, {**stored, "more": 1})
     assert (
-        solution_of(traker.saver.systems, traker.score_computer, 0).lambda_reg
+        solution_of(traker.saver.systems, traker.score_computer, 0, 1).lambda_reg
         == stored["lambda_reg"]
     )
     del stored["rank"]
     traker.saver.systems.write_solve(0, stored)
     with pytest.raises(StoreCorruptError, match=r"solve.json is damaged: it lacks rank.*finalize"):
-        solution_of(traker.saver.systems, traker.score_computer, 0)
+        solution_of(traker.saver.systems, traker.score_computer, 0, 1)
 
 
 def test_q_that_a_task_calls_probabilities_must_be_that(traker):
