@@ -108,10 +108,10 @@ class TRAKer:
     grad_wrt : names of the parameters to take gradients by; "trainable" is those that have
         ``requires_grad``, None all.
     lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features (see
-        ``fastproj.trak.solving.ridge``); with ``curvature="fisher"`` it is multiplied by 1 + 1/M
-        where the scores of M checkpoints are averaged. A number is added to the diagonal of XtX, as
-        in TRAK; "0.1*mean" is 0.1 times its mean eigenvalue. With ``curvature="fisher"`` it is
-        added to the Fisher matrix instead.
+        ``fastproj.trak.solving.ridge``); with ``curvature="fisher"`` and unless samples are
+        sequences or pairs, it is multiplied by 1 + 1/M where the scores of M checkpoints are
+        averaged. A number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its
+        mean eigenvalue. With ``curvature="fisher"`` it is added to the Fisher matrix instead.
     kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. kind None
         is "sjlt", which costs a few additions an entry of the gradient (dense kinds: proj_dim
         multiply-adds) for scores that are as good (docs/projection.md). Where proj_dim < 16, rows

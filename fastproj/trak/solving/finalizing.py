@@ -17,6 +17,7 @@ from fastproj.trak.files import GoneError, Indices, StoreError, Tensors, digest
 from fastproj.trak.inputs import IF_STORED, check_finite
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.ridge import (
+    OWN_NOISE,
     TINY,
     Meaning,
     Moments,
@@ -167,6 +168,7 @@ def keep_lambda(
         if system.fisher:
             n = systems.store.train_set_size
             choice = choose_fisher_lambda(gram, moments, n, ridge, q.residual)
+            facts["own_noise"] = 0.0 if of_sequences(systems.store, model_id) else OWN_NOISE
         else:
             choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
@@ -202,7 +204,7 @@ def step_of(
     ridge: float | None,
 ) -> Tensor | None:
     """``halving_step`` as float64 [k]; None also where it moves no slope, as of sequences."""
-    if bool((systems.store.out_to_loss(model_id) == 1).all()):
+    if of_sequences(systems.store, model_id):
         return None
     step = halving_step(gram, moments, ridge)
     if step is None or not system.dual:
@@ -214,14 +216,18 @@ def step_of(
     return total
 
 
-def lambda_of(systems: Systems, model_id: int, checkpoints: int) -> float:
-    """The lambda of a finalised checkpoint where the scores of so many are averaged: a number that
-    was given, or the choice for the Fisher matrix as in ``for_mean``.
+def of_sequences(store: Store, model_id: int) -> bool:
+    """Whether samples are sequences or pairs, whose rows are gradients of whole log-likelihoods:
+    then all Q are 1.
     """
-    stored = systems.read_solve(model_id)
-    value = float(stored["lambda_reg"])
-    chosen = stored.get("curvature") == FISHER and stored.get("auto") is not None
-    return for_mean(value, checkpoints) if chosen else value
+    return bool((store.out_to_loss(model_id) == 1).all())
+
+
+def lambda_of(systems: Systems, model_id: int, checkpoints: int) -> float:
+    """The lambda of a finalised checkpoint where the scores of so many are averaged."""
+    stored = systems.read_solve(model_id)  # earlier versions kept no own_noise, and had none
+    own_noise = float(stored.get("own_noise", 0.0))
+    return for_mean(float(stored["lambda_reg"]), own_noise, checkpoints)
 
 
 def solution_of(

@@ -30,6 +30,7 @@ TINY = 1e-12  # Q below it, or negative, counts as TINY: a logit of 28
 CEILING = 1 - 1e-4  # Q above it counts as CEILING: a logit of -9
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
 REGRESSION_MARGIN = 2.0  # the same, with the Fisher matrix of a regression
+OWN_NOISE = 1.0  # of a checkpoint, in units of what all share
 STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
 LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T W Phi
 SINGULAR = 1e-3  # A matrix is singular where LOWEST leaves this share of dimensions unused.
@@ -378,14 +379,15 @@ def agreeing_ridge(gram: Gram, moments: Moments) -> float | None:
     return math.exp(log_ridge) * unit
 
 
-def for_mean(lambda_reg: float, checkpoints: int) -> float:
-    """A ``choose_fisher_lambda`` where the scores of so many checkpoints are averaged.
+def for_mean(lambda_reg: float, own_noise: float, checkpoints: int) -> float:
+    """A lambda where the scores of so many checkpoints are averaged.
 
     The noisier scores are, the larger is their best ridge. Their mean keeps the noise that all
-    checkpoints share, and of each one's own a share of ``1 / checkpoints``. See
-    docs/research/lambda.md.
+    checkpoints share, and of each one's own a share of ``1 / checkpoints``. ``own_noise`` is in
+    units of the noise that they share: OWN_NOISE where lambda was chosen for the Fisher matrix of
+    single predictions, otherwise 0. See docs/research/lambda.md.
     """
-    return lambda_reg * (1 + 1 / checkpoints)
+    return lambda_reg * (1 + own_noise / checkpoints)
 
 
 def halving_step(gram: Gram, moments: Moments, ridge: float | None) -> Tensor | None:

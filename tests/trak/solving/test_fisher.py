@@ -316,7 +316,7 @@ def test_scores_of_texts_are_the_formula(tmp_path, reduction, n, k, fisher, form
     drawn = torch.cat([rows for (_, rows), some in zip(made, chosen, strict=True) if some])
     drawn = cases.projected(cases.in_metric(model, drawn, metric), k, 0)
     system = n / chosen.sum() * drawn.T @ drawn + phi.T @ phi
-    system += cases.lambdas_of_mean(solved(traker))[0] * torch.eye(k)
+    system += lambdas(traker)[0] * torch.eye(k)  # whatever the number of checkpoints
     # Targets are asked about by the task's own output, the margins of their tokens.
     parts = []
     for ids, mask in zip(*texts(M, seed=5), strict=True):
@@ -691,7 +691,9 @@ def test_samples_whose_drawn_rows_are_gone_are_featurized_again(tmp_path):
 
 @pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
 def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tmp_path, n, k):
-    """As 2 * lambda given for one, and 1.5 * lambda for two."""
+    """As 2 * lambda given for one, and 1.5 * lambda for two. Sequences stay as they are:
+    ``test_scores_of_texts_are_the_formula``.
+    """
     train, targets = data(n), data(M, seed=5)
     models = networks(train)
     both = np.array(cases.whole_run(tmp_path, models, train, targets, proj_dim=k))
@@ -805,7 +807,7 @@ def test_texts_have_no_traks_formula_when_finalising(tmp_path):
     assert not traker.saver.systems.is_finalized(0)
     scores = finished(traker)
     asked = language(tmp_path, 20, 8, "fisher")  # goes on with the same features
-    (value,) = cases.lambdas_of_mean(solved(asked))
+    (value,) = lambdas(asked)
     np.testing.assert_array_equal(finished(asked, lambda_reg=value), scores)
 
 
