@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from fastproj.checks import check_integer
-from fastproj.commands.arguments import add_json, add_option, local_path, positive
+from fastproj.checks import MAX_SEED, check_device, check_integer
+from fastproj.commands.arguments import LIMIT, add_json, add_option, local_path, positive
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.factored import MAX_FACTORED
+from fastproj.spec import MAX_COLS
 from fastproj.trak.distributed import DistributedError
 from fastproj.trak.files import StoreError
+from fastproj.trak.inputs import MAX_BATCH
 from fastproj.trak.store.store import NotReadyError, check_exp_name
 from fastproj.trak.tasks.language import base_of
 
@@ -84,11 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     try:
-        check_exp_name("--name", options.name)
-        if options.factored is not None:
-            check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
+        check(options)
     except ValueError as refusal:
-        parser.error(in_options(str(refusal)))
+        parser.error(str(refusal))
     mendable = (
         DistributedError,
         ModuleNotFoundError,
@@ -100,6 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     kept = f"What is finished is kept in {options.out}; the same command goes on from there"
     return execute("trak", options, run, mendable, kept, in_options)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for what can't work with any model."""
+    check_exp_name("--name", options.name, "NAME")
+    check_device("--device", options.device)
+    check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
+    if options.factored is not None:
+        check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
+    check_integer("--batch-size", "B", options.batch_size, 1, MAX_BATCH)
+    check_integer("--seed", "N", options.seed, 0, MAX_SEED)
+    check_integer("--show", "N", options.show, 0, LIMIT)
 
 
 def in_options(message: str) -> str:
@@ -327,7 +339,7 @@ def report(
                 )
             }
         )
-    for column, extremes in enumerate(found[: max(options.show, 0)]):
+    for column, extremes in enumerate(found[: options.show]):
         title = (
             "all targets"
             if options.mean

@@ -19,6 +19,7 @@ from fastproj.spec import MIN_BLOCK
 from fastproj.trak.files import Indices
 
 MAX_SAMPLES = 1 << 48
+MAX_BATCH = 1 << 20  # samples at once are below
 
 
 class RandomNumbersError(ValueError):

@@ -220,8 +220,6 @@ def test_long_samples_are_cut_to_what_the_model_takes(here, caplog):
             "AutoModelForMaskedLM can't load; expected another task",
         ),
         (("run", *DATA, "--column", "text=body"), "expected 'body'"),
-        (("run", *DATA, "--device", "nowhere"), "nowhere"),
-        (("run", *DATA, "--seed", "-1"), "received --seed -1"),
     ],
 )
 def test_what_can_not_work_is_said(here, capsys, arguments, said):
@@ -247,12 +245,29 @@ def test_what_can_not_work_is_said(here, capsys, arguments, said):
             ("run", *DATA, "--factored", 1 << 16),
             "--factored: received r=65536; expected 1 <= r < 2",
         ),
-        (("run", *DATA, "--name", "a/b"), "received --name 'a/b'; expected letters"),
+        (("run", *DATA, "--proj-dim", "2**33"), "--proj-dim: received K=8589934592; expected 1 <="),
+        (
+            ("run", *DATA, "--batch-size", "2**20"),
+            "--batch-size: received B=1048576; expected 1 <= B",
+        ),
+        (("run", *DATA, "--batch-size", "0"), "received '0'; expected an integer of at least 1"),
+        (("run", *DATA, "--seed", "-1"), "--seed: received N=-1; expected 0 <= N < 2^64"),
+        (("run", *DATA, "--seed", 1 << 64), "expected 0 <= N < 2^64"),
+        (("run", *DATA, "--top", "0"), "--top: received '0'; expected an integer of at least 1"),
+        (("run", *DATA, "--show", "-1"), "--show: received N=-1; expected 0 <= N < 2^63"),
+        (("run", *DATA, "--show", "2.5"), "--show: invalid int value: '2.5'"),
+        (
+            ("run", *DATA, "--device", "nowhere"),
+            "--device: received device='nowhere' (Expected one",
+        ),
+        (("run", *DATA, "--name", "a/b"), "--name: received NAME='a/b'; expected letters"),
         (("run", *DATA, "--factored", "2.5"), "received '2.5'; expected an integer of at least 1"),
         (("run", *DATA, "--task", "lm"), "invalid choice: 'lm'"),
     ],
 )
-def test_wrong_arguments(capsys, arguments, said):
+def test_wrong_arguments(capsys, monkeypatch, arguments, said):
+    """Before anything is loaded."""
+    monkeypatch.setattr(trak, "run", None)
     with pytest.raises(SystemExit) as caught:
         run(*arguments)
     assert caught.value.code == 2

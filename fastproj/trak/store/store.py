@@ -575,11 +575,11 @@ def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
     return f"groups {str(groups)[:60]}{'...' if len(str(groups)) > 60 else ''} by {reduction}"
 
 
-def check_exp_name(function: str, exp_name: object) -> None:
-    """Raise ValueError for a name that can't be an experiment's."""
+def check_exp_name(function: str, exp_name: object, name: str = "exp_name") -> None:
+    """Raise ValueError, about the argument ``name``, for what can't name an experiment."""
     if not isinstance(exp_name, str) or not re.fullmatch(r"[\w+=,@-][\w .+=,@-]*", exp_name):
         raise ValueError(
-            f"{function}: received exp_name={exp_name!r}; expected letters, digits, spaces and "
+            f"{function}: received {name}={exp_name!r}; expected letters, digits, spaces and "
             "_ . + = , @ - (it names files), not starting with a dot"
         )
 
