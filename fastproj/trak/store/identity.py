@@ -55,12 +55,17 @@ def same_settings(
         return f"the same task and settings (those that the text doesn't name: {unsaid})", None
     if set(wrong) == {"size_power"}:
         return f"curvature=fastproj.trak.Fisher(size_power={stored.get('size_power')!r})", None
-    if stored.get("projector") != OWN_PROJECTOR or not set(wrong) & set(MATRIX_ARGUMENTS):
-        return "the same settings", {}
     named = set(wrong)
+    of_ours = stored.get("projector") == OWN_PROJECTOR
+    if not (of_ours and named & {"projector", *MATRIX_ARGUMENTS}):
+        return "the same settings", {}
+    if "projector" in named:  # beside one that is given, none of these is taken
+        named |= {*MATRIX_ARGUMENTS}
     if named & {"kind", "block"}:
         named |= {"kind", "block"}  # a dense kind takes no block, and sjlt another by default
     same = {name: stored.get(key) for key, name in MATRIX_ARGUMENTS.items() if key in named}
+    if "projector" in named:
+        same = {"projector": None, **same}
     words = ", ".join(f"{name}={value!r}" for name, value in same.items())
     return f"the same settings ({words})", same
 
