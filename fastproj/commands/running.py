@@ -32,12 +32,12 @@ def execute(
     run: Callable[[argparse.Namespace], Outcome],
     mendable: tuple[type[Exception], ...] = (ValueError, OSError),
     kept: str = "",
-    worded: Callable[[str], str] = str,
+    worded: Callable[[Exception], str] = str,
 ) -> int:
     """Run a command and return its exit status.
 
     Errors of the types ``mendable`` become a message, and so does a want of memory. ``kept`` says
-    what an interrupted command leaves. ``worded`` puts a message into the command's own words.
+    what an interrupted command leaves. ``worded`` says an error in the command's own words.
     """
     try:
         with messages_on_stderr(options.json):
@@ -47,7 +47,7 @@ def execute(
     except BrokenPipeError:  # an OSError, and nobody is left to read of it: cli.main ends
         raise
     except mendable as error:
-        print(f"fastproj {command}: {worded(str(error))}", file=sys.stderr)
+        print(f"fastproj {command}: {worded(error)}", file=sys.stderr)
         return FAILED
     except (MemoryError, RuntimeError) as error:
         from fastproj.memory import is_out_of_memory  # with torch: Ctrl-C is to be met before that

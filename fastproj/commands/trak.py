@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,39 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from fastproj.checks import check_integer
-from fastproj.commands.arguments import add_json, add_option, local_path, positive
+from fastproj.checks import MAX_SEED, check_device, check_integer
+from fastproj.commands.arguments import LIMIT, add_json, add_option, local_path, positive
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.factored import MAX_FACTORED
+from fastproj.spec import MAX_COLS
 from fastproj.trak.distributed import DistributedError
-from fastproj.trak.files import StoreError
+from fastproj.trak.files import StoreCorruptError, StoreError, StoreMismatchError
+from fastproj.trak.inputs import MAX_BATCH
 from fastproj.trak.store.store import NotReadyError, check_exp_name
 from fastproj.trak.tasks.language import base_of
 
 # fastproj.trak.hf is imported when the command runs: help and completion need no transformers.
 TASKS = ("causal_lm", "seq2seq", "masked_lm", "text_classification", "token_classification")
-# Arguments of the library whose names are in messages, and the options that are given for them.
+# By the arguments of the library that they give.
 OPTIONS = {
     "save_dir": "--out",
     "exp_name": "--name",
-    "factored": "--factored",
     "proj_dim": "--proj-dim",
-    "seed": "--seed",
-    "batch_size": "--batch-size",
-    "device": "--device",
-}
-BARE = ("save_dir", "exp_name")  # which are also named without a value; the others are words, too
-ARGUMENT = re.compile(
-    rf"(?<![\w/.'\"-])({'|'.join(OPTIONS)})(?:=(None|'[^']*'|[\w.+-]*\w))?(?![\w/-]|\.\w)"
-)
-# What no option of this command does.
-PHRASES = {
-    r"use the same settings \([^()]*\b(kind|block)=[^()]*\), or another": "use another",
-    r"use curvature=\S+, or another": "use another",
-    r"use another model_id or save_dir \(load_from_save_dir=False [^()]*\)": "use another save_dir",
-    r"load_from_save_dir=False, load_checkpoint and featurize make": "another save_dir makes",
-    r"the same groups= and reduction= for all checkpoints": "--mean if and only if that run had it",
-    r"received num_targets=(\d+)": r"received \1",
+    "factored": "--factored",
+    "projector_seed": "--seed",
 }
 DESCRIPTION = """\
 Which training samples raise or lower what a model says of a target? TRAK scores for a Hugging Face
@@ -84,11 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     try:
-        check_exp_name("--name", options.name)
-        if options.factored is not None:
-            check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
+        check(options)
     except ValueError as refusal:
-        parser.error(in_options(str(refusal)))
+        parser.error(str(refusal))
     mendable = (
         DistributedError,
         ModuleNotFoundError,
@@ -102,19 +86,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return execute("trak", options, run, mendable, kept, in_options)
 
 
-def in_options(message: str) -> str:
-    """A message of the library with the options of this command in place of its arguments."""
-    for said, words in PHRASES.items():
-        message = re.sub(said, words, message)
-    return ARGUMENT.sub(in_option, message)
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError for what can't work with any model."""
+    check_exp_name("--name", options.name, "NAME")
+    check_device("--device", options.device)
+    check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
+    if options.factored is not None:
+        check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
+    check_integer("--batch-size", "B", options.batch_size, 1, MAX_BATCH)
+    check_integer("--seed", "N", options.seed, 0, MAX_SEED)
+    check_integer("--show", "N", options.show, 0, LIMIT)
 
 
-def in_option(found: re.Match[str]) -> str:
-    """``factored=3`` as ``--factored 3``, and ``factored=None`` as ``no --factored``."""
-    name, value = found.groups()
-    if value is None:
-        return OPTIONS[name] if name in BARE else found[0]
-    return f"no {OPTIONS[name]}" if value == "None" else f"{OPTIONS[name]} {value}"
+def in_options(error: Exception) -> str:
+    """What an error says, with the remedy in options and not in the library's arguments."""
+    if isinstance(error, StoreCorruptError):
+        return f"{error.found}. Delete the file and run the same command again"
+    if not isinstance(error, StoreMismatchError):
+        return str(error)
+    return (
+        f"{error.found}. Nothing was changed; use {same_options(error.same)}another "
+        f"{OPTIONS[error.another]}"
+    )
+
+
+def same_options(same: Mapping[str, Any] | None) -> str:
+    """The options that give the library's arguments these values; "" where some have none."""
+    if same is None:
+        return ""
+    if "groups" in same:  # all targets are in one, or each is by itself
+        if same["groups"] is None:
+            return "no --mean, or "
+        return "--mean, or " if not any(same["groups"]) and same["reduction"] == "mean" else ""
+    if not same.keys() <= OPTIONS.keys():
+        return ""
+    words = ", ".join(
+        f"no {OPTIONS[name]}" if value is None else f"{OPTIONS[name]} {value}"
+        for name, value in same.items()
+    )
+    return f"the same settings{words and f' ({words})'}, or "
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -327,7 +337,7 @@ def report(
                 )
             }
         )
-    for column, extremes in enumerate(found[: max(options.show, 0)]):
+    for column, extremes in enumerate(found[: options.show]):
         title = (
             "all targets"
             if options.mean

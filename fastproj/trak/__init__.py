@@ -29,6 +29,7 @@ try:
     from fastproj.trak.files import StoreCorruptError, StoreError, StoreMismatchError
     from fastproj.trak.gradients import (
         AbstractGradientComputer,
+        FuncError,
         FunctionalGradientComputer,
         HookGradientComputer,
         HooksError,
@@ -70,6 +71,7 @@ __all__ = [
     "CausalLMModelOutput",
     "DistributedError",
     "Fisher",
+    "FuncError",
     "FunctionModelOutput",
     "FunctionalGradientComputer",
     "GroundTruth",

@@ -66,7 +66,7 @@ class Ranks:
             raise DistributedError(
                 f"{step}: another of the {self.size} processes is gone or doesn't answer (this is "
                 f"rank {self.rank}; {reason[0][:200]}). See what it printed; run the same command "
-                "again to go on: what is in save_dir is kept"
+                "again to go on: what was written is kept"
             ) from error
         return every
 

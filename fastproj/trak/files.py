@@ -48,11 +48,43 @@ class StoreError(RuntimeError):
 
 
 class StoreCorruptError(StoreError):
-    """A file is damaged."""
+    """A file is damaged.
+
+    Attributes
+    ----------
+    found : which file, and how; the message goes on with what makes it again.
+    """
+
+    def __init__(self, found: str, remedy: str = "") -> None:
+        super().__init__(f"{found}. {remedy}" if remedy else found)
+        self.found = found
 
 
 class StoreMismatchError(ValueError):
-    """The store holds something else than this run would add to."""
+    """The store holds something else than this run would add to. Nothing was changed.
+
+    The message says how to go on in arguments of the library. What has other words for them finds
+    it in the attributes.
+
+    Attributes
+    ----------
+    found : what the store holds, and what this run has.
+    another : the argument that works with a value that is new: "save_dir", "exp_name", or "".
+    same : or the arguments that work with these values, those in the store. Without any, all
+        settings would have to be the same; None where that can't be had by arguments.
+    """
+
+    def __init__(
+        self,
+        found: str,
+        remedy: str = "",
+        another: str = "",
+        same: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(f"{found}. Nothing was changed; {remedy}" if remedy else found)
+        self.found = found
+        self.another = another
+        self.same = same
 
 
 class GoneError(StoreError):
@@ -307,7 +339,7 @@ def corrupt(path: Path, reason: str) -> StoreCorruptError:
         redo = "call finalize_features again"
     if path.parent.name == "scores" or path.suffix == ".mmap":
         redo = "call finalize_scores again"
-    return StoreCorruptError(f"{path} is damaged: {reason}. Delete the file and {redo}")
+    return StoreCorruptError(f"{path} is damaged: {reason}", f"Delete the file and {redo}")
 
 
 def digest(data: bytes) -> str:

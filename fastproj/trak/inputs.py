@@ -19,6 +19,7 @@ from fastproj.spec import MIN_BLOCK
 from fastproj.trak.files import Indices
 
 MAX_SAMPLES = 1 << 48
+MAX_BATCH = 1 << 20  # samples at once are below
 
 
 class RandomNumbersError(ValueError):
@@ -302,8 +303,8 @@ IF_COMPUTED = (
     "batch was kept"
 )
 IF_STORED = (
-    "finite features (did another program write them to save_dir, or a subclass of Store?). "
-    "Featurize this checkpoint again under load_from_save_dir=False"
+    "finite features (did another program write them, or a subclass of Store?). Featurize this "
+    "checkpoint again, in a new directory"
 )
 
 

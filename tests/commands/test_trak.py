@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,6 +17,7 @@ import transformers as tf
 
 from fastproj import cli
 from fastproj.commands import trak
+from fastproj.trak.files import read_json, read_safetensors, write_json, write_safetensors
 from fastproj.trak.hf import HFTRAKer, load_model, load_tokenizer, tokenize
 from fastproj.trak.hf.heads import AUTO_CLASSES
 from tests.trak.hf import models
@@ -83,58 +87,154 @@ def test_factored_gradients(here, capsys):
     traker = HFTRAKer(load_model(model), rows, [model], "other", proj_dim=16, factored=3)
     np.testing.assert_array_equal(found, traker.score(targets))
     assert run(model, *DATA, "--factored", 3) == 0  # again, from what is there
-    for other, said in ((("--factored", 4), "4"), ((), "None")):
-        capsys.readouterr()
-        assert run(model, *DATA, *other) == 1
-        printed = capsys.readouterr().err
-        assert f"factored 3 in the directory, {said} in this run" in printed
-        assert "use the same settings (--factored 3), or another --out" in printed
 
 
-def test_what_a_directory_refuses_is_said_in_options(here, capsys):
-    """No argument of the library that the command has no option for."""
-    model = "run/checkpoint-5"
-    assert run(model, *DATA) == 0
-    refused = {
-        (model, *DATA, "--factored", 3): "the same settings (no --factored), or another --out",
-        (model, *DATA, "--mean"): "--mean if and only if that run had it, or another --name",
-        (model, *DATA, "--targets", "train.jsonl"): "has 2 targets, received 12. Nothing was chang",
-        ("run/checkpoint-10", *DATA): "Nothing was changed; use another --out",
-    }
-    for arguments, said in refused.items():
-        capsys.readouterr()
-        assert run(*arguments) == 1
-        printed = capsys.readouterr().err
-        assert said in printed
-        for argument in ("save_dir", "exp_name", "factored=", "groups=", "num_targets"):
-            assert argument not in printed
-    assert run(model, *DATA, "--mean", "--name", "dev") == 0
-    assert run("run/checkpoint-10", *DATA, "--out", "other") == 0
+# What messages of the library name, and a user of the command can't give.
+OF_THE_LIBRARY = re.compile(
+    r"\b(?:save_dir|exp_name|load_from_save_dir|num_targets|model_id or|finalize_\w+|featurize\b|"
+    r"(?:groups|reduction|kind|block|factored|proj_dim|(?:projector_)?seed|curvature|likelihood)=)"
+)
+FIRST, SECOND = "run/checkpoint-5", "run/checkpoint-10"
+STORE = Path("fastproj-trak")
+
+
+def refused(capsys, *arguments):
+    """What a run that ends with exit status 1 says, in words that its user has."""
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fastproj trak: ")
+    named = OF_THE_LIBRARY.search(re.sub("'[^']*'", "", said))  # but for values
+    assert not named, (named, said)
+    return said
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("before", "now", "said", "cure"),
     [
+        ((), ("--factored", 3), "use the same settings (no --factored), or another --out", ()),
         (
-            "use the same settings (kind='gaussian', block=None), or another save_dir",
-            "use another --out",
+            ("--factored", 3),
+            ("--factored", 4),
+            "factored 3 in the directory, 4 in this run. Nothing was changed; use the same "
+            "settings (--factored 3), or another --out",
+            ("--factored", 3),
         ),
         (
-            "use curvature=fastproj.trak.Fisher(size_power=0.0), or another save_dir",
-            "use another --out",
+            ("--factored", 3),
+            ("--proj-dim", 48, "--seed", 2),
+            "use the same settings (--proj-dim 16, --factored 3, --seed 0), or another --out",
+            ("--proj-dim", 16, "--factored", 3, "--seed", 0),
         ),
         (
-            "use the same settings (proj_dim=16, factored=None), or another save_dir",
-            "use the same settings (--proj-dim 16, no --factored), or another --out",
+            (),
+            ("--train", "targets.jsonl"),
+            "train set size 12 in the directory, 2 in this run. Nothing was changed; use the same "
+            "settings, or another --out",
+            ("--train", "targets.jsonl", "--out", "other"),
         ),
+        ((), ("--mean",), "use no --mean, or another --name", ("--mean", "--name", "dev")),
+        (("--mean",), (), "use --mean, or another --name", ("--mean",)),
         (
-            "TRAKer: /a/save_dir holds './exp_name'; what is in save_dir.",
-            "TRAKer: /a/save_dir holds './exp_name'; what is in --out.",
+            (),
+            ("--targets", "train.jsonl"),
+            "has 2 targets, received 12. Nothing was changed; use another --name",
+            ("--targets", "train.jsonl", "--name", "dev"),
         ),
     ],
 )
-def test_messages_in_options(message, said):
-    assert trak.in_options(message) == said
+def test_what_a_directory_refuses_is_said_in_options(here, capsys, before, now, said, cure):
+    """And the options that are named are right."""
+    assert run(FIRST, *DATA, *before) == 0
+    assert said in refused(capsys, FIRST, *DATA, *now)
+    assert run(FIRST, *DATA, *cure) == 0
+
+
+def test_the_directory_of_another_model(here, capsys):
+    assert run(FIRST, *DATA) == 0
+    said = refused(capsys, SECOND, *DATA)
+    assert re.search(
+        r"hash \w+, received .* hash \w+\. Nothing was changed; use another --out", said
+    )
+    assert run(SECOND, *DATA, "--out", "other") == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "facts", "said"),
+    [
+        ("metadata.json", {"kind": "gaussian", "block": None}, "kind 'gaussian' in the directory"),
+        ("metadata.json", {"kind": "gaussian", "proj_dim": 8}, "proj dim 8 in the directory, 16"),
+        ("metadata.json", {"size_power": 0.0}, "size power 0.0 in the directory, 0.5 in this run"),
+        (
+            "metadata.json",
+            {"task": "Older()"},
+            "task 'Older()' in the directory, 'CausalLMModelOut",
+        ),
+        ("experiments/targets.json", {"groups": [0, 1], "reduction": "mean"}, "has groups [0, 1]"),
+        ("experiments/targets.json", {"groups": [0, 0], "reduction": "sum"}, "has groups [0, 0]"),
+    ],
+)
+def test_what_no_option_does_is_not_asked_for(here, capsys, file, facts, said):
+    """Of directories that other versions or the library wrote."""
+    assert run(FIRST, *DATA) == 0
+    write_json(STORE / file, {**read_json(STORE / file), **facts})
+    printed = refused(capsys, FIRST, *DATA)
+    assert said in printed
+    another = ("--out", "other") if file == "metadata.json" else ("--name", "other")
+    assert printed.endswith(f". Nothing was changed; use another {another[0]}\n")
+    assert run(FIRST, *DATA, *another) == 0
+
+
+def test_features_of_another_run_in_the_directory(here, capsys):
+    assert run(FIRST, *DATA, "--seed", 3, "--out", "other") == 0
+    assert run(FIRST, *DATA) == 0
+    (file,) = Path("other/models/0").glob("train-*")
+    shutil.copy(file, STORE / "models" / "0")
+    said = refused(capsys, FIRST, *DATA)
+    assert (
+        "was made with seed '3'; this run has '0'. Nothing was changed; use another --out" in said
+    )
+
+
+def test_features_of_samples_that_are_none(here, capsys):
+    assert run(FIRST, *DATA) == 0
+    (file,) = (STORE / "models" / "0").glob("train-*")
+    tensors, metadata = read_safetensors(file, None)
+    write_safetensors(file, {**tensors, "inds": tensors["inds"] + 1}, metadata)
+    said = refused(capsys, FIRST, *DATA)
+    assert (
+        "holds sample 12; expected samples below 12. Nothing was changed; use another --out" in said
+    )
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "metadata.json",
+        "experiments/targets.json",
+        "models/0/checkpoint.json",
+        "models/0/train-*",
+        "models/0/drawn/drawn-*",
+        "models/0/targets/targets/target-*",
+    ],
+)
+def test_a_damaged_file_and_its_cure(here, capsys, damaged):
+    assert run(FIRST, *DATA) == 0
+    scores = np.load(STORE / "scores/targets.mmap")
+    (file,) = STORE.glob(damaged)
+    file.write_bytes(file.read_bytes()[:-20])
+    said = refused(capsys, FIRST, *DATA)
+    assert f"{file.name} is damaged: " in said
+    assert said.endswith(". Delete the file and run the same command again\n")
+    file.unlink()
+    assert run(FIRST, *DATA) == 0
+    np.testing.assert_array_equal(np.load(STORE / "scores/targets.mmap"), scores)
+
+
+def test_no_directory_to_write_to(here, capsys):
+    said = refused(capsys, FIRST, *DATA, "--out", "train.jsonl")
+    assert "can't make the directory" in said
+    assert "expected one that this user may write to" in said
 
 
 def test_one_score_for_all_targets(here, capsys):
@@ -220,8 +320,6 @@ def test_long_samples_are_cut_to_what_the_model_takes(here, caplog):
             "AutoModelForMaskedLM can't load; expected another task",
         ),
         (("run", *DATA, "--column", "text=body"), "expected 'body'"),
-        (("run", *DATA, "--device", "nowhere"), "nowhere"),
-        (("run", *DATA, "--seed", "-1"), "received --seed -1"),
     ],
 )
 def test_what_can_not_work_is_said(here, capsys, arguments, said):
@@ -247,12 +345,29 @@ def test_what_can_not_work_is_said(here, capsys, arguments, said):
             ("run", *DATA, "--factored", 1 << 16),
             "--factored: received r=65536; expected 1 <= r < 2",
         ),
-        (("run", *DATA, "--name", "a/b"), "received --name 'a/b'; expected letters"),
+        (("run", *DATA, "--proj-dim", "2**33"), "--proj-dim: received K=8589934592; expected 1 <="),
+        (
+            ("run", *DATA, "--batch-size", "2**20"),
+            "--batch-size: received B=1048576; expected 1 <= B",
+        ),
+        (("run", *DATA, "--batch-size", "0"), "received '0'; expected an integer of at least 1"),
+        (("run", *DATA, "--seed", "-1"), "--seed: received N=-1; expected 0 <= N < 2^64"),
+        (("run", *DATA, "--seed", 1 << 64), "expected 0 <= N < 2^64"),
+        (("run", *DATA, "--top", "0"), "--top: received '0'; expected an integer of at least 1"),
+        (("run", *DATA, "--show", "-1"), "--show: received N=-1; expected 0 <= N < 2^63"),
+        (("run", *DATA, "--show", "2.5"), "--show: invalid int value: '2.5'"),
+        (
+            ("run", *DATA, "--device", "nowhere"),
+            "--device: received device='nowhere' (Expected one",
+        ),
+        (("run", *DATA, "--name", "a/b"), "--name: received NAME='a/b'; expected letters"),
         (("run", *DATA, "--factored", "2.5"), "received '2.5'; expected an integer of at least 1"),
         (("run", *DATA, "--task", "lm"), "invalid choice: 'lm'"),
     ],
 )
-def test_wrong_arguments(capsys, arguments, said):
+def test_wrong_arguments(capsys, monkeypatch, arguments, said):
+    """Before anything is loaded."""
+    monkeypatch.setattr(trak, "run", None)
     with pytest.raises(SystemExit) as caught:
         run(*arguments)
     assert caught.value.code == 2

@@ -409,7 +409,7 @@ def test_number_of_targets(traker, train, model):
     with pytest.raises(ValueError, match="sample 3; expected 0 <= index < num_targets = 3"):
         traker.score(train, num_samples=N)
     with pytest.raises(
-        StoreMismatchError, match=r"'test' .* has 3 targets, received num_targets=4"
+        StoreMismatchError, match=r"'test' .* has 3 targets, received 4\. Nothing was"
     ):
         traker.start_scoring_checkpoint("test", model.state_dict(), 0, 4)
 

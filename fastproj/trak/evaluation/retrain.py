@@ -307,8 +307,8 @@ class Run:
         ]
         if wrong:
             raise StoreMismatchError(
-                f"train_subsets: {directory} holds models of another run: {'; '.join(wrong)}. "
-                "Nothing was changed; use the same settings, or another directory"
+                f"train_subsets: {directory} holds models of another run: {'; '.join(wrong)}",
+                "use the same settings, or another directory",
             )
 
     def tasks(self, masks: Mask, names: Sequence[str] | None, repeats: int) -> list[Planned]:
@@ -383,7 +383,8 @@ class Run:
             if metadata.get(key) != value:
                 raise StoreMismatchError(
                     f"train_subsets: {path} was made with {key} {metadata.get(key)!r}; this run "
-                    f"has {value!r}. Nothing was changed; use another directory"
+                    f"has {value!r}",
+                    "use another directory",
                 )
         return tensors["outputs"].numpy()
 

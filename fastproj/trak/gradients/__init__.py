@@ -6,6 +6,7 @@ from fastproj.trak.gradients.base import AbstractGradientComputer, parameter_nam
 from fastproj.trak.gradients.choice import AutomaticGradientComputer, resolve_gradient_computer
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer, HooksError
+from fastproj.trak.gradients.layout import FuncError
 from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.gradients.modules import project_modules
 from fastproj.trak.gradients.sinks import modules_of
@@ -13,6 +14,7 @@ from fastproj.trak.gradients.sinks import modules_of
 __all__ = [
     "AbstractGradientComputer",
     "AutomaticGradientComputer",
+    "FuncError",
     "FunctionalGradientComputer",
     "HookGradientComputer",
     "HooksError",

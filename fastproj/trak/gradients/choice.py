@@ -14,6 +14,7 @@ from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.hooks import HookGradientComputer
+from fastproj.trak.gradients.layout import FuncError
 from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.gradients.modules import project_modules
 from fastproj.trak.inputs import RandomNumbersError
@@ -137,8 +138,10 @@ class AutomaticGradientComputer(AbstractGradientComputer):
         return result
 
 
-def step_down(name: str, instead: str, reason: Exception) -> str:
+def step_down(name: str, instead: str, reason: BaseException) -> str:
     """What a user is told where one computer takes the place of another."""
+    if isinstance(reason, FuncError):  # whose remedy is taken already
+        reason = reason.__cause__ or reason
     first_line = str(reason).strip().partition("\n")[0]
     error = f"{type(reason).__name__}: {first_line[:400]}".removesuffix(": ")
     place = own_fault(reason)
@@ -154,7 +157,7 @@ def step_down(name: str, instead: str, reason: Exception) -> str:
     )
 
 
-def own_fault(error: Exception) -> str | None:
+def own_fault(error: BaseException) -> str | None:
     """Where fastproj itself is wrong, "file:line in function"; None for any other error.
 
     Errors of models and tasks come from frames of theirs or of torch. What fastproj says of them by

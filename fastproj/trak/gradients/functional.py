@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
+from fastproj.memory import is_out_of_memory
 from fastproj.trak import batches
 from fastproj.trak.gradients.attention import plain_attention
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
+from fastproj.trak.gradients.layout import FuncError
 from fastproj.trak.gradients.running import wide_sums
 
 
@@ -18,7 +20,10 @@ class FunctionalGradientComputer(AbstractGradientComputer):
     """``torch.func.vmap``: any function of one sample, but memory for all gradients of a chunk."""
 
     def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
-        """Of each output of a sample, name -> [B, *shape of the parameter]."""
+        """Of each output of a sample, name -> [B, *shape of the parameter].
+
+        Raises FuncError where plain autograd can take the model and ``torch.func`` can't.
+        """
         tensors, rebuild = batches.unpack(batch)
 
         def gradients(chosen: Grads, *sample: Tensor) -> list[Grads]:
@@ -39,6 +44,17 @@ class FunctionalGradientComputer(AbstractGradientComputer):
         vectorised = vmap(
             gradients, in_dims=(in_dims, *(0 for _ in tensors)), randomness="different"
         )
-        with plain_attention(self.model), wide_sums(self.chosen.values()):
-            rows: list[Grads] = vectorised(chosen, *tensors)
+        try:
+            with plain_attention(self.model), wide_sums(self.chosen.values()):
+                rows: list[Grads] = vectorised(chosen, *tensors)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self.gradients_of(batch, 0)  # which raises what the model itself does
+            said = str(error).strip().partition("\n")[0]
+            raise FuncError(
+                f"func: torch.func can't follow {type(self.task).__name__} and this model "
+                f'({type(error).__name__}: {said[:400]}); expected gradient_computer="auto", which '
+                "finds another way"
+            ) from error
         return [{name: grads[name] for name in self.names} for grads in rows]

@@ -15,6 +15,10 @@ class HooksError(RuntimeError):
     """Module hooks can't give the per-sample gradients of this model; another computer may."""
 
 
+class FuncError(RuntimeError):
+    """``torch.func`` can't follow this model; another gradient computer may."""
+
+
 class BatchDim(NamedTuple):
     """Dimension ``dim`` counts the samples; a folded one has several rows for each of them."""
 

@@ -18,6 +18,7 @@ from fastproj.trak.hf.heads import has_adapters, kind_of_model, task_for
 from fastproj.trak.hf.lengths import plan_batches
 from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Samples
+from fastproj.trak.inputs import MAX_BATCH
 from fastproj.trak.progress import progress
 from fastproj.trak.store.store import check_exp_name
 from fastproj.trak.tasks import TASKS
@@ -85,7 +86,7 @@ class HFTRAKer:
         **options: Any,
     ) -> None:
         name = type(self).__name__
-        self.batch_size = check_integer(name, "batch_size", batch_size, 1, 1 << 20)
+        self.batch_size = check_integer(name, "batch_size", batch_size, 1, MAX_BATCH)
         model = getattr(model, "_orig_mod", model)  # inside of what torch.compile made
         self.model: Any = model if isinstance(model, nn.Module) else load_model(model, task)
         self.checkpoints = numbered(name, checkpoints)

@@ -119,8 +119,8 @@ def count_rows(store: Store, model_id: int) -> int:
     if drawn != wanted:
         raise StoreError(
             f"{STEP}: model_id {model_id} has {drawn} of {wanted} drawn rows of its Fisher matrix "
-            f"in {store.shard_dir(model_id, DRAWN)}; expected all of them (load_from_save_dir="
-            "False, load_checkpoint and featurize make them again)"
+            f"in {store.shard_dir(model_id, DRAWN)}; expected all of them (is another "
+            "program removing files?). Run this again: it makes those that are gone"
         )
     return drawn + store.train_set_size
 

@@ -3,49 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
+
+from fastproj.trak.files import StoreMismatchError
 
 ABSENT = {"curvature": "trak", "size_power": 0.0}  # what metadata that lack a key mean
 OWN_PROJECTOR = "fastproj.projector.Projector"
-MATRIX_ARGUMENTS = ("kind", "block", "proj_dim", "factored")
+# What the matrix follows from: stored names, and the arguments of TRAKer that set them.
+MATRIX_ARGUMENTS = {
+    "kind": "kind",
+    "block": "block",
+    "proj_dim": "proj_dim",
+    "factored": "factored",
+    "seed": "projector_seed",
+}
 # Settings of tasks that their text doesn't name, for older stores lack them.
 UNSAID = {"likelihood": None, "multilabel": False, "likelihood_temperature": 1.0}
 
 
-def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """In what a run differs from what is stored, and how it can go on; "" if in nothing."""
+def check_identity(save_dir: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise StoreMismatchError where a run differs from what ``save_dir`` holds features of."""
     stored, wanted = {**ABSENT, **stored}, {**ABSENT, **wanted}
     wrong = [key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key)]
     if not wrong:
-        return ""
+        return
     values = [
         f"{key.replace('_', ' ')} {stored.get(key)!r} in the directory, "
         f"{wanted.get(key)!r} in this run"
         for key in wrong
     ]
-    return (
-        f"{'; '.join(values)}. Nothing was changed; use {same_settings(stored, wrong)}, or another "
-        "save_dir"
+    words, same = same_settings(stored, wrong)
+    raise StoreMismatchError(
+        f"TRAKer: {save_dir} holds features of another run: {'; '.join(values)}",
+        f"use {words}, or another save_dir",
+        another="save_dir",
+        same=same,
     )
 
 
-def same_settings(stored: Mapping[str, Any], wrong: Collection[str]) -> str:
-    """How a run can go on with a directory that differs from it in ``wrong``, for messages.
+def same_settings(
+    stored: Mapping[str, Any], wrong: Collection[str]
+) -> tuple[str, dict[str, Any] | None]:
+    """How a run can go on with a directory that differs from it in ``wrong``.
 
-    Where the matrix or the scale of gradients is another, these are arguments of TRAKer.
+    In words, and as ``same`` of StoreMismatchError. Where the matrix or the scale of gradients is
+    another, these are arguments of TRAKer.
     """
     if set(wrong) == {"task"}:
         unsaid = ", ".join(f"{key}={value}" for key, value in UNSAID.items())
-        return f"the same task and settings (those that the text doesn't name: {unsaid})"
+        return f"the same task and settings (those that the text doesn't name: {unsaid})", None
     if set(wrong) == {"size_power"}:
-        return f"curvature=fastproj.trak.Fisher(size_power={stored.get('size_power')!r})"
-    if stored.get("projector") != OWN_PROJECTOR or not set(wrong) & set(MATRIX_ARGUMENTS):
-        return "the same settings"
+        return f"curvature=fastproj.trak.Fisher(size_power={stored.get('size_power')!r})", None
     named = set(wrong)
+    of_ours = stored.get("projector") == OWN_PROJECTOR
+    if not (of_ours and named & {"projector", *MATRIX_ARGUMENTS}):
+        return "the same settings", {}
+    if "projector" in named:  # beside one that is given, none of these is taken
+        named |= {*MATRIX_ARGUMENTS}
     if named & {"kind", "block"}:
         named |= {"kind", "block"}  # a dense kind takes no block, and sjlt another by default
-    words = [f"{key}={stored.get(key)!r}" for key in MATRIX_ARGUMENTS if key in named]
-    return f"the same settings ({', '.join(words)})"
+    same = {name: stored.get(key) for key, name in MATRIX_ARGUMENTS.items() if key in named}
+    if "projector" in named:
+        same = {"projector": None, **same}
+    words = ", ".join(f"{name}={value!r}" for name, value in same.items())
+    return f"the same settings ({words})", same
 
 
 def describe_task(task: Any) -> str:

@@ -56,7 +56,7 @@ from fastproj.trak.files import (
     write_safetensors,
 )
 from fastproj.trak.store.features import FeatureReader, block_rows, pack_half, sample_blocks
-from fastproj.trak.store.identity import difference
+from fastproj.trak.store.identity import check_identity
 from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 
 FORMAT = 3
@@ -119,12 +119,7 @@ class Store:
         if not path.exists():
             write_json(path, {"format": FORMAT, **self.identity})
             return
-        stored = read_json(path)
-        wrong = difference(stored, {"format": FORMAT, **self.identity})
-        if wrong:
-            raise StoreMismatchError(
-                f"TRAKer: {self.save_dir} holds features of another run: {wrong}"
-            )
+        check_identity(self.save_dir, read_json(path), {"format": FORMAT, **self.identity})
 
     def ids(self) -> list[int]:
         """The model_ids on disk, ascending."""
@@ -201,7 +196,9 @@ class Store:
         if stored != checkpoint:
             raise StoreMismatchError(
                 f"TRAKer: model_id {model_id} in {self.save_dir} belongs to a checkpoint with hash "
-                f"{stored}, received one with hash {checkpoint}. Nothing was changed; {expected}"
+                f"{stored}, received one with hash {checkpoint}",
+                expected,
+                another="save_dir",
             )
         return str(stored)
 
@@ -226,14 +223,19 @@ class Store:
         if stored != num_targets:
             raise StoreMismatchError(
                 f"TRAKer: experiment {exp_name!r} in {self.save_dir} has {stored} targets, "
-                f"received num_targets={num_targets}. Nothing was changed; use another exp_name"
+                f"received {num_targets}",
+                "use another exp_name",
+                another="exp_name",
             )
-        if self.grouping(exp_name) != grouping:
+        there = self.grouping(exp_name)
+        if there != grouping:
+            groups, reduction = there or (None, None)
             raise StoreMismatchError(
                 f"TRAKer: experiment {exp_name!r} in {self.save_dir} has "
-                f"{describe_grouping(self.grouping(exp_name))}, received "
-                f"{describe_grouping(grouping)}. Nothing was changed; use the same groups= and "
-                "reduction= for all checkpoints, or another exp_name"
+                f"{describe_grouping(there)}, received {describe_grouping(grouping)}",
+                "use the same groups= and reduction= for all checkpoints, or another exp_name",
+                another="exp_name",
+                same={"groups": groups, "reduction": reduction},
             )
         remove_stale(self.shard_dir(model_id, exp_name))
         self._tidy(model_id, exp_name)
@@ -286,7 +288,9 @@ class Store:
                     inds = tensors["inds"].numpy()
                     if len(inds) and (inds.min() < 0 or inds.max() >= n):
                         raise StoreMismatchError(
-                            f"TRAKer: {path} holds sample {inds.max()}; expected samples below {n}"
+                            f"TRAKer: {path} holds sample {inds.max()}; expected samples below {n}",
+                            "use another save_dir",
+                            another="save_dir",
                         )
                     file = ShardFile.of(path, metadata, len(inds), path.stat().st_size)
                     if exp_name is None and f"checksum.{ROWS}" in metadata:
@@ -501,7 +505,9 @@ class Store:
             if metadata.get(key) != value:
                 raise StoreMismatchError(
                     f"TRAKer: {path} was made with {key} {metadata.get(key)!r}; this run has "
-                    f"{value!r}. Nothing was changed; use another save_dir"
+                    f"{value!r}",
+                    "use another save_dir",
+                    another="save_dir",
                 )
         return tensors, metadata
 
@@ -575,11 +581,11 @@ def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
     return f"groups {str(groups)[:60]}{'...' if len(str(groups)) > 60 else ''} by {reduction}"
 
 
-def check_exp_name(function: str, exp_name: object) -> None:
-    """Raise ValueError for a name that can't be an experiment's."""
+def check_exp_name(function: str, exp_name: object, name: str = "exp_name") -> None:
+    """Raise ValueError, about the argument ``name``, for what can't name an experiment."""
     if not isinstance(exp_name, str) or not re.fullmatch(r"[\w+=,@-][\w .+=,@-]*", exp_name):
         raise ValueError(
-            f"{function}: received exp_name={exp_name!r}; expected letters, digits, spaces and "
+            f"{function}: received {name}={exp_name!r}; expected letters, digits, spaces and "
             "_ . + = , @ - (it names files), not starting with a dot"
         )
 

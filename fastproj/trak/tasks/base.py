@@ -18,6 +18,7 @@ from fastproj.trak import batches
 
 SMALL_BYTES = 1 << 16  # of a buffer that each call of a task gets a copy of
 COPYING: ContextVar[bool] = ContextVar("COPYING", default=True)
+LABELS_GO = " (labels go by name, as in {'input_ids': ..., 'labels': ...}, or after a mask)"
 
 Params = Mapping[str, Tensor]
 Batch = tuple[Any, ...]
@@ -233,11 +234,13 @@ def check_temperature(name: str, temperature: float, argument: str = "temperatur
     return temperature
 
 
-def check_masks(task: str, inputs: Mapping[str, Any]) -> None:
+def check_masks(task: str, inputs: Mapping[str, Any], cure: str = LABELS_GO) -> None:
     """Raise ValueError unless masks of tokens, [B, T], are 1 and 0: what else a model makes of one
     may be no error, and wrong.
 
     Masks of pairs of tokens, [B, ..., T, T], may also be what is added to the logits of attention.
+
+    cure : where else what is no mask may belong, for the message.
     """
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = inputs.get(name)
@@ -248,6 +251,5 @@ def check_masks(task: str, inputs: Mapping[str, Any]) -> None:
             row, column = bad[0].tolist()
             raise ValueError(
                 f"{task}: received {name} with the value {mask[row, column].item()} at row {row} "
-                "of the batch; expected 1 for a token and 0 for padding (labels go by name, as in "
-                "{'input_ids': ..., 'labels': ...}, or after a mask)"
+                f"of the batch; expected 1 for a token and 0 for padding{cure}"
             )

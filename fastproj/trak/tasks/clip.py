@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,15 +19,18 @@ from fastproj.trak.tasks.base import (
     Params,
     Terms,
     call,
+    check_masks,
     check_temperature,
     describe_parts,
 )
-from fastproj.trak.tasks.language import forward_names
+from fastproj.trak.tasks.language import base_of
 from fastproj.trak.tasks.likelihood import prediction_terms
 
 logger = logging.getLogger("fastproj.trak")
 
 NAME = "clip"
+OPEN_CLIP, HUGGING_FACE = ("image", "text"), ("pixel_values", "input_ids")
+MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class CLIPModelOutput(BatchedModelOutput):
     A batch is (images, texts), (pixel_values, input_ids, attention_mask), or a dict of the model's
     keyword arguments. The model is a Hugging Face CLIPModel (it returns ``image_embeds`` and
     ``text_embeds``) or one of open_clip (it takes ``image`` and ``text`` and returns a tuple or
-    dict of image features, text features, scale).
+    dict of image features, text features, scale). One whose arguments have other names takes dicts.
 
     Parameters
     ----------
@@ -159,7 +163,7 @@ class CLIPModelOutput(BatchedModelOutput):
         self._current = None
 
     def check_batch(self, batch: Batch) -> None:
-        """Two or three tensors, or a dict."""
+        """Two or three tensors, or a dict; a mask hides padding alone."""
         is_dict = len(batch) == 1 and isinstance(batch[0], Mapping) and len(batch[0]) >= 2
         is_tuple = len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch)
         if not is_dict and not is_tuple:
@@ -167,6 +171,16 @@ class CLIPModelOutput(BatchedModelOutput):
                 f"{NAME}: received a batch of {len(batch)} parts ({describe_parts(batch)}); "
                 "expected (images, texts), (pixel_values, input_ids, attention_mask), or a dict of "
                 "the model's keyword arguments"
+            )
+        mask = batch[0].get(MASK) if is_dict else batch[2] if len(batch) == 3 else None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return
+        check_masks(NAME, {MASK: mask}, cure="")
+        empty = (~(mask != 0).any(1)).nonzero()
+        if len(empty):
+            raise ValueError(
+                f"{NAME}: received {MASK} without a 1 at row {int(empty[0])} of the batch; "
+                "expected a text of at least one token, or a batch without this pair"
             )
 
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
@@ -248,21 +262,36 @@ def embed(
     model: Any, weights: Params, buffers: Params, batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor | float]:
     """Image embeddings [B, d], text embeddings [B, d] and the logit scale of a batch."""
-    if isinstance(batch[0], Mapping):
-        inputs = dict(batch[0])
-    else:
-        names = forward_names(model)
-        images, texts = ("image", "text") if "image" in names else ("pixel_values", "input_ids")
-        inputs = dict(zip((images, texts, "attention_mask"), batch, strict=False))
-    output = call(model, weights, buffers, **inputs)
+    output = call(model, weights, buffers, **by_name(model, batch))
     if hasattr(output, "image_embeds"):
         scale = weights.get("logit_scale", getattr(model, "logit_scale", None))
         return output.image_embeds, output.text_embeds, 1.0 if scale is None else scale.exp()
-    if isinstance(output, Mapping):
+    if isinstance(output, Mapping) and {"image_features", "text_features"} <= output.keys():
         return output["image_features"], output["text_features"], output.get("logit_scale", 1.0)
     if not isinstance(output, (tuple, list)) or len(output) < 2:
         raise TypeError(
-            f"{NAME}: the model returned {type(output).__name__}; expected image_embeds and "
-            "text_embeds (Hugging Face), or a tuple of image features, text features, scale"
+            f"{NAME}: the model returned {describe_parts((output,))}; expected image_embeds and "
+            "text_embeds (Hugging Face), a dict with image_features and text_features, or a tuple "
+            "of image features, text features, scale"
         )
     return output[0], output[1], output[2] if len(output) > 2 else 1.0
+
+
+def by_name(model: Any, batch: Batch) -> dict[str, Any]:
+    """A batch as keyword arguments of the model. Raises ValueError where they are not its own."""
+    taken = inspect.signature(base_of(model).forward)
+    if isinstance(batch[0], Mapping):
+        inputs = dict(batch[0])
+    else:
+        images, texts = OPEN_CLIP if OPEN_CLIP[0] in taken.parameters else HUGGING_FACE
+        inputs = dict(zip((images, texts, MASK), batch, strict=False))
+    try:
+        taken.bind(**inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"{NAME}: received a batch of {len(batch)} parts ({describe_parts(batch)}) for a model "
+            f"whose forward takes {', '.join(taken.parameters)} ({error}); expected one that takes "
+            f"{' and '.join(OPEN_CLIP)}, or {' and '.join(HUGGING_FACE)}, and {MASK} where the "
+            "batch has three parts; or a batch that is a dict by the forward's own names"
+        ) from None
+    return inputs

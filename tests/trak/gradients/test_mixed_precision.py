@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from fastproj.trak import (
+    AbstractModelOutput,
     CausalLMModelOutput,
+    FuncError,
     FunctionalGradientComputer,
     HookGradientComputer,
     HooksError,
@@ -69,6 +73,28 @@ def Attention(self, ids):
     q, k, v = self.qkv(h).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return self.head((h + self.out(attended.transpose(1, 2).flatten(2))).mean(1))
+
+
+@modules.of(
+    words=lambda: nn.Embedding(WORDS, WIDTH),
+    layer=lambda: nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True),
+    head=lambda: nn.Linear(WIDTH, CLASSES),
+)
+def Encoder(self, ids):
+    """PyTorch's own layer, whose attention has a mask and all parameters of it without a rule."""
+    return self.head(self.layer(self.words(ids), src_key_padding_mask=ids == 0).mean(1))
+
+
+@modules.of(
+    words=lambda: nn.Embedding(WORDS, WIDTH),
+    bias=lambda: nn.Parameter(torch.rand(6, 6)),
+    head=lambda: nn.Linear(WIDTH, CLASSES),
+)
+def Imported(self, ids):
+    """Attention by a function that was imported by itself, with its arguments by name."""
+    h = self.words(ids)
+    attended = scaled_dot_product_attention(query=h, key=h, value=h.exp(), attn_mask=self.bias)
+    return self.head(attended.mean(1))
 
 
 @modules.of(
@@ -137,6 +163,8 @@ MODELS = {
     "text": (Text, texts),
     "images": (Images, images),
     "attention": (Attention, texts),
+    "encoder": (Encoder, texts),
+    "imported": (Imported, texts),
     "no rule": (Gated, texts),
     "checkpoint": (lambda: Checkpointed(False), texts),
     "reentrant checkpoint": (lambda: Checkpointed(True), texts),
@@ -189,6 +217,60 @@ def test_hooks_follow_autocast_inside_the_model(name, dtype):
     found = computer.compute_per_sample_grad(batch)
     assert {g.dtype for g in found.values()} == {torch.float32}
     assert 1e-6 < error(flat(found), exact) < BOUNDS[dtype]  # it did compute in 16 bits
+
+
+class OneByOne(AbstractModelOutput):
+    """TASK for a sample alone: "auto" begins with "func"."""
+
+    def get_output(self, *args):
+        return TASK.get_output(*args)
+
+    def get_out_to_loss_grad(self, *args):
+        return TASK.get_out_to_loss_grad(*args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_other_computers_follow_autocast_or_say_which_does(name, dtype):
+    """PyTorch has no backward of fused attention and batch norm under both it and torch.func."""
+    model, batch = build(name)
+    exact, model = truth(model, batch), Autocast(model, dtype)
+    made = [IterativeGradientComputer(model, TASK), FunctionalGradientComputer(model, TASK)]
+    said = ""
+    try:
+        made[1].compute_per_sample_grad(batch)
+    except FuncError as refused:  # by PyTorch 2.13
+        said = str(refused)
+    if said:
+        assert name in ("attention", "encoder", "images", "imported")
+        reason = "RuntimeError: expected scalar type"
+        assert re.search(rf"can't follow .* \({reason}.*\); expected gradient_comp.*=.auto", said)
+        made[1] = AutomaticGradientComputer(model, OneByOne())
+        with pytest.warns(UserWarning, match=f"'func' can't take this model, .* slower: {reason}"):
+            made[1].compute_per_sample_grad(batch)
+        made.append(AutomaticGradientComputer(model, TASK))
+    for computer in made:
+        found = computer.compute_per_sample_grad(batch)
+        assert {g.dtype for g in found.values()} == {torch.float32}
+        assert 1e-6 < error(flat(found), exact) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("message", "times"), [("nobody is at home", 2), ("not enough memory: you tried to", 1)]
+)
+def test_other_errors_of_func_stay_what_they_are(message, times):
+    """Those of the model, which plain autograd meets too; and memory that has run out."""
+    model, batch = build("text")
+    left = [RuntimeError(message)] * times
+
+    def fail(module, args):
+        if left:
+            raise left.pop()
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match=message) as error:
+        FunctionalGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    assert not isinstance(error.value, FuncError)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -480,6 +480,15 @@ def test_a_store_of_the_sparse_kind(tmp_path):
         traker(kind="gaussian", block=16)
 
 
+class Doubling:
+    """A projector that is not fastproj's."""
+
+    proj_dim = 64
+
+    def project(self, grads, model_id):
+        return 2 * grads[:, :64]
+
+
 @pytest.mark.parametrize(
     ("before", "now", "said"),
     [
@@ -491,6 +500,8 @@ def test_a_store_of_the_sparse_kind(tmp_path):
         ({"kind": "gaussian"}, {"block": 32}, "kind 'gaussian' in the directory, 'sjlt' in"),
         ({"kind": "sjlt", "block": 16}, {"block": 32}, "block 16 in the directory, 32 in this"),
         ({"block": 32}, {"kind": "rademacher"}, "kind 'sjlt' in the directory, 'rademacher' in"),
+        ({"projector_seed": 5}, {}, "seed 5 in the directory, 0 in this run"),
+        ({"factored": 2}, {"projector": Doubling()}, "'fastproj.projector.Projector' in the"),
     ],
 )
 def test_a_store_of_another_matrix_says_which_arguments_go_on_with_it(tmp_path, before, now, said):

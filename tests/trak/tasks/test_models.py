@@ -279,57 +279,6 @@ def test_the_three_computers_give_the_same_features(name):
         assert float(((features - loop).norm(dim=1) / loop.norm(dim=1)).max()) < 1e-4
 
 
-def test_clip_embeddings_belong_to_a_checkpoint():
-    model, task, data = make("clip")
-    batch = prepared(data(N))
-    first = task.outputs(model, {}, {}, batch)
-    state = {key: t.clone() for key, t in model.state_dict().items()}
-    with torch.no_grad():
-        model.text_projection.weight.add_(0.1)
-    with pytest.raises(ValueError, match="belong to this checkpoint; call"):
-        task.outputs(model, {}, {}, batch)
-    task.get_embeddings(model, [data(8), data(9)], batch_size=8, embedding_dim=8, size=16)
-    assert not torch.equal(task.outputs(model, {}, {}, batch), first)
-    model.load_state_dict(state)  # the first again: remembered
-    torch.testing.assert_close(task.outputs(model, {}, {}, batch), first)
-
-
-def test_clip_without_embeddings_says_what_to_call():
-    model, _, data = make("clip")
-    task = type(make("clip").task)()
-    with pytest.raises(ValueError, match="no embeddings of the simulated batch are there; call"):
-        task.get_out_to_loss_grad(model, {}, {}, prepared(data(2)))
-
-
-def test_clip_as_open_clip_returns_it():
-    """A model with arguments image and text that returns features and scale."""
-    model, task, data = make("clip", torch.float64)
-    batch = data(N)
-
-    class Open(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, image=None, text=None):
-            output = self.model(pixel_values=image, input_ids=text)
-            return output.image_embeds, output.text_embeds, self.model.logit_scale.exp()
-
-    other = type(task)(simulated_batch_size=10)
-    opened = Open().eval()
-
-    def pairs(batch):
-        return batch["pixel_values"], batch["input_ids"]
-
-    other.get_embeddings(opened, [pairs(data(8)), pairs(data(9))])
-    task.get_embeddings(model, [pairs(data(8)), pairs(data(9))])
-    for function in ("outputs", "get_out_to_loss_grad"):
-        torch.testing.assert_close(
-            getattr(other, function)(opened, {}, {}, prepared(pairs(batch))),
-            getattr(task, function)(model, {}, {}, prepared(pairs(batch))),
-        )
-
-
 def test_decoder_inputs_may_be_given():
     model, task, data = make("mt5", torch.float64)
     batch = data(N)
