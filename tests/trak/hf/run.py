@@ -50,9 +50,9 @@ def noted(traker: HFTRAKer) -> list[int]:
     featurizer = traker.traker._featurizer
     features = featurizer.features
 
-    def noting(batch, model_id, inds, training=False):
-        computed.extend(inds.tolist() if training else [])
-        return features(batch, model_id, inds, training)
+    def noting(batch, model_id, inds, drawn=None):
+        computed.extend([] if drawn is None else inds.tolist())
+        return features(batch, model_id, inds, drawn)
 
     featurizer.features = noting  # type: ignore[method-assign]
     return computed

@@ -253,9 +253,9 @@ def test_a_full_disk(small_disk, model, train, tmp_path):
     traker = cases.loaded(model, folder / "store", N, **options)
     features, computed = traker._featurizer.features, []
 
-    def counted(batch, model_id, inds):
+    def counted(batch, model_id, inds, **kind):
         computed.extend(inds)
-        return features(batch, model_id, inds)
+        return features(batch, model_id, inds, **kind)
 
     traker._featurizer.features = counted
     traker.featurize(train, num_samples=N)
