@@ -675,6 +675,6 @@ class TRAKer:
         """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""
         require_finalized(self.saver, "current_store", model_id)
         features = self.saver.matrix(model_id)
-        held = self.saver.systems, self.score_computer, model_id
-        solution = solution_of(*held, finalized_count(self.saver))
+        count = finalized_count(self.saver)
+        solution = solution_of(self.saver.systems, self.score_computer, model_id, count)
         return solution.apply(features).to(features.dtype)

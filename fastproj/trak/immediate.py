@@ -71,9 +71,8 @@ def scores_in_parts(
             parts = computer.project_rows(batch, projector, model_id)
     rows = [made_by.scaled(part, np.arange(size)) for part in parts]
     targets = torch.stack(rows, 1).flatten(0, 1)
-    saver = made_by.saver
-    held = saver.systems, score_computer, model_id, targets
-    scores = scores_of_targets(*held, finalized_count(saver))
+    count = finalized_count(made_by.saver)
+    scores = scores_of_targets(made_by.saver.systems, score_computer, model_id, targets, count)
     scores = scores.reshape(len(scores), size, len(rows))
     if by_module or computer.task.places is None:
         return scores
@@ -95,9 +94,8 @@ class Stream:
         require_all(saver, "score", model_id, exp_name)
         columns = range(saver.num_columns(exp_name))
         targets = target_features(saver, model_id, exp_name, columns)
-        self.count = finalized_count(saver)
-        held = saver.systems, score_computer, model_id, targets
-        self.weights = target_weights(*held, self.count)  # [m, k]
+        self.count = count = finalized_count(saver)
+        self.weights = target_weights(saver.systems, score_computer, model_id, targets, count)
         self.halved = Halved.of(saver.systems, model_id)
         self.made_by, self.score_computer, self.model_id = made_by, score_computer, model_id
 

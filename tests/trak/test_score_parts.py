@@ -99,7 +99,6 @@ def test_of_two_checkpoints_each_adds_up_to_its_own_score(curvature, half, bound
     """
     model = Words().double().eval()
     options = {"curvature": curvature, "use_half_precision": half, "proj_dim": 64}
-    options["lambda_reg"] = 10.0  # a chosen one depends on the number of checkpoints
     traker = TRAKer(model, "causal_lm", N, tmp_path, **options)
     train, targets, states = batch_of(N, 1), batch_of(M, 2), []
     for model_id in range(2):

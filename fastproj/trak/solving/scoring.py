@@ -39,11 +39,11 @@ def write_scores(
     ``mean over checkpoints of (features @ weights.T) * mean over checkpoints of Q``, or, where each
     takes its own Q, ``mean over checkpoints of ((features @ weights.T) * Q)``, Q as in ``Halved``.
     """
-    store, own_q = systems.store, takes_own_q(systems, model_ids)
+    store, own_q, count = systems.store, takes_own_q(systems, model_ids), len(model_ids)
     readers = [store.reader(model_id) for model_id in model_ids]
     rows_at_once = block_rows(store.proj_dim)
     blocks = sample_blocks(readers[0].index.order(), rows_at_once)[ranks.rank :: ranks.size]
-    chunks = target_chunks(store, exp_name, len(model_ids))
+    chunks = target_chunks(store, exp_name, count)
     passes = len(chunks) * store.train_set_size // ranks.size
     halved = [Halved.of(systems, model_id) for model_id in model_ids]
     with ranks.barrier("finalize_scores"), progress("scoring", passes, "sample") as bar:
@@ -52,7 +52,6 @@ def write_scores(
             weights = []  # one checkpoint's system is held at a time
             for model_id in model_ids:
                 targets = target_features(store, model_id, exp_name, columns)
-                count = len(model_ids)
                 weights.append(target_weights(systems, computer, model_id, targets, count))
             for rows, place, features, q in read_features(readers, blocks):
                 assert q is not None  # training shards have it
@@ -61,7 +60,7 @@ def write_scores(
                     q = halved[place].slopes_of(rows, computer, features, q)
                     product.mul_(q.unsqueeze(1))
                     q = torch.ones_like(q)
-                check_scores(systems, model_ids[place], product, len(model_ids))
+                check_scores(systems, model_ids[place], product, count)
                 if place == 0:
                     total, q_total = product, q
                 else:
