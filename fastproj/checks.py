@@ -189,21 +189,31 @@ def check_scale(function: str, scale: object, proj_dim: int, block: int = 0) -> 
     return factor
 
 
-def check_device(function: str, device: torch.device | str) -> torch.device:
-    """``device`` as a torch.device that exists here. Raises TypeError or ValueError."""
+def check_device(function: str, device: torch.device | str, *, values: bool = True) -> torch.device:
+    """``device`` as a torch.device that exists here, and holds values unless ``values`` is False.
+
+    Raises TypeError or ValueError.
+    """
     if not isinstance(device, (str, torch.device)):
         raise TypeError(
             f"{function}: received device={device!r}; expected a torch.device or its name"
         )
+    expected = 'expected a device of this machine, such as "cpu"'
     try:
         place = torch.device(device)
         if place.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("torch finds no GPU")
-    except RuntimeError as error:
+        if place.type not in ("cpu", "meta"):
+            torch.empty(0, device=place)
+    except (AssertionError, RuntimeError) as error:  # torch has both for a backend that isn't there
+        why = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ValueError(
-            f"{function}: received device={str(device)!r} ({str(error).splitlines()[0]}); expected "
-            'a device of this machine, such as "cpu"'
+            f"{function}: received device={str(device)!r} ({why}); {expected}"
         ) from error
+    if values and place.type == "meta":
+        raise ValueError(
+            f"{function}: received device='meta', where tensors have no values; {expected}"
+        )
     return place
 
 

@@ -244,7 +244,9 @@ def matrix(
             "float16 or float64 (or int8 for rademacher and sjlt)"
         )
     # Asked of a tensor because torch.compile can't trace torch.get_default_device.
-    place = torch.empty(0).device if device is None else check_device("matrix", device)
+    place = (
+        torch.empty(0).device if device is None else check_device("matrix", device, values=False)
+    )
     if n * m * dtype.itemsize >= 1 << 63:
         raise ValueError(
             f"matrix: received rows={rows} and cols={cols}: {n} x {m} entries; expected a block "

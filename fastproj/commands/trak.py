@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastproj.spec import MAX_COLS
 from fastproj.trak.distributed import DistributedError
 from fastproj.trak.files import StoreCorruptError, StoreError, StoreMismatchError
 from fastproj.trak.inputs import MAX_BATCH
+from fastproj.trak.mixing import OtherDataWarning
 from fastproj.trak.store.store import NotReadyError, check_exp_name
 from fastproj.trak.tasks.language import base_of
 
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ModuleNotFoundError,
         NotReadyError,
         OSError,
+        OtherDataWarning,
         StoreError,
         TypeError,
         ValueError,
@@ -102,6 +105,11 @@ def in_options(error: Exception) -> str:
     """What an error says, with the remedy in options and not in the library's arguments."""
     if isinstance(error, StoreCorruptError):
         return f"{error.found}. Delete the file and run the same command again"
+    if isinstance(error, OtherDataWarning):
+        return (
+            f"{error.found} than --train holds now. Nothing was changed; use another "
+            f"{OPTIONS['save_dir']}"
+        )
     if not isinstance(error, StoreMismatchError):
         return str(error)
     return (
@@ -235,7 +243,9 @@ def run(options: argparse.Namespace) -> Outcome:
     """Load, tokenise, score and print."""
     import fastproj.trak.hf  # noqa: F401, it says what to install where something is missing
 
-    with bars_on_terminals_only():
+    with bars_on_terminals_only(), warnings.catch_warnings():
+        # Files are read in order, and nothing is drawn: these are other samples.
+        warnings.simplefilter("error", OtherDataWarning)
         return score(options)
 
 

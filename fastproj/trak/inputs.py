@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastproj.checks import check_proj_dim, listed
+from fastproj.checks import check_device, check_proj_dim, listed
 from fastproj.factored import FactoredProjector
 from fastproj.projector import Projector
 from fastproj.spec import MIN_BLOCK
@@ -27,22 +27,10 @@ class RandomNumbersError(ValueError):
 
 
 def resolve_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
-    """The device that was asked for, checked to be there; None is the model's."""
+    """The device that was asked for, checked; None is the model's."""
     if device is None:
         return next(model.parameters()).device
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"TRAKer: received device={device!r}, which torch doesn't know ({error}); expected "
-            'one such as "cpu" or "cuda:0", or None for where the model is'
-        ) from None
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"TRAKer: received device={str(device)!r}, but this torch sees no CUDA GPU; expected "
-            'device="cpu", or device=None for where the model is'
-        )
-    return resolved
+    return check_device("TRAKer", device)
 
 
 def check_model(model: Any) -> None:

@@ -11,6 +11,24 @@ from fastproj.trak.files import Indices
 from fastproj.trak.saver import Saver
 
 
+class OtherDataWarning(UserWarning):
+    """A sample holds other data than those that its features in the store were made of.
+
+    Attributes
+    ----------
+    found : which sample, without what to do about it.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"featurize: {found} than this batch holds. What is in save_dir is kept: fine if the "
+            "loader augments at random; if it shuffles, or the data set has changed, samples are "
+            "mixed up: use shuffle=False, or inds= with the samples' numbers in the data set, and "
+            "load_from_save_dir=False or a new save_dir"
+        )
+        self.found = found
+
+
 class ContentWatch:
     """Compares the content of samples that a store has and is given; warns once of each kind.
 
@@ -31,14 +49,8 @@ class ContentWatch:
         other = inds[index.done[inds] & (index.content[inds] != content)]
         if len(other) and model_id not in self._changed:
             self._changed.add(model_id)
-            warnings.warn(
-                f"featurize: sample {other[0]} of model_id {model_id} was featurized from other "
-                "data than this batch holds. What is in save_dir is kept: fine if the loader "
-                "augments at random; if it shuffles, or the data set has changed, samples are "
-                "mixed up: use shuffle=False, or inds= with the samples' numbers in the data set, "
-                "and load_from_save_dir=False or a new save_dir",
-                stacklevel=stack_to_caller(),
-            )
+            found = f"sample {other[0]} of model_id {model_id} was featurized from other data"
+            warnings.warn(OtherDataWarning(found), stacklevel=stack_to_caller())
         if self.beside is None:
             others = (i for i in self.saver.ids() if i != model_id and self.saver.is_registered(i))
             self.beside = next((i for i in others if self.saver.index(i).done.any()), model_id)

@@ -150,6 +150,20 @@ def test_what_a_directory_refuses_is_said_in_options(here, capsys, before, now, 
     assert run(FIRST, *DATA, *cure) == 0
 
 
+def test_a_training_set_that_was_changed_in_place(here, capsys):
+    assert run("run", *DATA) == 0
+    found = np.load("fastproj-trak/scores/targets.mmap")
+    write(here / "train.jsonl", TRAIN[::-1])
+    said = refused(capsys, "run", *DATA)
+    assert (
+        "sample 0 of model_id 0 was featurized from other data than --train holds now. Nothing "
+        "was changed; use another --out\n" in said
+    )
+    np.testing.assert_array_equal(np.load("fastproj-trak/scores/targets.mmap"), found)
+    assert run("run", *DATA, "--out", "other") == 0
+    assert np.load("other/scores/targets.mmap").shape == found.shape
+
+
 def test_the_directory_of_another_model(here, capsys):
     assert run(FIRST, *DATA) == 0
     said = refused(capsys, SECOND, *DATA)
@@ -360,6 +374,7 @@ def test_what_can_not_work_is_said(here, capsys, arguments, said):
             ("run", *DATA, "--device", "nowhere"),
             "--device: received device='nowhere' (Expected one",
         ),
+        (("run", *DATA, "--device", "meta"), "--device: received device='meta', where tensors"),
         (("run", *DATA, "--name", "a/b"), "--name: received NAME='a/b'; expected letters"),
         (("run", *DATA, "--factored", "2.5"), "received '2.5'; expected an integer of at least 1"),
         (("run", *DATA, "--task", "lm"), "invalid choice: 'lm'"),

@@ -122,14 +122,15 @@ def test_a_missing_package_is_named(package):
 
 def test_a_missing_gpu_is_named(tmp_path, model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match='no CUDA GPU; expected device="cpu"'):
+    with pytest.raises(ValueError, match=r'cuda:0.*no GPU\); expected a device .* such as "cpu"'):
         cases.make(model, tmp_path, N, device="cuda:0")
 
 
-@pytest.mark.parametrize("device", ["foo", "cuda:one", 3.5])
-def test_a_device_that_torch_does_not_know(tmp_path, model, device):
-    with pytest.raises(ValueError, match=r"device=.*, which torch doesn't know .*'cpu'|\"cpu\""):
+@pytest.mark.parametrize("device", ["foo", "cuda:one", "meta", "maia", 3.5])
+def test_other_devices_are_refused_and_the_model_stays_as_it_is(tmp_path, model, device):
+    with pytest.raises((TypeError, ValueError), match=r"TRAKer: received device=.*; expected a "):
         cases.make(model, tmp_path, N, device=device)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 def test_an_empty_batch_is_nothing_to_do(traker, train, model):

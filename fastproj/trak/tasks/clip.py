@@ -31,6 +31,7 @@ logger = logging.getLogger("fastproj.trak")
 NAME = "clip"
 OPEN_CLIP, HUGGING_FACE = ("image", "text"), ("pixel_values", "input_ids")
 MASK = "attention_mask"
+SCALE = "logit_scale"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class CLIPModelOutput(BatchedModelOutput):
     keyword arguments. The model is a Hugging Face CLIPModel (it returns ``image_embeds`` and
     ``text_embeds``) or one of open_clip (it takes ``image`` and ``text`` and returns a tuple or
     dict of image features, text features, scale). One whose arguments have other names takes dicts.
+    A model that neither returns a scale nor has one parameter or buffer ``logit_scale`` (its log)
+    needs ``temperature``.
 
     Parameters
     ----------
@@ -140,7 +143,8 @@ class CLIPModelOutput(BatchedModelOutput):
                 prepared, found = batches.prepare("get_embeddings", batch, device)
                 self.check_batch(prepared)
                 with torch.no_grad():
-                    u, v, _ = embed(model, {}, {}, prepared)
+                    u, v, scale = embed(model, {}, {}, prepared)
+                self._scale(scale)
                 image_parts.append(u[: size - count])
                 text_parts.append(v[: size - count])
                 count += found
@@ -197,7 +201,7 @@ class CLIPModelOutput(BatchedModelOutput):
         others = self._embeddings(model)
         with torch.no_grad():
             u, v, scale = embed(model, weights, buffers, batch)
-            scale = scale if self.temperature is None else self.temperature
+            scale = self._scale(scale)
             own = (u * v).sum(1, keepdim=True)  # [B, 1]
             to_texts = scale * (u @ others.texts.T - own)  # [B, S]
             to_images = scale * (v @ others.images.T - own)
@@ -229,7 +233,7 @@ class CLIPModelOutput(BatchedModelOutput):
         """
         others = self._embeddings(model)
         u, v, scale = embed(model, weights, buffers, batch)
-        scale = scale if self.temperature is None else self.temperature
+        scale = self._scale(scale)
         scale = scale.detach() if isinstance(scale, Tensor) else scale
         own_temperature = self.likelihood_temperature
         scale = scale**0.5 if own_temperature is None else scale / own_temperature
@@ -241,6 +245,18 @@ class CLIPModelOutput(BatchedModelOutput):
         terms = prediction_terms(logits, right, torch.full_like(logits[..., 0], 0.5), noise)
         drawn = terms.drawn - terms.drawn.detach()
         return terms._replace(along=torch.zeros_like(terms.along), drawn=drawn)
+
+    def _scale(self, found: Tensor | float | None) -> Tensor | float:
+        """What multiplies the similarities, where the model's own scale is ``found``."""
+        if self.temperature is not None:
+            return self.temperature
+        if found is None:
+            raise ValueError(
+                f"{NAME}: received a model without a logit scale; expected one that returns it or "
+                f"has one parameter or buffer {SCALE}, or CLIPModelOutput(temperature=...) with "
+                "what multiplies its similarities in training"
+            )
+        return found
 
     def _embeddings(self, model: nn.Module) -> Embeddings:
         """The simulated batch of the checkpoint that the model holds now."""
@@ -260,21 +276,35 @@ class CLIPModelOutput(BatchedModelOutput):
 
 def embed(
     model: Any, weights: Params, buffers: Params, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Image embeddings [B, d], text embeddings [B, d] and the logit scale of a batch."""
+) -> tuple[Tensor, Tensor, Tensor | float | None]:
+    """Image embeddings [B, d], text embeddings [B, d] and the logit scale, None if there is none.
+
+    Where the model returns no scale, it is the exponential of its ``logit_scale``.
+    """
     output = call(model, weights, buffers, **by_name(model, batch))
     if hasattr(output, "image_embeds"):
-        scale = weights.get("logit_scale", getattr(model, "logit_scale", None))
-        return output.image_embeds, output.text_embeds, 1.0 if scale is None else scale.exp()
+        return output.image_embeds, output.text_embeds, own_scale(model, weights, buffers)
     if isinstance(output, Mapping) and {"image_features", "text_features"} <= output.keys():
-        return output["image_features"], output["text_features"], output.get("logit_scale", 1.0)
+        scale = output[SCALE] if SCALE in output else own_scale(model, weights, buffers)
+        return output["image_features"], output["text_features"], scale
     if not isinstance(output, (tuple, list)) or len(output) < 2:
         raise TypeError(
             f"{NAME}: the model returned {describe_parts((output,))}; expected image_embeds and "
             "text_embeds (Hugging Face), a dict with image_features and text_features, or a tuple "
             "of image features, text features, scale"
         )
-    return output[0], output[1], output[2] if len(output) > 2 else 1.0
+    scale = output[2] if len(output) > 2 else own_scale(model, weights, buffers)
+    return output[0], output[1], scale
+
+
+def own_scale(model: nn.Module, weights: Params, buffers: Params) -> Tensor | None:
+    """exp of the only parameter or buffer ``logit_scale`` of a model and all below it, if any."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    named = [name for name in tensors if name.rpartition(".")[2] == SCALE]
+    if len(named) != 1:
+        return None
+    (name,) = named
+    return weights.get(name, buffers.get(name, tensors[name])).exp()
 
 
 def by_name(model: Any, batch: Batch) -> dict[str, Any]:

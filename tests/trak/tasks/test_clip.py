@@ -69,6 +69,16 @@ def Anything(self, **inputs):
 
 
 @of_clip
+def NoScale(self, image, text):
+    return OpenClip.forward(self, image, text)[:2]
+
+
+@of_clip
+def NoScaleOfDicts(self, image, text):
+    return {k: t for k, t in OpenClipOfDicts.forward(self, image, text).items() if "scale" not in k}
+
+
+@of_clip
 def HalfAsNamed(self, image, caption):
     return OpenClip.forward(self, image, caption)
 
@@ -99,19 +109,46 @@ def given(batch, names):
         (HalfAsNamed, ("image", "caption")),
         (Anything, 2),
         (Anything, PARTS[:2]),
+        (NoScale, 2),
+        (NoScaleOfDicts, 2),
     ],
 )
 def test_the_same_pairs_with_other_models(kind, names):
     model, task, data = make("clip", torch.float64)
     opened, other = kind().eval(), CLIPModelOutput(simulated_batch_size=10)
-    if kind is Anything:  # which returns no scale
-        opened.logit_scale = opened.clip.logit_scale
     other.get_embeddings(opened, [given(data(8), names), given(data(9), names)])
     task.get_embeddings(model, [given(data(8), 2), given(data(9), 2)])
     for function in ("outputs", "get_out_to_loss_grad"):
         torch.testing.assert_close(
             getattr(other, function)(opened, {}, {}, prepared(given(data(N), names))),
             getattr(task, function)(model, {}, {}, prepared(given(data(N), 2))),
+        )
+
+
+@pytest.mark.parametrize("kind", [Anything, NoScale, NoScaleOfDicts])
+@pytest.mark.parametrize("scales", [0, 2])
+def test_a_scale_that_is_not_found_must_be_given(kind, scales):
+    model, _, data = make("clip", torch.float64)
+    opened = kind().eval()
+    scale = opened.clip.logit_scale.detach()
+    if scales == 0:  # of the model's own, which is a constant now
+        del opened.clip.logit_scale
+        opened.clip.logit_scale = scale
+    else:
+        opened.logit_scale = torch.nn.Parameter(scale + 1)
+    batch = given(data(N), 2)
+    with pytest.raises(
+        ValueError, match=r"without a logit scale; .* CLIPModelOutput\(temperature="
+    ):
+        CLIPModelOutput().get_embeddings(opened, [batch])
+    told = CLIPModelOutput(temperature=float(scale.exp()), simulated_batch_size=10)
+    own = CLIPModelOutput(simulated_batch_size=10)
+    told.get_embeddings(opened, [batch])
+    own.get_embeddings(model, [batch])
+    for function in ("outputs", "get_out_to_loss_grad"):
+        torch.testing.assert_close(
+            getattr(told, function)(opened, {}, {}, prepared(batch)),
+            getattr(own, function)(model, {}, {}, prepared(batch)),
         )
 
 
