@@ -255,6 +255,7 @@ def test_a_sweep_is_judged_in_hindsight_and_cells_are_compared() -> None:
     assert "at or above in 0% of 1 cells, worst -0.100 (p, k = 8, 1" in summary.verdict(rows)
 
 
+@pytest.mark.slow
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(lds, "QUICK", ("docstring_words",))

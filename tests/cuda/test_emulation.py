@@ -279,7 +279,10 @@ def test_result_is_bitwise_reproducible(variant):
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize(("variant", "kind", "terms"), BLOCKS)
+@pytest.mark.parametrize(
+    ("variant", "kind", "terms"),
+    [pytest.param(*key, marks=[pytest.mark.slow] * (key[2] == 2)) for key in BLOCKS],
+)
 def test_batch_invariance(variant, kind, terms):
     """A row's result does not depend on the rest of the batch, whatever tile the batch selects."""
     dtypes = [torch.float32] if terms > 1 else [torch.float32, torch.bfloat16, torch.float16]

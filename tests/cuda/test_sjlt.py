@@ -233,7 +233,7 @@ def test_pieces_that_start_inside_a_tile():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cols", [150, 1100])
+@pytest.mark.parametrize("cols", [150, pytest.param(1100, marks=pytest.mark.slow)])
 def test_rows_do_not_depend_on_the_batch(dtype, cols):
     """Whatever kernel and loader the batch selects; with splits and folds."""
     rows = 80_000 if cols == 150 else 60_000

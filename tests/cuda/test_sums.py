@@ -80,6 +80,7 @@ def test_kernels_add_as_the_model_does(variant: str, kind: str, terms: int, rows
         assert np.array_equal(got.numpy(), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", UNITS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_highest_keeps_its_promise_at_a_million_rows(variant: str, kind: str) -> None:

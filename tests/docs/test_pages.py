@@ -333,6 +333,7 @@ def test_every_page_is_in_the_site_and_reachable_from_the_readme() -> None:
         assert page == ROOT / "README.md" or f'"{name_of(page)[:-3]}"' in conf, name_of(page)
 
 
+@pytest.mark.slow
 def test_make_docs_installs_what_the_reference_imports() -> None:
     """Its modules are imported without the packages that `make docs` doesn't install."""
     tomllib = pytest.importorskip("tomllib")  # Python 3.11, as for `make`

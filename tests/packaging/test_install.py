@@ -63,6 +63,7 @@ def test_a_misspelt_switch_is_refused(tmp_path: Path, variable: str, value: str)
     assert f"{variable}: received {value!r}; expected 0" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_compile_error_fails_the_build(tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler here")
@@ -148,6 +149,7 @@ def test_version_is_said_once() -> None:
     assert re.search(rf"^## {re.escape(fastproj.__version__)}\b", changelog, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_rebuilding_without_the_kernel_leaves_none_behind(built: Built, tmp_path: Path) -> None:
     """A build folder that holds `_cpu` from before must not leak into a wheel without it."""
     tree = tmp_path / "tree"

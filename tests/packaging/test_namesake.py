@@ -10,6 +10,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from fastproj import namesake
 from tests import ROOT
 from tests.packaging.building import Built, Venv
@@ -53,6 +55,7 @@ def test_the_name_is_said_once_right() -> None:
             assert not wrong.search(path.read_text(encoding="utf-8")), path
 
 
+@pytest.mark.slow
 def test_it_is_found_whichever_came_first(
     built: Built, new_venv: Callable[[], Venv], tmp_path: Path
 ) -> None:

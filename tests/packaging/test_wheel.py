@@ -38,6 +38,7 @@ def names_in(wheel: Path) -> list[str]:
         return archive.namelist()
 
 
+@pytest.mark.slow
 def test_sdist_holds_the_sources_and_nothing_built(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -55,6 +56,7 @@ def test_sdist_holds_the_sources_and_nothing_built(built: Built) -> None:
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc", "_build_info.py"))]
 
 
+@pytest.mark.slow
 def test_wheel_has_one_top_level_package(built: Built) -> None:
     names = names_in(built.wheel)
     tops = {name.partition("/")[0] for name in names}
@@ -65,12 +67,14 @@ def test_wheel_has_one_top_level_package(built: Built) -> None:
     assert not [name for name in names if name.endswith((".cpp", ".hpp", ".o"))]
 
 
+@pytest.mark.slow
 def test_wheel_has_the_kernels_inside_fastproj(built: Built) -> None:
     wanted = {f"fastproj/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert wanted, "kernels/ has no modules"
     assert wanted <= set(names_in(built.wheel))
 
 
+@pytest.mark.slow
 def test_every_package_of_the_sources_is_in_the_wheel(built: Built) -> None:
     modules = {
         path.relative_to(ROOT).as_posix()
@@ -80,6 +84,7 @@ def test_every_package_of_the_sources_is_in_the_wheel(built: Built) -> None:
     assert modules <= set(names_in(built.wheel))
 
 
+@pytest.mark.slow
 def test_wheel_works_in_an_empty_environment(built: Built, new_venv: Callable[[], Venv]) -> None:
     venv = new_venv()
     venv.install(built.wheel)
@@ -95,6 +100,7 @@ def test_wheel_works_in_an_empty_environment(built: Built, new_venv: Callable[[]
     assert "usable" in venv.run("-m", "fastproj", "info")
 
 
+@pytest.mark.slow
 def test_every_instruction_set_was_compiled(built: Built) -> None:
     info = (built.tree / "build" / "lib").parent.glob("lib*/fastproj/_build_info.py")
     scope: dict[str, dict[str, dict[str, object]]] = {}
@@ -113,6 +119,7 @@ def ninja_commands(built: Built) -> dict[str, list[str]]:
     return {name: command.split() for name, command in found}
 
 
+@pytest.mark.slow
 def test_only_the_instruction_set_units_have_machine_flags(built: Built) -> None:
     commands = ninja_commands(built)
     bindings = f"bindings.{sys.implementation.cache_tag}.o"
@@ -136,6 +143,7 @@ def objects(built: Built) -> list[Path]:
     return sorted(built.tree.glob("build/ninja-*/cpu/*.o"))
 
 
+@pytest.mark.slow
 def test_baseline_objects_use_no_wide_registers(built: Built) -> None:
     for path in objects(built):
         text = tool_output("objdump", "-d", "--no-show-raw-insn", path)
@@ -144,6 +152,7 @@ def test_baseline_objects_use_no_wide_registers(built: Built) -> None:
         assert bool(wide) == is_set, path.name
 
 
+@pytest.mark.slow
 def test_units_share_no_function_that_the_linker_could_merge(built: Built) -> None:
     # A template or inline function that two units define is kept once: perhaps the AVX-512 copy.
     owners: dict[str, list[str]] = {}
@@ -157,6 +166,7 @@ def test_units_share_no_function_that_the_linker_could_merge(built: Built) -> No
     assert shared == {}
 
 
+@pytest.mark.slow
 def test_module_links_to_neither_torch_nor_cuda(built: Built) -> None:
     (module,) = built.tree.glob("build/lib*/fastproj/_cpu*.so")
     needed = re.findall(r"NEEDED.*\[(.*)\]", tool_output("readelf", "-d", module))

@@ -76,7 +76,13 @@ def test_the_same_script_in_several_processes(tmp_path, server, whole, size, fee
 
 @pytest.mark.parametrize(
     ("feed", "size", "candidates"),
-    [("plain", 2, 9), ("inds", 3, 2), ("remaining", 2, 2), ("remaining", 3, 9), ("sampler", 2, 9)],
+    [
+        ("plain", 2, 9),
+        pytest.param("inds", 3, 2, marks=pytest.mark.slow),
+        ("remaining", 2, 2),
+        pytest.param("remaining", 3, 9, marks=pytest.mark.slow),
+        ("sampler", 2, 9),
+    ],
 )
 def test_a_stream_in_several_processes(tmp_path, server, feed, size, candidates):
     """Each has candidates of its own, unequally many batches of them or none."""
@@ -310,6 +316,7 @@ def test_distributed_without_processes(tmp_path):
         cases.make(cases.net(), tmp_path, N, distributed=True)
 
 
+@pytest.mark.slow
 def test_the_example_under_torchrun(tmp_path):
     """The command of the documentation, and the same script in one process."""
     script = Path(__file__).parents[2] / "examples" / "distributed.py"

@@ -49,6 +49,7 @@ def first_samples(path):
     return [int(part[0]) for part in tensors["inds"].split(sizes)]
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_runs_end_with_the_same_scores(tmp_path, server):
     def live(name, stage="", kind="", die_at=0):
         folder, log = tmp_path / name, tmp_path / f"{name}.log"

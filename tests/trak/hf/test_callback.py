@@ -120,7 +120,9 @@ def whole(tmp_path_factory):
     return np.array(ours.scores)
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 6])
+@pytest.mark.parametrize(
+    "after", [1, 5, *(pytest.param(after, marks=pytest.mark.slow) for after in (0, 6))]
+)
 def test_a_stopped_training_goes_on(tmp_path, plain, whole, monkeypatch, after):
     """Stopped before the second checkpoint is featurized, amid it, and before it is scored."""
     computed: list[tuple[int, int]] = []

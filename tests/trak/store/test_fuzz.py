@@ -118,7 +118,13 @@ def fuzz(folder, kind, rng, every, choose):
     return ends
 
 
-@pytest.mark.parametrize("kind", ["sjlt-fisher", "gaussian-dual", "factored"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sjlt-fisher",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("gaussian-dual", "factored")),
+    ],
+)
 def test_damage_gives_the_right_scores_or_is_named(kind, tmp_path):
     rng = random.Random(kind)
     ends = fuzz(tmp_path, kind, rng, False, lambda some: rng.sample(some, 1))
