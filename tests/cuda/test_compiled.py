@@ -104,7 +104,7 @@ def test_producers_wait_for_no_load_of_a_later_stage(unit):
 @pytest.mark.parametrize(
     "arch",
     [
-        arch if arch in ("80", "90a", "120") else pytest.param(arch, marks=pytest.mark.slow)
+        arch if arch in ("80", "90a") else pytest.param(arch, marks=pytest.mark.slow)
         for arch in compiled.ARCHS
     ],
 )

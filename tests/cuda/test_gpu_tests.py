@@ -42,6 +42,7 @@ def on_the_emulation(*arguments: str) -> None:
     assert re.search(r"\d+ passed", done.stdout), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 def test_some_of_them() -> None:
     on_the_emulation("test_gpu.py", "test_gpu_sjlt.py", "test_sanitize.py", "-k", SOME)

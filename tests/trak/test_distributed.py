@@ -63,7 +63,7 @@ def assert_same(found, wanted):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("feed", ["plain", "inds", "remaining"])
 def test_the_same_script_in_several_processes(tmp_path, server, whole, size, feed):
     _, batches = run(server, tmp_path, size, feed=feed)
