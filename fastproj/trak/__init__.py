@@ -35,6 +35,7 @@ try:
         HooksError,
         IterativeGradientComputer,
     )
+    from fastproj.trak.mixing import OtherDataWarning
     from fastproj.trak.saver import Saver
     from fastproj.trak.solving.solve import ScoreComputer, SingularXtXWarning
     from fastproj.trak.store.scores import TopScores, load_scores, read_scores, read_top_scores
@@ -81,6 +82,7 @@ __all__ = [
     "IterativeGradientComputer",
     "MaskedLMModelOutput",
     "NotReadyError",
+    "OtherDataWarning",
     "Page",
     "Saver",
     "ScoreComputer",
