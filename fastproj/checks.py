@@ -201,9 +201,14 @@ def check_device(function: str, device: torch.device | str, *, values: bool = Tr
     expected = 'expected a device of this machine, such as "cpu"'
     try:
         place = torch.device(device)
-        if place.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("torch finds no GPU")
-        if place.type not in ("cpu", "meta"):
+        if place.type == "cuda":  # counted: a tensor on "cuda" would take memory of the first GPU
+            if not torch.cuda.is_available():
+                raise RuntimeError("torch finds no GPU")
+            # torch.compile can't trace the count.
+            count = 0 if torch.compiler.is_compiling() else torch.cuda.device_count()
+            if place.index and 0 < count <= place.index:
+                raise RuntimeError(f"torch finds {count} GPU(s)")
+        elif place.type not in ("cpu", "meta"):
             torch.empty(0, device=place)
     except (AssertionError, RuntimeError) as error:  # torch has both for a backend that isn't there
         why = str(error).splitlines()[0].partition(". ")[0].rstrip(".")

@@ -106,10 +106,7 @@ def in_options(error: Exception) -> str:
     if isinstance(error, StoreCorruptError):
         return f"{error.found}. Delete the file and run the same command again"
     if isinstance(error, OtherDataWarning):
-        return (
-            f"{error.found} than --train holds now. Nothing was changed; use another "
-            f"{OPTIONS['save_dir']}"
-        )
+        return f"{error.found} than --train holds now; use another {OPTIONS['save_dir']}"
     if not isinstance(error, StoreMismatchError):
         return str(error)
     return (

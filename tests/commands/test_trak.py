@@ -156,8 +156,8 @@ def test_a_training_set_that_was_changed_in_place(here, capsys):
     write(here / "train.jsonl", TRAIN[::-1])
     said = refused(capsys, "run", *DATA)
     assert (
-        "sample 0 of model_id 0 was featurized from other data than --train holds now. Nothing "
-        "was changed; use another --out\n" in said
+        "sample 0 of model_id 0 was featurized from other data than --train holds now; use "
+        "another --out\n" in said
     )
     np.testing.assert_array_equal(np.load("fastproj-trak/scores/targets.mmap"), found)
     assert run("run", *DATA, "--out", "other") == 0

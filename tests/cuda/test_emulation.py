@@ -146,7 +146,8 @@ BLOCKS = {
     ("sm80", "gaussian", 2): [32],
     ("sm80", "gaussian", 3): [32],
 }
-SLOW_OF_TWO_TERMS = [pytest.param(*key, marks=[pytest.mark.slow] * (key[2] == 2)) for key in BLOCKS]
+# Two terms lie between one and three: slow.
+INSTANTIATIONS = [pytest.param(*key, marks=[pytest.mark.slow] * (key[2] == 2)) for key in BLOCKS]
 
 
 def batch_for_each_tile(variant, kind, terms, dtype) -> dict[int, int]:
@@ -158,7 +159,7 @@ def batch_for_each_tile(variant, kind, terms, dtype) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize(("variant", "kind", "terms"), SLOW_OF_TWO_TERMS)
+@pytest.mark.parametrize(("variant", "kind", "terms"), INSTANTIATIONS)
 def test_every_instantiation(variant, kind, terms):
     """Some batch size selects each compiled tile and no other; it is right with ragged edges."""
     dtypes = [torch.float32] if terms > 1 else [torch.float32, torch.bfloat16, torch.float16]
@@ -280,7 +281,7 @@ def test_result_is_bitwise_reproducible(variant):
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize(("variant", "kind", "terms"), SLOW_OF_TWO_TERMS)
+@pytest.mark.parametrize(("variant", "kind", "terms"), INSTANTIATIONS)
 def test_batch_invariance(variant, kind, terms):
     """A row's result does not depend on the rest of the batch, whatever tile the batch selects."""
     dtypes = [torch.float32] if terms > 1 else [torch.float32, torch.bfloat16, torch.float16]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastproj import Projector, TRAKer
+from fastproj.checks import check_device
 from fastproj.trak import NotReadyError, StoreMismatchError
 from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
@@ -124,6 +125,17 @@ def test_a_missing_gpu_is_named(tmp_path, model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r'cuda:0.*no GPU\); expected a device .* such as "cpu"'):
         cases.make(model, tmp_path, N, device="cuda:0")
+
+
+def test_gpus_are_counted_and_not_touched(monkeypatch):
+    """Each process would take memory of the first one before it turns to its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", None)
+    for device in ("cuda", "cuda:0", "cuda:1"):
+        assert check_device("f", device) == torch.device(device)
+    with pytest.raises(ValueError, match=r"f: received device='cuda:2' \(torch finds 2 GPU"):
+        check_device("f", "cuda:2")
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:one", "meta", "maia", 3.5])
