@@ -17,6 +17,10 @@ which "default" does for each. Batches 1, 2, 4, 8 ... are checked against plain 
 four don't count for the time, but for the memory. Others: see bench/featurization/providers, where
 each file says what is compared.
 
+With --in-turn, all providers share one process and take turns batch by batch, in an order that
+changes. That tells small differences of time apart where the machine's speed wanders, but not of
+memory.
+
 A provider that isn't installed, fails, or takes longer than --limit is reported as such. The
 command fails where a target is missed, or features have other norms than gradients.
 """
@@ -35,7 +39,7 @@ import torch
 from tqdm import tqdm
 
 from bench.featurization import memory, summary
-from bench.featurization.measure import Row, Sizes, work
+from bench.featurization.measure import Row, Sizes, empty, work, work_in_turn
 from bench.featurization.providers import PROVIDERS
 from bench.featurization.workloads import WORKLOADS
 from bench.record import in_fresh_process, write_result
@@ -65,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit", type=positive, default=900, metavar="SECONDS", help="of a provider on a model"
     )
+    parser.add_argument("--in-turn", action="store_true", help="providers in one process")
     parser.add_argument("--quick", action="store_true", help="tiny models")
     parser.add_argument("--no-write", action="store_true", help="don't write bench/results/")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -85,20 +90,39 @@ def sizes_of(options: argparse.Namespace, workload: str, proj_dim: int) -> Sizes
     )
 
 
-def run_worker(provider: str, workload: str, sizes: Sizes, limit: int) -> Row:
-    """``work`` in a fresh process."""
-    words: list[object] = ["--worker", "--provider", provider, "--model", workload]
+def run_worker(
+    providers: Sequence[str], workload: str, sizes: Sizes, limit: int, in_turn: bool = False
+) -> list[Row]:
+    """``work`` of one provider, or ``work_in_turn`` of several, in a fresh process."""
+    words: list[object] = ["--worker", "--provider", *providers, "--model", workload]
     for name in ("proj_dim", "batch", "length", "threads", "repeats"):
         words += ["--" + name.replace("_", "-"), getattr(sizes, name)]
     words += ["--quick"] if sizes.quick else []
-    row: Row = {"workload": workload, "provider": provider, **sizes._asdict(), "seconds": []}
+    words += ["--in-turn"] if in_turn else []
     try:
-        row = in_fresh_process("featurize", *words, limit=limit)
+        rows: list[Row] = in_fresh_process("featurize", *words, limit=limit)
+        return rows
     except subprocess.TimeoutExpired:
-        row["note"] = f"stopped: not done after {limit} s (--limit)"
+        note = f"stopped: not done after {limit} s (--limit)"
     except RuntimeError as error:
-        row["note"] = f"FAILED: {' '.join(str(error).split())[-80:]}"
-    return row
+        note = f"FAILED: {' '.join(str(error).split())[-80:]}"
+    return [{**empty(name, workload, sizes), "note": note} for name in providers]
+
+
+def rows_of(
+    options: argparse.Namespace, workload: str, sizes: Sizes, once: dict[str, Row]
+) -> list[Row]:
+    """The rows of one workload and K; ``once`` keeps those that are the same at every K."""
+    if options.in_turn:
+        limit = options.limit * len(options.provider)
+        return run_worker(options.provider, workload, sizes, limit, in_turn=True)
+    rows = []
+    for provider in tqdm(options.provider, desc=workload, leave=False, disable=None):
+        row = once.get(provider) or run_worker([provider], workload, sizes, options.limit)[0]
+        if not PROVIDERS[provider].by_dim:
+            once[provider] = row
+        rows.append({**row, "proj_dim": sizes.proj_dim})
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,10 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     dims = options.proj_dim or (QUICK_DIMS if options.quick else DIMS)
     if options.worker:
-        (provider,), (workload,) = options.provider, options.model
+        (workload,) = options.model
+        sizes = sizes_of(options, workload, dims[0])
         torch.set_num_threads(options.threads)
         memory.bounded()
-        print(json.dumps(work(provider, workload, sizes_of(options, workload, dims[0]))))
+        if options.in_turn:
+            print(json.dumps(work_in_turn(options.provider, workload, sizes)))
+        else:
+            print(json.dumps([work(name, workload, sizes) for name in options.provider]))
         return 0
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     rows: list[Row] = []
@@ -124,12 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         once: dict[str, Row] = {}
         for proj_dim in dims:
             sizes = sizes_of(options, workload, proj_dim)
-            made = []
-            for provider in tqdm(options.provider, desc=workload, leave=False, disable=None):
-                row = once.get(provider) or run_worker(provider, workload, sizes, options.limit)
-                if not PROVIDERS[provider].by_dim:
-                    once[provider] = row
-                made.append({**row, "proj_dim": proj_dim})
+            made = rows_of(options, workload, sizes, once)
             rows += made
             judged += summary.targets(made)
             say(summary.table(made))

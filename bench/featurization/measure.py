@@ -1,9 +1,13 @@
-"""Measuring one provider on one workload, in a process of its own."""
+"""Measuring providers on one workload: one in a process of its own, or several in turn."""
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -34,20 +38,30 @@ def work(provider: str, workload: str, sizes: Sizes) -> Row:
     Each call on a batch comes with a plain forward and backward of the same batch, before it, so
     that a machine which slows down or speeds up does so for both. The first calls don't count.
     """
+    row = empty(provider, workload, sizes)
+    return row | noted(provider, lambda: measured(provider, workload, sizes))
+
+
+def empty(provider: str, workload: str, sizes: Sizes) -> Row:
+    """The row of a provider before anything was measured."""
     row: Row = {"workload": workload, "provider": provider, **sizes._asdict(), "note": ""}
-    row["seconds"] = []
+    return row | {"seconds": []}
+
+
+def noted(provider: str, call: Callable[[], Row]) -> Row:
+    """What ``call`` returns, or a note that says why it returned nothing."""
     try:
-        return {**row, **measured(provider, workload, sizes)}
+        return call()
     except Unsupported as reason:
-        return {**row, "note": f"missing: {reason}", "missing": True}
+        return {"note": f"missing: {reason}", "missing": True}
     except ImportError as reason:
         install = PROVIDERS[provider].install
         cure = f"; python -m pip install {install}" if install else ""
-        return {**row, "note": f"missing: {reason}{cure}", "missing": True}
+        return {"note": f"missing: {reason}{cure}", "missing": True}
     except (MemoryError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         # One that fails must not cost the other rows.
         text = " ".join(str(error).split())[:300]
-        return {**row, "note": f"FAILED: {type(error).__name__}: {text}"}
+        return {"note": f"FAILED: {type(error).__name__}: {text}"}
 
 
 def measured(provider: str, workload: str, sizes: Sizes) -> Row:
@@ -101,6 +115,65 @@ def measured(provider: str, workload: str, sizes: Sizes) -> Row:
         "norm_ratio": ratio,
         "details": prepared.details,
     }
+
+
+def work_in_turn(providers: Sequence[str], workload: str, sizes: Sizes) -> list[Row]:
+    """The rows of several providers that take turns in one process, in an order that changes.
+
+    So what slows the machine down for a while does so for all of them. A plain forward and
+    backward takes turns too. Peaks of memory would be those of all together: there are none.
+    """
+    kind = WORKLOADS[workload]
+    count = (MOST_WARM_UP + sizes.repeats) * sizes.batch
+    rows = {name: empty(name, workload, sizes) for name in providers}
+    calls: dict[str, Callable[[Batch], Any]] = {}
+    model = kind.model(sizes.quick)
+    plain = steps(model)
+    of_plain: list[float] = []
+
+    def batch(number: int) -> Batch:
+        return kind.batch(sizes.batch, sizes.length, number, sizes.quick)
+
+    def prepare(name: str, folder: Path) -> Row:
+        folder.mkdir()
+        first = batch(0)
+        job = Job(kind, kind.model(sizes.quick), first, count, sizes.proj_dim, str(folder))
+        prepared = PROVIDERS[name].prepare(job)
+        for number in range(prepared.warm_up):
+            prepared.call(batch(number))
+        calls[name] = prepared.call
+        return {"dims": prepared.dims, "details": prepared.details}
+
+    def one(name: str, number: int) -> Row:
+        took = timed(calls[name], batch(number))
+        return {"seconds": [*rows[name]["seconds"], took]}
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name in providers:
+            rows[name] |= noted(name, partial(prepare, name, Path(folder, name)))
+        plain(batch(0))
+        order = random.Random(0)
+        for number in range(sizes.repeats):
+            for name in order.sample([*providers, ""], len(providers) + 1):
+                if not name:
+                    of_plain.append(timed(plain, batch(number)))
+                    model.zero_grad(set_to_none=True)
+                elif not rows[name]["note"]:
+                    rows[name] |= noted(name, partial(one, name, MOST_WARM_UP + number))
+    for row in rows.values():
+        if row["note"]:
+            row["seconds"] = []
+            continue
+        row |= {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "plain_seconds": of_plain,
+            "samples_per_second": sizes.batch / median(row["seconds"]),
+            "times": median(row["seconds"]) / median(of_plain),
+            "peak_mib": None,
+            "memory_times": None,
+            "norm_ratio": None,
+        }
+    return list(rows.values())
 
 
 def timed(call: Any, batch: Batch) -> float:

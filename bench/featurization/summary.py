@@ -41,10 +41,13 @@ def line(row: Row) -> str:
     if not row["seconds"]:
         return f"{label:<34}{row['note']}"
     norm = "" if row["norm_ratio"] is None else f"{row['norm_ratio']:.2f}"
+    memory = " " * 19
+    if row["peak_mib"] is not None:
+        memory = f"{row['peak_mib']:>10.0f}{row['memory_times']:>9.2f}"
     return (
         f"{label:<34}{row['dims'] or '':>9}{row['samples_per_second']:>11.2f}"
         f"{row['batch'] / row['samples_per_second']:>9.3f}{row['times']:>9.2f}"
-        f"{row['peak_mib']:>10.0f}{row['memory_times']:>9.2f}{norm:>13}  {row['note']}"
+        f"{memory}{norm:>13}  {row['note']}"
     ).rstrip()
 
 

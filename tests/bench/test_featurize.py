@@ -123,17 +123,45 @@ def test_what_is_missing_or_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -
         assert said in summary.table([row])
 
 
+def test_providers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+
+    def provider(name: str, fails_at: int = 99) -> Provider:
+        def call(batch: Any) -> None:
+            turns.append(name)
+            if turns.count(name) == fails_at:
+                raise RuntimeError("full")
+
+        return Provider(name, lambda job: Prepared(call, dims=1, warm_up=1), by_dim=False)
+
+    made = {"a": provider("a"), "b": provider("b"), "full": provider("full", fails_at=2)}
+    for name, one in made.items():
+        monkeypatch.setitem(measure.PROVIDERS, name, one)
+    most = sizes("resnet9")._replace(repeats=20)
+    a, b, full = measure.work_in_turn(list(made), "resnet9", most)
+    assert turns[:3] == ["a", "b", "full"]  # they warm up
+    assert turns.count("a") == turns.count("b") == 21
+    rounds = "".join(turn for turn in turns[3:] if turn != "full")
+    pairs = {rounds[at : at + 2] for at in range(0, len(rounds), 2)}
+    assert pairs == {"ab", "ba"}  # each once in a round, in an order that changes
+    assert len(a["seconds"]) == len(b["seconds"]) == len(a["plain_seconds"]) == 20
+    assert full["note"] == "FAILED: RuntimeError: full"
+    assert full["seconds"] == []
+    assert summary.table([a, b, full]).count("FAILED") == 1
+    assert a["times"] > 0
+
+
 def test_what_takes_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*words: object, limit: float) -> None:
         raise subprocess.TimeoutExpired("it", limit)
 
     monkeypatch.setattr(featurize, "in_fresh_process", slow)
-    row = featurize.run_worker("sjlt", "gpt2", sizes("gpt2"), 7)
+    (row,) = featurize.run_worker(["sjlt"], "gpt2", sizes("gpt2"), 7)
     assert row["note"] == "stopped: not done after 7 s (--limit)"
 
 
 def test_a_process_of_its_own_gives_the_row() -> None:
-    row = featurize.run_worker("plain", "resnet9", sizes("resnet9"), 300)
+    (row,) = featurize.run_worker(["plain"], "resnet9", sizes("resnet9"), 300)
     assert row["note"] == ""
     assert row["seconds"]
     assert row["threads"] == 1
@@ -184,13 +212,23 @@ def test_a_gradient_that_lacks_a_layer_shows(monkeypatch: pytest.MonkeyPatch) ->
     assert len(list(summary.wrong([row]))) == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--in-turn"]])
 def test_the_command_measures_prints_and_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
 ) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(featurize, "run_worker", lambda *words: work(*words[:3]))
+
+    def here(providers: list[str], *words: Any, in_turn: bool = False) -> list[measure.Row]:
+        if in_turn:
+            return measure.work_in_turn(providers, *words[:2])
+        return [work(provider, *words[:2]) for provider in providers]
+
+    monkeypatch.setattr(featurize, "run_worker", here)
     words = ["--quick", "--threads", "1", "--repeats", "1", "--model", "resnet9"]
-    assert featurize.main([*words, "--provider", "plain", "sjlt"]) == 0
+    assert featurize.main([*words, *more, "--provider", "plain", "sjlt"]) == 0
     said = capsys.readouterr().out
     assert "forward + backward" in said
     assert "fastproj sjlt" in said
