@@ -24,7 +24,6 @@ from fastproj.projector import Projector
 SIDES_SEED = 0x9E3779B97F4A7C15  # xor-ed with the seed, it is the seed of the sides
 SIDES_KIND = "rademacher"
 MAX_FACTORED = 1 << 16  # r is below
-SIDE_BYTES = 4 * 1024 * 1024  # of entries of a side made at once
 
 
 @dataclass(frozen=True)
@@ -57,27 +56,6 @@ class Side:
         )
         return made.view(*x.shape[:-1], self.rank)
 
-    def product(self, x: Tensor) -> Tensor:
-        """``apply`` to all of it, x [..., size], for factors: in the time of a matrix product.
-
-        On a CPU it is PyTorch's, with entries made before: for so few columns that takes a quarter
-        of the time of the kernels, which make them again and again. Its rounding may depend on the
-        number of rows.
-        """
-        if x.device.type != "cpu":
-            return self.apply(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        flat = x.reshape(-1, self.size)
-        step = max(1, SIDE_BYTES // (self.rank * dtype.itemsize))
-        made: Tensor | None = None
-        for start in range(0, self.size, step):
-            stop = min(start + step, self.size)
-            entries = self._entries(slice(self.first + start, self.first + stop), dtype, x.device)
-            part = flat[:, start:stop].to(dtype)
-            made = part @ entries if made is None else torch.addmm(made, part, entries)
-        assert made is not None  # compressed sides are longer than r
-        return (made * self.rank**-0.5).view(*x.shape[:-1], self.rank)
-
     def matrix(self, like: Tensor) -> Tensor:
         """All of it, [size, r], on the device of ``like``, float32 or float64 as ``apply`` has."""
         rows = slice(self.first, self.first + self.size)
@@ -89,11 +67,8 @@ class Side:
 
     def _scaled(self, rows: slice | Tensor, like: Tensor) -> Tensor:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return self._entries(rows, dtype, like.device).mul_(self.rank**-0.5)
-
-    def _entries(self, rows: slice | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """+1 and -1."""
-        return ops.matrix(rows, self.rank, dtype=dtype, device=device, **self._matrix)
+        made = ops.matrix(rows, self.rank, dtype=dtype, device=like.device, **self._matrix)
+        return made.mul_(self.rank**-0.5)
 
 
 @dataclass(frozen=True)
@@ -107,11 +82,11 @@ class Sides:
 
     def of_left(self, x: Tensor) -> Tensor:
         """[..., rows] compressed."""
-        return x if self.left is None else self.left.product(x)
+        return x if self.left is None else self.left.apply(x)
 
     def of_right(self, x: Tensor) -> Tensor:
         """[..., cols] compressed."""
-        return x if self.right is None else self.right.product(x)
+        return x if self.right is None else self.right.apply(x)
 
     def of_rows(self, start: int, values: Tensor) -> tuple[int, Tensor]:
         """Entries ``start ..`` [b, n] of the flattened gradient, whole rows of it, compressed.

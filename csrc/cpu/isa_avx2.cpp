@@ -16,8 +16,15 @@ struct SignSums {
     static constexpr int kEntries = 8;
     static constexpr int kMaxBatch = 8;
 
+    // Products by +-1 round nothing, and take their gradient from memory as they multiply.
     static void build(float g0, float g1, float g2, float g3, float* table) {
-        build_half_table(g0, g1, g2, g3, table);
+        const __m256 s1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
+        const __m256 s2 = _mm256_setr_ps(1, -1, -1, 1, 1, -1, -1, 1);
+        const __m256 s3 = _mm256_setr_ps(1, -1, -1, 1, -1, 1, 1, -1);
+        const auto all = [](float g) { return _mm256_set1_ps(g); };
+        const __m256 low = _mm256_fmadd_ps(all(g1), s1, all(g0));
+        const __m256 high = _mm256_fmadd_ps(all(g3), s3, _mm256_mul_ps(all(g2), s2));
+        _mm256_store_ps(table, _mm256_add_ps(low, high));
     }
 
     template <int kBatch, int kVectors>

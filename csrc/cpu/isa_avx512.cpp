@@ -14,13 +14,17 @@ struct SignSums {
     static constexpr int kEntries = 16;
     static constexpr int kMaxBatch = 4;
 
+    // Products by +-1 round nothing, and take their gradient from memory as they multiply.
     static void build(float g0, float g1, float g2, float g3, float* table) {
-        const auto signed_by = [](float g, __mmask16 negative) {
-            const __m512 value = _mm512_set1_ps(g);
-            return _mm512_mask_xor_ps(value, negative, value, _mm512_set1_ps(-0.0f));
+        const auto signs = [](__mmask16 negative) {
+            const __m512 one = _mm512_set1_ps(1.0f);
+            return _mm512_mask_xor_ps(one, negative, one, _mm512_set1_ps(-0.0f));
         };
-        const __m512 low = _mm512_add_ps(signed_by(g0, 0xAAAA), signed_by(g1, 0xCCCC));
-        const __m512 high = _mm512_add_ps(signed_by(g2, 0xF0F0), signed_by(g3, 0xFF00));
+        const auto all = [](float g) { return _mm512_set1_ps(g); };
+        const __m512 low =
+            _mm512_fmadd_ps(all(g1), signs(0xCCCC), _mm512_mul_ps(all(g0), signs(0xAAAA)));
+        const __m512 high =
+            _mm512_fmadd_ps(all(g3), signs(0xFF00), _mm512_mul_ps(all(g2), signs(0xF0F0)));
         _mm512_store_ps(table, _mm512_add_ps(low, high));
     }
 

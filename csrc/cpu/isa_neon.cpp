@@ -17,8 +17,12 @@ struct SignSums {
     static constexpr int kEntries = 8;
     static constexpr int kMaxBatch = 8;
 
+    // Bit s of n says whether the sign of row s + 1 differs from that of row s.
     static void build(float g0, float g1, float g2, float g3, float* table) {
-        build_half_table(g0, g1, g2, g3, table);
+        for (int n = 0; n < kEntries; ++n) {
+            const int b1 = n & 1, b2 = b1 ^ (n >> 1 & 1), b3 = b2 ^ (n >> 2);
+            table[n] = (g0 + (b1 ? -g1 : g1)) + ((b2 ? -g2 : g2) + (b3 ? -g3 : g3));
+        }
     }
 
     template <int kBatch, int kVectors>

@@ -109,6 +109,25 @@ inline int piece_of(const Source& source, std::int64_t row) {
     return lo;
 }
 
+// Rows of a sample as they lie in memory, side by side in one piece; null where they don't.
+struct RawRows {
+    const char* at;
+    Dtype dtype;
+    std::int64_t bytes;
+};
+inline RawRows raw_rows(const Source& source, std::int64_t b, std::int64_t row_begin,
+                        std::int64_t count) {
+    const std::int64_t first = row_begin - source.row_offset;
+    if (first < 0 || first + count > source.rows) return {};
+    const int at = piece_of(source, first);
+    const View& piece = source.pieces[at];
+    if (piece.stride[1] != 1 || first + count > source.piece_begin[at + 1]) return {};
+    const std::int64_t item = piece.dtype == Dtype::kF64 ? 8 : piece.dtype == Dtype::kF32 ? 4 : 2;
+    return {static_cast<const char*>(piece.data) +
+                (b * piece.stride[0] + first - source.piece_begin[at]) * item,
+            piece.dtype, count * item};
+}
+
 // to[0..count) = matrix rows row_begin .. of batch element b; zeros where the input has no such
 // row.
 template <class T>

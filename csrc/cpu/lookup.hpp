@@ -37,25 +37,45 @@ std::size_t project_scratch_bytes(int batch, int cols) {
     return lookup > dense ? lookup : dense;
 }
 
-// The 8 signed sums of four rows whose first sign is +: bit s of n says whether the sign of row s +
-// 1 differs from that of row s.
-inline void build_half_table(float g0, float g1, float g2, float g3, float* table) {
-    for (int n = 0; n < 8; ++n) {
-        const int b1 = n & 1, b2 = b1 ^ (n >> 1 & 1), b3 = b2 ^ (n >> 2);
-        table[n] = (g0 + (b1 ? -g1 : g1)) + ((b2 ? -g2 : g2) + (b3 ? -g3 : g3));
-    }
+// The words of a panel that reach rows of the input: word j of each lane is for rows 128 j .. 128 j
+// + 127. Sums over rows outside are zero, so leaving them out changes no bit.
+struct WordRange {
+    int begin;  // multiples of 4
+    int end;
+};
+
+inline WordRange words_of(const Source& source, std::int64_t panel) {
+    const std::int64_t first = source.row_offset - panel * kPanelRows;  // in the panel
+    const std::int64_t last = first + source.rows;
+    const std::int64_t begin = first > 0 ? first / 128 : 0;
+    const std::int64_t end = last < kPanelRows ? (last + 127) / 128 : 4;
+    return {static_cast<int>(begin) * 4, static_cast<int>(end) * 4};
 }
 
 // The tables of one panel for a block of batch rows, in the order that accumulate reads them:
-// [word][step][batch row][entry].
+// [word][step][batch row][entry]. Meanwhile the rows of the next block are prefetched: a panel of
+// one sample is too short for the hardware to learn where the next one lies.
 template <class Policy>
-void build_tables(const ProjectTile& tile, std::int64_t panel, int first, int batch, float* g,
-                  float* tables) {
+void build_tables(const ProjectTile& tile, std::int64_t panel, WordRange words, int first,
+                  int batch, float* g, float* tables) {
+    const Source& source = *tile.source;
+    const std::int64_t from = panel * kPanelRows, last = source.row_offset + source.rows;
+    const std::int64_t begin = from > source.row_offset ? from : source.row_offset;
+    const std::int64_t end = from + kPanelRows < last ? from + kPanelRows : last;
     for (int b = 0; b < batch; ++b) {
-        load_panel(*tile.source, tile.batch_begin + first + b, panel, g);
-        float* to = tables + b * Policy::kEntries;
-        for (int j = 0; j < 4; ++j) {
+        const std::int64_t sample = tile.batch_begin + first + b;
+        load_panel(source, sample, panel, g);
+        RawRows next{};
+        if (first + b + batch < tile.batch)
+            next = raw_rows(source, sample + batch, begin, end - begin);
+        float* to = tables + (words.begin * kSteps * batch + b) * Policy::kEntries;
+        for (int j = words.begin / 4; j < words.end / 4; ++j) {
             for (int lane = 0; lane < 4; ++lane) {
+                for (int line = 0; line < 2 && next.bytes > 0; ++line) {
+                    __builtin_prefetch(next.at);
+                    next.at += 64;
+                    next.bytes -= 64;
+                }
                 for (int step = 0; step < kSteps; ++step) {
                     const float* x = g + field_row(j, lane, step);
                     Policy::build(x[0], x[8], x[16], x[24], to);
@@ -66,18 +86,19 @@ void build_tables(const ProjectTile& tile, std::int64_t panel, int first, int ba
     }
 }
 
-// words: [word][vector] of one panel and strip, kLookupVectors to a word; adds up 128 sums of four
-// rows in fp32 before they go to the double accumulators.
-template <class Policy, int kBatch>
-void accumulate_panel(const Simd::U* words, const float* tables, double* acc, std::int64_t acc_ld) {
-    constexpr int kVectors = Policy::vectors_for(kBatch);
+// words: [word][vector] of one panel and strip, kLookupVectors to a word, of which the first
+// `vectors` are done, kVectors at a time; adds up 128 sums of four rows in fp32 before they go to
+// the double accumulators.
+template <class Policy, int kBatch, int kVectors>
+void accumulate_panel(const Simd::U* words, int vectors, WordRange range, const float* tables,
+                      double* acc, std::int64_t acc_ld) {
     static_assert(kLookupVectors % kVectors == 0);
-    for (int v = 0; v < kLookupVectors; v += kVectors) {
+    for (int v = 0; v < vectors; v += kVectors) {
         Simd::F sum[kBatch][kVectors];
         for (int b = 0; b < kBatch; ++b) {
             for (int i = 0; i < kVectors; ++i) sum[b][i] = Simd::F{};
         }
-        for (int word = 0; word < kWordsPerPanel; ++word) {
+        for (int word = range.begin; word < range.end; ++word) {
             Policy::template accumulate<kBatch, kVectors>(
                 words + word * kLookupVectors + v,
                 tables + word * kSteps * kBatch * Policy::kEntries, sum);
@@ -90,12 +111,16 @@ void accumulate_panel(const Simd::U* words, const float* tables, double* acc, st
     }
 }
 
-using AccumulatePanel = void (*)(const Simd::U*, const float*, double*, std::int64_t);
+using AccumulatePanel = void (*)(const Simd::U*, int, WordRange, const float*, double*,
+                                 std::int64_t);
 
 template <class Policy, int... kBatches>
-constexpr AccumulatePanel accumulate_panel_for(int batch, std::integer_sequence<int, kBatches...>) {
-    constexpr AccumulatePanel table[] = {accumulate_panel<Policy, kBatches + 1>...};
-    return table[batch - 1];
+AccumulatePanel accumulate_panel_for(int batch, int vectors,
+                                     std::integer_sequence<int, kBatches...>) {
+    constexpr AccumulatePanel whole[] = {
+        accumulate_panel<Policy, kBatches + 1, Policy::vectors_for(kBatches + 1)>...};
+    constexpr AccumulatePanel narrow[] = {accumulate_panel<Policy, kBatches + 1, 1>...};
+    return (vectors == kLookupVectors ? whole : narrow)[batch - 1];
 }
 
 template <class Policy>
@@ -106,16 +131,16 @@ void project_lookup(const ProjectTile& tile) {
     float* tables = arena.take<float>(table_floats<Policy>(tile.batch));
     float* g = arena.take<float>(kPanelRows);
     constexpr std::integer_sequence sizes = std::make_integer_sequence<int, Policy::kMaxBatch>();
+    // Where half of a strip or less is wanted, as of the sides of factored gradients, it is alone.
+    const int wanted = (tile.cols + Simd::kLanes - 1) / Simd::kLanes;
+    const int vectors = 2 * wanted <= kLookupVectors ? wanted : kLookupVectors;
 
     for (std::int64_t panel = tile.panel_begin; panel < tile.panel_end; ++panel) {
-        for (int b = 0; b < tile.batch; b += Policy::kMaxBatch) {
-            const int n = tile.batch - b < Policy::kMaxBatch ? tile.batch - b : Policy::kMaxBatch;
-            build_tables<Policy>(tile, panel, b, n, g, tables + table_floats<Policy>(b));
-        }
+        const WordRange range = words_of(*tile.source, panel);
         columns.set_block(panel);
         for (int c = 0; c < cols; c += kColumnPad) {
             Simd::U words[kWordsPerPanel][kLookupVectors];
-            for (int v = 0; v < kLookupVectors; ++v) {
+            for (int v = 0; v < vectors; ++v) {
                 Simd::U w[4][4];
                 columns.get_all(c / Simd::kLanes + v, w);
                 for (int lane = 0; lane < 4; ++lane) {
@@ -125,8 +150,11 @@ void project_lookup(const ProjectTile& tile) {
             for (int b = 0; b < tile.batch; b += Policy::kMaxBatch) {
                 const int n =
                     tile.batch - b < Policy::kMaxBatch ? tile.batch - b : Policy::kMaxBatch;
-                accumulate_panel_for<Policy>(n, sizes)(words[0], tables + table_floats<Policy>(b),
-                                                       tile.acc + b * tile.acc_ld + c, tile.acc_ld);
+                // Tables that no other strip reads are built in one place, which stays in L1.
+                float* here = tables + (cols > kColumnPad ? table_floats<Policy>(b) : 0);
+                if (c == 0) build_tables<Policy>(tile, panel, range, b, n, g, here);
+                accumulate_panel_for<Policy>(n, vectors, sizes)(
+                    words[0], vectors, range, here, tile.acc + b * tile.acc_ld + c, tile.acc_ld);
             }
         }
     }

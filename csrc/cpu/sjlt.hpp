@@ -257,25 +257,6 @@ void add_tiles(const SjltPass<T, kSamples>& pass) {
     }
 }
 
-// Rows of a sample as they lie in memory, side by side in one piece; null where they don't.
-struct SjltRaw {
-    const char* at;
-    Dtype dtype;
-    std::int64_t bytes;
-};
-inline SjltRaw raw_rows(const Source& source, std::int64_t b, std::int64_t row_begin,
-                        std::int64_t count) {
-    const std::int64_t first = row_begin - source.row_offset;
-    if (first < 0 || first + count > source.rows) return {};
-    const int at = piece_of(source, first);
-    const View& piece = source.pieces[at];
-    if (piece.stride[1] != 1 || first + count > source.piece_begin[at + 1]) return {};
-    const std::int64_t item = piece.dtype == Dtype::kF64 ? 8 : piece.dtype == Dtype::kF32 ? 4 : 2;
-    return {static_cast<const char*>(piece.data) +
-                (b * piece.stride[0] + first - source.piece_begin[at]) * item,
-            piece.dtype, count * item};
-}
-
 inline std::size_t sjlt_scratch_bytes(const MatrixKey& key, int batch, std::int64_t cols) {
     const std::size_t tables = SjltTables::bytes(key, sjlt_group(cols), cols);
     const std::size_t rows =
@@ -293,7 +274,7 @@ void sjlt_pass_add(const SjltTile& tile, SjltPass<T, kSamples> pass, int b, std:
     const std::int64_t block = pass.block;
     for (int s = 0; s < kSamples; ++s) {
         const std::int64_t sample = tile.batch_begin + b + s;
-        const SjltRaw raw = raw_rows(*tile.source, sample, t * block, tiles * block);
+        const RawRows raw = raw_rows(*tile.source, sample, t * block, tiles * block);
         if (raw.at != nullptr && raw.dtype == kInPlace) {
             pass.rows[s] = reinterpret_cast<const T*>(raw.at);
         } else {
@@ -301,7 +282,7 @@ void sjlt_pass_add(const SjltTile& tile, SjltPass<T, kSamples> pass, int b, std:
             load_span(*tile.source, sample, t * block, tiles * block, to);
             pass.rows[s] = to;
         }
-        const SjltRaw next =
+        const RawRows next =
             raw_rows(*tile.source, tile.batch_begin + next_b + s, next_t * block, tiles * block);
         pass.next[s] = next.at;
         pass.next_lines =

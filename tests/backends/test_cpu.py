@@ -188,6 +188,21 @@ def test_columns_are_a_prefix(isa, kind):
         assert torch.allclose(part, whole[:, :proj_dim], rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 11])
+@pytest.mark.parametrize("row_offset", [0, 1, 127, 128, 300, 511])
+def test_few_columns_and_parts_of_panels_have_the_bits_of_whole_ones(isa, batch, row_offset):
+    """Vectors of columns, and 128 rows of a panel, that nobody asked for are left out."""
+    key = MatrixKey("rademacher", 5, 6)
+    for rows in (1, 100, 650):
+        grads = torch.randn(batch, rows, generator=torch.Generator().manual_seed(rows))
+        panels = torch.zeros(batch, 1536)
+        panels[:, row_offset : row_offset + rows] = grads
+        whole = run(panels, 130, key)
+        for proj_dim in (1, 8, 9, 16, 17, 32, 33, 64, 65, 130):
+            part = run(grads, proj_dim, key, row_offset=row_offset)
+            assert torch.equal(part, whole[:, :proj_dim])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pieces_equal_their_concatenation_bit_for_bit(isa, dtype):
     key = MatrixKey("rademacher", 8, 9)
