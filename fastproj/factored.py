@@ -235,7 +235,7 @@ class FactoredProjector:
         """The same from the factors of gradients, which are never formed, [B, proj_dim].
 
         The result of a sample may depend on the batch size by rounding, which that of ``project``
-        does not: matrix products add in an order that depends on the number of rows.
+        does not: PyTorch multiplies the two compressed factors, as it likes for their number.
 
         Parameters
         ----------
