@@ -16,7 +16,7 @@ struct SignSums {
     static constexpr int kEntries = 8;
     static constexpr int kMaxBatch = 8;
 
-    // Products by +-1 round nothing, and take their gradient from memory as they multiply.
+    // Products by +-1 round nothing.
     static void build(float g0, float g1, float g2, float g3, float* table) {
         const __m256 s1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
         const __m256 s2 = _mm256_setr_ps(1, -1, -1, 1, 1, -1, -1, 1);

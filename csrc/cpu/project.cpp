@@ -14,7 +14,8 @@ void project(const std::vector<View>& pieces, const View& out, const Call& call,
     constexpr std::int64_t kMaxSegments = 64;
     constexpr std::int64_t kMinPanels = 8;  // in a segment
     constexpr std::int64_t kTasksPerThread = 4;
-    constexpr std::int64_t kStoreEntries = 2048;  // of Y that a task adds up and stores, at least
+    constexpr std::int64_t kStoreEntries =
+        2048;  // that a task adds up and stores, or those of one row
     constexpr std::int64_t kWorkspaceCols = std::int64_t{32 << 20} / 8 / kBatchTile;  // 32 MiB
 
     std::vector<std::int64_t> piece_begin(1, 0);
@@ -84,7 +85,8 @@ void project(const std::vector<View>& pieces, const View& out, const Call& call,
                 kernel(tile);
             });
             // Single rows of few columns would take less time than it takes to share them out.
-            const std::int64_t rows_of_task = std::max<std::int64_t>(1, kStoreEntries / cols);
+            const std::int64_t rows_of_task =
+                std::max<std::int64_t>(1, kStoreEntries / (cols * segments));
             parallel_for(ceil_div(batch_here, rows_of_task), num_threads, [&](std::int64_t i, int) {
                 const std::int64_t end = std::min(batch_here, (i + 1) * rows_of_task);
                 for (std::int64_t b = i * rows_of_task; b < end; ++b) {
