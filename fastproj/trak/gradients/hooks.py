@@ -30,7 +30,6 @@ from fastproj.trak.gradients.proof import (
     Split,
     asking,
     known_sums,
-    structure_of,
     worth_a_proof,
 )
 from fastproj.trak.gradients.recorder import Layout, Owned, Recorder, Seen
@@ -47,6 +46,7 @@ from fastproj.trak.gradients.sinks import (
     RowSink,
     Sink,
 )
+from fastproj.trak.gradients.structure import structure_of
 from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.base import Terms
 

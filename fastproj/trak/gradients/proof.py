@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -223,48 +223,3 @@ def worth_a_proof(number: int) -> bool:
     Of two batches with the same structure, one may mix its samples because of its values.
     """
     return number & (number - 1) == 0
-
-
-def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]]:
-    """A hash of a batch's shapes and of the autograd graph behind its outputs; the graph's leaves.
-
-    An operation counts with all that it saves, except tensors and sizes: dimensions, indices,
-    steps, flags. So a branch that rolls or transposes differently is another structure.
-    """
-    shapes = tuple((tuple(t.shape), t.dtype) for t in batches.leaves(batch))
-    if out.grad_fn is None:
-        return hash((shapes, 0)), []
-    nodes: list[Any] = [out.grad_fn]
-    places: dict[Any, int] = {out.grad_fn: 0}
-    kinds, leaves = [], []
-    for node in nodes:  # which grows
-        name = node.name()
-        kind: list[Any] = [name]
-        for below, output in node.next_functions:
-            if below is not None and below not in places:
-                places[below] = len(nodes)
-                nodes.append(below)
-            kind.append(None if below is None else (places[below], output))
-        if name == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)
-        else:
-            of_kind: Any = type(node)
-            kind += (noted(getattr(node, saved)) for saved in attributes_of(of_kind))
-        kinds.append(tuple(kind))
-    return hash((shapes, tuple(kinds))), leaves
-
-
-@cache
-def attributes_of(kind: Any) -> list[str]:
-    """The names of what an operation's node saves, except tensors and sizes."""
-    names = {name for name in dir(kind) if name.startswith("_saved_")}
-    return sorted(
-        name
-        for name in names
-        if "_raw" + name not in names | set(dir(kind)) and not name.endswith(("sizes", "size"))
-    )
-
-
-def noted(value: Any) -> Any:
-    """A hashable stand-in for a value that an operation saves."""
-    return value if isinstance(value, Hashable) else repr(value)

@@ -1,0 +1,142 @@
+"""Which batches of equal shapes need a check of their own: those whose samples are moved."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastproj import TRAKer
+from fastproj.trak import FunctionModelOutput
+from fastproj.trak.gradients.structure import structure_of
+
+B, T, C = 4, 6, 3
+HELD = torch.tensor([0, 1, 2, 3])
+SWAPPED = torch.tensor([0, 2, 1, 3])
+PLACES = torch.tensor([5, 1, 0, 3]), torch.tensor([2, 2, 4, 0])  # along T, of each sample
+
+
+def structure(function, *words):
+    x = torch.randn(B, T, C, requires_grad=True)
+    return structure_of((x.detach(),), function(x, *words).sum().reshape(1).expand(B))[0]
+
+
+def wide(index):
+    return index.view(B, 1, 1).expand(B, T, C)
+
+
+def flat(order):
+    """Rows of [B * T, C] in this order of samples."""
+    return (order.unsqueeze(1) * T + torch.arange(T)).flatten()
+
+
+def mask(counts):
+    return torch.arange(T) < torch.tensor(counts).unsqueeze(1)
+
+
+ZEROS = torch.zeros(B, T, C)
+
+MOVING = {
+    "index": lambda x, order: x[order],
+    "negative index": lambda x, order: x[order - B],
+    "index of two": lambda x, order: x[order, torch.zeros(B, dtype=torch.long)],
+    "index_select": lambda x, order: x.index_select(0, order),
+    "along another dimension": lambda x, order: x.transpose(0, 1).index_select(1, order),
+    "gather": lambda x, order: x.gather(0, wide(order)),
+    "take_along_dim": lambda x, order: x.take_along_dim(wide(order), 0),
+    "scatter": lambda x, order: ZEROS.scatter(0, wide(order), x),
+    "scatter_add": lambda x, order: ZEROS.scatter_add(0, wide(order), x),
+    "index_add": lambda x, order: ZEROS.index_add(0, order, x),
+    "index_copy": lambda x, order: ZEROS.index_copy(0, order, x),
+    "index_put": lambda x, order: ZEROS.index_put((order,), x),
+    "folded": lambda x, order: x.flatten(0, 1)[flat(order)],
+    "folded, index_select": lambda x, order: x.flatten(0, 1).index_select(0, flat(order)),
+}
+LEAVING = {
+    "a position of each": lambda x, place: x[torch.arange(B), place],
+    "a position of each, folded": lambda x, place: x.flatten(0, 1)[torch.arange(B) * T + place],
+    "gather along positions": lambda x, place: x.gather(1, place.view(B, 1, 1)),
+    "gather along the last": lambda x, place: x.gather(-1, (place % C).view(B, 1, 1)),
+    "gather of folded": lambda x, place: x.flatten(0, 1).gather(1, (place % C).repeat(T)[:, None]),
+    "positions of all": lambda x, place: x[:, place],
+    "mask of one each": lambda x, place: x[torch.arange(T) == place.unsqueeze(1)],
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_samples_in_another_order_are_another_structure(name):
+    assert structure(MOVING[name], SWAPPED) != structure(MOVING[name], HELD)
+    assert structure(MOVING[name], SWAPPED) == structure(MOVING[name], SWAPPED.clone())
+
+
+@pytest.mark.parametrize("name", LEAVING)
+def test_samples_that_stay_are_the_same_structure(name):
+    one, other = (structure(LEAVING[name], place) for place in PLACES)
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda x, mask: x[mask],
+        lambda x, mask: x.flatten(0, 1)[mask.flatten()],
+        lambda x, mask: x.flatten(0, 1)[mask.flatten().nonzero()[:, 0]],
+        lambda x, mask: x.masked_select(mask.unsqueeze(2)),
+        lambda x, mask: ZEROS.masked_scatter(mask.unsqueeze(2), x),
+    ],
+)
+def test_other_numbers_of_rows_are_another_structure(select):
+    even, odd = mask([2, 2, 2, 2]), mask([1, 3, 1, 3])
+    assert structure(select, even) != structure(select, odd)
+    assert structure(select, even) == structure(select, even.clone())
+
+
+class Chosen(nn.Module):
+    """Outputs at labelled positions alone, added up by sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 8), nn.Linear(8, 5)
+
+    def forward(self, ids, labels):
+        keep = labels >= 0
+        found = self.head(self.words(ids)[keep].tanh()).log_softmax(-1)
+        found = found.gather(1, labels[keep][:, None])[:, 0]
+        return torch.zeros(len(ids)).index_add(0, keep.nonzero()[:, 0], found)
+
+
+class Sorted(nn.Module):
+    """Sorts its samples by length, and brings their outputs back into order."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 8, padding_idx=0), nn.Linear(8, 1)
+
+    def forward(self, ids, labels):
+        order = (labels >= 0).sum(1).argsort(stable=True)
+        found = self.head(self.words(ids[order]).tanh().sum(1))
+        return found[order.argsort(), 0]
+
+
+@pytest.mark.parametrize("kind", [Chosen, Sorted])
+def test_rows_that_move_by_values_are_checked(kind, tmp_path):
+    """Batches 1, 2 and 4 have equal counts; in the others they differ, with the same sum."""
+    torch.manual_seed(0)
+    model = kind().eval()
+    plan = [[2, 2, 2, 2]] * 2 + [[1, 3, 1, 3], [2, 2, 2, 2], [3, 1, 3, 1], [1, 3, 2, 2]]
+    data = []
+    for counts in plan:
+        labels = torch.randint(5, (B, T)).masked_fill(~mask(counts), -100)
+        data.append((torch.randint(1, 9, (B, T)), labels))
+
+    def features(save_dir, **options):
+        task = FunctionModelOutput(lambda model, batch: model(*batch))
+        traker = TRAKer(model, task, B * len(plan), save_dir, proj_dim=32, **options)
+        traker.load_checkpoint(model.state_dict(), 0)
+        for at, batch in enumerate(data):
+            traker.featurize(batch, inds=range(B * at, B * at + B))
+        return traker.saver.matrix(0)
+
+    with pytest.warns(UserWarning, match="were computed by module hooks, and a check has just"):
+        features(tmp_path / "found")
+    with pytest.warns(UserWarning, match="have failed a check before"):
+        again = features(tmp_path / "found")  # in a new process
+    torch.testing.assert_close(again, features(tmp_path / "loop", gradient_computer="loop"))
