@@ -456,8 +456,11 @@ def rows_cols(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def multiplied(left: Tensor, right: Tensor) -> Tensor:
-    """``left[b]^T @ right[b]`` [B, m n] of [B, T, m] and [B, T, n]; one may be of a wider dtype."""
-    dtype = torch.promote_types(left.dtype, right.dtype)
+    """``left[b]^T @ right[b]`` [B, m n] of [B, T, m] and [B, T, n], in float32 or float64.
+
+    Sums over positions in 16 bits would lose digits, and overflow in float16.
+    """
+    dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     return torch.bmm(left.transpose(1, 2).to(dtype), right.to(dtype)).flatten(1)
 
 

@@ -186,6 +186,18 @@ def test_sides_give_a_sample_the_same_bits_in_any_batch(r, dtype):
     assert one.of_left(x[:, :0]).shape == (3, 0, r)
 
 
+@pytest.mark.parametrize("r", [2, 8])  # both sides compressed, or none
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_over_positions_are_not_in_16_bits(r, dtype):
+    projector = fastproj.FactoredProjector({"w": (4, 6)}, r, 16)
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randint(15, 25, (2, 700, 4), generator=generator).to(dtype)  # sums above 65,504
+    right = torch.randint(15, 25, (2, 700, 6), generator=generator).to(dtype)
+    found = projector.project_pairs({"w": (left, right)})
+    exact = projector.project_pairs({"w": (left.double(), right.double())})
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-2)
+
+
 @pytest.mark.parametrize("r", [2, 64])
 def test_no_samples_and_no_positions(r):
     """B = 0 gives [0, proj_dim], and pairs with T = 0 a gradient of zero."""

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from fastproj.checks import check_integer
+from fastproj.memory import is_out_of_memory
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.gradients.base import TRAINABLE
 from fastproj.trak.hf.collate import Collator, labels_of
@@ -232,17 +233,23 @@ class HFTRAKer:
                 made = collator.batch(batch)
                 try:
                     use(made, inds=batch)
-                except IndexError as error:
-                    self._say_if_too_long(collator, batch, error)
+                except (IndexError, RuntimeError) as error:  # models differ in what they raise
+                    if not is_out_of_memory(error):
+                        self._say_if_too_long(collator, batch, error)
                     raise
                 bar.update(len(batch))
 
-    def _say_if_too_long(self, collator: Collator, batch: list[int], error: IndexError) -> None:
-        """Raise ValueError where a batch has more tokens than the model has positions for."""
+    def _say_if_too_long(self, collator: Collator, batch: list[int], error: Exception) -> None:
+        """Raise ValueError where a batch is padded to more tokens than the model has positions for.
+
+        The sample that is so long may be in another batch: samples are padded to a few lengths.
+        """
         most = getattr(base_of(self.model).config, "max_position_embeddings", None)
-        longest = max(batch, key=lambda index: collator.lengths[index])
-        tokens = max(collator.lengths[longest])
-        if isinstance(most, int) and tokens > most - POSITIONS_LEFT:
+        padded = max(max(collator.shapes[index]) for index in batch)
+        by_index = isinstance(error, IndexError) or "index" in str(error)
+        if isinstance(most, int) and padded > most - (POSITIONS_LEFT if by_index else 0):
+            longest = max(range(len(collator.lengths)), key=lambda i: max(collator.lengths[i]))
+            tokens = max(collator.lengths[longest])
             raise ValueError(
                 f"{type(self).__name__}: sample {longest} of {collator.name} has {tokens} tokens, "
                 f"for which the model has no positions; expected at most {most} (its config's "

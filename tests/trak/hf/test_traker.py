@@ -386,6 +386,19 @@ def test_a_sample_that_can_not_work_is_named_by_its_number(name, tmp_path):
         run(tmp_path, models.model_for("causal_lm"), samples, samples[:1])
 
 
+@pytest.mark.parametrize("kind", ["causal_lm", "text_classification"])
+@pytest.mark.parametrize("tokens", [models.LONGEST + 1, 60])
+def test_a_sample_that_is_too_long_is_named_whatever_the_batch(kind, tokens, tmp_path):
+    """Shorter samples are padded to its length, so another batch may fail before its own."""
+    samples = models.samples_for(kind, 40)
+    samples[7] = {**samples[7], "input_ids": [5] * tokens}
+    samples[7].pop("attention_mask", None)
+    if kind == "causal_lm":
+        samples[7].pop("labels", None)
+    with pytest.raises(ValueError, match=f"sample 7 of train has {tokens} tokens, .* most 40"):
+        run(tmp_path, models.model_for(kind), samples, samples[:1])
+
+
 def test_data_sets_that_are_none(tmp_path):
     model, samples = models.model_for("causal_lm"), models.samples_for("causal_lm", 4)
     one = datasets.Dataset.from_list(samples)
