@@ -14,7 +14,7 @@ from fastproj.trak.store.store import NotReadyError
 from fastproj.trak.tasks import MaskedLMModelOutput
 from tests.trak import cases, modules
 
-VOCAB, T, N, M = 11, 6, 24, 5
+VOCAB, T, N, M = 11, 7, 24, 5
 
 
 @modules.of(

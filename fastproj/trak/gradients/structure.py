@@ -83,9 +83,9 @@ def moved(node: Any, size: int) -> Iterator[Hashable]:
     """How an operation by indices brings the rows of samples into another order or number.
 
     Yields nothing where it leaves them in place: indices 0, 1 .. size - 1 along the samples, as in
-    ``h[torch.arange(B), lengths]``, or indices along other dimensions. The samples may be a
-    dimension or a part of one, whose length is a multiple of ``size``. Which one is not known, so
-    other dimensions of such a length count as well: that costs a check, and nothing else.
+    ``h[torch.arange(B), lengths]``, or indices along other dimensions. The samples are a dimension
+    of length ``size``, or a part of one whose length is a multiple of it, most likely the first.
+    Which one is not known, so others of such a length may count too: that costs checks alone.
     """
     if size < 2:
         return
@@ -94,7 +94,8 @@ def moved(node: Any, size: int) -> Iterator[Hashable]:
     order = torch.arange(size)
     if any(index.numel() == size and torch.equal(index.flatten(), order) for _, index in exact):
         return
-    if not exact and shape and shape[0] % size == 0 and all(dim for dim, _ in along):
+    kept = [dim for dim in range(len(shape)) if dim not in dict(along)]
+    if not exact and any(shape[d] == size or (d == 0 and shape[d] % size == 0) for d in kept):
         return
     for dim, index in exact or along:
         if shape[dim] and shape[dim] % size == 0:

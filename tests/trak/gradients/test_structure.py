@@ -57,6 +57,10 @@ LEAVING = {
     "gather along the last": lambda x, place: x.gather(-1, (place % C).view(B, 1, 1)),
     "gather of folded": lambda x, place: x.flatten(0, 1).gather(1, (place % C).repeat(T)[:, None]),
     "positions of all": lambda x, place: x[:, place],
+    "positions first": lambda x, place: x.transpose(0, 1)[place],
+    "positions first, as many as two batches": lambda x, place: torch.cat([x, x], 1)[
+        :, : 2 * B
+    ].transpose(0, 1)[place],
     "mask of one each": lambda x, place: x[torch.arange(T) == place.unsqueeze(1)],
 }
 
