@@ -18,8 +18,8 @@ four don't count for the time, but for the memory. Others: see bench/featurizati
 each file says what is compared.
 
 With --in-turn, all providers share one process and take turns batch by batch, in an order that
-changes. That tells small differences of time apart where the machine's speed wanders, but not of
-memory.
+changes. That tells small differences of time apart where the machine's speed wanders. Memory and
+norms are not looked at.
 
 A provider that isn't installed, fails, or takes longer than --limit is reported as such. The
 command fails where a target is missed, or features have other norms than gradients.

@@ -90,6 +90,8 @@ def moved(node: Any, size: int) -> Iterator[Hashable]:
     if size < 2:
         return
     shape, along = indices_of(node)
+    if not shape:
+        return
     exact = [(dim, index) for dim, index in along if shape[dim] == size]
     order = torch.arange(size)
     if any(index.numel() == size and torch.equal(index.flatten(), order) for _, index in exact):

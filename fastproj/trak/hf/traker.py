@@ -233,8 +233,9 @@ class HFTRAKer:
                 made = collator.batch(batch)
                 try:
                     use(made, inds=batch)
-                except (IndexError, RuntimeError) as error:  # models differ in what they raise
-                    if not is_out_of_memory(error):
+                except (IndexError, RuntimeError) as error:
+                    # Models differ in what PyTorch raises then; our own errors are of other types.
+                    if type(error) in (IndexError, RuntimeError) and not is_out_of_memory(error):
                         self._say_if_too_long(collator, batch, error)
                     raise
                 bar.update(len(batch))

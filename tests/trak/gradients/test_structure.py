@@ -58,9 +58,8 @@ LEAVING = {
     "gather of folded": lambda x, place: x.flatten(0, 1).gather(1, (place % C).repeat(T)[:, None]),
     "positions of all": lambda x, place: x[:, place],
     "positions first": lambda x, place: x.transpose(0, 1)[place],
-    "positions first, as many as two batches": lambda x, place: torch.cat([x, x], 1)[
-        :, : 2 * B
-    ].transpose(0, 1)[place],
+    "positions first, a multiple of B": lambda x, place: x.repeat(1, B, 1).transpose(0, 1)[place],
+    "a number": lambda x, place: x.sum().gather(0, torch.tensor(0)),
     "mask of one each": lambda x, place: x[torch.arange(T) == place.unsqueeze(1)],
 }
 

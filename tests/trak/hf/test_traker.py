@@ -13,6 +13,7 @@ import transformers as tf
 from torch import nn
 
 from fastproj import TRAKer
+from fastproj.trak import HooksError
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.hf import HFTRAKer, TRAKCallback
 from fastproj.trak.hf.collate import OF_TOKENS, Collator, labels_of
@@ -397,6 +398,16 @@ def test_a_sample_that_is_too_long_is_named_whatever_the_batch(kind, tokens, tmp
         samples[7].pop("labels", None)
     with pytest.raises(ValueError, match=f"sample 7 of train has {tokens} tokens, .* most 40"):
         run(tmp_path, models.model_for(kind), samples, samples[:1])
+
+
+def test_other_errors_of_long_samples_are_left_as_they_are(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise HooksError("hooks: no index")
+
+    monkeypatch.setattr(TRAKer, "featurize", fails)
+    samples = [{"input_ids": [5] * 60}] * 3
+    with pytest.raises(HooksError, match="hooks: no index"):
+        run(tmp_path, models.model_for("causal_lm"), samples, samples[:1])
 
 
 def test_data_sets_that_are_none(tmp_path):
