@@ -290,21 +290,24 @@ class FactoredProjector:
         rows, cols = rows_cols(self.shapes[name])
         tensors = isinstance(pair, (tuple, list)) and [isinstance(t, Tensor) for t in pair]
         if tensors != [True, True]:
+            of = f" of {', '.join(type(t).__name__ for t in pair)}" if tensors else ""
             raise TypeError(
-                f"{function}: received {name!r}: {type(pair).__name__}; expected a pair of tensors "
-                "(left [B, T, m], right [B, T, n]), or a gradient [B, *shape]"
+                f"{function}: received {name!r}: {type(pair).__name__}{of}; expected a pair of "
+                "tensors (left [B, T, m], right [B, T, n]), or a gradient [B, *shape]"
             )
         left, right = pair
         looked_up = is_numbers(left)
         whole = [*left.shape, rows] if looked_up else list(left.shape)
         if len(whole) != 3 or list(right.shape) != [*whole[:2], cols] or whole[2] != rows:
-            positions = ""
+            hint = ""
             if left.dim() == right.dim() == 2 and list(left.shape) == [len(right), rows]:
-                positions = " (of one position: left.unsqueeze(1) and right.unsqueeze(1))"
+                hint = " (of one position: left.unsqueeze(1) and right.unsqueeze(1))"
+            elif list(right.shape) == [*left.shape[:2], rows] and left.shape[2:] == (cols,):
+                hint = " (the same two in the other order)"
             raise ValueError(
                 f"{function}: received {name!r}: {checks.describe(left)} and "
                 f"{checks.describe(right)}; expected [B, T, {rows}] (or row numbers [B, T], "
-                f"int64) and [B, T, {cols}]{positions}"
+                f"int64) and [B, T, {cols}]{hint}"
             )
         if left.device != right.device:
             raise ValueError(

@@ -311,9 +311,13 @@ def test_what_it_refuses():
     given, _ = pairs()
     with pytest.raises(TypeError, match="received pairs of type list; expected a dict"):
         projector.project_pairs(list(given.values()))
-    with pytest.raises(ValueError, match=r"'fc'.*row numbers"):
+    with pytest.raises(
+        ValueError, match=r"'fc'.*row numbers.*\(the same two in the other order\)$"
+    ):
         projector.project_pairs({**given, "fc": given["fc"][::-1]})
-    with pytest.raises(TypeError, match="a pair of tensors"):
+    with pytest.raises(TypeError, match="tuple of Tensor; expected a pair of tensors"):
         projector.project_pairs({**given, "fc": (given["fc"][0],)})
+    with pytest.raises(TypeError, match="list of ndarray, ndarray; expected a pair of tensors"):
+        projector.project_pairs({**given, "fc": [factor.numpy() for factor in given["fc"]]})
     with pytest.raises(ValueError, match="expected 0 <= row < 40"):
         projector.project_pairs({**given, "table": (given["table"][0] + 40, given["table"][1])})

@@ -302,11 +302,13 @@ def find_tokenizer(options: argparse.Namespace, checkpoints: list[Path], needed:
     and none is needed.
     """
     from fastproj.trak.hf import load_tokenizer
+    from fastproj.trak.hf.folders import base_folder
 
     given = [path for path in (options.tokenizer,) if path is not None]
-    places = given or [*reversed(checkpoints), *options.models, *filter(None, [options.base])]
+    base = options.base or base_folder(checkpoints[-1])
+    places = given or [*reversed(checkpoints), *options.models, *filter(None, [base])]
     try:
-        return load_tokenizer(*places)
+        return load_tokenizer(*dict.fromkeys(places))
     except FileNotFoundError as error:
         if needed or given:
             raise FileNotFoundError(f"{error}; --tokenizer names it") from None

@@ -259,7 +259,7 @@ def test_one_score_for_all_targets(here, capsys):
     assert "all targets" in capsys.readouterr().out
 
 
-def test_adapters(here):
+def test_adapters(here, capsys):
     models.model_for("causal_lm").save_pretrained("base")
     models.tokenizer().save_pretrained("base")
     model = models.with_adapters(load_model("base"))
@@ -271,6 +271,18 @@ def test_adapters(here):
     assert metadata["num_params"] == 128
     assert run("lora", *DATA, "--base", "base", "--grad-wrt", "all", "--out", "all") == 0
     assert json.loads((here / "all" / "metadata.json").read_text())["num_params"] > 4976
+
+    config = here / "lora" / "checkpoint-2" / "adapter_config.json"
+    named = json.loads(config.read_text())
+    assert named["base_model_name_or_path"] == "base"
+    assert run("lora", *DATA, "--out", "named") == 0  # model and tokenizer are where adapters say
+    first, second = (np.load(f"{out}/scores/targets.mmap") for out in ("fastproj-trak", "named"))
+    np.testing.assert_array_equal(first, second)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (here / "base" / name).unlink()
+    capsys.readouterr()
+    assert run("lora/checkpoint-2", *DATA, "--out", "none") == 1
+    assert "found no tokenizer in lora/checkpoint-2, base; expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

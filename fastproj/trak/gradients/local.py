@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastproj.memory import is_out_of_memory
 from fastproj.trak.gradients.base import dense
-from fastproj.trak.gradients.layout import SHARED, BatchDim
+from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError
 from fastproj.trak.gradients.parts import Piece
 from fastproj.trak.gradients.running import vectorised, wide_sums
 
@@ -42,6 +42,7 @@ def local_gradients(
     warned : what has been said already.
 
     Yields (name, Piece) for each parameter. ``torch.func.vmap`` does it, or a loop where it can't.
+    Raises HooksError where the module can't take one sample, as a bag with the offsets of a batch.
     """
     params = {name: module.get_parameter(name).detach() for name in sorted(names)}
     batched = [i for i, where in enumerate(dims) if where is not SHARED]
@@ -83,8 +84,19 @@ def local_gradients(
         except (RuntimeError, ValueError) as error:  # e.g. it branches on values
             if is_out_of_memory(error):
                 raise
+            try:
+                rows = [
+                    gradient([x[b] for x in inputs], [g[b] for g in given]) for b in range(size)
+                ]
+            except (RuntimeError, ValueError, IndexError) as alone_too:
+                if is_out_of_memory(alone_too):
+                    raise
+                raise HooksError(
+                    f"hooks: {type(module).__name__} can't take what belongs to one sample of its "
+                    f"inputs: {first_line(alone_too)} (expected a module whose inputs hold the "
+                    "samples apart; gradient_computer='func' runs the whole model for each)"
+                ) from alone_too
             warn_loop(warned, type(module).__name__, error)
-            rows = [gradient([x[b] for x in inputs], [g[b] for g in given]) for b in range(size)]
             found = {name: torch.stack([row[name] for row in rows]) for name in params}
     for name, g in found.items():
         yield name, Piece(0, g.detach().reshape(size, -1))
@@ -97,8 +109,13 @@ def warn_loop(warned: set[str], what: str, error: Exception) -> None:
         logger.warning(
             "hooks: torch.func.vmap can't take %s, a loop over the samples does: %s",
             what,
-            str(error).partition("\n")[0][:200],
+            first_line(error),
         )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, for a message of our own."""
+    return str(error).partition("\n")[0][:200]
 
 
 def alone(x: Tensor, where: BatchDim | None) -> Tensor:

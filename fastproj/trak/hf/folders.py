@@ -84,10 +84,11 @@ def load_adapters(
     peft = import_peft()
     config = read_config(folder / ADAPTER_CONFIG)
     if base is None:
-        base = config.get("base_model_name_or_path")
-        if not (isinstance(base, str) and base and Path(base).is_dir()):
+        base = base_folder(folder)
+        if base is None:
+            named = config.get("base_model_name_or_path")
             raise FileNotFoundError(
-                f"load_model: the adapters in {folder} belong to {base!r}, which is no folder "
+                f"load_model: the adapters in {folder} belong to {named!r}, which is no folder "
                 "here; expected base= (--base on the command line), the local folder of that model"
             )
     model = load_model(base, task or task_of_peft(config.get("task_type")), dtype=dtype)
@@ -95,6 +96,13 @@ def load_adapters(
         return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
     except Exception as error:
         raise unreadable(folder, "adapters", error) from error
+
+
+def base_folder(folder: Path) -> Path | None:
+    """The local folder of the model that a folder's adapters name; None where there is none."""
+    config = folder / ADAPTER_CONFIG
+    named = read_config(config).get("base_model_name_or_path") if config.exists() else None
+    return Path(named) if isinstance(named, str) and named and Path(named).is_dir() else None
 
 
 def task_of_peft(task_type: str | None) -> str | None:

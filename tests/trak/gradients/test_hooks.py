@@ -830,6 +830,27 @@ def test_loops_over_samples_are_said(caplog):
     assert "vmap can't take Branches, a loop over the samples does" in caplog.text
 
 
+@modules.of(bags=lambda: nn.EmbeddingBag(7, 6), head=lambda: nn.Linear(6, CLASSES))
+def Offsets(self, x):
+    """Bags of one long list of words, by where each begins."""
+    return self.head(self.bags(x.flatten(), torch.arange(0, x.numel(), x.shape[1])))
+
+
+def test_modules_that_cannot_take_one_sample_are_named(tmp_path):
+    """Offsets of a batch say nothing of a sample's own words."""
+    model, batch = Offsets().eval(), (ids(7, 4), torch.arange(N) % CLASSES)
+    with pytest.raises(HooksError, match="EmbeddingBag can't take what belongs to one sample"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    traker = cases.loaded(model, tmp_path, N, proj_dim=16, lambda_reg=1.0)
+    with pytest.warns(UserWarning, match="'func' is used.*EmbeddingBag can't take"):
+        traker.featurize(batch, num_samples=N)
+    exact = cases.loaded(
+        model, tmp_path / "exact", N, proj_dim=16, lambda_reg=1.0, gradient_computer="loop"
+    )
+    exact.featurize(batch, num_samples=N)
+    torch.testing.assert_close(traker.saver.matrix(0), exact.saver.matrix(0), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype):
     model, (x, labels) = build("encoder-layer")
@@ -902,7 +923,7 @@ def test_samples_other_than_the_first_are_checked(name, seed):
     torch.testing.assert_close(flat(grads), flat(exact))
 
 
-@pytest.mark.parametrize(("receiver", "giver"), permutations(range(N), 2))
+@pytest.mark.parametrize(("receiver", "giver"), list(permutations(range(N), 2)))
 def test_any_two_samples_that_are_mixed_are_noticed(receiver, giver):
     def mix(h, w, x):
         takes, gives = (x[:, 0] == 2).to(h.dtype), (x[:, 0] == 3).to(h.dtype)
