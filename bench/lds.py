@@ -8,7 +8,7 @@
 
 For each problem it trains models on random halves of the data (the truth), and a few on everything
 (the checkpoints), and keeps both in --cache. A cell is a problem, a k and a number of checkpoints.
-In each, scores of
+It has the mean over groups of so many: each of the five by itself, or all five. In each, scores of
 
     default       fastproj.TRAKer as it comes
     trak_rule     TRAKer with TRAK's features and the lambda that it chooses for them
@@ -186,24 +186,35 @@ def measure(problem: Problem, options: argparse.Namespace) -> list[Row]:
 
 
 def judged(found: Sequence[Found], problem: Problem, truth: training.Truth) -> Row:
-    """What a provider reaches: of a sweep the best in hindsight, in each measure by itself."""
-    values = [measures(one, problem, truth) for one in found]
-    row: Row = {}
+    """What a provider reaches in the mean over groups of checkpoints: of a sweep the best setting
+    in hindsight, one for all groups, in each measure by itself.
+    """
+    settings = list(dict.fromkeys(one.setting for one in found))
+    groups = [[one for one in found if one.setting == setting] for setting in settings]
+    values = [mean_of([measures(one, problem, truth) for one in group]) for group in groups]
+    row: Row = {"groups": len(groups[0])}
     for name in dict.fromkeys(name for value in values for name in value):
         known = [(value[name], place) for place, value in enumerate(values) if name in value]
         best, place = max(known)
         row[name] = best
         if name in ("output", "likelihood"):
-            row[f"{name}_interval"] = interval(found[place], name, truth)
-        if found[place].setting is not None:
-            row[f"{name}_at"] = found[place].setting
-    if len(found) > 1:
+            ends = [interval(one, name, truth) for one in groups[place]]
+            row[f"{name}_interval"] = tuple(map(float, np.mean(ends, 0)))
+        if settings[place] is not None:
+            row[f"{name}_at"] = settings[place]
+    if len(settings) > 1:
         row["sweep"] = [
-            {"at": one.setting, **value} for one, value in zip(found, values, strict=True)
+            {"at": setting, **value} for setting, value in zip(settings, values, strict=True)
         ]
     if found[0].details:
-        row["details"] = found[0].details
+        row["details"] = [one.details for one in found]
     return row
+
+
+def mean_of(values: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The means of what all of these measure."""
+    names = [name for name in values[0] if all(name in value for value in values)]
+    return {name: float(np.mean([value[name] for value in values])) for name in names}
 
 
 def measures(found: Found, problem: Problem, truth: training.Truth) -> dict[str, float]:

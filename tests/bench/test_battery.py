@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
 from fastproj.trak.tasks import has_likelihood
 
+PAIRS = ((0, 1), (0, 2), (1, 2))
 SMALL = {"n": 160, "targets": 20}
 
 
@@ -135,7 +137,7 @@ def test_the_sweep_is_traks_formula(tmp_path: Path) -> None:
         job = Job(problem, checkpoints, [2], k, "rademacher", str(tmp_path / str(k)))
         done = traker.run(job, traker.TRAK_RULE)
         at = traker.SWEEP.index(0.1)
-        found = list(traker.sweep(done, [2]))[at]
+        found = list(traker.sweep(done, job))[at]
         expected, own, q = 0.0, 0.0, 0.0
         for model_id in range(2):
             phi = done.saver.matrix(model_id).double()
@@ -166,6 +168,39 @@ def test_trak_is_scored_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             scale = np.abs(own.scores).max()
             np.testing.assert_allclose(own.scores, sweep[0].scores, rtol=0, atol=1e-3 * scale)
             assert np.abs(own.scores - sweep[1].scores).max() > 0.1 * scale
+
+
+def test_scores_are_those_of_each_group_of_checkpoints(tmp_path: Path) -> None:
+    """Whatever a provider shares among the groups; the third of three is in no pair."""
+    problem = small("wine")
+    checkpoints = training.checkpoints(problem, 3, tmp_path)
+    whole = Job(problem, checkpoints, [1, 2], 16, "sjlt", str(tmp_path / "whole"))
+    for provider in (traker.default, traker.rule, cosine.scores):
+        found = list(provider(replace(whole, folder=str(tmp_path / provider.__name__))))
+        for name in dict.fromkeys(one.provider for one in found):
+            some = [one for one in found if one.provider == name and one.setting in (None, 1.0)]
+            singles = [one.scores for one in some if one.checkpoints == 1]
+            (pair,) = (one.scores for one in some if one.checkpoints == 2)
+            assert len(singles) == 3
+            # Like the mean over the two, next to that over others. (Lambda depends on the count.)
+            means = [(singles[i] + singles[j]).ravel() for i, j in PAIRS]
+            off = [1 - np.corrcoef(pair.ravel(), mean)[0, 1] for mean in means]
+            assert off[0] < 0.3 * min(off[1:]), (name, off)
+
+
+def test_means_are_of_groups() -> None:
+    job = Job(small("wine"), [{}] * 5, [1, 2, 5], 0, "", "")
+    found = job.means([np.array([float(i)]), np.array([10.0 * i])] for i in range(5))
+    assert [(count, float(a[0]), float(b[0])) for count, (a, b) in found] == [
+        (1, 0, 0),
+        (1, 1, 10),
+        (2, 0.5, 5),
+        (1, 2, 20),
+        (1, 3, 30),
+        (2, 2.5, 25),
+        (1, 4, 40),
+        (5, 2, 20),
+    ]
 
 
 def test_a_regression_tells_its_likelihood() -> None:
@@ -243,6 +278,10 @@ def test_a_sweep_is_judged_in_hindsight_and_cells_are_compared() -> None:
     assert (row["output"], row["output_at"]) == (pytest.approx(1), 1.0)
     assert (row["auc"], row["auc_at"]) == (1.0, 0.1)
     assert "likelihood" not in row
+    assert row["groups"] == 1
+    both = lds.judged([*found, replace(found[2], scores=-scores)], problem, truth)
+    assert (both["output"], both["output_at"]) == (pytest.approx(row["sweep"][1]["output"]), 0.1)
+    assert both["sweep"][2]["output"] == pytest.approx(0, abs=1e-9)  # 1 in one group, -1 in another
     base = {"problem": "p", "held_out": False, "language": True, "k": 8, "checkpoints": 1}
     rows = [
         {**base, "provider": "default", "output": 0.5},

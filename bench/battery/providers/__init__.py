@@ -1,6 +1,6 @@
 """What gives scores: one file each.
 
-A provider is a function of a ``Job`` that yields ``Found``: for each number of checkpoints, scores
+A provider is a function of a ``Job`` that yields ``Found``: for each group of checkpoints, scores
 [n, m] of the training samples for the targets and, where it has one, the score of each sample on
 itself. One that has a parameter yields the scores at each value of it.
 """

@@ -20,7 +20,8 @@ def scores(job: Job) -> Iterator[Found]:
         raise Unsupported("bm25: no words")
     found = bm25(*job.problem.words)
     for count in job.counts:
-        yield Found("bm25", count, found)
+        for _ in job.groups(count):
+            yield Found("bm25", count, found)
 
 
 def bm25(texts: list[Sentence], targets: list[Sentence]) -> Floats:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
@@ -19,13 +18,14 @@ BATCH = 50  # gradients at once
 def scores(job: Job) -> Iterator[Found]:
     """Their mean over checkpoints; nothing is projected. A sample's with itself is 1."""
     problem = job.problem
-    total: Floats = np.zeros((problem.n, problem.m))
-    for done, checkpoint in enumerate(job.checkpoints[: max(job.counts)], start=1):
+
+    def cosines(checkpoint: Checkpoint) -> list[Floats]:
         likelihood = gradients(problem, checkpoint, "likelihood", problem.samples)
         output = gradients(problem, checkpoint, "output", problem.targets)
-        total = total + (unit(likelihood) @ unit(output).mT).double().numpy()
-        if done in job.counts:
-            yield Found("cosine", done, total / done)
+        return [(unit(likelihood) @ unit(output).mT).double().numpy()]
+
+    for count, (mean,) in job.means(map(cosines, job.checkpoints)):
+        yield Found("cosine", count, mean)
 
 
 def gradients(problem: Problem, checkpoint: Checkpoint, of: str, samples: Batch) -> Tensor:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -33,13 +32,12 @@ def scores(job: Job) -> Iterator[Found]:
     torch.manual_seed(0)  # of the labels that are drawn
     task = make_task(job)
     train, targets = TensorDataset(*problem.samples), TensorDataset(*problem.targets)
-    totals: dict[float | None, Floats] = {damping: np.zeros(()) for damping in SWEEP}
-    own: Floats = np.zeros(())
-    for done, checkpoint in enumerate(job.checkpoints[: max(job.counts)], start=1):
+
+    def arrays(number: int) -> list[Floats]:
         model = problem.model().eval()
-        model.load_state_dict(checkpoint)
+        model.load_state_dict(job.checkpoints[number])
         analyzer = Analyzer(
-            f"checkpoint{done}",
+            f"checkpoint{number}",
             prepare_model(model, task),
             task,
             cpu=True,
@@ -55,6 +53,7 @@ def scores(job: Job) -> Iterator[Found]:
             factor_args=FactorArguments("ekfac"),
             overwrite_output_dir=True,
         )
+        made = []
         for place, damping in enumerate(SWEEP):
             arguments = ScoreArguments(damping_factor=damping)
             analyzer.compute_pairwise_scores(
@@ -69,15 +68,16 @@ def scores(job: Job) -> Iterator[Found]:
             )
             found = analyzer.load_pairwise_scores(f"scores{place}")["all_modules"]
             # It pairs with the gradient of the loss, minus that of the log-likelihood.
-            totals[damping] = totals[damping] - found.double().numpy().T
+            made.append(-found.double().numpy().T)
         analyzer.compute_self_scores(
             "own", "factors", train, per_device_train_batch_size=100, overwrite_output_dir=True
         )
-        own = own + analyzer.load_self_scores("own")["all_modules"].double().numpy()
-        if done in job.counts:
-            yield Found("ekfac", done, totals[None] / done, own / done)
-            for damping, total in totals.items():
-                yield Found("ekfac_sweep", done, total / done, setting=damping or 0.0)
+        return [analyzer.load_self_scores("own")["all_modules"].double().numpy(), *made]
+
+    for count, (own, *made) in job.means(map(arrays, range(len(job.checkpoints)))):
+        yield Found("ekfac", count, made[SWEEP.index(None)], own)
+        for damping, found in zip(SWEEP, made, strict=True):
+            yield Found("ekfac_sweep", count, found, setting=damping or 0.0)
 
 
 def make_task(job: Job) -> Any:

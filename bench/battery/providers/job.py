@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """Scores that are wanted: of the first M checkpoints, for each M of ``counts``.
+    """Scores that are wanted: of each M checkpoints in a row, for each M of ``counts``.
 
     proj_dim, kind : of the random matrix, for providers that project.
     folder : an empty one.
@@ -42,10 +42,27 @@ class Job:
         for start in range(0, self.problem.n, BATCH):
             yield tuple(part[start : start + BATCH] for part in samples)
 
+    def groups(self, count: int) -> Iterator[range]:
+        """The checkpoints of each group of ``count``; what is left over is in none."""
+        for start in range(0, len(self.checkpoints) - count + 1, count):
+            yield range(start, start + count)
+
+    def means(self, values: Iterable[list[Floats]]) -> Iterator[tuple[int, list[Floats]]]:
+        """(M, means over a group of M) of the arrays that each checkpoint has, in order."""
+        sums: dict[int, list[Floats]] = {}
+        for done, arrays in enumerate(values, start=1):
+            for count in self.counts:
+                before = sums.pop(count, None)
+                total = arrays if before is None else list(map(np.add, before, arrays))
+                if done % count:
+                    sums[count] = total
+                else:
+                    yield count, [array / count for array in total]
+
 
 @dataclass(frozen=True)
 class Found:
-    """Scores of a provider with the first ``checkpoints`` checkpoints.
+    """Scores of a provider with a group of ``checkpoints`` checkpoints.
 
     provider : its name in the tables; those of a sweep share one.
     setting : the value of its parameter, where it has one.

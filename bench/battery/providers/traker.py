@@ -21,16 +21,14 @@ SWEEP = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4
 def default(job: Job) -> Iterator[Found]:
     """TRAKer with none of its choices made."""
     traker = run(job, {})
-    for count in job.counts:
-        yield found(traker, "default", count)
+    yield from found(traker, "default", job)
 
 
 def rule(job: Job) -> Iterator[Found]:
     """TRAK's features: with TRAKer's rule, and by TRAK's formula at each lambda of SWEEP."""
     traker = run(job, TRAK_RULE)
-    for count in job.counts:
-        yield found(traker, "trak_rule", count)
-    yield from sweep(traker, job.counts)
+    yield from found(traker, "trak_rule", job)
+    yield from sweep(traker, job)
 
 
 def run(job: Job, options: dict[str, Any]) -> TRAKer:
@@ -75,38 +73,38 @@ def score(traker: TRAKer, job: Job) -> TRAKer:
     return traker
 
 
-def found(traker: TRAKer, provider: str, count: int) -> Found:
-    """The scores of the first ``count`` checkpoints, and lambda as a share of the mean."""
-    solved = [traker.saver.systems.read_solve(i) for i in range(count)]
-    details = {"lambda": [one.get("auto", {}).get("relative") for one in solved]}
-    scores = np.array(traker.finalize_scores("targets", model_ids=range(count)), np.float64)
-    own = np.asarray(traker.self_influence(range(count)), np.float64)
-    return Found(provider, count, scores, own, details=details)
+def found(traker: TRAKer, provider: str, job: Job) -> Iterator[Found]:
+    """The scores of each group of checkpoints, and their lambdas as shares of the mean."""
+    for count in job.counts:
+        for group in job.groups(count):
+            solved = [traker.saver.systems.read_solve(i) for i in group]
+            details = {"lambda": [one.get("auto", {}).get("relative") for one in solved]}
+            scores = np.array(traker.finalize_scores("targets", model_ids=group), np.float64)
+            own = np.asarray(traker.self_influence(group), np.float64)
+            yield Found(provider, count, scores, own, details=details)
 
 
-def sweep(traker: TRAKer, counts: Any) -> Iterator[Found]:
+def sweep(traker: TRAKer, job: Job) -> Iterator[Found]:
     """TRAK's scores, phi_i (Phi^T Phi + lambda I)^-1 phi_z Q_i, over SWEEP.
 
     lambda is a share of the mean eigenvalue; as in TRAK, products and Q are averaged apart.
     """
-    total: list[Floats] = [np.zeros(())] * len(SWEEP)
-    own: list[Floats] = [np.zeros(())] * len(SWEEP)
-    q: Floats = np.zeros(())
-    for done in range(1, max(counts) + 1):
-        phi = traker.saver.matrix(done - 1).double()  # [n, k]
-        targets = traker.saver.matrix(done - 1, "targets").double()  # [m, k]
-        q = q + traker.saver.out_to_loss(done - 1).double().numpy()
+
+    def arrays(model_id: int) -> list[Floats]:
+        phi = traker.saver.matrix(model_id).double()  # [n, k]
+        targets = traker.saver.matrix(model_id, "targets").double()  # [m, k]
         values, left, right = decomposed(phi, targets)
         mean = float(phi.square().sum()) / phi.shape[1]
-        for place, share in enumerate(SWEEP):
+        made = [traker.saver.out_to_loss(model_id).double().numpy()]
+        for share in SWEEP:
             shrunk = values + share * mean
-            total[place] = total[place] + ((left / shrunk) @ right).numpy()
-            own[place] = own[place] + (left.square() / shrunk).sum(1).numpy()
-        if done in counts:
-            weight = q / done / done
-            for place, share in enumerate(SWEEP):
-                scores = total[place] * weight[:, None]
-                yield Found("trak_sweep", done, scores, own[place] * weight, setting=share)
+            made.append(((left / shrunk) @ right).numpy())
+            made.append((left.square() / shrunk).sum(1).numpy())
+        return made
+
+    for count, (q, *made) in job.means(map(arrays, range(len(job.checkpoints)))):
+        for share, products, own in zip(SWEEP, made[::2], made[1::2], strict=True):
+            yield Found("trak_sweep", count, products * q[:, None], own * q, setting=share)
 
 
 def decomposed(phi: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

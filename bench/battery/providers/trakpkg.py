@@ -70,29 +70,27 @@ def over_lambda(traker: Any, job: Job) -> Iterator[Found]:
     As in trak, the inverse of XtX is divided by the mean size of its entries.
     """
     saver = traker.saver
-    totals: dict[float, Floats] = {share: np.zeros(()) for share in (0.0, *SWEEP)}
-    weight: Floats = np.zeros(())
-    for done in range(1, max(job.counts) + 1):
-        saver.load_current_store(done - 1)
+
+    def arrays(model_id: int) -> list[Floats]:
+        saver.load_current_store(model_id)
         phi = torch.tensor(np.array(saver.current_store["grads"]), dtype=torch.float64)
         own = np.array(saver.current_store["features"], np.float64)
-        weight = weight + np.array(saver.current_store["out_to_loss"], np.float64)
-        saver.load_current_store(done - 1, "targets", job.problem.m)
+        weight = np.array(saver.current_store["out_to_loss"], np.float64)
+        saver.load_current_store(model_id, "targets", job.problem.m)
         targets = torch.tensor(np.array(saver.current_store["targets_grads"]), dtype=torch.float64)
-        totals[0.0] = totals[0.0] + own @ targets.numpy().T
+        made = [weight, own @ targets.numpy().T]
         values, left, right = decomposed(phi, targets)
         mean = float(phi.square().sum()) / phi.shape[1]
         for share in SWEEP:
             ridge = share * mean
             product = (left / (values + ridge)) @ right / size_of_inverse(phi, left, values, ridge)
-            totals[share] = totals[share] + product.numpy()
-        if done in job.counts:
-            for share, total in totals.items():
-                found = total / done * weight / done
-                if share:
-                    yield Found("trak_own_sweep", done, found, setting=share)
-                else:
-                    yield Found("trak", done, found)
+            made.append(product.numpy())
+        return made
+
+    for count, (weight, own, *made) in job.means(map(arrays, range(len(job.checkpoints)))):
+        yield Found("trak", count, own * weight)
+        for share, found in zip(SWEEP, made, strict=True):
+            yield Found("trak_own_sweep", count, found * weight, setting=share)
 
 
 def size_of_inverse(phi: Tensor, left: Tensor, values: Tensor, ridge: float) -> float:
