@@ -8,7 +8,9 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 
 from fastproj.commands.arguments import filled
@@ -135,9 +137,16 @@ def call(command: str, arguments: list[str]) -> int:
     """Run a command and return its exit status. A missing package becomes a message."""
     try:
         entry: Callable[[list[str]], int | None] = load(command).main
-        return entry(arguments) or DONE
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(show_warning, command)
+            return entry(arguments) or DONE
     except ModuleNotFoundError as error:  # of its module, or what it imports when it needs it
         return missing_package(f"fastproj {command}", error)
+
+
+def show_warning(command: str, message: Warning | str, *where: object) -> None:
+    """Print a warning as what a command says, without the line of code that it comes from."""
+    print(f"fastproj {command}: warning: {message}", file=sys.stderr)
 
 
 def missing_package(program: str, error: ModuleNotFoundError) -> int:

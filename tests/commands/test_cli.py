@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,20 @@ def test_demo_arguments_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastproj.commands.demo", module)
     assert cli.main(["demo", "--help", "--seed", "3"]) == 0
     assert seen == [["--help", "--seed", "3"]]
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_what_the_command_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the file and the line of code that they come from."""
+    module = types.ModuleType("fastproj.commands.demo")
+    module.main = lambda argv: warnings.warn("few samples", stacklevel=1)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastproj.commands.demo", module)
+    shown = warnings.showwarning
+    assert cli.main(["demo"]) == 0
+    assert capsys.readouterr().err == "fastproj demo: warning: few samples\n"
+    assert warnings.showwarning is shown
 
 
 def test_demo_names_the_package_it_lacks(
