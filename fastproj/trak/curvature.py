@@ -33,8 +33,8 @@ class Fisher:
 
     Parameters
     ----------
-    samples : m, the number of training samples that get drawn rows; None is ``min(n, 2 k)``. All n
-        samples have a row that isn't drawn.
+    samples : m, the number of training samples that get drawn rows, rounded up to whole runs of 16
+        to 64 neighbours; None is ``min(n, 2 k)``. All n samples have a row that isn't drawn.
     draws : d, the number of rows drawn for each of these m.
     size_power : a; gradients by a parameter of P entries are multiplied by ``(P / largest P)^a``
         before they are projected, so that inner products are taken in this metric. None is the
@@ -126,23 +126,30 @@ class Draws:
         self.run = min(max(1 << (wanted // LEAST_RUNS).bit_length() >> 1, least), most)
         runs, count = -(-n // self.run), -(-wanted // self.run)
         self._chosen = np.ones(runs, np.bool_)
+        self.first, rest = 0, n % self.run
         if count < runs:  # at equal distances, for samples may be sorted; the first one at random
             zero = np.zeros(1, np.uint64)
-            (word, *_) = philox4x32_10((zero, zero, zero + MASK, zero + MASK), self.key)
+            (word, other, *_) = philox4x32_10((zero, zero, zero + MASK, zero + MASK), self.key)
             places = (np.arange(count) + float(word[0]) * 2.0**-32) * runs / count
             self._chosen[:] = False
             self._chosen[places.astype(np.int64)] = True
+            if rest:  # one run is shorter: any, or the same samples would count more for every seed
+                self.first = int(float(other[0]) * 2.0**-32 * n)
         sizes = np.full(runs, self.run)
-        sizes[-1] = n - self.run * (runs - 1)
+        sizes[-1] = rest or self.run
         self.count = int(sizes[self._chosen].sum())
+        # What the count doesn't tell. (Of defaults with whole runs it does.)
+        some = count < runs and (fisher.samples is not None or rest > 0)
+        self._runs = f", {self.run} at a time" if some else ""
 
     def describe(self) -> str:
         """Its text in the store and in the log."""
-        return f"fisher, {self.draws} row(s) drawn for {self.count} of {self.n} samples"
+        of = f"{self.count} of {self.n} samples{self._runs}"
+        return f"fisher, {self.draws} row(s) drawn for {of}"
 
     def chosen(self, inds: Indices) -> npt.NDArray[np.bool_]:
         """Which of the samples ``inds`` [b] rows are drawn for."""
-        return self._chosen[inds // self.run]
+        return self._chosen[(inds - self.first) % self.n // self.run]
 
     def rows(self, inds: Indices) -> Indices:
         """The numbers of the rows of samples ``inds`` [b], int64 [b, d]."""
@@ -167,8 +174,17 @@ class Draws:
         return torch.from_numpy(noise)
 
 
-def check_terms(terms: Terms, size: int, inds: Indices) -> None:
-    """Raise ValueError unless what a task says of a likelihood can be right, finite or not."""
+def check_terms(terms: Terms, size: int, draws: int, inds: Indices) -> None:
+    """Raise TypeError or ValueError unless what a task says of a likelihood can be right, finite or
+    not.
+
+    draws : how many rows there was noise for.
+    """
+    if not isinstance(terms, Terms):
+        raise TypeError(
+            f"featurize: the task's likelihood_terms returned {type(terms).__name__}; expected "
+            "fastproj.trak.tasks.Terms"
+        )
     for name in ("output", "slope", "curvature", "along"):
         values = getattr(terms, name)
         if values.shape != (size,):
@@ -176,10 +192,11 @@ def check_terms(terms: Terms, size: int, inds: Indices) -> None:
                 f"featurize: the task's likelihood_terms returned {name} {list(values.shape)} for "
                 f"a batch of {size}; expected [{size}]"
             )
-    if terms.drawn.dim() != 2 or len(terms.drawn) != size:
+    if terms.drawn.shape not in ((size, 0), (size, draws)):
         raise ValueError(
             f"featurize: the task's likelihood_terms returned drawn {list(terms.drawn.shape)} for "
-            f"a batch of {size}; expected [{size}, d]"
+            f"a batch of {size} and noise for {draws} row(s); expected [{size}, {draws}], or "
+            f"[{size}, 0] where the curvature says all"
         )
     convex = (terms.curvature < 0).nonzero()
     if len(convex):

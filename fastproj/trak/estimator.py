@@ -108,9 +108,8 @@ class TRAKer:
     grad_wrt : names of the parameters to take gradients by; "trainable" is those that have
         ``requires_grad``, None all.
     lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features (see
-        ``fastproj.trak.solving.ridge``); with ``curvature="fisher"`` and unless samples are
-        sequences or pairs, it is multiplied by 1 + 1/M where the scores of M checkpoints are
-        averaged. A number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its
+        ``fastproj.trak.solving.ridge``); with ``curvature="fisher"``, for samples of one
+        prediction, it is multiplied by 1 + 1/M where the scores of M checkpoints are averaged. A number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its
         mean eigenvalue. With ``curvature="fisher"`` it is added to the Fisher matrix instead.
     kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. kind None
         is "sjlt", which costs a few additions an entry of the gradient (dense kinds: proj_dim
@@ -123,9 +122,10 @@ class TRAKer:
     curvature : the matrix that is inverted. "fisher": the Fisher matrix of the labels' likelihood,
         which is the Gauss-Newton matrix of the loss. Training samples then count by the gradient of
         their log-likelihood. Some of its rows are drawn at random, at the cost of a second backward
-        for at most 2 k samples (``fastproj.trak.Fisher`` has settings). "trak": TRAK's Phi^T Phi,
+        for about 2 k samples (``fastproj.trak.Fisher`` has settings). "trak": TRAK's Phi^T Phi,
         with weights Q (1 - Q) where lambda is "auto". "auto" is "fisher" where ``lambda_reg`` is
-        "auto" and the task knows its likelihood. All of fastproj's tasks do but plain functions.
+        "auto" and the task knows its likelihood. Of fastproj's tasks, plain functions and
+        ``ImageClassificationModelOutput(temperature=)`` don't.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
         True where there are several. With False, this process works by itself.
 

@@ -236,7 +236,7 @@ class Featurizer:
         with self.loaded.guarded("featurize", False), self.computing():
             # Of the whole batch: a task may compare its samples.
             terms = self.training_computer.compute_terms((*batch, noise))
-        check_terms(terms, len(inds), inds)
+        check_terms(terms, len(inds), noise.shape[1], inds)
         places = torch.from_numpy(np.flatnonzero(new)).to(self.device)
         samples = *batch, noise
         if not new.all():  # else it is the batch that the terms are of

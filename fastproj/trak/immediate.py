@@ -113,7 +113,7 @@ class Stream:
                 noise = made_by.draws.noise(model_id, inds, predictions, some=False)
                 samples = *batch, noise.to(made_by.device)
                 terms = made_by.training_computer.compute_terms(samples)
-                check_terms(terms, size, inds)
+                check_terms(terms, size, 0, inds)
                 check_finite_terms(terms, inds)
                 q = terms.slope.float()
                 nothing = np.zeros(size, np.bool_)

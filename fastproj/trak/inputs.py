@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from itertools import zip_longest
 from typing import Any, SupportsIndex
 
@@ -128,16 +129,28 @@ def make_projector(
 
 
 def as_model_ids(function: str, model_ids: Any) -> list[int] | None:
-    """Numbers of checkpoints from any iterable; None stays. Raises TypeError."""
+    """Numbers of checkpoints from any iterable, each once; None stays.
+
+    Raises TypeError, and ValueError where a number comes twice: a mean over checkpoints and its
+    lambda go by how many there are.
+    """
     if model_ids is None:
         return None
     try:
-        return [operator.index(model_id) for model_id in model_ids]
+        found = [operator.index(model_id) for model_id in model_ids]
     except TypeError:
         raise TypeError(
             f"{function}: received model_ids={model_ids!r:.80}; expected None or a list of "
             "integers, such as [0]"
         ) from None
+    twice = [model_id for model_id, count in Counter(found).items() if count > 1]
+    if twice:
+        once = f"{list(dict.fromkeys(found))}"
+        raise ValueError(
+            f"{function}: received model_ids with {listed(twice)} more than once; expected each "
+            f"checkpoint once, model_ids={once:.80}"
+        )
+    return found
 
 
 def subclass_of(name: str, received: Any, base: type) -> Any:

@@ -751,4 +751,6 @@ def test_numbers_of_checkpoints_and_of_samples_that_are_none(traker, model, trai
     ):
         with pytest.raises(TypeError, match=r"received model_ids=.*such as \[0\]"):
             call()
+    with pytest.raises(ValueError, match=r"model_ids with 0 more than once.*model_ids=\[0, 1\]"):
+        traker.finalize_scores("test", model_ids=[0, 1, 0])
     traker.finalize_features(model_ids=(i for i in np.arange(1)))

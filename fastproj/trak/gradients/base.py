@@ -21,8 +21,8 @@ from fastproj.trak.gradients.running import (
     wide_sums,
 )
 from fastproj.trak.inputs import RandomNumbersError
-from fastproj.trak.tasks.base import BatchedModelOutput, Terms, run
-from fastproj.trak.tasks.training import SeveralOutputs, definer
+from fastproj.trak.tasks.base import BatchedModelOutput, Terms, definer, run
+from fastproj.trak.tasks.training import SeveralOutputs
 
 REPEATED = 4  # samples of a batch whose outputs are computed twice
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
@@ -246,7 +246,8 @@ class AbstractGradientComputer(ABC):
 
     def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
         """f of the sample of a batch of one, a scalar; of ``SeveralOutputs``, [rows]."""
-        if getattr(type(self.task), "get_output", None) is not BatchedModelOutput.get_output:
+        method = getattr(self.task, "get_output", None)
+        if getattr(method, "__func__", None) is not BatchedModelOutput.get_output:
             return self.output(chosen, *batches.select(batch, 0))
         # The batch dimension stays: some parts of a batch can't get it back.
         out = self.outputs(chosen, batch)

@@ -18,7 +18,7 @@ from fastproj.trak.gradients.layout import FuncError
 from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.gradients.modules import project_modules
 from fastproj.trak.inputs import RandomNumbersError
-from fastproj.trak.tasks.base import Terms
+from fastproj.trak.tasks.base import Terms, has_batched_outputs
 
 NAMES: dict[str, type[AbstractGradientComputer]] = {
     "hooks": HookGradientComputer,
@@ -43,7 +43,7 @@ class AutomaticGradientComputer(AbstractGradientComputer):
         """Use the parameters and buffers that ``model`` has now."""
         super().load_model_params(model)
         if not hasattr(self, "_left"):
-            batched = hasattr(self.task, "outputs")
+            batched = has_batched_outputs(self.task)
             self._left = ["hooks", "func", "loop"] if batched else ["func", "loop"]
         if hasattr(self, "_computer"):
             self._computer.load_model_params(model)

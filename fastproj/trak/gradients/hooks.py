@@ -48,7 +48,7 @@ from fastproj.trak.gradients.sinks import (
 )
 from fastproj.trak.gradients.structure import structure_of
 from fastproj.trak.inputs import RandomNumbersError
-from fastproj.trak.tasks.base import Terms
+from fastproj.trak.tasks.base import Terms, has_batched_outputs
 
 ALONE_FIRST = 4  # samples of the first batch that are checked each by itself
 STRUCTURES = 1 << 16  # remembered at most
@@ -119,10 +119,10 @@ class HookGradientComputer(AbstractGradientComputer):
     def load_model_params(self, model: nn.Module) -> None:
         """Use the parameters and buffers that ``model`` has now."""
         super().load_model_params(model)
-        if not hasattr(self.task, "outputs"):
+        if not has_batched_outputs(self.task):
             raise HooksError(
                 f"hooks: {type(self.task).__name__} gives the output of one sample only; expected "
-                "a BatchedModelOutput, whose outputs(...) takes a batch"
+                "a BatchedModelOutput that says by outputs(...), of a batch, what f is"
             )
         self._owned = owned_modules(model, set(self.names))
         self._used: set[str] = set()  # what f of some batch has been seen to depend on

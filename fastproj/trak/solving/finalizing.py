@@ -126,9 +126,27 @@ def count_rows(store: Store, model_id: int) -> int:
 
 
 def slope_meaning(store: Store, model_id: int) -> Meaning:
-    """What the slopes of the log-likelihoods of a checkpoint's samples are."""
-    terms = (store.column(model_id, name) for name in ("out_to_loss", "curvature", "along"))
-    return fisher_meaning(*terms)
+    """What the slopes of the log-likelihoods of a checkpoint's samples are.
+
+    Raises ValueError where all slopes or all curvatures are 0: scores would be 0, or without a
+    scale.
+    """
+    slopes, curvature, along = (
+        store.column(model_id, name) for name in ("out_to_loss", "curvature", "along")
+    )
+    if not slopes.any():
+        raise ValueError(
+            f"{STEP}: model_id {model_id} has log-likelihoods whose slope by the output is 0 for "
+            "all training samples, so all scores would be 0; expected a likelihood that depends on "
+            "the output (was it detached?), and a network whose probabilities are not all exactly 1"
+        )
+    if not curvature.any() and not store.column(model_id, "drawn").any():
+        raise ValueError(
+            f"{STEP}: model_id {model_id} has log-likelihoods without curvature, linear in the "
+            "output, of which there is no Fisher matrix; expected a likelihood with one, such as "
+            "-0.5 * (y - f) ** 2 of a regression, or TRAKer(curvature='trak') with another save_dir"
+        )
+    return fisher_meaning(slopes, curvature, along)
 
 
 def q_meaning(model_id: int, q: Tensor, probabilities: bool | None) -> Meaning:

@@ -40,6 +40,8 @@ BLIND = 0.8  # Where more than this share of Q are so near to 1, none does.
 FITTED = 0.1  # f^T (W f + Q) over the sizes of its terms, at which its ridge is trusted in full
 TYPICAL = 0.5  # lambda, in units of trace / n, where rows and features say nothing
 UNUSED = 0.05  # least share of rows left to fit; TYPICAL goes with its root
+ROUNDED = 1e-6  # relative difference of two numbers of float32 that are the same
+FAR = 80.0  # a change of log-odds that takes every slope to 0, or to its weight
 COLUMNS = 512  # of an inverse at once
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
@@ -120,15 +122,15 @@ def fisher_meaning(slopes: Tensor, curvature: Tensor, along: Tensor) -> Meaning:
     """What the slopes Q [n] of log-likelihoods are, with the other two columns of ``Terms``.
 
     A logistic likelihood has Q of both signs too where its output is the log-odds of a class, right
-    or not. Its curvature then is |Q| (1 - |Q|), that of a regression isn't.
+    or not. Its curvature then is |Q| p, with p the probability of the right class, sigmoid(f) or
+    sigmoid(-f), whatever a sample's weight in the loss. That of a regression isn't.
 
     The outputs of a regression are counted from their mean, weighted by the curvature: what a
     constant explains says nothing about how the network was regularised. So scores don't depend on
     where a label has its zero.
     """
     q, weights, values = (t.double() for t in (slopes, curvature, along))
-    size = q.abs().clamp(max=1)
-    logistic = size * (1 - size)
+    logistic = q.abs() * torch.sigmoid(q.sign() * values)
     larger = float(torch.maximum(weights, logistic).sum())
     apart = float((weights - logistic).abs().sum()) / larger if larger > 0 else 0.0
     residual = min(meaning(slopes, True).residual, between(apart, UNSURE, CONTRARY))
@@ -140,14 +142,18 @@ def fisher_meaning(slopes: Tensor, curvature: Tensor, along: Tensor) -> Meaning:
 def moved_slopes(slopes: Tensor, curvature: Tensor, change: Tensor, residual: float) -> Tensor:
     """The slopes Q [n] of log-likelihoods whose outputs change by ``change`` [n].
 
-    That is exact of a logistic likelihood, where |Q| = 1 - p, and of a regression. Where the output
-    is the log-likelihood itself, as of sequences, Q is 1 and stays so.
+    That is exact of a logistic likelihood, whatever a sample's weight w in the loss, and of a
+    regression. |Q| is w (1 - p), and the curvature |Q| p. Of several classes it is |Q|, and w is 1.
+    Where the output is the log-likelihood itself, as of sequences, Q is 1 and stays so.
 
     curvature : as in ``Terms``. residual : as in ``Meaning``.
     """
-    sign, size = slopes.sign(), slopes.abs().clamp(max=1)
-    logistic = sign * (torch.sigmoid(torch.logit(size) - sign * change) - size)
-    return slopes + torch.lerp(logistic, -curvature * change, residual)
+    size = slopes.abs()
+    several = curvature >= size * (1 - ROUNDED)
+    p = torch.where(several, 1 - size, curvature / size.clamp(min=TINY)).clamp(0, 1)
+    ahead = (slopes.sign() * change).clamp(-FAR, FAR)  # of the log-odds
+    logistic = slopes / (1 + p * ahead.expm1())  # (1 - p) / p = exp(-log-odds)
+    return torch.lerp(logistic, slopes - curvature * change, residual)
 
 
 def between(x: float, low: float, high: float) -> float:

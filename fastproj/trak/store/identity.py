@@ -33,7 +33,7 @@ def check_identity(save_dir: Path, stored: Mapping[str, Any], wanted: Mapping[st
         f"{wanted.get(key)!r} in this run"
         for key in wrong
     ]
-    words, same = same_settings(stored, wrong)
+    words, same = same_settings(stored, wanted, wrong)
     raise StoreMismatchError(
         f"TRAKer: {save_dir} holds features of another run: {'; '.join(values)}",
         f"use {words}, or another save_dir",
@@ -43,7 +43,7 @@ def check_identity(save_dir: Path, stored: Mapping[str, Any], wanted: Mapping[st
 
 
 def same_settings(
-    stored: Mapping[str, Any], wrong: Collection[str]
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], wrong: Collection[str]
 ) -> tuple[str, dict[str, Any] | None]:
     """How a run can go on with a directory that differs from it in ``wrong``.
 
@@ -54,7 +54,10 @@ def same_settings(
         unsaid = ", ".join(f"{key}={value}" for key, value in UNSAID.items())
         return f"the same task and settings (those that the text doesn't name: {unsaid})", None
     if set(wrong) == {"size_power"}:
-        return f"curvature=fastproj.trak.Fisher(size_power={stored.get('size_power')!r})", None
+        of = f"size_power={stored['size_power']!r}"
+        return f"curvature=fastproj.trak.Fisher({of}), with samples= and draws= as here", None
+    if set(wrong) <= {"curvature", "size_power"}:
+        return same_curvature(stored, wanted), None
     named = set(wrong)
     of_ours = stored.get("projector") == OWN_PROJECTOR
     if not (of_ours and named & {"projector", *MATRIX_ARGUMENTS}):
@@ -68,6 +71,19 @@ def same_settings(
         same = {"projector": None, **same}
     words = ", ".join(f"{name}={value!r}" for name, value in same.items())
     return f"the same settings ({words})", same
+
+
+def same_curvature(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The arguments of TRAKer that curvature follows from, as a directory has it."""
+    if stored["curvature"] == ABSENT["curvature"]:
+        return "curvature='trak'"
+    if wanted["curvature"] == ABSENT["curvature"]:  # by itself, or since a lambda was given
+        return (
+            "curvature='auto' and no lambda_reg (finalize_features(lambda_reg=...) takes a lambda, "
+            "and scores by TRAK's formula where samples have one prediction)"
+        )
+    power = "" if stored["size_power"] == wanted["size_power"] else ", and the same size_power"
+    return f"the samples and draws of curvature=fastproj.trak.Fisher(samples=, draws=){power}"
 
 
 def describe_task(task: Any) -> str:

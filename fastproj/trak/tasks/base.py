@@ -103,6 +103,10 @@ class AbstractModelOutput(ABC):
     def check_batch(self, batch: Batch) -> None:  # noqa: B027
         """Raise TypeError or ValueError for a batch that this task can't take."""
 
+    def num_predictions(self, batch: Batch) -> int:
+        """T, the largest number of labels that are predicted for a sample of this batch."""
+        return 1
+
 
 class BatchedModelOutput(AbstractModelOutput):
     """A task whose output is written for a batch, without mixing its samples."""
@@ -116,10 +120,6 @@ class BatchedModelOutput(AbstractModelOutput):
         batch = batches.map_leaves(lambda t: t.unsqueeze(0), sample)
         return self.outputs(model, weights, buffers, batch).reshape(())
 
-    def num_predictions(self, batch: Batch) -> int:
-        """T, the largest number of labels that are predicted for a sample of this batch."""
-        return 1
-
     def likelihood_terms(
         self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
     ) -> Terms:
@@ -131,6 +131,21 @@ class BatchedModelOutput(AbstractModelOutput):
             batch's.
         """
         raise NotImplementedError(f"{type(self).__name__} says nothing of a likelihood")
+
+
+def definer(owner: Any, name: str) -> int:
+    """How far up among the ancestors of a class, or of an object's class, the method ``name`` is
+    defined; -1: in the object itself.
+    """
+    kind = owner if isinstance(owner, type) else type(owner)
+    if owner is not kind and name in getattr(owner, "__dict__", {}):
+        return -1
+    return next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), len(kind.__mro__))
+
+
+def has_batched_outputs(task: Any) -> bool:
+    """Whether a task's ``outputs`` give f: not where a subclass changes ``get_output`` alone."""
+    return hasattr(task, "outputs") and definer(task, "outputs") <= definer(task, "get_output")
 
 
 def call(model: Any, weights: Params, buffers: Params, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, Terms, run
+from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, Terms, definer, run
 
 OWN = ("outputs", "get_output", "get_out_to_loss_grad")  # methods that a likelihood belongs to
 
@@ -47,10 +47,9 @@ class TokenOutput(SeveralOutputs):
         A subclass of a task of ours that changes what tokens add to f, and not ``targets``, keeps
         all: the two need not belong together.
         """
-        kind = type(self.task)
-        of_targets = definer(kind, "targets")
+        of_targets = definer(self.task, "targets")
         known = hasattr(self.task, "counted_places") and all(
-            of_targets <= definer(kind, name) for name in ("predictions", "token_outputs")
+            of_targets <= definer(self.task, name) for name in ("predictions", "token_outputs")
         )
         self.places = self.task.counted_places(batch) if known else None
 
@@ -112,10 +111,5 @@ def has_likelihood(task: Any) -> bool:
     """
     if not getattr(task, "knows_likelihood", False):
         return False
-    places = {name: definer(type(task), name) for name in (*OWN, "likelihood_terms")}
+    places = {name: definer(task, name) for name in (*OWN, "likelihood_terms")}
     return all(places["likelihood_terms"] <= places[name] for name in OWN)
-
-
-def definer(kind: type, name: str) -> int:
-    """How far up among the ancestors of a class the method ``name`` is defined."""
-    return next((i for i, base in enumerate(kind.__mro__) if name in vars(base)), len(kind.__mro__))

@@ -27,6 +27,7 @@ from fastproj.trak.files import read_json
 from fastproj.trak.solving import ridge
 from fastproj.trak.solving.solve import Gram, Solution
 from fastproj.trak.store.store import DRAWN
+from fastproj.trak.tasks import Terms
 from tests.trak import cases, modules
 
 M = 5
@@ -471,6 +472,67 @@ def test_two_classes_may_be_said_by_the_log_odds_of_either(tmp_path, k):
     assert_close(others * (2 * y[:M].numpy() - 1), scores)
 
 
+def weighted(weight, right):
+    """Two classes whose log-likelihoods count ``weight(label)``, by the log-odds of the right one,
+    or by those of class 1.
+    """
+    if right:
+        return FunctionModelOutput(
+            lambda model, batch: (2 * batch[1] - 1) * model(batch[0])[:, 0],
+            likelihood=lambda f, batch: weight(batch[1]) * F.logsigmoid(f),
+        )
+    return FunctionModelOutput(
+        lambda model, batch: model(batch[0])[:, 0],
+        likelihood=lambda f, batch: weight(batch[1]) * (batch[1] * f - F.softplus(f)),
+    )
+
+
+@pytest.mark.parametrize("k", [8, 90])
+def test_weights_of_classes_may_be_said_by_either_log_odds(tmp_path, k):
+    """And a weight that all samples have changes nothing."""
+    x, y, model = numbers_to_predict(60)
+    y = (y > 0).long()
+
+    def found(number, weight, right):
+        task = weighted(weight, right)
+        scores, lam = scored(tmp_path / number, model, task, (x, y), (x[:M], y[:M]), k)
+        return (scores if right else scores * (2 * y[:M].numpy() - 1)), lam
+
+    usual, lam = found("usual", lambda y: 1.0, True)
+    for number, (weight, right) in enumerate(
+        [(0.01, True), (0.01, False), (50, True), (50, False)]
+    ):
+        scores, other = found(str(number), lambda y, weight=weight: weight, right)
+        assert other == pytest.approx(weight * lam, rel=1e-4)
+        assert_close(scores, usual, 1e-4)
+    by_class = [found(f"of{right}", lambda y: 1 + 4 * y, right) for right in (True, False)]
+    assert by_class[0][1] == pytest.approx(by_class[1][1], rel=1e-5)
+    assert_close(by_class[1][0], by_class[0][0])
+    assert np.abs(by_class[0][0] - usual).max() > 0.01 * np.abs(usual).max()
+
+
+def test_slopes_of_weighted_classes_follow_the_output():
+    f, change = torch.tensor([[-3.0, 0.5, 4.0], [2.0, -1.0, 0.3]], dtype=torch.float64)
+    weight, side = torch.tensor([[0.1, 7.0, 2.0], [1, -1, 1]], dtype=torch.float64)
+    p = torch.sigmoid(side * f)
+    found = ridge.moved_slopes(side * weight * (1 - p), weight * p * (1 - p), change, 0.0)
+    torch.testing.assert_close(found, side * weight * torch.sigmoid(-side * (f + change)))
+
+
+LINEAR = {
+    "has log-likelihoods without curvature, linear in the output": lambda f, batch: batch[1] * f,
+    r"slope by the output is 0 .* all scores would be 0": lambda f, batch: 0 * f * f,
+}
+
+
+@pytest.mark.parametrize("told", LINEAR)
+def test_likelihoods_without_a_fisher_matrix_are_refused(tmp_path, told):
+    x, y, model = numbers_to_predict(20)
+    task = FunctionModelOutput(lambda model, batch: model(batch[0])[:, 0], likelihood=LINEAR[told])
+    with pytest.raises(ValueError, match=told):
+        scored(tmp_path, model, task, (x, y), (x[:M], y[:M]), 8)
+
+
 def test_slopes_of_a_regression_and_of_classes_are_told_apart():
     generator = torch.Generator().manual_seed(0)
     f = 3 * torch.randn(400, generator=generator)
@@ -483,6 +545,7 @@ def test_slopes_of_a_regression_and_of_classes_are_told_apart():
         (counts - f.exp(), f.exp(), 1.0),
         (labels - sure, sure * (1 - sure), 0.0),
         (1 - sure, sure * (1 - sure), 0.0),
+        ((1 + 4 * labels) * (labels - sure), (1 + 4 * labels) * sure * (1 - sure), 0.0),
         (torch.ones(400), torch.ones(400), 0.0),  # of several predictions
         (torch.zeros(400), torch.zeros(400), 0.0),
     ):
@@ -835,10 +898,15 @@ def test_other_settings_are_refused_with_both_named(tmp_path):
     cases.make(cases.net(), tmp_path, 40, curvature=Fisher(samples=40))
     one = r"curvature 'fisher, 1 row\(s\) drawn for 40 of 40 samples' in the directory"
     two = r"'fisher, 2 row\(s\) drawn for 40 of 40 samples' in this run"
-    with pytest.raises(StoreMismatchError, match=f"{one}, {two}"):
+    with pytest.raises(StoreMismatchError, match=f"{one}, {two}.*samples and draws of curvature"):
         cases.make(cases.net(), tmp_path, 40, curvature=Fisher(samples=40, draws=2))
-    with pytest.raises(StoreMismatchError, match=f"{one}, 'trak' in this run"):
-        cases.make(cases.net(), tmp_path, 40, curvature="trak")
+    for options in ({"curvature": "trak"}, {"lambda_reg": 0.1}):
+        said = f"{one}, 'trak' in this run.*use curvature='auto' and no lambda_reg"
+        with pytest.raises(StoreMismatchError, match=said):
+            cases.make(cases.net(), tmp_path, 40, **options)
+    cases.make(cases.net(), tmp_path / "trak", 40, curvature="trak")
+    with pytest.raises(StoreMismatchError, match="use curvature='trak'"):
+        cases.make(cases.net(), tmp_path / "trak", 40)
 
 
 class Alone(AbstractModelOutput):
@@ -850,6 +918,18 @@ class Alone(AbstractModelOutput):
 
     def get_out_to_loss_grad(self, model, weights, buffers, batch):
         return torch.ones(len(batch[0]))
+
+
+class Told(Alone):
+    """One that also says what its likelihood is."""
+
+    knows_likelihood = True
+
+    def likelihood_terms(self, model, weights, buffers, batch, noise):
+        logits = torch.func.functional_call(model, (weights, buffers), batch[0])
+        f = F.log_softmax(logits, 1).gather(1, batch[1][:, None])[:, 0]
+        one = torch.ones_like(f)
+        return Terms(f, one, one, 0 * one, f.new_zeros(len(f), 0))
 
 
 class OwnOutputs(ImageClassificationModelOutput):
@@ -890,6 +970,7 @@ WITH = {
     "name": lambda: "image_classification",
     "own everything": OwnEverything,
     "renamed": Renamed,
+    "one sample and a likelihood": Told,
     "likelihood": lambda: FunctionModelOutput(margin, likelihood=lambda f, batch: F.logsigmoid(f)),
 }
 
@@ -971,6 +1052,8 @@ def test_terms_that_cant_be_right_are_refused(tmp_path):
     changes = {
         r"slope \[1, 4\]": lambda t: t._replace(slope=t.slope[None]),
         r"drawn \[4\]": lambda t: t._replace(drawn=t.drawn[:, 0]),
+        r"drawn \[4, 2\] .* noise for 1 row": lambda t: t._replace(drawn=t.drawn.repeat(1, 2)),
+        "returned tuple; expected fastproj.trak.tasks.Terms": tuple,
         "sample 0 has the curvature -1": lambda t: t._replace(curvature=t.curvature * 0 - 1),
         r"along of samples 0, 1, 2, 3 ": lambda t: t._replace(along=t.along / 0),
     }
@@ -979,6 +1062,6 @@ def test_terms_that_cant_be_right_are_refused(tmp_path):
             cases.net(), Wrong(change), 4, tmp_path / str(number), proj_dim=8, device="cpu"
         )
         traker.load_checkpoint(cases.net().state_dict(), 0)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             traker.featurize(cases.data(4), num_samples=4)
         assert not traker.saver.index(0).done.any()

@@ -531,13 +531,35 @@ def test_how_many_samples_are_chosen(n, k, samples, count):
     chosen = draws.chosen(np.arange(n))
     assert draws.count == chosen.sum()
     assert draws.count in count
-    assert draws.describe() == f"fisher, 2 row(s) drawn for {draws.count} of {n} samples"
+    some = ", 16 at a time" if draws.count < n and (samples or n % 16) else ""
+    assert draws.describe() == f"fisher, 2 row(s) drawn for {draws.count} of {n} samples{some}"
     order = np.random.default_rng(0).permutation(n)
     np.testing.assert_array_equal(draws.chosen(order), chosen[order])
     again = Draws(n, k, Fisher(samples, draws=2), seed=1)
     np.testing.assert_array_equal(again.chosen(np.arange(n)), chosen)
     rows = draws.rows(np.array([0, n - 1]))
     np.testing.assert_array_equal(rows, [[0, 1], [2 * n - 2, 2 * n - 1]])
+
+
+def test_rows_count_one_in_expectation_whatever_the_last_run():
+    """Also where a run is shorter than the others: the same samples may not always be in it."""
+    n, seeds = 97, 3000
+    weights = np.zeros(n)
+    for seed in range(seeds):
+        chosen = Draws(n, 16, Fisher(samples=16), seed).chosen(np.arange(n))
+        weights += chosen * n / chosen.sum()
+    assert set(weights) != {0}
+    # A weight is n / 16, or n in a run of one; its variance is below 97 + 97 / 16.
+    assert np.abs(weights / seeds - 1).max() < 5 * (104 / seeds) ** 0.5
+
+
+def test_selections_of_as_many_samples_are_told_apart():
+    one, other = (Draws(4000, 256, Fisher(samples=count), 0) for count in (1000, 1024))
+    assert one.count == other.count == 1024
+    assert one.describe() != other.describe()
+    assert (one.chosen(np.arange(4000)) != other.chosen(np.arange(4000))).any()
+    default = Draws(4096, 256, Fisher(), 0)  # as stores have it that were made before
+    assert default.describe() == "fisher, 1 row(s) drawn for 512 of 4096 samples"
 
 
 def test_every_sample_is_chosen_as_often():
@@ -552,7 +574,9 @@ def test_every_sample_is_chosen_as_often():
 )
 def test_runs_are_spread_evenly(n, k, run):
     """Samples may be sorted by class; and few batches have both kinds of samples."""
-    chosen = Draws(n, k, Fisher(), seed=5).chosen(np.arange(n))
+    draws = Draws(n, k, Fisher(), seed=5)
+    assert (draws.first == 0) == (n % run == 0)
+    chosen = np.roll(draws.chosen(np.arange(n)), -draws.first)
     starts = np.flatnonzero(chosen & ~np.concatenate([[False], chosen[:-1]]))
     assert (starts % run == 0).all()
     assert chosen.reshape(-1)[: n // run * run].reshape(-1, run).std(1).max() == 0

@@ -14,6 +14,8 @@ from fastproj.trak import (
     CausalLMModelOutput,
     CLIPModelOutput,
     FunctionModelOutput,
+    HookGradientComputer,
+    HooksError,
     ImageClassificationModelOutput,
 )
 from fastproj.trak.tasks import margins, resolve_task
@@ -129,6 +131,50 @@ def test_a_function_is_a_task(as_dict, tmp_path):
     )
     assert traker.saver.out_to_loss(0).tolist() == [1.0] * 8
     assert traker.gradient_computer.name == "hooks"
+
+
+class Twice(ImageClassificationModelOutput):
+    """f is changed in trak's way, one sample at a time."""
+
+    def get_output(self, model, weights, buffers, image, label):
+        return 2 * super().get_output(model, weights, buffers, image, label)
+
+
+def twice_itself():
+    """The same in an object of our class."""
+    task = ImageClassificationModelOutput()
+    own = task.get_output
+    task.get_output = lambda *args: 2 * own(*args)
+    return task
+
+
+@pytest.mark.parametrize("made", [Twice, twice_itself])
+@pytest.mark.parametrize("computer", ["auto", "func", "loop"])
+def test_an_output_that_is_changed_for_one_sample_is_f(made, computer, tmp_path):
+    """``outputs`` of a batch still is our f then."""
+    model, batch = cases.net(), cases.data(6)
+    ours = cases.loaded(model, tmp_path / "ours", 6, proj_dim=16, curvature="trak")
+    theirs = cases.loaded(
+        model, tmp_path / "theirs", 6, made(), proj_dim=16, gradient_computer=computer
+    )
+    for traker in (ours, theirs):
+        traker.featurize(batch, num_samples=6)
+    assert theirs.fisher is None
+    wanted = 2 * ours.saver.matrix(0)
+    torch.testing.assert_close(theirs.saver.matrix(0), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_refuse_an_output_that_is_changed_for_one_sample():
+    with pytest.raises(HooksError, match=r"Twice gives the output of one sample only"):
+        HookGradientComputer(cases.net(), Twice())
+
+
+def test_q_that_is_changed_in_the_task_itself_is_used(tmp_path):
+    task = ImageClassificationModelOutput()
+    task.get_out_to_loss_grad = lambda model, weights, buffers, batch: torch.full((6,), 0.25)
+    traker = cases.loaded(cases.net(), tmp_path, 6, task, proj_dim=16)
+    traker.featurize(cases.data(6), num_samples=6)
+    assert traker.saver.out_to_loss(0).tolist() == [0.25] * 6
 
 
 def test_q_of_a_function_follows_from_its_loss():
