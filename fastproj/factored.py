@@ -297,6 +297,8 @@ class FactoredProjector:
             )
         left, right = pair
         looked_up = is_numbers(left)
+        if looked_up:
+            left = left.long()  # PyTorch has no minimum of uint16
         whole = [*left.shape, rows] if looked_up else list(left.shape)
         if len(whole) != 3 or list(right.shape) != [*whole[:2], cols] or whole[2] != rows:
             hint = ""

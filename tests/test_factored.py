@@ -319,5 +319,7 @@ def test_what_it_refuses():
         projector.project_pairs({**given, "fc": (given["fc"][0],)})
     with pytest.raises(TypeError, match="list of ndarray, ndarray; expected a pair of tensors"):
         projector.project_pairs({**given, "fc": [factor.numpy() for factor in given["fc"]]})
+    short = {**given, "table": (given["table"][0].to(torch.uint16), given["table"][1])}
+    assert torch.equal(projector.project_pairs(short), projector.project_pairs(given))
     with pytest.raises(ValueError, match="expected 0 <= row < 40"):
         projector.project_pairs({**given, "table": (given["table"][0] + 40, given["table"][1])})

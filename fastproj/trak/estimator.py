@@ -109,8 +109,9 @@ class TRAKer:
         ``requires_grad``, None all.
     lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features (see
         ``fastproj.trak.solving.ridge``); with ``curvature="fisher"``, for samples of one
-        prediction, it is multiplied by 1 + 1/M where the scores of M checkpoints are averaged. A number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its
-        mean eigenvalue. With ``curvature="fisher"`` it is added to the Fisher matrix instead.
+        prediction, it is multiplied by 1 + 1/M where the scores of M checkpoints are averaged. A
+        number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean
+        eigenvalue. With ``curvature="fisher"`` it is added to the Fisher matrix instead.
     kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. kind None
         is "sjlt", which costs a few additions an entry of the gradient (dense kinds: proj_dim
         multiply-adds) for scores that are as good (docs/projection.md). Where proj_dim < 16, rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from itertools import product
 
 import pytest
@@ -403,6 +404,29 @@ def test_sums_over_many_tokens_go_on_in_16_bits(computer, size):
         part = exact[:, place : place + g[0].numel()]
         place += part.shape[1]
         assert error(g.flatten(1).double(), part) < BOUNDS[torch.bfloat16], name
+
+
+@modules.of(step=lambda: nn.Linear(WIDTH, WIDTH), head=lambda: nn.Linear(WIDTH, CLASSES))
+def Loop(self, x):
+    """A loop over time, as of a cell."""
+    return self.head(sum(torch.tanh(self.step(x[:, t])) for t in range(x.shape[1])))
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [("bfloat16", 65), ("bfloat16", 64), ("float32", 65)])
+def test_sums_over_many_calls_in_16_bits_are_warned_of(dtype, steps, caplog):
+    """Autograd adds them up in 16 bits, and so do all computers: see docs/gradients.md."""
+    dtype = getattr(torch, dtype)
+    x = torch.rand(4, steps, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+    computer = AutomaticGradientComputer(Loop().to(dtype).eval(), TASK)
+    batch = x, torch.arange(4) % CLASSES
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where "auto" goes on
+        for _ in range(2):
+            computer.compute_per_sample_grad(batch)
+    told = [r.getMessage() for r in caplog.records if "adds up the gradients" in r.getMessage()]
+    warned = dtype == torch.bfloat16 and steps > 64
+    assert len(told) == warned
+    assert not told or "'step.weight' 65 times in a forward" in told[0]
 
 
 def test_a_sparse_table_adds_up_in_float32():
