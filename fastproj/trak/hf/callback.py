@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
+from fastproj.trak.checkpoints import settle_norms
 from fastproj.trak.files import StoreMismatchError, make_dir, read_json, write_json
 from fastproj.trak.fingerprints import model_digest
 from fastproj.trak.hf.traker import HFTRAKer
@@ -30,9 +32,9 @@ class TRAKCallback(TrainerCallback):
         trainer.train()
         callback.scores  # [n_train, n_targets]
 
-    The training is what it would be without the callback, bit for bit: random numbers, modes of
-    modules and gradients are as before when it returns. Scores need no checkpoint to be kept. A
-    checkpoint's model_id is its step, ``trainer.state.global_step``.
+    The training is what it would be without the callback, bit for bit: weights, random numbers,
+    modes of modules and gradients are as before when it returns. Scores need no checkpoint to be
+    kept. A checkpoint's model_id is its step, ``trainer.state.global_step``.
 
     A training that was stopped, and goes on by ``resume_from_checkpoint``, goes on here, too: what
     the checkpoint lacks is featurized first. Features of steps that the training takes again, to
@@ -47,7 +49,7 @@ class TRAKCallback(TrainerCallback):
     Parameters
     ----------
     train : the tokenised training set in its own order, as for ``HFTRAKer``; it need not be all
-        that the trainer has.
+        that the trainer has. A generator, here or as targets, is read at once.
     save_dir : where features and scores are kept.
     targets : tokenised samples to score, or None: ``HFTRAKer.score`` can do so later for steps
         whose checkpoints the trainer keeps.
@@ -78,7 +80,10 @@ class TRAKCallback(TrainerCallback):
                 f"TRAKCallback: received when={when!r}; expected {' or '.join(map(repr, WHEN))}"
             )
         check_exp_name("TRAKCallback", exp_name)
-        self.train, self.targets = train, targets
+        # A training may begin more than once.
+        self.train, self.targets = (
+            list(data) if isinstance(data, Iterator) else data for data in (train, targets)
+        )
         self.save_dir = Path(save_dir).absolute()
         self.when, self.exp_name, self.options = when, exp_name, options
         self.traker: HFTRAKer | None = None
@@ -95,8 +100,13 @@ class TRAKCallback(TrainerCallback):
             self.traker = HFTRAKer(model, self.train, None, self.save_dir, **options)
             if self.targets is not None:
                 self._targets = self.traker.collator("targets", self.targets)
+                saver = self.traker.traker.saver
+                saver.check_experiment(self.exp_name, len(self._targets.samples))
         self.scores = None
-        self.steps = [step for step in self._steps_on_disk() if step <= state.global_step]
+        there = self._steps_on_disk()
+        self.steps = [step for step in there if step <= state.global_step]
+        if self.steps != there:  # those of an abandoned training, which this one may yet pass
+            self._write_steps()
         resumed = state.global_step > 0
         if resumed and (self.when == "save" or state.global_step in self.steps):
             self._featurize(model, state.global_step)
@@ -133,10 +143,9 @@ class TRAKCallback(TrainerCallback):
         traker = self._begun()
         if step not in self.steps:
             self.steps.append(step)
-        if traker.traker.ranks.first:
-            make_dir(self.save_dir)
-            write_json(self.save_dir / STEPS, {"steps": self.steps})
+        self._write_steps()
         with undisturbed(model):
+            settle_norms(model)  # as the weights of a checkpoint that is there are
             weights = model.state_dict()
             saver = traker.traker.saver
             other = self._is_other(model, step)
@@ -165,6 +174,12 @@ class TRAKCallback(TrainerCallback):
                 other = True
         # All must know before one of them sets anything aside.
         return any(self._begun().traker.ranks.all_gather("TRAKCallback", other))
+
+    def _write_steps(self) -> None:
+        """Say in save_dir which steps the training was featurized at."""
+        if self._begun().traker.ranks.first:
+            make_dir(self.save_dir)
+            write_json(self.save_dir / STEPS, {"steps": self.steps})
 
     def _steps_on_disk(self) -> list[int]:
         """The steps that save_dir says a training was featurized at."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastproj.trak.checkpoints import bounded
+
 AUTOCAST = "_original_forward"  # accelerate's name for the forward that it wraps in autocast
 
 
@@ -19,12 +21,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Within the block the model may be used in eval mode; afterwards a training goes on as if it
     had not been.
 
-    Kept are the mode of each module, ``requires_grad`` and ``grad`` of the parameters, and the
-    states of Python's, numpy's and torch's random numbers. Within, the model's forward is its own,
+    Kept are the mode of each module, ``requires_grad`` and ``grad`` of the parameters, the weights
+    of embeddings with ``max_norm``, whose rows are scaled when the model is used, and the states of
+    Python's, numpy's and torch's random numbers. Within, the model's forward is its own,
     without the autocast that accelerate puts around it.
     """
     modes = {module: module.training for module in model.modules()}
     grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    scaled = [(module.weight, module.weight.detach().clone()) for module in bounded(model)]
     wrapped = vars(model).get("forward") if AUTOCAST in vars(model) else None
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
     of_torch = [(module, module.get_rng_state()) for module in random_modules(model)]
@@ -41,6 +45,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for p, requires_grad, grad in grads:
             p.requires_grad_(requires_grad)
             p.grad = grad
+        with torch.no_grad():
+            for weight, kept in scaled:
+                weight.copy_(kept)
         random.setstate(of_python)
         np.random.set_state(of_numpy)  # noqa: NPY002
         for source, state in of_torch:

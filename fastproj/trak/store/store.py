@@ -209,16 +209,28 @@ class Store:
         num_targets: int,
         grouping: tuple[list[int], str] | None = None,
     ) -> None:
-        """Make ``model_id`` current for an experiment; raises if that has other targets or groups.
-
-        grouping : the group of each target, and "sum" | "mean"; None scores each target.
-        """
+        """Make ``model_id`` current for an experiment; raises as ``check_experiment``."""
         path = self.experiment_path(exp_name)
         facts: dict[str, Any] = {"num_targets": num_targets}
         if grouping is not None:
             facts["groups"], facts["reduction"] = grouping
         if not path.exists():
             write_json(path, facts)
+        self.check_experiment(exp_name, num_targets, grouping)
+        remove_stale(self.shard_dir(model_id, exp_name))
+        self._tidy(model_id, exp_name)
+        self.current_model_id = model_id
+
+    def check_experiment(
+        self, exp_name: str, num_targets: int, grouping: tuple[list[int], str] | None = None
+    ) -> None:
+        """Raise StoreMismatchError if an experiment is there with other targets or groups.
+
+        grouping : the group of each target, and "sum" | "mean"; None scores each target.
+        """
+        path = self.experiment_path(exp_name)
+        if not path.exists():
+            return
         stored = read_json(path)["num_targets"]
         if stored != num_targets:
             raise StoreMismatchError(
@@ -237,9 +249,6 @@ class Store:
                 another="exp_name",
                 same={"groups": groups, "reduction": reduction},
             )
-        remove_stale(self.shard_dir(model_id, exp_name))
-        self._tidy(model_id, exp_name)
-        self.current_model_id = model_id
 
     def num_targets(self, exp_name: str) -> int:
         """Number of targets of an experiment."""

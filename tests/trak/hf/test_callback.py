@@ -10,9 +10,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 
 from fastproj.trak.featurizer import Featurizer
-from fastproj.trak.files import read_json
+from fastproj.trak.files import StoreMismatchError, read_json
 from fastproj.trak.hf import HFTRAKer, TRAKCallback, checkpoints_in
 from fastproj.trak.hf.undisturbed import undisturbed
 from tests.trak.hf import models
@@ -182,6 +183,54 @@ def test_steps_of_an_earlier_training_do_not_count(tmp_path):
     np.testing.assert_array_equal(ours.scores, fresh.scores)
 
 
+def test_steps_of_an_abandoned_training_do_not_count_after_a_stop(tmp_path):
+    """A training that stops before it has featurized anything, and goes on behind one of them."""
+    train(tmp_path / "run", [callback(tmp_path, when="epoch")])  # whose epochs end at 6 and 12
+
+    class Stop(tf.TrainerCallback):
+        def on_step_end(self, args, state, control, **given):
+            if state.global_step == 9:
+                raise Stopped
+
+    other = {"per_device_train_batch_size": 2, "max_steps": 12, "save_steps": 8, "seed": 5}
+    with pytest.raises(Stopped):
+        train(tmp_path / "run2", [callback(tmp_path, when="epoch"), Stop()], **other)
+    ours, checkpoint = callback(tmp_path, when="epoch"), tmp_path / "run2" / "checkpoint-8"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        train(tmp_path / "run2", [ours], resume=checkpoint, **other)
+    assert ours.steps == [12]
+
+
+def test_generators_last_for_a_second_training(tmp_path, whole):
+    samples = models.samples_for("causal_lm", SAMPLES)
+    folder, rows, targets = tmp_path / "trak", iter(samples), iter(samples[:3])
+    ours = TRAKCallback(rows, folder, targets, **OPTIONS)
+    for _ in range(2):
+        train(tmp_path / "run", [ours])
+        np.testing.assert_array_equal(ours.scores, whole)
+
+
+def test_weights_that_embeddings_scale_are_put_back(tmp_path, monkeypatch):
+    """Featurizing brings all rows to their largest norm, training those that it looks up."""
+    made = models.model_for
+
+    def bounded(kind, seed=0):
+        model = made(kind, seed)
+        model.transformer.wpe.max_norm = 0.05
+        return model
+
+    monkeypatch.setattr(models, "model_for", bounded)
+    wanted = state_of(train(tmp_path / "plain", []))
+    ours = callback(tmp_path)
+    assert_same(state_of(train(tmp_path / "run", [ours])), wanted)
+    again, checkpoint = callback(tmp_path), tmp_path / "run" / "checkpoint-12"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing is set aside: weights are the same
+        train(tmp_path / "run", [again], resume=checkpoint, max_steps=13)
+    assert again.steps == [4, 8, 12, 13]
+
+
 # ---- what is said -------------------------------------------------------------------------------
 
 
@@ -199,6 +248,15 @@ def test_samples_that_can_not_work_stop_the_training_before_it_begins(tmp_path):
     with pytest.raises(ValueError, match="whose samples have 'text'"):
         train(tmp_path / "run", [ours])
     assert not (tmp_path / "run" / "checkpoint-4").exists()
+
+
+def test_another_number_of_targets_stops_the_training_before_it_begins(tmp_path):
+    train(tmp_path / "run", [callback(tmp_path)])
+    ours = callback(tmp_path)
+    ours.targets = ours.targets[:2]
+    with pytest.raises(StoreMismatchError, match=r"has 3 targets, received 2.*another exp_name"):
+        train(tmp_path / "run2", [ours])
+    assert not (tmp_path / "run2" / "checkpoint-4").exists()
 
 
 def test_a_flag_is_true_or_false(tmp_path):

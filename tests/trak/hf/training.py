@@ -39,10 +39,14 @@ def train(
     assert model.config.resid_pdrop > 0
     if adapters:
         model = models.with_adapters(model, seed)
-    chosen = {"save_steps": 4, "max_steps": 2 * STEPS, **settings}
+    chosen = {
+        "per_device_train_batch_size": BATCH,
+        "save_steps": 4,
+        "max_steps": 2 * STEPS,
+        **settings,
+    }
     arguments = tf.TrainingArguments(
         str(folder),
-        per_device_train_batch_size=BATCH,
         learning_rate=1e-2,
         use_cpu=True,
         report_to=[],
