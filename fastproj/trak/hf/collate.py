@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak.hf.heads import is_regression
+from fastproj.trak.hf.labels import LABELS, OF_CLASSES, OF_TOKENS, fault_of, labels_of
 from fastproj.trak.hf.lengths import padded_shapes
+from fastproj.trak.hf.limits import num_classes_of, vocabulary_of
 from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Sample, Samples
 from fastproj.trak.tasks.language import IGNORE_INDEX, base_of, forward_names, seen_tokens
 
-LABELS = ("labels", "label", "label_ids")  # Hugging Face's names for them
-OF_TOKENS = ("causal_lm", "masked_lm", "token_classification")  # a label for each input token
 SOURCE = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
 TARGET = ("decoder_input_ids", "decoder_attention_mask")
 
@@ -58,6 +58,7 @@ class Collator:
         self.number = is_regression(task)
         self.takes = forward_names(model)
         self.words = vocabulary_of(model)
+        self.classes = num_classes_of(model)
         self.pads = dict.fromkeys((*SOURCE, *TARGET), 0)
         pad = padding_token(base_of(model).config, tokenizer)
         self.pads.update(input_ids=pad, decoder_input_ids=pad, labels=IGNORE_INDEX)
@@ -191,11 +192,12 @@ class Collator:
         try:
             return as_tensor(value)
         except (TypeError, ValueError):
-            cure = " (fastproj.trak.hf.tokenize takes names, by label2id)"
+            names = name == "labels" and self.kind in OF_CLASSES
+            cure = " (fastproj.trak.hf.tokenize makes them of names, by label2id)"
             raise self._wrong(
                 index,
                 f"has {name} {value!r:.60}",
-                f"numbers, in lists of one length{cure if name == 'labels' else ''}",
+                f"numbers, in lists of one length{cure if names else ''}",
             ) from None
 
     def _check_ids(self, index: int, ids: Tensor) -> None:
@@ -227,19 +229,12 @@ class Collator:
 
     def _labels(self, index: int, labels: Tensor, tokens: int) -> Tensor:
         """The labels of a sample, checked against what the task takes."""
-        if self.kind in OF_TOKENS and labels.shape != (tokens,):
-            raise self._wrong(
-                index,
-                f"has labels {list(labels.shape)} and {tokens} input_ids",
-                f"a label for each token, {IGNORE_INDEX} where none counts",
-            )
+        fault = fault_of(labels, self.kind, tokens, self.classes, self.number)
+        if fault is not None:
+            raise self._wrong(index, *fault)
         if self.number:
             return labels.to(torch.float32).reshape(())
-        if self.kind == "text_classification" and labels.dim():
-            if labels.numel() != 1:
-                raise self._wrong(index, f"has {labels.numel()} labels", "one class number")
-            return labels.reshape(())
-        return labels
+        return labels.reshape(()) if self.kind == "text_classification" else labels
 
     def _stacked(
         self, indices: Sequence[int], tokens: list[int], name: str, parts: list[Tensor]
@@ -276,21 +271,6 @@ class Collator:
             logger.info(
                 "HFTRAKer: the model takes no %s; left out of %s", ", ".join(out), self.name
             )
-
-
-def vocabulary_of(model: Any) -> int | None:
-    """How many tokens a model has embeddings of; None where it doesn't say."""
-    try:
-        table = base_of(model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # transformers', where a model has none
-        return None
-    found = getattr(table, "num_embeddings", None)
-    return found if isinstance(found, int) else None
-
-
-def labels_of(sample: Sample) -> Any:
-    """The labels of a sample under any of their names, or None."""
-    return next((sample[name] for name in LABELS if sample.get(name) is not None), None)
 
 
 def of_tokens(sample: Sample) -> bool:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from fastproj.checks import listed
 from fastproj.memory import is_out_of_memory
 from fastproj.trak.files import parsed_json, read_text
-from fastproj.trak.hf.heads import AUTO_CLASSES, TABLES, has_adapters, kind_of
+from fastproj.trak.hf.heads import (
+    AUTO_CLASSES,
+    TABLES,
+    check_peft_type,
+    has_adapters,
+    kind_of,
+)
 from fastproj.trak.hf.settings import other_adapters, other_settings
 from fastproj.trak.tasks.language import base_of
 
@@ -61,7 +67,8 @@ def load_model(
     FileNotFoundError
         Where there is no such folder, or no model in it.
     ValueError
-        For a class without a head, or weights that lack parameters of the model.
+        For a class without a head, weights that lack parameters of the model, or adapters with
+        virtual tokens, such as those of prompt tuning.
     """
     folder = local_folder("load_model", path)
     if (folder / ADAPTER_CONFIG).exists():
@@ -83,6 +90,7 @@ def load_adapters(
     """The base model of adapters with the adapters in it."""
     peft = import_peft()
     config = read_config(folder / ADAPTER_CONFIG)
+    check_peft_type("load_model", str(folder), config.get("peft_type"))
     if base is None:
         base = base_folder(folder)
         if base is None:

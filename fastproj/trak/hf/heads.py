@@ -29,6 +29,7 @@ AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
 }
+VIRTUAL_TOKENS = ("CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING")  # peft's types
 AMBIGUOUS = ("XLMWithLMHeadModel", "FlaubertWithLMHeadModel")  # masked, causal and translating
 
 
@@ -37,6 +38,27 @@ def has_adapters(model: nn.Module) -> bool:
     return getattr(model, "peft_config", None) is not None or bool(
         getattr(model, "_hf_peft_config_loaded", False)
     )
+
+
+def check_adapters(function: str, model: nn.Module) -> None:
+    """Raise ValueError for adapters that ``check_peft_type`` refuses."""
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        check_peft_type(function, "a model", getattr(config, "peft_type", None))
+
+
+def check_peft_type(function: str, holder: str, peft_type: Any) -> None:
+    """Raise ValueError for adapters that put tokens of their own before those of a sample: the
+    model's outputs are then of other positions than the labels.
+
+    holder : what has them, for the message.
+    """
+    name = getattr(peft_type, "value", peft_type)
+    if name in VIRTUAL_TOKENS:
+        raise ValueError(
+            f"{function}: received {holder} with adapters of peft's type {name}, which put virtual "
+            "tokens before those of a sample; expected adapters without any, such as LoRA's, or "
+            "prefix tuning, whose prefixes are no tokens"
+        )
 
 
 def kind_of(name: str) -> str | None:

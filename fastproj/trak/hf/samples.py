@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 Sample = Mapping[str, Any]
 
 EXPECTED = (
@@ -35,13 +37,7 @@ class Samples(Sequence[Sample]):
         self._rows = self._sequence(data)
         if not len(self):
             raise ValueError(f"{self._where} without a sample; {EXPECTED}")
-        first = self[0]
-        if "input_ids" not in first:
-            raise ValueError(
-                f"{self._where} whose samples have {', '.join(map(repr, first)) or 'no entries'}; "
-                "expected tokenised samples with 'input_ids' (fastproj.trak.hf.tokenize makes them "
-                "of texts)"
-            )
+        self[0]  # is checked
 
     def _sequence(self, data: Any) -> Any:
         if isinstance(data, Mapping):
@@ -60,7 +56,9 @@ class Samples(Sequence[Sample]):
             isinstance(data, Iterable) or hasattr(data, "__getitem__")
         ):
             raise TypeError(f"{self._where} of type {type(data).__name__}; {EXPECTED}")
-        if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        # PyTorch's iterable data sets have a __getitem__ that raises.
+        numbered = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
+        if hasattr(data, "__len__") and numbered:
             return data
         return list(data)
 
@@ -72,6 +70,12 @@ class Samples(Sequence[Sample]):
         if not isinstance(sample, Mapping):
             raise TypeError(
                 f"{self._where} with sample {index} of type {type(sample).__name__}; {EXPECTED}"
+            )
+        if "input_ids" not in sample:
+            raise ValueError(
+                f"{self._where} with sample {index} that has "
+                f"{', '.join(map(repr, sample)) or 'no entries'}; expected tokenised samples with "
+                "'input_ids' (fastproj.trak.hf.tokenize makes them of texts)"
             )
         return sample
 

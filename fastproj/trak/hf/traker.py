@@ -13,21 +13,21 @@ from fastproj.checks import check_integer
 from fastproj.memory import is_out_of_memory
 from fastproj.trak.estimator import TRAKer
 from fastproj.trak.gradients.base import TRAINABLE
-from fastproj.trak.hf.collate import Collator, labels_of
+from fastproj.trak.hf.checkpoints import AS_IT_IS, kept_apart, numbered
+from fastproj.trak.hf.collate import Collator
 from fastproj.trak.hf.folders import Checkpoint, load_model, load_weights
-from fastproj.trak.hf.heads import has_adapters, kind_of_model, task_for
+from fastproj.trak.hf.heads import check_adapters, has_adapters, kind_of_model, task_for
+from fastproj.trak.hf.labels import labels_of
 from fastproj.trak.hf.lengths import plan_batches
+from fastproj.trak.hf.limits import positions_of
 from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Samples
 from fastproj.trak.inputs import MAX_BATCH
 from fastproj.trak.progress import progress
 from fastproj.trak.store.store import check_exp_name
 from fastproj.trak.tasks import TASKS
-from fastproj.trak.tasks.language import base_of
 
 AUTO = "auto"
-POSITIONS_LEFT = 8  # that a model may keep for itself: RoBERTa's first is that after the padding's
-AS_IT_IS = "the model as it is"
 
 
 class HFTRAKer:
@@ -53,7 +53,8 @@ class HFTRAKer:
         causal model count, and 15 % of the tokens of a masked one are hidden, for each sample the
         same each time.
     checkpoints : local folders of whole models or of adapters, or state_dicts, in a list (their
-        model_ids are 0, 1, 2 ...) or in a dict by model_id; None is the model as it is.
+        model_ids are 0, 1, 2 ...) or in a dict by model_id; None is the model as it is. Tensors of
+        a state_dict that are the model's own are copied.
     save_dir : where features and scores are kept.
     tokenizer : for the padding token, where the model's configuration has none, and the mask token.
     task : None is what the model's class is for: "causal_lm", "seq2seq", "text_classification",
@@ -90,7 +91,8 @@ class HFTRAKer:
         self.batch_size = check_integer(name, "batch_size", batch_size, 1, MAX_BATCH)
         model = getattr(model, "_orig_mod", model)  # inside of what torch.compile made
         self.model: Any = model if isinstance(model, nn.Module) else load_model(model, task)
-        self.checkpoints = numbered(name, checkpoints)
+        check_adapters(name, self.model)
+        self.checkpoints = kept_apart(name, self.model, numbered(name, checkpoints))
         self.tokenizer = tokenizer
         self.seed = options.get("projector_seed", 0)
         self.kind: str | None = task if isinstance(task, str) and task in TASKS else None
@@ -245,17 +247,16 @@ class HFTRAKer:
 
         The sample that is so long may be in another batch: samples are padded to a few lengths.
         """
-        most = getattr(base_of(self.model).config, "max_position_embeddings", None)
+        most = positions_of(self.model)
         padded = max(max(collator.shapes[index]) for index in batch)
-        by_index = isinstance(error, IndexError) or "index" in str(error)
-        if isinstance(most, int) and padded > most - (POSITIONS_LEFT if by_index else 0):
+        if most is not None and padded > most:
             longest = max(range(len(collator.lengths)), key=lambda i: max(collator.lengths[i]))
             tokens = max(collator.lengths[longest])
             raise ValueError(
                 f"{type(self).__name__}: sample {longest} of {collator.name} has {tokens} tokens, "
-                f"for which the model has no positions; expected at most {most} (its config's "
-                "max_position_embeddings; RoBERTa's are two less), as tokenize(..., max_length=) "
-                "cuts them"
+                f"for which the model has no positions; expected at most {most}: texts cut by "
+                f"fastproj.trak.hf.tokenize(..., max_length={most}) (--max-length {most}), or "
+                "tokenised samples that are shorter"
             ) from error
 
     def _weights(self, model_id: int) -> Mapping[str, Any]:
@@ -264,32 +265,3 @@ class HFTRAKer:
         if checkpoint is AS_IT_IS:
             return self.model.state_dict()
         return load_weights(self.model, checkpoint)
-
-
-def numbered(function: str, checkpoints: Any) -> dict[int, Any]:
-    """Checkpoints by model_id."""
-    if checkpoints is None:
-        return {0: AS_IT_IS}
-    if isinstance(checkpoints, str | os.PathLike):
-        raise TypeError(
-            f"{function}: received checkpoints={str(checkpoints)!r}; expected a list of local "
-            f"folders, such as [{str(checkpoints)!r}], or fastproj.trak.hf.checkpoints_in of it"
-        )
-    if isinstance(checkpoints, Mapping):
-        if not all(isinstance(key, int) for key in checkpoints):
-            raise TypeError(
-                f"{function}: received checkpoints as a dict with the key "
-                f"{next(iter(checkpoints), None)!r}; expected a list of checkpoints (a state_dict "
-                "goes in as [state_dict]), or a dict whose keys are model_ids"
-            )
-        found = dict(checkpoints)
-    elif not isinstance(checkpoints, Iterable):
-        raise TypeError(
-            f"{function}: received checkpoints={checkpoints!r:.80}; expected a list of local "
-            "folders or state_dicts, a dict of them by model_id, or None for the model as it is"
-        )
-    else:
-        found = dict(enumerate(checkpoints))
-    if not found:
-        raise ValueError(f"{function}: received no checkpoints; expected at least one")
-    return found

@@ -245,7 +245,7 @@ def test_a_training_without_a_checkpoint_is_said(tmp_path, caplog):
 def test_samples_that_can_not_work_stop_the_training_before_it_begins(tmp_path):
     samples = [{"input_ids": [5, 6], "labels": [5]}]
     ours = TRAKCallback([{"text": "w0"}], tmp_path / "trak", samples)
-    with pytest.raises(ValueError, match="whose samples have 'text'"):
+    with pytest.raises(ValueError, match="sample 0 that has 'text'"):
         train(tmp_path / "run", [ours])
     assert not (tmp_path / "run" / "checkpoint-4").exists()
 

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from fastproj import TRAKer
 from fastproj.trak import HooksError
 from fastproj.trak.featurizer import Featurizer
-from fastproj.trak.hf import HFTRAKer, TRAKCallback
-from fastproj.trak.hf.collate import OF_TOKENS, Collator, labels_of
+from fastproj.trak.hf import HFTRAKer, TRAKCallback, load_model
+from fastproj.trak.hf.collate import Collator
+from fastproj.trak.hf.labels import OF_TOKENS, labels_of
+from fastproj.trak.hf.limits import positions_of
 from fastproj.trak.hf.masking import SHARE, Masking
 from fastproj.trak.hf.samples import Samples
 from tests.trak.hf import models
@@ -168,6 +172,19 @@ class MapStyle:
         return self.samples[int(index)]
 
 
+class Iterated(IterableDataset):
+    """PyTorch's data set without numbers, which inherits a __getitem__ that raises."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
 @pytest.mark.parametrize(
     "form",
     [
@@ -178,6 +195,7 @@ class MapStyle:
         as_columns,
         as_tensors,
         MapStyle,
+        Iterated,
     ],
 )
 def test_forms_of_a_data_set(tmp_path, form):
@@ -374,8 +392,7 @@ BAD_SAMPLES = {
     "one token": ({"input_ids": [5]}, "no label that counts .one token"),
     "hidden": ({"input_ids": [5, 6], "attention_mask": [0, 0]}, "no label that counts"),
     "no label": ({"input_ids": [5, 6], "labels": [5, -100]}, "no label that counts .*-100"),
-    "too long": ({"input_ids": [5] * 200}, "has 200 tokens, .*expected at most 40"),
-    "label": ({"input_ids": [5, 6], "labels": ["a", "b"]}, "labels .*tokenize takes names"),
+    "too long": ({"input_ids": [5] * 200}, "has 200 tokens, .*expected at most 40: texts cut"),
 }
 
 
@@ -398,6 +415,21 @@ def test_a_sample_that_is_too_long_is_named_whatever_the_batch(kind, tokens, tmp
         samples[7].pop("labels", None)
     with pytest.raises(ValueError, match=f"sample 7 of train has {tokens} tokens, .* most 40"):
         run(tmp_path, models.model_for(kind), samples, samples[:1])
+
+
+def test_positions_before_the_first_token_do_not_count(tmp_path):
+    """RoBERTa's, up to that of the padding token."""
+    config = tf.RobertaConfig(**{**models.BERT, "pad_token_id": 1}, num_labels=3)
+    model = tf.RobertaForSequenceClassification(config)
+    most = positions_of(model)
+    assert most == models.LONGEST - 2
+    assert positions_of(models.model_for("text_classification")) == models.LONGEST
+    assert positions_of(models.model_for("seq2seq")) is None
+    samples = [{"input_ids": [5] * n, "label": 0} for n in (3, 4, most)]
+    assert np.isfinite(run(tmp_path / "a", model, samples, samples[:1])).all()
+    samples[1]["input_ids"] = [5] * (most + 1)
+    with pytest.raises(ValueError, match=rf"sample 1 .* 39 tokens, .*max_length={most}\)"):
+        run(tmp_path / "b", model, samples, samples[:1])
 
 
 def test_other_errors_of_long_samples_are_left_as_they_are(tmp_path, monkeypatch):
@@ -466,6 +498,31 @@ def test_gradients_are_by_the_adapters_alone(tmp_path):
     assert every.traker.num_params_for_grad == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    ],
+)
+def test_adapters_with_virtual_tokens_are_refused(tmp_path, config):
+    samples = models.samples_for("causal_lm", 4)
+    models.model_for("causal_lm").save_pretrained(tmp_path / "base")
+    model = get_peft_model(models.model_for("causal_lm"), config)
+    model.save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ValueError, match=r"HFTRAKer: .* P\w+, which put virtual tokens before"):
+        HFTRAKer(model, samples, None, tmp_path / "a", **OPTIONS)
+    with pytest.raises(ValueError, match=r"load_model: received .*/adapters with .* virtual"):
+        load_model(tmp_path / "adapters", base=tmp_path / "base")
+
+
+def test_prefixes_are_no_tokens(tmp_path):
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(models.model_for("causal_lm"), config)
+    samples = models.samples_for("causal_lm", 4)
+    assert np.isfinite(run(tmp_path, model, samples, samples[:1])).all()
+
+
 def test_a_head_that_is_trained_beside_adapters_counts(tmp_path):
     config = tf.GPT2Config(**models.GPT2, num_labels=3)
     model = models.with_adapters(tf.GPT2ForSequenceClassification(config), task_type="SEQ_CLS")
@@ -513,7 +570,9 @@ def test_special_tokens_are_not_hidden_and_something_is():
     ("kind", "train", "said"),
     [
         ("causal_lm", [], "without a sample"),
-        ("causal_lm", [{"text": "w1"}], "whose samples have 'text'.*tokenize makes them"),
+        ("causal_lm", [{"text": "w1"}], "sample 0 that has 'text'.*tokenize makes them"),
+        ("causal_lm", [{"input_ids": [5, 6]}, {"labels": [1]}], "sample 1 that has 'labels'"),
+        ("causal_lm", [{"input_ids": [5, 6]}, {}], "sample 1 that has no entries"),
         ("causal_lm", "train.jsonl", "of type str"),
         ("causal_lm", 5, "of type int"),
         ("causal_lm", [[5, 6]], "sample 0 of type list"),
