@@ -51,7 +51,8 @@ examples:
 models:
   A folder that save_pretrained wrote, a whole model or peft's adapters, or the output folder of a
   Trainer, of which all checkpoint-<step> folders are taken. Scores are averaged over checkpoints.
-  The first folder's class says what is predicted.
+  The last checkpoint's class says what is predicted. Adapters with virtual tokens, such as those of
+  prompt tuning, are refused.
 
 data:
   .jsonl, .txt (a text a line), .parquet, or a folder of datasets' save_to_disk. What samples have:
@@ -60,7 +61,8 @@ data:
     sequence to sequence  {"source": ..., "target": ...}
     classifier          {"text": ..., "label": ...}, and "text_pair" where there are two texts
     tokenised samples   {"input_ids": [...], "labels": ...}
-  --column text=review says where an entry has another name.
+  --column text=review says where an entry has another name. Of tokenised samples it may name the
+  labels: --column labels=tags (--column label=stars for a classifier).
 
 A stopped run goes on when the same command runs again. Exit status: 0 when the scores are there, 1
 for an error that the message says how to mend, 2 for wrong arguments, 130 when interrupted.
@@ -160,7 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-length",
         type=positive,
         metavar="T",
-        help="cut samples to T tokens (default: what the tokenizer and the model can take)",
+        help="cut texts to T tokens (default: what the tokenizer and the model can take); longer "
+        "tokenised samples are an error",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -255,17 +258,21 @@ def score(options: argparse.Namespace) -> Outcome:
     rows = {name: read_samples(getattr(options, name)) for name in ("train", "targets")}
     model = load_model(checkpoints[-1], options.task, base=options.base, dtype=options.dtype)
     task = options.task or kind_of_model("fastproj trak", model)
-    texts = any("input_ids" not in samples[0] for samples in rows.values())
+    texts = not all(map(is_tokenised, rows.values()))
     tokenizer = find_tokenizer(options, checkpoints, needed=texts or task == "masked_lm")
-    limit = options.max_length or longest(model, tokenizer)
+    limit = longest(model, tokenizer)
+    columns = columns_of(options, task, rows)
     data = {
         name: tokenize(
             samples,
             tokenizer,
             task,
-            max_length=limit,
-            columns=dict(options.column),
+            # The tokenizer's limit is none of samples that are tokenised already, and the model's
+            # may be one that it can pass.
+            max_length=options.max_length or (None if is_tokenised(samples) else limit),
+            columns=columns[name],
             label2id=getattr(base_of(model).config, "label2id", None),
+            name=str(getattr(options, name)),
         )
         for name, samples in rows.items()
     }
@@ -315,13 +322,37 @@ def find_tokenizer(options: argparse.Namespace, checkpoints: list[Path], needed:
         return None
 
 
+def is_tokenised(samples: Any) -> bool:
+    """Whether a file holds tokenised samples, not texts, by its first one."""
+    return "input_ids" in samples[0]
+
+
+def columns_of(
+    options: argparse.Namespace, task: str, rows: Mapping[str, Any]
+) -> dict[str, dict[str, str]]:
+    """The columns of each file. Where one is tokenised and the other isn't, a column may be for
+    one of them alone.
+    """
+    from fastproj.trak.hf.texts import names_of
+
+    both = len(set(map(is_tokenised, rows.values()))) == 2
+    return {
+        name: {
+            entry: column
+            for entry, column in options.column
+            if not both
+            or entry in names_of(task, is_tokenised(samples))
+            or entry not in names_of(task, not is_tokenised(samples))
+        }
+        for name, samples in rows.items()
+    }
+
+
 def longest(model: Any, tokenizer: Any) -> int | None:
     """The most tokens that the tokenizer and the positions of the model allow; None: no limit."""
-    config = base_of(model).config
-    limits = [
-        getattr(tokenizer, "model_max_length", None),
-        getattr(config, "max_position_embeddings", None),
-    ]
+    from fastproj.trak.hf.limits import positions_of
+
+    limits = [getattr(tokenizer, "model_max_length", None), positions_of(model)]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 30]
     return min(known, default=None)
 

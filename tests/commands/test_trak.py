@@ -326,11 +326,60 @@ def test_tokenised_samples_need_no_tokenizer(here):
     assert run("run/checkpoint-5", *DATA) == 0
 
 
+def test_the_labels_of_tokenised_samples_have_another_name(here, capsys):
+    models.model_for("text_classification").save_pretrained("bert")
+    models.tokenizer().save_pretrained("bert")
+    rows = models.samples_for("text_classification", 6)
+    own = [{**row, "label": (row["label"] + 1) % 3} for row in rows]
+    named = [{**row, "fine": new["label"]} for row, new in zip(rows, own, strict=True)]
+    found = []
+    for out, samples, column in (("a", own, ()), ("b", named, ("--column", "label=fine"))):
+        write(here / "train.jsonl", samples)
+        write(here / "targets.jsonl", samples[:2])
+        assert run("bert", *DATA, "--out", out, *column) == 0
+        found.append(np.load(f"{out}/scores/targets.mmap"))
+    np.testing.assert_array_equal(*found)
+    # Beside a file of texts, a column of the one is none of the other.
+    write(here / "targets.jsonl", [{"body": "w0 w1", "fine": "LABEL_2"}])
+    columns = ("--column", "label=fine", "--column", "text=body")
+    assert run("bert", *DATA, "--out", "c", *columns) == 0
+    write(here / "targets.jsonl", named[:2])
+    said = refused(capsys, "bert", *DATA, "--out", "d", *columns)
+    assert "sample 0 of train.jsonl has 'input_ids', so columns= (--column) takes no 'text'" in said
+    assert run("bert", *DATA, "--out", "d", *columns[:2]) == 0
+
+
+def test_tokenised_samples_are_not_cut(here, capsys):
+    rows = [{"input_ids": [5] * n} for n in (3, 20, 4)]
+    write(here / "train.jsonl", rows)
+    said = refused(capsys, FIRST, *DATA, "--max-length", 10)
+    assert "sample 1 of train.jsonl is tokenised already, and has 20 tokens; expected" in said
+    assert run(FIRST, *DATA, "--max-length", 20) == 0
+    write(here / "train.jsonl", [*rows, {"input_ids": [5] * (models.LONGEST + 1)}])
+    said = refused(capsys, FIRST, *DATA, "--out", "other")
+    assert f"sample 3 of train has {models.LONGEST + 1} tokens" in said
+    assert f"expected at most {models.LONGEST}: texts cut by" in said
+
+
+def test_texts_are_cut_to_the_positions_that_tokens_have(here, caplog, capsys):
+    """RoBERTa's first ones are none of a token."""
+    config = tf.RobertaConfig(**{**models.BERT, "pad_token_id": 1})
+    tf.RobertaForMaskedLM(config).save_pretrained("roberta")
+    models.tokenizer().save_pretrained("roberta")
+    write(here / "train.jsonl", [*TRAIN, {"text": "w0 " * 100}])
+    with caplog.at_level(logging.WARNING, "fastproj.trak"):
+        assert run("roberta", *DATA) == 0
+    assert f"1 of 13 samples of train.jsonl were cut to {models.LONGEST - 2} tokens" in caplog.text
+    said = refused(capsys, "roberta", *DATA, "--out", "b", "--max-length", models.LONGEST)
+    assert said.endswith("(--max-length 38), or tokenised samples that are shorter\n")
+    assert run("roberta", *DATA, "--out", "b", "--max-length", 38) == 0
+
+
 def test_long_samples_are_cut_to_what_the_model_takes(here, caplog):
     write(here / "train.jsonl", [*TRAIN, {"text": "w0 " * 100}])
     with caplog.at_level(logging.WARNING, "fastproj.trak"):
         assert run("run/checkpoint-5", *DATA) == 0
-    assert f"1 of 13 samples were cut to {models.LONGEST} tokens" in caplog.text
+    assert f"1 of 13 samples of train.jsonl were cut to {models.LONGEST} tokens" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -345,7 +394,11 @@ def test_long_samples_are_cut_to_what_the_model_takes(here, caplog):
             ("run", *DATA, "--task", "masked_lm"),
             "AutoModelForMaskedLM can't load; expected another task",
         ),
-        (("run", *DATA, "--column", "text=body"), "expected 'body'"),
+        (
+            ("run", *DATA, "--column", "text=body"),
+            "sample 0 of train.jsonl has 'text'; expected 'b",
+        ),
+        (("run", *DATA, "--max-length", "1"), "max_length=1 (--max-length) for causal_lm"),
     ],
 )
 def test_what_can_not_work_is_said(here, capsys, arguments, said):

@@ -5,7 +5,8 @@ from __future__ import annotations
 try:
     from fastproj.trak.hf.callback import TRAKCallback
     from fastproj.trak.hf.folders import checkpoints_in, load_model, load_tokenizer
-    from fastproj.trak.hf.texts import read_samples, tokenize
+    from fastproj.trak.hf.reading import read_samples
+    from fastproj.trak.hf.texts import tokenize
     from fastproj.trak.hf.traker import HFTRAKer
 except ModuleNotFoundError as error:
     missing = (error.name or "").partition(".")[0]

@@ -142,6 +142,36 @@ def test_what_is_tokenised_stays_as_it_is():
     assert tokenize([sample], None, "causal_lm") == [sample]
 
 
+def test_columns_and_names_of_the_labels_of_tokenised_samples():
+    rows = [{"input_ids": [9, 8], "label": 0, "fine": fine} for fine in (2, "good", ["good"])]
+    options = {"columns": {"label": "fine"}, "label2id": {"bad": 0, "good": 1}}
+    found = tokenize(rows, None, "text_classification", **options)
+    assert found == [{"input_ids": [9, 8], "labels": labels} for labels in (2, 1, [1])]
+    del options["columns"]
+    found = tokenize([{"input_ids": [9], "label": "good"}], None, "text_classification", **options)
+    assert found == [{"input_ids": [9], "label": 1}]
+    row = {"input_ids": [9, 8, 7], "tags": ["O", -100, "B"]}
+    options = {"columns": {"labels": "tags"}, "label2id": {"O": 0, "B": 1}}
+    found = tokenize([row], None, "token_classification", **options)
+    assert found == [{"input_ids": [9, 8, 7], "labels": [0, -100, 1]}]
+    row = {"input_ids": [9, 8], "own": [-100, 8]}
+    found = tokenize([row], None, "causal_lm", columns={"labels": "own"})
+    assert found == [{"input_ids": [9, 8], "labels": [-100, 8]}]
+
+
+def test_tokenised_samples_that_are_too_long_are_refused():
+    """Padding at their ends doesn't count."""
+    long = {"input_ids": [9] * 5}
+    padded = {**long, "attention_mask": [0, 1, 0, 1, 0]}
+    target = {"input_ids": [9], "labels": [9, 9, 9, -100]}
+    for task, row in (("causal_lm", padded), ("seq2seq", target)):
+        assert tokenize([row], None, task, max_length=3) == [row]
+        with pytest.raises(ValueError, match=r"sample 0 is tokenised .* 3 tokens; .* at most 2, "):
+            tokenize([row], None, task, max_length=2)
+    with pytest.raises(ValueError, match="5 tokens; expected at most 4"):
+        tokenize([padded, long], None, "masked_lm", max_length=4)
+
+
 @pytest.mark.parametrize(
     ("task", "sample", "options", "said"),
     [
@@ -152,6 +182,57 @@ def test_what_is_tokenised_stays_as_it_is():
         ("causal_lm", {"text": 5}, {}, "'text' of type int"),
         ("causal_lm", {"text": "w0"}, {"columns": {"text": "body"}}, "expected 'body' or"),
         ("causal_lm", {"text": "w0"}, {"columns": {"label": "x"}}, "which causal_lm doesn't take"),
+        (
+            "token_classification",
+            {"input_ids": [5]},
+            {"columns": {"text": "x"}},
+            "which token_classification doesn't take; expected 'labels'$",
+        ),
+        (
+            "text_classification",
+            {"input_ids": [5], "label": 0},
+            {"columns": {"text": "x", "label": "label"}},
+            "has 'input_ids', so .* takes no 'text' of it; expected 'label' alone",
+        ),
+        (
+            "causal_lm",
+            {"text": "w0"},
+            {"columns": {"labels": "x"}},
+            "has no 'input_ids', so .* takes no 'labels' of it; expected 'text', 'prompt'",
+        ),
+        (
+            "text_classification",
+            {"input_ids": [5], "label": 0},
+            {"columns": {"label": "x"}},
+            "has 'input_ids', 'label'; expected its labels as 'x'",
+        ),
+        (
+            "causal_lm",
+            {"text": None},
+            {},
+            r"no value \(null\) for 'text'; expected one for 'text' or",
+        ),
+        (
+            "text_classification",
+            {"text": "w0", "stars": None},
+            {"columns": {"label": "stars"}},
+            r"no value \(null\) for 'stars'; expected one for 'text' and 'stars'",
+        ),
+        (
+            "causal_lm",
+            {"text": "w0", "prompt": "w0", "completion": "w1"},
+            {},
+            "'text' as well as 'prompt' and 'completion'; expected one of them",
+        ),
+        ("causal_lm", {"text": "w0"}, {"max_length": 1}, "max_length=1 .*expected at least 2"),
+        ("masked_lm", {"text": "w0"}, {"max_length": 0}, "max_length=0; expected 1 <="),
+        ("seq2seq", {"text": "w0"}, {"name": "a.jsonl"}, "sample 0 of a.jsonl has 'text'"),
+        (
+            "token_classification",
+            {"input_ids": [5, 6], "labels": ["x", "z"]},
+            {"label2id": {"x": 0}},
+            r"the label 'z'; .*config.label2id has \('x'\)",
+        ),
         ("text_classification", {"text": "w0", "label": "x"}, {}, r"label 'x'.*\(none\)"),
         (
             "text_classification",
