@@ -97,7 +97,10 @@ def test_a_projector_of_someone_else_has_no_arguments_here():
 
 def test_another_power_of_sizes():
     error = refused({**STORED, "size_power": 0.25}, {**STORED, "size_power": 0.5})
-    said = "use curvature=fastproj.trak.Fisher(size_power=0.25), or another save_dir"
+    said = (
+        "use curvature=fastproj.trak.Fisher(size_power=0.25), with samples= and draws= as here, "
+        "or another save_dir"
+    )
     assert str(error).endswith(f". Nothing was changed; {said}")
     assert error.same is None
 
