@@ -41,7 +41,7 @@ FITTED = 0.1  # f^T (W f + Q) over the sizes of its terms, at which its ridge is
 TYPICAL = 0.5  # lambda, in units of trace / n, where rows and features say nothing
 UNUSED = 0.05  # least share of rows left to fit; TYPICAL goes with its root
 ROUNDED = 1e-6  # relative difference of two numbers of float32 that are the same
-FAR = 80.0  # a change of log-odds that takes every slope to 0, or to its weight
+FAR = 80.0  # a change of log-odds that takes every slope to 0, and doesn't overflow
 COLUMNS = 512  # of an inverse at once
 LEAST, MOST = 1e-2, 1.0  # bounds of lambda, in units of a matrix's trace / n and of its trace
 
@@ -149,10 +149,12 @@ def moved_slopes(slopes: Tensor, curvature: Tensor, change: Tensor, residual: fl
     curvature : as in ``Terms``. residual : as in ``Meaning``.
     """
     size = slopes.abs()
+    # Where w is 1, 1 - p is |Q| to all its digits: it may be a small part of what rounds to 1.
     several = curvature >= size * (1 - ROUNDED)
-    p = torch.where(several, 1 - size, curvature / size.clamp(min=TINY)).clamp(0, 1)
-    ahead = (slopes.sign() * change).clamp(-FAR, FAR)  # of the log-odds
-    logistic = slopes / (1 + p * ahead.expm1())  # (1 - p) / p = exp(-log-odds)
+    unweighted = (curvature - size * (1 - size)).abs() <= ROUNDED * size
+    missing = torch.where(several | unweighted, size, 1 - curvature / size).clamp(0, 1)  # 1 - p
+    ahead = (slopes.sign() * change).clamp(max=FAR)  # of the log-odds
+    logistic = slopes / (missing + (1 - missing) * ahead.exp())  # (1 - p) / p = exp(-log-odds)
     return torch.lerp(logistic, slopes - curvature * change, residual)
 
 

@@ -519,6 +519,16 @@ def test_slopes_of_weighted_classes_follow_the_output():
     torch.testing.assert_close(found, side * weight * torch.sigmoid(-side * (f + change)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slopes_of_samples_that_are_known_for_certain_move_as_far_as_they_can(dtype):
+    """What is 0 beside 1 counts where the output moves that far."""
+    f, change = torch.tensor([[20.0, 30.0, 80.0, 5.0], [-40.0, -60.0, -120.0, 60.0]]).to(dtype)
+    q, p = torch.sigmoid(-f), torch.sigmoid(f)
+    for curvature in (q * p, q):  # of two classes, and of several
+        found = ridge.moved_slopes(q, curvature, change, 0.0)
+        torch.testing.assert_close(found, torch.sigmoid(-f - change), rtol=1e-5, atol=0)
+
+
 LINEAR = {
     "has log-likelihoods without curvature, linear in the output": lambda f, batch: batch[1] * f,
     r"slope by the output is 0 .* all scores would be 0": lambda f, batch: 0 * f * f,
