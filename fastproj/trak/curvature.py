@@ -162,6 +162,8 @@ class Draws:
         False: d is 0.
         """
         draws = self.draws if some else 0
+        if not draws:
+            return torch.empty(len(inds), 0, predictions, 3)
         numbers = inds.astype(np.uint64)[:, None, None]
         place = np.arange(predictions, dtype=np.uint64)
         draw = np.arange(draws, dtype=np.uint64)[:, None]
@@ -213,7 +215,9 @@ def check_finite_terms(terms: Terms, inds: Indices) -> None:
     Check the features first: a model that mixes its samples may spread a NaN in the terms of a
     batch, and not in the gradients.
     """
-    for name in ("slope", "curvature", "along", "drawn"):
-        values = getattr(terms, name)
+    kept = {name: getattr(terms, name) for name in ("slope", "curvature", "along", "drawn")}
+    if torch.isfinite(torch.cat([values.flatten() for values in kept.values()])).all():
+        return
+    for name, values in kept.items():
         if values.numel():  # there may be no drawn rows
             check_finite("featurize", name, values, inds)

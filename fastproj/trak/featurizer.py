@@ -25,7 +25,7 @@ from fastproj.trak.gradients.memory import enough_memory
 from fastproj.trak.inputs import check_finite, check_mode
 from fastproj.trak.saver import Saver
 from fastproj.trak.store.store import DRAWN
-from fastproj.trak.tasks import TokenOutput, TrainingOutput
+from fastproj.trak.tasks import Terms, TokenOutput, TrainingOutput
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -237,12 +237,13 @@ class Featurizer:
             # Of the whole batch: a task may compare its samples.
             terms = self.training_computer.compute_terms((*batch, noise))
         check_terms(terms, len(inds), noise.shape[1], inds)
-        places = torch.from_numpy(np.flatnonzero(new)).to(self.device)
-        samples = *batch, noise
-        if not new.all():  # else it is the batch that the terms are of
+        every, samples, kept = inds, (*batch, noise), terms
+        if not new.all():
+            places = torch.from_numpy(np.flatnonzero(new)).to(self.device)
             samples = batches.select(samples, places)
-        every, inds, content = inds, inds[new], content[new]
-        some = chosen[new] & (terms.drawn.shape[1] > 0)
+            kept = Terms(*(values[places] for values in terms))
+        inds, content = inds[new], content[new]
+        some = chosen[new] & (kept.drawn.shape[1] > 0)
         with self.loaded.guarded("featurize", True):
             features, *rows = self.features(samples, model_id, inds, drawn=some)
         on_trust = self.training_computer.on_trust
@@ -253,17 +254,18 @@ class Featurizer:
                 draws.rows(inds[some]).reshape(-1),
                 content[some].repeat(len(rows)),
                 torch.stack(rows, 1).flatten(0, 1),
-                terms.drawn[places[torch.from_numpy(some).to(self.device)]].flatten(),
+                kept.drawn[torch.from_numpy(some).to(self.device)].flatten(),
                 DRAWN,
                 on_trust,
             )
         columns = {
-            "curvature": terms.curvature[places],
-            "along": terms.along[places],
+            "curvature": kept.curvature,
+            "along": kept.along,
             "drawn": torch.from_numpy(some * float(len(rows))).float(),
         }
-        slope = terms.slope[places]
-        self.saver.write_shard(model_id, inds, content, features, slope, None, on_trust, columns)
+        self.saver.write_shard(
+            model_id, inds, content, features, kept.slope, None, on_trust, columns
+        )
 
     def _distrust(self, model_id: int) -> None:
         """Let features on trust no longer count: a check has found such gradients to be wrong."""
