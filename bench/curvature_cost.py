@@ -36,9 +36,7 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def cpu_seconds(
-    data: tuple[Tensor, Tensor], proj_dim: int, batch: int
-) -> dict[str, float]:
+def cpu_seconds(data: tuple[Tensor, Tensor], proj_dim: int, batch: int) -> dict[str, float]:
     """CPU seconds for the featurization of all samples, by curvature; they take turns by batch."""
     models = {curvature: network() for curvature in CURVATURES}
     count = len(data[0])
@@ -85,6 +83,7 @@ def main() -> int:
         torch.randn(count, 3, 24, 24, generator=generator),
         torch.randint(0, 32, (count,), generator=generator),
     )
+    cpu_seconds((data[0][:64], data[1][:64]), options.proj_dim, options.batch)  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in CURVATURES}
     for _ in tqdm(range(options.repeats), unit="turn", disable=None):
         found = cpu_seconds(data, options.proj_dim, options.batch)
