@@ -98,6 +98,12 @@ class Featurizer:
         self._token_computer.task.choose(batch)
         return self._token_computer
 
+    def simulated_pairs(self) -> str | None:
+        """A hash of the pairs that features depend on under this checkpoint, if the task has it."""
+        found = getattr(self.task, "simulated_pairs", None)
+        pairs: str | None = None if found is None else found(self.model)
+        return pairs
+
     def prepare(self, function: str, batch: Any, count: int | None) -> tuple[tuple[Any, ...], int]:
         """The batch on the device, checked, and its size."""
         check_mode(function, self.model)

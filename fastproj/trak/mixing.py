@@ -1,4 +1,4 @@
-"""Warnings where samples or targets hold other data than before or under another checkpoint."""
+"""Warnings where samples, targets or a simulated batch hold other data than before."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class ContentWatch:
         self.beside: int | None = None
         self._changed: set[int] = set()  # checkpoints that were warned about
         self._mixed: set[str | None] = set()  # the training set (None) or experiments
+        self._others: set[tuple[int, str | None]] = set()  # made with several simulated batches
 
     def check_batch(self, model_id: int, inds: Indices, content: Indices) -> None:
         """Compare a batch of training samples with what is there of it, here and elsewhere."""
@@ -59,6 +60,25 @@ class ContentWatch:
             both = index.done[inds]
             other = inds[both & (index.content[inds] != content)]
             self._warn("featurize", other, int(both.sum()), (model_id, self.beside), None)
+
+    def check_pairs(self, model_id: int, exp_name: str | None, pairs: str) -> None:
+        """Compare the simulated pairs (a hash) that features depend on with those of the first."""
+        key = model_id, exp_name
+        if key in self._others or self.saver.same_pairs(*key, pairs):
+            return
+        self._others.add(key)
+        function, of, again = "featurize", "", "load_from_save_dir=False or a new save_dir"
+        if exp_name is not None:
+            function, of, again = "score", f" of {exp_name!r}", "another exp_name"
+        warnings.warn(
+            f"{function}: get_embeddings took other pairs for the simulated batch of model_id "
+            f"{model_id} than when the first features{of} were made. What is in save_dir is kept, "
+            "and what comes is made with the other pairs. For the same pairs, give get_embeddings "
+            "a loader with the same data in the same order (shuffle=False, without random "
+            "augmentation), and the same simulated_batch_size, seed and size; to begin again, use "
+            f"{again}",
+            stacklevel=stack_to_caller(),
+        )
 
     def compare(self, function: str, ids: list[int], exp_name: str | None = None) -> None:
         """Compare all samples, or all targets of an experiment, under some checkpoints."""

@@ -57,6 +57,9 @@ class Pass:
             else:
                 there &= index.content[places] == content
             if not there.all():
+                pairs = self.featurizer.simulated_pairs()
+                if pairs is not None:
+                    self.contents.check_pairs(self.model_id, self.exp_name, pairs)
                 self.featurizer.keep(
                     self.model_id, prepared, places, content, ~there, self.exp_name
                 )

@@ -14,6 +14,8 @@
             fisher.safetensors            the Fisher matrix, once finalised with that curvature
             drawn/drawn-*.safetensors     rows of the Fisher matrix
             targets/<exp_name>/*.safetensors
+            simulated_pairs.json, targets/<exp_name>/simulated_pairs.json
+                                      of CLIP: hash of the pairs that the features were made with
         experiments/<exp_name>.json
         scores/<exp_name>.mmap        [n_train, n_targets] float32; np.load reads it
         scores/<exp_name>.top.safetensors   the best and worst training samples of each target
@@ -276,6 +278,17 @@ class Store:
         """The experiment's JSON file; raises ValueError for a name that can't be one's."""
         check_exp_name("TRAKer", exp_name)
         return self.save_dir / "experiments" / f"{exp_name}.json"
+
+    def same_pairs(self, model_id: int, exp_name: str | None, pairs: str) -> bool:
+        """Whether features are made with the simulated pairs (a hash) that the first were made
+        with: it is kept with them.
+        """
+        folder = self.shard_dir(model_id, exp_name)
+        path = folder / "simulated_pairs.json"
+        if not path.exists():
+            make_dir(folder)
+            write_json(path, {"pairs": pairs})
+        return bool(read_json(path)["pairs"] == pairs)
 
     # ---- shards ---------------------------------------------------------------------------------
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastproj.trak import batches
+from fastproj.trak.files import Indices, digest
 from fastproj.trak.fingerprints import model_digest
 from fastproj.trak.tasks.base import (
     Batch,
@@ -36,10 +38,14 @@ SCALE = "logit_scale"
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The simulated batch under one checkpoint: embeddings [S, d] of images and of their texts."""
+    """The simulated batch under one checkpoint: embeddings [S, d] of images and of their texts.
+
+    pairs : a hash of what they are embeddings of.
+    """
 
     images: Tensor
     texts: Tensor
+    pairs: str
 
 
 class CLIPModelOutput(BatchedModelOutput):
@@ -125,6 +131,7 @@ class CLIPModelOutput(BatchedModelOutput):
         preprocess_fn_img, preprocess_fn_txt : applied to images and texts of (images, texts).
         """
         device = next(model.parameters()).device
+        contents: list[Indices] = []
         image_parts: list[Tensor] = []
         text_parts: list[Tensor] = []
         count = 0
@@ -147,6 +154,7 @@ class CLIPModelOutput(BatchedModelOutput):
                 self._scale(scale)
                 image_parts.append(u[: size - count])
                 text_parts.append(v[: size - count])
+                contents.append(batches.content_ids(prepared, found)[: size - count])
                 count += found
         finally:
             model.train(training)
@@ -161,10 +169,19 @@ class CLIPModelOutput(BatchedModelOutput):
                 len(order),
                 self.simulated_batch_size,
             )
-        chosen = order[: self.simulated_batch_size].sort().values.to(device)
-        found_embeddings = Embeddings(all_images[chosen].clone(), all_texts[chosen].clone())
+        chosen = order[: self.simulated_batch_size].sort().values
+        pairs = digest(np.concatenate(contents)[chosen.numpy()].tobytes())
+        chosen = chosen.to(device)
+        found_embeddings = Embeddings(all_images[chosen].clone(), all_texts[chosen].clone(), pairs)
         self._by_checkpoint[model_digest(model)] = found_embeddings
         self._current = None
+
+    def simulated_pairs(self, model: nn.Module) -> str | None:
+        """A hash of the pairs that outputs depend on, under the checkpoint that the model holds.
+
+        None before the first ``get_embeddings``: a subclass may do without.
+        """
+        return self._embeddings(model).pairs if self._by_checkpoint else None
 
     def check_batch(self, batch: Batch) -> None:
         """Two or three tensors, or a dict; a mask hides padding alone."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from fastproj.trak import CLIPModelOutput, batches
+from fastproj.trak import CLIPModelOutput, TRAKer, batches
+from fastproj.trak.tasks.clip import embed
 from tests.trak import modules
 from tests.trak.model_zoo import make
 
@@ -32,6 +35,47 @@ def test_embeddings_belong_to_a_checkpoint():
     assert not torch.equal(task.outputs(model, {}, {}, batch), first)
     model.load_state_dict(state)  # the first again: remembered
     torch.testing.assert_close(task.outputs(model, {}, {}, batch), first)
+
+
+def test_another_simulated_batch_in_one_checkpoint_is_said(tmp_path):
+    model, _, data = make("clip")
+    batch, state = data(N), {key: t.clone() for key, t in model.state_dict().items()}
+
+    def run(pairs, starts, exp_name=None):
+        task = CLIPModelOutput(simulated_batch_size=10)
+        traker = TRAKer(model, task, 3 * N, tmp_path, proj_dim=16, logging_level="ERROR")
+        if exp_name is None:
+            traker.load_checkpoint(state, 0)
+            take = traker.featurize
+        else:
+            traker.finalize_features()
+            traker.start_scoring_checkpoint(exp_name, state, 0, 3 * N)
+            take = traker.score
+        task.get_embeddings(traker.model, pairs)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for start in starts:
+                take(batch, inds=range(start, start + N))
+        return [str(w.message) for w in said if "simulated batch" in str(w.message)]
+
+    pairs, others = [data(8), data(9)], [data(9), data(8)]
+    assert not run(pairs, [0])
+    assert not run(others, [0])  # nothing is new: nothing is mixed
+    (said,) = run(others, [N, 2 * N])
+    assert said.startswith("featurize: get_embeddings took other pairs")
+    assert not run(pairs, [0], "one")
+    assert not run(others, [0], "two")
+    (said,) = run(others, [N, 2 * N], "one")
+    assert "than when the first features of 'one' were made" in said
+    assert not run(others, [N, 2 * N], "two")
+
+
+def test_a_subclass_may_do_without_a_simulated_batch():
+    class Alone(CLIPModelOutput):
+        def outputs(self, model, weights, buffers, batch):
+            return embed(model, weights, buffers, batch)[0].sum(1)
+
+    assert Alone().simulated_pairs(make("clip").model) is None
 
 
 def test_without_embeddings_it_says_what_to_call():
