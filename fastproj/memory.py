@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-
-# Before torch 2.5 it has its older name alone.
-OutOfMemoryError: Any = getattr(torch, "OutOfMemoryError", None) or torch.cuda.OutOfMemoryError
 
 # PyTorch has a class for a GPU's memory alone. These are words of its other errors.
 SAID = (
@@ -22,6 +17,6 @@ SAID = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out. Another way to compute would need more of it."""
-    if isinstance(error, (MemoryError, OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)

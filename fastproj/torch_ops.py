@@ -301,15 +301,15 @@ def _transpose_vmap(run: Any, size: int, dim: Any, y: Tensor, *rest: Any) -> tup
     return _unfold(run(_fold(y, dim, size), *rest), size), 0
 
 
-if hasattr(_project_op, "register_vmap"):  # torch >= 2.5; for torch.vmap inside torch.compile
-    _project_op.register_vmap(
-        lambda info, dims, *args: _project_vmap(_project_op, info.batch_size, dims[0], *args)
+# For torch.vmap inside torch.compile.
+_project_op.register_vmap(
+    lambda info, dims, *args: _project_vmap(_project_op, info.batch_size, dims[0], *args)
+)
+_project_transpose_op.register_vmap(
+    lambda info, dims, *args: _transpose_vmap(
+        _project_transpose_op, info.batch_size, dims[0], *args
     )
-    _project_transpose_op.register_vmap(
-        lambda info, dims, *args: _transpose_vmap(
-            _project_transpose_op, info.batch_size, dims[0], *args
-        )
-    )
+)
 
 
 class _ProjectFunction(torch.autograd.Function):

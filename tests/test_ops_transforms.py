@@ -452,8 +452,6 @@ def test_a_compiled_graph_follows_torchs_precision(backend: str, device: str) ->
 
 
 def test_compile_of_vmap(backend: str, device: str) -> None:
-    if not hasattr(torch.library, "register_vmap"):
-        return  # torch 2.4 has no vmap rule for custom ops, and says so
     x = integers((4, 5, 6)).to(device)
     run = torch.vmap(lambda g: fastproj.project(g, 8, scale=None, backend=backend))
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x))

@@ -13,7 +13,7 @@ python=$(PYTHONPATH="$here/../.." "${PYTHON:-python3}" -c \
 torch=${2:-newest}
 case $torch in
     newest) want=torch ;;
-    oldest) want=torch==$([[ $version == 3.13 ]] && echo 2.5.0 || echo 2.4.0) ;; # 2.5.0: first for 3.13
+    oldest) want=torch==2.6.0 ;;
     *) want=torch==$torch ;;
 esac
 work=$(mktemp -d)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastproj.memory import OutOfMemoryError, is_out_of_memory
+import torch
+
+from fastproj.memory import is_out_of_memory
 
 
 @contextmanager
@@ -19,7 +21,8 @@ def enough_memory() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        kind = OutOfMemoryError if isinstance(error, OutOfMemoryError) else MemoryError
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        kind = torch.OutOfMemoryError if on_gpu else MemoryError
         first_line = str(error).strip().partition("\n")[0]
         raise kind(
             "TRAKer: memory ran out while the gradients of a batch were computed; nothing of it "

@@ -45,10 +45,10 @@ def plainly() -> Iterator[None]:
     """Within the block, models run as they are written, and every parameter is in the graph.
 
     What ``torch.compile`` made runs without its compiled code: compiling again for hooks, for
-    ``torch.func`` and for each batch size would take minutes. (Before torch 2.6 it isn't switched
-    off.) Checkpoints keep their activations: the graph of reentrant ones lacks the parameters
-    inside, whose gradients ``torch.autograd.grad`` takes for zero, and the others run modules again
-    without hooks, and not at all under ``torch.func``.
+    ``torch.func`` and for each batch size would take minutes. Checkpoints keep their activations:
+    the graph of reentrant ones lacks the parameters inside, whose gradients ``torch.autograd.grad``
+    takes for zero, and the others run modules again without hooks, and not at all under
+    ``torch.func``.
     """
     checkpoints: Any = torch.utils.checkpoint
     names = {
@@ -155,10 +155,9 @@ def around_nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 def eager_stance() -> AbstractContextManager[Any]:
     """``torch.compiler.set_stance("force_eager")`` where anything may have been compiled."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None or "torch._dynamo" not in sys.modules:  # importing it takes seconds
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds
         return nullcontext()
-    stance: AbstractContextManager[Any] = set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance
 
 
