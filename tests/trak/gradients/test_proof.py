@@ -269,6 +269,46 @@ def cases_of(model, x):
     return cases.projected(torch.stack(rows), 8, 0)
 
 
+class Kinked(Switched):
+    """The inputs of the units are 0 but for rounding where a sample is marked: below 0 in a batch,
+    ``alone`` for a sample by itself.
+    """
+
+    def __init__(self, alone=1e-12):
+        super().__init__(None)
+        self.alone = alone
+
+    def forward(self, x):
+        h = self.body(x)
+        rounding = self.alone if len(x) == 1 else -1e-12
+        return self.head(torch.where(x[:, :1] == 7, h - h.detach() + rounding, h).relu())
+
+
+def test_a_unit_that_rounding_switches_is_no_fault_of_hooks(tmp_path, recwarn):
+    model, x = fitted(Kinked()), floats()
+    x[:4, 0] = 7
+    traker = make(model, tmp_path, gradient_computer="hooks", curvature="trak")
+    featurize(traker, model, x, [N])
+    model.alone = -model.alone
+    torch.testing.assert_close(traker.saver.matrix(0), truth(model, x))
+    assert not recwarn.list
+
+
+class MixesGradients(Switched):
+    """Gives what a model without mixing gives: the gradients alone are mixed."""
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        return self.head(h + h.flip(0) - h.flip(0).detach())
+
+
+def test_mixing_that_no_output_shows_is_noticed(tmp_path):
+    model, x = fitted(MixesGradients(None)), floats()
+    traker = make(model, tmp_path, gradient_computer="hooks")
+    with pytest.raises(HooksError, match="are samples mixed"):
+        featurize(traker, model, x, [N])
+
+
 def test_a_check_that_is_not_finite_proves_nothing_of_finite_gradients(tmp_path):
     """Autograd says NaN, the rule of the layer does not look."""
 
