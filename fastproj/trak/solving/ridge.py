@@ -121,22 +121,38 @@ def meaning(q: Tensor, probabilities: bool | None = None) -> Meaning:
 def fisher_meaning(slopes: Tensor, curvature: Tensor, along: Tensor) -> Meaning:
     """What the slopes Q [n] of log-likelihoods are, with the other two columns of ``Terms``.
 
-    A logistic likelihood has Q of both signs too where its output is the log-odds of a class, right
-    or not. Its curvature then is |Q| p, with p the probability of the right class, sigmoid(f) or
-    sigmoid(-f), whatever a sample's weight in the loss. That of a regression isn't.
+    The curvature tells a logistic likelihood: with p the probability of the right class, it is
+    |Q| p for two classes, whatever a sample's weight in the loss and whichever class the log-odds
+    are of, and |Q| for several classes, as where Q is 1. Others are those of a regression where Q
+    have both signs, or where the curvature doesn't grow with |Q|: then residuals may have one sign.
+    (That of a probit likelihood of the right class does.)
 
     The outputs of a regression are counted from their mean, weighted by the curvature: what a
     constant explains says nothing about how the network was regularised. So scores don't depend on
     where a label has its zero.
     """
     q, weights, values = (t.double() for t in (slopes, curvature, along))
-    logistic = q.abs() * torch.sigmoid(q.sign() * values)
-    larger = float(torch.maximum(weights, logistic).sum())
-    apart = float((weights - logistic).abs().sum()) / larger if larger > 0 else 0.0
-    residual = min(meaning(slopes, True).residual, between(apart, UNSURE, CONTRARY))
+    two_classes = q.abs() * torch.sigmoid(q.sign() * values)
+    apart = min(share_apart(weights, logistic) for logistic in (two_classes, q.abs()))
+    alike = correlation(weights, q.abs())
+    scattered = max(meaning(slopes, True).residual, 1 - between(alike, UNSURE, CONTRARY))
+    residual = min(scattered, between(apart, UNSURE, CONTRARY))
     total = float(weights.sum())
     offset = residual * float(weights @ values) / total if total > 0 else 0.0
     return Meaning(1.0, residual, offset)
+
+
+def share_apart(a: Tensor, b: Tensor) -> float:
+    """How far a and b [n], not below 0, differ: 0 where they are the same, 1 where one is 0."""
+    larger = float(torch.maximum(a, b).sum())
+    return float((a - b).abs().sum()) / larger if larger > 0 else 0.0
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Of a and b [n]; 0 where one of them doesn't vary."""
+    a, b = a - a.mean(), b - b.mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size > 0 else 0.0
 
 
 def moved_slopes(slopes: Tensor, curvature: Tensor, change: Tensor, residual: float) -> Tensor:

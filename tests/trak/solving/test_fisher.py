@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -439,8 +440,13 @@ def test_lambda_has_the_scale_of_the_matrix(gradients, likelihood):
 
 
 @pytest.mark.parametrize("k", [8, 90])
-def test_a_regression_doesnt_ask_where_its_labels_have_their_zero(tmp_path, k):
+@pytest.mark.parametrize("below", [False, True])
+def test_a_regression_doesnt_ask_where_its_labels_have_their_zero(tmp_path, k, below):
+    """Also where the network is below all of them, as one that was stopped early may be."""
     x, y, model = numbers_to_predict(60)
+    if below:
+        f = model(x)[:, 0].detach()
+        y = f + (y - f).abs() + 0.1
     found = []
     for zero in (0.0, 100.0):
         task = FunctionModelOutput(
@@ -549,10 +555,14 @@ def test_slopes_of_a_regression_and_of_classes_are_told_apart():
     noise = torch.randn(400, generator=generator)
     counts, sure = torch.poisson(f.exp(), generator=generator), torch.sigmoid(f)
     labels = (torch.rand(400, generator=generator) < sure).float()
+    probit = (-f.square() / 2 - torch.special.log_ndtr(f)).exp() / (2 * math.pi) ** 0.5
     for slopes, curvature, residual in (
         (noise, torch.ones(400), 1.0),
         (100 * noise, torch.full((400,), 100.0), 1.0),
         (counts - f.exp(), f.exp(), 1.0),
+        (noise.abs(), torch.ones(400), 1.0),  # of a network below all labels
+        (noise.tanh().abs(), 1 - noise.tanh() ** 2, 1.0),
+        (probit, probit * (probit + f), 0.0),  # of the right class
         (labels - sure, sure * (1 - sure), 0.0),
         (1 - sure, sure * (1 - sure), 0.0),
         ((1 + 4 * labels) * (labels - sure), (1 + 4 * labels) * sure * (1 - sure), 0.0),
