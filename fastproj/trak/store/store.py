@@ -321,6 +321,8 @@ class Store:
                     found.append((file, inds, tensors["content"].numpy()))
 
             scan(self.shard_dir(model_id, exp_name), role_of(exp_name), read)
+            if exp_name == DRAWN:
+                self._leave_out_stale(model_id, found)
             for i, lost in self._without_rows(model_id, found, with_rows):
                 file, inds, content = found[i]
                 found[i] = file, np.where(lost, -1, inds), content
@@ -328,6 +330,32 @@ class Store:
             index.distrusted = distrusted
             self._indices[key] = index
         return self._indices[key]
+
+    def _leave_out_stale(self, model_id: int, found: Found) -> None:
+        """Let drawn rows of other data than their samples not count.
+
+        They were left by a process that stopped before it wrote the samples, and the data have
+        changed since: then there are rows of both.
+        """
+        rows = np.concatenate([inds for _, inds, _ in found]) if found else np.empty(0, np.int64)
+        if len(np.unique(rows)) == len(rows):
+            return
+        samples: Found = []
+
+        def read(path: Path) -> None:
+            with suppress(GoneError, FileNotFoundError):
+                tensors, metadata = self.read(path, model_id, None, ("inds", "content"))
+                inds, content = tensors["inds"].numpy(), tensors["content"].numpy()
+                samples.append(
+                    (ShardFile.of(path, metadata, len(inds), path.stat().st_size), inds, content)
+                )
+
+        scan(self.shard_dir(model_id, None), role_of(None), read)
+        there = ShardIndex.of(self.train_set_size, samples, replace=False)
+        for i, (file, inds, content) in enumerate(found):
+            of = inds // self.draws
+            stale = there.done[of] & (there.content[of] != content)
+            found[i] = file, np.where(stale, -1, inds), content
 
     def _without_rows(
         self, model_id: int, found: Found, with_rows: Mapping[int, npt.NDArray[np.bool_]]
@@ -407,7 +435,7 @@ class Store:
         place = index.next_place() if is_target(exp_name) else int(inds.min())
         key = f"{place:012d}-{uuid.uuid4().hex[:12]}"
         file = self._write_shard(model_id, exp_name, tensors, ((key, len(inds)),), on_trust)
-        index.add(file, inds, content, replace=is_target(exp_name))
+        index.add(file, inds, content, replace=exp_name is not None)
         self._merge(model_id, exp_name)
 
     def _write_shard(

@@ -732,7 +732,13 @@ def test_rows_dont_depend_on_batches(tmp_path, computer):
             torch.testing.assert_close(part, wanted, rtol=1e-6, atol=1e-9)
 
 
-def test_a_stop_between_drawn_rows_and_their_samples(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["f" * 12, "0" * 12])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_stop_between_drawn_rows_and_their_samples(tmp_path, monkeypatch, name, changed):
+    """Rows that were left of data that have changed since don't count, whatever their file's name.
+
+    name : the part of it that is random.
+    """
     train, targets = data(20), data(M, seed=5)
     model = cases.net(0, torch.float64)
     whole = np.array(cases.whole_run(tmp_path / "whole", [model], train, targets, proj_dim=16))
@@ -745,10 +751,19 @@ def test_a_stop_between_drawn_rows_and_their_samples(tmp_path, monkeypatch):
         write(model_id, inds, content, features, q, exp_name, *more)
 
     monkeypatch.setattr(traker.saver, "write_shard", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        cases.featurize(traker, model, 0, train)
+    before = train[0].clone()
+    before[7:] *= 1 + changed
+    with monkeypatch.context() as patch:
+        patch.setattr("uuid.uuid4", lambda: SimpleNamespace(hex=name))
+        with pytest.raises(KeyboardInterrupt):
+            cases.featurize(traker, model, 0, (before, train[1]))
     again = cases.make(model, tmp_path / "parts", 20, proj_dim=16)
     assert (again.saver.index(0, DRAWN).done.sum(), again.saver.index(0).done.sum()) == (14, 7)
+    cases.featurize(again, model, 0, train)
+    for saver in (again.saver, cases.make(model, tmp_path / "parts", 20, proj_dim=16).saver):
+        rows = saver.matrix(0, DRAWN)
+        wanted = cases.make(model, tmp_path / "whole", 20, proj_dim=16).saver.matrix(0, DRAWN)
+        np.testing.assert_array_equal(rows, wanted)
     again = cases.whole_run(tmp_path / "parts", [model], train, targets, proj_dim=16)
     np.testing.assert_array_equal(again, whole)
 
