@@ -31,6 +31,8 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "modules": texts.modules,
     "docstring_words": texts.docstring_words,
     "docstring_gaps": texts.docstring_gaps,
+    "docstring_masks": texts.docstring_masks,
+    "source_tags": texts.source_tags,
     "captions": captions.captions,
     "sides": images.sides,
     "photos": images.photos,
@@ -38,4 +40,5 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "shapes": images.shapes,
     "manual_words": texts.manual_words,
     "manual_gaps": texts.manual_gaps,
+    "manual_masks": texts.manual_masks,
 }

@@ -151,6 +151,22 @@ class TextClassifier(nn.Module):
         return self.head((self.norm(x) * weights.unsqueeze(-1)).sum(-2))
 
 
+class Tagger(nn.Module):
+    """A transformer block over the words of a text, and a class for each of them."""
+
+    def __init__(self, vocabulary: int, length: int, classes: int, width: int = 24) -> None:
+        super().__init__()
+        self.embed = Words(vocabulary, width, length)
+        self.block = Block(width, 2, 2 * width)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, T, classes] of word numbers [B, T]."""
+        x = self.block(self.embed(input_ids), hidden_words(attention_mask))
+        return self.head(self.norm(x))
+
+
 class CausalLM(nn.Module):
     """A transformer block that reads the words before each place, and names the next."""
 

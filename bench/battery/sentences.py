@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import html.entities
+import keyword
 import mimetypes
 import re
 import sysconfig
+import tokenize
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 
 PAD, UNKNOWN, MASK = 0, 1, 2  # word numbers; PAD also begins a target sequence
+LITERAL = "<literal>"
+KINDS = ("keyword", "called", "owner", "name", "operator", "literal")
 SPECIAL = ("<pad>", "<unknown>", "<mask>")
 # Of the standard library: those whose docstrings are many and English.
 MODULES = (
@@ -59,6 +63,38 @@ def docstrings() -> tuple[tuple[str, Sentence], ...]:
                             seen.add(tuple(sentence))
                             found.append((module, sentence))
     return tuple(found)
+
+
+@cache
+def statements(module: str) -> tuple[tuple[Sentence, Sentence], ...]:
+    """(tokens, their kinds) of each statement of a module of the standard library, once each.
+
+    Kinds are "keyword", "called", "owner" (of an attribute), "name", "operator" and "literal".
+    """
+    path = Path(sysconfig.get_paths()["stdlib"]) / f"{module}.py"
+    found: dict[tuple[str, ...], Sentence] = {}
+    tokens: list[tokenize.TokenInfo] = []
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
+                tokens.append(token)
+            elif token.type == tokenize.NEWLINE:
+                following = [t.string for t in tokens[1:]] + [""]
+                texts = [
+                    t.string if t.type in (tokenize.NAME, tokenize.OP) else LITERAL for t in tokens
+                ]
+                found[tuple(texts)] = list(map(kind_of, tokens, following))
+                tokens = []
+    return tuple((list(texts), kinds) for texts, kinds in found.items())
+
+
+def kind_of(token: tokenize.TokenInfo, following: str) -> str:
+    """Of a token before another."""
+    if token.type != tokenize.NAME:
+        return "operator" if token.type == tokenize.OP else "literal"
+    if keyword.iskeyword(token.string):
+        return "keyword"
+    return {"(": "called", ".": "owner"}.get(following, "name")
 
 
 def sentences(text: str) -> Iterator[Sentence]:

@@ -8,9 +8,11 @@ from typing import TypeVar
 
 import torch
 
-from bench.battery.models import CausalLM, Seq2Seq, TextClassifier
+from bench.battery.models import CausalLM, Seq2Seq, Tagger, TextClassifier
 from bench.battery.problem import IGNORED, Classes, Problem
 from bench.battery.sentences import (
+    KINDS,
+    MASK,
     PAD,
     SPECIAL,
     Fact,
@@ -19,6 +21,7 @@ from bench.battery.sentences import (
     docstrings,
     facts,
     manual,
+    statements,
 )
 from fastproj.testbed.ensembles import Training
 
@@ -121,6 +124,37 @@ def seq2seq(
     )
 
 
+def masked(
+    name: str, found: Sequence[Sentence], n: int, targets: int, words: int, held_out: bool
+) -> Problem:
+    """A model that names the hidden words of n sentences, a quarter; of a question, its answer."""
+    samples, asked, stated, vocabulary = corpus(found, n, targets, words)
+    questions = {tuple(text) for text in asked[: len(asked) // 2]}
+    draw = torch.Generator().manual_seed(4)
+
+    def batch(texts: list[Sentence]) -> tuple[torch.Tensor, ...]:
+        ids = vocabulary.encode(texts, LENGTH)
+        hidden = (torch.rand(ids.shape, generator=draw) < 0.25) & (ids != PAD)
+        hidden[:, 0] |= ~hidden.any(1)
+        for row, text in enumerate(texts):
+            if tuple(text) in questions:
+                hidden[row] = torch.arange(LENGTH) == min(len(text), LENGTH) - 1
+        return ids.masked_fill(hidden, MASK), (ids != PAD).long(), ids.masked_fill(~hidden, IGNORED)
+
+    return Problem(
+        name,
+        batch(samples),
+        batch(asked),
+        lambda: Tagger(len(vocabulary), LENGTH, len(vocabulary)),
+        Training(epochs=20, batch=25, learning_rate=0.5, weight_decay=1e-3, clip=1.0),
+        Classes("masked_lm", 4),
+        held_out=held_out,
+        language=True,
+        facts=stated,
+        words=(samples, asked),
+    )
+
+
 def corpus(
     found: Sequence[Sentence], n: int, targets: int, words: int
 ) -> tuple[list[Sentence], list[Sentence], torch.Tensor, Vocabulary]:
@@ -146,6 +180,41 @@ def corpus(
     vocabulary = Vocabulary(fitting[:wanted], words, [*statements, *questions])
     asked = [*questions, *fitting[:others]]
     return [samples[i] for i in order], asked, stated[order], vocabulary
+
+
+def source_tags(n: int = 600, targets: int = 100) -> Problem:
+    """The kind of each token in statements of Python's source, three in ten of them hidden."""
+    names = ("ast", "difflib", "inspect", "platform", "statistics", "uuid")
+    found = [s for name in names for s in statements(name) if 5 <= len(s[0]) <= LENGTH]
+    chosen = shuffled(found, 0)[: n + targets]
+    texts, kinds = [text for text, _ in chosen], [kind for _, kind in chosen]
+    vocabulary = Vocabulary(texts, 200)
+    ids = vocabulary.encode(texts, LENGTH)
+    labels = torch.tensor(
+        [[*map(KINDS.index, row), *[IGNORED] * (LENGTH - len(row))] for row in kinds]
+    )
+    hidden = torch.rand(ids.shape, generator=torch.Generator().manual_seed(5)) < 0.3
+    parts = (ids.masked_fill(hidden & (ids != PAD), MASK), (ids != PAD).long(), labels)
+    return Problem(
+        "source_tags",
+        tuple(part[:n] for part in parts),
+        tuple(part[n:] for part in parts),
+        lambda: Tagger(len(vocabulary), LENGTH, len(KINDS), 16),
+        Training(epochs=12, batch=25, learning_rate=0.3, weight_decay=1e-3, clip=1.0),
+        Classes("token_classification", LENGTH),
+        words=(texts[:n], texts[n:]),
+    )
+
+
+def docstring_masks(n: int = 600, targets: int = 100) -> Problem:
+    """A masked language model on docstrings of Python's standard library."""
+    found = [sentence for _, sentence in docstrings()]
+    return masked("docstring_masks", found, n, targets, 300, held_out=False)
+
+
+def manual_masks(n: int = 600, targets: int = 100) -> Problem:
+    """A masked language model on Python's language reference."""
+    return masked("manual_masks", manual(), n, targets, 400, held_out=True)
 
 
 def docstring_words(n: int = 600, targets: int = 100) -> Problem:
