@@ -274,6 +274,7 @@ class TokenClassificationModelOutput(MaskedLMModelOutput):
     """
 
     name = "token_classification"
+    softens = 2.0  # docs/research/lambda.md, "Softer likelihoods"
 
 
 def token_cure(task: str, what: str, t: Any) -> str:

@@ -23,6 +23,7 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     Seq2SeqModelOutput,
     TextClassificationModelOutput,
+    TokenClassificationModelOutput,
 )
 from fastproj.trak.curvature import Draws, Fisher
 from fastproj.trak.tasks.base import Terms
@@ -154,6 +155,20 @@ def seq2seq(reduction: str) -> Case:
     return Case(task, numbers(9, seed=3), batch, predictions, 3)
 
 
+def tags() -> Case:
+    labels = [2, IGNORED, 0]
+
+    def batch(x: Tensor) -> Any:
+        ids = torch.zeros(len(x), 3, dtype=torch.long)
+        every = torch.tensor(labels).expand(len(x), 3)
+        return ({"input_ids": ids, "logits": x.reshape(len(x), 3, 3), "labels": every},)
+
+    def predictions(x: Tensor) -> list[tuple[float, Tensor, int]]:
+        return [(1.0, x.reshape(3, 3)[t], labels[t]) for t in (0, 2)]
+
+    return Case(TokenClassificationModelOutput(), numbers(9, seed=4), batch, predictions, 3, 2.0)
+
+
 def clip(temperature: float | None, own: float | None = None) -> Case:
     """x is (u, v); the right partner is class 0 of both predictions."""
     others = numbers(2, 3, seed=5), numbers(2, 3, seed=6)
@@ -196,6 +211,7 @@ CASES = {
     "causal, sharpened": lambda: causal("mean", 3, [0, 2, 1], 0.5),
     "seq2seq, sum": lambda: seq2seq("sum"),
     "seq2seq, mean": lambda: seq2seq("mean"),
+    "tags": tags,
     "clip": lambda: clip(None),
     "clip, temperature": lambda: clip(2.0),
     "clip, as it was trained": lambda: clip(2.0, 1.0),
