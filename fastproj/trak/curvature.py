@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastproj.checks import check_integer, describe
 from fastproj.spec import philox4x32_10
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import AbstractGradientComputer
-from fastproj.trak.inputs import check_finite
+from fastproj.trak.inputs import MAX_SAMPLES, check_finite
 from fastproj.trak.solving.solve import AUTO, Lambda
 from fastproj.trak.solving.systems import FISHER, TRAK
 from fastproj.trak.tasks import Terms, has_likelihood
@@ -22,6 +23,7 @@ CURVATURES = (AUTO, FISHER, TRAK)
 RUNS = 16, 64  # neighbouring samples get their rows together, in runs: few batches are split.
 LEAST_RUNS = 16  # There are at least so many runs before they get longer.
 PER_DIM = 2  # samples that rows are drawn for, for each dimension of the features
+MAX_DRAWS = 1 << 16  # of a sample: what the counter of their random numbers has room for
 MOST_POWER = 1.0  # of sizes: beyond, one parameter would be all
 SALT = 0x46697368  # of random numbers for drawing: not those of the projection
 MASK = 0xFFFFFFFF
@@ -46,18 +48,20 @@ class Fisher:
     size_power: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (("samples", self.samples, 1), ("draws", self.draws, 1)):
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
-                raise ValueError(
-                    f"Fisher: received {name}={value!r}; expected an integer >= {least}"
-                )
+        if self.samples is not None:
+            self._set("samples", MAX_SAMPLES, "an integer, or None")
+        self._set("draws", MAX_DRAWS, "an integer")
         power = self.size_power
         if power is not None and not (is_number(power) and abs(power) <= MOST_POWER):
             raise ValueError(
                 f"Fisher: received size_power={power!r}; expected a number from {-MOST_POWER:g} to "
                 f"{MOST_POWER:g} (0: gradients as they are), or None"
             )
+
+    def _set(self, name: str, high: int, expected: str) -> None:
+        """Check an integer and keep it as an int: NumPy's overflow, and have no bit_length."""
+        value = check_integer("Fisher", name, getattr(self, name), 1, high, expected)
+        object.__setattr__(self, name, value)
 
     def of(self, task: Any) -> Fisher:
         """With the size_power of the task, where none was given."""
@@ -77,8 +81,8 @@ def resolve_curvature(
 
     "auto" is "fisher" where lambda is chosen and the task knows the likelihood of its labels.
     """
-    known = isinstance(curvature, Fisher) or curvature in CURVATURES
-    if not known:
+    named = isinstance(curvature, str) and curvature in CURVATURES
+    if not named and not isinstance(curvature, Fisher):
         raise ValueError(
             f"TRAKer: received curvature={curvature!r:.80}; expected "
             f"{', '.join(map(repr, CURVATURES))}, or fastproj.trak.Fisher(...)"
@@ -187,9 +191,13 @@ def check_terms(terms: Terms, size: int, draws: int, inds: Indices) -> None:
             f"featurize: the task's likelihood_terms returned {type(terms).__name__}; expected "
             "fastproj.trak.tasks.Terms"
         )
-    for name in ("output", "slope", "curvature", "along"):
-        values = getattr(terms, name)
-        if values.shape != (size,):
+    for name, values in terms._asdict().items():
+        if not isinstance(values, Tensor) or values.is_complex():
+            raise TypeError(
+                f"featurize: the task's likelihood_terms returned {name} {describe(values)}; "
+                "expected a tensor of real numbers"
+            )
+        if name != "drawn" and values.shape != (size,):
             raise ValueError(
                 f"featurize: the task's likelihood_terms returned {name} {list(values.shape)} for "
                 f"a batch of {size}; expected [{size}]"

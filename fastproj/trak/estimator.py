@@ -442,7 +442,7 @@ class TRAKer:
             logger.info("finalize_features: del_grads has nothing to delete")
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
-        check_lambda(lambda_reg)
+        lambda_reg = check_lambda(lambda_reg)
         probabilities = getattr(self.task, "q_are_probabilities", None)
         if ranks.first:
             self._contents.compare(function, ids)

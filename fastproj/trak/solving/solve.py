@@ -12,12 +12,14 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastproj.checks import as_float
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # terms of a float32 product before it is folded into the float64 sum
@@ -373,10 +375,11 @@ def check_gram(gram: Gram) -> float:
 
 
 def check_lambda(lambda_reg: Lambda) -> Lambda:
-    """``"auto"``, or what ``parse_lambda`` takes; raises ValueError for anything else."""
-    if not (isinstance(lambda_reg, str) and lambda_reg == AUTO):
-        parse_lambda(lambda_reg)
-    return lambda_reg
+    """A number as a float, ``"auto"`` or "x*mean" as it is; raises ValueError for anything else."""
+    if isinstance(lambda_reg, str) and lambda_reg == AUTO:
+        return lambda_reg
+    value = parse_lambda(lambda_reg)
+    return lambda_reg if isinstance(lambda_reg, str) else value
 
 
 def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:
@@ -385,17 +388,17 @@ def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:
     A number is what is added to the diagonal of XtX. ``"0.1*mean"`` is 0.1 times the mean
     eigenvalue of XtX, trace(XtX) / k: the same strength at any n, k and scale of gradients.
     """
-    factor, unit = lambda_reg, 1.0
-    if isinstance(lambda_reg, str):
-        match = re.fullmatch(r"\s*([^*\s]+)\s*\*\s*mean\s*", lambda_reg)
-        factor, unit = (match[1] if match else "nan"), mean_eigenvalue
-    try:
-        value = float(factor)
-    except (TypeError, ValueError):
-        value = math.nan
-    if isinstance(lambda_reg, bool) or not 0 <= value < math.inf:
+    value, unit = math.nan, 1.0
+    if not isinstance(lambda_reg, str):
+        number = as_float(lambda_reg)
+        value = math.nan if number is None else number
+    elif match := re.fullmatch(r"\s*([^*\s]+)\s*\*\s*mean\s*", lambda_reg):
+        unit = mean_eigenvalue
+        with suppress(ValueError):
+            value = float(match[1])
+    if not 0 <= value < math.inf:
         raise ValueError(
-            f"TRAKer: received lambda_reg={lambda_reg!r}; expected 'auto', a number >= 0, or a "
+            f"TRAKer: received lambda_reg={lambda_reg!r:.80}; expected 'auto', a number >= 0, or a "
             "string such as '0.1*mean' for 0.1 times the mean eigenvalue of XtX"
         )
     return value * unit

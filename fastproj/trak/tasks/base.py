@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fastproj.checks import describe
+from fastproj.checks import as_float, describe
 from fastproj.trak import batches
 
 SMALL_BYTES = 1 << 16  # of a buffer that each call of a task gets a copy of
@@ -243,10 +243,13 @@ def is_index(t: Any) -> bool:
 
 
 def check_temperature(name: str, temperature: float, argument: str = "temperature") -> float:
-    """``temperature``, or a ValueError unless it is positive and finite."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name}: received {argument}={temperature}; expected a positive number")
-    return temperature
+    """``temperature`` as a float; raises ValueError unless it is positive and finite."""
+    value = as_float(temperature)
+    if value is None or not 0 < value < math.inf:
+        raise ValueError(
+            f"{name}: received {argument}={temperature!r:.80}; expected a positive number"
+        )
+    return value
 
 
 def check_masks(task: str, inputs: Mapping[str, Any], cure: str = LABELS_GO) -> None:

@@ -96,9 +96,11 @@ class CLIPModelOutput(BatchedModelOutput):
     ) -> None:
         name = type(self).__name__
         if temperature is not None:
-            check_temperature(name, temperature)
+            temperature = check_temperature(name, temperature)
         if likelihood_temperature is not None:
-            check_temperature(name, likelihood_temperature, "likelihood_temperature")
+            likelihood_temperature = check_temperature(
+                name, likelihood_temperature, "likelihood_temperature"
+            )
         if simulated_batch_size < 1:
             raise ValueError(
                 f"{name}: received simulated_batch_size={simulated_batch_size}; expected >= 1"

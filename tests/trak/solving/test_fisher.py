@@ -1037,7 +1037,9 @@ def test_computers_of_one_output_keep_traks(tmp_path, computer):
         cases.make(cases.net(), tmp_path, 20, gradient_computer=computer, curvature="fisher")
 
 
-@pytest.mark.parametrize("wrong", ["Fisher", "gauss-newton", None, 1, True, Fisher])
+@pytest.mark.parametrize(
+    "wrong", ["Fisher", "gauss-newton", None, 1, True, Fisher, np.array(["fisher", "trak"])]
+)
 def test_another_curvature_is_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"TRAKer: received curvature=.*'auto', 'fisher', 'trak'"):
         cases.make(cases.net(), tmp_path / "no", 20, curvature=wrong)
@@ -1064,6 +1066,11 @@ def test_terms_that_cant_be_right_are_refused(tmp_path):
         r"drawn \[4\]": lambda t: t._replace(drawn=t.drawn[:, 0]),
         r"drawn \[4, 2\] .* noise for 1 row": lambda t: t._replace(drawn=t.drawn.repeat(1, 2)),
         "returned tuple; expected fastproj.trak.tasks.Terms": tuple,
+        "returned output float 1.0; expected a tensor": lambda t: t._replace(output=1.0),
+        r"returned along list \[": lambda t: t._replace(along=t.along.tolist()),
+        "returned curvature ndarray": lambda t: t._replace(curvature=t.curvature.numpy()),
+        r"returned slope \[4\] complex64": lambda t: t._replace(slope=t.slope * 1j),
+        "returned drawn NoneType None": lambda t: t._replace(drawn=None),
         "sample 0 has the curvature -1": lambda t: t._replace(curvature=t.curvature * 0 - 1),
         r"along of samples 0, 1, 2, 3 ": lambda t: t._replace(along=t.along / 0),
     }

@@ -589,18 +589,27 @@ def test_runs_are_spread_evenly(n, k, run):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"samples": 0}, "samples=0; expected an integer >= 1"),
-        ({"samples": 1.5}, "samples=1.5"),
-        ({"draws": 0}, "draws=0"),
-        ({"draws": True}, "draws=True"),
+        ({"samples": 0}, r"samples=0; expected 1 <= samples < 2\^48"),
+        ({"samples": 1.5}, r"samples=1.5 \(float\); expected an integer, or None"),
+        ({"draws": 0}, r"draws=0; expected 1 <= draws < 2\^16"),
+        ({"draws": 1 << 16}, "draws=65536"),
+        ({"draws": True}, "draws=True; expected an integer"),
+        ({"draws": None}, "draws=None"),
         ({"size_power": 2}, "size_power=2; expected a number from -1 to 1"),
         ({"size_power": True}, "size_power=True"),
         ({"size_power": float("nan")}, "size_power=nan"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=f"Fisher: received {message}"):
+    with pytest.raises((TypeError, ValueError), match=f"Fisher: received {message}"):
         Fisher(**wrong)
+
+
+def test_integers_of_any_library_are_kept_as_int():
+    made = Fisher(np.int64(20), np.uint8(200))
+    assert made == Fisher(20, 200)
+    assert {type(made.samples), type(made.draws)} == {int}
+    assert int(Draws(300, 8, made, 0).rows(np.array([299])).max()) == 300 * 200 - 1
 
 
 # ---- logits of all sorts ------------------------------------------------------------------------
