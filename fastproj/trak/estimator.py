@@ -41,6 +41,7 @@ from fastproj.trak.inputs import (
     as_model_ids,
     check_model,
     check_projector,
+    check_range,
     make_projector,
     matrix_of,
     resolve_device,
@@ -401,8 +402,11 @@ class TRAKer:
         batch may keep the two kinds apart.
 
         inds : integers [b], the samples' places in the training set.
+
+        Raises TypeError or ValueError for what is no such place.
         """
         places = as_indices("has_drawn_rows", inds)
+        check_range("has_drawn_rows", places, self.train_set_size)
         draws = self._featurizer.draws
         return np.zeros(len(places), np.bool_) if draws is None else draws.chosen(places)
 
