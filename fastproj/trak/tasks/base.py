@@ -63,6 +63,9 @@ class AbstractModelOutput(ABC):
     finds out from all Q of a checkpoint (``fastproj.trak.solving.ridge.meaning``).
     ``knows_likelihood`` says whether ``likelihood_terms`` is there, for the Fisher matrix of the
     labels' likelihood as the curvature (``TRAKer(curvature="fisher")``).
+    ``learns_along_output`` says whether the terms have f and Q as they are, so that a number as
+    lambda when finalising gives TRAK's scores. A subclass with other ``likelihood_terms`` doesn't
+    inherit a True.
     ``size_power`` is the power of a parameter's size that its gradients count by, for
     ``curvature="fisher"`` (``fastproj.trak.Fisher``).
     ``model_holds_weights`` False leaves the model as it is: for tasks that need to see its own
@@ -97,8 +100,11 @@ class AbstractModelOutput(ABC):
 
     @property
     def learns_along_output(self) -> bool:
-        """Whether ``Terms.output`` is f itself, or has its direction: one prediction a sample."""
-        return True
+        """Whether ``Terms.output`` is f itself and ``Terms.slope`` is Q: one prediction a sample.
+
+        The training features are TRAK's then, and its formula can be had from them.
+        """
+        return False
 
     def check_batch(self, batch: Batch) -> None:  # noqa: B027
         """Raise TypeError or ValueError for a batch that this task can't take."""

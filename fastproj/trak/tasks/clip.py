@@ -85,7 +85,6 @@ class CLIPModelOutput(BatchedModelOutput):
     model_holds_weights = False  # embeddings are found by the model's own parameters
 
     knows_likelihood = True
-    learns_along_output = False  # the log-likelihoods have other weights than their log-odds
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class FunctionModelOutput(BatchedModelOutput):
     likelihood: Callable[[Tensor, Any], Tensor] | None = None
 
     model_holds_weights: ClassVar[bool] = False  # ``outputs`` itself sees to it
+    learns_along_output = True
 
     def __post_init__(self) -> None:
         if self.loss is not None and self.likelihood is not None:

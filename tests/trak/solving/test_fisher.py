@@ -879,6 +879,43 @@ def test_features_in_another_metric_have_no_traks_formula_when_finalising(tmp_pa
     traker.finalize_features()
 
 
+class Same(ImageClassificationModelOutput):
+    """The same terms, of which it says whether they have f and Q."""
+
+    def likelihood_terms(self, *arguments):
+        return super().likelihood_terms(*arguments)
+
+
+class Says(Same):
+    learns_along_output = True
+
+
+class Doubled(Says):
+    """Terms of another output, under a class that has f."""
+
+    def likelihood_terms(self, *arguments):
+        terms = super().likelihood_terms(*arguments)
+        return terms._replace(output=2 * terms.output, slope=terms.slope / 2)
+
+
+def test_terms_of_ones_own_are_of_another_output_unless_it_is_said(tmp_path):
+    model, train = cases.net(), cases.data(20)
+    for task in (Told, Same, Doubled):
+        folder = tmp_path / task.__name__
+        traker = TRAKer(model, task(), 20, folder, proj_dim=8, device="cpu")
+        cases.featurize(traker, model, 0, train)
+        with pytest.raises(
+            ValueError, match=rf"is TRAK's formula, .* features of {task.__name__} "
+        ):
+            traker.finalize_features(lambda_reg=0.5)
+        traker.finalize_features()
+    function = FunctionModelOutput(margin, likelihood=lambda f, batch: F.logsigmoid(f))
+    for number, task in enumerate((Says(), Renamed(), function)):
+        traker = TRAKer(model, task, 20, tmp_path / str(number), proj_dim=8, device="cpu")
+        cases.featurize(traker, model, 0, train)
+        traker.finalize_features(lambda_reg=np.float32(0.5))
+
+
 def test_texts_have_no_traks_formula_when_finalising(tmp_path):
     traker = language(tmp_path, 20, 8, "auto")
     with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula.*CausalLM") as e:
