@@ -213,7 +213,8 @@ def check_terms(terms: Terms, size: int, draws: int, inds: Indices) -> None:
         row = int(convex[0])
         raise ValueError(
             f"featurize: sample {inds[row]} has the curvature {float(terms.curvature[row]):g}; "
-            "expected none below 0, as of a log-likelihood that is concave in the output"
+            "expected none below 0, as of a log-likelihood that is concave in the output, and "
+            "whose derivatives don't underflow (softplus(f) instead of log(1 + exp(f)))"
         )
 
 

@@ -164,7 +164,7 @@ class Elsewhere(ImageClassificationModelOutput):
         ),
         (FunctionModelOutput(output), "FunctionModelOutput(output=output, loss=None)"),
         (
-            FunctionModelOutput(Callable(), likelihood=partial(output, None)),
+            FunctionModelOutput(Callable(), likelihood=partial(output)),
             "FunctionModelOutput(output=Callable, loss=None, likelihood=partial)",
         ),
         (Elsewhere(2.0), "Elsewhere"),
