@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +27,9 @@ LEAST_RUNS = 16  # There are at least so many runs before they get longer.
 PER_DIM = 2  # samples that rows are drawn for, for each dimension of the features
 MAX_DRAWS = 1 << 16  # of a sample: what the counter of their random numbers has room for
 MOST_POWER = 1.0  # of sizes: beyond, one parameter would be all
+DESCRIBED = re.compile(
+    r"fisher, (\d+) row\(s\) drawn for (\d+) of (\d+) samples(?:, (\d+) at a time)?"
+)
 SALT = 0x46697368  # of random numbers for drawing: not those of the projection
 MASK = 0xFFFFFFFF
 
@@ -178,6 +183,23 @@ class Draws:
         for place_of_sign in (1, 2):
             noise[..., place_of_sign] = 1.0 - 2.0 * (words[place_of_sign] & np.uint64(1))
         return torch.from_numpy(noise)
+
+
+def settings_of(stored: Mapping[str, Any]) -> Fisher | None:
+    """What ``Draws`` was made with that a store's metadata are of; None where that isn't known."""
+    found = DESCRIBED.fullmatch(str(stored["curvature"]))
+    if found is None:
+        return None
+    draws, count, n = map(int, found.groups()[:3])
+    run = int(found[4] or 1)
+    runs = -(-count // run)
+    # The length of runs grows with the number of samples: one of the ends has that of the others.
+    for samples in (None, count, (runs - 1) * run + 1, runs * run):
+        fisher = Fisher(samples, draws, stored["size_power"])
+        made = Draws(n, stored["proj_dim"], fisher, stored["seed"])
+        if made.describe() == stored["curvature"]:
+            return fisher
+    return None
 
 
 def check_terms(terms: Terms, size: int, draws: int, inds: Indices) -> None:
