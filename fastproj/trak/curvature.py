@@ -19,7 +19,8 @@ from fastproj.trak.gradients import AbstractGradientComputer
 from fastproj.trak.inputs import MAX_SAMPLES, check_finite
 from fastproj.trak.solving.solve import AUTO, Lambda
 from fastproj.trak.solving.systems import FISHER, TRAK
-from fastproj.trak.tasks import Terms, has_likelihood
+from fastproj.trak.tasks import Terms, belongs_together, has_likelihood
+from fastproj.trak.tasks.classification import ClassificationModelOutput
 
 CURVATURES = (AUTO, FISHER, TRAK)
 RUNS = 16, 64  # neighbouring samples get their rows together, in runs: few batches are split.
@@ -100,9 +101,15 @@ def resolve_curvature(
     if curvature == TRAK:
         return None
     if not has_likelihood(task):
+        warm = isinstance(task, ClassificationModelOutput) and belongs_together(task)
+        why, cure = (
+            (f" with temperature={task.temperature:g}", "temperature=1")
+            if warm
+            else ("", "a task of fastproj's")
+        )
         raise ValueError(
-            f"TRAKer: received curvature={curvature!r} with the task {type(task).__name__}, which "
-            "doesn't say what the likelihood of its labels is; expected a task of fastproj's, "
+            f"TRAKer: received curvature={curvature!r} with the task {type(task).__name__}, which"
+            f"{why} doesn't say what the likelihood of its labels is; expected {cure}, "
             "FunctionModelOutput(..., likelihood=), one with likelihood_terms of its own, or "
             'curvature="trak"'
         )

@@ -127,7 +127,7 @@ class TRAKer:
         for about 2 k samples (``fastproj.trak.Fisher`` has settings). "trak": TRAK's Phi^T Phi,
         with weights Q (1 - Q) where lambda is "auto". "auto" is "fisher" where ``lambda_reg`` is
         "auto" and the task knows its likelihood. Of fastproj's tasks, plain functions and
-        ``ImageClassificationModelOutput(temperature=)`` don't.
+        classification with ``temperature=`` don't.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
         True where there are several. With False, this process works by itself.
 

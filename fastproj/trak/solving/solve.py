@@ -36,7 +36,7 @@ Lambda = float | str
 
 
 class SingularXtXWarning(UserWarning):
-    """XtX has no inverse at this lambda; what was done instead is in the message."""
+    """XtX or F has no inverse at this lambda; what was done instead is in the message."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class System:
 class Gram:
     """S^T S [k, k], or S S^T [n, n] where n < k; float64, exact to about ``eps`` of its largest.
 
-    ``rounding`` is how exactly each feature was stored, relative to itself.
+    ``rounding`` is how exactly each feature was stored, relative to itself. ``fisher`` says that it
+    is the Fisher matrix, some of whose n rows are drawn.
     """
 
     matrix: Tensor
@@ -70,6 +71,12 @@ class Gram:
     k: int
     eps: float
     rounding: float = 0.0
+    fisher: bool = False
+
+    @property
+    def name(self) -> str:
+        """The matrix as messages name it."""
+        return "the Fisher matrix F" if self.fisher else "TRAK's XtX"
 
     @property
     def dual(self) -> bool:
@@ -317,11 +324,13 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
         divisors = divisors * (divisors - lam)
     scaled = vectors[:, kept] / divisors.sqrt()
     condition = float(values[-1] / values[kept][0]) if rank == k else math.inf
+    rows = f"{gram.n} rows (samples and drawn ones)" if gram.fisher else f"n={gram.n} samples"
+    few = "the number of rows" if gram.fisher else "n"
     warnings.warn(
-        f"TRAK's XtX is singular: n={gram.n} samples, k={k} dimensions, "
+        f"{gram.name} is singular: {rows}, k={k} dimensions, "
         f"lambda_reg={lam:.3g}, rank {rank}, condition estimate {condition:.1e}. "
-        f"Scores use the pseudo-inverse, and are likely poor while n is near or below k. "
-        f"Fix: lambda_reg='auto', or a number near {mean:.3g}, or proj_dim well below n",
+        f"Scores use the pseudo-inverse, and are likely poor while {few} is near or below k. "
+        f"Fix: lambda_reg='auto', or a number near {mean:.3g}, or proj_dim well below {few}",
         SingularXtXWarning,
         stacklevel=3,
     )
@@ -359,17 +368,18 @@ def apply_factor(factor: Tensor, rhs: Tensor) -> Tensor:
 
 def check_gram(gram: Gram) -> float:
     """The mean of the k eigenvalues of S^T S; ValueError where it is not finite, or zero."""
-    if not all(bool(torch.isfinite(rows).all()) for rows in gram.matrix.split(GRAM_TILE)):
+    rows = "rows" if gram.fisher else "features"
+    if not all(bool(torch.isfinite(tile).all()) for tile in gram.matrix.split(GRAM_TILE)):
         raise ValueError(
-            f"solve: XtX of {gram.n} features has entries that are not finite; expected finite "
-            "features (a feature that is inf or NaN, or near the largest float32)"
+            f"solve: {gram.name} of {gram.n} {rows} has entries that are not finite; expected "
+            "finite features (a feature that is inf or NaN, or near the largest float32)"
         )
     mean = gram.trace / gram.k
     if mean == 0:
         raise ValueError(
-            f"solve: all {gram.n} features are zero; expected gradients that are not all zero "
-            "(are the parameters of grad_wrt used by the model? does it give each label the "
-            "probability 1?)"
+            f"solve: all {gram.n} {rows}{' of F' if gram.fisher else ''} are zero; expected "
+            "gradients that are not all zero (are the parameters of grad_wrt used by the model? "
+            "does it give each label the probability 1?)"
         )
     return mean
 

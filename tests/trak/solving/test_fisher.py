@@ -20,6 +20,7 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     NotReadyError,
     ScoreComputer,
+    SingularXtXWarning,
     StoreMismatchError,
 )
 from fastproj.trak.curvature import Draws, Fisher
@@ -532,6 +533,9 @@ def test_slopes_of_samples_that_are_known_for_certain_move_as_far_as_they_can(dt
 LINEAR = {
     "has log-likelihoods without curvature, linear in the output": lambda f, batch: batch[1] * f,
     r"slope by the output is 0 .* all scores would be 0": lambda f, batch: 0 * f * f,
+    r"fit all of its labels exactly \(.* a regression without residuals\)": (
+        lambda f, batch: -0.5 * (f - f.detach()) ** 2
+    ),
 }
 
 
@@ -568,7 +572,9 @@ def test_slopes_of_a_regression_and_of_classes_are_told_apart():
 # ---- networks that know everything --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("least", "told"), [(98, "larger than float32"), (1000, "all 24 feat")])
+@pytest.mark.parametrize(
+    ("least", "told"), [(98, "larger than float32"), (1000, "all 24 rows of F")]
+)
 def test_texts_that_are_known_for_certain_have_no_scores(tmp_path, least, told):
     """The gradients of their log-likelihoods are 0, or so small that F is 0 beside the targets'."""
     ids = texts(20)[0]
@@ -820,6 +826,17 @@ def test_a_number_where_fisher_is_asked_for_is_added_to_it(tmp_path, lambda_reg,
     assert_close(scores, cases.explicit_fisher(models, train, targets, k, exact))
 
 
+def test_a_singular_fisher_matrix_is_told_by_its_rows(tmp_path):
+    options = {"lambda_reg": 0, "curvature": "fisher", "proj_dim": 64}
+    traker = cases.make(cases.net(), tmp_path, 16, **options)
+    cases.featurize(traker, traker.model, 0, cases.data(16))
+    told = (
+        r"the Fisher matrix F is singular: 32 rows .*, k=64 .* proj_dim well below the number of r"
+    )
+    with pytest.warns(SingularXtXWarning, match=told):
+        traker.finalize_features()
+
+
 @pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
 def test_a_number_when_finalising_is_traks_formula_to_the_digit(tmp_path, n, k):
     train, targets = data(n), data(M, seed=5)
@@ -1030,6 +1047,7 @@ WITHOUT = {
     "own outputs": OwnOutputs,
     "own Q": OwnQ,
     "temperature": lambda: ImageClassificationModelOutput(temperature=2.0),
+    "temperature and own outputs": lambda: OwnOutputs(temperature=2.0),
     "function": lambda: margin,
     "function with a loss": lambda: FunctionModelOutput(margin, loss=lambda f: F.softplus(-f)),
 }
@@ -1052,8 +1070,11 @@ def test_tasks_that_know_no_likelihood_keep_traks(tmp_path, name):
     traker.finalize_features()
     assert traker.saver.systems.read_solve(0)["curvature"] == "trak"
     assert not list(tmp_path.rglob("drawn*"))
+    warm = name == "temperature"
+    why, cure = (" with temperature=2", "temperature=1") if warm else ("", "a task of fastproj's")
+    told = rf"received curvature=.*which{why} doesn't say .*; expected {cure}, "
     for curvature in ("fisher", Fisher(draws=2)):
-        with pytest.raises(ValueError, match=r"received curvature=.*which doesn't say") as error:
+        with pytest.raises(ValueError, match=told) as error:
             TRAKer(model, WITHOUT[name](), 20, tmp_path / "no", curvature=curvature, **settings)
         assert 'likelihood_terms of its own, or curvature="trak"' in str(error.value)
     assert not (tmp_path / "no").exists()
