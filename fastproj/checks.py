@@ -71,6 +71,18 @@ def check_integer(
     return value
 
 
+def as_float(value: object) -> float | None:
+    """A number of any library as a float; None for anything else, also for True and False."""
+    if not isinstance(value, SupportsFloat) or isinstance(value, bool | np.bool_ | np.character):
+        return None
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # several numbers, or too large
+        return None
+
+
 def check_flag(function: str, name: str, value: object) -> bool:
     """``value`` as a bool. Raises TypeError, also for strings such as "no", which count as true."""
     if not isinstance(value, bool | np.bool_):

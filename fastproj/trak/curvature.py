@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,19 +12,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastproj.checks import check_integer, describe
 from fastproj.spec import philox4x32_10
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import AbstractGradientComputer
-from fastproj.trak.inputs import check_finite
+from fastproj.trak.inputs import MAX_SAMPLES, check_finite
 from fastproj.trak.solving.solve import AUTO, Lambda
 from fastproj.trak.solving.systems import FISHER, TRAK
-from fastproj.trak.tasks import Terms, has_likelihood
+from fastproj.trak.tasks import Terms, belongs_together, has_likelihood
+from fastproj.trak.tasks.classification import ClassificationModelOutput
 
 CURVATURES = (AUTO, FISHER, TRAK)
 RUNS = 16, 64  # neighbouring samples get their rows together, in runs: few batches are split.
 LEAST_RUNS = 16  # There are at least so many runs before they get longer.
 PER_DIM = 2  # samples that rows are drawn for, for each dimension of the features
+MAX_DRAWS = 1 << 16  # of a sample: what the counter of their random numbers has room for
 MOST_POWER = 1.0  # of sizes: beyond, one parameter would be all
+DESCRIBED = re.compile(
+    r"fisher, (\d+) row\(s\) drawn for (\d+) of (\d+) samples(?:, (\d+) at a time)?"
+)
 SALT = 0x46697368  # of random numbers for drawing: not those of the projection
 MASK = 0xFFFFFFFF
 
@@ -46,18 +54,20 @@ class Fisher:
     size_power: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (("samples", self.samples, 1), ("draws", self.draws, 1)):
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least):
-                raise ValueError(
-                    f"Fisher: received {name}={value!r}; expected an integer >= {least}"
-                )
+        if self.samples is not None:
+            self._set("samples", MAX_SAMPLES, "an integer, or None")
+        self._set("draws", MAX_DRAWS, "an integer")
         power = self.size_power
         if power is not None and not (is_number(power) and abs(power) <= MOST_POWER):
             raise ValueError(
                 f"Fisher: received size_power={power!r}; expected a number from {-MOST_POWER:g} to "
                 f"{MOST_POWER:g} (0: gradients as they are), or None"
             )
+
+    def _set(self, name: str, high: int, expected: str) -> None:
+        """Check an integer and keep it as an int: NumPy's overflow, and have no bit_length."""
+        value = check_integer("Fisher", name, getattr(self, name), 1, high, expected)
+        object.__setattr__(self, name, value)
 
     def of(self, task: Any) -> Fisher:
         """With the size_power of the task, where none was given."""
@@ -77,8 +87,8 @@ def resolve_curvature(
 
     "auto" is "fisher" where lambda is chosen and the task knows the likelihood of its labels.
     """
-    known = isinstance(curvature, Fisher) or curvature in CURVATURES
-    if not known:
+    named = isinstance(curvature, str) and curvature in CURVATURES
+    if not named and not isinstance(curvature, Fisher):
         raise ValueError(
             f"TRAKer: received curvature={curvature!r:.80}; expected "
             f"{', '.join(map(repr, CURVATURES))}, or fastproj.trak.Fisher(...)"
@@ -91,9 +101,15 @@ def resolve_curvature(
     if curvature == TRAK:
         return None
     if not has_likelihood(task):
+        warm = isinstance(task, ClassificationModelOutput) and belongs_together(task)
+        why, cure = (
+            (f" with temperature={task.temperature:g}", "temperature=1")
+            if warm
+            else ("", "a task of fastproj's")
+        )
         raise ValueError(
-            f"TRAKer: received curvature={curvature!r} with the task {type(task).__name__}, which "
-            "doesn't say what the likelihood of its labels is; expected a task of fastproj's, "
+            f"TRAKer: received curvature={curvature!r} with the task {type(task).__name__}, which"
+            f"{why} doesn't say what the likelihood of its labels is; expected {cure}, "
             "FunctionModelOutput(..., likelihood=), one with likelihood_terms of its own, or "
             'curvature="trak"'
         )
@@ -176,6 +192,23 @@ class Draws:
         return torch.from_numpy(noise)
 
 
+def settings_of(stored: Mapping[str, Any]) -> Fisher | None:
+    """What ``Draws`` was made with that a store's metadata are of; None where that isn't known."""
+    found = DESCRIBED.fullmatch(str(stored["curvature"]))
+    if found is None:
+        return None
+    draws, count, n = map(int, found.groups()[:3])
+    run = int(found[4] or 1)
+    runs = -(-count // run)
+    # The length of runs grows with the number of samples: one of the ends has that of the others.
+    for samples in (None, count, (runs - 1) * run + 1, runs * run):
+        fisher = Fisher(samples, draws, stored["size_power"])
+        made = Draws(n, stored["proj_dim"], fisher, stored["seed"])
+        if made.describe() == stored["curvature"]:
+            return fisher
+    return None
+
+
 def check_terms(terms: Terms, size: int, draws: int, inds: Indices) -> None:
     """Raise TypeError or ValueError unless what a task says of a likelihood can be right, finite or
     not.
@@ -187,9 +220,13 @@ def check_terms(terms: Terms, size: int, draws: int, inds: Indices) -> None:
             f"featurize: the task's likelihood_terms returned {type(terms).__name__}; expected "
             "fastproj.trak.tasks.Terms"
         )
-    for name in ("output", "slope", "curvature", "along"):
-        values = getattr(terms, name)
-        if values.shape != (size,):
+    for name, values in terms._asdict().items():
+        if not isinstance(values, Tensor) or values.is_complex():
+            raise TypeError(
+                f"featurize: the task's likelihood_terms returned {name} {describe(values)}; "
+                "expected a tensor of real numbers"
+            )
+        if name != "drawn" and values.shape != (size,):
             raise ValueError(
                 f"featurize: the task's likelihood_terms returned {name} {list(values.shape)} for "
                 f"a batch of {size}; expected [{size}]"
@@ -205,7 +242,8 @@ def check_terms(terms: Terms, size: int, draws: int, inds: Indices) -> None:
         row = int(convex[0])
         raise ValueError(
             f"featurize: sample {inds[row]} has the curvature {float(terms.curvature[row]):g}; "
-            "expected none below 0, as of a log-likelihood that is concave in the output"
+            "expected none below 0, as of a log-likelihood that is concave in the output, and "
+            "whose derivatives don't underflow (softplus(f) instead of log(1 + exp(f)))"
         )
 
 

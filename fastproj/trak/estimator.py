@@ -41,6 +41,7 @@ from fastproj.trak.inputs import (
     as_model_ids,
     check_model,
     check_projector,
+    check_range,
     make_projector,
     matrix_of,
     resolve_device,
@@ -126,7 +127,7 @@ class TRAKer:
         for about 2 k samples (``fastproj.trak.Fisher`` has settings). "trak": TRAK's Phi^T Phi,
         with weights Q (1 - Q) where lambda is "auto". "auto" is "fisher" where ``lambda_reg`` is
         "auto" and the task knows its likelihood. Of fastproj's tasks, plain functions and
-        ``ImageClassificationModelOutput(temperature=)`` don't.
+        classification with ``temperature=`` don't.
     distributed : whether the processes of torch.distributed or torchrun share the work; None is
         True where there are several. With False, this process works by itself.
 
@@ -401,8 +402,11 @@ class TRAKer:
         batch may keep the two kinds apart.
 
         inds : integers [b], the samples' places in the training set.
+
+        Raises TypeError or ValueError for what is no such place.
         """
         places = as_indices("has_drawn_rows", inds)
+        check_range("has_drawn_rows", places, self.train_set_size)
         draws = self._featurizer.draws
         return np.zeros(len(places), np.bool_) if draws is None else draws.chosen(places)
 
@@ -442,7 +446,7 @@ class TRAKer:
             logger.info("finalize_features: del_grads has nothing to delete")
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
-        check_lambda(lambda_reg)
+        lambda_reg = check_lambda(lambda_reg)
         probabilities = getattr(self.task, "q_are_probabilities", None)
         if ranks.first:
             self._contents.compare(function, ids)

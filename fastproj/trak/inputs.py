@@ -243,21 +243,32 @@ def as_indices(function: str, inds: Any) -> Indices:
     return array.reshape(-1).astype(np.int64)
 
 
+def check_range(
+    function: str, inds: Indices, total: int, declared: str = "train_set_size", cure: str = ""
+) -> None:
+    """Raise ValueError unless ``inds`` are numbers below ``total``."""
+    bad = inds[(inds < 0) | (inds >= total)]
+    if len(bad):
+        raise ValueError(
+            f"{function}: received sample {bad[0]}; expected 0 <= index < {declared} = {total}"
+            f"{cure}"
+        )
+
+
 def check_indices(function: str, inds: Indices, size: int, total: int) -> None:
     """Raise ValueError unless ``inds`` are ``size`` distinct numbers below ``total``."""
-    declared = "train_set_size" if function == "featurize" else "num_targets"
     if len(inds) != size:
         raise ValueError(
             f"{function}: received {len(inds)} inds with a batch of {size} samples; expected one "
             "for each"
         )
-    if len(inds) and (inds.min() < 0 or inds.max() >= total):
-        bad = inds[(inds < 0) | (inds >= total)]
-        start = "load_checkpoint" if function == "featurize" else "start_scoring_checkpoint"
-        raise ValueError(
-            f"{function}: received sample {bad[0]}; expected 0 <= index < {declared} = {total} "
-            f"(num_samples counts on from the last call; {start} starts at 0 again)"
-        )
+    declared, start = (
+        ("train_set_size", "load_checkpoint")
+        if function == "featurize"
+        else ("num_targets", "start_scoring_checkpoint")
+    )
+    cure = f" (num_samples counts on from the last call; {start} starts at 0 again)"
+    check_range(function, inds, total, declared, cure)
     values, counts = np.unique(inds, return_counts=True)
     if len(values) != len(inds):
         raise ValueError(

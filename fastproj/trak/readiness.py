@@ -12,6 +12,7 @@ from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.saver import Saver
 from fastproj.trak.solving.solve import Lambda
 from fastproj.trak.store.store import NotReadyError
+from fastproj.trak.tasks import learns_along_output
 
 
 def known_ids(saver: Saver, function: str, model_ids: Iterable[int] | None) -> list[int]:
@@ -65,7 +66,7 @@ def require_outputs(task: Any, function: str, lambda_reg: Lambda, scaled: bool) 
 
     scaled : whether gradients by each parameter were multiplied by a number of its own.
     """
-    if scaled or not getattr(task, "learns_along_output", True):
+    if scaled or not learns_along_output(task):
         raise ValueError(
             f"{function}: received lambda_reg={lambda_reg!r}, which is TRAK's formula, where the "
             f"features of {type(task).__name__} were made for the Fisher matrix; expected "

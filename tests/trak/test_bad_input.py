@@ -354,6 +354,13 @@ def test_indices(traker, train, inds, kind, message):
     assert traker.saver.index(0).done.nonzero()[0].tolist() == [0, 3, 5, 9]
 
 
+@pytest.mark.parametrize("inds", [[0, N], [-1], [10**9]])
+def test_samples_that_arent_there_have_no_drawn_rows(traker, inds):
+    message = rf"^has_drawn_rows: received sample {inds[-1]}; expected 0 <= index < .* = {N}$"
+    with pytest.raises(ValueError, match=message):
+        traker.has_drawn_rows(inds)
+
+
 def test_num_samples(traker, train):
     batch = (train[0][:4], train[1][:4])
     with pytest.raises(ValueError, match="neither inds and num_samples"):

@@ -138,7 +138,8 @@ def slope_meaning(store: Store, model_id: int) -> Meaning:
         raise ValueError(
             f"{STEP}: model_id {model_id} has log-likelihoods whose slope by the output is 0 for "
             "all training samples, so all scores would be 0; expected a likelihood that depends on "
-            "the output (was it detached?), and a network whose probabilities are not all exactly 1"
+            "the output (was it detached?), and a network that doesn't fit all of its labels "
+            "exactly (classes with probability 1, a regression without residuals)"
         )
     if not curvature.any() and not store.column(model_id, "drawn").any():
         raise ValueError(
@@ -302,7 +303,8 @@ def read_gram(systems: Systems, model_id: int, system: System) -> tuple[Gram, Mo
 def gram_of(store: Store, system: System, sums: Tensors, n: int, eps: float) -> Gram:
     """A Gram matrix as it was stored."""
     rounding = HALF_ROUNDING if store.half else 0.0
-    return Gram(sums["kernel" if system.dual else "xtx"], n, store.proj_dim, eps, rounding)
+    matrix = sums["kernel" if system.dual else "xtx"]
+    return Gram(matrix, n, store.proj_dim, eps, rounding, system.fisher)
 
 
 def stored_rows(store: Store, model_id: int, system: System, order: Indices) -> Rows:

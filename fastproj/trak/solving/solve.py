@@ -12,12 +12,14 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastproj.checks import as_float
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # terms of a float32 product before it is folded into the float64 sum
@@ -34,7 +36,7 @@ Lambda = float | str
 
 
 class SingularXtXWarning(UserWarning):
-    """XtX has no inverse at this lambda; what was done instead is in the message."""
+    """XtX or F has no inverse at this lambda; what was done instead is in the message."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class System:
 class Gram:
     """S^T S [k, k], or S S^T [n, n] where n < k; float64, exact to about ``eps`` of its largest.
 
-    ``rounding`` is how exactly each feature was stored, relative to itself.
+    ``rounding`` is how exactly each feature was stored, relative to itself. ``fisher`` says that it
+    is the Fisher matrix, some of whose n rows are drawn.
     """
 
     matrix: Tensor
@@ -68,6 +71,12 @@ class Gram:
     k: int
     eps: float
     rounding: float = 0.0
+    fisher: bool = False
+
+    @property
+    def name(self) -> str:
+        """The matrix as messages name it."""
+        return "the Fisher matrix F" if self.fisher else "TRAK's XtX"
 
     @property
     def dual(self) -> bool:
@@ -315,11 +324,13 @@ def solve(gram: Gram, lambda_reg: Lambda) -> Solution:
         divisors = divisors * (divisors - lam)
     scaled = vectors[:, kept] / divisors.sqrt()
     condition = float(values[-1] / values[kept][0]) if rank == k else math.inf
+    rows = f"{gram.n} rows (samples and drawn ones)" if gram.fisher else f"n={gram.n} samples"
+    few = "the number of rows" if gram.fisher else "n"
     warnings.warn(
-        f"TRAK's XtX is singular: n={gram.n} samples, k={k} dimensions, "
+        f"{gram.name} is singular: {rows}, k={k} dimensions, "
         f"lambda_reg={lam:.3g}, rank {rank}, condition estimate {condition:.1e}. "
-        f"Scores use the pseudo-inverse, and are likely poor while n is near or below k. "
-        f"Fix: lambda_reg='auto', or a number near {mean:.3g}, or proj_dim well below n",
+        f"Scores use the pseudo-inverse, and are likely poor while {few} is near or below k. "
+        f"Fix: lambda_reg='auto', or a number near {mean:.3g}, or proj_dim well below {few}",
         SingularXtXWarning,
         stacklevel=3,
     )
@@ -357,26 +368,28 @@ def apply_factor(factor: Tensor, rhs: Tensor) -> Tensor:
 
 def check_gram(gram: Gram) -> float:
     """The mean of the k eigenvalues of S^T S; ValueError where it is not finite, or zero."""
-    if not all(bool(torch.isfinite(rows).all()) for rows in gram.matrix.split(GRAM_TILE)):
+    rows = "rows" if gram.fisher else "features"
+    if not all(bool(torch.isfinite(tile).all()) for tile in gram.matrix.split(GRAM_TILE)):
         raise ValueError(
-            f"solve: XtX of {gram.n} features has entries that are not finite; expected finite "
-            "features (a feature that is inf or NaN, or near the largest float32)"
+            f"solve: {gram.name} of {gram.n} {rows} has entries that are not finite; expected "
+            "finite features (a feature that is inf or NaN, or near the largest float32)"
         )
     mean = gram.trace / gram.k
     if mean == 0:
         raise ValueError(
-            f"solve: all {gram.n} features are zero; expected gradients that are not all zero "
-            "(are the parameters of grad_wrt used by the model? does it give each label the "
-            "probability 1?)"
+            f"solve: all {gram.n} {rows}{' of F' if gram.fisher else ''} are zero; expected "
+            "gradients that are not all zero (are the parameters of grad_wrt used by the model? "
+            "does it give each label the probability 1?)"
         )
     return mean
 
 
 def check_lambda(lambda_reg: Lambda) -> Lambda:
-    """``"auto"``, or what ``parse_lambda`` takes; raises ValueError for anything else."""
-    if not (isinstance(lambda_reg, str) and lambda_reg == AUTO):
-        parse_lambda(lambda_reg)
-    return lambda_reg
+    """A number as a float, ``"auto"`` or "x*mean" as it is; raises ValueError for anything else."""
+    if isinstance(lambda_reg, str) and lambda_reg == AUTO:
+        return lambda_reg
+    value = parse_lambda(lambda_reg)
+    return lambda_reg if isinstance(lambda_reg, str) else value
 
 
 def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:
@@ -385,17 +398,17 @@ def parse_lambda(lambda_reg: Lambda, mean_eigenvalue: float = 1.0) -> float:
     A number is what is added to the diagonal of XtX. ``"0.1*mean"`` is 0.1 times the mean
     eigenvalue of XtX, trace(XtX) / k: the same strength at any n, k and scale of gradients.
     """
-    factor, unit = lambda_reg, 1.0
-    if isinstance(lambda_reg, str):
-        match = re.fullmatch(r"\s*([^*\s]+)\s*\*\s*mean\s*", lambda_reg)
-        factor, unit = (match[1] if match else "nan"), mean_eigenvalue
-    try:
-        value = float(factor)
-    except (TypeError, ValueError):
-        value = math.nan
-    if isinstance(lambda_reg, bool) or not 0 <= value < math.inf:
+    value, unit = math.nan, 1.0
+    if not isinstance(lambda_reg, str):
+        number = as_float(lambda_reg)
+        value = math.nan if number is None else number
+    elif match := re.fullmatch(r"\s*([^*\s]+)\s*\*\s*mean\s*", lambda_reg):
+        unit = mean_eigenvalue
+        with suppress(ValueError):
+            value = float(match[1])
+    if not 0 <= value < math.inf:
         raise ValueError(
-            f"TRAKer: received lambda_reg={lambda_reg!r}; expected 'auto', a number >= 0, or a "
+            f"TRAKer: received lambda_reg={lambda_reg!r:.80}; expected 'auto', a number >= 0, or a "
             "string such as '0.1*mean' for 0.1 times the mean eigenvalue of XtX"
         )
     return value * unit

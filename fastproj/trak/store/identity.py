@@ -57,7 +57,7 @@ def same_settings(
         of = f"size_power={stored['size_power']!r}"
         return f"curvature=fastproj.trak.Fisher({of}), with samples= and draws= as here", None
     if set(wrong) <= {"curvature", "size_power"}:
-        return same_curvature(stored, wanted), None
+        return same_curvature(stored), None
     named = set(wrong)
     of_ours = stored.get("projector") == OWN_PROJECTOR
     if not (of_ours and named & {"projector", *MATRIX_ARGUMENTS}):
@@ -73,17 +73,16 @@ def same_settings(
     return f"the same settings ({words})", same
 
 
-def same_curvature(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def same_curvature(stored: Mapping[str, Any]) -> str:
     """The arguments of TRAKer that curvature follows from, as a directory has it."""
     if stored["curvature"] == ABSENT["curvature"]:
         return "curvature='trak'"
-    if wanted["curvature"] == ABSENT["curvature"]:  # by itself, or since a lambda was given
-        return (
-            "curvature='auto' and no lambda_reg (finalize_features(lambda_reg=...) takes a lambda, "
-            "and scores by TRAK's formula where samples have one prediction)"
-        )
-    power = "" if stored["size_power"] == wanted["size_power"] else ", and the same size_power"
-    return f"the samples and draws of curvature=fastproj.trak.Fisher(samples=, draws=){power}"
+    from fastproj.trak.curvature import settings_of  # which imports the store
+
+    found = settings_of(stored)
+    if found is None:
+        return "the same curvature"
+    return f"curvature=fastproj.trak.{found!r}, to whose matrix a lambda_reg is added"
 
 
 def describe_task(task: Any) -> str:

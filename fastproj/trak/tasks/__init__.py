@@ -19,7 +19,9 @@ from fastproj.trak.tasks.training import (
     SeveralOutputs,
     TokenOutput,
     TrainingOutput,
+    belongs_together,
     has_likelihood,
+    learns_along_output,
 )
 
 __all__ = [
@@ -38,7 +40,9 @@ __all__ = [
     "TokenClassificationModelOutput",
     "TokenOutput",
     "TrainingOutput",
+    "belongs_together",
     "has_likelihood",
+    "learns_along_output",
     "margins",
     "resolve_task",
 ]

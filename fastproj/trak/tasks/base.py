@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fastproj.checks import describe
+from fastproj.checks import as_float, describe
 from fastproj.trak import batches
 
 SMALL_BYTES = 1 << 16  # of a buffer that each call of a task gets a copy of
@@ -63,6 +63,9 @@ class AbstractModelOutput(ABC):
     finds out from all Q of a checkpoint (``fastproj.trak.solving.ridge.meaning``).
     ``knows_likelihood`` says whether ``likelihood_terms`` is there, for the Fisher matrix of the
     labels' likelihood as the curvature (``TRAKer(curvature="fisher")``).
+    ``learns_along_output`` says whether the terms have f and Q as they are, so that a number as
+    lambda when finalising gives TRAK's scores. A subclass with other ``likelihood_terms`` doesn't
+    inherit a True.
     ``size_power`` is the power of a parameter's size that its gradients count by, for
     ``curvature="fisher"`` (``fastproj.trak.Fisher``).
     ``model_holds_weights`` False leaves the model as it is: for tasks that need to see its own
@@ -97,8 +100,11 @@ class AbstractModelOutput(ABC):
 
     @property
     def learns_along_output(self) -> bool:
-        """Whether ``Terms.output`` is f itself, or has its direction: one prediction a sample."""
-        return True
+        """Whether ``Terms.output`` is f itself and ``Terms.slope`` is Q: one prediction a sample.
+
+        The training features are TRAK's then, and its formula can be had from them.
+        """
+        return False
 
     def check_batch(self, batch: Batch) -> None:  # noqa: B027
         """Raise TypeError or ValueError for a batch that this task can't take."""
@@ -243,10 +249,13 @@ def is_index(t: Any) -> bool:
 
 
 def check_temperature(name: str, temperature: float, argument: str = "temperature") -> float:
-    """``temperature``, or a ValueError unless it is positive and finite."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name}: received {argument}={temperature}; expected a positive number")
-    return temperature
+    """``temperature`` as a float; raises ValueError unless it is positive and finite."""
+    value = as_float(temperature)
+    if value is None or not 0 < value < math.inf:
+        raise ValueError(
+            f"{name}: received {argument}={temperature!r:.80}; expected a positive number"
+        )
+    return value
 
 
 def check_masks(task: str, inputs: Mapping[str, Any], cure: str = LABELS_GO) -> None:

@@ -85,7 +85,6 @@ class CLIPModelOutput(BatchedModelOutput):
     model_holds_weights = False  # embeddings are found by the model's own parameters
 
     knows_likelihood = True
-    learns_along_output = False  # the log-likelihoods have other weights than their log-odds
 
     def __init__(
         self,
@@ -96,9 +95,11 @@ class CLIPModelOutput(BatchedModelOutput):
     ) -> None:
         name = type(self).__name__
         if temperature is not None:
-            check_temperature(name, temperature)
+            temperature = check_temperature(name, temperature)
         if likelihood_temperature is not None:
-            check_temperature(name, likelihood_temperature, "likelihood_temperature")
+            likelihood_temperature = check_temperature(
+                name, likelihood_temperature, "likelihood_temperature"
+            )
         if simulated_batch_size < 1:
             raise ValueError(
                 f"{name}: received simulated_batch_size={simulated_batch_size}; expected >= 1"

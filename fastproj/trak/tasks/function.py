@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,10 @@ from torch import Tensor
 from fastproj.checks import describe
 from fastproj.trak import batches
 from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Params, Terms, holding
+
+# What each function is called with.
+ARGUMENTS = {"output": ("model", "batch"), "loss": ("f",), "likelihood": ("f", "batch")}
+NEIGHBOURS = 96  # outputs beside one whose curvature may be below 0 by rounding
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class FunctionModelOutput(BatchedModelOutput):
         ``lambda f, batch: -0.5 * (batch[1] - f) ** 2``, for counts
         ``lambda f, batch: batch[1] * f - f.exp()``. With it the curvature of the loss is known
         exactly (see ``TRAKer(curvature=...)``), and Q is its slope. Then ``loss`` is not given.
+        Where the curvature is below 0 by rounding alone, it counts as 0: it must be 0 or more for
+        some output that is as good as the same, to half of the digits that outputs have.
 
     ``TRAKer(task=function)`` is the same as ``TRAKer(task=FunctionModelOutput(function))``.
     """
@@ -40,8 +47,11 @@ class FunctionModelOutput(BatchedModelOutput):
     likelihood: Callable[[Tensor, Any], Tensor] | None = None
 
     model_holds_weights: ClassVar[bool] = False  # ``outputs`` itself sees to it
+    learns_along_output = True
 
     def __post_init__(self) -> None:
+        for name, arguments in ARGUMENTS.items():
+            check_function(name, getattr(self, name), arguments)
         if self.loss is not None and self.likelihood is not None:
             raise ValueError(
                 "FunctionModelOutput: received both loss and likelihood; expected one of them "
@@ -82,10 +92,35 @@ class FunctionModelOutput(BatchedModelOutput):
     ) -> Terms:
         """One row of each sample, its output's, with minus the second derivative as its weight."""
         out = self.outputs(model, weights, buffers, batch)
-        made: Any = torch.func.vjp(lambda f: self._slope(f, batch), out.detach())
+        f = out.detach()
+        slope, curvature = self._derivatives(f, batch)
+        if not torch.is_grad_enabled():  # values are looked at, once for each batch
+            curvature = self._without_rounding(curvature, f, batch)
+        return Terms(out, slope, curvature, f, out.new_zeros(len(out), 0))
+
+    def _derivatives(self, f: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The slope of the log-likelihood by the outputs and minus the second derivative, [B]."""
+        made: Any = torch.func.vjp(lambda f: self._slope(f, batch), f)
         slope, pull = made
         (second,) = pull(torch.ones_like(slope))
-        return Terms(out, slope, -second, out.detach(), out.new_zeros(len(out), 0))
+        return slope, -second
+
+    def _without_rounding(self, curvature: Tensor, f: Tensor, batch: Batch) -> Tensor:
+        """``curvature`` at outputs f [B], with 0 where it is below 0 by rounding alone.
+
+        Large terms of it may cancel, as in 1 - tanh^2, and how large they are isn't seen. So
+        rounding is told by chance: of outputs that differ from f by eps to sqrt(eps) of it, some
+        have a curvature of 0 or more. That of a convex likelihood is below 0 for all of them.
+        """
+        below = curvature < 0
+        eps = torch.finfo(f.dtype).eps
+        size = torch.maximum(f.abs(), f.abs().nanmedian())  # f near 0 may be beside large labels
+        for number in range(NEIGHBOURS if below.any() else 0):
+            step = (-1) ** number * eps ** (1 - number / (2 * NEIGHBOURS))
+            below = below & ~(self._derivatives(f + step * size, batch)[1] >= 0)
+            if not below.any():
+                break
+        return torch.where(below, curvature, curvature.clamp(min=0))
 
     def _slope(self, out: Tensor, batch: Batch) -> Tensor:
         """The derivative of the log-likelihood by the outputs, [B]."""
@@ -101,14 +136,43 @@ def as_given(batch: Batch) -> Any:
     return batch
 
 
+def check_function(name: str, function: Any, arguments: Sequence[str]) -> None:
+    """Raise TypeError unless a function takes these arguments, or is None and may be."""
+    if function is None and name != "output":
+        return
+    expected = f"expected a function of ({', '.join(arguments)})"
+    if not callable(function):
+        raise TypeError(f"FunctionModelOutput: received {name}={function!r:.80}; {expected}")
+    try:
+        taken = inspect.signature(function, follow_wrapped=False)
+    except ValueError:  # some built-in functions have none
+        return
+    try:
+        taken.bind(*arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"FunctionModelOutput: received {name} that takes {taken} ({error}); {expected}"
+        ) from None
+
+
 def derivative(name: str, function: Callable[[Tensor], Tensor], f: Tensor) -> Tensor:
     """The derivative of a function of each output by itself, [B]."""
-    made: Any = torch.func.vjp(function, f)
+
+    def checked(f: Tensor) -> Tensor:
+        values = function(f)
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            raise TypeError(
+                f"FunctionModelOutput: {name} returned {describe(values)} for outputs "
+                f"{list(f.shape)}; expected a tensor of floating-point numbers, one for each"
+            )
+        if values.shape != f.shape:
+            raise ValueError(
+                f"FunctionModelOutput: {name} returned {list(values.shape)} for outputs "
+                f"{list(f.shape)}; expected one for each"
+            )
+        return values
+
+    made: Any = torch.func.vjp(checked, f)
     values, pull = made
-    if values.shape != f.shape:
-        raise ValueError(
-            f"FunctionModelOutput: {name} returned {list(values.shape)} for outputs "
-            f"{list(f.shape)}; expected one for each"
-        )
     slope: Tensor = pull(torch.ones_like(values))[0]
     return slope

@@ -50,7 +50,6 @@ class TokenModelOutput(BatchedModelOutput):
     softens = 1.0
 
     knows_likelihood = True
-    learns_along_output = False  # log-likelihoods of tokens have other weights than their margins
 
     def __init__(self, reduction: str = "sum", likelihood_temperature: float | None = None) -> None:
         name = type(self).__name__

@@ -12,9 +12,10 @@ gives one row exactly and one by drawing. (To draw y itself from p would also be
 network that fits its labels a rare draw with a huge gradient would be most of the matrix.)
 
 Where rows are drawn, the empirical Fisher matrix, ``q^2 (e_y - pi) (e_y - pi)^T``, is added, which
-costs nothing. The two are equal in expectation where the labels are as the network says. With it,
-what the sketch and the draws leave of noise is less, and the choice of lambda matters less
-(docs/research/lambda.md).
+costs nothing. The two are equal in expectation where the labels are as the network says. (Of the
+mean over T predictions it is 1 / T of the other, of CLIP half; with a likelihood temperature other
+than 1 it is another matrix.) With it, what the sketch and the draws leave of noise is less, and the
+choice of lambda matters less (docs/research/lambda.md).
 
 Samples of several predictions (tokens) share a drawn row. Each part of each prediction has a random
 sign, so that the products of different ones cancel in expectation.

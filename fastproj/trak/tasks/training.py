@@ -109,7 +109,20 @@ def has_likelihood(task: Any) -> bool:
     A subclass of a task of ours that changes outputs or Q, and not the likelihood, doesn't: the two
     need not belong together.
     """
-    if not getattr(task, "knows_likelihood", False):
-        return False
-    places = {name: definer(task, name) for name in (*OWN, "likelihood_terms")}
-    return all(places["likelihood_terms"] <= places[name] for name in OWN)
+    return bool(getattr(task, "knows_likelihood", False)) and belongs_together(task)
+
+
+def belongs_together(task: Any) -> bool:
+    """Whether a task's likelihood is said where its outputs and Q are, or below."""
+    place = definer(task, "likelihood_terms")
+    return all(place <= definer(task, name) for name in OWN)
+
+
+def learns_along_output(task: Any) -> bool:
+    """Whether the training features of a task with a likelihood are the gradients of f, as TRAK's.
+
+    A subclass that changes the likelihood has to say so again: its terms may be of another output.
+    """
+    return bool(getattr(task, "learns_along_output", False)) and definer(
+        task, "learns_along_output"
+    ) <= definer(task, "likelihood_terms")

@@ -21,6 +21,7 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     NotReadyError,
     ScoreComputer,
+    SingularXtXWarning,
     StoreMismatchError,
 )
 from fastproj.trak.curvature import Draws, Fisher
@@ -538,6 +539,9 @@ def test_slopes_of_samples_that_are_known_for_certain_move_as_far_as_they_can(dt
 LINEAR = {
     "has log-likelihoods without curvature, linear in the output": lambda f, batch: batch[1] * f,
     r"slope by the output is 0 .* all scores would be 0": lambda f, batch: 0 * f * f,
+    r"fit all of its labels exactly \(.* a regression without residuals\)": (
+        lambda f, batch: -0.5 * (f - f.detach()) ** 2
+    ),
 }
 
 
@@ -578,7 +582,9 @@ def test_slopes_of_a_regression_and_of_classes_are_told_apart():
 # ---- networks that know everything --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("least", "told"), [(98, "larger than float32"), (1000, "all 24 feat")])
+@pytest.mark.parametrize(
+    ("least", "told"), [(98, "larger than float32"), (1000, "all 24 rows of F")]
+)
 def test_texts_that_are_known_for_certain_have_no_scores(tmp_path, least, told):
     """The gradients of their log-likelihoods are 0, or so small that F is 0 beside the targets'."""
     ids = texts(20)[0]
@@ -845,6 +851,17 @@ def test_a_number_where_fisher_is_asked_for_is_added_to_it(tmp_path, lambda_reg,
     assert_close(scores, cases.explicit_fisher(models, train, targets, k, exact))
 
 
+def test_a_singular_fisher_matrix_is_told_by_its_rows(tmp_path):
+    options = {"lambda_reg": 0, "curvature": "fisher", "proj_dim": 64}
+    traker = cases.make(cases.net(), tmp_path, 16, **options)
+    cases.featurize(traker, traker.model, 0, cases.data(16))
+    told = (
+        r"the Fisher matrix F is singular: 32 rows .*, k=64 .* proj_dim well below the number of r"
+    )
+    with pytest.warns(SingularXtXWarning, match=told):
+        traker.finalize_features()
+
+
 @pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
 def test_a_number_when_finalising_is_traks_formula_to_the_digit(tmp_path, n, k):
     train, targets = data(n), data(M, seed=5)
@@ -904,6 +921,43 @@ def test_features_in_another_metric_have_no_traks_formula_when_finalising(tmp_pa
     traker.finalize_features()
 
 
+class Same(ImageClassificationModelOutput):
+    """The same terms, of which it says whether they have f and Q."""
+
+    def likelihood_terms(self, *arguments):
+        return super().likelihood_terms(*arguments)
+
+
+class Says(Same):
+    learns_along_output = True
+
+
+class Doubled(Says):
+    """Terms of another output, under a class that has f."""
+
+    def likelihood_terms(self, *arguments):
+        terms = super().likelihood_terms(*arguments)
+        return terms._replace(output=2 * terms.output, slope=terms.slope / 2)
+
+
+def test_terms_of_ones_own_are_of_another_output_unless_it_is_said(tmp_path):
+    model, train = cases.net(), cases.data(20)
+    for task in (Told, Same, Doubled):
+        folder = tmp_path / task.__name__
+        traker = TRAKer(model, task(), 20, folder, proj_dim=8, device="cpu")
+        cases.featurize(traker, model, 0, train)
+        with pytest.raises(
+            ValueError, match=rf"is TRAK's formula, .* features of {task.__name__} "
+        ):
+            traker.finalize_features(lambda_reg=0.5)
+        traker.finalize_features()
+    function = FunctionModelOutput(margin, likelihood=lambda f, batch: F.logsigmoid(f))
+    for number, task in enumerate((Says(), Renamed(), function)):
+        traker = TRAKer(model, task, 20, tmp_path / str(number), proj_dim=8, device="cpu")
+        cases.featurize(traker, model, 0, train)
+        traker.finalize_features(lambda_reg=np.float32(0.5))
+
+
 def test_texts_have_no_traks_formula_when_finalising(tmp_path):
     traker = language(tmp_path, 20, 8, "auto")
     with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula.*CausalLM") as e:
@@ -933,15 +987,35 @@ def test_other_settings_are_refused_with_both_named(tmp_path):
     cases.make(cases.net(), tmp_path, 40, curvature=Fisher(samples=40))
     one = r"curvature 'fisher, 1 row\(s\) drawn for 40 of 40 samples' in the directory"
     two = r"'fisher, 2 row\(s\) drawn for 40 of 40 samples' in this run"
-    with pytest.raises(StoreMismatchError, match=f"{one}, {two}.*samples and draws of curvature"):
+    with pytest.raises(StoreMismatchError, match=f"{one}, {two}"):
         cases.make(cases.net(), tmp_path, 40, curvature=Fisher(samples=40, draws=2))
     for options in ({"curvature": "trak"}, {"lambda_reg": 0.1}):
-        said = f"{one}, 'trak' in this run.*use curvature='auto' and no lambda_reg"
-        with pytest.raises(StoreMismatchError, match=said):
+        with pytest.raises(StoreMismatchError, match=f"{one}, 'trak' in this run"):
             cases.make(cases.net(), tmp_path, 40, **options)
     cases.make(cases.net(), tmp_path / "trak", 40, curvature="trak")
     with pytest.raises(StoreMismatchError, match="use curvature='trak'"):
         cases.make(cases.net(), tmp_path / "trak", 40)
+
+
+OF_STORES = [
+    Fisher(),
+    Fisher(draws=2),
+    Fisher(size_power=0.5),
+    *(Fisher(samples=count) for count in (1, 40, 350, 351, 1000, 1023, 1024, 4001)),
+]
+
+
+@pytest.mark.parametrize("fisher", OF_STORES)
+@pytest.mark.parametrize("n", [1030, 1024, 4001])
+def test_the_curvature_of_a_store_is_named_and_goes_on_with_it(tmp_path, fisher, n):
+    cases.make(cases.net(), tmp_path, n, curvature=fisher)
+    others = {"curvature": "trak"}, {"lambda_reg": 0.1}, {"curvature": Fisher(samples=9, draws=3)}
+    for options in others:
+        with pytest.raises(StoreMismatchError, match=r"use curvature=fastproj\.") as error:
+            cases.make(cases.net(), tmp_path, n, **options)
+        told = str(error.value).split("use curvature=fastproj.trak.")[1].split(", to whose")[0]
+        named = eval(told, {"Fisher": Fisher})
+        cases.make(cases.net(), tmp_path, n, **options | {"curvature": named})
 
 
 class Alone(AbstractModelOutput):
@@ -998,6 +1072,7 @@ WITHOUT = {
     "own outputs": OwnOutputs,
     "own Q": OwnQ,
     "temperature": lambda: ImageClassificationModelOutput(temperature=2.0),
+    "temperature and own outputs": lambda: OwnOutputs(temperature=2.0),
     "function": lambda: margin,
     "function with a loss": lambda: FunctionModelOutput(margin, loss=lambda f: F.softplus(-f)),
 }
@@ -1020,8 +1095,11 @@ def test_tasks_that_know_no_likelihood_keep_traks(tmp_path, name):
     traker.finalize_features()
     assert traker.saver.systems.read_solve(0)["curvature"] == "trak"
     assert not list(tmp_path.rglob("drawn*"))
+    warm = name == "temperature"
+    why, cure = (" with temperature=2", "temperature=1") if warm else ("", "a task of fastproj's")
+    told = rf"received curvature=.*which{why} doesn't say .*; expected {cure}, "
     for curvature in ("fisher", Fisher(draws=2)):
-        with pytest.raises(ValueError, match=r"received curvature=.*which doesn't say") as error:
+        with pytest.raises(ValueError, match=told) as error:
             TRAKer(model, WITHOUT[name](), 20, tmp_path / "no", curvature=curvature, **settings)
         assert 'likelihood_terms of its own, or curvature="trak"' in str(error.value)
     assert not (tmp_path / "no").exists()
@@ -1062,7 +1140,9 @@ def test_computers_of_one_output_keep_traks(tmp_path, computer):
         cases.make(cases.net(), tmp_path, 20, gradient_computer=computer, curvature="fisher")
 
 
-@pytest.mark.parametrize("wrong", ["Fisher", "gauss-newton", None, 1, True, Fisher])
+@pytest.mark.parametrize(
+    "wrong", ["Fisher", "gauss-newton", None, 1, True, Fisher, np.array(["fisher", "trak"])]
+)
 def test_another_curvature_is_refused(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"TRAKer: received curvature=.*'auto', 'fisher', 'trak'"):
         cases.make(cases.net(), tmp_path / "no", 20, curvature=wrong)
@@ -1089,6 +1169,11 @@ def test_terms_that_cant_be_right_are_refused(tmp_path):
         r"drawn \[4\]": lambda t: t._replace(drawn=t.drawn[:, 0]),
         r"drawn \[4, 2\] .* noise for 1 row": lambda t: t._replace(drawn=t.drawn.repeat(1, 2)),
         "returned tuple; expected fastproj.trak.tasks.Terms": tuple,
+        "returned output float 1.0; expected a tensor": lambda t: t._replace(output=1.0),
+        r"returned along list \[": lambda t: t._replace(along=t.along.tolist()),
+        "returned curvature ndarray": lambda t: t._replace(curvature=t.curvature.numpy()),
+        r"returned slope \[4\] complex64": lambda t: t._replace(slope=t.slope * 1j),
+        "returned drawn NoneType None": lambda t: t._replace(drawn=None),
         "sample 0 has the curvature -1": lambda t: t._replace(curvature=t.curvature * 0 - 1),
         r"along of samples 0, 1, 2, 3 ": lambda t: t._replace(along=t.along / 0),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -12,7 +13,13 @@ from torch.overrides import TorchFunctionMode
 from fastproj.trak import ScoreComputer, SingularXtXWarning
 from fastproj.trak.solving import ridge
 from fastproj.trak.solving import solve as module
-from fastproj.trak.solving.solve import Gram, extreme_eigenvalues, parse_lambda, solve
+from fastproj.trak.solving.solve import (
+    Gram,
+    check_lambda,
+    extreme_eigenvalues,
+    parse_lambda,
+    solve,
+)
 
 
 def features(n, k, seed=0):
@@ -105,11 +112,21 @@ def test_lambda_is_a_number_or_a_share_of_the_mean_eigenvalue():
 
 
 @pytest.mark.parametrize(
-    "bad", [-1.0, math.nan, math.inf, "0.5", "mean", "-1*mean", "x*mean", None, True, [1]]
+    "bad",
+    [
+        *(-1.0, math.nan, math.inf, "0.5", "mean", "-1*mean", "x*mean", None, True, [1], b"1"),
+        *(np.True_, np.float32(-1), np.zeros(2), torch.tensor(True), torch.zeros(2), 10**400),
+    ],
 )
 def test_other_lambdas_are_refused(bad):
     with pytest.raises(ValueError, match="lambda_reg"):
-        parse_lambda(bad)
+        check_lambda(bad)
+
+
+@pytest.mark.parametrize("number", [2, np.float32(2), np.int64(2), torch.tensor(2.0)])
+def test_a_lambda_of_any_library_becomes_a_float(number):
+    assert (check_lambda(number), type(check_lambda(number))) == (2.0, float)
+    assert [check_lambda(word) for word in ("auto", "0.1*mean")] == ["auto", "0.1*mean"]
 
 
 @pytest.mark.parametrize("exact", [True, False])

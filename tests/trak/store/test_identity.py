@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastproj.trak import (
@@ -147,13 +148,23 @@ class Elsewhere(ImageClassificationModelOutput):
         (Seq2SeqModelOutput(), "Seq2SeqModelOutput(reduction=sum)"),
         (CausalLMModelOutput(), "CausalLMModelOutput(reduction=sum, likelihood_temperature=1.5)"),
         (ImageClassificationModelOutput(2.0), "ImageClassificationModelOutput(temperature=2.0)"),
+        (ImageClassificationModelOutput(2), "ImageClassificationModelOutput(temperature=2.0)"),
+        (
+            CausalLMModelOutput(likelihood_temperature=np.float32(2)),
+            "CausalLMModelOutput(reduction=sum, likelihood_temperature=2.0)",
+        ),
+        (
+            CLIPModelOutput(2, likelihood_temperature=3),
+            "CLIPModelOutput(temperature=2.0, simulated_batch_size=300, seed=0, "
+            "likelihood_temperature=3.0)",
+        ),
         (
             ImageClassificationModelOutput(multilabel=True),
             "ImageClassificationModelOutput(temperature=1.0, multilabel=True)",
         ),
         (FunctionModelOutput(output), "FunctionModelOutput(output=output, loss=None)"),
         (
-            FunctionModelOutput(Callable(), likelihood=partial(output, None)),
+            FunctionModelOutput(Callable(), likelihood=partial(output)),
             "FunctionModelOutput(output=Callable, loss=None, likelihood=partial)",
         ),
         (Elsewhere(2.0), "Elsewhere"),

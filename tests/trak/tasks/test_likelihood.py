@@ -605,18 +605,27 @@ def test_runs_are_spread_evenly(n, k, run):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"samples": 0}, "samples=0; expected an integer >= 1"),
-        ({"samples": 1.5}, "samples=1.5"),
-        ({"draws": 0}, "draws=0"),
-        ({"draws": True}, "draws=True"),
+        ({"samples": 0}, r"samples=0; expected 1 <= samples < 2\^48"),
+        ({"samples": 1.5}, r"samples=1.5 \(float\); expected an integer, or None"),
+        ({"draws": 0}, r"draws=0; expected 1 <= draws < 2\^16"),
+        ({"draws": 1 << 16}, "draws=65536"),
+        ({"draws": True}, "draws=True; expected an integer"),
+        ({"draws": None}, "draws=None"),
         ({"size_power": 2}, "size_power=2; expected a number from -1 to 1"),
         ({"size_power": True}, "size_power=True"),
         ({"size_power": float("nan")}, "size_power=nan"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=f"Fisher: received {message}"):
+    with pytest.raises((TypeError, ValueError), match=f"Fisher: received {message}"):
         Fisher(**wrong)
+
+
+def test_integers_of_any_library_are_kept_as_int():
+    made = Fisher(np.int64(20), np.uint8(200))
+    assert made == Fisher(20, 200)
+    assert {type(made.samples), type(made.draws)} == {int}
+    assert int(Draws(300, 8, made, 0).rows(np.array([299])).max()) == 300 * 200 - 1
 
 
 # ---- logits of all sorts ------------------------------------------------------------------------
@@ -702,6 +711,88 @@ def test_a_function_with_a_likelihood(name):
     torch.testing.assert_close(made.slope, slope)
     torch.testing.assert_close(made.curvature, curvature)
     torch.testing.assert_close(task.get_out_to_loss_grad(model, {}, {}, batch), slope)
+
+
+FITTED = lambda model, batch: model(batch[0])[:, 0]  # noqa: E731
+ROUNDED = {
+    "log cosh": lambda f, batch: -torch.log(torch.cosh(batch[1] - f)),
+    "log(1 + exp)": lambda f, batch: batch[1] * f - (1 + f.exp()).log(),
+    "log sigmoid": lambda f, batch: torch.log(torch.sigmoid(-f)),
+}
+CONVEX = {
+    "square": lambda f, batch: f**2,
+    "small": lambda f, batch: 1e-12 * f**2,
+    "exponential": lambda f, batch: (f / 30).exp(),
+    "heavy tails": lambda f, batch: -torch.log1p((60 + f) ** 2),
+}
+
+
+def terms_at(likelihood, f, dtype, labels):
+    """Those of one output f [B], without gradients."""
+    model = nn.Identity()
+    task = FunctionModelOutput(FITTED, likelihood=likelihood)
+    batch = f.to(dtype)[:, None], torch.full((len(f),), labels, dtype=dtype)
+    with torch.no_grad():
+        return task.likelihood_terms(model, {}, {}, batch, torch.empty(len(f), 0, 1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_curvature_that_is_below_0_by_rounding_counts_as_0(name, dtype):
+    """Far out, where it is the difference of two numbers near 1; for each sample alone, too."""
+    f = torch.linspace(20, 40, 2001)
+    task = FunctionModelOutput(FITTED, likelihood=ROUNDED[name])
+    batch = f.to(dtype)[:, None], torch.ones(len(f), dtype=dtype)
+    raw = task.likelihood_terms(nn.Identity(), {}, {}, batch, torch.empty(len(f), 0, 1, 3))
+    below = raw.curvature < 0
+    assert below.any()
+    made = terms_at(ROUNDED[name], f, dtype, 1.0)
+    assert (made.curvature[below] == 0).all()
+    assert (made.curvature[~below] == raw.curvature[~below]).all()
+    for one in f[below][:20]:
+        assert terms_at(ROUNDED[name], one[None], dtype, 1.0).curvature >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CONVEX)
+def test_a_convex_likelihood_has_a_curvature_below_0(name, dtype):
+    f = torch.linspace(-40, 45, 2001)
+    assert (terms_at(CONVEX[name], f, dtype, 1.0).curvature < 0).all()
+
+
+WRONG_FUNCTIONS = [
+    ({"likelihood": 5}, r"received likelihood=5; expected a function of \(f, batch\)"),
+    (
+        {"likelihood": lambda f: -(f**2)},
+        r"received likelihood that takes \(f\) .*; expected a function of",
+    ),
+    ({"loss": "softplus"}, r"received loss='softplus'; expected a function of \(f\)"),
+    (
+        {"output": lambda model: model},
+        r"received output that takes \(model\) .* of \(model, batch\)",
+    ),
+    ({"output": None}, "received output=None"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_FUNCTIONS)
+def test_what_is_no_function_of_the_arguments_is_refused(wrong, message):
+    with pytest.raises(TypeError, match=f"FunctionModelOutput: {message}"):
+        FunctionModelOutput(**{"output": FITTED, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "message"),
+    [
+        (lambda f, batch: None, "returned NoneType None for outputs .4.; expected a tensor of fl"),
+        (lambda f, batch: 1.0, "returned float 1.0"),
+        (lambda f, batch: f > 0, r"returned \[4\] bool"),
+        (lambda f, batch: f.mean(), r"returned \[\] for outputs \[4\]; expected one for each"),
+    ],
+)
+def test_a_likelihood_that_returns_something_else_is_refused(likelihood, message):
+    with pytest.raises((TypeError, ValueError), match=f"FunctionModelOutput: likelihood {message}"):
+        terms_at(likelihood, torch.ones(4), torch.float32, 1.0)
 
 
 def test_a_function_has_a_loss_or_a_likelihood():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 
 import pytest
@@ -309,11 +310,14 @@ def test_options_of_tasks_are_checked():
         CausalLMModelOutput("max")
     with pytest.raises(ValueError, match="simulated_batch_size=0"):
         CLIPModelOutput(simulated_batch_size=0)
-    with pytest.raises(ValueError, match="temperature=-1"):
-        CLIPModelOutput(temperature=-1)
-    for task in (CLIPModelOutput, CausalLMModelOutput):
-        for wrong in (0.0, float("inf"), float("nan")):
-            with pytest.raises(ValueError, match=f"likelihood_temperature={wrong}"):
+    for wrong in (-1, 0.0, float("inf"), float("nan"), "a", True, [1], torch.ones(2)):
+        for task in (CLIPModelOutput, ImageClassificationModelOutput):
+            with pytest.raises(
+                ValueError, match=re.escape(f" temperature={wrong!r}; expected a pos")
+            ):
+                task(temperature=wrong)
+        for task in (CLIPModelOutput, CausalLMModelOutput):
+            with pytest.raises(ValueError, match=re.escape(f"likelihood_temperature={wrong!r};")):
                 task(likelihood_temperature=wrong)
     with pytest.raises(ValueError, match="without batches"):
         CLIPModelOutput().get_embeddings(nn.Linear(1, 1), [])
