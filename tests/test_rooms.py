@@ -84,6 +84,7 @@ HOUSE = (
 FLOORS = (
     {"batches", "callers", "files", "progress", "sharded"},
     {"attributes", "distributed", "fingerprints", "inputs"},
+    {"draws"},
     {"store", "tasks"},
     {"checkpoints", "evaluation", "gradients", "solving"},
     {"curvature", "saver"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.solving.finalizing import (
     KERNEL_PART_BYTES,
     MAX_PARTS,

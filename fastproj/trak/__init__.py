@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 try:
-    from fastproj.trak.curvature import Fisher
     from fastproj.trak.distributed import DistributedError
+    from fastproj.trak.draws import Fisher
     from fastproj.trak.estimator import TRAKer
     from fastproj.trak.evaluation.metrics import (
         AUC,

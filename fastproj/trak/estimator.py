@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from fastproj.checks import check_flag, check_integer
 from fastproj.spec import SPEC_VERSION
-from fastproj.trak.curvature import Draws, Fisher, resolve_curvature
+from fastproj.trak.curvature import resolve_curvature
 from fastproj.trak.distributed import Ranks, local_device, ranks_of_this_run
+from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.fingerprints import layout_fingerprint
 from fastproj.trak.gradients import modules_of, parameter_names, resolve_gradient_computer

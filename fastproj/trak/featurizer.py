@@ -18,7 +18,8 @@ from fastproj.checks import listed
 from fastproj.trak import batches
 from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.checkpoints import LoadedModel, load_state
-from fastproj.trak.curvature import Draws, check_finite_terms, check_terms
+from fastproj.trak.curvature import check_finite_terms, check_terms
+from fastproj.trak.draws import Draws
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import AbstractGradientComputer
 from fastproj.trak.gradients.memory import enough_memory

@@ -15,7 +15,7 @@ from fastproj import cli
 from fastproj.commands import plan, rates
 from fastproj.commands.costs import Layers, Run
 from fastproj.trak import TRAKer
-from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.inputs import default_kind
 from tests.trak import cases
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastproj
 from fastproj import TRAKer
 from fastproj.spec import default_block
-from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.solving import finalizing, scoring
 from fastproj.trak.store import features, shards
 

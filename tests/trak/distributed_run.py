@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from fastproj.trak.curvature import Fisher
+from fastproj.trak.draws import Fisher
 from tests.trak import cases
 
 N, M = 33, 7

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastproj.trak import SingularXtXWarning, TRAKer
-from fastproj.trak.curvature import Fisher
+from fastproj.trak.draws import Fisher
 from tests.trak import cases
 from tests.trak.faults import Faults
 

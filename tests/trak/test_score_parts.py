@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastproj import TRAKer
-from fastproj.trak.curvature import Fisher
+from fastproj.trak.draws import Fisher
 from fastproj.trak.gradients.layout import HooksError
 from fastproj.trak.store.store import NotReadyError
 from fastproj.trak.tasks import MaskedLMModelOutput

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastproj.trak.draws import settings_of
 from fastproj.trak.files import StoreMismatchError
 
 ABSENT = {"curvature": "trak", "size_power": 0.0}  # what metadata that lack a key mean
@@ -77,8 +78,6 @@ def same_curvature(stored: Mapping[str, Any]) -> str:
     """The arguments of TRAKer that curvature follows from, as a directory has it."""
     if stored["curvature"] == ABSENT["curvature"]:
         return "curvature='trak'"
-    from fastproj.trak.curvature import settings_of  # which imports the store
-
     found = settings_of(stored)
     if found is None:
         return "the same curvature"

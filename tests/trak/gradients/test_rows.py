@@ -13,7 +13,7 @@ from fastproj.trak import (
     IterativeGradientComputer,
     batches,
 )
-from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.gradients.base import AbstractGradientComputer
 from fastproj.trak.tasks import TrainingOutput
 from tests.trak.model_zoo import FAMILIES, make

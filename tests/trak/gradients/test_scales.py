@@ -13,7 +13,7 @@ from fastproj.trak import (
     IterativeGradientComputer,
     TRAKer,
 )
-from fastproj.trak.curvature import Fisher
+from fastproj.trak.draws import Fisher
 from fastproj.trak.gradients import project_modules
 from fastproj.trak.gradients.scales import ScaledProjector, size_factors
 from fastproj.trak.store.store import StoreMismatchError

@@ -24,7 +24,7 @@ from fastproj.trak import (
     SingularXtXWarning,
     StoreMismatchError,
 )
-from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.files import read_json
 from fastproj.trak.solving import ridge
 from fastproj.trak.solving.solve import Gram, Solution

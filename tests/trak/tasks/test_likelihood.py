@@ -25,7 +25,7 @@ from fastproj.trak import (
     TextClassificationModelOutput,
     TokenClassificationModelOutput,
 )
-from fastproj.trak.curvature import Draws, Fisher
+from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.tasks.base import Terms
 from tests.trak import modules
 
