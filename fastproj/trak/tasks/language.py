@@ -246,6 +246,7 @@ class MaskedLMModelOutput(TokenModelOutput):
     sample each time: what is hidden belongs to the sample.
     """
 
+    size_power = 0.5
     name = "masked_lm"
     expected = "(input_ids, attention_mask, labels), or a dict with labels"
 
