@@ -93,7 +93,10 @@ class TrainingOutput(SeveralOutputs):
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """[1 + d, B]: the output of each sample, and its drawn rows."""
         terms = self.terms(model, weights, buffers, batch)
-        return torch.cat([terms.output.unsqueeze(0), terms.drawn.T])
+        own = terms.output.unsqueeze(0)
+        if terms.drawn.shape[-1] == 0:  # of most batches: their graph is then as small as f's
+            return own
+        return torch.cat([own, terms.drawn.mT])
 
     def get_out_to_loss_grad(
         self, model: Any, weights: Params, buffers: Params, batch: Batch
