@@ -134,8 +134,8 @@ class Words(nn.Module):
         return self.words(ids) + self.place[: ids.shape[-1]]
 
 
-class TextClassifier(nn.Module):
-    """A transformer block over the words of a text, and their mean."""
+class Tagger(nn.Module):
+    """A transformer block over the words of a text, and a class for each of them."""
 
     def __init__(self, vocabulary: int, length: int, classes: int, width: int = 16) -> None:
         super().__init__()
@@ -144,27 +144,22 @@ class TextClassifier(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, T, width] of word numbers [B, T]."""
+        return self.norm(self.block(self.embed(input_ids), hidden_words(attention_mask)))
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits [B, classes] of word numbers [B, T]."""
-        x = self.block(self.embed(input_ids), hidden_words(attention_mask))
+        """Logits [B, T, classes]."""
+        return self.head(self.read(input_ids, attention_mask))
+
+
+class TextClassifier(Tagger):
+    """A class for the mean of a text's words."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, classes]."""
         weights = attention_mask / attention_mask.sum(-1, keepdim=True)
-        return self.head((self.norm(x) * weights.unsqueeze(-1)).sum(-2))
-
-
-class Tagger(nn.Module):
-    """A transformer block over the words of a text, and a class for each of them."""
-
-    def __init__(self, vocabulary: int, length: int, classes: int, width: int = 24) -> None:
-        super().__init__()
-        self.embed = Words(vocabulary, width, length)
-        self.block = Block(width, 2, 2 * width)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits [B, T, classes] of word numbers [B, T]."""
-        x = self.block(self.embed(input_ids), hidden_words(attention_mask))
-        return self.head(self.norm(x))
+        return self.head((self.read(input_ids, attention_mask) * weights.unsqueeze(-1)).sum(-2))
 
 
 class CausalLM(nn.Module):

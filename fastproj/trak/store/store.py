@@ -296,40 +296,46 @@ class Store:
         """Which samples (or, with exp_name, targets) of ``model_id`` are there, and where."""
         key = (model_id, exp_name)
         if key not in self._indices:
-            n = self.num_rows(exp_name)
-            distrusted = self.distrusted(model_id)
-            found: Found = []
-            with_rows: dict[int, npt.NDArray[np.bool_]] = {}
-
-            def read(path: Path) -> None:
-                with suppress(GoneError, FileNotFoundError):  # its batches are in another file
-                    names = ("inds", "content")
-                    tensors, metadata = self.read(path, model_id, exp_name, names)
-                    if distrusted and ON_TRUST in metadata:
-                        return
-                    inds = tensors["inds"].numpy()
-                    if len(inds) and (inds.min() < 0 or inds.max() >= n):
-                        raise StoreMismatchError(
-                            f"TRAKer: {path} holds sample {inds.max()}; expected samples below {n}",
-                            "use another save_dir",
-                            another="save_dir",
-                        )
-                    file = ShardFile.of(path, metadata, len(inds), path.stat().st_size)
-                    if exp_name is None and f"checksum.{ROWS}" in metadata:
-                        rows = self.read(path, model_id, exp_name, (ROWS,))[0][ROWS].numpy()
-                        with_rows[len(found)] = rows > 0
-                    found.append((file, inds, tensors["content"].numpy()))
-
-            scan(self.shard_dir(model_id, exp_name), role_of(exp_name), read)
+            found, with_rows = self._found(model_id, exp_name)
             if exp_name == DRAWN:
                 self._leave_out_stale(model_id, found)
             for i, lost in self._without_rows(model_id, found, with_rows):
                 file, inds, content = found[i]
                 found[i] = file, np.where(lost, -1, inds), content
-            index = ShardIndex.of(n, found, replace=is_target(exp_name))
-            index.distrusted = distrusted
+            index = ShardIndex.of(self.num_rows(exp_name), found, replace=is_target(exp_name))
+            index.distrusted = self.distrusted(model_id)
             self._indices[key] = index
         return self._indices[key]
+
+    def _found(
+        self, model_id: int, exp_name: str | None
+    ) -> tuple[Found, dict[int, npt.NDArray[np.bool_]]]:
+        """The files that count, and by the place of a file which of its samples have drawn rows."""
+        n, distrusted = self.num_rows(exp_name), self.distrusted(model_id)
+        found: Found = []
+        with_rows: dict[int, npt.NDArray[np.bool_]] = {}
+
+        def read(path: Path) -> None:
+            with suppress(GoneError, FileNotFoundError):  # its batches are in another file
+                names = ("inds", "content")
+                tensors, metadata = self.read(path, model_id, exp_name, names)
+                if distrusted and ON_TRUST in metadata:
+                    return
+                inds = tensors["inds"].numpy()
+                if len(inds) and (inds.min() < 0 or inds.max() >= n):
+                    raise StoreMismatchError(
+                        f"TRAKer: {path} holds sample {inds.max()}; expected samples below {n}",
+                        "use another save_dir",
+                        another="save_dir",
+                    )
+                file = ShardFile.of(path, metadata, len(inds), path.stat().st_size)
+                if exp_name is None and f"checksum.{ROWS}" in metadata:
+                    rows = self.read(path, model_id, exp_name, (ROWS,))[0][ROWS].numpy()
+                    with_rows[len(found)] = rows > 0
+                found.append((file, inds, tensors["content"].numpy()))
+
+        scan(self.shard_dir(model_id, exp_name), role_of(exp_name), read)
+        return found, with_rows
 
     def _leave_out_stale(self, model_id: int, found: Found) -> None:
         """Let drawn rows of other data than their samples not count.
@@ -340,17 +346,7 @@ class Store:
         rows = np.concatenate([inds for _, inds, _ in found]) if found else np.empty(0, np.int64)
         if len(np.unique(rows)) == len(rows):
             return
-        samples: Found = []
-
-        def read(path: Path) -> None:
-            with suppress(GoneError, FileNotFoundError):
-                tensors, metadata = self.read(path, model_id, None, ("inds", "content"))
-                inds, content = tensors["inds"].numpy(), tensors["content"].numpy()
-                samples.append(
-                    (ShardFile.of(path, metadata, len(inds), path.stat().st_size), inds, content)
-                )
-
-        scan(self.shard_dir(model_id, None), role_of(None), read)
+        samples, _ = self._found(model_id, None)
         there = ShardIndex.of(self.train_set_size, samples, replace=False)
         for i, (file, inds, content) in enumerate(found):
             of = inds // self.draws
