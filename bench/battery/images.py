@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.battery.models import CNN, MLP, DigitsCNN, Sides, ViT
-from bench.battery.problem import Pairs, Problem, Regression, separate
+from bench.battery.problem import Labels, Pairs, Problem, Regression, separate
 from fastproj.testbed.digits import digits as load_digits
 from fastproj.testbed.ensembles import Training
 
@@ -41,6 +41,17 @@ def digits_over(n: int = 400, targets: int = 100) -> Problem:
     return replace(
         problem, name="digits_over", model=lambda: DigitsCNN(channels=24), training=training
     )
+
+
+def blocks(n: int = 800, targets: int = 100) -> Problem:
+    """Which of 8 blocks of the digits' right half are dark, from the left half."""
+    images, _ = load_digits()
+    halves = images.reshape(len(images), 8, 2, 4)
+    right = halves[:, :, 1].reshape(len(images), 4, 2, 2, 2).mean((2, 4)).flatten(1)
+    dark = (right > right.median(0).values).long()
+    samples, asked = separate(halves[:, :, 0].flatten(1), dark, n, targets, 0)
+    training = Training(epochs=50, batch=40, learning_rate=0.5, weight_decay=1e-4)
+    return Problem("blocks", samples, asked, lambda: MLP(32, 48, 8), training, Labels())
 
 
 @cache
@@ -165,6 +176,28 @@ def pixels(n: int = 600, targets: int = 100) -> Problem:
     training = Training(epochs=30, batch=40, learning_rate=0.02, weight_decay=1e-3, clip=5.0)
     return Problem(
         "pixels", samples, asked, lambda: MLP(56, 32, 1), training, Regression(), held_out=True
+    )
+
+
+def neighbours(n: int = 800, targets: int = 100) -> Problem:
+    """Which of the 8 x 8 pixels around 8 x 8 of the photographs are brighter than these."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(9)
+    pictures = [image.mean(2) / 255.0 for image in load_sample_images().images]  # [427, 640]
+    inner, brighter = [], []
+    for number in range(n + targets):
+        y, x = int(rng.integers(0, 427 - 24)), int(rng.integers(0, 640 - 24))
+        patch = pictures[number % 2][y : y + 24, x : x + 24]
+        means = patch.reshape(3, 8, 3, 8).mean((1, 3)).reshape(9)
+        inner.append(patch[8:16, 8:16])
+        brighter.append(np.delete(means > means[4], 4))
+    stacked = np.stack(inner)[:, None]
+    images = torch.tensor((stacked - stacked.mean()) / stacked.std(), dtype=torch.float32)
+    samples, asked = separate(images, torch.tensor(np.stack(brighter)).long(), n, targets, 0)
+    training = Training(epochs=40, batch=40, learning_rate=0.5, weight_decay=1e-4)
+    return Problem(
+        "neighbours", samples, asked, lambda: CNN(8, 8), training, Labels(), held_out=True
     )
 
 

@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import softplus
 
 from fastproj.testbed.ensembles import Training, split
-from fastproj.trak import AbstractModelOutput, CLIPModelOutput, FunctionModelOutput
+from fastproj.trak import (
+    AbstractModelOutput,
+    CLIPModelOutput,
+    FunctionModelOutput,
+    ImageClassificationModelOutput,
+)
 from fastproj.trak.tasks import margins
 
 IGNORED = -100  # a label that does not count
@@ -133,6 +139,36 @@ class Regression(Question):
                 return batch[1].unsqueeze(1) - predicted
 
         return SquaredError()
+
+
+class Labels(Question):
+    """Any of L labels at once, 0 or 1 each: the output is the sum of the right answers' log-odds.
+
+    The loss is the mean over the labels, as ``torch.nn.BCEWithLogitsLoss`` has it.
+    """
+
+    likelihood_differs = True
+
+    def log_odds(self, model: nn.Module, weights: Weights, batch: Batch) -> Tensor:
+        """Those of each right answer, [B, L]."""
+        logits = functional_call(model, dict(weights), batch[0])
+        return logits.where(batch[1] == 1, -logits)
+
+    def output(self, model: nn.Module, weights: Weights, batch: Batch) -> Tensor:
+        """Their sum, [B]."""
+        return self.log_odds(model, weights, batch).sum(1)
+
+    def likelihood(self, model: nn.Module, weights: Weights, batch: Batch) -> Tensor:
+        """The sum of log p, [B]."""
+        return -softplus(-self.log_odds(model, weights, batch)).sum(1)
+
+    def loss(self, model: nn.Module, weights: Weights, batch: Batch) -> Tensor:
+        """Minus the mean log-likelihood of a label."""
+        return -self.likelihood(model, weights, batch).mean() / batch[1].shape[1]
+
+    def task(self, base: type) -> Any:
+        """The task of images with any number of labels, which trak hasn't."""
+        return ImageClassificationModelOutput(multilabel=True)
 
 
 class Pairs(Question):

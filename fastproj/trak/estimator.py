@@ -455,7 +455,14 @@ class TRAKer:
         if self.fisher is not None and not fisher:
             require_outputs(self.task, function, lambda_reg, self._size_power != 0)
         finalize(
-            self.saver.systems, self.score_computer, ids, lambda_reg, ranks, probabilities, fisher
+            self.saver.systems,
+            self.score_computer,
+            ids,
+            lambda_reg,
+            ranks,
+            probabilities,
+            fisher,
+            getattr(self.task, "several_labels", False),
         )
         self._stream = None  # it holds the targets times the inverse of before
         if self._pass is not None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import TensorDataset
 
-from bench.battery.problem import Batch, Classes, Regression
+from bench.battery.problem import Batch, Classes, Labels, Regression
 from bench.battery.providers.job import Floats, Found, Job, Unsupported
 
 SWEEP = (None, 1e-8, 1e-6, 1e-4, 1e-2)  # damping; None is kronfluence's own, 0.1 of the mean
@@ -85,9 +86,9 @@ def make_task(job: Job) -> Any:
     from kronfluence.task import Task
 
     question = job.problem.question
-    if not isinstance(question, Classes | Regression):
-        raise Unsupported("ekfac: here it takes classes and regression only")
-    known: Classes | Regression = question
+    if not isinstance(question, Classes | Labels | Regression):
+        raise Unsupported("ekfac: here it takes classes, labels and regression only")
+    known: Classes | Labels | Regression = question
 
     class Asked(Task):
         def compute_train_loss(
@@ -102,13 +103,18 @@ def make_task(job: Job) -> Any:
 
 
 def summed_loss(
-    question: Classes | Regression, model: nn.Module, batch: Batch, drawn: bool
+    question: Classes | Labels | Regression, model: nn.Module, batch: Batch, drawn: bool
 ) -> Tensor:
     """The loss of a batch, a scalar; with labels drawn from the model where ``drawn``."""
     if isinstance(question, Regression):
         predicted = question.output(model, {}, batch)
         labels = torch.normal(predicted.detach(), 1.0) if drawn else batch[1]
         return (predicted - labels).square().sum() / 2
+    if isinstance(question, Labels):
+        if drawn:
+            logits = functional_call(model, {}, batch[0]).detach()
+            batch = (batch[0], torch.bernoulli(logits.sigmoid()))
+        return -question.likelihood(model, {}, batch).sum()
     logits, labels, counts = question.logits(model, {}, batch)
     if drawn:
         labels = torch.distributions.Categorical(logits=logits.detach()).sample()

@@ -74,6 +74,7 @@ def finalize(
     ranks: Ranks,
     probabilities: bool | None = None,
     fisher: bool = False,
+    labels: bool = False,
 ) -> None:
     """Sum up the matrix that lambda is added to, choose lambda where it is "auto", and keep both.
 
@@ -107,7 +108,7 @@ def finalize(
     with ranks.barrier(STEP):
         for model_id in model_ids if ranks.first else ():
             q = meanings.get(model_id)
-            keep_lambda(systems, computer, model_id, system[model_id], lambda_reg, q)
+            keep_lambda(systems, computer, model_id, system[model_id], lambda_reg, q, labels)
             # Not where they were summed up: a process killed there would leave them for good.
             systems.remove_parts(model_id, system[model_id])
 
@@ -168,6 +169,7 @@ def keep_lambda(
     system: System,
     lambda_reg: Lambda,
     q: Meaning | None,
+    labels: bool,
 ) -> None:
     """Choose a checkpoint's lambda where it is "auto", check that it solves, and store it.
 
@@ -186,8 +188,9 @@ def keep_lambda(
     if q is not None and lambda_reg == AUTO:
         if system.fisher:
             n = systems.store.train_set_size
-            choice = choose_fisher_lambda(gram, moments, n, ridge, q.residual)
-            facts["own_noise"] = 0.0 if of_sequences(systems.store, model_id) else OWN_NOISE
+            joint = has_joint_outputs(systems.store, model_id)
+            choice = choose_fisher_lambda(gram, moments, n, ridge, labels and joint)
+            facts["own_noise"] = OWN_NOISE if labels or not joint else 0.0
         else:
             choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
@@ -223,7 +226,7 @@ def step_of(
     ridge: float | None,
 ) -> Tensor | None:
     """``halving_step`` as float64 [k]; None also where it moves no slope, as of sequences."""
-    if of_sequences(systems.store, model_id):
+    if has_joint_outputs(systems.store, model_id):
         return None
     step = halving_step(gram, moments, ridge)
     if step is None or not system.dual:
@@ -235,9 +238,9 @@ def step_of(
     return total
 
 
-def of_sequences(store: Store, model_id: int) -> bool:
-    """Whether samples are sequences or pairs, whose rows are gradients of whole log-likelihoods:
-    then all Q are 1.
+def has_joint_outputs(store: Store, model_id: int) -> bool:
+    """Whether samples are sequences, pairs or sets of labels, whose rows are gradients of whole
+    log-likelihoods: then all Q are 1.
     """
     return bool((store.out_to_loss(model_id) == 1).all())
 

@@ -29,7 +29,8 @@ SETTLED = 1e-9  # relative change of the ridge over LANCZOS_STEPS at which it is
 TINY = 1e-12  # Q below it, or negative, counts as TINY: a logit of 28
 CEILING = 1 - 1e-4  # Q above it counts as CEILING: a logit of -9
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
-REGRESSION_MARGIN = 2.0  # the same, with the Fisher matrix of a regression
+EXACT_MARGIN = 2.0  # the same, with a Fisher matrix of which no rows are drawn
+LABELS = 3.0  # times lambda, where a sample's predictions are labels of one input
 OWN_NOISE = 1.0  # of a checkpoint, in units of what all share
 STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
 LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T W Phi
@@ -236,15 +237,16 @@ def choose_lambda(gram: Gram, moments: Moments, q: Meaning) -> Choice:
 
 
 def choose_fisher_lambda(
-    gram: Gram, moments: Moments, samples: int, ridge: float | None, residual: float = 0.0
+    gram: Gram, moments: Moments, samples: int, ridge: float | None, labels: bool = False
 ) -> Choice:
     """Choose the ridge that is added to the Fisher matrix.
 
     It is ``MARGIN gamma / ((1 - d / k) (1 - d / N))``. gamma is the ridge at which one Newton step
     from the network's outputs agrees with them, and d the effective dimension there. The two
     factors are needed because k dimensions, and N rows of which most are drawn, fit more easily
-    than the whole network fits all its labels. For a regression REGRESSION_MARGIN takes the place
-    of MARGIN: see docs/research/lambda.md.
+    than the whole network fits all its labels. Where no rows are drawn, of two classes or a
+    regression, EXACT_MARGIN takes the place of MARGIN, and with ``labels`` all of it counts LABELS
+    times: see docs/research/lambda.md.
 
     The nearer d comes to k or N, the less gamma says. ``TYPICAL sqrt(1 - d / N) trace / n`` is best
     in the mean of many problems. So a ridge below it is averaged with it, geometrically: the ridge
@@ -257,7 +259,7 @@ def choose_fisher_lambda(
     gram : of all N rows.
     samples : n.
     ridge : gamma, as ``agreeing_ridge`` finds it.
-    residual : how far the slopes of the log-likelihoods are residuals of a regression, 0 .. 1.
+    labels : whether a sample's predictions are several labels of one input.
     """
     trace = check_gram(gram) * gram.k
     least, most = LEAST * trace / samples, MOST * trace
@@ -269,11 +271,11 @@ def choose_fisher_lambda(
         free = max(1 - dimension / gram.k, 0.0) * max(left, 0.0)
         trust = free * moments.fit_share() if is_found(gram, ridge) else 0.0
         if trust > 0:
-            margin = MARGIN ** (1 - residual) * REGRESSION_MARGIN**residual
+            margin = MARGIN if gram.n > samples else EXACT_MARGIN
             above = math.log(margin * ridge / free) - log_lambda
             trust = max(trust, moments.fit_share()) if above > 0 else trust
             log_lambda += trust * above
-    lam = min(max(math.exp(log_lambda), least), most)
+    lam = min(max(math.exp(log_lambda) * (LABELS if labels else 1.0), least), most)
     rule = f"training ridge, to the power of {trust:.2f}"
     return Choice(lam, rule, 1.0, lam * gram.k / trace)
 

@@ -66,6 +66,8 @@ class AbstractModelOutput(ABC):
     ``learns_along_output`` says whether the terms have f and Q as they are, so that a number as
     lambda when finalising gives TRAK's scores. A subclass with other ``likelihood_terms`` doesn't
     inherit a True.
+    ``several_labels`` says whether a sample's predictions are labels of one input, and not tokens
+    of a sequence or a pair: lambda "auto" is larger then.
     ``size_power`` is the power of a parameter's size that its gradients count by, for
     ``curvature="fisher"`` (``fastproj.trak.Fisher``).
     ``model_holds_weights`` False leaves the model as it is: for tasks that need to see its own
@@ -96,6 +98,11 @@ class AbstractModelOutput(ABC):
     @property
     def knows_likelihood(self) -> bool:
         """Whether ``likelihood_terms`` is there."""
+        return False
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether a sample's predictions are labels of one input."""
         return False
 
     @property

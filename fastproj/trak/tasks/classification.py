@@ -54,6 +54,11 @@ class ClassificationModelOutput(BatchedModelOutput):
         return self.temperature == 1
 
     @property
+    def several_labels(self) -> bool:
+        """With ``multilabel``."""
+        return self.multilabel
+
+    @property
     def learns_along_output(self) -> bool:
         """Unless the log-likelihoods of several labels are added up."""
         return not self.multilabel
