@@ -30,7 +30,7 @@ TINY = 1e-12  # Q below it, or negative, counts as TINY: a logit of 28
 CEILING = 1 - 1e-4  # Q above it counts as CEILING: a logit of -9
 MARGIN = 1.5  # times the training ridge: too little costs more than too much
 EXACT_MARGIN = 2.0  # the same, with a Fisher matrix of which no rows are drawn
-LABELS = 3.0  # times lambda, where a sample's predictions are labels of one input
+LABELS_MARGIN = 5.0  # the same, where a sample's predictions are labels of one input
 OWN_NOISE = 1.0  # of a checkpoint, in units of what all share
 STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
 LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T W Phi
@@ -245,8 +245,8 @@ def choose_fisher_lambda(
     from the network's outputs agrees with them, and d the effective dimension there. The two
     factors are needed because k dimensions, and N rows of which most are drawn, fit more easily
     than the whole network fits all its labels. Where no rows are drawn, of two classes or a
-    regression, EXACT_MARGIN takes the place of MARGIN, and with ``labels`` all of it counts LABELS
-    times: see docs/research/lambda.md.
+    regression, EXACT_MARGIN takes the place of MARGIN, and of several labels LABELS_MARGIN: see
+    docs/research/lambda.md.
 
     The nearer d comes to k or N, the less gamma says. ``TYPICAL sqrt(1 - d / N) trace / n`` is best
     in the mean of many problems. So a ridge below it is averaged with it, geometrically: the ridge
@@ -272,10 +272,11 @@ def choose_fisher_lambda(
         trust = free * moments.fit_share() if is_found(gram, ridge) else 0.0
         if trust > 0:
             margin = MARGIN if gram.n > samples else EXACT_MARGIN
+            margin = LABELS_MARGIN if labels else margin
             above = math.log(margin * ridge / free) - log_lambda
             trust = max(trust, moments.fit_share()) if above > 0 else trust
             log_lambda += trust * above
-    lam = min(max(math.exp(log_lambda) * (LABELS if labels else 1.0), least), most)
+    lam = min(max(math.exp(log_lambda), least), most)
     rule = f"training ridge, to the power of {trust:.2f}"
     return Choice(lam, rule, 1.0, lam * gram.k / trace)
 
