@@ -466,7 +466,8 @@ def multiplied(left: Tensor, right: Tensor) -> Tensor:
     Sums over positions in 16 bits would lose digits, and overflow in float16.
     """
     dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    return torch.bmm(left.transpose(1, 2).to(dtype), right.to(dtype)).flatten(1)
+    with torch.autocast(left.device.type, enabled=False):
+        return torch.bmm(left.transpose(1, 2).to(dtype), right.to(dtype)).flatten(1)
 
 
 def looked_up_product(

@@ -412,7 +412,9 @@ def test_other_data_for_a_featurized_sample_is_noticed_once(traker, train):
     assert torch.equal(traker.saver.matrix(0), before)
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a\0b", None, 3])
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "a/b", "..", "a\0b", None, 3, 201 * "a", 101 * "ä"]
+)
 def test_experiment_names_that_name_no_file(traker, train, model, name):
     cases.featurize(traker, model, 0, train)
     traker.finalize_features()
@@ -761,3 +763,25 @@ def test_numbers_of_checkpoints_and_of_samples_that_are_none(traker, model, trai
     with pytest.raises(ValueError, match=r"model_ids with 0 more than once.*model_ids=\[0, 1\]"):
         traker.finalize_scores("test", model_ids=[0, 1, 0])
     traker.finalize_features(model_ids=(i for i in np.arange(1)))
+
+
+@pytest.mark.parametrize("options", [{}, {"lambda_reg": 0.1}])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("k", [4, 40])
+def test_scores_are_the_same_under_autocast(tmp_path, monkeypatch, model, train, options, exact, k):
+    if not exact:  # in float32, as where n k^2 is large
+        monkeypatch.setattr("fastproj.trak.solving.solve.EXACT_FLOPS", 0)
+    targets, found = (train[0][:3], train[1][:3]), []
+    for name, inside in (("usual", False), ("other", True)):
+        traker = cases.loaded(model, tmp_path / name, N, proj_dim=k, **options)
+        as_usual(traker, train)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            traker.finalize_features()
+            traker.start_scoring_checkpoint("test", model.state_dict(), 0, 3)
+            traker.score(targets, num_samples=3)
+            parts = traker.score(targets, per="module")
+            stream = traker.score(train, stream=True)
+            scores = np.array(traker.finalize_scores("test"))
+            found.append((scores, parts, stream, traker.self_influence()))
+    for usual, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(usual, other)

@@ -42,6 +42,7 @@ from fastproj.trak.solving.solve import (
     ScoreComputer,
     Solution,
     System,
+    full_precision,
     sum_dtype,
 )
 from fastproj.trak.solving.systems import FISHER, TRAK, GramPart, Systems
@@ -66,6 +67,7 @@ OUTSIDE = 1e-5  # how far rounding may put a probability outside 0..1
 logger = logging.getLogger("fastproj.trak")
 
 
+@full_precision()
 def finalize(
     systems: Systems,
     computer: ScoreComputer,

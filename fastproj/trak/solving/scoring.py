@@ -16,7 +16,7 @@ from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.finalizing import lambda_of, own_scores, solution_of
 from fastproj.trak.solving.ridge import moved_slopes
-from fastproj.trak.solving.solve import ScoreComputer
+from fastproj.trak.solving.solve import ScoreComputer, full_precision
 from fastproj.trak.solving.systems import Systems
 from fastproj.trak.store.features import block_rows, read_features, sample_blocks
 from fastproj.trak.store.scores import Sink
@@ -26,6 +26,7 @@ TARGET_ROWS = 8192  # targets held at once while scoring
 WEIGHT_BYTES = 1 << 28  # of all checkpoints' targets held at once
 
 
+@full_precision()
 def write_scores(
     systems: Systems,
     computer: ScoreComputer,
@@ -72,6 +73,7 @@ def write_scores(
     sink.finish()
 
 
+@full_precision()
 def scores_of_targets(
     systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor, checkpoints: int
 ) -> npt.NDArray[np.float32]:
@@ -136,6 +138,7 @@ class Halved:
         return moved_slopes(q, curvature.to(q), change, self.residual)
 
 
+@full_precision()
 def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[int]) -> Tensor:
     """The score of each training sample on itself, float64 [n].
 
@@ -207,6 +210,7 @@ def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:
     return [range(low, min(low + step, n_targets)) for low in range(0, n_targets, step)]
 
 
+@full_precision()
 def target_weights(
     systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor, checkpoints: int
 ) -> Tensor:

@@ -432,10 +432,11 @@ def extreme_eigenvalues(matrix: Tensor, factor: Tensor, lam: float = 0.0) -> tup
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products without TF32 or bf16 inside, whatever the caller has set."""
+    """float32 products without TF32, bf16 or autocast, whatever the caller has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -63,6 +63,7 @@ from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, j
 
 FORMAT = 3
 ROWS = "drawn"  # of a training shard: how many rows were drawn for each sample
+LONGEST_NAME = 200  # bytes: file systems take 255, and suffixes are added
 DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that are drawn
 Found = list[tuple[ShardFile, Indices, Indices]]  # with the numbers and content ids of its rows
 
@@ -175,6 +176,13 @@ class Store:
             self.forget_index(model_id, part)
             self._tidy(model_id, part)
         self.current_model_id = model_id
+
+    def twin(self, model_id: int, checkpoint: str) -> int | None:
+        """Another model_id that this process has registered with the same hash, for a new one."""
+        if self.is_registered(model_id):
+            return None
+        alike = (i for i, digest in self._checkpoints.items() if digest == checkpoint)
+        return next((i for i in alike if i != model_id), None)
 
     def is_registered(self, model_id: int) -> bool:
         """Whether it is known which checkpoint ``model_id`` is."""
@@ -629,6 +637,11 @@ def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
 
 def check_exp_name(function: str, exp_name: object, name: str = "exp_name") -> None:
     """Raise ValueError, about the argument ``name``, for what can't name an experiment."""
+    if isinstance(exp_name, str) and len(exp_name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"{function}: received {name} of {len(exp_name)} characters, {exp_name[:20]!r}...; "
+            f"expected at most {LONGEST_NAME} bytes, since it names files"
+        )
     if not isinstance(exp_name, str) or not re.fullmatch(r"[\w+=,@-][\w .+=,@-]*", exp_name):
         raise ValueError(
             f"{function}: received {name}={exp_name!r}; expected letters, digits, spaces and "
