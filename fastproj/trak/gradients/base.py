@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -22,9 +23,11 @@ from fastproj.trak.gradients.running import (
 )
 from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.base import BatchedModelOutput, Terms, definer, run
-from fastproj.trak.tasks.training import SeveralOutputs
+from fastproj.trak.tasks.training import SeveralOutputs, TrainingOutput
 
 REPEATED = 4  # samples of a batch whose outputs are computed twice
+logger = logging.getLogger("fastproj.trak")
+
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
 TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
 
@@ -87,6 +90,7 @@ class AbstractGradientComputer(ABC):
         self.buffers = dict(model.named_buffers())
         self._named_twice = modules_named_twice(model)
         self._dependent = False  # whether f of any sample has been seen to depend on them
+        self._mixes: bool | None = None  # whether f of a sample depends on the others of its batch
 
     def compute_per_sample_grad(self, batch: tuple[Any, ...]) -> Grads:
         """The gradients of all samples: name -> [B, *shape of the parameter]."""
@@ -224,13 +228,57 @@ class AbstractGradientComputer(ABC):
         return max(1, GRAD_BYTES // max(1, per_sample))
 
     def compute_terms(self, batch: tuple[Any, ...]) -> Terms:
-        """What the samples say of the likelihood of their labels, for a ``TrainingOutput``."""
+        """What the samples say of the likelihood of their labels, for a ``TrainingOutput``.
+
+        Of each sample alone where the model mixes them, as gradients are.
+        """
+        terms = self._terms(batch)  # which checks labels
+        if not self.mixes(batch):
+            return terms
+        return Terms(*map(torch.cat, zip(*map(self._terms, singles(batch)), strict=True)))
+
+    def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
+        """Q of each sample: the task's ``get_out_to_loss_grad``.
+
+        Of each sample alone where the model mixes them, as gradients are.
+        """
+        q = self._loss_grad(batch)
+        if not self.mixes(batch):
+            return q
+        return torch.cat([self._loss_grad(one).reshape(-1) for one in singles(batch)])
+
+    def mixes(self, batch: tuple[Any, ...]) -> bool:
+        """Whether outputs of a task of batches depend on the other samples: looked at once for each
+        checkpoint, at the first and the last sample of a batch.
+        """
+        task, parts = self.task, batch
+        if isinstance(task, TrainingOutput):
+            task, parts = task.task, batch[:-1]
+        size = batches.size(parts)
+        if self._mixes is None and size > 1 and isinstance(task, BatchedModelOutput):
+            ends = [batches.select(parts, slice(r, r + 1)) for r in (0, size - 1)]
+            with torch.no_grad():
+                every, *alone = (
+                    self._of_task(task.outputs, self.chosen, some).reshape(-1)
+                    for some in (parts, *ends)
+                )
+            share = rounding_share(0.0, every.dtype, *(p.dtype for p in self.chosen.values()))
+            apart = float((every[[0, -1]] - torch.cat(alone)).abs().max())
+            self._mixes = apart > share * float(every.abs().max())
+            if self._mixes:
+                logger.warning(
+                    "TRAKer: the outputs of %s depend on the other samples of a batch; each sample "
+                    "is computed alone",
+                    type(task).__name__,
+                )
+        return bool(self._mixes)
+
+    def _terms(self, batch: tuple[Any, ...]) -> Terms:
         with torch.no_grad():
             terms: Terms = self._of_task(self.task.terms, self.chosen, batch)
         return terms
 
-    def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
-        """Q of each sample: the task's ``get_out_to_loss_grad``."""
+    def _loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
         out: Tensor = self._of_task(self.task.get_out_to_loss_grad, self.chosen, batch)
         return out
 
@@ -278,6 +326,12 @@ class AbstractGradientComputer(ABC):
                 parts = zip(chosen, grads, strict=True)
                 found.append({n: None if g is None else dense(g) for n, g in parts})
         return found
+
+
+def singles(batch: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Each sample of a batch, as a batch of one."""
+    for row in range(batches.size(batch)):
+        yield batches.select(batch, slice(row, row + 1))
 
 
 def own(batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -226,11 +226,13 @@ class HookGradientComputer(AbstractGradientComputer):
 
     def compute_terms(self, batch: tuple[Any, ...]) -> Terms:
         """As for all computers, from the forward that the gradients are then taken through."""
-        return self._look(batch, super().compute_terms)
+        terms = self._look(batch, self._terms)
+        return super().compute_terms(batch) if self.mixes(batch) else terms
 
     def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
         """As for all computers, from the forward that the gradients are then taken through."""
-        return self._look(batch, super().compute_loss_grad)
+        q = self._look(batch, self._loss_grad)
+        return super().compute_loss_grad(batch) if self.mixes(batch) else q
 
     def _look(self, batch: tuple[Any, ...], look: Callable[[tuple[Any, ...]], Looked]) -> Looked:
         """``look(batch)``, on what the model returns in a forward that is kept for ``_run``.

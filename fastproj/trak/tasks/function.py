@@ -28,7 +28,7 @@ class FunctionModelOutput(BatchedModelOutput):
     output : ``output(model, batch) -> Tensor [B]``, f of each sample. ``model`` is TRAKer's, with
         the weights in question: all of its methods, submodules and parameters may be used.
         ``batch`` is what ``featurize`` got (a list as a tuple). Samples must not be mixed.
-    loss : ``loss(f) -> Tensor [B]``, the training loss as a function of the outputs [B], for
+    loss : ``loss(f) -> Tensor [B]``, the training loss of each sample by its own output, for
         Q = -dL/df; for a log-odds it is ``lambda f: torch.nn.functional.softplus(-f)``. None is the
         loss -f: Q = 1.
     likelihood : ``likelihood(f, batch) -> Tensor [B]``, the log-likelihood of each sample's label
@@ -82,10 +82,15 @@ class FunctionModelOutput(BatchedModelOutput):
         with torch.no_grad():
             out = self.outputs(model, weights, buffers, batch).detach()
         if self.likelihood is not None:
-            return self._slope(out, batch)
+            slope = self._slope(out, batch)
+            check_alone("likelihood", self._slope, slope, out, batch)
+            return slope
         if self.loss is None:
             return torch.ones_like(out)
-        return -derivative("loss", self.loss, out)
+        loss = self.loss
+        q = -derivative("loss", loss, out)
+        check_alone("loss", lambda f, _: -derivative("loss", loss, f), q, out, batch)
+        return q
 
     def likelihood_terms(
         self, model: Any, weights: Params, buffers: Params, batch: Batch, noise: Tensor
@@ -95,6 +100,7 @@ class FunctionModelOutput(BatchedModelOutput):
         f = out.detach()
         slope, curvature = self._derivatives(f, batch)
         if not torch.is_grad_enabled():  # values are looked at, once for each batch
+            check_alone("likelihood", self._slope, slope, f, batch)
             curvature = self._without_rounding(curvature, f, batch)
         return Terms(out, slope, curvature, f, out.new_zeros(len(out), 0))
 
@@ -127,6 +133,33 @@ class FunctionModelOutput(BatchedModelOutput):
         assert self.likelihood is not None
         likelihood, given = self.likelihood, as_given(batch)
         return derivative("likelihood", lambda f: likelihood(f, given), out)
+
+
+def check_alone(
+    name: str,
+    slope_of: Callable[[Tensor, Batch], Tensor],
+    slopes: Tensor,
+    f: Tensor,
+    batch: Batch,
+) -> None:
+    """Raise ValueError where the slopes of the first or last of B samples depend on the others.
+
+    slope_of : gives them, [B], from the outputs f [B] and a batch.
+    """
+    size = len(f)
+    near = torch.finfo(slopes.dtype).eps ** 0.5 * float(slopes.abs().max()) if size > 1 else 0.0
+    for row in (0, size - 1) if size > 1 else ():
+        one = slice(row, row + 1)
+        (alone,) = slope_of(f[one], batches.select(batch, one)).tolist()
+        received = float(slopes[row])
+        if abs(received - alone) > near:  # not where one of them is NaN, which is said elsewhere
+            raise ValueError(
+                f"FunctionModelOutput: received a {name} that mixes the samples of a batch: its "
+                f"derivative by the output of sample {row} is {received:.6g} in a batch of {size}, "
+                f"and {alone:.6g} for that sample alone; expected one of each sample by itself "
+                "(without means over the batch; what the samples share, such as a risk set, can be "
+                "a part of the batch)"
+            )
 
 
 def as_given(batch: Batch) -> Any:

@@ -309,6 +309,34 @@ def test_mixing_that_no_output_shows_is_noticed(tmp_path):
         featurize(traker, model, x, [N])
 
 
+@modules.of(body=lambda: nn.Linear(4, 4), head=lambda: nn.Linear(4, 4))
+def Centred(self, x):
+    z = self.body(x)
+    return self.head(3 * (z - 0.5 * z.mean(0)))
+
+
+@pytest.mark.filterwarnings("ignore:TRAKer. gradient_computer:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"lambda_reg": 0.1}])
+@pytest.mark.parametrize("computer", ["auto", "func", "loop"])
+def test_of_mixed_samples_each_is_computed_alone(computer, options, tmp_path, caplog):
+    """Gradients, Q and curvature are those of one function, whatever else is in a batch."""
+    model, x = fitted(Centred()), floats()
+    found = []
+    for sizes in ([1] * N, [N], [1, N - 1]):
+        name = str(len(sizes))
+        traker = make(model, tmp_path / name, gradient_computer=computer, **options)
+        featurize(traker, model, x, sizes)
+        columns = ("curvature", "along") if not options else ()
+        store = traker.saver
+        found.append(
+            [store.matrix(0), store.out_to_loss(0), *(store.column(0, name) for name in columns)]
+        )
+    for alone, *together in zip(*found, strict=True):
+        for one in together:
+            torch.testing.assert_close(one, alone, rtol=1e-4, atol=1e-5)
+    assert "each sample is computed alone" in caplog.text
+
+
 def test_a_check_that_is_not_finite_proves_nothing_of_finite_gradients(tmp_path):
     """Autograd says NaN, the rule of the layer does not look."""
 

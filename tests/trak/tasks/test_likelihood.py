@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastproj import TRAKer
 from fastproj.trak import (
     CausalLMModelOutput,
     CLIPModelOutput,
@@ -793,6 +794,32 @@ def test_what_is_no_function_of_the_arguments_is_refused(wrong, message):
 def test_a_likelihood_that_returns_something_else_is_refused(likelihood, message):
     with pytest.raises((TypeError, ValueError), match=f"FunctionModelOutput: likelihood {message}"):
         terms_at(likelihood, torch.ones(4), torch.float32, 1.0)
+
+
+MIXING = {
+    "Cox": {"likelihood": lambda f, batch: f - f.flip(0).logcumsumexp(0).flip(0)},
+    "labels": {"likelihood": lambda f, batch: -0.5 * (batch[1] - batch[1].mean() - f) ** 2},
+    "softmax": {"loss": lambda f: f.logsumexp(0) - f},
+    "means": {"likelihood": lambda f, batch: -((batch[1] - f.unsqueeze(1)) ** 2).mean(1)},
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("curvature", ["auto", "trak"])
+def test_likelihoods_and_losses_that_mix_samples_are_refused(name, curvature, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 1), torch.randn(6, 4)
+    task = FunctionModelOutput(lambda model, batch: model(batch[0])[:, 0], **MIXING[name])
+    traker = TRAKer(model, task, 12, tmp_path, proj_dim=8, curvature=curvature)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((x[:1], torch.ones(1)), inds=[6])  # alone, nothing is mixed
+    kind = next(iter(MIXING[name]))
+    said = (
+        rf"FunctionModelOutput: received a {kind} that mixes .* sample \d .*in a batch of 6, and "
+    )
+    with pytest.raises(ValueError, match=said):
+        traker.featurize((x, torch.arange(6.0)), inds=range(6))
+    assert traker.saver.index(0).done.sum() == 1
 
 
 def test_a_function_has_a_loss_or_a_likelihood():
