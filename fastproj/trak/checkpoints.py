@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,34 @@ logger = logging.getLogger("fastproj.trak")
 
 
 # ---- loading ------------------------------------------------------------------------------------
+
+COPIES = (
+    "copies, taken when the model had these weights: "
+    "{name: t.clone() for name, t in model.state_dict().items()}"
+)
+
+
+class Origin(NamedTuple):
+    """What was loaded last.
+
+    digest : of the model that holds it.
+    own : whether it was the model's own memory, as in ``model.state_dict()``.
+    """
+
+    model_id: int
+    digest: str
+    own: bool
+
+    def check(self, function: str, before: Origin | None) -> None:
+        """Raise ValueError where this is another model_id in the memory that ``before`` went to."""
+        if before is None or before.model_id == self.model_id or before.digest != self.digest:
+            return
+        if self.own and not before.own:
+            raise ValueError(
+                f"{function}: received for model_id {self.model_id} the model's own memory (as in "
+                f"model.state_dict()), which holds the weights of model_id {before.model_id} since "
+                f"these were loaded; expected {COPIES}"
+            )
 
 
 def load_state(
@@ -115,6 +143,24 @@ def load_state(
             len(wanted),
             listed(kept, 5),
         )
+
+
+def is_own(model: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's parameters lie in the model's memory: what is loaded into the model
+    changes them.
+    """
+    live = {storage(p) for p in model.parameters() if p.numel()}
+    names = {name for name, _ in model.named_parameters()} & set(checkpoint)
+    given = [t for name in names if isinstance(t := checkpoint[name], Tensor) and t.numel()]
+    return bool(given) and all(storage(t) in live for t in given)
+
+
+def storage(t: Tensor) -> tuple[Any, ...]:
+    """The memory that a tensor lies in."""
+    try:
+        return t.device, t.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse tensors and some subclasses have none that can be told
+        return t.device, -id(t)
 
 
 def not_loaded(wanted: Mapping[str, Any], missing: Collection[str]) -> list[str]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastproj.checks import check_flag, check_integer
 from fastproj.spec import SPEC_VERSION
+from fastproj.trak.checkpoints import COPIES, Origin, is_own
 from fastproj.trak.curvature import resolve_curvature
 from fastproj.trak.distributed import Ranks, local_device, ranks_of_this_run
 from fastproj.trak.draws import Draws, Fisher
@@ -242,6 +243,7 @@ class TRAKer:
             self.normalize_factor,
             draws,
         )
+        self._origin: Origin | None = None  # of what the model holds
         self._contents = ContentWatch(self.saver)
 
     def _identity(self, draws: Draws | None) -> dict[str, Any]:
@@ -312,6 +314,15 @@ class TRAKer:
     def _register(self, model_id: int) -> None:
         """Enter a checkpoint into the store. Only rank 0 sets old features aside, once."""
         checkpoint = self._featurizer.loaded.digest
+        twin = self.saver.twin(model_id, checkpoint)
+        if twin is not None and self._origin is not None and self._origin.own:
+            logger.warning(
+                "load_checkpoint: model_id %d has the weights of model_id %d; scores count them "
+                "twice, with two projections. Where they should be others, pass %s",
+                model_id,
+                twin,
+                COPIES,
+            )
         every = [("load_checkpoint", model_id)]
         if not self.saver.load_from_save_dir:
             every = self.ranks.all_gather_steps("load_checkpoint", model_id)
@@ -328,7 +339,13 @@ class TRAKer:
         """Check and load a checkpoint; returns the model_id."""
         model_id = check_integer(function, "model_id", model_id, 0, 1 << 32)
         self._pass = self._stream = None
+        own = isinstance(checkpoint, Mapping) and is_own(self.model, checkpoint)
         self._featurizer.load(function, checkpoint, strict, self.gradient_names)
+        before, self._origin = (
+            self._origin,
+            Origin(model_id, self._featurizer.loaded.digest, own),
+        )
+        self._origin.check(function, before)
         return model_id
 
     @torch.inference_mode(False)

@@ -66,8 +66,8 @@ def images(count: int) -> TensorDataset:
     return TensorDataset(torch.randn(count, 1, 4, 4, generator=generator), labels)
 
 
-def classifier() -> torch.nn.Module:
-    torch.manual_seed(0)
+def classifier(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
 
 
@@ -79,7 +79,7 @@ def vision() -> Scope:
         "train_loader": DataLoader(train_set, batch_size=5),
         "targets": targets,
         "target_loader": DataLoader(targets, batch_size=5),
-        "checkpoints": [model.state_dict(), classifier().state_dict()],
+        "checkpoints": [classifier(seed).state_dict() for seed in range(2)],
     }
 
 

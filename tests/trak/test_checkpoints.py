@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastproj.trak.checkpoints import LoadedModel
+from fastproj.trak.store.store import NotReadyError
 from tests.trak import cases, modules
 
 N = 12
@@ -369,3 +370,66 @@ def test_the_same_values_elsewhere_are_the_same_checkpoint():
     )
     look(loaded)
     assert torch.equal(model[0].weight, net()[0].weight)
+
+
+# ---- checkpoints in the model's own memory ------------------------------------------------------
+
+
+def states():
+    """A model, and the state_dict of another."""
+    return net(0), {name: t.clone() for name, t in net(1).state_dict().items()}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_memory_that_another_checkpoint_was_loaded_into_is_refused(tmp_path, strict):
+    model, other = states()
+    traker = cases.make(model, tmp_path, N)
+    traker.load_checkpoint(other, 0)
+    said = r"model_id 1 the model's own memory .* of model_id 0 .*; expected copies, taken"
+    with pytest.raises(ValueError, match=said):
+        traker.load_checkpoint(model.state_dict(), 1, strict=strict)
+    with pytest.raises(NotReadyError, match="no checkpoint is loaded"):
+        traker.featurize(DATA, num_samples=N)
+
+
+def test_memory_that_was_written_to_is_refused_for_targets(tmp_path):
+    model, other = states()
+    own = model.state_dict()
+    traker = cases.make(model, tmp_path, N)
+    for model_id, state in enumerate((own, other)):
+        traker.load_checkpoint(state, model_id)
+        traker.featurize(DATA, num_samples=N)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", other, 1, N)
+    said = r"^start_scoring_checkpoint: received for model_id 0 the model's own .* of model_id 1 "
+    with pytest.raises(ValueError, match=said):
+        traker.start_scoring_checkpoint("test", own, 0, N)
+
+
+def test_the_models_own_memory_is_taken_where_it_holds_what_it_held(tmp_path):
+    model, other = states()
+    traker = cases.make(model, tmp_path, N)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize(DATA, num_samples=N)
+    model.load_state_dict(other)  # by the user
+    traker.load_checkpoint(model.state_dict(), 1)
+    traker.featurize(DATA, num_samples=N)
+    traker.load_checkpoint(copy.deepcopy(model.state_dict()), 1)
+    traker.load_checkpoint(model.state_dict(), 1)  # the same again
+    first, second = traker.saver.matrix(0), traker.saver.matrix(1)
+    assert not torch.equal(first, second)
+
+
+def test_the_same_weights_under_two_numbers_are_said_once(tmp_path, caplog):
+    model, _ = states()
+    kept = [model.state_dict() for _ in range(3)]  # three names for one memory
+    for _ in range(2):
+        traker = cases.make(model, tmp_path, N)
+        for model_id, state in enumerate(kept):
+            traker.load_checkpoint(state, model_id)
+            traker.featurize(DATA, num_samples=N)
+    said = [line for line in caplog.messages if "has the weights of" in line]
+    assert [one.split(";")[0] for one in said] == [
+        f"load_checkpoint: model_id {i} has the weights of model_id 0" for i in (1, 2)
+    ]
+    assert not torch.equal(traker.saver.matrix(0), traker.saver.matrix(1))  # their own projections

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastproj.trak.checkpoints import COPIES, storage
 from fastproj.trak.hf.folders import Checkpoint
 
 AS_IT_IS = "the model as it is"
@@ -68,8 +69,7 @@ def kept_apart(
             raise ValueError(
                 f"{function}: received checkpoints {other} and {model_id}, state_dicts whose "
                 "parameters are the same memory, so both hold the weights that were written last; "
-                "expected copies, taken when the model had these weights: "
-                "{name: t.clone() for name, t in model.state_dict().items()}"
+                f"expected {COPIES}"
             )
     live = {storage(t) for t in chain(model.parameters(), model.buffers())}
     copies: dict[Any, Tensor] = {}  # what several checkpoints share is copied once
@@ -87,14 +87,6 @@ def kept_apart(
         else checkpoint
         for model_id, checkpoint in checkpoints.items()
     }
-
-
-def storage(t: Tensor) -> tuple[Any, ...]:
-    """The memory that a tensor lies in."""
-    try:
-        return t.device, t.untyped_storage().data_ptr()
-    except RuntimeError:  # sparse tensors and some subclasses have none that can be told
-        return t.device, -id(t)
 
 
 def place(t: Tensor) -> tuple[Any, ...]:
