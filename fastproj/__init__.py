@@ -50,6 +50,9 @@ _MODULES = (
     "torch_ops",
 )
 
+# Packages that come when they are named: projecting needs none of them.
+_PACKAGES = ("compat", "trak")
+
 _problem = namesake.problem()
 if _problem is not None:
     warnings.warn(f"fastproj: {_problem}", stacklevel=2)
@@ -65,6 +68,8 @@ def __getattr__(name: str) -> Any:
         from fastproj.trak import TRAKer
 
         return TRAKer
+    if name in _PACKAGES:
+        return importlib.import_module(f"fastproj.{name}")
     if name in _PLACES or name in _MODULES:
         modules = {place: importlib.import_module(place) for place in _PLACES.values()}
         globals().update({n: getattr(modules[place], n) for n, place in _PLACES.items()})

@@ -375,10 +375,12 @@ def check_grads(function: str, grads: Grads) -> list[Tensor]:
             raise ValueError(f"{function}: received {name} {describe(t)}; expected [B, ...]")
         first_name, first = named[0]
         if t.shape[0] != first.shape[0] or t.dtype != first.dtype or t.device != first.device:
+            cure = " (grads of one batch)"
+            if t.shape[0] == first.shape[0]:
+                cure = f" ({name}.to({first_name}) casts it)"
             raise ValueError(
                 f"{function}: received {first_name} {describe(first)} but {name} {describe(t)}; "
-                "expected one batch size, dtype and device throughout (or one call for each group, "
-                "with its row_offset and accumulate=True)"
+                f"expected one batch size, dtype and device throughout{cure}"
             )
         pieces += [view for view in _views(t) if view.shape[1] != 0]
     if not pieces:

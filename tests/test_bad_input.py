@@ -120,6 +120,7 @@ PROJECT = [
         "grads['w'] [3, 20]",
         "grads['b'] [2, 20]",
         "one batch size",
+        "(grads of one batch)",
         grads={"w": G, "b": G[:2]},
     ),
     case(
@@ -134,7 +135,7 @@ PROJECT = [
         ValueError,
         "grads[0] [3, 20] float32",
         "grads[1] [3, 20] float64",
-        "accumulate=True",
+        "(grads[1].to(grads[0]) casts it)",
         grads=[G, G.double()],
     ),
     case(

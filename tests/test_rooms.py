@@ -56,6 +56,16 @@ def test_the_package_is_imported_at_its_first_use() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_packages_come_when_they_are_named() -> None:
+    program = (
+        "import sys, fastproj\n"
+        "assert fastproj.Projector and 'fastproj.trak' not in sys.modules\n"
+        "assert fastproj.trak.Fisher and fastproj.compat.trak.CudaProjector\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_library_needs_no_testbed() -> None:
     outside = {path for path in importers("fastproj.testbed") if not path.startswith("bench/")}
     assert outside == {"fastproj/commands/demo.py"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastproj.trak.draws import Draws, Fisher
+from fastproj.trak.gradients.base import GRAD_BYTES
 from fastproj.trak.solving.finalizing import (
     KERNEL_PART_BYTES,
     MAX_PARTS,
@@ -124,7 +125,9 @@ class Run:
         system = 8 * self.size**2
         weights = min(4 * self.targets * self.proj_dim * self.checkpoints, WEIGHT_BYTES)
         return {
-            "gradients of a batch, at most": 4 * self.batch * self.parameters,
+            "gradients of a batch, at most": min(
+                4 * self.batch * self.parameters, max(GRAD_BYTES, 4 * self.parameters)
+            ),
             "finalising": MATRICES * system + blocks,
             "scoring": 2 * system + 2 * weights + blocks,
         }

@@ -29,8 +29,17 @@ __all__ = ["install", "uninstall"]
 FAST_JL_PATH = str(Path(__file__).parent / "as_fast_jl")  # holds nothing but fast_jl.py
 ENVIRONMENT = "FASTPROJ_AS_FAST_JL"
 
+_MODULES = ("bergson", "dattri", "fast_jl", "sjlt", "sklearn", "trak")
+
 _log = logging.getLogger("fastproj")
 _displaced: list[ModuleType] = []  # what ``shadow`` took out of sys.modules
+
+
+def __getattr__(name: str) -> ModuleType:
+    """A module of this package, imported when it is named."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def install(*, shadow: bool = False) -> bool:

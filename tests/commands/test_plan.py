@@ -128,6 +128,17 @@ def test_defaults_are_those_of_a_run(quick: None, capsys: pytest.CaptureFixture[
     assert f"K = {proj_dim}, {kind} with block 1024," in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("parameters", "most"), [("1e5", 32 * 4e5), ("1e8", 1 << 29), ("1e9", 4e9)]
+)
+def test_gradients_of_a_batch_take_what_a_chunk_of_them_takes(
+    quick: None, capsys: pytest.CaptureFixture[str], parameters: str, most: float
+) -> None:
+    """docs/gradients.md: 512 MiB, or one sample's."""
+    found = planned(capsys, "--model-parameters", parameters, "--batch", 32)
+    assert found["memory_bytes"]["gradients of a batch, at most"] == most
+
+
 def test_text(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*WORDS, "--kind", "sjlt"]) == 0
     out = capsys.readouterr().out
