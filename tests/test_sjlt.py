@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +144,44 @@ def test_integers_are_exact(way: str, shape: tuple[int, ...], dtype: torch.dtype
     r = stored(P, min(K, 5000), 5, "sjlt", 2, offset, block=block)
     assert torch.equal(y[:, :5000].double(), g.double() @ r)
     assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "shape", [(1, 1000, 32769, 16), (3, 9000, 65600, 32), (4, 9000, 131073, 128)], ids=str
+)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_last_slab_of_columns_that_is_narrower(
+    isa: str, threads: int, shape: tuple[int, ...]
+) -> None:
+    """A narrow slab would have the tables of more tiles at once than a wide one."""
+    B, P, K, block = shape
+    g = integers((B, P), dtype=torch.float32)
+    how: dict[str, Any] = {"kind": "sjlt", "block": block, "scale": None, "backend": "cpu"}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with cpu.force_isa(isa):
+            y = fastproj.project(g, K, 5, **how)
+            ones = fastproj.project_transpose(torch.ones(1, K), P, 5, **how)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y.double().sum(1, keepdim=True), g.double() @ ones.double().T)
+    r = stored(P, 5000, 5, "sjlt", 0, 0, block=block)
+    assert torch.equal(y[:, :5000].double(), g.double() @ r)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.half, torch.int8], ids=str
+)
+def test_each_dtype_holds_the_entries_exactly(way: str, dtype: torch.dtype) -> None:
+    how: dict[str, Any] = {"kind": "sjlt", "block": 32, "dtype": dtype, "backend": way}
+    page = stored(777, 100, 5, "sjlt", 0, 0, block=32)
+    found = fastproj.matrix(777, 100, 5, **how)
+    assert found.dtype == dtype
+    assert torch.equal(found.double(), page)
+    rows = torch.tensor([776, 0, 31, 32, 0])
+    assert torch.equal(fastproj.matrix(rows, slice(7, 90), 5, **how).double(), page[rows, 7:90])
 
 
 @pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)

@@ -81,7 +81,7 @@ struct SjltTile {
     int cols;
     double* acc;
     std::int64_t acc_ld;
-    void* scratch;  // sjlt_scratch_bytes(key, batch, cols), aligned to 64
+    void* scratch;  // sjlt_scratch_bytes(key, batch, acc_ld), aligned to 64
 };
 
 // out[b, r] = sum over c < cols of Y[b, c] * R[tile * block + r, c] for the rows of one tile, as

@@ -309,7 +309,8 @@ template <class T>
 void sjlt_project(const SjltTile& tile) {
     Arena arena(tile.scratch);
     const std::int64_t chunks = chunks_of(tile.cols), width = 16 * chunks;
-    const int group = sjlt_group(tile.cols), pass = sjlt_pass(tile.key);
+    // As scratch was sized: by the widest slab, whose stride this is. The last one may be narrower.
+    const int group = sjlt_group(tile.acc_ld), pass = sjlt_pass(tile.key);
     SjltTables tables(tile.key, tile.col_begin, group, tile.cols, &arena);
     T* staged = arena.take<T>(static_cast<std::size_t>(kSjltSamples * pass) << tile.key.block_log2);
     T* sums;
