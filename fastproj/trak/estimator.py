@@ -63,7 +63,7 @@ from fastproj.trak.saver import Saver
 from fastproj.trak.solving.finalizing import finalize, solution_of
 from fastproj.trak.solving.scoring import self_scores, write_scores
 from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, check_lambda
-from fastproj.trak.store.identity import describe_task
+from fastproj.trak.store.identity import GIVEN, describe_task
 from fastproj.trak.store.scores import ScoresWriter, TopWriter, read_top_scores
 from fastproj.trak.store.store import NotReadyError
 from fastproj.trak.tasks import resolve_task
@@ -97,8 +97,9 @@ class TRAKer:
         ``compute_per_sample_grad`` and ``compute_loss_grad``, built with model, task, grad_dim,
         dtype, device, grad_wrt.
     projector : an object with ``proj_dim`` (0: the gradients as they are) and
-        ``project(grads, model_id=)``; None is ``fastproj.Projector``. Give it unscaled: features
-        are divided by ``normalize_factor``, the square root of the number of parameters.
+        ``project(grads, model_id=)``; None is ``fastproj.Projector`` of scale 1, of kind "sjlt"
+        sqrt(block). Features are its results over ``normalize_factor``, the square root of the
+        number of parameters.
     saver : a subclass of ``fastproj.trak.Saver``, or None.
     score_computer : a subclass of ``fastproj.trak.ScoreComputer``, or None.
     proj_dim : k, the dimension of the features, where ``projector`` is None. The store has n k
@@ -224,7 +225,7 @@ class TRAKer:
         )
         self.saver: Saver = subclass_of("saver", saver, Saver)(
             save_dir,
-            self._identity(draws),
+            self._identity(draws, projector is not None),
             self.train_set_size,
             self.proj_dim,
             load_from_save_dir,
@@ -246,12 +247,13 @@ class TRAKer:
         self._origin: Origin | None = None  # of what the model holds
         self._contents = ContentWatch(self.saver)
 
-    def _identity(self, draws: Draws | None) -> dict[str, Any]:
-        """What all features in a save_dir share."""
+    def _identity(self, draws: Draws | None, given: bool) -> dict[str, Any]:
+        """What all features in a save_dir share; ``given`` says whether a projector was."""
         return {
             "spec_version": SPEC_VERSION,
             "seed": int(getattr(self.projector, "seed", 0)),
             **matrix_of(self.projector),
+            GIVEN: given,
             "proj_dim": self.proj_dim,
             "num_params": self.num_params_for_grad,
             "parameter_layout": layout_fingerprint(self.model, self.gradient_names),

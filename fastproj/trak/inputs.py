@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastproj.checks import check_device, check_proj_dim, listed
+from fastproj.checks import check_device, check_proj_dim, check_scale, listed
 from fastproj.factored import FactoredProjector
 from fastproj.projector import Projector
 from fastproj.spec import MIN_BLOCK
@@ -123,9 +123,15 @@ def make_projector(
     else:
         made = FactoredProjector(shapes, factored, proj_dim, seed, kind, block=block, scale=None)
         outer = made.outer
-    if outer.block:  # lambda_reg means the same for all kinds: E |g R|^2 = k |g|^2
-        outer.scale = math.sqrt(outer.block)
+    outer.scale = own_scale(outer.block)
     return made
+
+
+def own_scale(block: int | None) -> float:
+    """The scale of TRAKer's own projector. lambda_reg means the same for all kinds:
+    E |g R|^2 = k |g|^2.
+    """
+    return math.sqrt(block) if block else 1.0
 
 
 def as_model_ids(function: str, model_ids: Any) -> list[int] | None:
@@ -177,12 +183,18 @@ def matrix_of(projector: Any) -> dict[str, Any]:
     block = getattr(projector, "block", None)
     # That of a factored one is its outer matrix's, with r beside it; a subclass is another map.
     made = type(projector.outer if type(projector) is FactoredProjector else projector)
-    found = {
+    found: dict[str, Any] = {
         "projector": f"{made.__module__}.{made.__qualname__}",
         "kind": str(getattr(kind, "value", kind)),
     }
     extra = {"block": block, "factored": getattr(projector, "factored", None)}
-    return {**found, **{name: int(n) for name, n in extra.items() if n is not None}}
+    found.update({name: int(n) for name, n in extra.items() if n is not None})
+    outer = getattr(projector, "outer", projector)
+    if isinstance(outer, Projector):
+        scale = check_scale("TRAKer", outer.scale, outer.proj_dim, outer.block or 0)
+        if scale != own_scale(outer.block):
+            found["scale"] = scale
+    return found
 
 
 def check_mode(function: str, model: nn.Module) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 from fastproj.trak.draws import settings_of
 from fastproj.trak.files import StoreMismatchError
 
-ABSENT = {"curvature": "trak", "size_power": 0.0}  # what metadata that lack a key mean
+OWN_SCALE = "TRAKer's own"
+# What metadata that lack a key mean.
+ABSENT = {"curvature": "trak", "size_power": 0.0, "scale": OWN_SCALE}
+GIVEN = "given"  # says of a run whether its projector is one of the caller's; not stored
 OWN_PROJECTOR = "fastproj.projector.Projector"
 # What the matrix follows from: stored names, and the arguments of TRAKer that set them.
 MATRIX_ARGUMENTS = {
@@ -23,8 +26,13 @@ MATRIX_ARGUMENTS = {
 UNSAID = {"likelihood": None, "multilabel": False, "likelihood_temperature": 1.0}
 
 
-def check_identity(save_dir: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise StoreMismatchError where a run differs from what ``save_dir`` holds features of."""
+def check_identity(
+    save_dir: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], given: bool = False
+) -> None:
+    """Raise StoreMismatchError where a run differs from what ``save_dir`` holds features of.
+
+    given : whether the run's projector is one of the caller's.
+    """
     stored, wanted = {**ABSENT, **stored}, {**ABSENT, **wanted}
     wrong = [key for key in {**wanted, **stored} if stored.get(key) != wanted.get(key)]
     if not wrong:
@@ -34,7 +42,7 @@ def check_identity(save_dir: Path, stored: Mapping[str, Any], wanted: Mapping[st
         f"{wanted.get(key)!r} in this run"
         for key in wrong
     ]
-    words, same = same_settings(stored, wanted, wrong)
+    words, same = same_settings(stored, wrong, given)
     raise StoreMismatchError(
         f"TRAKer: {save_dir} holds features of another run: {'; '.join(values)}",
         f"use {words}, or another save_dir",
@@ -44,7 +52,7 @@ def check_identity(save_dir: Path, stored: Mapping[str, Any], wanted: Mapping[st
 
 
 def same_settings(
-    stored: Mapping[str, Any], wanted: Mapping[str, Any], wrong: Collection[str]
+    stored: Mapping[str, Any], wrong: Collection[str], given: bool
 ) -> tuple[str, dict[str, Any] | None]:
     """How a run can go on with a directory that differs from it in ``wrong``.
 
@@ -61,10 +69,14 @@ def same_settings(
         return same_curvature(stored), None
     named = set(wrong)
     of_ours = stored.get("projector") == OWN_PROJECTOR
-    if not (of_ours and named & {"projector", *MATRIX_ARGUMENTS}):
+    if not (of_ours and named & {"projector", "scale", *MATRIX_ARGUMENTS}):
         return "the same settings", {}
-    if "projector" in named:  # beside one that is given, none of these is taken
-        named |= {*MATRIX_ARGUMENTS}
+    if stored["scale"] != OWN_SCALE:
+        facts = {key: stored.get(key) for key in (*MATRIX_ARGUMENTS, "scale")}
+        words = ", ".join(f"{key}={value!r}" for key, value in facts.items())
+        return f"a projector with {words}", {}
+    if given or "projector" in named:  # beside one that is given, none of these is taken
+        named |= {"projector", *MATRIX_ARGUMENTS}
     if named & {"kind", "block"}:
         named |= {"kind", "block"}  # a dense kind takes no block, and sjlt another by default
     same = {name: stored.get(key) for key, name in MATRIX_ARGUMENTS.items() if key in named}

@@ -58,7 +58,7 @@ from fastproj.trak.files import (
     write_safetensors,
 )
 from fastproj.trak.store.features import FeatureReader, block_rows, pack_half, sample_blocks
-from fastproj.trak.store.identity import check_identity
+from fastproj.trak.store.identity import GIVEN, check_identity
 from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 
 FORMAT = 3
@@ -100,7 +100,7 @@ class Store:
     ) -> None:
         self.draws = draws
         self.save_dir = Path(save_dir).resolve()
-        self.identity = dict(identity)
+        self.identity = {key: value for key, value in identity.items() if key != GIVEN}
         self.train_set_size = train_set_size
         self.proj_dim = proj_dim
         self.load_from_save_dir = load_from_save_dir
@@ -112,17 +112,18 @@ class Store:
         for folder in ("models", "experiments", "scores", "."):
             make_dir(self.save_dir / folder)
             remove_stale(self.save_dir / folder)
-        self._open_metadata()
+        self._open_metadata(bool(identity.get(GIVEN)))
 
     # ---- what is there --------------------------------------------------------------------------
 
-    def _open_metadata(self) -> None:
-        """Write metadata.json, or compare it with this run's identity."""
+    def _open_metadata(self, given: bool) -> None:
+        """Write metadata.json, or compare it with this run's identity. ``given`` is GIVEN's."""
         path = self.save_dir / "metadata.json"
         if not path.exists():
             write_json(path, {"format": FORMAT, **self.identity})
             return
-        check_identity(self.save_dir, read_json(path), {"format": FORMAT, **self.identity})
+        wanted = {"format": FORMAT, **self.identity}
+        check_identity(self.save_dir, read_json(path), wanted, given)
 
     def ids(self) -> list[int]:
         """The model_ids on disk, ascending."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from fastproj import Projector
 from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError, TRAKer
 from fastproj.trak import files as module
 from fastproj.trak.files import read_json, write_json
@@ -489,6 +490,11 @@ class Doubling:
         return 2 * grads[:, :64]
 
 
+def sparse(**options):
+    """A projector for the gradients of ``Linear(6, 3)``. TRAKer's own has scale 4."""
+    return Projector(21, 64, kind="sjlt", **{"block": 16, **options})
+
+
 @pytest.mark.parametrize(
     ("before", "now", "said"),
     [
@@ -502,6 +508,13 @@ class Doubling:
         ({"block": 32}, {"kind": "rademacher"}, "kind 'sjlt' in the directory, 'rademacher' in"),
         ({"projector_seed": 5}, {}, "seed 5 in the directory, 0 in this run"),
         ({"factored": 2}, {"projector": Doubling()}, "'fastproj.projector.Projector' in the"),
+        ({}, {"projector": sparse(block=32, scale=None)}, "block 16 in the directory, 32 in this"),
+        (
+            {},
+            {"projector": sparse(scale=4.0, seed=5)},
+            ": seed 0 in the directory, 5 in this",
+        ),
+        ({}, {"projector": sparse()}, r"scale \"TRAKer's own\" in the directory, 0.5 in this run"),
     ],
 )
 def test_a_store_of_another_matrix_says_which_arguments_go_on_with_it(tmp_path, before, now, said):
@@ -522,6 +535,22 @@ def test_a_store_of_another_matrix_says_which_arguments_go_on_with_it(tmp_path, 
     assert words is not None
     named = dict(word.split("=") for word in words[1].split(", "))
     traker(**{**now, **{name: ast.literal_eval(value) for name, value in named.items()}})
+
+
+def test_a_store_of_a_projector_of_its_own_scale_is_refused_to_others(tmp_path):
+    def traker(**options):
+        model = torch.nn.Linear(6, 3)
+        return TRAKer(model, "image_classification", 20, tmp_path, proj_dim=64, **options)
+
+    traker(projector=sparse(scale=2))
+    traker(projector=sparse(scale=2.0))  # goes on
+    said = (
+        "scale 2.0 in the directory, \"TRAKer's own\" in this run.*; use a projector with kind='sj"
+    )
+    for other in ({}, {"projector": sparse(scale=4.0)}):
+        with pytest.raises(StoreMismatchError, match=said) as refused:
+            traker(**other)
+        assert "block=16, proj_dim=64, factored=None, seed=0, scale=2.0," in str(refused.value)
 
 
 def test_a_store_of_the_default_kind_is_sparse(tmp_path):
