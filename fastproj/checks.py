@@ -22,6 +22,7 @@ Grads = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 Rows = SupportsIndex | slice
 
 PRECISIONS = tuple(TERMS)
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SEED = 1 << 64
 MAX_STREAM = 1 << 32
@@ -100,8 +101,9 @@ def check_proj_dim(function: str, proj_dim: SupportsIndex) -> int:
 
 def check_kind(function: str, kind: str) -> None:
     """Raise ValueError unless ``kind`` is one of KINDS."""
-    if kind not in KINDS:
-        raise ValueError(f"{function}: received kind={kind!r}; expected one of {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        known = ", ".join(KINDS)
+        raise ValueError(f"{function}: received kind={kind!r:.80}; expected one of {known}")
 
 
 def check_key(
@@ -192,7 +194,11 @@ def check_scale(function: str, scale: object, proj_dim: int, block: int = 0) -> 
             factor = scale * 1.0
         except OverflowError:
             factor = math.inf
-    elif isinstance(scale, SupportsFloat) and not isinstance(scale, (bool, Tensor)):
+    elif (
+        isinstance(scale, SupportsFloat)
+        and not isinstance(scale, (bool, Tensor))
+        and getattr(scale, "ndim", 0) == 0
+    ):
         factor = float(scale)
     else:
         raise TypeError(f'{function}: received scale={scale!r}; expected "jl", None or a number')
@@ -254,6 +260,11 @@ def check_rows(function: str, name: str, rows: Rows, limit: int) -> tuple[int, i
     return start, stop - start
 
 
+def without_values(t: Tensor) -> bool:
+    """Whether a tensor has a shape and no values: on the meta device, or made up for tracing."""
+    return t.is_meta or torch._guards.detect_fake_mode([t]) is not None
+
+
 def check_row_numbers(function: str, rows: Tensor, limit: int) -> Tensor:
     """``rows``, if they are integers [n], 0 <= row < limit."""
     whole = not (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool)
@@ -261,7 +272,9 @@ def check_row_numbers(function: str, rows: Tensor, limit: int) -> Tensor:
         raise TypeError(
             f"{function}: received rows={describe(rows)}; expected row numbers [n], int64"
         )
-    if rows.numel() and not torch.compiler.is_compiling():
+    if rows.dtype in UNSIGNED:  # PyTorch has no minimum of these; from 2^63 on they are negative
+        rows = rows.long()
+    if rows.numel() and not (torch.compiler.is_compiling() or without_values(rows)):
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= limit:
             raise ValueError(

@@ -20,6 +20,7 @@ from fastproj.checks import (
     check_backend,
     check_copied,
     check_device,
+    check_flag,
     check_grads,
     check_input,
     check_integer,
@@ -66,7 +67,8 @@ def project(
     kind : "rademacher" (+1 / -1), "gaussian", or "sjlt" (sparse: K / block entries +1 / -1 a row,
         which costs K / block additions for each entry of G instead of K multiply-adds).
     block : of kind "sjlt" alone, and part of the matrix's name: a power of two, 16 to 65,536. None
-        is ``fastproj.spec.default_block(K)``, the largest with at least four entries in a row.
+        is ``fastproj.spec.default_block(K)``: the largest with at least four entries in a row, or
+        16.
     row_offset : the row of R that the first column of ``grads`` meets; row_offset + P <= 2^56.
     out : Tensor [B, K] of the result's dtype on the device of ``grads``, written and returned.
     accumulate : add to ``out`` instead of overwriting it.
@@ -91,7 +93,7 @@ def project(
         key,
         check_integer(function, "row_offset", row_offset, 0, MAX_ROWS),
         check_scale(function, scale, proj_dim, key.block),
-        bool(accumulate),
+        check_flag(function, "accumulate", accumulate),
         check_precision(function, precision),
     )
     return project_call(function, grads, proj_dim, call, check_backend(function, backend), out=out)

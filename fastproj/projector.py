@@ -149,6 +149,9 @@ class Projector:
         if chosen is None or getattr(self.project, "__func__", None) is not Projector.project:
             return False
         call, _ = self._call(function, model_id, row_offset, True)
+        left, right = (
+            checks.check_input(function, name, t) for name, t in (("left", left), ("right", right))
+        )
         if not left.dim() == right.dim() == 3 or left.shape[:2] != right.shape[:2]:
             raise ValueError(
                 f"{function}: received left {list(left.shape)} and right {list(right.shape)}; "
@@ -185,7 +188,7 @@ class Projector:
             key,
             start,
             checks.check_scale(function, self.scale, self.proj_dim, key.block),
-            bool(accumulate),
+            checks.check_flag(function, "accumulate", accumulate),
             checks.check_precision(function, self.precision),
         )
         return call, checks.check_backend(function, self.backend)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastproj
 from fastproj.backends import registry
@@ -51,6 +53,7 @@ SHARED = [
     case("stream_too_large", ValueError, "stream=4294967296", "2^32", stream=2**32),
     case("stream_str", TypeError, "stream='0'", "integer", stream="0"),
     case("kind_unknown", ValueError, "'normal'", "rademacher, gaussian", kind="normal"),
+    case("kind_array", ValueError, "array(", "rademacher", kind=np.array(["sjlt", "gaussian"])),
     case("kind_none", ValueError, "kind=None", "rademacher, gaussian", kind=None),
     case(
         "backend_unknown", ValueError, "'abacus'", "cuda, triton, cpu, reference", backend="abacus"
@@ -64,6 +67,7 @@ HOW = [
     case("scale_inf", ValueError, "inf", "finite", scale=-math.inf),
     case("scale_huge", ValueError, "finite", scale=10**400),
     case("scale_bool", TypeError, "True", '"jl"', scale=True),
+    case("scale_array", TypeError, "array([1., 2.])", '"jl"', scale=np.array([1.0, 2.0])),
     case("scale_list", TypeError, "[1.0]", '"jl"', scale=[1.0]),
     case("scale_tensor", TypeError, '"jl"', scale=torch.tensor(0.5)),
 ]
@@ -383,6 +387,32 @@ def test_out_with_grads_that_require_grad() -> None:
     with pytest.raises(ValueError, match="out= and a y that requires grad"):
         fastproj.project_transpose(Y.clone().requires_grad_(), P, out=nan_out(B, P))
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("accumulate", ["no", "False", 2, None, torch.tensor([1, 0])])
+def test_accumulate_is_true_or_false(accumulate: Any) -> None:
+    out = torch.ones(B, K)
+    projector = fastproj.Projector(P, K)
+    for project in (partial(fastproj.project, G, K), partial(projector.project, G)):
+        with pytest.raises(TypeError, match=r"accumulate=.*; expected True or False"):
+            project(out=out, accumulate=accumulate)
+    assert torch.equal(out, torch.ones(B, K))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_row_numbers_may_be_unsigned(dtype: torch.dtype) -> None:
+    rows = torch.tensor([5, 0, 2])
+    assert torch.equal(fastproj.matrix(rows.to(dtype), K), fastproj.matrix(rows, K))
+    if dtype == torch.uint64:
+        with pytest.raises(ValueError, match="expected 0 <= row"):
+            fastproj.matrix(torch.tensor([-1]).to(dtype), K)
+
+
+def test_row_numbers_without_values_give_a_shape() -> None:
+    found = fastproj.matrix(torch.tensor([5, 0], device="meta"), K, device="meta")
+    assert (found.shape, found.device.type) == ((2, K), "meta")
+    with FakeTensorMode():
+        assert fastproj.matrix(torch.tensor([5, 0]), K).shape == (2, K)
 
 
 def test_accumulate_without_out() -> None:
