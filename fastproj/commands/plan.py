@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from fastproj.checks import check_block, check_integer
+from fastproj.checks import check_integer
 from fastproj.commands.arguments import add_json, add_option, command_parser, positive
 from fastproj.commands.costs import Layers, Run
+from fastproj.commands.matrix import add_matrix, matrix_of
 from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.factored import MAX_FACTORED
-from fastproj.spec import KINDS, MAX_COLS, MAX_ROWS
+from fastproj.spec import MAX_COLS, MAX_ROWS
 from fastproj.trak.curvature import CURVATURES
-from fastproj.trak.inputs import default_kind
 from fastproj.trak.solving.systems import TRAK
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
@@ -56,12 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="dimension of the features (default: 4096, TRAKer's)",
     )
-    parser.add_argument(
-        "--kind", choices=KINDS, help="of random matrix (default: TRAKer's, sjlt from K = 16 on)"
-    )
-    parser.add_argument(
-        "--block", type=positive, metavar="W", help="of kind sjlt (default: by --proj-dim)"
-    )
+    add_matrix(parser)
     add_option(parser, "--targets", 100, "M", "outputs that are asked about", positive)
     add_option(
         parser, "--checkpoints", 1, "C", "trained models that scores are averaged over", positive
@@ -123,9 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
         if options.factored is not None:
             check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
-        if options.kind is None:
-            options.kind = default_kind(options.proj_dim, options.block)
-        options.block = check_block("--block", options.kind, options.block, options.proj_dim)
+        options.kind, options.block = matrix_of(options.kind, options.block, options.proj_dim)
     except ValueError as refusal:
         parser.error(str(refusal))
     if options.width is not None and options.factored is None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastproj.checks import MAX_SEED, check_device, check_integer
 from fastproj.commands.arguments import LIMIT, add_json, add_option, local_path, positive
+from fastproj.commands.matrix import add_matrix, matrix_of
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.factored import MAX_FACTORED
 from fastproj.spec import MAX_COLS
@@ -32,6 +33,8 @@ TASKS = ("causal_lm", "seq2seq", "masked_lm", "text_classification", "token_clas
 OPTIONS = {
     "save_dir": "--out",
     "exp_name": "--name",
+    "kind": "--kind",
+    "block": "--block",
     "proj_dim": "--proj-dim",
     "factored": "--factored",
     "projector_seed": "--seed",
@@ -96,6 +99,7 @@ def check(options: argparse.Namespace) -> None:
     check_exp_name("--name", options.name, "NAME")
     check_device("--device", options.device)
     check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
+    matrix_of(options.kind, options.block, options.proj_dim)
     if options.factored is not None:
         check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
     check_integer("--batch-size", "B", options.batch_size, 1, MAX_BATCH)
@@ -202,6 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="one score a sample, for all targets together: to select data with",
     )
     add_option(scores, "--proj-dim", 4096, "K", "dimension of the features", positive)
+    add_matrix(scores)
     scores.add_argument(
         "--factored",
         type=positive,
@@ -287,6 +292,8 @@ def score(options: argparse.Namespace) -> Outcome:
         batch_size=options.batch_size,
         grad_wrt=None if options.grad_wrt == "all" else options.grad_wrt,
         proj_dim=options.proj_dim,
+        kind=options.kind,
+        block=options.block,
         projector_seed=options.seed,
         factored=options.factored,
         logging_level=logging.WARNING,

@@ -228,9 +228,12 @@ def test_the_largest_numbers_are_planned(quick: None, capsys: pytest.CaptureFixt
     [
         (
             ["--kind", "sjlt", "--block", "48"],
-            "--block: received block=48; expected a power of two",
+            "--block: received W=48; expected a power of two from 16 to 65536",
         ),
-        (["--kind", "gaussian", "--block", "64"], "only kind='sjlt' has a block"),
+        (
+            ["--kind", "gaussian", "--block", "64"],
+            "--block: received W=64 with --kind gaussian; expected --kind sjlt, or no --block",
+        ),
         (["--samples", "1.5"], "received '1.5'; expected an integer of at least 1"),
         (["--gradient-seconds", "-1"], "received '-1'; expected seconds, above 0"),
         (["--width", "64"], "--width goes with --factored"),

@@ -89,6 +89,30 @@ def test_factored_gradients(here, capsys):
     assert run(model, *DATA, "--factored", 3) == 0  # again, from what is there
 
 
+@pytest.mark.parametrize(
+    ("options", "matrix"),
+    [
+        (("--kind", "gaussian"), {"kind": "gaussian"}),
+        (("--kind", "sjlt", "--block", 32), {"kind": "sjlt", "block": 32}),
+        (("--block", "2**6"), {"block": 64}),
+        (("--proj-dim", 8), {"proj_dim": 8, "kind": "rademacher"}),
+        (("--proj-dim", 8, "--kind", "sjlt"), {"proj_dim": 8, "kind": "sjlt"}),
+        (("--factored", 3, "--block", 32), {"factored": 3, "block": 32}),
+    ],
+    ids=str,
+)
+def test_the_matrix_that_is_asked_for(here, options, matrix):
+    model = "run/checkpoint-5"
+    assert run(model, *DATA, *options) == 0
+    found = np.load("fastproj-trak/scores/targets.mmap")
+    tokenizer = load_tokenizer(model)
+    rows, targets = (tokenize(rows, tokenizer, "causal_lm") for rows in (TRAIN, TARGETS))
+    traker = HFTRAKer(load_model(model), rows, [model], "other", **{"proj_dim": 16, **matrix})
+    np.testing.assert_array_equal(found, traker.score(targets))
+    assert matrix.items() <= read_json(STORE / "metadata.json").items()
+    assert run(model, *DATA, *options) == 0  # again, from what is there
+
+
 # What messages of the library name, and a user of the command can't give.
 OF_THE_LIBRARY = re.compile(
     r"\b(?:save_dir|exp_name|load_from_save_dir|num_targets|model_id or|finalize_\w+|featurize\b|"
@@ -125,6 +149,24 @@ def refused(capsys, *arguments):
             ("--proj-dim", 48, "--seed", 2),
             "use the same settings (--proj-dim 16, --factored 3, --seed 0), or another --out",
             ("--proj-dim", 16, "--factored", 3, "--seed", 0),
+        ),
+        (
+            ("--kind", "gaussian"),
+            (),
+            "use the same settings (--kind gaussian, no --block), or another --out",
+            ("--kind", "gaussian"),
+        ),
+        (
+            (),
+            ("--kind", "rademacher"),
+            "use the same settings (--kind sjlt, --block 16), or another --out",
+            ("--kind", "sjlt", "--block", 16),
+        ),
+        (
+            ("--block", 64),
+            ("--block", 32, "--factored", 3),
+            "use the same settings (--kind sjlt, --block 64, no --factored), or another --out",
+            ("--kind", "sjlt", "--block", 64),
         ),
         (
             (),
@@ -176,8 +218,6 @@ def test_the_directory_of_another_model(here, capsys):
 @pytest.mark.parametrize(
     ("file", "facts", "said"),
     [
-        ("metadata.json", {"kind": "gaussian", "block": None}, "kind 'gaussian' in the directory"),
-        ("metadata.json", {"kind": "gaussian", "proj_dim": 8}, "proj dim 8 in the directory, 16"),
         ("metadata.json", {"size_power": 0.0}, "size power 0.0 in the directory, 0.5 in this run"),
         (
             "metadata.json",
@@ -443,6 +483,18 @@ def test_what_can_not_work_is_said(here, capsys, arguments, said):
         (("run", *DATA, "--name", "a/b"), "--name: received NAME='a/b'; expected letters"),
         (("run", *DATA, "--factored", "2.5"), "received '2.5'; expected an integer of at least 1"),
         (("run", *DATA, "--task", "lm"), "invalid choice: 'lm'"),
+        (("run", *DATA, "--kind", "sparse"), "--kind: invalid choice: 'sparse'"),
+        (
+            ("run", *DATA, "--kind", "rademacher", "--block", 16),
+            "--block: received W=16 with --kind rademacher; expected --kind sjlt, or no --block\n",
+        ),
+        (
+            ("run", *DATA, "--block", 48),
+            "--block: received W=48; expected a power of two from 16 to 65536\n",
+        ),
+        (("run", *DATA, "--block", 8), "--block: received W=8; expected a power of two from 16"),
+        (("run", *DATA, "--block", 1 << 17), "--block: received W=131072; expected a power of"),
+        (("run", *DATA, "--block", "0"), "--block: received '0'; expected an integer of at least"),
     ],
 )
 def test_wrong_arguments(capsys, monkeypatch, arguments, said):

@@ -1,0 +1,40 @@
+"""The options of commands that name TRAKer's random matrix: ``--kind`` and ``--block``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastproj.checks import check_block
+from fastproj.commands.arguments import positive
+from fastproj.spec import KINDS, MAX_BLOCK, MIN_BLOCK
+from fastproj.trak.inputs import default_kind
+
+
+def add_matrix(parser: Any) -> None:
+    """``--kind`` and ``--block``, which are None where they aren't given."""
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        help="of random matrix (default: sjlt from K = 16 on, rademacher below)",
+    )
+    parser.add_argument(
+        "--block", type=positive, metavar="W", help="of kind sjlt (default: by --proj-dim)"
+    )
+
+
+def matrix_of(kind: str | None, block: int | None, proj_dim: int) -> tuple[str, int]:
+    """The kind and block that TRAKer takes for ``--kind`` and ``--block``; block 0 of other kinds.
+
+    Raises ValueError, in options, for a block that can't be.
+    """
+    kind = default_kind(proj_dim, block) if kind is None else kind
+    if kind != "sjlt" and block is not None:
+        raise ValueError(
+            f"--block: received W={block} with --kind {kind}; expected --kind sjlt, or no --block"
+        )
+    try:
+        return kind, check_block("--block", kind, block, proj_dim)
+    except ValueError:
+        raise ValueError(
+            f"--block: received W={block}; expected a power of two from {MIN_BLOCK} to {MAX_BLOCK}"
+        ) from None
