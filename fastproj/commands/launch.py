@@ -103,11 +103,14 @@ def plans(
     found: list[Plan] = []
     for gpu in [*here, *known]:
         if gpu.arch.startswith("sm_"):
-            reason = cuda.not_built() or ""
-            facts = {} if reason else cuda.plan(
-                batch, rows, cols, dtype, kind, precision, block=block,
-                arch=int(gpu.arch[3:]), multiprocessors=gpu.multiprocessors,
-            )  # fmt: skip
+            facts, reason = {}, cuda.not_built() or ""
+            try:
+                facts = {} if reason else cuda.plan(
+                    batch, rows, cols, dtype, kind, precision, block=block,
+                    arch=int(gpu.arch[3:]), multiprocessors=gpu.multiprocessors,
+                )  # fmt: skip
+            except ValueError as refusal:
+                reason = in_words(refusal)
             found.append(Plan("cuda", gpu, facts, reason))
         facts = triton.plan(
             batch, rows, cols, dtype, kind, precision, block=block,
@@ -115,6 +118,12 @@ def plans(
         )  # fmt: skip
         found.append(Plan("triton", gpu, facts))
     return found
+
+
+def in_words(refusal: ValueError) -> str:
+    """Why the cuda backend has no plan, without the library's arguments, which a command lacks."""
+    said = str(refusal).removeprefix("the cuda backend: ").replace("proj_dim=", "K=")
+    return said.partition(", or backend=")[0]
 
 
 def plans_of(options: argparse.Namespace) -> list[Plan]:

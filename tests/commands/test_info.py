@@ -8,7 +8,9 @@ import pytest
 
 import fastproj
 from fastproj import cli
-from fastproj.backends import registry
+from fastproj.backends import cuda, registry
+from fastproj.spec import KINDS
+from tests import ROOT
 
 
 def test_info_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,8 +43,6 @@ def test_launch_is_a_table_for_each_gpu_backend(capsys: pytest.CaptureFixture[st
 
 
 def test_launch_as_json_holds_what_the_kernels_choose(capsys: pytest.CaptureFixture[str]) -> None:
-    from fastproj.backends import cuda
-
     words = ["--json", "--kind", "gaussian", "--precision", "high"]
     assert cli.main(["info", "--launch", "33", "10**6", "512", "fp32", *words]) == 0
     plans = json.loads(capsys.readouterr().out)["launches"]
@@ -102,6 +102,42 @@ def test_launch_of_the_sparse_kind(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(words)
         assert caught.value.code == 2
         assert said in capsys.readouterr().err
+
+
+MOST = 2**31 - 1024  # columns of the cuda backend
+REFUSED = "the cuda backend: received proj_dim=", "; expected at most ", ', or backend="triton"'
+
+
+def refuse_columns(batch: int, rows: int, cols: int, *others: object, **options: object) -> None:
+    """As the compiled module's ``check_columns``."""
+    raise ValueError(f"{REFUSED[0]}{cols}{REFUSED[1]}{MOST}{REFUSED[2]}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_that_cuda_lacks_leave_tritons_plan(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if cuda.not_built():
+        monkeypatch.setattr(cuda, "not_built", lambda: None)
+        monkeypatch.setattr(cuda, "plan", refuse_columns)
+    words = ["info", "--launch", "1", "1e5", "4294967296", "fp32", "--kind", kind]
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert f"\ncuda: received K=4294967296; expected at most {MOST}\n" in out
+    assert "backend=" not in out
+    assert "\ntriton   " in out
+    assert cli.main([*words, "--json"]) == 0
+    launches = json.loads(capsys.readouterr().out)["launches"]
+    assert {(p["backend"], bool(p["facts"]), bool(p["reason"])) for p in launches} == {
+        ("cuda", False, True),
+        ("triton", True, False),
+    }
+
+
+def test_the_refusal_of_columns_is_the_compiled_modules() -> None:
+    source = (ROOT / "csrc" / "cuda" / "plan.hpp").read_text(encoding="utf-8")
+    for part in REFUSED:
+        assert part.replace('"', '\\"') in source
 
 
 @pytest.mark.parametrize(
