@@ -1,8 +1,8 @@
 """sjlt's ``SJLTProjection`` on kind "sjlt", for any size, dtype and device.
 
-``install()`` replaces the class where sjlt is installed. Elsewhere it makes ``import sjlt`` give
-this module, because sjlt itself needs nvcc at install. The matrix is fastproj's, not sjlt's:
-docs/dropin.md.
+``install()`` replaces the class where sjlt is installed. Elsewhere it makes ``import sjlt`` and
+``import sjlt.core`` give modules with sjlt's names, because sjlt itself needs nvcc at install. The
+matrix is fastproj's, not sjlt's: docs/dropin.md.
 
 Source: sjlt 0.1.7, https://github.com/TRAIS-Lab/sjlt, for names and meaning.
 """
@@ -10,8 +10,12 @@ Source: sjlt 0.1.7, https://github.com/TRAIS-Lab/sjlt, for names and meaning.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import sys
+from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, SupportsIndex
 
 import torch
@@ -23,7 +27,9 @@ from fastproj.compat.patching import Patch
 from fastproj.compat.pieces import block_below, project_pieces
 from fastproj.spec import MAX_ROWS
 
-__all__ = ["EXTENSION_AVAILABLE", "SJLTProjection", "install", "uninstall"]
+__all__ = ["EXTENSION_AVAILABLE", "SJLTProjection", "get_cuda_info", "install", "uninstall"]
+
+VERSION = "0.1.7"  # of the sjlt whose names these are
 
 EXTENSION_AVAILABLE = True  # sjlt's callers ask for it; nothing here has to be compiled for a GPU
 
@@ -148,12 +154,22 @@ class SJLTProjection(nn.Module):
         names = ("original_dim", "proj_dim", "block", "seed")
         return {name: getattr(self, name) for name in names}
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take the seed of ``state``. Raises ValueError where its shape or block is another."""
-        mine = self.get_extra_state() | {"seed": state.get("seed", self.seed)}
-        if state != mine:
-            raise ValueError(f"SJLTProjection: received the state {state}; expected {mine}")
-        self.seed = state["seed"]
+    def set_extra_state(self, state: Mapping[str, int]) -> None:
+        """Take the seed of ``state``.
+
+        Raises ValueError where its shape or block is another, and TypeError or ValueError for what
+        is no state or no seed.
+        """
+        name, mine = "SJLTProjection", self.get_extra_state()
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"{name}: received the state {state!r:.80} ({type(state).__name__}); expected a "
+                f"dict such as {mine}, which state_dict() holds"
+            )
+        mine["seed"] = state.get("seed", self.seed)
+        if dict(state) != mine:
+            raise ValueError(f"{name}: received the state {state}; expected {mine}")
+        self.seed = checks.check_integer(name, "seed", mine["seed"], 0, checks.MAX_SEED)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("rand_indices", "rand_signs"):
@@ -165,7 +181,24 @@ class SJLTProjection(nn.Module):
         return super().__getattr__(name)
 
 
+def get_cuda_info() -> dict[str, Any]:
+    """What torch says of CUDA, under sjlt's keys."""
+    available = torch.cuda.is_available()
+    found = {"cuda_available": available, "extension_available": EXTENSION_AVAILABLE}
+    if not available:
+        return found
+    started = torch.cuda.is_initialized()
+    return found | {
+        "cuda_version": torch.version.cuda,
+        "cudnn_version": torch.backends.cudnn.version(),
+        "device_count": torch.cuda.device_count(),
+        "current_device": torch.cuda.current_device() if started else None,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
 _patch = Patch()
+_stand_ins: dict[str, ModuleType] = {}  # by what imports them
 
 
 def install() -> None:
@@ -178,7 +211,8 @@ def install() -> None:
     try:
         theirs = importlib.import_module("sjlt")
     except ImportError:
-        sys.modules["sjlt"] = sys.modules[__name__]
+        _stand_ins.update(_make_stand_ins())
+        sys.modules.update(_stand_ins)
     else:
         _patch.apply([(theirs.SJLTProjection, SJLTProjection)])
 
@@ -186,9 +220,29 @@ def install() -> None:
 def uninstall() -> None:
     """Undo ``install``: ``import sjlt`` finds what it would without fastproj."""
     _patch.undo()
-    if _stands_in():
-        del sys.modules["sjlt"]
+    while _stand_ins:
+        name, module = _stand_ins.popitem()
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
 
 
 def _stands_in() -> bool:
-    return sys.modules.get("sjlt") is sys.modules[__name__]
+    return "sjlt" in _stand_ins and sys.modules.get("sjlt") is _stand_ins["sjlt"]
+
+
+def _make_stand_ins() -> dict[str, ModuleType]:
+    """The modules sjlt and sjlt.core, with what sjlt's own ones show."""
+    package, core = (
+        importlib.util.module_from_spec(ModuleSpec(name, None, is_package=name == "sjlt"))
+        for name in ("sjlt", "sjlt.core")
+    )
+    shown = {
+        "SJLTProjection": SJLTProjection,
+        "CUDA_AVAILABLE": torch.cuda.is_available(),
+        "EXTENSION_AVAILABLE": EXTENSION_AVAILABLE,
+        "__version__": VERSION,
+    }
+    vars(package).update(shown, __all__=list(shown), get_cuda_info=get_cuda_info, core=core)
+    vars(core).update(SJLTProjection=SJLTProjection)
+    package.__doc__ = core.__doc__ = "fastproj in the place of sjlt: see fastproj.compat.sjlt."
+    return {"sjlt": package, "sjlt.core": core}

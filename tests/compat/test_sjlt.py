@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import pickle
+import re
 import sys
 from types import ModuleType
 
@@ -110,6 +111,34 @@ def test_the_seed_names_the_matrix() -> None:
         narrow.set_extra_state({})
 
 
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (-1, ValueError, "SJLTProjection: received seed=-1; expected 0 <= seed < 2\\^64"),
+        (1 << 64, ValueError, "expected 0 <= seed < 2\\^64"),
+        (None, TypeError, r"received seed=None \(NoneType\); expected an integer"),
+        (1.0, TypeError, r"received seed=1.0 \(float\); expected an integer"),
+        (True, TypeError, "received seed=True; expected an integer"),
+        (torch.arange(2), TypeError, r"received seed=tensor\(\[0, 1\]\) \(Tensor\); expected"),
+    ],
+)
+def test_a_bad_seed_in_a_state_is_named(seed: object, error: type, message: str) -> None:
+    p = SJLTProjection(80, 32, device="cpu", seed=5)
+    with pytest.raises(error, match=message):
+        p.load_state_dict({"_extra_state": p.get_extra_state() | {"seed": seed}})
+    assert p.seed == 5
+    p.load_state_dict({"_extra_state": p.get_extra_state() | {"seed": np.uint64(7)}})
+    assert (p.seed, type(p.seed)) == (7, int)
+
+
+@pytest.mark.parametrize("state", [None, 5, ["seed"], torch.ones(2)], ids=repr)
+def test_what_is_no_state_is_named(state: object) -> None:
+    p = SJLTProjection(80, 32, device="cpu", seed=5)
+    said = f"received the state {re.escape(repr(state))} .*expected a dict such as .*'seed': 5"
+    with pytest.raises(TypeError, match=said):
+        p.load_state_dict({"_extra_state": state})
+
+
 def test_sjlts_other_methods() -> None:
     p = SJLTProjection(128, 64, 4, device="cpu", seed=3)
     assert p.get_compression_ratio() == 2
@@ -170,6 +199,73 @@ def test_without_sjlt_the_import_gives_ours() -> None:
     ours.uninstall()
     assert importlib.util.find_spec("sjlt") is None
     ours.uninstall()
+
+
+def test_the_stand_in_has_sjlts_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of sjlt 0.1.5 to 0.1.7, which have the same."""
+    monkeypatch.setitem(sys.modules, "sjlt", None)  # as where it isn't installed
+    ours.install()
+    shown: dict[str, object] = {}
+    exec("from sjlt import *", shown)
+    names = ["SJLTProjection", "CUDA_AVAILABLE", "EXTENSION_AVAILABLE", "__version__"]
+    assert [shown[name] for name in names] == [
+        SJLTProjection,
+        torch.cuda.is_available(),
+        True,
+        "0.1.7",
+    ]
+    assert set(shown) - {"__builtins__"} == set(names)
+    found = importlib.import_module("sjlt")
+    assert found.__all__ == names
+    assert importlib.util.find_spec("sjlt.core").name == "sjlt.core"
+    from sjlt.core import SJLTProjection as FromCore
+
+    assert FromCore is SJLTProjection
+    assert found.core.SJLTProjection is SJLTProjection
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'sjlt\._C'"):
+        importlib.import_module("sjlt._C")
+    ours.uninstall()
+    assert not {"sjlt", "sjlt.core"} & sys.modules.keys()
+
+
+def test_the_stand_in_and_others_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sjlt", None)
+    ours.install()
+    sys.modules["sjlt"] = None  # by someone else
+    ours.install()
+    assert importlib.import_module("sjlt").SJLTProjection is SJLTProjection
+    sys.modules["sjlt"] = other = ModuleType("sjlt")
+    ours.uninstall()
+    assert sys.modules["sjlt"] is other
+    assert "sjlt.core" not in sys.modules
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_cuda_info_has_sjlts_keys(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("is_available", gpus > 0),
+        ("is_initialized", False),
+        ("device_count", gpus),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
+    monkeypatch.setitem(sys.modules, "sjlt", None)
+    ours.install()
+    found = importlib.import_module("sjlt")
+    assert found.CUDA_AVAILABLE == (gpus > 0)
+    info = found.get_cuda_info()
+    if not gpus:
+        assert info == {"cuda_available": False, "extension_available": True}
+        return
+    assert info.pop("cudnn_version") == torch.backends.cudnn.version()
+    assert info == {
+        "cuda_available": True,
+        "extension_available": True,
+        "cuda_version": torch.version.cuda,
+        "device_count": 2,
+        "current_device": None,
+        "devices": ["GPU 0", "GPU 1"],
+    }
 
 
 def test_with_sjlt_its_class_is_replaced_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
