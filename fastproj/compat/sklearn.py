@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 import fastproj
+from fastproj.checks import MAX_SEED, check_integer
 from fastproj.compat.pieces import block_below
 from fastproj.compat.sketch import gram
-from fastproj.spec import MAX_BLOCK, MatrixKey, sjlt_entries
+from fastproj.spec import MAX_BLOCK, MAX_COLS, MatrixKey, sjlt_entries
 
 try:
     from scipy.sparse import csr_matrix, issparse
@@ -79,7 +80,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         On fit, for parameters that can't work.
 
     Warns
@@ -116,11 +117,7 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         X = validate_data(self, X, accept_sparse=("csr", "csc"), dtype=DTYPES)
         samples, features = X.shape
         wanted = self._components(samples, features)
-        state = self.random_state
-        if isinstance(state, numbers.Integral):
-            self.seed_ = int(state)
-        else:
-            self.seed_ = int(check_random_state(state).randint(np.iinfo(np.int32).max))
+        self.seed_ = self._seed()
         self._projector = fastproj.Projector(
             features,
             wanted,
@@ -146,12 +143,12 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     def _components(self, samples: int, features: int) -> int:
         """K: n_components as it is, or the lemma's bound for ``samples`` points."""
+        name, expected = "FastRandomProjection", "an int >= 1 or 'auto'"
         if not isinstance(self.n_components, str):
-            return self.n_components
+            return check_integer(name, "n_components", self.n_components, 1, MAX_COLS + 1, expected)
         if self.n_components != "auto":
             raise ValueError(
-                f"FastRandomProjection: received n_components={self.n_components!r}; "
-                "expected an int >= 1 or 'auto'"
+                f"{name}: received n_components={self.n_components!r}; expected {expected}"
             )
         wanted = int(johnson_lindenstrauss_min_dim(n_samples=samples, eps=self.eps))
         if not 1 <= wanted <= features:
@@ -161,6 +158,19 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
                 f"1 to {features}. Give n_components, or a larger eps"
             )
         return wanted
+
+    def _seed(self) -> int:
+        """``random_state`` if it is an int, which True is here and in scikit-learn; else drawn."""
+        name, state = "FastRandomProjection", self.random_state
+        if isinstance(state, numbers.Integral):
+            return check_integer(name, "random_state", int(state), 0, MAX_SEED)
+        try:
+            return int(check_random_state(state).randint(np.iinfo(np.int32).max))
+        except ValueError:
+            raise ValueError(
+                f"{name}: received random_state={state!r:.80}; expected an int from 0 to 2^64 - 1, "
+                "a numpy.random.RandomState or None"
+            ) from None
 
     def _wanted_block(self, features: int) -> int | None:
         """``block``, or what ``density`` gives for P = ``features``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.random_projection import GaussianRandomProjection
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import fastproj
@@ -198,13 +200,12 @@ def test_auto_is_the_lemmas_dimension() -> None:
         FastRandomProjection().fit(data(20, 300))
     with pytest.raises(ValueError, match="expected an int >= 1 or 'auto'"):
         FastRandomProjection("many").fit(X)
-    with pytest.raises(ValueError, match="proj_dim=0"):
+    with pytest.raises(ValueError, match="FastRandomProjection: received n_components=0; expected"):
         FastRandomProjection(0).fit(X)
-    for wrong in (3.7, True, None):
-        with pytest.raises(TypeError, match=f"proj_dim={wrong}"):
+    for wrong in (10.0, True, None):
+        expected = r"FastRandomProjection: received n_components={}\b.*; expected an int >= 1 or 'a"
+        with pytest.raises(TypeError, match=expected.format(wrong)):
             FastRandomProjection(wrong).fit(X)
-    with pytest.raises(ValueError, match="received seed=-1"):
-        FastRandomProjection(3, random_state=-1).fit(X)
     with pytest.raises(ValueError, match="received kind='sparse'"):
         FastRandomProjection(3, kind="sparse").fit(X)
     assert FastRandomProjection(np.int64(3), random_state=2**40).fit(X).seed_ == 2**40
@@ -212,6 +213,29 @@ def test_auto_is_the_lemmas_dimension() -> None:
         t.inverse_transform(X)
     with pytest.raises(NotFittedError):
         FastRandomProjection(3).transform(X)
+
+
+@pytest.mark.parametrize("state", [-1, 1 << 64, 1.0, "0", np.random.default_rng(0)])
+def test_a_bad_random_state_is_named(state: object) -> None:
+    said = f"FastRandomProjection: received random_state={re.escape(repr(state))}; expected "
+    with pytest.raises(ValueError, match=said):
+        FastRandomProjection(3, random_state=state).fit(data())
+
+
+@pytest.mark.parametrize("state", [True, np.True_, False])
+def test_truth_values_are_the_random_states_that_scikit_learn_takes(state: object) -> None:
+    """True is the seed 1 there; NumPy's is none."""
+    X = data()
+    try:
+        theirs = GaussianRandomProjection(3, random_state=state).fit(X).components_
+    except ValueError:
+        with pytest.raises(ValueError, match=r"received random_state=.*True.*; expected an i"):
+            FastRandomProjection(3, random_state=state).fit(X)
+        return
+    same = GaussianRandomProjection(3, random_state=int(state)).fit(X).components_
+    np.testing.assert_array_equal(theirs, same)
+    seed = FastRandomProjection(3, random_state=state).fit(X).seed_
+    assert (seed, type(seed)) == (int(state), int)
 
 
 def test_random_states_draw_seeds() -> None:
