@@ -13,8 +13,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastproj.checks import check_device, check_proj_dim, check_scale, listed
-from fastproj.factored import FactoredProjector
+from fastproj.checks import (
+    MAX_SEED,
+    check_block,
+    check_device,
+    check_integer,
+    check_kind,
+    check_proj_dim,
+    check_scale,
+    listed,
+)
+from fastproj.factored import MAX_FACTORED, FactoredProjector
 from fastproj.projector import Projector
 from fastproj.spec import MIN_BLOCK
 from fastproj.trak.files import Indices
@@ -114,13 +123,22 @@ def make_projector(
     block: SupportsIndex | None,
     factored: SupportsIndex | None,
 ) -> Projector | FactoredProjector:
-    """The projector that TRAKer's arguments ask for, unscaled, of parameters with these shapes."""
+    """The projector that TRAKer's arguments ask for, unscaled, of parameters with these shapes.
+
+    Raises TypeError or ValueError that name TRAKer's arguments, not the projector's.
+    """
+    function = "TRAKer"
+    proj_dim = check_proj_dim(function, proj_dim)
+    seed = check_integer(function, "projector_seed", seed, 0, MAX_SEED)
     kind = default_kind(proj_dim, block) if kind is None else kind
+    check_kind(function, kind)
+    check_block(function, kind, block, proj_dim)
     made: Projector | FactoredProjector
     if factored is None:
         total = sum(map(math.prod, shapes.values()))
         made = outer = Projector(total, proj_dim, seed, kind, block=block, scale=None)
     else:
+        factored = check_integer(function, "factored", factored, 1, MAX_FACTORED)
         made = FactoredProjector(shapes, factored, proj_dim, seed, kind, block=block, scale=None)
         outer = made.outer
     outer.scale = own_scale(outer.block)
