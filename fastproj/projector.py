@@ -149,9 +149,11 @@ class Projector:
         if chosen is None or getattr(self.project, "__func__", None) is not Projector.project:
             return False
         call, _ = self._call(function, model_id, row_offset, True)
-        left, right = (
-            checks.check_input(function, name, t) for name, t in (("left", left), ("right", right))
-        )
+        for name, t in (("left", left), ("right", right), ("out", out)):
+            if not isinstance(t, Tensor):
+                raise TypeError(
+                    f"{function}: received {name} of type {type(t).__name__}; expected a Tensor"
+                )
         if not left.dim() == right.dim() == 3 or left.shape[:2] != right.shape[:2]:
             raise ValueError(
                 f"{function}: received left {list(left.shape)} and right {list(right.shape)}; "

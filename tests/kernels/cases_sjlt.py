@@ -354,6 +354,18 @@ def test_sjlt_products_that_make_no_sense(
         )
 
 
+@pytest.mark.parametrize("name", ["left", "right", "out"])
+def test_sjlt_products_of_no_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch)
+    given: dict[str, object] = {
+        "left": torch.zeros(2, 3, 4, device=DEVICE),
+        "right": torch.zeros(2, 3, 5, device=DEVICE),
+        "out": torch.zeros(2, 64, device=DEVICE),
+    }
+    with pytest.raises(TypeError, match=rf"add_product: received {name} of type list"):
+        projector(64, 64, 24).add_product(**{**given, name: [1]}, row_offset=0)  # type: ignore[arg-type]
+
+
 class Halved(fastproj.Projector):
     """A projector with a ``project`` of its own."""
 
