@@ -45,7 +45,7 @@ inline std::uint16_t bfloat16_bits(float value) {
     return static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-// Only entries of R are ever stored as float16: 0, +-1 and bf16 values between 2^-10 and 4, all exact.
+// Only entries of R are ever stored as float16: 0, +-1 and bf16 values from 2^-10 to 4, all exact.
 inline std::uint16_t float16_bits(float entry) {
     std::uint32_t bits;
     std::memcpy(&bits, &entry, sizeof bits);
