@@ -255,7 +255,8 @@ class AbstractGradientComputer(ABC):
         if isinstance(task, TrainingOutput):
             task, parts = task.task, batch[:-1]
         size = batches.size(parts)
-        if self._mixes is None and size > 1 and isinstance(task, BatchedModelOutput):
+        single = isinstance(task, BatchedModelOutput) and not isinstance(task, SeveralOutputs)
+        if self._mixes is None and size > 1 and single:
             ends = [batches.select(parts, slice(r, r + 1)) for r in (0, size - 1)]
             with torch.no_grad():
                 every, *alone = (
@@ -263,7 +264,7 @@ class AbstractGradientComputer(ABC):
                     for some in (parts, *ends)
                 )
             share = rounding_share(0.0, every.dtype, *(p.dtype for p in self.chosen.values()))
-            apart = float((every[[0, -1]] - torch.cat(alone)).abs().max())
+            apart = float((torch.cat([every[:1], every[-1:]]) - torch.cat(alone)).abs().max())
             self._mixes = apart > share * float(every.abs().max())
             if self._mixes:
                 logger.warning(
