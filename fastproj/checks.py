@@ -194,14 +194,13 @@ def check_scale(function: str, scale: object, proj_dim: int, block: int = 0) -> 
             factor = scale * 1.0
         except OverflowError:
             factor = math.inf
-    elif (
-        isinstance(scale, SupportsFloat)
-        and not isinstance(scale, (bool, Tensor))
-        and getattr(scale, "ndim", 0) == 0
-    ):
-        factor = float(scale)
     else:
-        raise TypeError(f'{function}: received scale={scale!r}; expected "jl", None or a number')
+        number = None if isinstance(scale, Tensor) else as_float(scale)
+        if number is None:
+            raise TypeError(
+                f'{function}: received scale={scale!r}; expected "jl", None or a number'
+            )
+        factor = number
     if not abs(factor) < math.inf:
         raise ValueError(f"{function}: received scale={scale!r}; expected a finite number")
     return factor

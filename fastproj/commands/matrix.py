@@ -22,7 +22,7 @@ def add_matrix(parser: Any) -> None:
     )
 
 
-def matrix_of(kind: str | None, block: int | None, proj_dim: int) -> tuple[str, int]:
+def resolve_matrix(kind: str | None, block: int | None, proj_dim: int) -> tuple[str, int]:
     """The kind and block that TRAKer takes for ``--kind`` and ``--block``; block 0 of other kinds.
 
     Raises ValueError, in options, for a block that can't be.

@@ -12,7 +12,7 @@ import torch
 from fastproj.checks import check_integer
 from fastproj.commands.arguments import add_json, add_option, command_parser, positive
 from fastproj.commands.costs import Layers, Run
-from fastproj.commands.matrix import add_matrix, matrix_of
+from fastproj.commands.matrix import add_matrix, resolve_matrix
 from fastproj.commands.rates import cholesky_rate, matmul_rate, projection_rates
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.factored import MAX_FACTORED
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
         if options.factored is not None:
             check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
-        options.kind, options.block = matrix_of(options.kind, options.block, options.proj_dim)
+        options.kind, options.block = resolve_matrix(options.kind, options.block, options.proj_dim)
     except ValueError as refusal:
         parser.error(str(refusal))
     if options.width is not None and options.factored is None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastproj.checks import MAX_SEED, check_device, check_integer
 from fastproj.commands.arguments import LIMIT, add_json, add_option, local_path, positive
-from fastproj.commands.matrix import add_matrix, matrix_of
+from fastproj.commands.matrix import add_matrix, resolve_matrix
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.factored import MAX_FACTORED
 from fastproj.spec import MAX_COLS
@@ -99,7 +99,7 @@ def check(options: argparse.Namespace) -> None:
     check_exp_name("--name", options.name, "NAME")
     check_device("--device", options.device)
     check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
-    matrix_of(options.kind, options.block, options.proj_dim)
+    resolve_matrix(options.kind, options.block, options.proj_dim)
     if options.factored is not None:
         check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
     check_integer("--batch-size", "B", options.batch_size, 1, MAX_BATCH)

@@ -343,11 +343,9 @@ class TRAKer:
         self._pass = self._stream = None
         own = isinstance(checkpoint, Mapping) and is_own(self.model, checkpoint)
         self._featurizer.load(function, checkpoint, strict, self.gradient_names)
-        before, self._origin = (
-            self._origin,
-            Origin(model_id, self._featurizer.loaded.digest, own),
-        )
-        self._origin.check(function, before)
+        origin = Origin(model_id, self._featurizer.loaded.digest, own)
+        origin.check(function, self._origin)
+        self._origin = origin
         return model_id
 
     @torch.inference_mode(False)

