@@ -186,6 +186,16 @@ def test_sides_give_a_sample_the_same_bits_in_any_batch(r, dtype):
     assert one.of_left(x[:, :0]).shape == (3, 0, r)
 
 
+def test_pairs_are_the_same_under_autocast():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(B, T, n, generator=generator) for n in (30, 20))
+    projector = fastproj.FactoredProjector({"w": (30, 20)}, 4, 64)
+    usual = projector.project_pairs({"w": (left, right)})
+    with torch.autocast("cpu", torch.bfloat16):
+        other = projector.project_pairs({"w": (left, right)})
+    assert torch.equal(usual, other)
+
+
 @pytest.mark.parametrize("r", [2, 8])  # both sides compressed, or none
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_over_positions_are_not_in_16_bits(r, dtype):
