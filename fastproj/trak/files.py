@@ -270,7 +270,7 @@ def read_safetensors(
                 metadata = dict(file.metadata() or {})
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, RuntimeError) as error:  # torch's, where safe_open opens it again
-        if path.exists():
+        if path.exists() and not isinstance(error, FileNotFoundError):
             raise unreadable(path, error) from error
         raise GoneError(f"{path} is gone; expected nobody to delete it during the run") from error
     except (SafetensorError, *NOT_SAFETENSORS) as error:

@@ -4,7 +4,8 @@
         ...  # the process ends at the 17th moment: before, half-way through or after a step
 
 A moment is a state in which another process may find the disk: before a file is made, written,
-flushed, renamed or removed, and half-way through what is written.
+flushed, renamed or removed, and half-way through what is written. With ``reads`` also one in which
+another may change it: once it was asked whether a file is there, and before one is read.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fastproj.trak import files
+
 # What takes a path or a descriptor first and changes a disk.
 CALLS = ("fsync", "replace", "rename", "mkdir", "posix_fallocate", "pwrite", "unlink")
+# What asks whether a file is there, or opens it to read it.
+READS = ((Path, "stat"), (Path, "read_bytes"), (os, "open"), (files, "safe_open"))
 
 
 def kill(_: str) -> None:
@@ -41,6 +46,7 @@ class Faults:
     ----------
     folder : what happens elsewhere isn't counted.
     at : moments, from 0. act : gets the name of the step; it may raise.
+    reads : count what looks at files, too.
     """
 
     def __init__(
@@ -48,10 +54,12 @@ class Faults:
         folder: Path | str,
         at: int | range = range(0),
         act: Callable[[str], Any] = kill,
+        reads: bool = False,
     ) -> None:
         self.folder = os.path.realpath(folder)
         self.at = range(at, at + 1) if isinstance(at, int) else at
         self.act = act
+        self.reads = reads
         self.steps: list[str] = []
 
     def moment(self, step: str) -> None:
@@ -81,10 +89,27 @@ class Faults:
             return Written(real(file, mode, *args, **kwargs), self)
 
         self._stack.enter_context(mock.patch.object(builtins, "open", opened))
+        for holder, name in READS if self.reads else ():
+            wrapped = self._looked(name, getattr(holder, name))
+            self._stack.enter_context(mock.patch.object(holder, name, wrapped))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _looked(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(target: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.concerns(target):
+                return real(target, *args, **kwargs)
+            if name != "stat":
+                self.moment(name)
+                return real(target, *args, **kwargs)
+            try:
+                return real(target, *args, **kwargs)
+            finally:
+                self.moment(name)
+
+        return call
 
     def _wrapped(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(target: Any, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastproj.trak.files import Tensors, corrupt, read_json, remove_quietly, write_json
+from fastproj.trak.files import GoneError, Tensors, corrupt, read_json, remove_quietly, write_json
 from fastproj.trak.solving.solve import System
 from fastproj.trak.store.store import DRAWN, Store
 
@@ -45,9 +45,10 @@ class Systems:
     def has_gram(self, model_id: int, system: System, part: GramPart | None = None) -> bool:
         """Whether a Gram matrix, or a part, of the features that are there now was stored."""
         path = self.gram_path(model_id, system, part)
-        if not path.exists():
+        try:
+            _, metadata = self.store.read(path, model_id, names=())
+        except GoneError:  # never there, or removed by a process apart that has just finished
             return False
-        _, metadata = self.store.read(path, model_id, names=())
         power = float(metadata.get("power", system.weighted))  # 0 or 1 where nothing is said
         return metadata.get("content") == self._content(model_id, system) and power == system.power
 

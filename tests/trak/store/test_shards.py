@@ -239,6 +239,21 @@ def test_a_reader_finds_what_moves_while_it_reads(tmp_path, monkeypatch):
         store.reader(0).read(np.arange(3))
 
 
+def test_a_file_that_comes_back_while_it_is_read_was_gone(tmp_path, monkeypatch):
+    path = tmp_path / "part.safetensors"
+    whole = {"a": torch.zeros(2)}
+
+    def opened(*_):
+        write_safetensors(path, whole, {})  # by another, before anyone looks whether it's there
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastproj.trak.files.read_chosen", opened)
+        with pytest.raises(GoneError, match="is gone"):
+            read_safetensors(path, ())
+    assert read_safetensors(path, None)[0].keys() == whole.keys()
+
+
 def test_files_that_move_behind_the_one_who_looks_are_found(tmp_path):
     """A listing may miss a file that came, and those that went because of it."""
     folder = tmp_path / "shards"

@@ -1,0 +1,118 @@
+"""Processes in one save_dir that know nothing of each other: at any moment of one, another does all
+of the work there. Both end with the bits of a process that is alone.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+
+from fastproj.trak.store.store import Store
+from tests.trak import cases, kinds
+from tests.trak.faults import Faults
+
+FOREVER = 10**6
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    cases.small_blocks(monkeypatch.setattr)
+
+
+class StoppedError(Exception):
+    """Ends a run where it is."""
+
+
+def stop(_):
+    raise StoppedError
+
+
+def parts(folder):
+    """The number of parts of Gram matrices."""
+    return len(list(folder.glob("models/*/part-*.safetensors")))
+
+
+def leave(folder, kind, at):
+    """What a process leaves that ends at a moment."""
+    with pytest.raises(StoppedError), Faults(folder, range(at, FOREVER), stop):
+        kinds.whole(folder, kind)
+
+
+def moments_with_parts(folder, kind):
+    """The moments of a run by how many parts of Gram matrices are there, where there are some."""
+    found = []
+    with Faults(folder, range(FOREVER), lambda _: found.append(parts(folder))):
+        kinds.whole(folder, kind)
+    return {at: number for at, number in enumerate(found) if number}
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian-dual"])
+def test_parts_that_another_removes_when_they_are_looked_at(kind, tmp_path, monkeypatch):
+    wanted = kinds.whole(tmp_path / "alone", kind)
+    there = moments_with_parts(tmp_path / "counted", kind)
+    leave(tmp_path / "left", kind, max(there, key=there.get))
+    read, looks = Store.read, []
+
+    def first_another(store, path, *args, **kwargs):
+        if path.name.startswith("part-"):
+            looks.append(path)
+            if len(looks) == number:
+                monkeypatch.setattr(Store, "read", read)
+                assert kinds.same(kinds.whole(folder, kind), wanted)
+        return read(store, path, *args, **kwargs)
+
+    for number in range(1, 1 + parts(tmp_path / "left")):
+        folder = tmp_path / f"look-{number}"
+        shutil.copytree(tmp_path / "left", folder)
+        looks.clear()
+        monkeypatch.setattr(Store, "read", first_another)
+        assert kinds.same(kinds.whole(folder, kind), wanted), number
+        assert len(looks) == number  # it was reached
+        assert not parts(folder)
+
+
+def run_beside(folder, kind, moments, rng, wanted):
+    """Continue what a run left that ended at one of ``moments``, with another at any moment."""
+    with Faults(folder / "counted", reads=True) as counted:
+        assert kinds.same(kinds.whole(folder / "counted", kind), wanted)
+    stopped, at = rng.choice(moments), rng.randrange(len(counted.steps))
+    leave(folder / "both", kind, stopped)
+    others = []
+
+    def act(_):
+        faults.at = range(0)  # the other is left alone
+        others.append(kinds.whole(folder / "both", kind))
+
+    with Faults(folder / "both", at, act, reads=True) as faults:
+        found = kinds.whole(folder / "both", kind)
+    for scores in (found, *others):
+        assert kinds.same(scores, wanted), (stopped, at)
+    assert not parts(folder / "both"), (stopped, at)
+    shutil.rmtree(folder)
+    return len(others)
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_another_at_any_moment(kind, tmp_path):
+    rng = random.Random(kind)
+    wanted = kinds.whole(tmp_path / "alone", kind)
+    moments = list(moments_with_parts(tmp_path / "counted", kind)) or [0]
+    run_beside(tmp_path / "run", kind, moments, rng, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_another_at_many_moments(kind, tmp_path):
+    """From all that a process can leave, parts of matrices in every second case."""
+    rng = random.Random(f"many {kind}")
+    wanted = kinds.whole(tmp_path / "alone", kind)
+    with Faults(tmp_path / "every") as every:
+        kinds.whole(tmp_path / "every", kind)
+    some = list(moments_with_parts(tmp_path / "counted", kind))
+    reached = 0
+    for number in range(100):
+        moments = some if number % 2 and some else range(len(every.steps))
+        reached += run_beside(tmp_path / f"run-{number}", kind, moments, rng, wanted)
+    assert reached > 50
