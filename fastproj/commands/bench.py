@@ -16,6 +16,7 @@ from torch import Tensor
 import fastproj
 from fastproj.backends import registry
 from fastproj.commands.arguments import add_json, add_option, command_parser, positive
+from fastproj.commands.block import resolve_block
 from fastproj.commands.running import DONE, FAILED, Outcome, execute
 from fastproj.spec import KINDS
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(argv)
     try:
+        resolve_block(options.kind, options.block, options.cols)
         options.shape = fastproj.Projector(
             options.rows, options.cols, kind=options.kind, block=options.block
         )

@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.found = launch.plans_of(options)
     except ValueError as refusal:
-        parser.error(f"--launch: {refusal}")
+        said = str(refusal)
+        parser.error(said if said.startswith("--") else f"--launch: {said}")
     return execute("info", options, launch.print_plans)
 
 

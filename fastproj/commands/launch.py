@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from fastproj.backends import cuda, triton
-from fastproj.checks import check_block, check_integer
+from fastproj.checks import check_integer
 from fastproj.commands.arguments import size
+from fastproj.commands.block import resolve_block
 from fastproj.commands.running import DONE, Outcome
 from fastproj.spec import MAX_COLS, MAX_ROWS
 
@@ -84,16 +85,13 @@ def plans(
     dtype: torch.dtype,
     kind: str,
     precision: str,
-    block: int | None = None,
+    block: int,
 ) -> list[Plan]:
     """Plans for grads ``[batch, rows]`` to ``cols`` columns, dense and aligned, at row 0 of R.
 
     There is one for each GPU of GPUS and of this machine, cuda before triton. block : of kind sjlt
-    alone; None stands for the default for ``cols``.
-
-    Raises ValueError for a block that kind sjlt can't have.
+    alone, 0 for the others.
     """
-    block = check_block("block", kind, block, cols)
     here = gpus_here()
     known = [
         gpu
@@ -138,7 +136,8 @@ def plans_of(options: argparse.Namespace) -> list[Plan]:
     if name not in DTYPES:
         raise ValueError(f"received DTYPE {name!r}; expected {', '.join(DTYPES)}")
     kind, precision = options.kind, options.precision
-    return plans(batch, rows, cols, DTYPES[name], kind, precision, options.block)
+    block = resolve_block(kind, options.block, cols)
+    return plans(batch, rows, cols, DTYPES[name], kind, precision, block)
 
 
 def print_plans(options: argparse.Namespace) -> Outcome:

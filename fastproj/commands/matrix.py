@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastproj.checks import check_block
 from fastproj.commands.arguments import positive
-from fastproj.spec import KINDS, MAX_BLOCK, MIN_BLOCK
+from fastproj.commands.block import resolve_block
+from fastproj.spec import KINDS
 from fastproj.trak.inputs import default_kind
 
 
@@ -28,13 +28,4 @@ def resolve_matrix(kind: str | None, block: int | None, proj_dim: int) -> tuple[
     Raises ValueError, in options, for a block that can't be.
     """
     kind = default_kind(proj_dim, block) if kind is None else kind
-    if kind != "sjlt" and block is not None:
-        raise ValueError(
-            f"--block: received W={block} with --kind {kind}; expected --kind sjlt, or no --block"
-        )
-    try:
-        return kind, check_block("--block", kind, block, proj_dim)
-    except ValueError:
-        raise ValueError(
-            f"--block: received W={block}; expected a power of two from {MIN_BLOCK} to {MAX_BLOCK}"
-        ) from None
+    return kind, resolve_block(kind, block, proj_dim)

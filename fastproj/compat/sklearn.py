@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 import fastproj
-from fastproj.checks import MAX_SEED, check_integer
+from fastproj import checks
 from fastproj.compat.pieces import block_below
 from fastproj.compat.sketch import gram
 from fastproj.spec import MAX_BLOCK, MAX_COLS, MatrixKey, sjlt_entries
@@ -40,6 +40,8 @@ except ImportError as error:
     ) from error
 
 __all__ = ["FastRandomProjection"]
+
+NAME = "FastRandomProjection"  # in errors
 
 DENSE = 1 << 24  # entries of sparse input made dense at a time: 128 MB in float64
 DTYPES = (np.float64, np.float32)
@@ -118,12 +120,17 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
         samples, features = X.shape
         wanted = self._components(samples, features)
         self.seed_ = self._seed()
+        checks.check_kind(NAME, self.kind)
+        block = self._wanted_block(features)
+        checks.check_block(NAME, self.kind, block, wanted)
+        checks.check_precision(NAME, self.precision)
+        checks.check_backend(NAME, self.backend)
         self._projector = fastproj.Projector(
             features,
             wanted,
             self.seed_,
             self.kind,
-            block=self._wanted_block(features),
+            block=block,
             precision=self.precision,
             backend=self.backend,
         )
@@ -143,9 +150,11 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     def _components(self, samples: int, features: int) -> int:
         """K: n_components as it is, or the lemma's bound for ``samples`` points."""
-        name, expected = "FastRandomProjection", "an int >= 1 or 'auto'"
+        name, expected = NAME, "an int >= 1 or 'auto'"
         if not isinstance(self.n_components, str):
-            return check_integer(name, "n_components", self.n_components, 1, MAX_COLS + 1, expected)
+            return checks.check_integer(
+                name, "n_components", self.n_components, 1, MAX_COLS + 1, expected
+            )
         if self.n_components != "auto":
             raise ValueError(
                 f"{name}: received n_components={self.n_components!r}; expected {expected}"
@@ -161,9 +170,9 @@ class FastRandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Ba
 
     def _seed(self) -> int:
         """``random_state`` if it is an int, which True is here and in scikit-learn; else drawn."""
-        name, state = "FastRandomProjection", self.random_state
+        name, state = NAME, self.random_state
         if isinstance(state, numbers.Integral):
-            return check_integer(name, "random_state", int(state), 0, MAX_SEED)
+            return checks.check_integer(name, "random_state", int(state), 0, checks.MAX_SEED)
         try:
             return int(check_random_state(state).randint(np.iinfo(np.int32).max))
         except ValueError:

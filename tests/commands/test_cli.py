@@ -24,7 +24,11 @@ from fastproj.commands.arguments import size
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["bench", "--kind", "sjlt", "--block", "48"], "expected a power of two"),
+        (
+            ["bench", "--kind", "sjlt", "--block", "48"],
+            "error: --block: received W=48; expected a power",
+        ),
+        (["bench", "--block", "32"], "W=32 with --kind rademacher; expected --kind sjlt"),
         (["bench", "--rows", "0"], "received '0'; expected an integer of at least 1"),
         (["bench", "--rows", "many"], "received 'many'"),
         (["bench", "--kind", "cauchy"], "invalid choice: 'cauchy'"),

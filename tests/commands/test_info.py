@@ -95,8 +95,11 @@ def test_launch_of_the_sparse_kind(capsys: pytest.CaptureFixture[str]) -> None:
         ]
         assert facts[0] != facts[1] or not facts[0], backend
     for words, said in (
-        ([*shape, "--block", "48"], "expected a power of two from 16 to 65536"),
-        ([*shape[:-1], "gaussian", "--block", "64"], "only kind='sjlt' has a block"),
+        ([*shape, "--block", "48"], "error: --block: received W=48; expected a power of two"),
+        (
+            [*shape[:-1], "gaussian", "--block", "64"],
+            "error: --block: received W=64 with --kind gaussian; expected --kind sjlt",
+        ),
     ):
         with pytest.raises(SystemExit) as caught:
             cli.main(words)

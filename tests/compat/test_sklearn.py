@@ -206,8 +206,16 @@ def test_auto_is_the_lemmas_dimension() -> None:
         expected = r"FastRandomProjection: received n_components={}\b.*; expected an int >= 1 or 'a"
         with pytest.raises(TypeError, match=expected.format(wrong)):
             FastRandomProjection(wrong).fit(X)
-    with pytest.raises(ValueError, match="received kind='sparse'"):
-        FastRandomProjection(3, kind="sparse").fit(X)
+    for wrong in (
+        {"kind": "sparse"},
+        {"kind": "sjlt", "block": 48},
+        {"block": 16},
+        {"precision": "low"},
+        {"backend": "tpu"},
+    ):
+        name, value = list(wrong.items())[-1]
+        with pytest.raises(ValueError, match=f"^FastRandomProjection: received {name}={value!r}"):
+            FastRandomProjection(3, **wrong).fit(X)
     assert FastRandomProjection(np.int64(3), random_state=2**40).fit(X).seed_ == 2**40
     with pytest.raises(ValueError, match=r"received X \[20, 2000\]; expected \[n, "):
         t.inverse_transform(X)
