@@ -57,6 +57,12 @@ class Patch:
                 if type(value) is dict and value is not values:
                     self._replace(value, new_by_id)
 
+    def set(self, module: ModuleType, name: str, value: Any) -> None:
+        """Give a global of ``module``, where it has it, another value."""
+        if name in (values := vars(module)):
+            self._undo.append(partial(values.__setitem__, name, values[name]))
+            values[name] = value
+
     def undo(self) -> None:
         """Put everything back."""
         while self._undo:

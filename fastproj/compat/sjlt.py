@@ -204,7 +204,8 @@ _stand_ins: dict[str, ModuleType] = {}  # by what imports them
 def install() -> None:
     """Let ``from sjlt import SJLTProjection`` give ours, in this process and its forks.
 
-    Where sjlt can be imported, its class is replaced in place, wherever loaded modules hold it.
+    Where sjlt can be imported, its class is replaced in place, wherever loaded modules hold it, and
+    ``sjlt.EXTENSION_AVAILABLE`` is True.
     """
     if _patch.active or _stands_in():
         return
@@ -215,6 +216,7 @@ def install() -> None:
         sys.modules.update(_stand_ins)
     else:
         _patch.apply([(theirs.SJLTProjection, SJLTProjection)])
+        _patch.set(theirs, "EXTENSION_AVAILABLE", EXTENSION_AVAILABLE)
 
 
 def uninstall() -> None:

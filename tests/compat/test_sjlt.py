@@ -274,14 +274,17 @@ def test_with_sjlt_its_class_is_replaced_in_place(monkeypatch: pytest.MonkeyPatc
 
     real, caller = ModuleType("sjlt"), ModuleType("caller")
     real.SJLTProjection = caller.SJLTProjection = Theirs
+    real.EXTENSION_AVAILABLE = False  # it was built without CUDA, which ours doesn't need
     monkeypatch.setitem(sys.modules, "sjlt", real)
     monkeypatch.setitem(sys.modules, "caller", caller)
     ours.install()
     ours.install()
     assert real.SJLTProjection is SJLTProjection
     assert caller.SJLTProjection is SJLTProjection
+    assert real.EXTENSION_AVAILABLE is True
     ours.uninstall()
     assert sys.modules["sjlt"] is real
+    assert real.EXTENSION_AVAILABLE is False
     assert real.SJLTProjection is Theirs
     assert caller.SJLTProjection is Theirs
 
