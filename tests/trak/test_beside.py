@@ -73,46 +73,50 @@ def test_parts_that_another_removes_when_they_are_looked_at(kind, tmp_path, monk
         assert not parts(folder)
 
 
-def run_beside(folder, kind, moments, rng, wanted):
-    """Continue what a run left that ended at one of ``moments``, with another at any moment."""
-    with Faults(folder / "counted", reads=True) as counted:
-        assert kinds.same(kinds.whole(folder / "counted", kind), wanted)
-    stopped, at = rng.choice(moments), rng.randrange(len(counted.steps))
-    leave(folder / "both", kind, stopped)
-    others = []
+class Beside:
+    """A kind of store, and runs of two that continue what one left."""
 
-    def act(_):
-        faults.at = range(0)  # the other is left alone
-        others.append(kinds.whole(folder / "both", kind))
+    def __init__(self, folder, kind):
+        self.folder = folder
+        self.kind = kind
+        self.rng = random.Random(kind)
+        with Faults(folder / "alone", reads=True) as counted:
+            self.wanted = kinds.whole(folder / "alone", kind)
+        self.moments = range(len(counted.steps))
 
-    with Faults(folder / "both", at, act, reads=True) as faults:
-        found = kinds.whole(folder / "both", kind)
-    for scores in (found, *others):
-        assert kinds.same(scores, wanted), (stopped, at)
-    assert not parts(folder / "both"), (stopped, at)
-    shutil.rmtree(folder)
-    return len(others)
+    def run(self, stops):
+        """One that ended at one of ``stops``; it goes on, and at any moment another does all."""
+        stop_at, at = self.rng.choice(stops), self.rng.choice(self.moments)
+        folder = self.folder / "both"
+        leave(folder, self.kind, stop_at)
+        others = []
+
+        def act(_):
+            faults.at = range(0)  # the other is left alone
+            others.append(kinds.whole(folder, self.kind))
+
+        with Faults(folder, at, act, reads=True) as faults:
+            found = kinds.whole(folder, self.kind)
+        for scores in (found, *others):
+            assert kinds.same(scores, self.wanted), (stop_at, at)
+        assert not parts(folder), (stop_at, at)
+        shutil.rmtree(folder)
+        return len(others)
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_another_at_any_moment(kind, tmp_path):
-    rng = random.Random(kind)
-    wanted = kinds.whole(tmp_path / "alone", kind)
-    moments = list(moments_with_parts(tmp_path / "counted", kind)) or [0]
-    run_beside(tmp_path / "run", kind, moments, rng, wanted)
+    with_parts = moments_with_parts(tmp_path / "counted", kind)
+    Beside(tmp_path, kind).run(list(with_parts))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_another_at_many_moments(kind, tmp_path):
     """From all that a process can leave, parts of matrices in every second case."""
-    rng = random.Random(f"many {kind}")
-    wanted = kinds.whole(tmp_path / "alone", kind)
+    with_parts = list(moments_with_parts(tmp_path / "counted", kind))
     with Faults(tmp_path / "every") as every:
         kinds.whole(tmp_path / "every", kind)
-    some = list(moments_with_parts(tmp_path / "counted", kind))
-    reached = 0
-    for number in range(100):
-        moments = some if number % 2 and some else range(len(every.steps))
-        reached += run_beside(tmp_path / f"run-{number}", kind, moments, rng, wanted)
-    assert reached > 50
+    beside, everywhere = Beside(tmp_path, kind), range(len(every.steps))
+    reached = sum(beside.run(with_parts if i % 2 else everywhere) for i in range(40))
+    assert reached > 20
