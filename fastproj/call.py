@@ -57,8 +57,18 @@ class Call(NamedTuple):
 
 
 def view(t: Tensor) -> tuple[int, ...]:
-    """A 2-D tensor as the fields of ``View`` in csrc/call.hpp, in order."""
-    return (t.data_ptr(), DTYPES[t.dtype], *t.shape, *t.stride())
+    """A 2-D tensor as the fields of ``View`` in csrc/call.hpp, in order.
+
+    Raises ValueError for one whose storage was resized to nothing, as FSDP does, on which kernels
+    would end the process.
+    """
+    data = t.data_ptr()
+    if data == t.storage_offset() * t.element_size() and t.numel() > 0:  # it begins at address 0
+        raise ValueError(
+            f"received a tensor {list(t.shape)} whose storage is empty (resized to 0, as FSDP does "
+            "with parameters not in use); expected one with memory"
+        )
+    return (data, DTYPES[t.dtype], *t.shape, *t.stride())
 
 
 def terms_of(dtype: torch.dtype, precision: str) -> int:

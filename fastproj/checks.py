@@ -239,6 +239,15 @@ def check_device(function: str, device: torch.device | str, *, values: bool = Tr
     return place
 
 
+def check_entries(function: str, dtype: torch.dtype, kind: str) -> None:
+    """Raise TypeError unless ``dtype`` holds the entries of R exactly."""
+    if dtype not in DTYPES and (dtype is not torch.int8 or kind == "gaussian"):
+        raise TypeError(
+            f"{function}: received dtype={dtype} for kind={kind!r}; expected float32, bfloat16, "
+            "float16 or float64 (or int8 for rademacher and sjlt)"
+        )
+
+
 def check_rows(function: str, name: str, rows: Rows, limit: int) -> tuple[int, int]:
     """(start, count) of ``rows``, an int (0 .. rows) or a slice with a stop and no step."""
     if not isinstance(rows, slice):

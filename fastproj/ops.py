@@ -14,12 +14,12 @@ from torch import Tensor
 from fastproj import torch_ops
 from fastproj.call import Call
 from fastproj.checks import (
-    DTYPES,
     Grads,
     Rows,
     check_backend,
     check_copied,
     check_device,
+    check_entries,
     check_flag,
     check_grads,
     check_input,
@@ -240,11 +240,7 @@ def matrix(
     )
     col, m = check_rows("matrix", "cols", cols, MAX_COLS)
     key = check_key("matrix", seed, kind, stream, block=block)
-    if dtype not in DTYPES and (dtype is not torch.int8 or kind == "gaussian"):
-        raise TypeError(
-            f"matrix: received dtype={dtype} for kind={kind!r}; expected float32, bfloat16, "
-            "float16 or float64 (or int8 for rademacher and sjlt)"
-        )
+    check_entries("matrix", dtype, kind)
     # Asked of a tensor because torch.compile can't trace torch.get_default_device.
     place = (
         torch.empty(0).device if device is None else check_device("matrix", device, values=False)

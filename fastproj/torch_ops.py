@@ -18,10 +18,25 @@ from torch.autograd import forward_ad
 
 from fastproj.backends import registry
 from fastproj.call import Call
-from fastproj.checks import MAX_SEED, check_key, check_memory, result_dtype
+from fastproj.checks import (
+    MAX_SEED,
+    check_entries,
+    check_input,
+    check_integer,
+    check_key,
+    check_memory,
+    check_precision,
+    check_proj_dim,
+    check_row_numbers,
+    check_scale,
+    describe,
+    result_dtype,
+)
+from fastproj.spec import MAX_COLS, MAX_ROWS
 from fastproj.spec import matrix_rows as matrix_rows_of_spec
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_OPS = "torch.ops.fastproj"
 
 # ---- a call as an op's arguments ---------------------------------------------------------------
 # Torch takes some microseconds for each argument, so strings go two by two. The precision stays as
@@ -55,9 +70,10 @@ def _call(
 ) -> tuple[Call, str]:
     precision, backend = precision_backend.split(",")
     kind, block = kind_block.split(",")
-    key = check_key(
-        "torch.ops.fastproj", seed & (MAX_SEED - 1), kind, stream, block=int(block) or None
-    )
+    key = check_key(_OPS, seed & (MAX_SEED - 1), kind, stream, block=int(block) or None)
+    check_integer(_OPS, "row_offset", row_offset, 0, MAX_ROWS + 1)
+    check_scale(_OPS, scale, 1)
+    check_precision(_OPS, precision or None)
     return Call(key, row_offset, scale, precision=precision), backend
 
 
@@ -165,57 +181,149 @@ def _matrix_rows(
 
 # ---- the ops -----------------------------------------------------------------------------------
 
+# Whoever calls an op directly, or a graph that was traced with other values, has passed none of the
+# checks in ops: what backends rely on is checked here again.
+
+
+def _check_inputs(tensors: list[Tensor], call: Call, rows: int) -> None:
+    """Refuse what isn't [B, n], in one batch size, dtype and device, and rows beyond the last."""
+    if not tensors:
+        raise ValueError(f"{_OPS}: received no tensors; expected at least one [B, P]")
+    first = tensors[0]
+    for t in tensors:
+        check_input(_OPS, "a tensor", t)
+        if (
+            t.dim() != 2
+            or t.shape[0] != first.shape[0]
+            or t.dtype != first.dtype
+            or t.device != first.device
+        ):
+            raise ValueError(
+                f"{_OPS}: received {describe(first)} and {describe(t)}; expected [B, n], of one "
+                "batch size, dtype and device"
+            )
+    if rows < 0 or call.row_offset + rows > MAX_ROWS:
+        raise ValueError(
+            f"{_OPS}: received row_offset={call.row_offset} and {rows} rows; expected "
+            "0 <= rows, and row_offset + rows <= 2^56"
+        )
+
+
+def _check_written(out: Tensor, batch: int, width: int, like: Tensor) -> None:
+    """Refuse an ``out`` that isn't [batch, width] of the result's dtype on the device of ``like``.
+
+    Under compilation ``out`` may be another tensor than the one that ops has checked.
+    """
+    check_input(_OPS, "out", out)
+    dtype = result_dtype(like.dtype)
+    if out.shape != (batch, width) or out.dtype != dtype or out.device != like.device:
+        raise ValueError(
+            f"{_OPS}: received out {describe(out)}; expected {[batch, width]} "
+            f"{str(dtype).removeprefix('torch.')} on {like.device}"
+        )
+
+
+def _check_project(pieces: list[Tensor], proj_dim: int, call: Call) -> None:
+    _check_inputs(pieces, call, sum(piece.shape[-1] for piece in pieces if piece.dim()))
+    check_proj_dim(_OPS, proj_dim)
+
+
+def _check_transpose(y: Tensor, rows: int, call: Call) -> None:
+    _check_inputs([y], call, rows)
+    check_proj_dim(_OPS, y.shape[1])
+
+
+def _run_project_op(pieces: list[Tensor], proj_dim: int, *flat: Any) -> Tensor:
+    call, backend = _call(*flat)
+    _check_project(pieces, proj_dim, call)
+    return _project(pieces, proj_dim, call, backend)
+
+
+def _run_project_into_op(pieces: list[Tensor], out: Tensor, accumulate: bool, *flat: Any) -> None:
+    call, backend = _call(*flat)
+    call = call._replace(accumulate=accumulate)
+    _check_project(pieces, out.shape[-1] if out.dim() else 0, call)
+    _check_written(out, pieces[0].shape[0], out.shape[-1], pieces[0])
+    _project_into(pieces, out, call, backend)
+
+
+def _run_transpose_op(y: Tensor, rows: int, *flat: Any) -> Tensor:
+    call, backend = _call(*flat)
+    _check_transpose(y, rows, call)
+    return _project_transpose(y, rows, call, backend)
+
+
+def _run_transpose_into_op(y: Tensor, out: Tensor, *flat: Any) -> None:
+    call, backend = _call(*flat)
+    rows = out.shape[-1] if out.dim() else 0
+    _check_transpose(y, rows, call)
+    _check_written(out, y.shape[0], rows, y)
+    _project_transpose_into(y, out, call, backend)
+
+
+def _check_block(
+    rows: int, cols: int, col_offset: int, dtype: torch.dtype, kind: str, row_offset: int = 0
+) -> None:
+    """Refuse a block of R that lies outside it, and a dtype that can't hold its entries."""
+    check_integer(_OPS, "row_offset + rows", row_offset + rows, row_offset, MAX_ROWS + 1)
+    check_integer(_OPS, "col_offset", col_offset, 0, MAX_COLS + 1)
+    check_integer(_OPS, "col_offset + cols", col_offset + cols, col_offset, MAX_COLS + 1)
+    check_entries(_OPS, dtype, kind)
+
+
+def _run_matrix_op(
+    rows: int, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, *flat: Any
+) -> Tensor:
+    call, backend = _call(*flat)
+    _check_block(rows, cols, col_offset, dtype, call.key.kind, call.row_offset)
+    return _matrix(rows, cols, col_offset, dtype, device, call, backend)
+
+
+def _run_matrix_rows_op(
+    rows: Tensor, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, *flat: Any
+) -> Tensor:
+    call, _ = _call(*flat)
+    rows = check_row_numbers(_OPS, rows, MAX_ROWS)
+    _check_block(0, cols, col_offset, dtype, call.key.kind)
+    return _matrix_rows(rows, cols, col_offset, dtype, device, call)
+
 
 _project_op = torch.library.custom_op(
     "fastproj::project",
-    lambda pieces, proj_dim, *flat: _project(pieces, proj_dim, *_call(*flat)),
+    _run_project_op,
     mutates_args=(),
     schema=f"(Tensor[] pieces, SymInt proj_dim, {_CALL_SCHEMA}) -> Tensor",
 )
-
-
-def _accumulating(accumulate: bool, call: Call, backend: str) -> tuple[Call, str]:
-    return call._replace(accumulate=accumulate), backend
-
-
 _project_into_op = torch.library.custom_op(
     "fastproj::project_into",
-    lambda pieces, out, accumulate, *flat: _project_into(
-        pieces, out, *_accumulating(accumulate, *_call(*flat))
-    ),
+    _run_project_into_op,
     mutates_args=("out",),
     schema=f"(Tensor[] pieces, Tensor(a!) out, bool accumulate, {_CALL_SCHEMA}) -> ()",
 )
 _project_transpose_op = torch.library.custom_op(
     "fastproj::project_transpose",
-    lambda y, rows, *flat: _project_transpose(y, rows, *_call(*flat)),
+    _run_transpose_op,
     mutates_args=(),
     schema=f"(Tensor y, SymInt rows, {_CALL_SCHEMA}) -> Tensor",
 )
 _project_transpose_into_op = torch.library.custom_op(
     "fastproj::project_transpose_into",
-    lambda y, out, *flat: _project_transpose_into(y, out, *_call(*flat)),
+    _run_transpose_into_op,
     mutates_args=("out",),
     schema=f"(Tensor y, Tensor(a!) out, {_CALL_SCHEMA}) -> ()",
 )
+_BLOCK_SCHEMA = "SymInt cols, SymInt col_offset, ScalarType dtype, Device device"
 _matrix_op = torch.library.custom_op(
     "fastproj::matrix",
-    lambda rows, cols, col_offset, dtype, device, *flat: _matrix(
-        rows, cols, col_offset, dtype, device, *_call(*flat)
-    ),
+    _run_matrix_op,
     mutates_args=(),
-    schema="(SymInt rows, SymInt cols, SymInt col_offset, ScalarType dtype, Device device, "
-    f"{_CALL_SCHEMA}) -> Tensor",
+    schema=f"(SymInt rows, {_BLOCK_SCHEMA}, {_CALL_SCHEMA}) -> Tensor",
 )
-
 _matrix_rows_op = torch.library.custom_op(
     "fastproj::matrix_rows",
-    lambda rows, cols, col_offset, dtype, device, *flat: _matrix_rows(
-        rows, cols, col_offset, dtype, device, _call(*flat)[0]
-    ),
+    _run_matrix_rows_op,
     mutates_args=(),
-    schema="(Tensor rows, SymInt cols, SymInt col_offset, ScalarType dtype, Device device, "
-    f"{_CALL_SCHEMA}) -> Tensor",
+    schema=f"(Tensor rows, {_BLOCK_SCHEMA}, {_CALL_SCHEMA}) -> Tensor",
 )
 
 
@@ -286,19 +394,20 @@ def _fold(t: Tensor, dim: int | None, size: int) -> Tensor:
     return t.reshape(size * t.shape[1], t.shape[2])
 
 
-def _unfold(t: Tensor, size: int) -> Tensor:
-    """``t`` [size * B, n] as [size, B, n]."""
-    return t.view(size, t.shape[0] // size, t.shape[1])
+def _unfold(t: Tensor, dim: int | None, size: int, y: Tensor) -> Tensor:
+    """``y`` [size * B, n] as [size, B, n]: the inverse of ``_fold``, whose arguments come first."""
+    batch = t.shape[0] if dim is None else t.shape[1 if dim % t.dim() == 0 else 0]
+    return y.view(size, batch, y.shape[1])
 
 
 def _project_vmap(run: Any, size: int, dims: Any, pieces: Any, *rest: Any) -> tuple[Tensor, int]:
     """``run`` once for all ``size`` members: they become rows of one batch."""
     folded = [_fold(t, dim, size) for t, dim in zip(pieces, dims, strict=True)]
-    return _unfold(run(folded, *rest), size), 0
+    return _unfold(pieces[0], dims[0], size, run(folded, *rest)), 0
 
 
 def _transpose_vmap(run: Any, size: int, dim: Any, y: Tensor, *rest: Any) -> tuple[Tensor, int]:
-    return _unfold(run(_fold(y, dim, size), *rest), size), 0
+    return _unfold(y, dim, size, run(_fold(y, dim, size), *rest)), 0
 
 
 # For torch.vmap inside torch.compile.
@@ -392,6 +501,8 @@ def is_direct(tensors: list[Tensor]) -> bool:
     grad = torch.is_grad_enabled()
     for t in tensors:
         if type(t) not in _PLAIN or (grad and t.requires_grad) or t.is_meta or t.is_neg():
+            return False
+        if t._is_zerotensor():  # a tangent that is zero: it has no memory, and torch makes it some
             return False
     return True
 

@@ -420,6 +420,153 @@ def test_accumulate_without_out() -> None:
         fastproj.project(G, K, accumulate=True)
 
 
+@pytest.mark.parametrize("start", [0, B])
+def test_tensors_whose_memory_is_gone(start: int) -> None:
+    """As FSDP frees it. A view into the middle begins elsewhere than at address 0."""
+    whole = torch.ones(2 * B, P)
+    grads, none = whole[start : start + B], whole[:0]
+    whole.untyped_storage().resize_(0)
+    words = ("[3, 20]", "storage is empty")
+    refused(lambda: fastproj.project(grads, K), ValueError, words)
+    refused(lambda: fastproj.project_transpose(grads, P), ValueError, words)
+    refused(lambda: fastproj.project(G, P, out=grads), ValueError, words)
+    assert fastproj.project(none, K).shape == (0, K)
+
+
+# ---- the ops, called directly --------------------------------------------------------------------
+# What passes here reaches a kernel, which reads and writes where the shapes say.
+
+OPS = torch.ops.fastproj
+CALL = (0, 1.0, "highest,", "rademacher,0", 0, 0)
+SPARSE = (0, 1.0, "highest,", "sjlt,16", 0, 0)
+GAUSSIAN = (0, 1.0, "highest,", "gaussian,0", 0, 0)
+CPU = torch.device("cpu")
+WITHOUT_CHECKS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "no_columns": (lambda: OPS.project([G], 0, *CALL), ValueError, "proj_dim=0"),
+    "no_columns_sparse": (lambda: OPS.project([G], 0, *SPARSE), ValueError, "proj_dim=0"),
+    "too_many_columns": (lambda: OPS.project([G[:0]], 2**33, *CALL), ValueError, "proj_dim"),
+    "no_pieces": (lambda: OPS.project([], K, *CALL), ValueError, "no tensors"),
+    "batch": (lambda: OPS.project([G, G[:1]], K, *CALL), ValueError, "[3, 20] float32"),
+    "dtypes": (lambda: OPS.project([G, G.double()], K, *CALL), ValueError, "[3, 20] float64"),
+    "int8": (lambda: OPS.project([G.to(torch.int8)], K, *CALL), TypeError, "int8"),
+    "sparse": (lambda: OPS.project([G.to_sparse()], K, *CALL), TypeError, "to_dense"),
+    "dimensions": (lambda: OPS.project([G[0]], K, *CALL), ValueError, "[20] float32"),
+    "row_negative": (lambda: OPS.project([G], K, -1, *CALL[1:]), ValueError, "row_offset=-1"),
+    "row_beyond": (lambda: OPS.project([G], K, 2**56 - 1, *CALL[1:]), ValueError, "2^56"),
+    "scale": (lambda: OPS.project([G], K, 0, math.nan, *CALL[2:]), ValueError, "scale=nan"),
+    "precision": (lambda: OPS.project([G], K, 0, 1.0, "low,", *CALL[3:]), ValueError, "'low'"),
+    "out_too_small": (
+        lambda: OPS.project_into([G], nan_out(B - 1, K), False, *CALL),
+        ValueError,
+        "expected [3, 5] float32",
+    ),
+    "out_dtype": (
+        lambda: OPS.project_into([G], nan_out(B, K, dtype=torch.float16), False, *CALL),
+        ValueError,
+        "expected [3, 5] float32",
+    ),
+    "out_without_columns": (
+        lambda: OPS.project_into([G], nan_out(B, 0), False, *CALL),
+        ValueError,
+        "proj_dim=0",
+    ),
+    "out_flat": (
+        lambda: OPS.project_into([G], nan_out(B * K), False, *CALL),
+        ValueError,
+        "[15] float32",
+    ),
+    "transpose_rows": (lambda: OPS.project_transpose(Y, -1, *CALL), ValueError, "-1 rows"),
+    "transpose_row": (
+        lambda: OPS.project_transpose(Y, P, -1, *CALL[1:]),
+        ValueError,
+        "row_offset=-1",
+    ),
+    "transpose_beyond": (
+        lambda: OPS.project_transpose(Y, P, 2**56 - 1, *CALL[1:]),
+        ValueError,
+        "2^56",
+    ),
+    "transpose_without_columns": (
+        lambda: OPS.project_transpose(Y[:, :0], P, *CALL),
+        ValueError,
+        "proj_dim=0",
+    ),
+    "transpose_complex": (
+        lambda: OPS.project_transpose(Y.to(torch.complex64), P, *CALL),
+        TypeError,
+        "complex64",
+    ),
+    "transpose_out": (
+        lambda: OPS.project_transpose_into(Y, nan_out(B - 1, P), *CALL),
+        ValueError,
+        "expected [3, 20] float32",
+    ),
+    "transpose_out_dtype": (
+        lambda: OPS.project_transpose_into(Y, nan_out(B, P, dtype=torch.bfloat16), *CALL),
+        ValueError,
+        "expected [3, 20] float32",
+    ),
+    "block_row": (
+        lambda: OPS.matrix(P, K, 0, torch.float32, CPU, 2**56, *CALL[1:]),
+        ValueError,
+        "row_offset + rows",
+    ),
+    "block_rows": (lambda: OPS.matrix(-1, K, 0, torch.float32, CPU, *CALL), ValueError, "rows=-1"),
+    "block_column": (
+        lambda: OPS.matrix(P, K, -1, torch.float32, CPU, *CALL),
+        ValueError,
+        "col_offset=-1",
+    ),
+    "block_columns": (
+        lambda: OPS.matrix(P, K, 2**32, torch.float32, CPU, *CALL),
+        ValueError,
+        "col_offset + cols",
+    ),
+    "block_dtype": (
+        lambda: OPS.matrix(P, K, 0, torch.int8, CPU, *GAUSSIAN),
+        TypeError,
+        "dtype=torch.int8",
+    ),
+    "rows_negative": (
+        lambda: OPS.matrix_rows(torch.tensor([-1]), K, 0, torch.float32, CPU, *CALL),
+        ValueError,
+        "from -1",
+    ),
+    "rows_float": (
+        lambda: OPS.matrix_rows(torch.tensor([0.5]), K, 0, torch.float32, CPU, *CALL),
+        TypeError,
+        "[1] float32",
+    ),
+    "rows_columns": (
+        lambda: OPS.matrix_rows(torch.tensor([1]), -1, 0, torch.float32, CPU, *CALL),
+        ValueError,
+        "cols=-1",
+    ),
+    "rows_dtype": (
+        lambda: OPS.matrix_rows(torch.tensor([1]), K, 0, torch.int8, CPU, *GAUSSIAN),
+        TypeError,
+        "dtype=torch.int8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_CHECKS)
+def test_an_op_called_directly(name: str) -> None:
+    call, error, words = WITHOUT_CHECKS[name]
+    refused(call, error, (words, "torch.ops.fastproj: received"))
+
+
+def test_row_numbers_in_a_compiled_graph() -> None:
+    """Their values are known only when it runs."""
+    run = torch.compile(lambda rows: fastproj.matrix(rows, K), backend="aot_eager")
+    rows = torch.tensor([5, 0])
+    assert torch.equal(run(rows), fastproj.matrix(rows, K))
+    for beyond in (-1, 2**56):
+        with pytest.raises(ValueError, match=f"received rows from .*{beyond}.*; expected 0 <= row"):
+            run(torch.tensor([beyond, beyond]))
+    torch._dynamo.reset()
+
+
 # ---- backends ----------------------------------------------------------------------------------
 
 

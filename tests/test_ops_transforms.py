@@ -149,6 +149,22 @@ def test_vmap_of_vmap_and_of_no_samples(backend: str, device: str) -> None:
     assert torch.vmap(run)(x[:, 0, :0]).shape == (2, 0, 6)
 
 
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+def test_vmap_of_no_members(backend: str, device: str, in_dim: int) -> None:
+    shape = [4, 5]
+    shape.insert(in_dim, 0)
+    none, shared = torch.zeros(shape, device=device), torch.ones(4, 3, device=device)
+
+    def run(t: Tensor) -> Tensor:
+        return fastproj.project([shared, t], 6, backend=backend)
+
+    def back(t: Tensor) -> Tensor:
+        return fastproj.project_transpose(t, 7, backend=backend)
+
+    assert torch.vmap(run, in_dims=in_dim)(none).shape == (0, 4, 6)
+    assert torch.vmap(back, in_dims=in_dim)(none).shape == (0, 4, 7)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_func_grad_jacobian_and_hessian(backend: str, device: str, kind: str) -> None:
     x = normals((4, 6), dtype=torch.float64).to(device)
@@ -290,6 +306,10 @@ def test_subclasses_and_lazy_bits_give_the_same_values(backend: str, device: str
         fastproj.project_transpose(negative, 3, scale=None, backend=backend),
         fastproj.project_transpose(plain, 3, scale=None, backend=backend),
     )
+    zero = torch._efficientzerotensor((2, 10), device=device)  # a tangent; it has no memory
+    assert zero._is_zerotensor()
+    assert torch.equal(fastproj.project(zero, 3, backend=backend), torch.zeros_like(expected))
+    assert not fastproj.project_transpose(zero, 3, backend=backend).any()
 
 
 def test_meta_and_fake_tensors_have_the_shapes() -> None:
