@@ -76,6 +76,7 @@ def project_pieces(
     TypeError, ValueError
         For what ``fastproj.project`` refuses, and for a total width other than ``grad_dim``.
     """
+    check_batch(function, pieces)
     total = sum(width(piece) for piece in pieces)
     if grad_dim is not None and total != grad_dim:
         raise ValueError(
@@ -86,6 +87,7 @@ def project_pieces(
     key = checks.check_key(function, seed, kind, stream, block=block, proj_dim=proj_dim)
     factor = checks.check_scale(function, scale, proj_dim, key.block)
     call = Call(key, row_offset, factor, precision="")
+    pieces = [piece for piece in pieces if width(piece)] or pieces  # a call takes no empty ones
     y: Tensor | None = None
     for _, group in groupby(pieces, key=lambda piece: piece.dtype):
         run = list(group)
@@ -97,6 +99,16 @@ def project_pieces(
     if y is None:
         raise ValueError(f"{function}: received no gradients; expected a tensor or a dict of them")
     return y
+
+
+def check_batch(function: str, pieces: Sequence[Tensor]) -> None:
+    """Raise ValueError unless all are of one batch size: sums of several calls would broadcast."""
+    for piece in pieces:
+        if piece.dim() and piece.shape[:1] != pieces[0].shape[:1]:
+            raise ValueError(
+                f"{function}: received {checks.describe(pieces[0])} and {checks.describe(piece)}; "
+                "expected one batch size throughout (grads of one batch)"
+            )
 
 
 def width(piece: Tensor) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 import fastproj
 from fastproj import compat
 from fastproj.compat.patching import Patch, needed
-from fastproj.compat.pieces import as_pieces, kind_of, project_pieces, width
+from fastproj.compat.pieces import as_pieces, check_batch, kind_of, project_pieces, width
 from fastproj.projector import Projector
 
 __all__ = [
@@ -322,7 +322,9 @@ class ChunkedCudaProjector:
         """``grads``, a dict of [B, ...] or a Tensor [B, P], to [B, K] of ``dtype``."""
         y: Tensor | None = None
         row = 0
-        chunks = self._chunks(_pieces("ChunkedCudaProjector", grads, self.device))
+        pieces = _pieces("ChunkedCudaProjector", grads, self.device)
+        check_batch("ChunkedCudaProjector.project", pieces)
+        chunks = self._chunks(pieces)
         for projector, chunk in zip(self.projector_per_chunk, chunks, strict=True):
             if chunk:
                 part = projector._projected(chunk, model_id, None, row_offset=row)

@@ -133,6 +133,24 @@ def test_gradients_of_several_dtypes() -> None:
     assert torch.equal(y.double(), flat @ stored(16, 9, 1, stream=2))
 
 
+def test_an_empty_gradient_of_another_dtype_adds_nothing() -> None:
+    grads = {"a": integers((3, 5)), "none": torch.ones(3, 0).double(), "b": integers((3, 5), 1)}
+    projector = ours.CudaProjector(10, 8, 0, "rademacher", "cpu", 8)
+    whole = torch.cat([grads["a"], grads["b"]], 1)
+    assert torch.equal(projector.project(grads, 0), projector.project(whole, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_sizes_that_differ_are_refused(dtype: torch.dtype) -> None:
+    """Each dtype and each chunk is a call of its own, and one sample would be added to all."""
+    grads = {"a": torch.ones(1, 5), "b": torch.ones(4, 5, dtype=dtype)}
+    one = ours.CudaProjector(10, 8, 0, "rademacher", "cpu", 8)
+    chunks = ours.ChunkedCudaProjector([one, one], 5, [5, 5], 8, "cpu", torch.float32)
+    for projector in (one, chunks):
+        with pytest.raises(ValueError, match=r"\[1, 5\] float32.*\[4, 5\].*one batch size"):
+            projector.project(grads, 0)
+
+
 def test_proj_matrix_is_there_for_who_looks() -> None:
     projector = ours.BasicSingleBlockProjector(7, 4, 2, "rademacher", "cpu")
     grads = integers((2, 7))
