@@ -62,9 +62,10 @@ def create_projection_matrix(
     """
     kind = kind_of("create_projection_matrix", projection_type)
     _check_scale("create_projection_matrix", projection_scale)
-    r = fastproj.matrix(n, m, seed_of(identifier), kind, device=device)  # [n, m]
+    made = torch.float64 if dtype is torch.float64 else torch.float32  # rounded once
+    r = fastproj.matrix(n, m, seed_of(identifier), kind, dtype=made, device=device)  # [n, m]
     if projection_scale == "row_norm":
-        r /= _column_norms(identifier, n, m, kind, r.device)
+        r /= _column_norms(identifier, n, m, kind, r.device).to(made)
     else:
         r /= sqrt(m)
     return r.T.to(dtype)
@@ -109,7 +110,7 @@ def project_global(
         y = torch.cat(parts) if parts else P.g.new_zeros((0, m), dtype=dtype)
     if projection_scale == "row_norm":
         n = P.shape[1] if isinstance(P, Tensor) else P.g.shape[-1] * P.a.shape[-1]
-        y /= _column_norms(identifier, n, m, kind, y.device)
+        y /= _column_norms(identifier, n, m, kind, y.device).to(y.dtype)
     return y
 
 
@@ -148,10 +149,10 @@ def _check_scale(function: str, scale: str) -> None:
 
 @lru_cache(maxsize=4096)
 def _column_norms(identifier: str, n: int, m: int, kind: str, device: torch.device) -> Tensor:
-    """Norms [m] of the columns of R[:n, :m]: those of the rows of bergson's matrix."""
+    """Norms [m], float64, of the columns of R[:n, :m]: those of the rows of bergson's matrix."""
     if kind == "rademacher":
-        return torch.full((m,), sqrt(n), device=device)
-    return column_squares(n, m, seed_of(identifier), kind, device).sqrt().float()
+        return torch.full((m,), sqrt(n), dtype=torch.float64, device=device)
+    return column_squares(n, m, seed_of(identifier), kind, device).sqrt()
 
 
 _patch = Patch()

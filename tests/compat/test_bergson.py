@@ -68,6 +68,25 @@ def test_the_matrix_and_the_projection_agree(
         torch.testing.assert_close(A.norm(dim=1), torch.ones_like(A[:, 0]), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("projection_type", KINDS)
+@pytest.mark.parametrize("scale", ["jl", "row_norm"])
+def test_float64_is_float64_whatever_torchs_default_is(projection_type: str, scale: str) -> None:
+    """A model's loading sets the default to bfloat16."""
+    m, n = 24, 101
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        name = f"{projection_type}/{scale}"  # none whose norms are kept from another test
+        A = ours.create_projection_matrix(name, m, n, torch.float64, "cpu", projection_type, scale)
+        x = normals((5, n)).double()
+        y = ours.project_global(name, x, m, projection_type, scale)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    r = stored(n, m, ours.seed_of(name), KINDS[projection_type])
+    exact = r / (m**0.5 if scale == "jl" else r.norm(dim=0))
+    assert relative_error(A, exact.T) < 1e-14
+    assert relative_error(y, x @ exact) < 1e-14
+
+
 def test_identifiers_name_matrices() -> None:
     a, b = (ours.create_projection_matrix(s, 8, 90, torch.float32, "cpu") for s in ("x", "y"))
     assert not torch.equal(a, b)
