@@ -57,7 +57,7 @@ def check_integer(
 ) -> int:
     """``value`` as an int in low <= value < high. Raises TypeError or ValueError."""
     if type(value) is not int:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError(f"{function}: received {name}={value!r}; expected {expected}")
         try:
             value = operator.index(cast(SupportsIndex, value))

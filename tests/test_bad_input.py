@@ -48,6 +48,7 @@ SHARED = [
     case("seed_too_large", ValueError, "seed=18446744073709551616", "2^64", seed=2**64),
     case("seed_float", TypeError, "seed=1.0", "float", "integer", seed=1.0),
     case("seed_bool", TypeError, "seed=True", "integer", seed=True),
+    case("seed_flag", TypeError, "seed=tensor(True)", "integer", seed=torch.tensor(True)),
     case("seed_none", TypeError, "seed=None", "integer", seed=None),
     case("stream_negative", ValueError, "stream=-1", "2^32", stream=-1),
     case("stream_too_large", ValueError, "stream=4294967296", "2^32", stream=2**32),
@@ -600,8 +601,8 @@ def test_a_backend_that_cannot_take_the_device_says_so(monkeypatch: pytest.Monke
 # ---- Projector ---------------------------------------------------------------------------------
 
 PROJECTOR = [
-    *SHARED[:5],
-    *SHARED[8:],
+    *SHARED[:6],
+    *SHARED[9:],
     *HOW,
     case("grad_dim_zero", ValueError, "grad_dim=0", "1 <= grad_dim", grad_dim=0),
     case("grad_dim_float", TypeError, "grad_dim=1e3", "integer", grad_dim=1e3),
