@@ -23,7 +23,8 @@ from fastproj.trak.draws import Draws
 from fastproj.trak.files import Indices
 from fastproj.trak.gradients import AbstractGradientComputer
 from fastproj.trak.gradients.memory import enough_memory
-from fastproj.trak.inputs import check_finite, check_mode
+from fastproj.trak.gradients.running import norm, rounding_share
+from fastproj.trak.inputs import check_finite, check_mode, in_eval_mode
 from fastproj.trak.saver import Saver
 from fastproj.trak.store.store import DRAWN
 from fastproj.trak.tasks import Terms, TokenOutput, TrainingOutput
@@ -69,6 +70,7 @@ class Featurizer:
         self._token_computer: Any = None
         self._lists = batches.Lists()
         self._warned_autocast = False
+        self._active: set[str] = set()  # modules in training mode, without effect on outputs
 
     # ---- the model ------------------------------------------------------------------------------
 
@@ -78,6 +80,7 @@ class Featurizer:
         """Load a checkpoint into the model, which must then hold it until the next."""
         load_state(function, self.model, checkpoint, strict, names)
         self.model.eval()
+        self._active = set()
         self.loaded = LoadedModel(self.model)
         self._use_model()
 
@@ -115,7 +118,31 @@ class Featurizer:
             self.loaded.check(function, lambda: self.out_to_loss(prepared))
             if self.loaded.moved():
                 self._use_model()
+            self._check_modes(function, prepared)
         return prepared, size
+
+    def _check_modes(self, function: str, batch: tuple[Any, ...]) -> None:
+        """Raise ValueError where modules have been put into training mode since the last batch, and
+        outputs are others for that: any forward may ask for ``self.training``.
+        """
+        active = {name: m for name, m in self.model.named_modules() if m.training}
+        if active.keys() == self._active:
+            return
+        if active and isinstance(self.computer, AbstractGradientComputer):
+            with self.loaded.guarded(function, False), self.computing():
+                now = self.computer.outputs_now(batch)
+                with in_eval_mode(active.values()):
+                    wanted = self.computer.outputs_now(batch)
+            share = rounding_share(0.0, now.dtype, *(p.dtype for p in self.model.parameters()))
+            finite = torch.isfinite(now) & torch.isfinite(wanted)  # others are refused later
+            if norm((now - wanted)[finite]) > share * norm(wanted[finite]):
+                names = listed(name or type(module).__name__ for name, module in active.items())
+                raise ValueError(
+                    f"{function}: received a model with {names} in training mode, which gives "
+                    "other outputs than in eval mode; expected model.eval(), which load_checkpoint "
+                    "calls"
+                )
+        self._active = set(active)
 
     @contextmanager
     def computing(self) -> Iterator[None]:

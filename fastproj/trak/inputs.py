@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any, SupportsIndex
 
@@ -219,6 +221,7 @@ def check_mode(function: str, model: nn.Module) -> None:
     """Raise ValueError where dropout or batch statistics are on, because outputs would vary.
 
     Other modules may be in training mode: cuDNN differentiates recurrent ones in no other mode.
+    Whether those of a user do something else then shows in outputs alone: ``Featurizer``.
     """
     active = [
         name or type(module).__name__
@@ -230,6 +233,19 @@ def check_mode(function: str, model: nn.Module) -> None:
             f"{function}: received a model with {listed(active)} in training mode (dropout, batch "
             "statistics); expected model.eval(), which load_checkpoint calls"
         )
+
+
+@contextmanager
+def in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block these modules are in eval mode, which they leave for training mode."""
+    modules = list(modules)
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module in modules:
+            module.training = True
 
 
 def acts_in_training(module: nn.Module) -> bool:

@@ -493,6 +493,41 @@ def test_training_mode_without_effect_is_taken(tmp_path, train):
 
 
 @modules.of(fc=lambda: nn.Linear(25, 25), out=lambda: nn.Linear(25, 4))
+def ActsInTraining(self, x):
+    """Does something else in training mode, as no module of torch's shows."""
+    h = torch.tanh(self.fc(x.flatten(1)))
+    if self.training:
+        drops = self.act == "drops out"
+        h = torch.nn.functional.dropout(h, 0.5) if drops else h * (0.5 if self.act else 1)
+    return self.out(h)
+
+
+@pytest.mark.parametrize("at", [0, 2])  # that of the first batch, and one that hooks don't check
+@pytest.mark.parametrize("act", ["drops out", "scales"])
+@pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
+def test_training_mode_that_shows_in_outputs_alone(tmp_path, train, computer, act, at):
+    model = ActsInTraining()
+    model.act = act
+    traker = cases.loaded(model, tmp_path, N, gradient_computer=computer)
+    rows = list(torch.arange(N).split(2))
+    for inds in rows[:at]:
+        traker.featurize([part[inds] for part in train], inds=inds)
+    model.train()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"ActsInTraining, fc, out in training mode.*eval\(\)"):
+            traker.featurize([part[rows[at]] for part in train], inds=rows[at])
+    assert traker.saver.index(0).done.sum() == 2 * at
+    assert model.training
+    model.eval()
+    traker.featurize(train, inds=range(N))
+    model.act = ""  # in training mode, without effect
+    again = cases.loaded(model, tmp_path / "again", N, gradient_computer=computer)
+    model.train()
+    again.featurize(train, inds=range(N))
+    torch.testing.assert_close(again.saver.matrix(0), traker.saver.matrix(0))
+
+
+@modules.of(fc=lambda: nn.Linear(25, 25), out=lambda: nn.Linear(25, 4))
 def DropsOut(self, x):
     """Dropout as a function, which is on by default; ``mended`` switches it off."""
     h = torch.tanh(self.fc(x.flatten(1)))

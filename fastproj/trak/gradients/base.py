@@ -299,6 +299,14 @@ class AbstractGradientComputer(ABC):
         out: Tensor = self._of_task(self.task.get_output, chosen, *sample)
         return out
 
+    def outputs_now(self, batch: tuple[Any, ...]) -> Tensor:
+        """f of each sample of a batch, [B], with the parameters that were loaded."""
+        with torch.no_grad():
+            if isinstance(self.task, BatchedModelOutput):
+                return self.outputs(self.chosen, batch).reshape(-1)
+            alone = [self.output_alone(self.chosen, one) for one in singles(batch)]
+        return torch.stack([out.reshape(()) for out in alone])
+
     def output_alone(self, chosen: Grads, batch: tuple[Any, ...]) -> Tensor:
         """f of the sample of a batch of one, a scalar; of ``SeveralOutputs``, [rows]."""
         method = getattr(self.task, "get_output", None)
