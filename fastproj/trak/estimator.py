@@ -458,6 +458,7 @@ class TRAKer:
         ranks = self.ranks if self.ranks.agree(function, model_ids) else Ranks()
         self.saver.forget()
         ids = known_ids(self.saver, function, model_ids)
+        ids = ranks.broadcast(function, ids)  # a process apart may be adding some
         for model_id in ids:
             require_all(self.saver, function, model_id)
         if del_grads:
@@ -653,6 +654,10 @@ class TRAKer:
         self.saver.forget()
         shape = (self.train_set_size, self.saver.num_columns(exp_name))
         ids = scored_ids(self.saver, function, exp_name, model_ids, allow_skip)
+        first = ranks.broadcast(function, ids)  # a process apart may be finishing some
+        if ids != first:
+            ids = first
+            self.saver.forget()
         if ranks.first:
             self._contents.compare(function, ids, exp_name)
             self._contents.compare(function, ids)

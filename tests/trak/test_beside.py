@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import random
 import shutil
+from itertools import product
 
+import numpy as np
 import pytest
+import torch
 
+from fastproj.trak.solving.scoring import scores_of_targets
 from fastproj.trak.store.store import Store
 from tests.trak import cases, kinds
 from tests.trak.faults import Faults
@@ -108,6 +112,58 @@ class Beside:
 def test_another_at_any_moment(kind, tmp_path):
     with_parts = moments_with_parts(tmp_path / "counted", kind)
     Beside(tmp_path, kind).run(list(with_parts))
+
+
+def every_moment(folder, step, act):
+    """What ``step()`` gives where ``act()`` happens at each of its moments."""
+    with Faults(folder, reads=True) as counted:
+        step()
+
+    def acting(_):
+        faults.at = range(0)
+        act()
+
+    for at in range(len(counted.steps)):
+        with Faults(folder, at, acting, reads=True) as faults:
+            yield at, np.array(step())
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        *(("finalize_scores", kind) for kind in ("rademacher", "sjlt-fisher")),
+        pytest.param("finalize_scores", "gaussian-dual", marks=pytest.mark.slow),
+        pytest.param("finalize_scores", "fisher-dual", marks=pytest.mark.slow),
+        *product(("self_influence", "parts"), ("rademacher", "gaussian-dual", "fisher-dual")),
+    ],
+)
+def test_scores_are_of_one_lambda(step, kind, tmp_path):
+    """Whatever another process finalises while they are made."""
+    with kinds.quiet():
+        kinds.whole(tmp_path, kind)
+        run, other = kinds.Run(tmp_path, kind), kinds.Run(tmp_path, kind)
+        steps = {
+            "finalize_scores": lambda: run.traker.finalize_scores("test"),
+            "self_influence": run.traker.self_influence,
+            "parts": lambda: scores_of_targets(
+                run.traker.saver.systems, run.traker.score_computer, 0, torch.ones(2, k), 2
+            ),
+        }
+        k = run.traker.proj_dim
+        lambdas = (run.traker.lambda_reg, 3.0)
+        wanted = []
+        for value in lambdas:
+            other.traker.finalize_features(lambda_reg=value)
+            wanted.append(np.array(steps[step]()))
+        assert not np.array_equal(*wanted)
+        now = [1]
+
+        def finalize():
+            now[0] = 1 - now[0]
+            other.traker.finalize_features(lambda_reg=lambdas[now[0]])
+
+        for at, found in every_moment(tmp_path, steps[step], finalize):
+            assert any(np.array_equal(found, one) for one in wanted), at
 
 
 @pytest.mark.slow

@@ -7,14 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastproj.trak import distributed
+from fastproj.trak import distributed, estimator
 from fastproj.trak.distributed import DistributedError, Ranks
 from fastproj.trak.files import read_json
 from fastproj.trak.solving.solve import System
@@ -364,6 +366,63 @@ def test_a_slower_rank_takes_the_same_steps(tmp_path):
         traker.finalize_features(lambda_reg=1)
         counts.append(traker.ranks.steps)
     assert counts[0] == counts[1] > 0
+
+
+class Threads(Ranks):
+    """One of two ranks that are threads of this process."""
+
+    slots = [("", None)] * 2
+    meeting = threading.Barrier(2, timeout=60)
+
+    def all_gather_steps(self, step, value):
+        self.slots[self.rank] = step, value
+        self.meeting.wait()
+        every = list(self.slots)
+        self.meeting.wait()
+        return every
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "batches"])
+def test_ranks_score_what_rank_0_has_found(what, tmp_path, monkeypatch):
+    """A process apart finishes a checkpoint, or cuts the same samples into other batches, when
+    rank 0 has looked and rank 1 hasn't.
+    """
+    cases.small_blocks(monkeypatch.setattr)
+    train, targets = cases.data(21), cases.data(4, seed=5)
+    nets = [cases.net(1), cases.net(2)]
+    apart, *trakers = (cases.make(cases.net(), tmp_path, 21) for _ in range(3))
+    for model_id, net in enumerate(nets):
+        cases.featurize(apart, net, model_id, train)
+    apart.finalize_features()
+    for model_id, net in enumerate(nets):
+        cases.score(apart, net, model_id, targets)
+    ids = [0] if what == "checkpoint" else [0, 1]
+    wanted = np.array(apart.finalize_scores("test", ids))
+    others = [cases.make(cases.net(), tmp_path, 21) for _ in nets]
+    for model_id, (other, net) in enumerate(zip(others, nets, strict=True)):
+        other.load_checkpoint(net.state_dict(), model_id)
+        other._pass.index(model_id).shard[:] = -1  # as long before: it featurizes all again
+    looked, found = threading.Event(), estimator.scored_ids
+
+    def scored_ids(saver, *args):
+        if saver is trakers[0].saver:
+            found(saver, *args)
+            looked.set()
+            return ids
+        assert looked.wait(60)
+        if what == "batches":
+            for other in others:
+                for rows in torch.arange(21).split([5, 8, 8]):  # after 7, 7, 7
+                    other.featurize([part[rows] for part in train], inds=rows)
+            saver.forget()
+        return found(saver, *args)
+
+    monkeypatch.setattr(estimator, "scored_ids", scored_ids)
+    for rank, traker in enumerate(trakers):
+        traker.ranks = Threads(rank, 2)
+    with ThreadPoolExecutor(2) as pool:
+        for scores in pool.map(lambda traker: traker.finalize_scores("test"), trakers):
+            np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_a_process_group_that_was_begun_here_is_ended(monkeypatch):

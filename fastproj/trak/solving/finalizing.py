@@ -265,6 +265,7 @@ def solved(
     systems: Systems, computer: ScoreComputer, model_id: int, checkpoints: int
 ) -> tuple[Solution, Gram]:
     """The factored system of a finalised checkpoint, and its matrix."""
+    systems = systems.as_now([model_id])
     system = systems.read_system(model_id)
     stored = systems.read_solve(model_id)
     sums, n, eps = systems.read_gram(model_id, system)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastproj.checks import listed
-from fastproj.trak.distributed import Ranks
+from fastproj.trak.distributed import Ranks, hash_of
 from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.finalizing import lambda_of, own_scores, solution_of
@@ -22,6 +22,7 @@ from fastproj.trak.store.features import block_rows, read_features, sample_block
 from fastproj.trak.store.scores import Sink
 from fastproj.trak.store.store import Store
 
+STEP = "finalize_scores"
 TARGET_ROWS = 8192  # targets held at once while scoring
 WEIGHT_BYTES = 1 << 28  # of all checkpoints' targets held at once
 
@@ -39,15 +40,21 @@ def write_scores(
 
     ``mean over checkpoints of (features @ weights.T) * mean over checkpoints of Q``, or, where each
     takes its own Q, ``mean over checkpoints of ((features @ weights.T) * Q)``, Q as in ``Halved``.
+    Lambdas, and the order of training samples, are those that rank 0 finds at the beginning.
     """
+    with ranks.barrier(STEP):
+        found = systems.as_now(model_ids).solved if ranks.first else {}
+    systems = Systems(systems.store, ranks.broadcast(STEP, found))
     store, own_q, count = systems.store, takes_own_q(systems, model_ids), len(model_ids)
     readers = [store.reader(model_id) for model_id in model_ids]
-    rows_at_once = block_rows(store.proj_dim)
-    blocks = sample_blocks(readers[0].index.order(), rows_at_once)[ranks.rank :: ranks.size]
+    order = readers[0].index.order()
+    if len(set(ranks.all_gather(STEP, hash_of(order)))) > 1:  # a process apart has just added some
+        order = ranks.broadcast(STEP, order)
+    blocks = sample_blocks(order, block_rows(store.proj_dim))[ranks.rank :: ranks.size]
     chunks = target_chunks(store, exp_name, count)
     passes = len(chunks) * store.train_set_size // ranks.size
     halved = [Halved.of(systems, model_id) for model_id in model_ids]
-    with ranks.barrier("finalize_scores"), progress("scoring", passes, "sample") as bar:
+    with ranks.barrier(STEP), progress("scoring", passes, "sample") as bar:
         total = q_total = torch.empty(0)
         for columns in chunks:
             weights = []  # one checkpoint's system is held at a time
@@ -80,7 +87,7 @@ def scores_of_targets(
     """The scores of all training samples by one checkpoint of so many, [n, m], of target features
     [m, k].
     """
-    store = systems.store
+    store, systems = systems.store, systems.as_now([model_id])
     weights = target_weights(systems, computer, model_id, targets, checkpoints)
     scores = np.empty((store.train_set_size, len(targets)), np.float32)
     reader = store.reader(model_id)
@@ -146,7 +153,7 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
     With the Fisher matrix it is on the sample's log-likelihood: g (F + lambda I)^-1 g, with g its
     gradient.
     """
-    store = systems.store
+    store, systems = systems.store, systems.as_now(model_ids)
     total = torch.zeros(store.train_set_size, dtype=torch.float64)
     q_total = torch.zeros_like(total)
     own_q = takes_own_q(systems, model_ids)

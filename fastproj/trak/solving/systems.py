@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,32 @@ from fastproj.trak.store.store import DRAWN, Store
 
 FISHER, TRAK = "fisher", "trak"  # curvatures, in solve.json
 SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
+TRIES = 5  # to read what other processes are writing
 
 # A part of a Gram matrix: which rows are in which parts, as a digest, and the number of this one.
 GramPart = tuple[str, int]
 
 
 class Systems:
-    """The Gram matrices and lambdas of a store's checkpoints, beside their features."""
+    """The Gram matrices and lambdas of a store's checkpoints, beside their features.
 
-    def __init__(self, store: Store) -> None:
+    solved : by model_id, what ``read_solve`` gives whatever is on disk.
+    """
+
+    def __init__(self, store: Store, solved: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         self.store = store
+        self.solved = dict(solved or {})
+
+    def as_now(self, model_ids: Sequence[int]) -> Systems:
+        """The same with the lambdas that these checkpoints have now, for all that is made of them:
+        another process may finalise with others meanwhile.
+        """
+        found: dict[int, dict[str, Any]] = {}
+        for _ in range(TRIES):  # until none was written while others were read
+            before, found = found, {model_id: self.read_solve(model_id) for model_id in model_ids}
+            if found == before:
+                break
+        return Systems(self.store, found)
 
     def is_finalized(self, model_id: int) -> bool:
         """Whether a lambda and its matrix, of the features that are there now, were stored."""
@@ -121,6 +137,8 @@ class Systems:
 
     def read_solve(self, model_id: int) -> dict[str, Any]:
         """As written by ``write_solve``."""
+        if model_id in self.solved:
+            return dict(self.solved[model_id])
         path = self.solve_path(model_id)
         summary = read_json(path)
         missing = [name for name in SOLVED if name not in summary]
