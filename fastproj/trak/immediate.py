@@ -12,7 +12,7 @@ from fastproj.trak.curvature import check_finite_terms, check_terms
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.gradients import AbstractGradientComputer, modules_of, project_modules
 from fastproj.trak.gradients.scales import projects_pieces, unscaled
-from fastproj.trak.readiness import finalized_count, require_all
+from fastproj.trak.readiness import finalized_count, require_all, require_finalized
 from fastproj.trak.solving.scoring import (
     Halved,
     check_scores,
@@ -69,6 +69,8 @@ def scores_in_parts(
             parts = project_modules(computer, batch, projector, model_id)
         else:
             parts = computer.project_rows(batch, projector, model_id)
+    made_by.saver.forget()  # a check may have failed, here or elsewhere: see Store.distrust
+    require_finalized(made_by.saver, "score", model_id)
     rows = [made_by.scaled(part, np.arange(size)) for part in parts]
     targets = torch.stack(rows, 1).flatten(0, 1)
     count = finalized_count(made_by.saver)
@@ -84,20 +86,31 @@ def scores_in_parts(
 class Stream:
     """The scores of other training samples on all targets of an experiment, by one checkpoint.
 
-    Raises NotReadyError unless all targets were given.
+    Raises NotReadyError unless all targets were given; also where a check of gradients has failed
+    since, so that features that they are made of no longer count.
     """
 
     def __init__(
         self, made_by: Featurizer, score_computer: ScoreComputer, model_id: int, exp_name: str
     ) -> None:
-        saver = made_by.saver
-        require_all(saver, "score", model_id, exp_name)
-        columns = range(saver.num_columns(exp_name))
-        targets = target_features(saver, model_id, exp_name, columns)
+        self.made_by, self.score_computer = made_by, score_computer
+        self.model_id, self.exp_name = model_id, exp_name
+        self._solve()
+
+    def _solve(self) -> None:
+        """Take the targets and the lambda that are there."""
+        saver, model_id = self.made_by.saver, self.model_id
+        distrusted = saver.distrusted(model_id)
+        saver.forget()
+        require_finalized(saver, "score", model_id)
+        require_all(saver, "score", model_id, self.exp_name)
+        columns = range(saver.num_columns(self.exp_name))
+        targets = target_features(saver, model_id, self.exp_name, columns)
         self.count = count = finalized_count(saver)
-        self.weights = target_weights(saver.systems, score_computer, model_id, targets, count)
-        self.halved = Halved.of(saver.systems, model_id)
-        self.made_by, self.score_computer, self.model_id = made_by, score_computer, model_id
+        self.systems = systems = saver.systems.as_now([model_id])
+        self.weights = target_weights(systems, self.score_computer, model_id, targets, count)
+        self.halved = Halved.of(systems, model_id)
+        self.distrusted = distrusted
 
     def scores(self, batch: tuple[Any, ...], size: int) -> Scores:
         """Those of the samples in a batch, [B, m]."""
@@ -118,11 +131,13 @@ class Stream:
                 q = terms.slope.float()
                 nothing = np.zeros(size, np.bool_)
                 (features,) = made_by.features(samples, model_id, inds, drawn=nothing)
+        if made_by.saver.distrusted(model_id) != self.distrusted:
+            self._solve()
         features, q = features.float().cpu(), q.cpu()
         if made_by.draws is not None:
             q = self.halved.slopes(self.score_computer, features, q, terms.curvature.cpu())
         product = self.score_computer.scores(features, self.weights)
         product.mul_(q.unsqueeze(1))
-        check_scores(made_by.saver.systems, model_id, product, self.count)
+        check_scores(self.systems, model_id, product, self.count)
         scores: Scores = product.numpy()
         return scores

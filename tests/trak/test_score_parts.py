@@ -259,6 +259,52 @@ def test_parts_are_not_on_trust_after_a_failed_check(per, tmp_path):
         traker.score(batch_of(M, 2), per=per)
 
 
+@modules.of(fc=lambda: nn.Linear(5, 8), out=lambda: nn.Linear(8, 3))
+def Turns(self, x):
+    """Takes gradients as no hook sees them once ``turned``."""
+    h = torch.tanh(self.fc(x))
+    if hasattr(self, "turned"):
+        h = h + nn.functional.linear(x, self.fc.weight)
+    return self.out(h)
+
+
+@pytest.mark.parametrize("settings", [{"per": "module"}, {"stream": True}])
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_features_that_no_longer_count_give_no_scores(checkpoints, settings, tmp_path):
+    """A check fails in the batch that is scored: what the scores would be made of is on trust."""
+    torch.manual_seed(0)
+    model = Turns()
+    states = [Turns().state_dict() for _ in range(checkpoints)]
+    traker = cases.make(model, tmp_path, N)
+    train, targets = ((torch.randn(n, 5), torch.randint(0, 3, (n,))) for n in (N, M))
+    for model_id, state in enumerate(states):
+        traker.load_checkpoint(state, model_id)
+        for rows in torch.arange(N).split(4):
+            traker.featurize([part[rows] for part in train], inds=rows)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("t", states[0], 0, M)
+    traker.score(targets, num_samples=M)
+    traker.score(targets, **settings)
+    model.turned = True
+    lost = f"lacks {N} of {N} training samples"
+    with (
+        pytest.raises(NotReadyError, match=lost),
+        pytest.warns(match="to be wrong|is used instead"),
+    ):
+        traker.score(targets, **settings)
+    with pytest.raises(NotReadyError, match=lost):
+        traker.score(targets, **settings)
+    traker.load_checkpoint(states[0], 0)
+    traker.featurize(train, inds=range(N))
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("t", states[0], 0, M)
+    if "stream" in settings:
+        with pytest.raises(NotReadyError, match=f"lacks {M} of {M} targets"):
+            traker.score(targets, **settings)
+    traker.score(targets, num_samples=M)
+    assert np.isfinite(traker.score(targets, **settings)).all()
+
+
 @pytest.mark.parametrize(("per", "before"), [("module", 3), ("token", 2)])
 def test_labels_are_checked_in_the_forward_of_the_gradients(per, before, tmp_path):
     traker, _, _ = scored(tmp_path)
