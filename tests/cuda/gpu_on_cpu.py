@@ -62,7 +62,9 @@ def matrix(out: Tensor, call: Call, col_offset: int) -> None:
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 torch.cuda.mem_get_info = lambda *_: (1 << 30, 1 << 30)
+torch.cuda.synchronize = lambda *_: None
 cuda.unavailable = lambda: None
+cuda.unsupported = lambda *_: None
 cuda.project, cuda.project_transpose, cuda.matrix = project, project_transpose, matrix
 registry.unavailable = lambda name: None if name == "cuda" else f"{name} is not what is tested"
 

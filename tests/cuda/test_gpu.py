@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import lru_cache
 
 import numpy as np
@@ -292,9 +293,9 @@ def test_current_stream_without_synchronising():
 
 
 def in_new_thread(work):
-    """What `work` returns, or raises, in a thread that has not used CUDA yet."""
+    """What `work` returns, or raises, in a thread that has not used CUDA yet; the same variant."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(work).result()
+        return pool.submit(copy_context().run, work).result()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -311,15 +312,15 @@ def test_first_projection_of_a_thread(variant, dtype):
 
 
 def test_first_other_call_of_a_thread():
-    key = MatrixKey("rademacher", 2, 3)
+    call = Call(MatrixKey("rademacher", 2, 3))
     y, out = integers(16, 256), torch.empty(16, 4096, device="cuda")
     block = torch.empty(512, 64, device="cuda")
 
     def adjoint():
-        cuda.project_transpose(y, out, key=key, row_offset=0, scale=1.0, precision="highest")
+        cuda.project_transpose(y, out, call)
 
     def matrix():
-        cuda.matrix(block, key=key, row_offset=0, col_offset=0)
+        cuda.matrix(block, call, 0)
 
     for work, result in ((adjoint, out), (matrix, block)):
         work()

@@ -23,7 +23,10 @@ PLUGIN = "tests.cuda.gpu_on_cpu"
 NOT_HERE = "not ({})".format(
     " or ".join("stream graph allocation two_gpus thread backward gradient".split())
 )
-SOME = "matrix_is_the_spec or sjlt_small or extreme or adjoint or (error_against and 512)"
+SOME = (
+    "matrix_is_the_spec or sjlt_small or extreme or adjoint or (error_against and 512)"
+    " or of_a_thread or bf16_projection"
+)
 
 
 def on_the_emulation(*arguments: str) -> None:
