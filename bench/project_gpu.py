@@ -186,6 +186,11 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
         }
         return write_result(name, content, "\n".join(said))
 
+    def stop(where: str, error: Exception) -> None:
+        nonlocal stopped
+        stopped = f"{where}: {' '.join(str(error).split())[:300]}"
+        say(f"\nSTOPPED at {stopped}")
+
     for shape in shapes_of(options):
         if time.monotonic() - begun > options.budget:
             not_run.append(str(shape))
@@ -195,8 +200,7 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
             case = make_case(options, shape, torch.cuda.mem_get_info()[0])
             found = time_case(case, of_kind[shape.kind], options.repeats or 10)
         except RuntimeError as error:  # of a kernel: CUDA takes no more calls after it
-            stopped = f"{shape}: {' '.join(str(error).split())[:300]}"
-            say(f"\nSTOPPED at {stopped}")
+            stop(str(shape), error)
             break
         if found:
             say(sparse_table_of(found) if shape.block else table_of(found, PEAKS))
@@ -207,7 +211,10 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
             say(growth_table_of(rows, name_of(backend)))
     targets = [*rate_targets(rows, arch), *sparse_targets(rows, arch)]
     if not options.ladder and not stopped:
-        targets += memory_targets()
+        try:
+            targets += memory_targets()
+        except RuntimeError as error:
+            stop("the targets of memory", error)
     say(list_of(targets))
     if not_run:
         say(f"\nnot run, --budget {options.budget:g} s was used up: {'; '.join(not_run)}")

@@ -63,7 +63,7 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for the result file."""
         middle = median(self.seconds) if self.seconds else None
-        error = None if math.isnan(self.error) else self.error
+        error = self.error if math.isfinite(self.error) else None  # JSON has no other numbers
         plain = {**asdict(self), "error": error}
         return {
             **plain,

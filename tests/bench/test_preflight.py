@@ -424,6 +424,30 @@ def test_after_a_failed_kernel_nothing_is_asked(
     assert "takes no more calls after what failed in fails" in lines[3].found
 
 
+def test_a_refusal_is_an_answer(
+    machine: FakeModule,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A module without code for this GPU: fastproj refuses the backend by a ValueError."""
+
+    def refuses(grads: torch.Tensor, cols: int, **options: Any) -> torch.Tensor:
+        raise ValueError("received backend='cuda', which can't run here: built for 90")
+
+    small(monkeypatch)
+    machine.gpus[0]["problem"] = "built for 90, Stand-in is 80"
+    monkeypatch.setattr(preflight, "project", refuses)
+    monkeypatch.setattr(preflight, "launched", lambda call: call())
+    lines = preflight.run(tmp_path, 30.0, lambda line: None)
+    assert len(lines) == 12
+    found = {line.name: line for line in lines}
+    assert found["kernels"].verdict == preflight.FAIL
+    assert "gpu 0: built for 90, Stand-in is 80" in found["kernels"].found
+    assert "ValueError: received backend='cuda'" in found["values"].found
+    assert found["bandwidth"].verdict == preflight.OK
+
+
 def test_nothing_starts_after_the_budget_or_without_a_driver(
     machine: FakeModule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

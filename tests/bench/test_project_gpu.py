@@ -130,6 +130,44 @@ def test_a_wrong_result_is_not_timed_and_fails(
     assert "WRONG" in capsys.readouterr().out
 
 
+def test_a_result_that_is_not_finite_fails_and_the_others_are_written(
+    gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An infinite error, which JSON has no number for, must not end the run."""
+
+    def infinite(grads: torch.Tensor, **options: Any) -> torch.Tensor:
+        result = fastproj.project(grads, **{**options, "backend": "cpu"})
+        return result.fill_(torch.inf) if options["backend"] == "cuda" else result
+
+    monkeypatch.setattr(ours_gpu, "fastproj", types.SimpleNamespace(project=infinite))
+    assert bench("--provider", "cuda highest", "triton highest") == 1
+    assert "WRONG: error inf" in capsys.readouterr().out
+    (path,) = gpu_stand_in.glob("*.json")
+    rows = {row["provider"]: row for row in json.loads(path.read_text())["rows"]}
+    assert (rows["fastproj cuda highest"]["error"], rows["fastproj cuda highest"]["wrong"]) == (
+        None,
+        True,
+    )
+    assert len(rows["fastproj triton highest"]["seconds"]) == 2
+
+
+def test_a_kernel_that_fails_in_the_last_targets_keeps_the_others(
+    gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> list[Any]:
+        raise RuntimeError("launch of project sjlt\n failed")
+
+    monkeypatch.setattr(project_gpu, "memory_targets", fails)
+    assert bench("--provider", "cuda highest") == 1
+    out = capsys.readouterr().out
+    assert "STOPPED at the targets of memory: launch of project sjlt failed" in out
+    assert "cuda against stored R, B = 64" in out
+    (path,) = gpu_stand_in.glob("*.json")
+    content = json.loads(path.read_text())
+    assert content["stopped"].startswith("the targets of memory")
+    assert content["targets"]
+
+
 def test_a_kernel_that_fails_costs_its_own_row_only(
     gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
