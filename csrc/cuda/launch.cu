@@ -154,7 +154,9 @@ class CudaLauncher {
         const Kernel kernel{find_sjlt_kernel(plan.key), plan.threads, plan.shared_bytes};
         const std::int64_t items =
             static_cast<std::int64_t>(p.col_tiles) * p.splits * p.batch_tiles;
-        one("project sjlt", kernel, grid(items), p);
+        // A kernel serves calls of many sizes, of other threads and in one capture too. So each
+        // allows the most: none lowers what another is about to launch with.
+        one("project sjlt", kernel, grid(items), p, shared_limit(info.major, info.minor));
     }
     void transpose_sjlt(bool in_double, const SjltTransposeParams& p) {
         one("project_transpose sjlt", sjlt_transpose_kernel(in_double),
@@ -184,13 +186,16 @@ class CudaLauncher {
             std::min<std::int64_t>(items, std::int64_t{16} * info.multiprocessors));
     }
     template <class Params>
-    void one(const char* what, const Kernel& kernel, int blocks, const Params& params) {
+    void one(const char* what, const Kernel& kernel, int blocks, const Params& params,
+             int allowed = 0) {
         Params p = params;
         void* arguments[] = {&p};
-        launch(what, kernel, blocks, 0, arguments);
+        launch(what, kernel, blocks, 0, arguments, allowed);
     }
-    // cluster 0: a kernel that knows no clusters.
-    void launch(const char* what, const Kernel& kernel, int blocks, int cluster, void** arguments) {
+    // cluster 0: a kernel that knows no clusters. allowed: bytes of shared memory that its launches
+    // may have, where that is more than this one has; the attribute belongs to the kernel.
+    void launch(const char* what, const Kernel& kernel, int blocks, int cluster, void** arguments,
+                int allowed = 0) {
         const std::string where = std::string(what) + " (" + std::to_string(blocks) +
                                   " blocks of " + std::to_string(kernel.threads) + " threads, " +
                                   std::to_string(kernel.shared_bytes) + " bytes of shared memory)";
@@ -199,7 +204,7 @@ class CudaLauncher {
         {  // Set even where the default would do: this loads the kernel, as a capture must not.
             RelaxedCapture relaxed;
             check(cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       kernel.shared_bytes),
+                                       std::max(allowed, kernel.shared_bytes)),
                   "setting the shared memory of " + where);
         }
         cudaLaunchConfig_t config{};

@@ -18,6 +18,8 @@ namespace {
 thread_local int device = 0;  // of the thread
 thread_local int bound = -1;  // whose context is bound to the thread
 thread_local std::string calls;
+thread_local bool shows_shared = false;
+thread_local int allowed = 0;  // shared memory of the kernel that was last prepared
 
 cudaError_t note(const std::string& call) {
     calls += call + "\n";
@@ -60,12 +62,18 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     attributes->maxThreadsPerBlock = 1024;
     return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
     bound = device;
+    allowed = value;
     return cudaSuccess;
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
     bound = device;
+    if (config->dynamicSmemBytes > static_cast<std::size_t>(allowed)) return cudaErrorInvalidValue;
+    if (shows_shared) {
+        note("shared memory " + std::to_string(config->dynamicSmemBytes) + " of " +
+             std::to_string(allowed));
+    }
     return note("launch on " + std::to_string(bound));
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
@@ -127,8 +135,13 @@ extern "C" int fake_call(const char* what, int dtype, int where, char* text, int
     int code = 0;
     try {
         const std::string name = what;
-        if (name == "project") {
+        shows_shared = name.rfind("sjlt", 0) == 0;
+        if (name == "project" || shows_shared) {
             ProjectCall call{};
+            if (shows_shared) {
+                call.key.kind = Kind::kSjlt;
+                call.key.block_log2 = name == "sjlt large" ? 10 : 6;
+            }
             call.grads = reinterpret_cast<const void*>(std::uintptr_t{256});
             call.dtype = static_cast<Dtype>(dtype);
             call.batch = call.cols = 64;

@@ -7,6 +7,7 @@ GPU.
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from pathlib import Path
 
@@ -73,6 +74,23 @@ def test_first_other_call_of_a_thread(library, what, device):
     call(library, what, "bfloat16", device)
     trace = in_new_thread(library, what, "bfloat16", device)
     assert trace == [f"launch on {device}", "left on 0"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calls_of_kind_sjlt_do_not_lower_what_others_may_have(library, dtype):
+    """How much shared memory launches may have belongs to the kernel, not to the call: another
+    thread, or an earlier call in the same capture, may be about to have more.
+    """
+    had, allowed = set(), set()
+    for what in ("sjlt small", "sjlt large"):
+        trace = call(library, what, dtype)
+        of_kernel, launch = trace[:2]
+        assert launch == "launch on 0"
+        found = re.fullmatch(r"shared memory (\d+) of (\d+)", of_kernel)
+        had.add(int(found[1]))
+        allowed.add(int(found[2]))
+    assert len(had) == 2
+    assert allowed == {227 * 1024}  # all that a block of the stand-in can have
 
 
 def test_the_stand_in_sees_a_context_that_is_not_bound(library, tmp_path):
