@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,14 +12,13 @@ from fastproj.backends import registry
 from fastproj.backends import triton as adapter
 from fastproj.call import Call
 from fastproj.kernels import config, launch, plan
-from fastproj.spec import MatrixKey
+from fastproj.spec import MatrixKey, sjlt_entries
 from fastproj.trak.gradients.parts import Product, Workspace
 from fastproj.trak.gradients.sinks import ProjectingSink
 from tests.dense import integers, normals, relative_error, stored
-from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED, poisoned_memory
+from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED
+from tests.kernels.cases import poisoned_memory as poisoned_memory  # a fixture for all tests here
 from tests.known import Block, blocks, check_block, check_entry, entries
-
-__all__ = ["poisoned_memory"]
 
 FAR = 2**32 - 1  # the last stream
 # block, columns, rows, row offset: inside a tile, across tiles and the counter's high half, whole
@@ -47,6 +47,32 @@ def project(grads: Tensor | list[Tensor], columns: int, block: int, **options: o
 
 def of(rows: int, columns: int, block: int, **key: int) -> Tensor:
     return stored(rows, columns, kind="sjlt", block=block, device=DEVICE, **key)
+
+
+def times(grads: Tensor, columns: int, block: int, **key: int) -> Tensor:
+    """grads @ of(P, columns, block, ...), float64, from the places of the entries: R itself would
+    take up to a terabyte.
+    """
+    P, offset = grads.shape[1], key.get("row_offset", 0)
+    of_spec = MatrixKey("sjlt", key.get("seed", 0), key.get("stream", 0), block)
+    k = np.arange(columns, dtype=np.uint64)
+    total = torch.zeros((grads.shape[0], columns), dtype=torch.float64, device=grads.device)
+    for tile in range(offset // block, -(-(offset + P) // block)):
+        row, sign = sjlt_entries(of_spec, tile, k)
+        at = row.astype(np.int64) + (tile * block - offset)
+        sign = np.where((at >= 0) & (at < P), sign, np.int8(0))
+        place, factor = (torch.from_numpy(x).to(grads.device) for x in (at.clip(0, P - 1), sign))
+        total += grads[:, place].double() * factor
+    return total
+
+
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+def test_sjlt_truth_without_r(shape: tuple[int, int, int, int]) -> None:
+    block, columns, rows, offset = shape
+    grads = integers((3, rows)).to(DEVICE)
+    key = {"seed": 7, "stream": FAR, "row_offset": offset}
+    expected = grads.double() @ of(rows, columns, block, **key)
+    assert torch.equal(times(grads, columns, block, **key), expected)
 
 
 # ---- the matrix --------------------------------------------------------------------------------
@@ -108,8 +134,8 @@ def test_sjlt_project(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> N
     grads = integers((3, rows), dtype=dtype).to(DEVICE)
     key = {"seed": MAX_SEED - 7, "stream": FAR, "row_offset": offset}
     result = project(grads, columns, block, **key)
-    assert result.dtype == torch.float32
-    assert torch.equal(result.double(), grads.double() @ of(rows, columns, block, **key))
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(result.double(), times(grads, columns, block, **key))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -287,8 +313,8 @@ def test_sjlt_products(
     out = torch.ones((B, K), device=DEVICE)
     assert ours.add_product(left, right, 3, row_offset=offset, out=out)
     products = torch.einsum("btm,btn->bmn", left.double(), right.double()).flatten(1)
-    r = of(m * n, K, block, seed=2**63 + 5, stream=3, row_offset=offset)
-    assert torch.equal(out.double(), 1 + 0.5 * (products @ r))
+    truth = times(products, K, block, seed=2**63 + 5, stream=3, row_offset=offset)
+    assert torch.equal(out.double(), 1 + 0.5 * truth)
     some = torch.ones((1, K), device=DEVICE)
     assert ours.add_product(left[-1:], right[-1:], 3, row_offset=offset, out=some)
     assert torch.equal(some[0], out[-1])

@@ -6,6 +6,7 @@ two cores. A case that fails shows in the output of the process.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -55,6 +56,17 @@ def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
     for process in running.values():
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("name", ["cases", "cases_sjlt"])
+def test_a_gpu_gets_every_case(name: str) -> None:
+    """test_gpu.py imports all names of both files: an __all__ would hide their tests."""
+    module = importlib.import_module(f"tests.kernels.{name}")
+    written = {each for each in vars(module) if each.startswith("test_")}
+    imported: dict[str, object] = {}
+    exec(f"from tests.kernels.{name} import *", imported)
+    assert written
+    assert written <= imported.keys()
 
 
 @pytest.mark.parametrize("name", GROUPS)
