@@ -149,6 +149,8 @@ def project_product_kernel(
                 )
                 some += sketched(grad, place - TILE, count, packed, PART)
             pointers = to + c * PART + tl.arange(0, PART)
-            if unit > first:  # each thread reads what it wrote itself
+            # Not always by the thread that wrote it: the sum above has passed a barrier since, in
+            # the gather among columns or in the sum over rows, whose threads lie in several warps.
+            if unit > first:
                 some += tl.load(pointers)
             tl.store(pointers, some)
