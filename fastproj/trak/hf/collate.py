@@ -41,6 +41,7 @@ class Collator:
     ----------
     lengths : the tokens of each sample, (input_ids,) or (input_ids, labels) of a seq2seq model.
     shapes : how long each sample is padded.
+    settled : whether it is known that padding changes nothing, or nothing is padded.
     """
 
     def __init__(
@@ -65,10 +66,32 @@ class Collator:
         self._say_what_is_left_out(samples[0])
         self.token_labels = kind in OF_TOKENS or (kind is None and all(map(of_tokens, samples)))
         self.lengths = [self._lengths(index, sample) for index, sample in enumerate(samples)]
+        placed = kind == "causal_lm" and "position_ids" in self.takes
+        self.packed = placed and any(map(is_packed, samples))
         self.shapes = padded_shapes(self.lengths)
+        self.settled = self.shapes == self.lengths
+
+    def most_padded(self, most: int) -> list[int]:
+        """The numbers of the samples that get the most padding, at most so many."""
+        added = [sum(s) - sum(n) for s, n in zip(self.shapes, self.lengths, strict=True)]
+        order = sorted(range(len(added)), key=lambda index: -added[index])
+        return [index for index in order[:most] if added[index]]
+
+    def unpadded(self, index: int) -> dict[str, Tensor]:
+        """One sample as a batch, as long as it is."""
+        return self._batch([index], self.lengths)
+
+    def pad_nothing(self) -> None:
+        """Let each sample be as long as it is."""
+        self.shapes = list(self.lengths)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The samples ``indices``, which have one shape, as a batch of the model's arguments."""
+        return self._batch(indices, self.shapes)
+
+    def _batch(
+        self, indices: Sequence[int], shapes: Sequence[tuple[int, ...]]
+    ) -> dict[str, Tensor]:
         rows = [self._row(index) for index in indices]
         for index, row in zip(indices, rows, strict=True):
             if row.keys() != rows[0].keys():
@@ -78,7 +101,9 @@ class Collator:
                 )
         tokens = [len(row["input_ids"]) for row in rows]
         return {
-            name: self._stacked(indices, tokens, name, [row[name] for row in rows])
+            name: self._stacked(
+                indices, shapes[indices[0]], tokens, name, [row[name] for row in rows]
+            )
             for name in rows[0]
         }
 
@@ -171,7 +196,7 @@ class Collator:
                 f"has an attention_mask with the value {other[0].item()}",
                 "1 for each token, 0 where one is hidden, or no attention_mask",
             )
-        if "attention_mask" in self.takes:
+        if "attention_mask" in self.takes and not (self.packed and "attention_mask" not in row):
             row["attention_mask"] = mask
         given = labels_of(sample)
         if given is not None:
@@ -237,10 +262,14 @@ class Collator:
         return labels.reshape(()) if self.kind == "text_classification" else labels
 
     def _stacked(
-        self, indices: Sequence[int], tokens: list[int], name: str, parts: list[Tensor]
+        self,
+        indices: Sequence[int],
+        shape: tuple[int, ...],
+        tokens: list[int],
+        name: str,
+        parts: list[Tensor],
     ) -> Tensor:
         """One argument of all samples, [B, ...]."""
-        shape = self.shapes[indices[0]]
         by_token = all(p.dim() and len(p) == n for p, n in zip(parts, tokens, strict=True))
         if self.kind == "seq2seq" and name in ("labels", *TARGET):
             return padded(parts, shape[1], self.pads[name])
@@ -277,6 +306,18 @@ def of_tokens(sample: Sample) -> bool:
     """Whether a sample has a label for each token."""
     labels = labels_of(sample)
     return np.ndim(labels) > 0 and is_long(sample["input_ids"], len(labels))
+
+
+def is_packed(sample: Sample) -> bool:
+    """Whether a sample is several texts, whose positions begin again with each.
+
+    Models of transformers tell them apart by that, where there is no mask: any mask would let each
+    text see those before it.
+    """
+    places = sample.get("position_ids")
+    if places is None or sample.get("attention_mask") is not None or np.ndim(places) != 1:
+        return False
+    return bool((np.diff(np.asarray(places)) != 1).any())
 
 
 def is_long(part: Any, size: int) -> bool:

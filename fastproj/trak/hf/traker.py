@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastproj.checks import check_integer
 from fastproj.memory import is_out_of_memory
 from fastproj.trak.estimator import TRAKer
-from fastproj.trak.gradients.base import TRAINABLE
+from fastproj.trak.gradients.base import REPEATED, TRAINABLE
+from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.hf.checkpoints import AS_IT_IS, kept_apart, numbered
 from fastproj.trak.hf.collate import Collator
 from fastproj.trak.hf.folders import Checkpoint, load_model, load_weights
@@ -26,8 +29,12 @@ from fastproj.trak.inputs import MAX_BATCH
 from fastproj.trak.progress import progress
 from fastproj.trak.store.store import check_exp_name
 from fastproj.trak.tasks import TASKS
+from fastproj.trak.tasks.language import base_of
 
 AUTO = "auto"
+ROUNDING = 1000  # eps of an output may be rounding, where kernels add in another order
+
+logger = logging.getLogger("fastproj.trak")
 
 
 class HFTRAKer:
@@ -100,6 +107,7 @@ class HFTRAKer:
             self.kind = kind_of_model(name, self.model)
             task = task_for(name, self.model, self.kind)
         self.task = task
+        self._pads_nothing = False
         self._train = self.collator("train", train)
         if grad_wrt == AUTO:
             grad_wrt = TRAINABLE if has_adapters(self.model) else None
@@ -189,6 +197,7 @@ class HFTRAKer:
 
     def _featurize(self, model_id: int, weights: Mapping[str, Any]) -> None:
         self.traker.load_checkpoint(weights, model_id)
+        self._settle_padding(self._train)
         shapes = self._train.shapes
         drawn = self.traker.has_drawn_rows(np.arange(len(shapes)))
         keys = [(*shape, int(own)) for shape, own in zip(shapes, drawn, strict=True)]
@@ -213,8 +222,61 @@ class HFTRAKer:
             groups=groups,
             reduction=reduction,
         )
+        self._settle_padding(collator)
         what = f"scoring model_id {model_id}"
         self._pass(collator, collator.shapes, self.traker.score, what)
+
+    def _settle_padding(self, collator: Collator) -> None:
+        """Pad nothing where padding changes the outputs of samples: some models take no mask, or
+        read the class off the last token. This is looked at once, with the most padded samples.
+        """
+        if collator.settled:
+            return
+        collator.settled = True
+        if self._pads_nothing:
+            collator.pad_nothing()
+            return
+        indices = collator.most_padded(REPEATED)
+        try:
+            pairs = [
+                (self._output(collator.batch([index])), self._output(collator.unpadded(index)))
+                for index in indices
+            ]
+        except Exception as error:  # the pass says what is wrong
+            if is_out_of_memory(error):
+                raise
+            return
+        eps = max(
+            torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()
+        )
+        share = min(ROUNDING * max(eps, torch.finfo(torch.float32).eps), 0.1)
+        largest = max(abs(f) for pair in pairs for f in pair)
+        for index, (padded, own) in zip(indices, pairs, strict=True):
+            if abs(padded - own) > share * largest:
+                logger.warning(
+                    "%s: padding changes what %s makes of a sample (the output of sample %d of %s "
+                    "is %.6g with it, %.6g without), so no sample is padded: those of one length "
+                    "alone share batches",
+                    type(self).__name__,
+                    type(base_of(self.model)).__name__,
+                    index,
+                    collator.name,
+                    padded,
+                    own,
+                )
+                self._pads_nothing = True
+                collator.pad_nothing()
+                return
+
+    def _output(self, batch: Mapping[str, Tensor]) -> float:
+        """f of the sample of a batch of one, under the weights that are loaded."""
+        device = self.traker.device
+        computer = IterativeGradientComputer(
+            self.model, self.traker.task, device=device, grad_wrt=self.traker.gradient_names
+        )
+        parts = ({name: part.to(device) for name, part in batch.items()},)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return float(computer.output_alone(computer.chosen, parts))
 
     def _pass(
         self,

@@ -23,6 +23,7 @@ from fastproj.trak.hf.labels import OF_TOKENS, labels_of
 from fastproj.trak.hf.limits import positions_of
 from fastproj.trak.hf.masking import SHARE, Masking
 from fastproj.trak.hf.samples import Samples
+from fastproj.trak.tasks.language import CausalLMModelOutput, forward_names
 from tests.trak.hf import models
 
 KINDS = (
@@ -81,6 +82,81 @@ def alone(kind, of, index, sample):
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch["labels"] = torch.as_tensor(labels)
     return {name: part.unsqueeze(0) for name, part in batch.items()}
+
+
+SMALL = {"vocab_size": models.VOCABULARY, "hidden_size": 16, "intermediate_size": 32}
+LAYERS = {"num_hidden_layers": 1, "num_attention_heads": 2}
+# They mix all tokens, or read the last one, whichever it is.
+WITHOUT_PADDING = {
+    "fnet": lambda: tf.FNetForSequenceClassification(
+        tf.FNetConfig(**SMALL, num_hidden_layers=1, num_labels=3, pad_token_id=models.PAD)
+    ),
+    "xlnet": lambda: tf.XLNetForSequenceClassification(
+        tf.XLNetConfig(
+            vocab_size=models.VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=32, num_labels=3
+        )
+    ),
+    "llama": lambda: tf.LlamaForSequenceClassification(
+        tf.LlamaConfig(**SMALL, **LAYERS, num_labels=3, pad_token_id=None)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_PADDING)
+def test_where_padding_changes_outputs_there_is_none(tmp_path, name, caplog):
+    torch.manual_seed(0)
+    model = WITHOUT_PADDING[name]().eval()
+    kind = "text_classification"
+    train, targets = models.samples_for(kind, 12), models.samples_for(kind, 3, seed=9)
+    size = 1 if name == "llama" else 4  # without a padding token it takes one sample at a time
+    options = {"batch_size": size, "logging_level": logging.WARNING}
+    found = run(tmp_path / "hf", model, train, targets, **options)
+    assert "padding changes what" in caplog.text
+    traker = TRAKer(model, kind, 12, tmp_path / "one", gradient_computer="loop", **OPTIONS)
+    traker.load_checkpoint(model.state_dict(), 0)
+    for index, sample in enumerate(train):
+        traker.featurize(shown(model, alone(kind, "train", index, sample)), inds=[index])
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("targets", model.state_dict(), 0, 3)
+    for index, sample in enumerate(targets):
+        traker.score(shown(model, alone(kind, "targets", index, sample)), inds=[index])
+    close(found, traker.finalize_scores("targets"))
+
+
+def shown(model, batch):
+    """What the model takes of a batch."""
+    return {k: part for k, part in batch.items() if k in (*forward_names(model), "labels")}
+
+
+def test_texts_that_share_a_sample_do_not_see_each_other(tmp_path):
+    """Positions that begin again, and no mask: f is the sum of those of the texts."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**SMALL, **LAYERS, pad_token_id=models.PAD)
+    model = tf.LlamaForCausalLM(config).eval()
+    a, b, c = models.token_lists(3, 5, 9)
+    texts = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in (a, b, c)]
+    packed = [packed_of(texts), packed_of(texts[:1]), packed_of(texts[1:])]
+    traker = HFTRAKer(model, packed, None, tmp_path, **OPTIONS)
+    task = CausalLMModelOutput()
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def outputs(batch):
+        return task.outputs(model, weights, buffers, (batch,))
+
+    alone = [{name: torch.tensor([part]) for name, part in text.items()} for text in texts]
+    own = torch.cat(list(map(outputs, alone)))
+    found = outputs(traker.collator("train", packed).batch([0, 1, 2]))
+    torch.testing.assert_close(found, torch.stack([own.sum(), own[0], own[1:].sum()]))
+    masked = [{**s, "attention_mask": [1] * len(s["input_ids"])} for s in packed]
+    seen = outputs(traker.collator("train", masked).batch([0, 1, 2]))  # as it came
+    assert (seen - found)[[0, 2]].abs().min() > 1e-3
+    traker.featurize()
+
+
+def packed_of(texts):
+    whole = {name: [part for text in texts for part in text[name]] for name in texts[0]}
+    whole["position_ids"] = [i for text in texts for i in range(len(text["input_ids"]))]
+    return whole
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 20])
