@@ -27,6 +27,7 @@ from fastproj.trak.tasks.likelihood import prediction_terms
 from fastproj.trak.tasks.margin import margins
 
 IGNORE_INDEX = -100  # torch.nn.CrossEntropyLoss and Hugging Face: no target here
+TELLING = 8  # labels that are all the next token: not by chance
 
 
 class TokenModelOutput(BatchedModelOutput):
@@ -186,6 +187,26 @@ class CausalLMModelOutput(TokenModelOutput):
             ids = inputs["input_ids"]
             inputs["labels"] = ids if mask is None else seen_tokens(ids, mask)
         return inputs
+
+    def check_batch(self, batch: Batch) -> None:
+        """As of other tasks; and labels that are shifted already, as some training loops and
+        BART as a causal model take them, would be shifted once more.
+        """
+        super().check_batch(batch)
+        inputs = self.inputs(batch)
+        labels, ids = inputs["labels"], inputs.get("input_ids")
+        if ids is None or ids.shape != labels.shape:
+            return
+        counted = (labels != IGNORE_INDEX)[:, :-1]
+        next_ones = ((labels[:, :-1] == ids[:, 1:]) | ~counted).all(1)
+        own = ((labels[:, :-1] == ids[:, :-1]) | ~counted).all(1)
+        shifted = (next_ones & ~own & (counted.sum(1) >= TELLING)).nonzero()
+        if len(shifted):
+            raise ValueError(
+                f"{self.name}: row {int(shifted[0])} of the batch has as labels the tokens that "
+                "come next in input_ids; expected labels that are not shifted, each token at its "
+                f"own place: input_ids, with {IGNORE_INDEX} where none counts"
+            )
 
     def targets(self, labels: Tensor) -> Tensor:
         """All but the first, which nothing comes before."""

@@ -290,6 +290,22 @@ def test_the_mask_of_a_decoder_is_ones_and_zeros():
         resolve_task("seq2seq").check_batch((batch,))
 
 
+def test_labels_that_are_shifted_already_are_refused():
+    """They would be shifted once more: no error, and other tokens than the model was trained on."""
+    task = resolve_task("causal_lm")
+    ids = torch.tensor([[3, 7, 4, 4, 9, 8, 2, 5, 6, 1, 3, 2], [5] * 12])
+    mask = torch.ones_like(ids)
+    task.check_batch((ids, mask, ids))
+    task.check_batch((ids, mask, ids.masked_fill(torch.arange(12) < 4, -100)))
+    for last in (-100, 0):
+        labels = torch.cat([ids[:, 1:], torch.full((2, 1), last)], 1)
+        with pytest.raises(ValueError, match=r"row 0 .* expected labels that are not shifted"):
+            task.check_batch((ids, mask, labels))
+        task.check_batch((ids[1:], mask[1:], labels[1:]))  # the same token everywhere
+        labels[0, :4] = -100  # too few to tell
+        task.check_batch((ids, mask, labels))
+
+
 def test_prompts_do_not_count_where_labels_say_so():
     torch.manual_seed(0)
     model = Tokens(9)
