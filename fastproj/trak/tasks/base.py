@@ -19,6 +19,7 @@ from fastproj.trak import batches
 SMALL_BYTES = 1 << 16  # of a buffer that each call of a task gets a copy of
 COPYING: ContextVar[bool] = ContextVar("COPYING", default=True)
 LABELS_GO = " (labels go by name, as in {'input_ids': ..., 'labels': ...}, or after a mask)"
+AT_LEAST = "1 for each token, 0 for padding alone"
 
 Params = Mapping[str, Tensor]
 Batch = tuple[Any, ...]
@@ -265,17 +266,20 @@ def check_temperature(name: str, temperature: float, argument: str = "temperatur
     return value
 
 
-def check_masks(task: str, inputs: Mapping[str, Any], cure: str = LABELS_GO) -> None:
-    """Raise ValueError unless masks of tokens, [B, T], are 1 and 0: what else a model makes of one
-    may be no error, and wrong.
+def check_masks(
+    task: str, inputs: Mapping[str, Any], cure: str = LABELS_GO, least: str = AT_LEAST
+) -> None:
+    """Raise ValueError unless masks of tokens, [B, T], are 1 and 0, with a 1 for each sample: what
+    else a model makes of one may be no error, and wrong.
 
     Masks of pairs of tokens, [B, ..., T, T], may also be what is added to the logits of attention.
 
     cure : where else what is no mask may belong, for the message.
+    least : what is expected where a mask hides a sample as a whole.
     """
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = inputs.get(name)
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype == torch.bool:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
             continue
         bad = ((mask != 0) & (mask != 1)).nonzero()
         if len(bad):
@@ -283,4 +287,10 @@ def check_masks(task: str, inputs: Mapping[str, Any], cure: str = LABELS_GO) -> 
             raise ValueError(
                 f"{task}: received {name} with the value {mask[row, column].item()} at row {row} "
                 f"of the batch; expected 1 for a token and 0 for padding{cure}"
+            )
+        empty = (~(mask != 0).any(1)).nonzero()
+        if len(empty):
+            raise ValueError(
+                f"{task}: received {name} without a 1 at row {int(empty[0])} of the batch; "
+                f"expected {least}"
             )

@@ -197,13 +197,8 @@ class CLIPModelOutput(BatchedModelOutput):
         mask = batch[0].get(MASK) if is_dict else batch[2] if len(batch) == 3 else None
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return
-        check_masks(NAME, {MASK: mask}, cure="")
-        empty = (~(mask != 0).any(1)).nonzero()
-        if len(empty):
-            raise ValueError(
-                f"{NAME}: received {MASK} without a 1 at row {int(empty[0])} of the batch; "
-                "expected a text of at least one token, or a batch without this pair"
-            )
+        least = "a text of at least one token, or a batch without this pair"
+        check_masks(NAME, {MASK: mask}, cure="", least=least)
 
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """f of each pair against the simulated batch, [B]."""

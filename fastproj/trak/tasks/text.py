@@ -7,7 +7,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastproj.trak.tasks.base import Batch, Params, call, check_masks, describe_parts, logits_of
+from fastproj.trak.tasks.base import (
+    AT_LEAST,
+    Batch,
+    Params,
+    call,
+    check_masks,
+    describe_parts,
+    logits_of,
+)
 from fastproj.trak.tasks.classification import ClassificationModelOutput
 
 NAME = "text_classification"
@@ -43,7 +51,8 @@ class TextClassificationModelOutput(ClassificationModelOutput):
                 "expected (input_ids, token_type_ids, attention_mask, labels), (input_ids, "
                 "attention_mask, labels), or a dict with labels and the model's inputs"
             )
-        check_masks(NAME, inputs)
+        names = ", ".join(TUPLES.get(len(batch), ()))
+        check_masks(NAME, inputs, least=AT_LEAST + f" (a tuple is ({names}))" * bool(names))
         self.check_labels(labels)
 
     def predict(

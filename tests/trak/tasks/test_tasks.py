@@ -271,6 +271,21 @@ def test_masks_are_ones_and_zeros(task, batch, value):
         resolve_task(task).check_batch(batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_mask_that_hides_all_of_a_sample_is_refused(dtype):
+    """Such as token types of single texts, in the mask's place."""
+    mask, types = torch.ones(2, 3, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
+    task, labels = resolve_task("text_classification"), torch.tensor([0, 1])
+    task.check_batch((IDS, types, mask, labels))
+    order = r"\(a tuple is \(input_ids, token_type_ids, attention_mask, labels\)\)"
+    with pytest.raises(ValueError, match=f"attention_mask without a 1 at row 0 .* {order}"):
+        task.check_batch((IDS, mask, types, labels))
+    mask[1] = 0
+    batch = {"input_ids": IDS, "decoder_attention_mask": mask, "labels": IDS}
+    with pytest.raises(ValueError, match="decoder_attention_mask without a 1 at row 1"):
+        resolve_task("seq2seq").check_batch((batch,))
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.uint8])
 def test_masks_of_any_dtype(dtype):
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).to(dtype)
