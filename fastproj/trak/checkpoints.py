@@ -125,6 +125,7 @@ def load_state(
         raise TypeError(
             f"{function}: received a checkpoint with {', '.join(other[:3])}; expected tensors"
         )
+    check_shared(function, wanted, checkpoint)
     result = model.load_state_dict(checkpoint, strict=strict)
     if strict:
         return
@@ -143,6 +144,35 @@ def load_state(
             len(wanted),
             listed(kept, 5),
         )
+
+
+def check_shared(function: str, wanted: Mapping[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint has several values for what the model has once.
+
+    PyTorch would load the last of them.
+
+    wanted : the state_dict of the model.
+    """
+    first: dict[Any, str] = {}
+    for key, t in wanted.items():
+        if key not in checkpoint or not isinstance(t, Tensor) or not t.numel():
+            continue
+        place = (*storage(t), t.storage_offset(), t.shape, t.stride())
+        other = first.setdefault(place, key)
+        if not alike(checkpoint[other], checkpoint[key]):
+            raise ValueError(
+                f"{function}: received a checkpoint with {key!r} that differs from {other!r}, "
+                "which the model shares with it; expected a model whose parameters are apart as "
+                "those that were trained (tie_word_embeddings=False in transformers), or one value"
+            )
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same values; NaN is like NaN."""
+    if a is b or (storage(a) == storage(b) and a.storage_offset() == b.storage_offset()):
+        return True
+    b = b.to(a.device)
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def is_own(model: nn.Module, checkpoint: Mapping[str, Any]) -> bool:

@@ -434,3 +434,26 @@ def test_the_same_weights_under_two_numbers_are_said_once(tmp_path, caplog):
         f"load_checkpoint: model_id {i} has the weights of model_id 0" for i in (1, 2)
     ]
     assert not torch.equal(traker.saver.matrix(0), traker.saver.matrix(1))  # their own projections
+
+
+def test_several_values_of_what_a_model_shares_are_refused(tmp_path):
+    """PyTorch loads the last of them, and says nothing."""
+
+    class Tied(cases.Net):
+        def __init__(self):
+            super().__init__()
+            self.again = nn.Linear(2, 2)
+            self.other = nn.Linear(2, 2)
+            self.other.weight = self.again.weight
+
+    model = Tied()
+    traker = cases.make(model, tmp_path, 4)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    state["again.weight"][0, 0] = state["other.weight"][0, 0] = torch.nan
+    traker.load_checkpoint(state, 0)
+    traker.load_checkpoint({**state, "other.weight": state["other.weight"].double()}, 0)
+    state["other.weight"][1, 1] += 1
+    before = model.again.weight.clone()
+    with pytest.raises(ValueError, match=r"'other.weight' that differs from 'again.weight'"):
+        traker.load_checkpoint(state, 1)
+    assert torch.equal(model.again.weight.nan_to_num(), before.nan_to_num())

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, Tenso
             f"adapters; expected folders of adapters ({ADAPTER_CONFIG}), as its save_pretrained "
             "writes them"
         )
-    dtype = next(model.parameters()).dtype
+    # The widest: what is narrower in the model is rounded as it is loaded.
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtype = reduce(torch.promote_types, {d for d in dtypes if d.itemsize > 1} or dtypes)
     base = base_of(model)
     found = from_folder(type(base), folder, dtype)
     other = other_settings(base.config, found.config, type(base).__name__)

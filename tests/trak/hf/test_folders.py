@@ -21,6 +21,7 @@ from fastproj.trak.hf import (
     load_tokenizer,
     read_samples,
 )
+from fastproj.trak.hf.folders import load_weights
 from fastproj.trak.hf.heads import kind_of
 from fastproj.trak.hf.settings import is_dropout, other_settings
 from tests.trak.hf import models, training
@@ -170,6 +171,18 @@ def test_dtype_is_that_of_the_files_or_what_is_asked_for(tmp_path):
     assert next(load_model(tmp_path).parameters()).dtype == torch.bfloat16
     assert next(load_model(tmp_path, dtype="float32").parameters()).dtype == torch.float32
     assert not load_model(tmp_path).training
+
+
+def test_a_head_in_more_digits_than_the_rest_keeps_them(tmp_path):
+    made = models.model_for("text_classification")
+    made.save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16")
+    model.classifier.float()
+    samples = models.samples_for("text_classification", 4)
+    traker = HFTRAKer(model, samples, [tmp_path], tmp_path / "trak", **OPTIONS)
+    traker.traker.load_checkpoint(load_weights(model, tmp_path), 0)
+    assert model.bert.pooler.dense.weight.dtype == torch.bfloat16
+    assert torch.equal(model.classifier.weight, made.classifier.weight)
 
 
 @pytest.mark.parametrize("kind", ["causal_lm", "masked_lm", "seq2seq", "text_classification"])
