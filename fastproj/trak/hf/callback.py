@@ -95,6 +95,13 @@ class TRAKCallback(TrainerCallback):
         """Check the model and the samples before any training; finish what a stopped one began."""
         model = given["model"]
         check_whole(args, model)
+        smoothing = getattr(args, "label_smoothing_factor", 0)
+        if smoothing:
+            logger.warning(
+                "TRAKCallback: the training smooths its labels (label_smoothing_factor=%g); "
+                "scores are by the likelihood of the labels as they are",
+                smoothing,
+            )
         with undisturbed(model):
             options = {"tokenizer": given.get("processing_class"), **self.options}
             self.traker = HFTRAKer(model, self.train, None, self.save_dir, **options)

@@ -242,6 +242,14 @@ def test_a_training_without_a_checkpoint_is_said(tmp_path, caplog):
     assert ours.scores is None
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+def test_smoothed_labels_are_said_not_to_count(tmp_path, caplog, factor):
+    ours = callback(tmp_path)
+    with caplog.at_level(logging.WARNING, "fastproj.trak"):
+        train(tmp_path / "run", [ours], save_strategy="no", label_smoothing_factor=factor)
+    assert ("(label_smoothing_factor=0.1)" in caplog.text) == bool(factor)
+
+
 def test_samples_that_can_not_work_stop_the_training_before_it_begins(tmp_path):
     samples = [{"input_ids": [5, 6], "labels": [5]}]
     ours = TRAKCallback([{"text": "w0"}], tmp_path / "trak", samples)
