@@ -222,11 +222,21 @@ def lines_of(text: str) -> list[str]:
 def parsed_json(path: Path, text: str) -> Any:
     """What a text from ``path`` says; ValueError, by name, where it isn't JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=named_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # numbers too long, or lists in lists in lists
         raise ValueError(f"{path}: no JSON that can be read ({error})") from None
+
+
+def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON's pairs; ValueError for a name that comes twice, one of which is lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} more than once in an object")
+    return found
 
 
 def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:

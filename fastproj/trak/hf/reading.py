@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastproj.trak.files import lines_of, parsed_json, read_text
+from fastproj.trak.files import lines_of, named_once, parsed_json, read_text
 
 FILES = ".jsonl (or .json), .txt, .parquet, or a folder of datasets' save_to_disk"
 
@@ -78,7 +78,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(lines_of(text), 1):
             if line.strip():
                 try:
-                    numbered.append((number, json.loads(line)))
+                    numbered.append((number, json.loads(line, object_pairs_hook=named_once)))
                 except json.JSONDecodeError as error:
                     raise ValueError(
                         f"{path}, line {number}: no JSON ({error.msg} at column {error.colno}); "

@@ -52,6 +52,12 @@ def test_a_text_a_line(tmp_path, caplog):
         ("a.jsonl", '{"text": "a"}\n5\n', "line 2: a int; expected an object"),
         ("a.json", "[1]", "entry 0: a int"),
         ("a.json", "[1,\n", "line 2: no JSON"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": "b", "text": "c"}\n',
+            "line 2: .*'text' more than once",
+        ),
+        ("a.json", '[{"label": 1, "text": "b", "label": 2}]', "a.json: .*'label' more than once"),
         ("a.jsonl", "\n", "without a sample"),
         ("a.txt", "\n", "without a sample"),
         ("a.parquet", "nothing", "no parquet file"),
