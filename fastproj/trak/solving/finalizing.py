@@ -296,8 +296,9 @@ def weights_of(store: Store, model_id: int, system: System) -> Tensor:
     """What the outer product of each training sample's features counts, float64 [n]; above 0."""
     if not system.fisher:
         return sample_weights(store.out_to_loss(model_id), system.power)
-    # TINY, so that what u has along a row is in the span of the rows
-    return store.column(model_id, "curvature").double().clamp_(min=TINY)
+    weights = store.column(model_id, "curvature").double()
+    # TINY, so that what u has along a row is in the span of the rows; a likelihood has any scale
+    return weights.clamp_(min=TINY * (float(weights.max()) or 1.0))
 
 
 def read_gram(systems: Systems, model_id: int, system: System) -> tuple[Gram, Moments]:

@@ -462,6 +462,25 @@ def test_a_regression_doesnt_ask_where_its_labels_have_their_zero(tmp_path, k, b
 
 
 @pytest.mark.parametrize("k", [8, 90])
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_a_regression_doesnt_ask_for_the_unit_of_its_labels(tmp_path, k, unit):
+    """Nor for that of the likelihood: a curvature of 1e-18 is as good as one of 1."""
+    x, y, model = numbers_to_predict(60)
+    found = []
+    for one in (1.0, unit):
+        task = FunctionModelOutput(
+            lambda model, batch, one=one: model(batch[0])[:, 0] * one,
+            likelihood=lambda f, batch, one=one: -0.5 * ((batch[1] - f) / one) ** 2,
+        )
+        labels = y * one
+        folder = tmp_path / str(one)
+        found.append(scored(folder, model, task, (x, labels), (x[:M], labels[:M]), k))
+    (scores, lam), (others, other) = found
+    assert other == pytest.approx(lam, rel=1e-4)
+    assert_close(others / unit, scores)
+
+
+@pytest.mark.parametrize("k", [8, 90])
 def test_two_classes_may_be_said_by_the_log_odds_of_either(tmp_path, k):
     """By the right one's, as the task for images does, or by that of class 1 for all."""
     x, y, model = numbers_to_predict(60)
