@@ -133,7 +133,7 @@ class Stream:
                 (features,) = made_by.features(samples, model_id, inds, drawn=nothing)
         if made_by.saver.distrusted(model_id) != self.distrusted:
             self._solve()
-        features, q = features.float().cpu(), q.cpu()
+        features, q = features.cpu(), q.cpu()
         if made_by.draws is not None:
             q = self.halved.slopes(self.score_computer, features, q, terms.curvature.cpu())
         product = self.score_computer.scores(features, self.weights)

@@ -14,7 +14,7 @@ from fastproj.checks import listed
 from fastproj.trak.distributed import Ranks, hash_of
 from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress
-from fastproj.trak.solving.finalizing import lambda_of, own_scores, solution_of
+from fastproj.trak.solving.finalizing import lambda_of, own_scores, solution_of, solved
 from fastproj.trak.solving.ridge import moved_slopes
 from fastproj.trak.solving.solve import ScoreComputer, full_precision
 from fastproj.trak.solving.systems import Systems
@@ -25,6 +25,7 @@ from fastproj.trak.store.store import Store
 STEP = "finalize_scores"
 TARGET_ROWS = 8192  # targets held at once while scoring
 WEIGHT_BYTES = 1 << 28  # of all checkpoints' targets held at once
+PRECISE = 1e-4  # relative error of scores by rounding from which on float64 takes float32's place
 
 
 @full_precision()
@@ -141,7 +142,8 @@ class Halved:
         """Q [b] of samples with features [b, k], and the Q and curvature [b] that they have now."""
         if self.step is None:
             return q
-        change = computer.scores(features, self.step.unsqueeze(0)).squeeze(1)
+        step = self.step.to(features.dtype).unsqueeze(0)
+        change = computer.scores(features, step).squeeze(1)
         return moved_slopes(q, curvature.to(q), change, self.residual)
 
 
@@ -221,9 +223,32 @@ def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:
 def target_weights(
     systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor, checkpoints: int
 ) -> Tensor:
-    """Targets' features times the inverse, [m, k], in their dtype, where scores are computed."""
-    weights = solution_of(systems, computer, model_id, checkpoints).apply(targets)
-    return weights.to(targets.dtype).to(computer.device)
+    """Targets' features times the inverse, [m, k], where scores are computed: in their dtype, or in
+    float64 where float32 would round scores away.
+    """
+    solution, gram = solved(systems, computer, model_id, checkpoints)
+    trace = gram.trace
+    del gram  # its matrix
+    weights = solution.apply(targets)
+    if not cancels(weights, targets, solution.lambda_reg, trace):
+        weights = weights.to(targets.dtype)
+    return weights.to(computer.device)
+
+
+def cancels(weights: Tensor, targets: Tensor, lambda_reg: float, trace: float) -> bool:
+    """Whether the products of training rows and weights are sums whose terms cancel so far that
+    float32 has too few digits, for some target.
+
+    Where lambda is small, what a target has outside the span of the rows is most of its weights w,
+    and no row has anything along it. The mean square of ``row . w``, over that of terms which don't
+    cancel, is ``w^T S^T S w k / (|w|^2 trace)``; and ``S^T S w = targets - lambda w``.
+
+    weights : targets times the inverse, float64 [m, k]. trace : of S^T S.
+    """
+    squares = weights.square().sum(1)
+    fitted = (weights * targets.to(weights)).sum(1) - lambda_reg * squares
+    least = (2.0**-24 / PRECISE) ** 2 / weights.shape[1]
+    return bool((fitted < least * trace * squares).any())
 
 
 def target_features(store: Store, model_id: int, exp_name: str, columns: range) -> Tensor:

@@ -258,8 +258,12 @@ class ScoreComputer:
             return self.solve(gram, summary["lambda_reg"])
 
     def scores(self, features: Tensor, weights: Tensor) -> Tensor:
-        """``features [b, k] @ weights [m, k].T``, float32 [b, m]; weights from Solution.apply."""
-        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        """``features [b, k] @ weights [m, k].T``, float32 [b, m]; weights from Solution.apply.
+
+        In float64 where one of them is.
+        """
+        double = torch.float64 in (features.dtype, weights.dtype)
+        dtype = torch.float64 if double else torch.float32
         with full_precision():
             product = features.to(self.device, dtype) @ weights.to(self.device, dtype).mT
         return product.float().cpu()

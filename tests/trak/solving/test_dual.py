@@ -215,6 +215,29 @@ def test_scores_are_the_formula(tmp_path, monkeypatch, n, lambda_reg):
     np.testing.assert_allclose(found, np.diag(own), rtol=1e-3, atol=1e-5 * np.abs(own).max())
 
 
+@pytest.mark.parametrize("n", [15, 60])  # below and above k, of rank 15
+@pytest.mark.parametrize("lambda_reg", ["1e-2*mean", "1e-5*mean", "1e-8*mean"])
+def test_a_small_lambda_leaves_scores_their_digits(tmp_path, n, lambda_reg):
+    """Most of what it makes of targets is outside the span of the features, whose scores are sums
+    that cancel."""
+    few, targets = cases.data(15), cases.data(M, seed=5)
+    train = tuple(part.repeat(n // 15, *[1] * (part.dim() - 1)) for part in few)
+    model = cases.trained(0, few)
+    options = {"proj_dim": 24, "lambda_reg": lambda_reg, "curvature": "trak"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SingularXtXWarning)
+        scores = cases.whole_run(tmp_path, [model], train, targets, **options)
+    traker = cases.make(model, tmp_path, n, **options)
+    phi = traker.saver.matrix(0).double()
+    lam = traker.saver.systems.read_solve(0)["lambda_reg"] * torch.eye(n)
+    shares = torch.linalg.solve(phi @ phi.T + lam, phi @ traker.saver.matrix(0, "test").double().T)
+    exact = (shares * traker.saver.out_to_loss(0).double().unsqueeze(1)).numpy()
+    np.testing.assert_allclose(scores, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, M)
+    again = traker.score((train[0][:7], train[1][:7]), stream=True)  # a batch of whole_run's
+    np.testing.assert_allclose(again, exact[:7], rtol=0, atol=1e-4 * np.abs(exact).max())
+
+
 def test_traks_arrays_are_there_in_the_dual(tmp_path):
     train = cases.data(15)
     traker = cases.make(cases.net(), tmp_path, 15, proj_dim=24, lambda_reg=0.1)
