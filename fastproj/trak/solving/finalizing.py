@@ -42,6 +42,7 @@ from fastproj.trak.solving.solve import (
     ScoreComputer,
     Solution,
     System,
+    eps_of_sum,
     full_precision,
     sum_dtype,
 )
@@ -501,12 +502,15 @@ def add_parts(
     """The sums of all parts, in order, how many samples they are of, and how exact."""
     total, n, eps = systems.read_gram(model_id, system, keys[0])
     total = {name: t.clone() for name, t in total.items()}
+    terms = [(eps, float(total["xtx"].trace()))]
     for key in keys[1:]:
-        part, rows, _ = systems.read_gram(model_id, system, key)
+        part, rows, eps = systems.read_gram(model_id, system, key)
+        terms.append((eps, float(part["xtx"].trace())))
         n += rows
         for name, t in part.items():
             total[name] += t
-    return total, n, eps
+    k = systems.store.proj_dim
+    return total, n, eps_of_sum(torch.finfo(sum_dtype(float(n) * k * k)).eps, terms, k)
 
 
 def kernel_part(

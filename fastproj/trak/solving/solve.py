@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ GRAM_TILE = 512  # rows of XtX at once: by symmetry, half of the tiles are enoug
 GRAM_COLUMNS = 2048  # of a tile: its memory is used again
 SAFE_EXPONENT = 32  # up to 2^32 and down to 2^-32, float32 holds squares and their small terms
 POWER_STEPS = 12
+COMMON_ROUNDING = 2.0  # over sqrt(k): share of float32's eps that is left of it in any sum
 HALF_ROUNDING = 2.0**-11  # of features kept as float16, relative to each entry
 
 KXK = ("gram", "solve")  # methods of ScoreComputer that take or give the k x k system
@@ -198,12 +199,16 @@ class ScoreComputer:
         total = torch.zeros(proj_dim, proj_dim, dtype=torch.float64, device=self.device)  # [k, k]
         high, wide = GRAM_TILE, GRAM_COLUMNS
         memory = torch.empty(high * wide, dtype=dtype, device=self.device)
-        seen = 0
+        eps, seen = torch.finfo(dtype).eps, 0
+        terms: list[tuple[float, float]] = []
         with full_precision():
             for block in blocks:
                 seen += len(block)
                 for part in block.to(self.device, dtype).split(BLOCK_ROWS):  # [<= BLOCK_ROWS, k]
                     part, exponent = in_range(part)
+                    if dtype == torch.float32:
+                        norm = math.ldexp(float(torch.linalg.vector_norm(part)), exponent)
+                        terms.append((eps, norm * norm))
                     for i in range(0, proj_dim, high):
                         left = part[:, i : i + high].mT
                         for j in range(i, proj_dim, wide):
@@ -217,7 +222,7 @@ class ScoreComputer:
             own = rows[:, i : i + high]
             own.copy_(own.triu() + own.triu(1).mT)
             total[i + high :, i : i + high] = rows[:, i + high :].mT
-        return Gram(total.cpu(), seen, proj_dim, torch.finfo(dtype).eps)
+        return Gram(total.cpu(), seen, proj_dim, eps_of_sum(eps, terms, proj_dim))
 
     def forms_dual(self, n: int, proj_dim: int) -> bool:
         """Whether ``kernel`` [n, n] is used instead of ``gram`` [k, k]: where n < k.
@@ -286,6 +291,22 @@ def in_range(block: Tensor) -> tuple[Tensor, int]:
 def sum_dtype(flops: float) -> torch.dtype:
     """What a Gram matrix of so many multiply-adds is computed in."""
     return torch.float64 if flops <= EXACT_FLOPS else torch.float32
+
+
+def eps_of_sum(eps: float, terms: Sequence[tuple[float, float]], k: int) -> float:
+    """How exact a Gram matrix [k, k] is whose products have ``eps`` and are added up in float64.
+
+    Products are rounded independently: so the more there are, the less is left of it. Not where the
+    same samples are in all of them: what is left is COMMON_ROUNDING at least, by which ``solve``
+    still tells a singular matrix.
+
+    terms : (how exact, trace) of what is added.
+    """
+    total = sum(size for _, size in terms)
+    if eps < torch.finfo(torch.float32).eps or not 0 < total < math.inf:
+        return eps
+    left = math.hypot(*(exact * (size / total) for exact, size in terms))
+    return min(max(left, eps * COMMON_ROUNDING / math.sqrt(k)), eps)
 
 
 def solve(gram: Gram, lambda_reg: Lambda) -> Solution:

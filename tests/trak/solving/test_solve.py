@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from fastproj.trak import ScoreComputer, SingularXtXWarning
-from fastproj.trak.solving import ridge
+from fastproj.trak.solving import finalizing, ridge
 from fastproj.trak.solving import solve as module
 from fastproj.trak.solving.solve import (
     Gram,
@@ -144,7 +145,45 @@ def test_gram_of_blocks(monkeypatch, exact, scale):
     assert torch.equal(result.matrix, result.matrix.T)
     error = float((result.matrix - truth).abs().max() / truth.abs().max())
     assert error < (1e-15 if exact else 16 * result.eps)
-    assert result.eps == (2.0**-52 if exact else 2.0**-23)
+    assert result.eps == pytest.approx(2.0**-52 if exact else 2.0**-23, rel=1e-6)  # row 3 is all
+
+
+@pytest.mark.parametrize("parts", [1, 5])
+def test_many_products_of_float32_leave_a_healthy_matrix_its_lambda(monkeypatch, tmp_path, parts):
+    """Of 200 blocks, rounding is a small part of that of one: lambda is far above it."""
+    monkeypatch.setattr(module, "EXACT_FLOPS", 0)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 16)
+    phi = features(3200, 64) * torch.arange(1, 65) ** -2.0
+    phi = (phi + 2 * features(3200, 1, seed=1).abs() * features(1, 64, seed=2)).float()
+    lam = 3e-7 * float(phi.double().square().sum())
+    made = [ScoreComputer().gram(part.split(16), 64, 3200) for part in phi.chunk(parts)]
+    pieces = {("", i): ({"xtx": gram.matrix}, gram.n, gram.eps) for i, gram in enumerate(made)}
+    systems = SimpleNamespace(
+        read_gram=lambda _, __, key: pieces[key], store=SimpleNamespace(proj_dim=64)
+    )
+    sums, n, eps = finalizing.add_parts(systems, 0, module.System(), list(pieces))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SingularXtXWarning)
+        solution = solve(Gram(sums["xtx"], n, 64, eps), lam)
+    assert (solution.method, n) == ("cholesky", 3200)
+    exact = phi.double().T @ phi.double()
+    assert float(torch.linalg.eigvalsh(sums["xtx"] - exact).abs().max()) < eps * float(
+        torch.linalg.eigvalsh(exact).max()
+    )
+    wanted = torch.linalg.solve(exact + lam * torch.eye(64), phi.double().T).T
+    found = solution.apply(phi.double())
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_products_of_float32_of_the_same_samples_hide_no_singular_matrix(monkeypatch, seed):
+    """What rounding they share doesn't shrink."""
+    monkeypatch.setattr(module, "EXACT_FLOPS", 0)
+    monkeypatch.setattr(module, "BLOCK_ROWS", 64)
+    few = features(64, 7, seed) @ features(7, 8, seed + 100)
+    result = ScoreComputer().gram(few.float().repeat(3000, 1).split(64), 8, 64 * 3000)
+    with pytest.warns(SingularXtXWarning, match="rank 7"):
+        assert solve(result, 0.0).rank == 7
 
 
 class PrecisionOfProducts(TorchFunctionMode):
