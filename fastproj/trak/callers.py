@@ -7,7 +7,9 @@ from types import FrameType
 
 
 def stack_to_caller() -> int:
-    """The ``stacklevel`` for ``warnings.warn`` at which neither fastproj nor torch is."""
+    """The ``stacklevel`` for ``warnings.warn`` at which neither fastproj nor torch is, nor a
+    decorator of theirs.
+    """
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and is_inside(frame):
         level, frame = level + 1, frame.f_back
@@ -15,5 +17,6 @@ def stack_to_caller() -> int:
 
 
 def is_inside(frame: FrameType) -> bool:
-    """Whether a frame is one of fastproj or torch."""
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in ("fastproj", "torch")
+    """Whether a frame is one of fastproj or torch, or of a context manager as a decorator."""
+    name = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return name in ("fastproj", "torch", "contextlib")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastproj.checks import listed
+from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.distributed import Ranks, hash_of
 from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress
@@ -26,6 +28,8 @@ STEP = "finalize_scores"
 TARGET_ROWS = 8192  # targets held at once while scoring
 WEIGHT_BYTES = 1 << 28  # of all checkpoints' targets held at once
 PRECISE = 1e-4  # relative error of scores by rounding from which on float64 takes float32's place
+HALF_ERROR = 2.0**-12.4  # root mean square of float16's rounding, over that of what is rounded
+NOISE = 0.5  # share of scores that rounding is, from which on there is a warning
 
 
 @full_precision()
@@ -225,30 +229,42 @@ def target_weights(
 ) -> Tensor:
     """Targets' features times the inverse, [m, k], where scores are computed: in their dtype, or in
     float64 where float32 would round scores away.
+
+    Warns where float16 has: of features that are kept in half precision. Not in the dual, where
+    no rounding is along what rows have nothing of.
     """
     solution, gram = solved(systems, computer, model_id, checkpoints)
     trace = gram.trace
     del gram  # its matrix
     weights = solution.apply(targets)
-    if not cancels(weights, targets, solution.lambda_reg, trace):
+    grown = rounding_growth(weights, targets, solution.lambda_reg, trace)
+    if systems.store.half and not solution.dual and float(grown.median()) * HALF_ERROR > NOISE:
+        warnings.warn(
+            f"TRAKer: scores of most targets by model_id {model_id} are rounding errors of "
+            f"features, which are kept as float16: its lambda is {solution.lambda_reg:.3g}, and "
+            "most of what these targets have is not in the features of training samples. Fix: "
+            "lambda_reg='auto', a larger number, or use_half_precision=False with another save_dir",
+            stacklevel=stack_to_caller(),
+        )
+    if not bool((grown * 2.0**-24 > PRECISE).any()):
         weights = weights.to(targets.dtype)
     return weights.to(computer.device)
 
 
-def cancels(weights: Tensor, targets: Tensor, lambda_reg: float, trace: float) -> bool:
-    """Whether the products of training rows and weights are sums whose terms cancel so far that
-    float32 has too few digits, for some target.
+def rounding_growth(weights: Tensor, targets: Tensor, lambda_reg: float, trace: float) -> Tensor:
+    """How much larger rounding errors of entries are in scores, relative to both, [m]; 0 where a
+    target is 0.
 
-    Where lambda is small, what a target has outside the span of the rows is most of its weights w,
-    and no row has anything along it. The mean square of ``row . w``, over that of terms which don't
-    cancel, is ``w^T S^T S w k / (|w|^2 trace)``; and ``S^T S w = targets - lambda w``.
+    Where lambda is small, what a target has outside the span of the rows is most of its weights w.
+    No row has anything along it, so ``row . w`` is a sum that cancels. Its mean square, over that
+    of its terms, is ``w^T S^T S w k / (|w|^2 trace)``; and ``S^T S w = targets - lambda w``.
 
     weights : targets times the inverse, float64 [m, k]. trace : of S^T S.
     """
     squares = weights.square().sum(1)
     fitted = (weights * targets.to(weights)).sum(1) - lambda_reg * squares
-    least = (2.0**-24 / PRECISE) ** 2 / weights.shape[1]
-    return bool((fitted < least * trace * squares).any())
+    terms = trace / weights.shape[1] * squares
+    return torch.where(terms > 0, terms / fitted.clamp(min=0), 0.0).sqrt()
 
 
 def target_features(store: Store, model_id: int, exp_name: str, columns: range) -> Tensor:

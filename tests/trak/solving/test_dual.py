@@ -238,6 +238,29 @@ def test_a_small_lambda_leaves_scores_their_digits(tmp_path, n, lambda_reg):
     np.testing.assert_allclose(again, exact[:7], rtol=0, atol=1e-4 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize(
+    ("n", "lambda_reg", "warned"),
+    [(60, "1e-5*mean", True), (60, "0.1*mean", False), (15, "1e-5*mean", False)],
+)
+def test_scores_that_are_rounding_of_float16_are_told(tmp_path, n, lambda_reg, warned):
+    """Of 24 dimensions the features have 15, but for rounding. In the dual they have no more."""
+    few, targets = cases.data(15), cases.data(M, seed=5)
+    train = tuple(part.repeat(n // 15, *[1] * (part.dim() - 1)) for part in few)
+    model, found = cases.trained(0, few), []
+    options = {"proj_dim": 24, "lambda_reg": lambda_reg, "curvature": "trak"}
+    for half in (False, True):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            folder = tmp_path / str(half)
+            options["use_half_precision"] = half
+            found.append(cases.whole_run(folder, [model], train, targets, **options))
+        said = [one for one in told if "are rounding errors of features" in str(one.message)]
+        assert bool(said) is (half and warned)
+        assert all(one.filename.endswith("cases.py") for one in said)  # the caller's line
+    error = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
+    assert error > 0.5 if warned else error < 0.01
+
+
 def test_traks_arrays_are_there_in_the_dual(tmp_path):
     train = cases.data(15)
     traker = cases.make(cases.net(), tmp_path, 15, proj_dim=24, lambda_reg=0.1)
