@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fastproj.checks import check_flag, check_integer
+from fastproj.checks import check_flag, check_integer, listed
 from fastproj.spec import SPEC_VERSION
 from fastproj.trak.checkpoints import COPIES, Origin, is_own
 from fastproj.trak.curvature import resolve_curvature
@@ -90,7 +90,8 @@ class TRAKer:
     save_dir : where features and scores are kept. One that holds another model, task, seed, kind,
         proj_dim or n is refused.
     load_from_save_dir : True goes on with what is there; any number of processes may. False
-        starts each model_id afresh: what an earlier run left for it is renamed, not used.
+        starts afresh: checkpoints of an earlier run are not used. What is there for a model_id is
+        renamed when ``load_checkpoint`` is called with it.
     device : where to compute; None is where the model is.
     gradient_computer : "hooks" | "func" | "loop"; "auto" is the first of them that works for the
         model and task, and warns where it isn't "hooks". Or a class with ``load_model_params``,
@@ -232,6 +233,13 @@ class TRAKer:
             use_half_precision,
             1 if self.fisher is None else self.fisher.draws,
         )
+        if not load_from_save_dir:  # before any rank can add a checkpoint of this run
+            self.saver.earlier = self.ranks.broadcast("TRAKer", self.saver.earlier)
+            if self.saver.earlier:
+                logger.info(
+                    "load_from_save_dir=False: what is there of model_ids %s is not used",
+                    listed(sorted(self.saver.earlier), 10),
+                )
         self.saver.features_of = self._finalized_features
         self.save_dir = self.saver.save_dir
         self._featurizer = Featurizer(
@@ -314,7 +322,7 @@ class TRAKer:
         self._pass = Pass(self._featurizer, self._contents, self.ranks, model_id)
 
     def _register(self, model_id: int) -> None:
-        """Enter a checkpoint into the store. Only rank 0 sets old features aside, once."""
+        """Enter a checkpoint into the store."""
         checkpoint = self._featurizer.loaded.digest
         twin = self.saver.twin(model_id, checkpoint)
         if twin is not None and self._origin is not None and self._origin.own:
@@ -325,15 +333,7 @@ class TRAKer:
                 twin,
                 COPIES,
             )
-        every = [("load_checkpoint", model_id)]
-        if not self.saver.load_from_save_dir:
-            every = self.ranks.all_gather_steps("load_checkpoint", model_id)
-        alike = len(every) > 1 and all(one == ("load_checkpoint", model_id) for one in every)
-        if alike:
-            with self.ranks.barrier("load_checkpoint"):
-                if self.ranks.first:
-                    self.saver.register(model_id, checkpoint)
-        self.saver.register(model_id, checkpoint, afresh=not alike)
+        self.saver.register(model_id, checkpoint)
 
     def _load(
         self, function: str, checkpoint: Mapping[str, Any], model_id: SupportsIndex, strict: bool

@@ -21,9 +21,11 @@ def known_ids(saver: Saver, function: str, model_ids: Iterable[int] | None) -> l
     ids = known if model_ids is None else list(model_ids)
     missing = [model_id for model_id in ids if model_id not in known]
     if missing or not ids:
+        unused = ", and some of an earlier run, unused for load_from_save_dir=False"
         raise NotReadyError(
             f"{function}: received model_ids {missing or ids}; {saver.save_dir} has "
-            f"{known or 'none'}. Call load_checkpoint and featurize first"
+            f"{known or 'none'}{unused if saver.earlier else ''}. Call load_checkpoint and "
+            "featurize first"
         )
     return ids
 

@@ -43,6 +43,7 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
     how["size_power"] : of fastproj.trak.Fisher.
     how["stream"] : a number of candidates, shared out in batches of 2, whose scores each rank keeps
         beside the log.
+    how["idle"] : [rank, model_id] for which that rank has no batch of training samples.
     how["only"] : "featurize" lets each rank featurize every size-th batch of its, and no more.
     log : the computed batches are appended to it.
     """
@@ -109,7 +110,8 @@ def main(save_dir: str, log: str, rank: int, size: int, port: int, how: dict[str
         if feed == "own checkpoints" and model_id % size != rank:
             continue
         traker.load_checkpoint(state, model_id)
-        go(traker.featurize, train, how.get("batch_size", [4] * size)[rank])
+        if how.get("idle") != [rank, model_id]:
+            go(traker.featurize, train, how.get("batch_size", [4] * size)[rank])
         if feed == "own checkpoints":
             traker.finalize_features(model_ids=[model_id])
     if how.get("only"):

@@ -286,6 +286,17 @@ def test_starting_afresh_sets_old_features_aside_once(tmp_path, server, whole):
     assert_same(results(tmp_path), whole)
 
 
+def test_starting_afresh_where_a_rank_has_no_batch(tmp_path, server, whole):
+    """It is ahead of the others: what it has begun anew is not theirs to set aside."""
+    run(server, tmp_path, 1)
+    printed, _ = run(
+        server, tmp_path, 2, feed="inds", idle=[1, 0], options={"load_from_save_dir": False}
+    )
+    assert len(list((tmp_path / "store" / "models").glob("*.replaced-*"))) == 2
+    assert printed.count("was moved to") == 2
+    assert_same(results(tmp_path), whole)
+
+
 def test_processes_that_are_to_work_alone(tmp_path, server, whole):
     """Each does everything, at once and in one save_dir, and neither harms the other."""
     _, batches = run(server, tmp_path, 2, options=ALONE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +235,25 @@ def test_load_from_save_dir_false_sets_old_features_aside(tmp_path, models, trai
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fresh.load_checkpoint(models[1].state_dict(), 0)  # its own now
+
+
+def test_load_from_save_dir_false_leaves_other_checkpoints_of_before_out(
+    tmp_path, models, train, targets
+):
+    alone = cases.whole_run(tmp_path / "alone", models[1:], train, targets)
+    cases.whole_run(tmp_path / "two", models, train, targets)
+    with pytest.warns(UserWarning, match="model_id 0 was moved to") as said:
+        fresh = cases.whole_run(
+            tmp_path / "two", models[1:], train, targets, load_from_save_dir=False
+        )
+    np.testing.assert_array_equal(fresh, alone)
+    assert [Path(one.filename).name for one in said] == ["cases.py"]  # the line that loaded it
+    later = cases.make(models[0], tmp_path / "two", N, load_from_save_dir=False)
+    with pytest.raises(
+        NotReadyError, match=r"received model_ids \[1\]; .* has none, and .* an earlier run"
+    ):
+        later.start_scoring_checkpoint("test", models[1].state_dict(), 1, M)
+    assert cases.make(models[0], tmp_path / "two", N).saver.ids() == [0, 1]
 
 
 def test_one_process_per_checkpoint_then_a_gather(tmp_path, models, train, targets):

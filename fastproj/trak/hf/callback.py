@@ -16,7 +16,7 @@ from fastproj.trak.files import StoreMismatchError, make_dir, read_json, write_j
 from fastproj.trak.fingerprints import model_digest
 from fastproj.trak.hf.traker import HFTRAKer
 from fastproj.trak.hf.undisturbed import undisturbed
-from fastproj.trak.store.store import NotReadyError, check_exp_name
+from fastproj.trak.store.store import NotReadyError, check_exp_name, names_aside
 
 STEPS = "trainer.json"  # in save_dir: the steps that this training was featurized at
 WHEN = ("save", "epoch")
@@ -155,24 +155,23 @@ class TRAKCallback(TrainerCallback):
             settle_norms(model)  # as the weights of a checkpoint that is there are
             weights = model.state_dict()
             saver = traker.traker.saver
-            other = self._is_other(model, step)
-            if other:
+            aside = self._to_set_aside(model, step)
+            if aside:
                 logger.warning(
                     "TRAKCallback: %s holds step %d of a training that came to other weights; it "
                     "is set aside, and featurized anew",
                     self.save_dir,
                     step,
                 )
-            saver.load_from_save_dir = not other
-            try:
-                traker.featurize_checkpoint(step, weights)
-            finally:
-                saver.load_from_save_dir = True
+                saver.earlier.update(aside)
+            traker.featurize_checkpoint(step, weights)
             if self._targets is not None:
                 traker.score_checkpoint(step, weights, self._targets, self.exp_name)
 
-    def _is_other(self, model: nn.Module, step: int) -> bool:
-        """Whether save_dir has a step with other weights: of a training that was abandoned."""
+    def _to_set_aside(self, model: nn.Module, step: int) -> dict[int, str]:
+        """A step that save_dir has with other weights, of a training that was abandoned, and a new
+        name for it; or nothing.
+        """
         saver, other = self._begun().traker.saver, False
         if step in saver.ids():
             try:
@@ -180,7 +179,9 @@ class TRAKCallback(TrainerCallback):
             except StoreMismatchError:
                 other = True
         # All must know before one of them sets anything aside.
-        return any(self._begun().traker.ranks.all_gather("TRAKCallback", other))
+        facts = other, names_aside([step])
+        every = self._begun().traker.ranks.all_gather("TRAKCallback", facts)
+        return every[0][1] if any(found for found, _ in every) else {}
 
     def _write_steps(self) -> None:
         """Say in save_dir which steps the training was featurized at."""

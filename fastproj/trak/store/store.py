@@ -42,6 +42,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.files import (
     GoneError,
     Indices,
@@ -81,11 +82,16 @@ class Store:
     identity : what every feature in it shares. A directory with other values is refused.
     train_set_size : n, the number of training samples.
     proj_dim : k.
-    load_from_save_dir : False sets aside what an earlier run left for a model_id, when that
-        model_id is first loaded (renamed, not deleted), and featurizes afresh.
+    load_from_save_dir : False uses nothing that an earlier run left for a model_id. It is set aside
+        (renamed, not deleted) when that model_id is first loaded; see ``earlier``.
     draws : how many rows of the Fisher matrix are drawn for a sample.
     half : store features as float16 with a power-of-two scale per row, so that no magnitude is
         lost, instead of in the projector's dtype.
+
+    Attributes
+    ----------
+    earlier : the model_ids whose folders are an earlier run's and don't count, and the names that
+        these get when they are set aside. Processes of one run must have the same.
     """
 
     def __init__(
@@ -108,11 +114,13 @@ class Store:
         self.current_model_id: int | None = None
         self._indices: dict[tuple[int, str | None], ShardIndex] = {}
         self._checkpoints: dict[int, str] = {}
-        self._fresh: set[int] = set()
         for folder in ("models", "experiments", "scores", "."):
             make_dir(self.save_dir / folder)
             remove_stale(self.save_dir / folder)
         self._open_metadata(bool(identity.get(GIVEN)))
+        self.earlier: dict[int, str] = {}
+        if not load_from_save_dir:
+            self.earlier = names_aside(i for i in self.ids() if any(self.model_dir(i).iterdir()))
 
     # ---- what is there --------------------------------------------------------------------------
 
@@ -126,9 +134,13 @@ class Store:
         check_identity(self.save_dir, read_json(path), wanted, given)
 
     def ids(self) -> list[int]:
-        """The model_ids on disk, ascending."""
-        folders = (self.save_dir / "models").iterdir()
-        return sorted(int(path.name) for path in folders if path.name.isdigit())
+        """The model_ids on disk, ascending, without those of an earlier run that doesn't count."""
+        folders = [path.name for path in (self.save_dir / "models").iterdir()]
+        for model_id, name in list(self.earlier.items()):
+            if name in folders:  # set aside, here or by another process of this run
+                del self.earlier[model_id]
+        found = {int(name) for name in folders if name.isdigit()}
+        return sorted(found - self.earlier.keys())
 
     @property
     def experiments(self) -> dict[str, dict[str, Any]]:
@@ -151,22 +163,10 @@ class Store:
 
     # ---- checkpoints ----------------------------------------------------------------------------
 
-    def register(self, model_id: int, checkpoint: str, afresh: bool = True) -> None:
-        """Make ``model_id`` current; ``checkpoint`` is the hash of its parameters and buffers.
-
-        ``afresh`` False: what an earlier run left has been set aside by another process.
-        """
+    def register(self, model_id: int, checkpoint: str) -> None:
+        """Make ``model_id`` current; ``checkpoint`` is the hash of its parameters and buffers."""
         folder = self.model_dir(model_id)
-        old = not self.load_from_save_dir and model_id not in self._fresh and folder.exists()
-        if afresh and old:
-            aside = folder.with_name(f"{model_id}.replaced-{uuid.uuid4().hex[:8]}")
-            folder.rename(aside)
-            warnings.warn(
-                f"TRAKer: load_from_save_dir=False: what {self.save_dir} held for model_id "
-                f"{model_id} was moved to {aside.name}; delete it if you don't need it",
-                stacklevel=3,
-            )
-        self._fresh.add(model_id)
+        self._set_aside(model_id)
         make_dir(folder)
         path = folder / "checkpoint.json"
         if not path.exists():
@@ -177,6 +177,33 @@ class Store:
             self.forget_index(model_id, part)
             self._tidy(model_id, part)
         self.current_model_id = model_id
+
+    def _set_aside(self, model_id: int) -> None:
+        """Rename what an earlier run left for ``model_id``, unless another process has done so.
+
+        All have one name for it. A folder isn't renamed to one that is there and not empty.
+        """
+        name = self.earlier.get(model_id)
+        if name is None:
+            return
+        folder = self.model_dir(model_id)
+        try:
+            folder.rename(folder.with_name(name))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if not folder.with_name(name).exists():
+                raise StoreError(
+                    f"can't rename {folder} to {name} ({error.strerror or error}); expected a "
+                    "directory that this user may change"
+                ) from error
+        else:
+            warnings.warn(
+                f"TRAKer: load_from_save_dir=False: what {self.save_dir} held for model_id "
+                f"{model_id} was moved to {name}; delete it if you don't need it",
+                stacklevel=stack_to_caller(),
+            )
+        self.earlier.pop(model_id, None)
 
     def twin(self, model_id: int, checkpoint: str) -> int | None:
         """Another model_id that this process has registered with the same hash, for a new one."""
@@ -626,6 +653,12 @@ class Store:
         """The file of the extreme scores."""
         self.experiment_path(exp_name)
         return self.save_dir / "scores" / f"{exp_name}.top.safetensors"
+
+
+def names_aside(model_ids: Iterable[int]) -> dict[int, str]:
+    """New names for the folders of these checkpoints."""
+    unique = uuid.uuid4().hex[:8]
+    return {model_id: f"{model_id}.replaced-{unique}" for model_id in model_ids}
 
 
 def describe_grouping(grouping: tuple[list[int], str] | None) -> str:
