@@ -374,14 +374,14 @@ def report(
     """Print the extremes of the first targets; returns those of all, for --json."""
     found = []
     for column in range(scores.shape[1]):
-        order = np.argsort(scores[:, column], kind="stable")
         found.append(
             {
-                name: [{"sample": int(i), "score": float(scores[i, column])} for i in chosen]
-                for name, chosen in (
-                    ("helpful", order[::-1][: options.top]),
-                    ("harmful", order[: options.top]),
-                )
+                name: [
+                    {"sample": int(i), "score": float(scores[i, column])}
+                    # among equal scores the lower number first, as in TopScores
+                    for i in np.argsort(sign * scores[:, column], kind="stable")[: options.top]
+                ]
+                for name, sign in (("helpful", -1), ("harmful", 1))
             }
         )
     for column, extremes in enumerate(found[: options.show]):

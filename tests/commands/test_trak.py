@@ -73,9 +73,19 @@ def test_scores_of_the_checkpoints_of_a_training(here, capsys):
     assert numbers["checkpoints"] == folders
     for column, extremes in enumerate(numbers["extremes"]):
         order = np.argsort(found[:, column], kind="stable")
-        assert [entry["sample"] for entry in extremes["helpful"]] == order[::-1][:2].tolist()
+        best = np.argsort(-found[:, column], kind="stable")  # equal scores: lower numbers first
+        assert [entry["sample"] for entry in extremes["helpful"]] == best[:2].tolist()
         assert [entry["sample"] for entry in extremes["harmful"]] == order[:2].tolist()
     np.testing.assert_array_equal(np.load("fastproj-trak/scores/targets.mmap"), found)
+
+
+def test_equal_scores_are_in_the_order_of_top_scores(here):
+    options = trak.build_parser().parse_args(["run", *map(str, DATA), "--top", "2"])
+    rows = {"train": TRAIN, "targets": TARGETS}
+    scores = np.array([[1, -1, 2, 2, -1, 2]], np.float32).T
+    (found,) = trak.report(options, "causal_lm", [], rows, scores)["extremes"]
+    places = {name: [entry["sample"] for entry in found[name]] for name in found}
+    assert places == {"helpful": [2, 3], "harmful": [1, 4]}
 
 
 def test_factored_gradients(here, capsys):

@@ -47,7 +47,8 @@ def excerpt_of_text(text: str) -> tuple[str, bool]:
     if len(text) <= EXCERPT_CHARACTERS:
         return text, False
     beginning = text[:EXCERPT_CHARACTERS]
-    return beginning.rsplit(None, 1)[0] if " " in beginning else beginning, True
+    words = beginning.rsplit(None, 1)  # none of white space
+    return words[0] if " " in beginning and words else beginning, True
 
 
 def excerpt_of_tokens(weights: Weights) -> tuple[int, int]:

@@ -247,8 +247,9 @@ def extremes(
                 f"report: received the score {column[wrong[0]]} of sample {wrong[0]} for target "
                 f"{target}; expected finite scores"
             )
-        order = np.argsort(-column, kind="stable")
-        sides = (order, column[order]), (order[::-1], column[order[::-1]])
+        # among equal scores the lower number first, as in TopScores
+        best, worst = (np.argsort(signed, kind="stable") for signed in (-column, column))
+        sides = (best, column[best]), (worst, column[worst])
     helpful, harmful = (
         [(int(i), float(score)) for i, score in zip(inds[:count], values[:count], strict=True)]
         for inds, values in sides

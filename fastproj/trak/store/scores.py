@@ -9,7 +9,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from torch import Tensor
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.files import (
     Indices,
+    StoreCorruptError,
     StoreError,
     corrupt,
     digest,
@@ -257,6 +258,9 @@ class TopScores:
         return self.train_set_size, len(self.helpful_indices)
 
 
+TOP_TENSORS = {field.name for field in fields(TopScores)} - {"train_set_size"}
+
+
 class TopWriter:
     """Keeps the ``top_k`` highest and lowest scores of each target; ``finish`` writes them."""
 
@@ -341,8 +345,15 @@ def numbers_of(keys: Tensor) -> Tensor:
 
 
 def read_top_scores(path: Path | str) -> TopScores:
-    """What ``finalize_scores(..., top_k=)`` wrote; raises StoreCorruptError, naming the file."""
+    """What ``finalize_scores(..., top_k=)`` wrote; raises StoreCorruptError, naming the file, or
+    ValueError for another of TRAKer's files.
+    """
     tensors, metadata = read_safetensors(Path(path), None)
+    if tensors.keys() != TOP_TENSORS:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(tensors))}; expected <exp_name>.top.safetensors, with "
+            f"{', '.join(sorted(TOP_TENSORS))}"
+        )
     return TopScores(
         **{name: t.numpy().copy() for name, t in tensors.items()},
         train_set_size=int(metadata["train_set_size"]),
@@ -356,9 +367,15 @@ def load_scores(path: Path | str) -> npt.NDArray[Any] | TopScores:
     StoreError (StoreCorruptError for damage) or ValueError, naming the file.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_top_scores(path)
     expected = "<exp_name>.mmap, <exp_name>.top.safetensors or a .npy file"
+    if path.suffix == ".safetensors":
+        try:
+            return read_top_scores(path)
+        except StoreCorruptError as error:
+            if path.name.endswith(".top.safetensors"):
+                raise
+            # It may be anybody's, such as a model: nothing to delete.
+            raise ValueError(f"can't read scores from {path}; expected {expected}") from error
     scores = load_array(path, "read scores from", expected)
     if scores.ndim != 2 or scores.dtype.kind not in "fiu" or 0 in scores.shape:
         raise ValueError(

@@ -13,13 +13,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastproj.commands.report import main
-from fastproj.trak import StoreError
+from fastproj.trak import StoreError, read_top_scores
+from fastproj.trak.distributed import Ranks
 from fastproj.trak.evaluation import passages
 from fastproj.trak.evaluation.pictures import png, to_uint8
 from fastproj.trak.evaluation.report import Page, render, write_report
 from fastproj.trak.evaluation.style import DARK, LIGHT
+from fastproj.trak.store.scores import TopWriter
 from tests.trak import cases
 from tests.trak.evaluation.pages import FACTS, PAGES, image_page, pair_page, table_page, text_page
 
@@ -241,6 +245,13 @@ def test_a_long_passage_is_shown_where_it_matters_and_can_be_opened():
     assert "…" in long.partition("<details>")[0]
 
 
+@pytest.mark.parametrize("text", [" " * 400 + "end", "\n " * 200, " " + "a" * 400])
+def test_a_long_passage_may_begin_with_white_space(text):
+    shown, _, rest = passages.render_passage(text).partition("<details>")
+    assert "…" in shown
+    assert text in rest
+
+
 def test_text_page_marks_the_tokens_of_its_samples():
     shown = text_page(targets=[3], top=1)
     text = render(shown)
@@ -404,6 +415,17 @@ def test_extremes_make_the_same_page_as_all_scores(tmp_path, capsys):
     assert pages[0].count('class="target"') == 4
 
 
+def test_equal_scores_are_in_one_order(tmp_path):
+    scores = np.array([[1, -1, -1, 0, 2, 2, -1]], np.float32).T
+    top = TopWriter(tmp_path / "a.top.safetensors", scores.shape, 2, Ranks())
+    top.add(np.arange(7), range(1), scores)
+    top.finish()
+    kept = read_top_scores(tmp_path / "a.top.safetensors")
+    for given in (scores, kept):
+        text = Checker(render(Page("ties", given, [0], top=2))).text
+        assert text.rstrip().endswith("helpful#4+2#5+2most harmful#1-1#2-1")
+
+
 def test_damaged_or_wrong_score_files_are_named(tmp_path, capsys):
     cases.whole_run(tmp_path, [cases.net(0)], cases.data(20), cases.data(4, seed=5))
     path = tmp_path / "scores" / "test.mmap"
@@ -413,15 +435,21 @@ def test_damaged_or_wrong_score_files_are_named(tmp_path, capsys):
     np.save(tmp_path / "nan.npy", np.full((5, 2), np.nan))
     np.save(tmp_path / "line.npy", np.zeros(5))
     (tmp_path / "empty.npy").write_bytes(b"")
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    features = next((tmp_path / "models" / "0").glob("train-*"))
     for name, message in (
         ("scores/test.mmap", "is damaged"),
         ("nan.npy", "the score nan of sample 0 for target 0"),
         ("line.npy", "holds [5] float64; expected scores [n, m]"),
         ("empty.npy", "can't read scores from"),
+        ("model.safetensors", "model.safetensors; expected <exp_name>.mmap, <exp_name>.top.safe"),
+        (features, "grads, inds, out_to_loss; expected <exp_name>.top.safetensors, with harmful_"),
     ):
         out = tmp_path / "page.html"
         assert main([str(tmp_path / name), "--out", str(out)]) == 1
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said
+        assert ("Delete" in said) == (name == "scores/test.mmap")
         assert not out.exists()
 
 
