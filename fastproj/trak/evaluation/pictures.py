@@ -35,9 +35,18 @@ def to_uint8(images: npt.NDArray[np.generic], index: int) -> npt.NDArray[np.uint
             f"report: received an image of shape {list(picture.shape)}; expected [H, W], "
             "[H, W, 3] or [3, H, W]"
         )
+    if picture.dtype.kind not in "biuf" or not picture.size:
+        raise ValueError(
+            f"report: received an image {list(picture.shape)} of dtype {picture.dtype}; expected "
+            "uint8, or real numbers"
+        )
     if picture.dtype == np.uint8:
         return picture
     low, high = float(np.min(images)), float(np.max(images))
+    if not np.isfinite(high - low):  # all pictures would be black
+        raise ValueError(
+            f"report: received images with values from {low} to {high}; expected finite ones"
+        )
     scaled = (picture.astype(np.float64) - low) / max(high - low, 1e-12)
     return np.rint(255 * scaled).astype(np.uint8)
 

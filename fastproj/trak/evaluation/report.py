@@ -76,7 +76,7 @@ def write_report(path: Path | str, page: Page) -> Path:
     path = Path(path)
     check(page)
     make_dir(path.parent)
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a device: it would be replaced
+    if path.exists() and not path.is_file():  # a device would be replaced
         raise StoreError(f"can't write {path}, which is no file; expected the path of one")
     data = render(page).encode(errors="replace")  # half of a pair of surrogates is no letter
     write_atomic(path, lambda file: file.write(data), len(data))

@@ -337,6 +337,21 @@ def test_pictures_of_torch_and_of_floats():
     assert read_png(base64.b64decode(source)).shape == (5, 7, 3)
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, np.float32, "images with values from nan to nan; expected finite"),
+        (np.inf, np.float64, "images with values from 0.0 to inf; expected finite"),
+        (1, np.complex64, r"an image \[5, 5\] of dtype complex64; expected uint8"),
+    ],
+)
+def test_values_that_make_no_picture(value, dtype, message):
+    images = np.zeros((3, 5, 5), dtype)
+    images[2, 0, 0] = value  # of another picture: all are scaled alike
+    with pytest.raises(ValueError, match=message):
+        to_uint8(images, 0)
+
+
 def test_command(tmp_path, capsys):
     shown = image_page()
     np.save(tmp_path / "scores.npy", shown.scores)
@@ -463,6 +478,8 @@ def test_a_device_is_not_replaced_by_a_page(tmp_path):
         with pytest.raises(StoreError, match=f"can't write {path}, which is no file"):
             write_report(path, image_page())
     assert fifo.is_fifo()
+    with pytest.raises(StoreError, match=r"can't write \., which is no file"):
+        write_report(".", image_page())
 
 
 def test_a_folder_that_can_not_be_made_is_named(tmp_path):
