@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.files import GoneError, Indices, StoreError, Tensors, digest
 from fastproj.trak.inputs import IF_STORED, check_finite
@@ -92,8 +94,10 @@ def finalize(
         if ranks.first and fisher:
             counts = {i: count_rows(store, i) for i in model_ids}
             meanings = {i: slope_meaning(store, i) for i in model_ids}
-        elif ranks.first and lambda_reg == AUTO:
-            meanings = {i: q_meaning(i, store.out_to_loss(i), probabilities) for i in model_ids}
+        elif ranks.first:
+            tell_without_q(store, model_ids)
+            if lambda_reg == AUTO:
+                meanings = {i: q_meaning(i, store.out_to_loss(i), probabilities) for i in model_ids}
     meanings, counts = ranks.broadcast(STEP, (meanings, counts))
     power = {i: meanings[i].probability if i in meanings else 0.0 for i in model_ids}
     system = {
@@ -152,6 +156,18 @@ def slope_meaning(store: Store, model_id: int) -> Meaning:
             "-0.5 * (y - f) ** 2 of a regression, or TRAKer(curvature='trak') with another save_dir"
         )
     return fisher_meaning(slopes, curvature, along)
+
+
+def tell_without_q(store: Store, model_ids: Sequence[int]) -> None:
+    """Warn of checkpoints whose Q are all 0: scores are times the mean of Q over checkpoints."""
+    for model_id in model_ids:
+        if not store.out_to_loss(model_id).any():
+            warnings.warn(
+                f"{STEP}: model_id {model_id} has Q = 0 for all training samples: it gives each of "
+                "its labels the probability 1, or its task's get_out_to_loss_grad returns 0. By "
+                "itself it gives scores of 0. Fix: a checkpoint from earlier in the training",
+                stacklevel=stack_to_caller(),
+            )
 
 
 def q_meaning(model_id: int, q: Tensor, probabilities: bool | None) -> Meaning:

@@ -519,19 +519,35 @@ def test_scores_are_the_formula_with_the_curvature(tmp_path):
     np.testing.assert_allclose(found, solved, rtol=1e-3, atol=1e-4 * np.abs(solved).max())
 
 
+class Scaled(ImageClassificationModelOutput):
+    """Q times a factor."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def get_out_to_loss_grad(self, *args):
+        return self.factor * super().get_out_to_loss_grad(*args)
+
+
+@pytest.mark.parametrize("lambda_reg", ["auto", 0.5])
+def test_a_checkpoint_whose_q_are_0_is_told_of(tmp_path, lambda_reg):
+    train, targets = cases.data(30), cases.data(5, seed=5)
+    model = cases.net()
+    made = fastproj.TRAKer(model, Scaled(0.0), 30, tmp_path, proj_dim=8, lambda_reg=lambda_reg)
+    cases.featurize(made, model, 0, train)
+    with pytest.warns(UserWarning, match="model_id 0 has Q = 0 .* Fix: a checkpoint") as told:
+        made.finalize_features()
+    assert told[0].filename == __file__
+    cases.score(made, model, 0, targets)
+    assert not np.any(made.finalize_scores("test"))
+
+
 def test_a_checkpoint_whose_largest_q_passes_1(tmp_path):
     """Of a task whose Q are probabilities times a factor, as a sum over tokens is."""
     train, targets = cases.data(60), cases.data(5, seed=5)
     model = cases.trained(0, train, steps=10)
     largest = float(cases.q(model, train).max())
-
-    class Scaled(ImageClassificationModelOutput):
-        def __init__(self, factor):
-            super().__init__()
-            self.factor = factor
-
-        def get_out_to_loss_grad(self, *args):
-            return self.factor * super().get_out_to_loss_grad(*args)
 
     found = []
     for size in (0.999, 1.001):
