@@ -457,3 +457,24 @@ def test_several_values_of_what_a_model_shares_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'other.weight' that differs from 'again.weight'"):
         traker.load_checkpoint(state, 1)
     assert torch.equal(model.again.weight.nan_to_num(), before.nan_to_num())
+
+
+def test_shapes_of_what_a_model_shares_are_for_the_hooks_of_its_modules(tmp_path):
+    """A hook may mend a value that an older version kept otherwise."""
+
+    class Tied(cases.Net):
+        def __init__(self):
+            super().__init__()
+            self.again = nn.Linear(2, 3, bias=False)
+            self.other = nn.Linear(2, 3, bias=False)
+            self.other.weight = self.again.weight
+            self.other.register_load_state_dict_pre_hook(turn)
+
+    def turn(module, state, prefix, *_):
+        state[f"{prefix}weight"] = state[f"{prefix}weight"].mT
+
+    model = Tied()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    state["other.weight"] = state["other.weight"].mT  # [2, 3]
+    cases.make(model, tmp_path, 4).load_checkpoint(state, 0)
+    assert torch.equal(model.again.weight, state["again.weight"])

@@ -109,7 +109,6 @@ class Store:
         self.identity = {key: value for key, value in identity.items() if key != GIVEN}
         self.train_set_size = train_set_size
         self.proj_dim = proj_dim
-        self.load_from_save_dir = load_from_save_dir
         self.half = half
         self.current_model_id: int | None = None
         self._indices: dict[tuple[int, str | None], ShardIndex] = {}
