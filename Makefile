@@ -191,8 +191,9 @@ STEPS_gpu-first := gpu-build gpu-preflight gpu-ladder gpu-bench
 STEPS_gpu-tests := gpu-build gpu-test-cuda gpu-test-rest
 STEPS_gpu-more := gpu-build gpu-test-triton gpu-memcheck gpu-racecheck gpu-synccheck
 STEPS_gpu-sweep := gpu-build gpu-bench-all
-# Seconds of each step. The build is incremental: it costs a second when it is there. A step that takes no notice of its
-# end is killed GPU_KILL seconds later.
+# Seconds of each step. The build is incremental: it costs a second when it is there. At its end a step is interrupted, as
+# by Ctrl-C, so that pytest shows what has failed and a benchmark lists its targets. If it goes on, it is killed GPU_KILL
+# seconds later.
 GPU_KILL := 10
 LIMIT_gpu-build := 150
 LIMIT_gpu-preflight := 45
@@ -237,7 +238,7 @@ $(GPU_CALLS): gpu-check
 	limits=($(foreach step,$(STEPS_$@),$(LIMIT_$(step)))); \
 	for step in $(STEPS_$@); do \
 	    echo "== $$step: at most $${limits[0]} s"; start=$$SECONDS; verdict=passed; \
-	    timeout -k $(GPU_KILL) $${limits[0]} $(MAKE) --no-print-directory $$step 2>&1 | tee $(GPU_LOGS)/$$step.log \
+	    timeout -s INT -k $(GPU_KILL) $${limits[0]} $(MAKE) --no-print-directory $$step 2>&1 | tee $(GPU_LOGS)/$$step.log \
 	        || { verdict=FAILED; failed="$$failed $$step"; }; \
 	    limits=("$${limits[@]:1}"); \
 	    if [ -n "$(OUT)" ] && [ -d bench/results ]; then \

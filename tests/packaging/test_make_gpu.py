@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,15 +122,25 @@ def test_another_gpu_needs_no_wgmma(tmp_path: Path) -> None:
 
 
 def test_a_step_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
-    """Its limit is set to a second; it would end by itself only when the test's time is up."""
+    """Its limit is set to a second; it would end by itself only when the test's time is up. It is
+    interrupted first, so that it can tell what it has found, and killed where it goes on.
+    """
     shutil.copy(ROOT / "Makefile", tmp_path)
-    does = '[[ "$*" == *preflight\\ --output* ]] && { trap "" TERM; tail -f /dev/null; }'
+    goes_on = 'trap "echo found so far" INT; while :; do tail -f /dev/null; done'
+    does = f'[[ "$*" == *preflight\\ --output* ]] && {{ {goes_on}; }}'
     python = stand_in(tmp_path / "python", f"{does}\necho 90")
     arguments = ["VENV=", f"PYTHON={python}", "LIMIT_gpu-preflight=1", "GPU_KILL=1"]
     done = subprocess.run(
-        ["make", "gpu-first", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        ["make", "gpu-first", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        # What runs the tests may ignore interrupts, and its children would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert done.returncode != 0
+    assert "found so far" in done.stdout
     assert "== gpu-preflight FAILED after" in done.stdout
     assert "== gpu-bench passed after" in done.stdout
     assert "make gpu-first: failed: gpu-preflight\n" in done.stderr
