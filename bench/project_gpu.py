@@ -186,9 +186,9 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
         }
         return write_result(name, content, "\n".join(said))
 
-    def stop(where: str, error: Exception) -> None:
+    def stop(where: str, error: BaseException) -> None:
         nonlocal stopped
-        stopped = f"{where}: {' '.join(str(error).split())[:300]}"
+        stopped = f"{where}: {' '.join(str(error).split())[:300] or 'interrupted'}"
         say(f"\nSTOPPED at {stopped}")
 
     for shape in shapes_of(options):
@@ -199,8 +199,8 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
             torch.cuda.empty_cache()
             case = make_case(options, shape, torch.cuda.mem_get_info()[0])
             found = time_case(case, of_kind[shape.kind], options.repeats or 10)
-        except RuntimeError as error:  # of a kernel: CUDA takes no more calls after it
-            stop(str(shape), error)
+        except (RuntimeError, KeyboardInterrupt) as error:
+            stop(str(shape), error)  # CUDA takes no more calls after a kernel that failed
             break
         if found:
             say(sparse_table_of(found) if shape.block else table_of(found, PEAKS))
@@ -213,7 +213,7 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
     if not options.ladder and not stopped:
         try:
             targets += memory_targets()
-        except RuntimeError as error:
+        except (RuntimeError, KeyboardInterrupt) as error:
             stop("the targets of memory", error)
     say(list_of(targets))
     if not_run:

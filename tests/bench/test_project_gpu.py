@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -205,6 +206,34 @@ def test_a_dead_gpu_ends_the_run_and_keeps_what_there_is(
     content = json.loads(path.read_text())
     assert [row["batch"] for row in content["rows"]] == [1]
     assert "illegal memory access" in content["stopped"]
+
+
+@pytest.mark.parametrize("place", ["time_case", "memory_targets"])
+def test_an_interrupted_run_lists_the_targets_that_it_has(
+    gpu_stand_in: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    """So ends a step of `make gpu` whose time is up."""
+    real, calls = getattr(project_gpu, place), []
+
+    def interrupted(*facts: Any) -> Any:
+        calls.append(facts)
+        if place == "memory_targets" or len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*facts)
+
+    monkeypatch.setattr(project_gpu, place, interrupted)
+    assert bench("--batch", "1", "2", "--provider", "blocks") == 1
+    out = capsys.readouterr().out
+    assert re.search(r"STOPPED at (rademacher \S+ B=2 .*|the targets of memory): interrupted", out)
+    assert "cuda against stored R, B = 64" in out
+    (path,) = gpu_stand_in.glob("*.json")
+    content = json.loads(path.read_text())
+    assert content["rows"]
+    assert content["targets"]
+    assert content["stopped"].endswith("interrupted")
 
 
 def test_the_sparse_kind_names_every_peer_and_what_is_missing(
