@@ -350,12 +350,20 @@ def test_a_missing_compiler_is_told(
     assert "install the CUDA toolkit" in capsys.readouterr().err
 
 
-def test_speeds_are_shown(machine: FakeModule) -> None:
+def test_speeds_are_shown(machine: FakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, deviations = preflight.project, []
+
+    def project(grads: torch.Tensor, cols: int, **options: Any) -> torch.Tensor:
+        deviations.append(float(grads.std()))
+        return real(grads, cols, **options)
+
+    monkeypatch.setattr(preflight, "project", project)
     assert preflight.bandwidth(1 << 20).found == "0.00 TB/s"
     assert preflight.peak(64).figures == {"flops": 2 * 64**3 / 1e-3}
     line = preflight.first_figures(rows=512, cols=64)
     assert line.found.startswith("TFLOP/s at B = 64, K = 64: bf16 ")
     assert list(line.figures or ()) == ["bf16", "fp32 medium", "fp32 high", "fp32 highest"]
+    assert all(0.9 < deviation < 1.1 for deviation in deviations)  # random, as those of the peak
 
 
 # ---- all of them ---------------------------------------------------------------------------------
