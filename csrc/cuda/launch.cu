@@ -226,6 +226,15 @@ class CudaLauncher {
     cudaStream_t cuda_stream_;
 };
 
+// Whether there is code of a kernel for the current GPU. Memory that is full says nothing of that,
+// and is not to be remembered: it is thrown.
+bool loads(const Kernel& kernel, cudaFuncAttributes& attributes) {
+    const cudaError_t code = cudaFuncGetAttributes(&attributes, kernel.entry);
+    cudaGetLastError();
+    if (code == cudaErrorMemoryAllocation) check(code, "loading a kernel");
+    return code == cudaSuccess;
+}
+
 Gpu inspect(int device) {
     Gpu gpu;
     cudaDeviceProp properties{};
@@ -239,8 +248,7 @@ Gpu inspect(int device) {
     RelaxedCapture relaxed;
     cudaFuncAttributes attributes{};
     const Kernel any = simple_kernel(SimpleKernel::kReduceFloat, Kind::kRademacher);
-    if (cudaFuncGetAttributes(&attributes, any.entry) != cudaSuccess) {
-        cudaGetLastError();
+    if (!loads(any, attributes)) {
         gpu.problem = "fastproj._cuda was built for " + compiled_architectures() + ", " + gpu.name +
                       " is " + std::to_string(gpu.info.major) + std::to_string(gpu.info.minor) +
                       "; reinstall with FASTPROJ_CUDA_ARCHS=" + std::to_string(gpu.info.major) +
@@ -249,10 +257,9 @@ Gpu inspect(int device) {
     }
     // Without code for sm_90a the kernel is empty and compiled for one thread (device.cuh).
     const Kernel ninety = find_sm90_rademacher(KernelKey{Kind::kRademacher, true, 1, 16});
-    if (gpu.info.major == 9 && cudaFuncGetAttributes(&attributes, ninety.entry) == cudaSuccess) {
+    if (gpu.info.major == 9 && loads(ninety, attributes)) {
         gpu.info.sm90a = attributes.maxThreadsPerBlock >= ninety.threads;
     }
-    cudaGetLastError();
     return gpu;
 }
 

@@ -20,6 +20,8 @@ thread_local int bound = -1;  // whose context is bound to the thread
 thread_local std::string calls;
 thread_local bool shows_shared = false;
 thread_local int allowed = 0;  // shared memory of the kernel that was last prepared
+// What asking for a kernel's attributes answers, the next time and later.
+thread_local cudaError_t loading[2] = {cudaSuccess, cudaSuccess};
 
 cudaError_t note(const std::string& call) {
     calls += call + "\n";
@@ -60,7 +62,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
     bound = device;
     attributes->maxThreadsPerBlock = 1024;
-    return cudaSuccess;
+    const cudaError_t answer = loading[0];
+    loading[0] = loading[1];
+    return answer;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
     bound = device;
@@ -125,6 +129,12 @@ Kernel sjlt_transpose_kernel(bool) { return any_kernel(); }
 Kernel sjlt_matrix_kernel() { return any_kernel(); }
 
 }  // namespace fastproj::cuda
+
+// Whether the calling thread can load its next kernel and later ones: 0, or what goes wrong.
+extern "C" void fake_loading(int next, int later) {
+    loading[0] = static_cast<cudaError_t>(next);
+    loading[1] = static_cast<cudaError_t>(later);
+}
 
 // One call of the calling thread on `where`; `text` gets its trace, or what it threw. Ends with the
 // device that the thread is left with.

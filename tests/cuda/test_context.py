@@ -93,6 +93,26 @@ def test_calls_of_kind_sjlt_do_not_lower_what_others_may_have(library, dtype):
     assert allowed == {227 * 1024}  # all that a block of the stand-in can have
 
 
+@pytest.mark.parametrize("first", [0, 2])  # whether the first kernel that is looked at has room
+def test_a_gpu_whose_memory_was_full_is_looked_at_again(library, first):
+    """Nothing is concluded from it: not that code for this GPU is missing, nor code for sm_90a."""
+    works, full = 0, 2  # cudaErrorMemoryAllocation
+    device = 2 + first
+    library.fake_loading(first, full)
+    with pytest.raises(AssertionError, match="loading a kernel failed"):
+        call(library, "project", "bfloat16", device)
+    library.fake_loading(works, works)
+    assert call(library, "project", "bfloat16", device)[0] == f"encode on {device}"  # of sm_90a
+
+
+def test_a_gpu_without_code_for_it(library):
+    no_image = 209  # cudaErrorNoKernelImageForDevice
+    library.fake_loading(no_image, 0)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="reinstall with FASTPROJ_CUDA_ARCHS=90"):
+            call(library, "matrix", device=5)
+
+
 def test_the_stand_in_sees_a_context_that_is_not_bound(library, tmp_path):
     """Without the binding it fails as a GPU would."""
     emulation.change_source(
