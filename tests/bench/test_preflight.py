@@ -110,6 +110,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> FakeModule:
 
 # ---- the driver ----------------------------------------------------------------------------------
 
+TOO_OLD = "the driver is for an older CUDA than this module"
+
 
 @pytest.mark.parametrize(
     ("installed", "toolkit", "fix"),
@@ -123,6 +125,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> FakeModule:
         ((470, 1), "12.8", "install driver r525 or newer"),
         ((580, 65, 6), "14.0", None),
         ((570, 1), "14.0", "install driver r580 or newer, or install a CUDA 12"),
+        ((550, 54), "13.0", None),  # with the package for forward compatibility
     ],
 )  # fmt: skip
 def test_the_driver_against_the_toolkit(
@@ -135,6 +138,7 @@ def test_the_driver_against_the_toolkit(
     monkeypatch.setattr(preflight, "driver_version", lambda: installed)
     monkeypatch.setattr(preflight, "toolkits", list)
     machine.toolkit = toolkit
+    machine.problem = TOO_OLD if fix else ""
     line = preflight.driver()
     assert line.verdict == (preflight.OK if fix is None else preflight.FAIL), line
     assert (fix or "") in line.do
@@ -151,6 +155,7 @@ def test_the_fix_names_the_toolkit_that_is_there(
     assert [path.name for path in found] == ["cuda-13.0", "cuda-12.10", "cuda-12.4"]
     monkeypatch.setattr(preflight, "toolkits", lambda: found)
     monkeypatch.setattr(preflight, "driver_version", lambda: (550, 54))
+    machine.problem = TOO_OLD
     line = preflight.driver()
     assert f"CUDA_HOME={tmp_path / 'cuda-12.10'} make gpu-build" in line.do
 
