@@ -64,10 +64,12 @@ def unavailable() -> str | None:
         return f"fastproj._cuda finds no GPU ({problem}); install an NVIDIA GPU and its driver"
     if not torch.cuda.is_available():
         return "this torch has no CUDA; install a CUDA build of torch"
-    # Looking at a GPU makes a context there: at the current one, at others only if it won't do.
+    # Looking at a GPU makes a context there. So one that has a context comes first: that of the
+    # tensors, which need not be the current one. Then the current one; others only if it won't do.
     current = torch.cuda.current_device()
+    has_context = getattr(torch._C, "_cuda_hasPrimaryContext", lambda index: False)  # torch's own
     first: str | None = None
-    for index in sorted(range(count), key=lambda index: index != current):
+    for index in sorted(range(count), key=lambda i: (not has_context(i), i != current)):
         found = extension.gpu(index)["problem"]
         if not found:
             return None

@@ -87,15 +87,20 @@ def test_calls_without_a_gpu_name_the_failing_one():
 
 
 @pytest.mark.parametrize(
-    ("problems", "looked_at", "reason"),
+    ("problems", "in_use", "looked_at", "reason"),
     [
-        (["", "", ""], [1], None),
-        (["", "too old", ""], [1, 0], None),
-        (["a", "b", "c"], [1, 0, 2], "b"),
+        (["", "", ""], [], [1], None),
+        (["", "", ""], [2], [2], None),  # tensors on "cuda:2", while GPU 1 is current
+        (["", "", ""], [0, 1, 2], [1], None),
+        (["", "too old", ""], [], [1, 0], None),
+        (["", "", "too old"], [2], [2, 1], None),
+        (["a", "b", "c"], [], [1, 0, 2], "b"),
     ],
 )
-def test_only_the_gpus_that_must_be_are_looked_at(monkeypatch, problems, looked_at, reason):
-    """Each look makes a context: hundreds of megabytes of a GPU that another process may own."""
+def test_only_the_gpus_that_must_be_are_looked_at(monkeypatch, problems, in_use, looked_at, reason):
+    """Each look makes a context: hundreds of megabytes of a GPU that another process may own. One
+    that this process uses has its context.
+    """
     seen = []
 
     class Extension:
@@ -109,6 +114,8 @@ def test_only_the_gpus_that_must_be_are_looked_at(monkeypatch, problems, looked_
     monkeypatch.setattr(cuda, "_module", lambda: Extension)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    used = in_use.__contains__
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", used, raising=False)
     assert cuda.unavailable.__wrapped__() == reason
     assert seen == looked_at
 
