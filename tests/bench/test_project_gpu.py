@@ -120,6 +120,14 @@ def test_all_of_it_runs_checks_and_writes(
     assert "cuda against stored R, B = 64" in out
 
 
+def test_the_cache_is_emptied_by_reading(gpu_stand_in: Path) -> None:
+    """What is written to empty it, the timed call would have to write back."""
+    timer = timing.GpuTimer()
+    timer.room.fill_(1.0)
+    assert timer(lambda: None) > 0
+    assert (timer.room == 1.0).all()
+
+
 def test_a_wrong_result_is_not_timed_and_fails(
     gpu_stand_in: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
