@@ -59,24 +59,35 @@ def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]
             kind += (noted(getattr(node, saved)) for saved in attributes_of(of_kind))
             if name in MOVING:
                 kind += moved(node, batches.size(batch))
+            elif name.startswith("SegmentReduce"):
+                kind += (noted(ends.tolist()) for ends in segments_of(node))
         kinds.append(tuple(kind))
     return hash((shapes, tuple(kinds))), leaves
 
 
 @cache
 def attributes_of(kind: Any) -> list[str]:
-    """The names of what an operation's node saves, except tensors and sizes."""
+    """The names of what an operation's node saves, except tensors and sizes of tensors.
+
+    The sizes that a tensor is split into stay: they are the numbers of rows that samples have.
+    """
     names = {name for name in dir(kind) if name.startswith("_saved_")}
     return sorted(
         name
         for name in names
-        if "_raw" + name not in names | set(dir(kind)) and not name.endswith(("sizes", "size"))
+        if "_raw" + name not in names | set(dir(kind))
+        and ("split" in name or not name.endswith(("sizes", "size")))
     )
 
 
 def noted(value: Any) -> Any:
     """A hashable stand-in for a value that an operation saves."""
     return value if isinstance(value, Hashable) else repr(value)
+
+
+def segments_of(node: Any) -> Iterator[Tensor]:
+    """The lengths or the offsets of the segments that ``segment_reduce`` reduces."""
+    return (t for t in (node._saved_lengths, node._saved_offsets) if t is not None)
 
 
 def moved(node: Any, size: int) -> Iterator[Hashable]:

@@ -84,6 +84,8 @@ def test_samples_that_stay_are_the_same_structure(name):
         lambda x, mask: x.flatten(0, 1)[mask.flatten().nonzero()[:, 0]],
         lambda x, mask: x.masked_select(mask.unsqueeze(2)),
         lambda x, mask: ZEROS.masked_scatter(mask.unsqueeze(2), x),
+        lambda x, mask: torch.stack(x[:, 0].repeat(2, 1).split(mask.sum(1).tolist())[::2]),
+        lambda x, mask: torch.segment_reduce(x[:, :2].flatten(0, 1), "sum", lengths=mask.sum(1)),
     ],
 )
 def test_other_numbers_of_rows_are_another_structure(select):
@@ -106,6 +108,15 @@ class Chosen(nn.Module):
         return torch.zeros(len(ids)).index_add(0, keep.nonzero()[:, 0], found)
 
 
+class Split(Chosen):
+    """The same, whose words are chosen before any gradient, and split by sample."""
+
+    def forward(self, ids, labels):
+        keep = labels >= 0
+        found = self.head(self.words(ids[keep]).tanh()).split(keep.sum(1).tolist())
+        return torch.stack([rows.sum() for rows in found])
+
+
 class Sorted(nn.Module):
     """Sorts its samples by length, and brings their outputs back into order."""
 
@@ -119,7 +130,7 @@ class Sorted(nn.Module):
         return found[order.argsort(), 0]
 
 
-@pytest.mark.parametrize("kind", [Chosen, Sorted])
+@pytest.mark.parametrize("kind", [Chosen, Split, Sorted])
 def test_rows_that_move_by_values_are_checked(kind, tmp_path):
     """Batches 1, 2 and 4 have equal counts; in the others they differ, with the same sum."""
     torch.manual_seed(0)
