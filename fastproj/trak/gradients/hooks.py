@@ -126,7 +126,8 @@ class HookGradientComputer(AbstractGradientComputer):
                 f"hooks: {type(self.task).__name__} gives the output of one sample only; expected "
                 "a BatchedModelOutput that says by outputs(...), of a batch, what f is"
             )
-        self._owned = owned_modules(model, set(self.names))
+        # A layer without inputs has a weight without entries: there is no gradient to find.
+        self._owned = owned_modules(model, {n for n, p in self.chosen.items() if p.numel()})
         self._used: set[str] = set()  # what f of some batch has been seen to depend on
         self._structures: set[tuple[Rows, int]] = set()  # of batches that were checked
         self._ahead: tuple[list[Any], Forward] | None = None
@@ -768,6 +769,8 @@ def hand_up(left: dict[str, Owned], path: str, model: nn.Module, but: set[str]) 
 def whole_pieces(grad: Tensor) -> Iterator[Piece]:
     """The gradient of one sample by one parameter; of an embedding's, the rows looked up."""
     grad = dense(grad)
+    if not grad.numel():
+        return
     flat = grad.reshape(len(grad), -1) if grad.dim() > 1 else grad.reshape(1, -1)
     width = flat.shape[1]
     rows = (flat != 0).any(1).nonzero().flatten().cpu().numpy()

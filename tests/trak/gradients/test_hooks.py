@@ -136,6 +136,12 @@ def Branches(self, x):
     return x * self.scale if bool((x > -100).all()) else x
 
 
+@modules.of(layer=lambda: nn.Linear(4, 4), condition=lambda: nn.Linear(0, 4))
+def NoInputs(self, x):
+    """A layer for conditions that this model has none of, and whose weight has no entries."""
+    return self.layer(x) + self.condition(x[..., :0])
+
+
 def floats(*shape):
     return torch.randn(N, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -256,6 +262,7 @@ LAYERS = {
     "lora": (lambda: LoRA(4, 2), floats(3, 4), 4),
     "lookup": (Lookup, floats(3, 4), 4),
     "branches": (Branches, floats(3, 4), 4),
+    "no-inputs": (NoInputs, floats(3, 4), 4),
 }
 
 
@@ -272,7 +279,7 @@ def build(name):
 
 
 def flat(grads):
-    return torch.cat([g.reshape(len(g), -1) for g in grads.values()], 1)
+    return torch.cat([g.reshape(len(g), g[0].numel()) for g in grads.values()], 1)
 
 
 @pytest.mark.parametrize("pieces", ["whole", "pieces"])
@@ -308,7 +315,7 @@ def test_common_layers_are_not_run_again(name, monkeypatch):
     HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
 
 
-@pytest.mark.parametrize("name", ["linear-3d", "positions", "twice", "conv2d"])
+@pytest.mark.parametrize("name", ["linear-3d", "positions", "twice", "conv2d", "no-inputs"])
 def test_other_batch_sizes_and_shapes_after_the_first(name):
     model, batch = build(name)
     computer = HookGradientComputer(model, TASK)
