@@ -465,10 +465,10 @@ def content_ids(batch: tuple[Any, ...], batch_size: int) -> npt.NDArray[np.int64
 
 def byte_rows(t: Tensor) -> npt.NDArray[np.uint8]:
     """The bytes of ``t`` [B, ...], uint8 [B, bytes per sample]."""
-    flat = t.detach().cpu().contiguous().reshape(t.shape[0], -1)  # [B, p]
-    if flat.shape[1] == 0:
+    if not t.numel():
         return np.zeros((t.shape[0], 0), dtype=np.uint8)
-    return flat.view(torch.uint8).numpy()
+    places = t.detach().cpu().contiguous().unsqueeze(-1)  # a single entry may have any stride
+    return places.view(torch.uint8).reshape(t.shape[0], -1).numpy()
 
 
 def update(digest: Any, part: Any, within: tuple[int, ...] = ()) -> None:

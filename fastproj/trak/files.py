@@ -371,5 +371,7 @@ def tensor_checksum(t: Tensor) -> str:
 
 def tensor_bytes(t: Tensor) -> memoryview:
     """The bytes of a tensor."""
-    flat = t.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    if not t.numel():
+        return memoryview(b"")
+    places = t.detach().cpu().contiguous().unsqueeze(-1)  # a single entry may have any stride
+    return places.view(torch.uint8).reshape(-1).numpy().data

@@ -86,7 +86,7 @@ def weighted_sum(flat: Tensor) -> Tensor:
     ``sum_j a[j % WEIGHTS] sum_r w[r, j]`` modulo 2^64, with random odd a. The sums of several parts
     are summed in the same way.
     """
-    data = flat.view(torch.uint8)
+    data = flat.unsqueeze(-1).view(torch.uint8).view(-1)  # a single entry may have any stride
     weights = weights_on(flat.device)
     lead = min(-data.storage_offset() % WORD, len(data))
     end = lead + (len(data) - lead) // (WORD * ROWS) * (WORD * ROWS)

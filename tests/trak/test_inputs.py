@@ -979,6 +979,25 @@ def test_content_is_that_of_every_part():
         ids((x, [lambda: 0] * 3))
 
 
+def test_single_entries_of_columns(tmp_path):
+    """PyTorch calls them contiguous, whatever their stride."""
+    torch.manual_seed(0)
+    table, model = torch.randn(5, 6), nn.Linear(4, 3)
+    model.shift = nn.Parameter(torch.randn(4, 3).double()[1:2, 2])
+
+    def outputs(model, batch):
+        return -((model(batch[0]) + model.shift)[:, 1] * batch[1])
+
+    def features(sizes):
+        traker = cases.loaded(model, tmp_path / str(len(sizes)), 5, outputs)
+        for rows in torch.arange(5).split(sizes):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            traker.featurize((table[rows, :4], table[:, 5][rows]), inds=range(5)[rows])
+        return traker.saver.matrix(0)
+
+    torch.testing.assert_close(features([4, 1]), features([5]))
+
+
 def test_where_the_number_of_samples_comes_from():
     x = torch.zeros(4, 2)
     assert prepare((["a"] * 4, x))[1] == 4
