@@ -78,8 +78,11 @@ class Featurizer:
         self, function: str, checkpoint: Mapping[str, Any], strict: bool, names: Collection[str]
     ) -> None:
         """Load a checkpoint into the model, which must then hold it until the next."""
-        load_state(function, self.model, checkpoint, strict, names)
-        self.model.eval()
+        self.model.train()  # which takes apart what eval() has made of the last weights
+        try:
+            load_state(function, self.model, checkpoint, strict, names)
+        finally:
+            self.model.eval()
         self._active = set()
         self.loaded = LoadedModel(self.model)
         self._use_model()

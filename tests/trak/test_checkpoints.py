@@ -478,3 +478,36 @@ def test_shapes_of_what_a_model_shares_are_for_the_hooks_of_its_modules(tmp_path
     state["other.weight"] = state["other.weight"].mT  # [2, 3]
     cases.make(model, tmp_path, 4).load_checkpoint(state, 0)
     assert torch.equal(model.again.weight, state["again.weight"])
+
+
+class Merging(nn.Linear):
+    """An adapter that is added to the weights while the model is in eval mode, as of loralib."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+        self.adapter, self.merged = nn.Parameter(torch.randn(3, 4)), False
+
+    def train(self, mode=True):
+        if mode == self.merged:
+            self.weight.data += self.adapter.data * (-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.adapter.T
+
+
+def test_weights_that_eval_merges_are_those_of_the_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    states = [Merging().state_dict() for _ in range(2)]
+    model = Merging()
+    traker = cases.make(model, tmp_path, N)
+    for model_id, state in enumerate(states):
+        traker.load_checkpoint(state, model_id)
+        expected = Merging()
+        expected.load_state_dict(state)
+        torch.testing.assert_close(model(DATA[0]), expected(DATA[0]))
+        with pytest.raises(ValueError, match="doesn't fit the model"):
+            traker.load_checkpoint(nn.Linear(4, 2).state_dict(), 7)
+        torch.testing.assert_close(model(DATA[0]), expected(DATA[0]))
