@@ -603,6 +603,12 @@ class HookGradientComputer(AbstractGradientComputer):
         and those whose parameters another module reads (the output projection of
         ``nn.MultiheadAttention``). What gets to the top is left to ``torch.func``.
         """
+        scripted = [o.path for o in self._owned if isinstance(o.module, torch.jit.ScriptModule)]
+        if scripted:
+            raise HooksError(
+                f"hooks: received a model with {listed(scripted)} of torch.jit, which hooks can't "
+                "follow; expected the modules that these were made of"
+            )
         left: dict[str, Owned] = {}
         unused = []
         for owned in self._owned:

@@ -396,6 +396,22 @@ def test_folded_images_in_one_piece_and_in_many(size, monkeypatch):
         )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_parts_of_torch_jit_are_left_to_other_computers(way, tmp_path):
+    model, batch = build("tied")
+    exact = cases.projected(truth(model, batch), 8, 0)
+    layer = model.parts["b"]
+    if way == "script":
+        model.parts["b"] = torch.jit.script(layer)
+    else:
+        model.parts["b"] = torch.jit.trace(layer, torch.zeros(1, 4, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="'func' is used .*'parts.b' of torch.jit, which hooks"):
+        features, _ = run(model, batch, tmp_path)
+    torch.testing.assert_close(features, exact)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 # ---- later batches -------------------------------------------------------------------------------
 
 
