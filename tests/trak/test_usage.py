@@ -16,6 +16,7 @@ from fastproj.compat.trak import CudaProjector, ProjectionType
 from tests.trak import cases, modules
 
 trak = pytest.importorskip("trak", reason="traker is not installed")
+IterativeGradientComputer = pytest.importorskip("trak.gradient_computers").IterativeGradientComputer
 AbstractModelOutput = pytest.importorskip("trak.modelout_functions").AbstractModelOutput
 
 N, M, K, LAMBDA = 26, 5, 6, 0.01
@@ -154,8 +155,29 @@ def qnli(package, model, save_dir, *_):
     return traker.finalize_scores("qnli")
 
 
+def loop(package, model, save_dir, train, targets):
+    """trak's tests: its loop over samples, with the name of the task that goes with it."""
+    task, computer = "iterative_image_classification", IterativeGradientComputer
+    options = {"lambda_reg": LAMBDA, "gradient_computer": computer}
+    return whole(made(package, model, save_dir, task, **options), model, train, targets)
+
+
+def whole(traker, model, train, targets):
+    """The scores of one checkpoint."""
+    cases.featurize(traker, model, 0, train)
+    traker.finalize_features()
+    cases.score(traker, model, 0, targets)
+    return traker.finalize_scores("test")
+
+
 @pytest.mark.parametrize(
-    ("script", "make"), [(quickstart, cases.net), (slurm, cases.net), (qnli, Encoder)]
+    ("script", "make"),
+    [
+        (quickstart, cases.net),
+        (slurm, cases.net),
+        (qnli, Encoder),
+        (loop, cases.net),
+    ],
 )
 def test_the_same_script_on_both_packages(tmp_path, script, make):
     """With one projector; trak divides each checkpoint's scores by mean |(XtX)^-1|."""

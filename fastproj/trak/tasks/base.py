@@ -129,8 +129,15 @@ class BatchedModelOutput(AbstractModelOutput):
     def outputs(self, model: Any, weights: Params, buffers: Params, batch: Batch) -> Tensor:
         """f(z; theta) of each sample, [B]; entry i depends on sample i alone."""
 
-    def get_output(self, model: Any, weights: Params, buffers: Params, *sample: Any) -> Tensor:
-        """f(z; theta) of one sample, a scalar: ``outputs`` of a batch of one."""
+    def get_output(
+        self, model: Any, weights: Params | None, buffers: Params, *sample: Any
+    ) -> Tensor:
+        """f(z; theta) of one sample, a scalar: ``outputs`` of a batch of one.
+
+        For weights None, f of each sample of a batch, which is what trak's loop asks of a task.
+        """
+        if weights is None:
+            return self.outputs(model, {}, {}, sample)
         batch = batches.map_leaves(lambda t: t.unsqueeze(0), sample)
         return self.outputs(model, weights, buffers, batch).reshape(())
 
