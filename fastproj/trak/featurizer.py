@@ -202,6 +202,20 @@ class Featurizer:
                 features = self.projector.project(grads, model_id=model_id)
         return [self.scaled(features, inds)]
 
+    def features_and_q(
+        self, batch: tuple[Any, ...], model_id: int, inds: Indices
+    ) -> tuple[Tensor, Tensor]:
+        """Scaled features [B, k] and Q [B] of a batch. Those of a class with trak's methods come in
+        trak's order, because it may keep Q from the forward of the gradients.
+        """
+        if hasattr(self.computer, "project"):
+            q = self.out_to_loss(batch)
+            (features,) = self.features(batch, model_id, inds)
+        else:
+            (features,) = self.features(batch, model_id, inds)
+            q = self.out_to_loss(batch)
+        return features, q
+
     def trust(self, computer: Any, model_id: int) -> None:
         """Let a computer rely on checks of other batches, unless one of this checkpoint failed."""
         if isinstance(computer, AbstractGradientComputer):
@@ -240,15 +254,19 @@ class Featurizer:
         if exp_name is None and self.draws is not None:
             self._keep_with_rows(self.draws, model_id, batch, inds, content, new)
             return
-        with self.loaded.guarded(function, False):
-            # Of the whole batch: a task may compare its samples. Of targets for its checks alone:
-            # labels that the model has no logits for.
-            q = self.out_to_loss(batch)
-        if not new.all():
-            rows = torch.from_numpy(np.flatnonzero(new)).to(self.device)
-            batch, q = batches.select(batch, rows), q[rows]
-        with self.loaded.guarded(function, True):
-            (features,) = self.features(batch, model_id, inds[new])
+        some = torch.from_numpy(np.flatnonzero(new)).to(self.device)
+        # Q of the whole batch: a task may compare its samples. Of targets for its checks alone:
+        # labels that the model has no logits for.
+        if hasattr(self.computer, "project"):
+            with self.loaded.guarded(function, False):
+                q = self.out_to_loss(batch)[some]
+            batch = batch if new.all() else batches.select(batch, some)
+            with self.loaded.guarded(function, True):
+                (features,) = self.features(batch, model_id, inds[new])
+        else:
+            with self.loaded.guarded(function, True):
+                features, q = self.features_and_q(batch, model_id, inds)
+            features, q = features[some], q[some]
         if exp_name is None:
             check_finite(function, "Q", q, inds[new])
         on_trust = bool(getattr(self.computer, "on_trust", False))

@@ -119,8 +119,7 @@ class Stream:
         made_by, model_id, inds = self.made_by, self.model_id, np.arange(size)
         with made_by.loaded.guarded("score", True), made_by.computing():
             if made_by.draws is None:
-                q = made_by.out_to_loss(batch)
-                (features,) = made_by.features(batch, model_id, inds)
+                features, q = made_by.features_and_q(batch, model_id, inds)
             else:
                 predictions = made_by.task.num_predictions(batch)
                 noise = made_by.draws.noise(model_id, inds, predictions, some=False)

@@ -162,6 +162,26 @@ def loop(package, model, save_dir, train, targets):
     return whole(made(package, model, save_dir, task, **options), model, train, targets)
 
 
+class Remembering(IterativeGradientComputer):
+    """Takes Q from the forward of the gradients, as trak's order of calls allows."""
+
+    q = None
+
+    def compute_per_sample_grad(self, batch):
+        self.q = self.modelout_fn.get_out_to_loss_grad(self.model, None, None, batch)
+        return super().compute_per_sample_grad(batch)
+
+    def compute_loss_grad(self, batch):
+        return self.q.clone()  # of the last batch whose gradients were taken
+
+
+def remembering(package, model, save_dir, train, targets):
+    """A gradient computer that keeps what the second of its methods returns."""
+    task = "iterative_image_classification"
+    options = {"lambda_reg": LAMBDA, "gradient_computer": Remembering}
+    return whole(made(package, model, save_dir, task, **options), model, train, targets)
+
+
 def whole(traker, model, train, targets):
     """The scores of one checkpoint."""
     cases.featurize(traker, model, 0, train)
@@ -177,6 +197,7 @@ def whole(traker, model, train, targets):
         (slurm, cases.net),
         (qnli, Encoder),
         (loop, cases.net),
+        (remembering, cases.net),
     ],
 )
 def test_the_same_script_on_both_packages(tmp_path, script, make):
@@ -193,6 +214,24 @@ def test_the_same_script_on_both_packages(tmp_path, script, make):
     else:
         factor = (ours * theirs).sum() / (theirs * theirs).sum()
         np.testing.assert_allclose(ours, factor * theirs, rtol=1e-3, atol=1e-3 * np.abs(ours).max())
+
+
+def test_what_a_gradient_computer_keeps_is_of_the_batch_at_hand(tmp_path):
+    """Where a run was interrupted inside a batch, and for samples that are not stored."""
+    model, train, targets = cases.net(), cases.data(N), cases.data(M, seed=5)
+    task = "iterative_image_classification"
+    options = {"lambda_reg": LAMBDA, "gradient_computer": Remembering}
+    traker = made(fastproj, model, tmp_path, task, **options)
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize([part[3:9] for part in train], inds=range(3, 9))
+    stored = np.array(whole(traker, model, train, targets))
+    expected = made(fastproj, model, tmp_path / "auto", lambda_reg=LAMBDA)
+    close = {"rtol": 1e-3, "atol": 1e-4 * np.abs(stored).max()}
+    np.testing.assert_allclose(stored, whole(expected, model, train, targets), **close)
+    again = [
+        traker.score([p[rows] for p in train], stream=True) for rows in torch.arange(N).split(9)
+    ]
+    np.testing.assert_allclose(np.concatenate(again), stored, **close)
 
 
 def test_dicts_as_they_come_from_a_tokenizer(tmp_path):
