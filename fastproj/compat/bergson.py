@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import fastproj
-from fastproj.compat.patching import Patch, needed
+from fastproj.compat.patching import Patch, needed, takes
 from fastproj.compat.pieces import kind_of
 from fastproj.compat.sketch import column_squares
 
@@ -167,11 +167,13 @@ def install() -> None:
     Raises
     ------
     ImportError
-        Where bergson isn't installed.
+        Where bergson isn't installed, or is older than 0.13.1: it scaled otherwise.
     """
     theirs = needed("bergson.install", "bergson.collector.collector", "bergson")
+    made_by = theirs.create_projection_matrix
+    takes("bergson.install", made_by, "projection_scale", "bergson>=0.13.1")
     if not _patch.active:
-        pairs: list[tuple[Any, Any]] = [(theirs.create_projection_matrix, create_projection_matrix)]
+        pairs: list[tuple[Any, Any]] = [(made_by, create_projection_matrix)]
         if hasattr(theirs, "project_global"):  # older versions multiply with the matrix above
             pairs.append((theirs.project_global, project_global))
         _patch.apply(pairs)

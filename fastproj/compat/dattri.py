@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastproj import projector as ours
-from fastproj.compat.patching import Patch, needed
+from fastproj.compat.patching import Patch, needed, takes
 from fastproj.compat.pieces import KINDS as DENSE
 from fastproj.compat.pieces import as_pieces, block_below, kind_of, project_pieces
 
@@ -230,9 +230,10 @@ def install() -> None:
     Raises
     ------
     ImportError
-        Where dattri isn't installed.
+        Where dattri isn't installed, or is older than 0.3: its projections were unscaled.
     """
     theirs = needed("dattri.install", "dattri.func.projection", "dattri")
+    takes("dattri.install", theirs.make_random_projector, "proj_type", "dattri>=0.3")
     if not _patch.active:
         _theirs.append(theirs.make_random_projector)
         _patch.apply([(theirs.make_random_projector, make_random_projector)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,18 @@ def needed(function: str, module: str, package: str) -> ModuleType:
             f"{function}: received {error!r} from `import {module}`; expected the package "
             f"{package} (pip install {package})"
         ) from error
+
+
+def takes(function: str, theirs: Callable[..., Any], parameter: str, wanted: str) -> None:
+    """Raise ImportError unless a function that ``function`` replaces has ``parameter``.
+
+    Versions without it call it the same way and mean something else, such as no scale.
+    """
+    if parameter not in inspect.signature(theirs).parameters:
+        raise ImportError(
+            f"{function}: received a {theirs.__name__} without {parameter}; expected a newer "
+            f"version (pip install '{wanted}')"
+        )
 
 
 class Patch:

@@ -16,6 +16,7 @@ import torch
 
 from fastproj import compat
 from fastproj.compat import __main__ as command
+from fastproj.compat import bergson, dattri
 from fastproj.compat import fast_jl as ours
 from tests.compat.packages import load
 from tests.dense import integers
@@ -373,6 +374,44 @@ def test_without_the_other_packages_all_but_one_module_works() -> None:
         assert said.endswith(f"expected the package {package} (pip install {package})")
     assert "ImportError: fastproj.compat.sklearn: received" in result.stderr
     assert "expected scikit-learn 1.6 or newer (pip install" in result.stderr
+
+
+def of_dattri_0_2(param_shape_list, feature_batch_size, proj_dim, proj_max_batch_size, device):
+    """Unscaled there."""
+
+
+def of_bergson_0_13(identifier, m, n, dtype, device, projection_type="normal"):
+    """With rows of length 1 there."""
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "name", "old", "wanted"),
+    [
+        (
+            dattri,
+            "dattri.func.projection",
+            "make_random_projector",
+            of_dattri_0_2,
+            r"without proj_type; expected .*'dattri>=0\.3'",
+        ),
+        (
+            bergson,
+            "bergson.collector.collector",
+            "create_projection_matrix",
+            of_bergson_0_13,
+            r"without projection_scale; expected .*'bergson>=0\.13\.1'",
+        ),
+    ],
+)
+def test_versions_of_another_scale_are_refused(
+    package, module, name, old, wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = ModuleType(module)
+    setattr(theirs, name, old)
+    monkeypatch.setitem(sys.modules, module, theirs)
+    with pytest.raises(ImportError, match=wanted):
+        package.install()
+    assert getattr(theirs, name) is old
 
 
 @without_real
