@@ -380,7 +380,8 @@ def install() -> None:
     theirs = needed("trak.install", "trak.projectors", "traker")
     if not _patch.active:
         ours = sys.modules[__name__].__dict__
-        _patch.apply([(getattr(theirs, name), ours[name]) for name in _REPLACED])
+        names = [name for name in _REPLACED if hasattr(theirs, name)]  # 0.2 has no chunks
+        _patch.apply([(getattr(theirs, name), ours[name]) for name in names])
     compat.install()
 
 

@@ -309,6 +309,18 @@ def test_install_replaces_the_names_where_they_are(
     assert importer.registry["basic"] is before
 
 
+def test_install_on_a_trak_without_chunks(
+    theirs: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As trak 0.2 is."""
+    monkeypatch.delattr(theirs, "ChunkedCudaProjector")
+    ours.install()
+    assert theirs.CudaProjector is ours.CudaProjector
+    assert not hasattr(theirs, "ChunkedCudaProjector")
+    ours.uninstall()
+    assert theirs.CudaProjector is not ours.CudaProjector
+
+
 # ---- TRAK itself ---------------------------------------------------------------------------------
 
 N, M, FEATURES, CLASSES_OF_DATA = 40, 12, 30, 2
