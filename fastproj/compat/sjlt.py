@@ -176,7 +176,7 @@ class SJLTProjection(nn.Module):
             raise AttributeError(
                 f"SJLTProjection.{name}: received a request for a matrix that is not stored; "
                 'expected seed= in its place. For dattri\'s "sjlt" call fastproj.compat.dattri.'
-                'install(); for its "grass" call fastproj.compat.sjlt.uninstall()'
+                'install(); for its "grass", and for GraSS, call fastproj.compat.sjlt.uninstall()'
             )
         return super().__getattr__(name)
 
