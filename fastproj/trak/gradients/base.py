@@ -182,10 +182,16 @@ class AbstractGradientComputer(ABC):
         if rows:
             raise self.no_dependence()
 
+    @property
+    def task_name(self) -> str:
+        """The class of the caller's task, for messages."""
+        task = self.task.task if isinstance(self.task, SeveralOutputs) else self.task
+        return type(task).__name__
+
     def no_dependence(self) -> ValueError:
         """The error where f doesn't depend on the parameters."""
         return ValueError(
-            f"TRAKer: the output of {type(self.task).__name__} doesn't depend on any of the "
+            f"TRAKer: the output of {self.task_name} doesn't depend on any of the "
             f"{len(self.names)} parameters that gradients are taken by (such as "
             f"{self.names[0]!r}); expected a task that calls the model it is given, not another "
             "module, without no_grad, detach or argmax, and grad_wrt that the model uses"
@@ -276,7 +282,7 @@ class AbstractGradientComputer(ABC):
                 logger.warning(
                     "TRAKer: the outputs of %s depend on the other samples of a batch; each sample "
                     "is computed alone",
-                    type(task).__name__,
+                    self.task_name,
                 )
         return bool(self._mixes)
 

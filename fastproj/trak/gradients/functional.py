@@ -53,7 +53,7 @@ class FunctionalGradientComputer(AbstractGradientComputer):
             self.gradients_of(batch, 0)  # which raises what the model itself does
             said = str(error).strip().partition("\n")[0]
             raise FuncError(
-                f"func: torch.func can't follow {type(self.task).__name__} and this model "
+                f"func: torch.func can't follow {self.task_name} and this model "
                 f'({type(error).__name__}: {said[:400]}); expected gradient_computer="auto", which '
                 "finds another way"
             ) from error
