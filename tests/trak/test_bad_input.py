@@ -335,6 +335,9 @@ def test_order_of_calls(tmp_path, model, train):
         ("images", TypeError, "type str; expected a tuple or list such as .* or a dict"),
         ((torch.zeros(4, 1, 5, 5), [0, 1, 2, 3]), TypeError, r"list of int.*as_tensor\(labels\)"),
         ((torch.zeros(4, 1, 5, 5), list("abcd")), TypeError, "list of str.*whole data set"),
+        ((torch.zeros(4, 1, 5, 5), [*torch.arange(4)]), TypeError, r"Tensor;.*torch.stack\(labels"),
+        (([*torch.zeros(4, 1, 5, 5)], torch.arange(4)), ValueError, r"\(list of Tensor, \[4\]"),
+        ((tuple("abcd"), torch.arange(4)), ValueError, r"\(list of str, \[4\] int64"),
         (
             (torch.zeros(4, 1, 5, 5), [0, 1, 2]),
             ValueError,

@@ -248,6 +248,8 @@ def describe_parts(batch: Batch) -> str:
         if isinstance(part, Tensor)
         else f"dict of {', '.join(map(str, part))}"
         if isinstance(part, Mapping)
+        else f"list of {type(part[0]).__name__}"
+        if isinstance(part, batches.SampleList | batches.SampleTuple)
         else type(part).__name__
         for part in batch
     )

@@ -51,12 +51,11 @@ def check_labels(task: str, labels: object, kind: str) -> None:
     kind : the class of the task.
     """
     if isinstance(labels, batches.SampleList | batches.SampleTuple) and labels:
-        number = isinstance(labels[0], numbers.Number)
-        cure = (
-            "torch.as_tensor(labels) is one"
-            if number
-            else "number the classes once for the whole data set"
-        )
+        cure = "number the classes once for the whole data set"
+        if isinstance(labels[0], numbers.Number):
+            cure = "torch.as_tensor(labels) is one"
+        elif isinstance(labels[0], Tensor):
+            cure = "torch.stack(labels) is one"
         raise TypeError(
             f"{task}: received labels as a list of {type(labels[0]).__name__}; expected a tensor "
             f"[B] of class numbers, int64 ({cure})"
