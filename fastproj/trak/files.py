@@ -284,6 +284,11 @@ def read_safetensors(
             raise unreadable(path, error) from error
         raise GoneError(f"{path} is gone; expected nobody to delete it during the run") from error
     except (SafetensorError, *NOT_SAFETENSORS) as error:
+        try:
+            os.fsencode(path).decode()
+        except UnicodeDecodeError:
+            cure = "rename the folder, and run again to go on"
+            raise StoreError(f"can't read {path} (a name in UTF-8 is needed); {cure}") from error
         raise corrupt(path, f"it is not a whole safetensors file ({error})") from error
     stored = metadata.pop("checksum", "")
     made = digest(json.dumps(dict(sorted(metadata.items())), sort_keys=True).encode())

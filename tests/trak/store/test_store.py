@@ -109,6 +109,17 @@ def test_a_header_with_other_offsets_is_found_and_named(tmp_path, offsets):
         module.read_safetensors(path, ["a"])
 
 
+def test_a_folder_whose_name_is_not_utf8_is_not_called_damaged(finished, model):
+    folder, scores = finished
+    other = folder.with_name("\udce9t\udce9")  # in Latin-1
+    folder.rename(other)
+    with pytest.raises(StoreError, match=r"can't read .*rename the folder") as error:
+        read_all(other, model)
+    assert not isinstance(error.value, StoreCorruptError)
+    other.rename(folder)
+    np.testing.assert_array_equal(read_all(folder, model), scores)
+
+
 @pytest.mark.parametrize("pattern", FILES)
 def test_truncated_files_are_found_and_named(finished, model, pattern):
     folder, _ = finished
