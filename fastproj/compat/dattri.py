@@ -3,15 +3,19 @@
 ``install()`` replaces ``dattri.func.projection.make_random_projector``, by which everything in
 dattri gets its projector. "normal", "rademacher" and "sjlt" are ours. "random_mask", "grass" and
 "identity" stay dattri's. dattri makes a projector for each batch, which costs nothing here:
-``proj_seed`` names the matrix, and nothing is drawn.
+``proj_seed`` names the matrix, and nothing is drawn. GraSS has a copy of dattri, ``_dattri``, in
+which the same is replaced.
 
-Source: dattri 0.3.0, https://github.com/TRAIS-Lab/dattri, for names and meaning.
+Source: dattri 0.3.0, https://github.com/TRAIS-Lab/dattri, and
+https://github.com/TRAIS-Lab/GraSS, for names and meaning.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +31,7 @@ __all__ = ["Projector", "install", "make_random_projector", "random_project", "u
 Features = Tensor | Mapping[str, Tensor]
 
 KINDS = DENSE | {"sjlt": "sjlt"}
+PACKAGES = ("dattri", "_dattri")  # the second is GraSS's
 
 
 class _AbstractProjector(ABC):
@@ -127,25 +132,27 @@ def make_random_projector(
     proj_type: Any = "sjlt",
     *,
     dtype: torch.dtype = torch.float32,
+    theirs: Callable[..., Any] | None = None,
     **others: Any,
 ) -> Any:
     """dattri's factory: a ``Projector`` for the types that it takes, dattri's own for the others.
 
-    ``feature_batch_size`` and ``proj_max_batch_size`` have no effect on a ``Projector``.
+    ``feature_batch_size`` and ``proj_max_batch_size`` have no effect on a ``Projector``. ``theirs``
+    is dattri's own factory, which ``install()`` names.
 
     Raises
     ------
     ValueError
-        For one of the other types where ``install()`` hasn't been called.
+        For one of the other types without ``theirs``.
     """
     if getattr(proj_type, "value", proj_type) in KINDS:
         return Projector(sum(param_shape_list), proj_dim, proj_seed, proj_type, device, dtype)
-    if not _theirs:
+    if theirs is None:
         raise ValueError(
             f"make_random_projector: received proj_type={proj_type!r}; expected 'normal', "
             "'rademacher' or 'sjlt' (install() leaves the others to dattri)"
         )
-    return _theirs[0](
+    return theirs(
         param_shape_list,
         feature_batch_size,
         proj_dim,
@@ -221,25 +228,30 @@ def random_project(
 
 
 _patch = Patch()
-_theirs: list[Callable[..., Any]] = []  # dattri's make_random_projector while ours is installed
 
 
 def install() -> None:
     """Replace dattri's ``make_random_projector`` in place, wherever loaded modules hold it.
 
+    That of GraSS's copy too, where Python finds it: its folder is then on PYTHONPATH.
+
     Raises
     ------
     ImportError
-        Where dattri isn't installed, or is older than 0.3: its projections were unscaled.
+        Where neither is found, or dattri is older than 0.3: its projections were unscaled.
     """
-    theirs = needed("dattri.install", "dattri.func.projection", "dattri")
-    takes("dattri.install", theirs.make_random_projector, "proj_type", "dattri>=0.3")
-    if not _patch.active:
-        _theirs.append(theirs.make_random_projector)
-        _patch.apply([(theirs.make_random_projector, make_random_projector)])
+    if _patch.active:
+        return
+    there = [package for package in PACKAGES if importlib.util.find_spec(package)] or PACKAGES[:1]
+    replacements = []
+    for package in there:
+        module = needed("dattri.install", f"{package}.func.projection", "dattri")
+        factory = module.make_random_projector
+        takes("dattri.install", factory, "proj_type", "dattri>=0.3")
+        replacements.append((factory, partial(make_random_projector, theirs=factory)))
+    _patch.apply(replacements)
 
 
 def uninstall() -> None:
     """Put dattri's own factory back."""
     _patch.undo()
-    _theirs.clear()

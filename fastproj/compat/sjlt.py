@@ -175,8 +175,8 @@ class SJLTProjection(nn.Module):
         if name in ("rand_indices", "rand_signs"):
             raise AttributeError(
                 f"SJLTProjection.{name}: received a request for a matrix that is not stored; "
-                'expected seed= in its place. For dattri\'s "sjlt" call fastproj.compat.dattri.'
-                'install(); for its "grass", and for GraSS, call fastproj.compat.sjlt.uninstall()'
+                'expected seed= in its place. For "sjlt" of dattri and GraSS call '
+                'fastproj.compat.dattri.install(); for "grass" fastproj.compat.sjlt.uninstall()'
             )
         return super().__getattr__(name)
 

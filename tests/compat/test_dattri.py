@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,6 +108,48 @@ def test_inner_products_are_kept(proj_type: str) -> None:
     assert_keeps_inner_products(x, y * 4096**0.5, 4096)
 
 
+GRASS = """
+import torch
+
+def make_random_projector(param_shape_list, feature_batch_size, proj_dim, proj_max_batch_size,
+                          device, proj_seed=0, proj_type="sjlt", *, dtype=torch.float32,
+                          grass_multiplier=4, active_indices=None):
+    return "GraSS's own", proj_type, grass_multiplier, active_indices
+
+def random_project(feature, feature_batch_size, proj_dim, proj_max_batch_size, proj_seed=0,
+                   proj_type="normal", *, device="cpu", active_indices=None):
+    sizes = [feature.numel() // feature_batch_size]
+    return make_random_projector(sizes, feature_batch_size, proj_dim, proj_max_batch_size, device,
+                                 proj_seed, proj_type, dtype=feature.dtype,
+                                 active_indices=active_indices)
+"""  # the calls of _dattri/func/projection.py
+
+
+def test_the_copy_in_grass_is_patched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "_dattri" / "func"
+    folder.mkdir(parents=True)
+    (folder / "projection.py").write_text(GRASS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours.install()
+    theirs = importlib.import_module("_dattri.func.projection")
+    try:
+        x = integers((4, 33))
+        y = theirs.random_project(x, 4, 9, 8, 2, "sjlt").project(x, ensemble_id=3)
+        assert torch.equal(y, ours.Projector(33, 9, 2, "sjlt", "cpu").project(x, 3))
+        # Types of its own stay its own, and get what they need.
+        assert theirs.random_project(x, 4, 9, 8, 2, "grass", active_indices=[5]) == (
+            "GraSS's own",
+            "grass",
+            4,
+            [5],
+        )
+    finally:
+        ours.uninstall()
+        for name in [name for name in sys.modules if name.split(".")[0] == "_dattri"]:
+            del sys.modules[name]
+    assert theirs.random_project(x, 4, 9, 8, 2, "sjlt")[0] == "GraSS's own"
+
+
 # ---- dattri itself -------------------------------------------------------------------------------
 
 N, M, FEATURES = 30, 8, 20
@@ -176,7 +221,7 @@ def test_install_serves_dattris_own_functions() -> None:
     x = integers((4, 33))
     ours.install()
     ours.install()
-    assert theirs.make_random_projector is ours.make_random_projector
+    assert theirs.make_random_projector.func is ours.make_random_projector
     for function in (original, theirs.random_project):
         mine = inspect.signature(getattr(ours, function.__name__)).parameters
         for name, parameter in inspect.signature(function).parameters.items():
