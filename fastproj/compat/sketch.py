@@ -40,8 +40,9 @@ def column_squares(
 
 
 def gram(rows: int, cols: int, seed: int, kind: str, block: int | None = None) -> Tensor:
-    """``R.T @ R`` [cols, cols] for cols <= rows, ``R @ R.T`` [rows, rows] otherwise; float64."""
-    total = torch.zeros(min(rows, cols), min(rows, cols), dtype=torch.float64)
+    """``R.T @ R`` [cols, cols] for cols <= rows, else ``R @ R.T`` [rows, rows]; float64, cpu."""
+    size = min(rows, cols)
+    total = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     if cols <= rows:
         for part in row_blocks(rows, cols, seed, kind, "cpu", block):
             total.addmm_(part.T, part)

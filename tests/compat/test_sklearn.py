@@ -157,6 +157,17 @@ def test_inverse_transform_is_the_pseudo_inverse(
     np.testing.assert_array_equal(eager.inverse_transform(scipy.sparse.csr_array(Y)), back)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.DataDimensionalityWarning")
+@pytest.mark.parametrize("components", [5, 40])
+def test_it_works_on_the_cpu_whatever_the_default_device(components: int) -> None:
+    X = data(6, 20)
+    t = FastRandomProjection(components, compute_inverse_components=True, random_state=1)
+    expected = t.fit(X).inverse_transform(t.transform(X))
+    with torch.device("meta"):
+        found = t.fit(X).inverse_transform(t.transform(X))
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("container", [scipy.sparse.csr_array, scipy.sparse.csc_matrix])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_sparse_input_gives_what_dense_gives(
