@@ -37,9 +37,9 @@ _PLACES = {
     "Projector": "fastproj.projector",
     "SPEC_VERSION": "fastproj.spec",
 }
-# Modules that come with them, and so may be used without a further import.
+# Modules that may be used without a further import. Each comes alone: one may ask for another while
+# it is being imported itself.
 _MODULES = (
-    "backends",
     "call",
     "checks",
     "factored",
@@ -68,9 +68,9 @@ def __getattr__(name: str) -> Any:
         from fastproj.trak import TRAKer
 
         return TRAKer
-    if name in _PACKAGES:
+    if name in _MODULES or name in _PACKAGES:
         return importlib.import_module(f"fastproj.{name}")
-    if name in _PLACES or name in _MODULES:
+    if name in _PLACES or name == "backends":  # its registry comes with it
         modules = {place: importlib.import_module(place) for place in _PLACES.values()}
         globals().update({n: getattr(modules[place], n) for n, place in _PLACES.items()})
         return globals()[name]

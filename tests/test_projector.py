@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -72,6 +74,14 @@ def test_repr_and_pickle() -> None:
     assert repr(clone) == repr(projector)
     grads = integers((2, 10))
     assert torch.equal(clone.project(grads), projector.project(grads))
+
+
+def test_a_fresh_process_unpickles_it() -> None:
+    """As spawned workers do: its module is the first of fastproj that is imported there."""
+    pickled = pickle.dumps(fastproj.Projector(10, 4, 3))
+    program = f"import pickle; print(pickle.loads({pickled!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.startswith("Projector(grad_dim=10, proj_dim=4, seed=3,"), done.stderr
 
 
 def test_it_is_differentiable(backend: str, device: str) -> None:
