@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastproj
 from fastproj import checks
 from fastproj.backends import reference, registry
-from fastproj.spec import matrix_block
+from fastproj.call import Call
+from fastproj.spec import MatrixKey, matrix_block
 from tests.dense import DTYPES, KINDS, integers, matmul_bound, normals, relative_error, stored
 
 ONLY_TO_ROUNDING = {"reference"}
@@ -582,3 +584,23 @@ def test_the_reference_makes_small_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(sizes) == 3 * 3001 * cols
     # Cut where the spec's blocks begin, none is made twice.
     assert {row for row, *_ in made} == {100, 512, 1024, 1536, 2048, 2560, 3072}
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most numbers that an op has returned in one tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, made.numel() if isinstance(made, Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sjlt"])
+def test_the_reference_makes_small_products(kind: str) -> None:
+    x, call = torch.ones(512, 512), Call(MatrixKey(kind, 0, 0, 16 if kind == "sjlt" else 0))
+    with _Largest() as largest:
+        reference.project([x], torch.empty(512, 1024), call)
+        reference.project_transpose(torch.ones(512, 1024), torch.empty(512, 512), call)
+    assert largest.numbers <= 2**19

@@ -1,8 +1,9 @@
 """The reference backend: blocks of R from ``spec``, multiplied in float64. Slow, short, exact.
 
 ``precision`` is accepted and changes nothing: every product and sum is made in float64. Memory
-beyond input and output stays below a few blocks of at most 2^19 entries, whatever the sizes.
-Runs on any device: a block is made on the CPU and moved to where the input is.
+beyond input and output is a few blocks of at most 2^19 entries, and a few rows of at most
+BLOCK_COLS for each sample. Runs on any device: a block is made on the CPU and moved to where the
+input is.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def _product(x: Tensor, block: Tensor, kind: str) -> Tensor:
         return x @ block
     rows, cols = block.nonzero(as_tuple=True)
     y = x.new_zeros((x.shape[0], block.shape[1]))
-    return y.index_add_(1, cols, x[:, rows] * block[rows, cols])
+    step = max(1, BLOCK_ROWS * BLOCK_COLS // max(1, len(rows)))  # samples at a time
+    for part, sums in zip(x.split(step), y.split(step), strict=True):
+        sums.index_add_(1, cols, part[:, rows] * block[rows, cols])
+    return y
 
 
 def project(pieces: list[Tensor], out: Tensor, call: Call) -> None:
