@@ -455,7 +455,7 @@ class Store:
             **(pack_half(features.cpu()) if self.half else {"grads": features.cpu()}),
         }
         if out_to_loss is not None:
-            tensors["out_to_loss"] = out_to_loss.cpu()
+            tensors["out_to_loss"] = out_to_loss.float().cpu()
         for name, values in (columns or {}).items():
             tensors[name] = values.float().cpu()
         index = self.index(model_id, exp_name)

@@ -377,6 +377,23 @@ def test_a_regression_has_nothing_to_draw(tmp_path):
     assert not list(tmp_path.rglob("drawn-*"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_regression_of_a_model_in_16_bits(tmp_path, dtype):
+    """Its slopes come in 16 bits, too."""
+    x, y, model = numbers_to_predict(40)
+    task = FunctionModelOutput(
+        lambda model, batch: model(batch[0])[:, 0],
+        likelihood=lambda f, batch: -0.5 * (batch[1] - f) ** 2,
+    )
+    found = []
+    for one in (torch.float64, dtype):
+        train = x.to(one), y.to(one)
+        targets = tuple(part[:M] for part in train)
+        found.append(scored(tmp_path / str(one), model.to(one), task, train, targets, 8)[0])
+    share = torch.finfo(dtype).eps * 40
+    assert np.linalg.norm(found[1] - found[0]) < share * np.linalg.norm(found[0])
+
+
 # ---- what ought to make no difference -----------------------------------------------------------
 
 
