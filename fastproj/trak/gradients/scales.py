@@ -17,9 +17,9 @@ from fastproj.projector import Projector
 
 
 def size_factors(sizes: Mapping[str, int], power: float) -> dict[str, float]:
-    """``(P / largest P)^power`` for each parameter of P entries, by name."""
+    """``(P / largest P)^power`` for each parameter of P entries, by name; P is at least 1."""
     largest = max(sizes.values())
-    return {name: (size / largest) ** power for name, size in sizes.items()}
+    return {name: (max(size, 1) / largest) ** power for name, size in sizes.items()}
 
 
 class ScaledProjector:

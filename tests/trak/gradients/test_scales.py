@@ -42,6 +42,8 @@ def test_factors_are_powers_of_sizes():
     found = size_factors({"bias": 4, "weight": 64, "gain": 1}, 0.5)
     assert found == {"bias": 0.25, "weight": 1.0, "gain": 0.125}
     assert set(size_factors({"bias": 4, "weight": 64}, 0.0).values()) == {1.0}
+    for power in (-0.125, 0.5):  # a placeholder has no entries
+        assert size_factors({"none": 0, "weight": 64}, power)["none"] == 64**-power
 
 
 def test_a_scaled_projector_keeps_the_rest():
