@@ -151,9 +151,10 @@ def slope_meaning(store: Store, model_id: int) -> Meaning:
         )
     if not curvature.any() and not store.column(model_id, "drawn").any():
         raise ValueError(
-            f"{STEP}: model_id {model_id} has log-likelihoods without curvature, linear in the "
-            "output, of which there is no Fisher matrix; expected a likelihood with one, such as "
-            "-0.5 * (y - f) ** 2 of a regression, or TRAKer(curvature='trak') with another save_dir"
+            f"{STEP}: model_id {model_id} has log-likelihoods without curvature at its outputs, of "
+            "which there is no Fisher matrix; expected a likelihood with one (-0.5 * (y - f) ** 2 "
+            "of a regression; not one that is linear in the output), a network that doesn't give "
+            "each label the probability 0 or 1, or TRAKer(curvature='trak') with another save_dir"
         )
     return fisher_meaning(slopes, curvature, along)
 

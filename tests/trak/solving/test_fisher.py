@@ -573,7 +573,7 @@ def test_slopes_of_samples_that_are_known_for_certain_move_as_far_as_they_can(dt
 
 
 LINEAR = {
-    "has log-likelihoods without curvature, linear in the output": lambda f, batch: batch[1] * f,
+    r"without curvature .* not one that is linear in the output": lambda f, batch: batch[1] * f,
     r"slope by the output is 0 .* all scores would be 0": lambda f, batch: 0 * f * f,
     r"fit all of its labels exactly \(.* a regression without residuals\)": (
         lambda f, batch: -0.5 * (f - f.detach()) ** 2
@@ -587,6 +587,16 @@ def test_likelihoods_without_a_fisher_matrix_are_refused(tmp_path, told):
     task = FunctionModelOutput(lambda model, batch: model(batch[0])[:, 0], likelihood=LINEAR[told])
     with pytest.raises(ValueError, match=told):
         scored(tmp_path, model, task, (x, y), (x[:M], y[:M]), 8)
+
+
+def test_two_classes_that_are_certain_and_wrong_have_no_fisher_matrix(tmp_path):
+    x, _, _ = numbers_to_predict(20)
+    model = nn.Linear(6, 2).double()
+    with torch.no_grad():
+        model.weight.mul_(1e9)
+    y = torch.arange(20) % 2
+    with pytest.raises(ValueError, match=r"without curvature .* each label the probability 0 or 1"):
+        scored(tmp_path, model, "image_classification", (x, y), (x[:M], y[:M]), 8)
 
 
 def test_slopes_of_a_regression_and_of_classes_are_told_apart():
