@@ -453,11 +453,10 @@ def agreements(gram: Gram, moments: Moments) -> Iterator[Callable[[float], float
     In the dual it is ``b^T K (K + ridge I)^-1 b``, with K = S S^T and u = S^T b, b the response.
     """
     start = moments.response if gram.dual else moments.fitted
-    for nodes, weights in quadratures(gram.matrix, start):
-        numerators = nodes * weights if gram.dual else weights
+    for nodes, weights in quadratures(gram.matrix, start, gram.dual):
 
-        def agreement(ridge: float, nodes: Tensor = nodes, top: Tensor = numerators) -> float:
-            return float((top / (nodes + ridge)).sum())
+        def agreement(ridge: float, nodes: Tensor = nodes, weights: Tensor = weights) -> float:
+            return float((weights / (nodes + ridge)).sum())
 
         yield agreement
 
@@ -480,7 +479,9 @@ def crossing(function: Callable[[float], float], wanted: float) -> float:
     return low
 
 
-def quadratures(matrix: Tensor, start: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def quadratures(
+    matrix: Tensor, start: Tensor, dual: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(nodes, weights) with ``start^T g(matrix) start ~ sum weights g(nodes)``, ever more of them.
 
     Gauss quadrature by Lanczos' method: exact for polynomials g of degree below twice the number of
@@ -488,20 +489,28 @@ def quadratures(matrix: Tensor, start: Tensor) -> Iterator[tuple[Tensor, Tensor]
     after MAX_STEPS, or when nothing is left.
 
     matrix : float64 [k, k], positive semi-definite.
+    dual : it is S S^T, and what is found is of S^T S and ``S^T start``. A vector x stands for S^T x
+        then: inner products are by the matrix. So rows of next to no weight, on which start is
+        large, lose no digits.
     """
     steps = min(MAX_STEPS, len(start))
-    norm = float(start.norm())
     basis = torch.zeros(steps, len(start), dtype=torch.float64)
+    images = torch.zeros_like(basis) if dual else basis  # inner products are with these
     diagonal: list[float] = []
     beside: list[float] = []
-    vector = start / norm if norm else start
+    vector, image = start, matrix @ start
+    norm = size = math.sqrt(max(float(vector @ (image if dual else vector)), 0.0))
     for step in range(steps):
+        if size:
+            vector, image = vector / size, image / size
         basis[step] = vector
-        image = matrix @ vector
-        diagonal.append(float(vector @ image))
+        if dual:
+            images[step] = image
+        diagonal.append(float(image @ (image if dual else vector)))
         for _ in range(2):  # twice is enough to keep the basis orthogonal
-            image -= basis[: step + 1].mT @ (basis[: step + 1] @ image)
-        size = float(image.norm())
+            image = image - basis[: step + 1].mT @ (images[: step + 1] @ image)
+        vector, image = image, matrix @ image
+        size = math.sqrt(max(float(vector @ (image if dual else vector)), 0.0))
         done = step + 1 == steps or size <= 1e-13 * max(map(abs, diagonal))
         if done or (step + 1) % LANCZOS_STEPS == 0:
             small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
@@ -512,7 +521,6 @@ def quadratures(matrix: Tensor, start: Tensor) -> Iterator[tuple[Tensor, Tensor]
         if done:
             return
         beside.append(size)
-        vector = image / size
 
 
 def effective_dimension(matrix: Tensor, ridge: float) -> float:

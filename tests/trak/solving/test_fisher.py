@@ -177,6 +177,26 @@ def test_samples_whose_curvature_underflows_still_pull(tmp_path):
     np.testing.assert_allclose(found[0][3], found[1][3], rtol=1e-4)
 
 
+def test_rows_without_curvature_leave_the_ridge_its_digits_in_the_dual():
+    """As of Huber's likelihood: the response along them is large, and a kernel has 1e-12 of it."""
+    n, k = 40, 100
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(n, k, generator=generator).double() * torch.arange(1, k + 1) ** -3.0
+    f = features @ torch.randn(k, generator=generator).double()
+    error = 0.03 * torch.randn(n, generator=generator).double()
+    linear = torch.arange(n) % 2 == 0
+    weights = torch.where(linear, 1e-12, 1.0).double()
+    share = ridge.Share(weights, f, torch.where(linear, 0.3 * error.sign(), error))
+    found = []
+    for dual in (False, True):
+        moments = ridge.Moments(k, 1.0)
+        (rows,) = moments.over([(features, share)])
+        gram = Gram(rows @ rows.T if dual else rows.T @ rows, n, k, 2.0**-52, fisher=True)
+        found.append(ridge.agreeing_ridge(gram, moments))
+        assert ridge.is_found(gram, found[-1])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("task", ["image", "tokens"])
 @pytest.mark.parametrize(("n", "k"), [(40, 8), (40, 96)])
 def test_what_is_summed_up(tmp_path, monkeypatch, task, n, k):
