@@ -225,8 +225,8 @@ class Seq2SeqModelOutput(TokenModelOutput):
     """A sequence from a sequence (T5, mT5, BART, ...).
 
     A batch is (input_ids, attention_mask, labels), or a dict of the model's keyword arguments and
-    "labels". The decoder sees the labels shifted by one: "decoder_input_ids" of the dict, or the
-    model's own ``prepare_decoder_input_ids_from_labels``.
+    "labels". The decoder sees the labels shifted by one: "decoder_input_ids" of the dict, or what
+    the model makes of the labels by ``prepare_decoder_input_ids_from_labels`` or in its forward.
     """
 
     size_power = -0.125
@@ -248,12 +248,17 @@ class Seq2SeqModelOutput(TokenModelOutput):
         labels = inputs.pop("labels")
         if "decoder_input_ids" not in inputs:
             shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-            if shift is None:
+            if shift is not None:
+                inputs["decoder_input_ids"] = shift(labels=labels)
+            elif {"decoder_input_ids", "labels"} <= forward_names(model):
+                inputs["labels"] = labels  # M2M100's forward shifts them, and NLLB's
+            else:
                 raise ValueError(
                     f"{self.name}: {type(model).__name__} has no "
-                    "prepare_decoder_input_ids_from_labels; expected decoder_input_ids in the batch"
+                    "prepare_decoder_input_ids_from_labels, and its forward doesn't shift labels; "
+                    "expected decoder_input_ids in the batch, or an encoder-decoder (a decoder "
+                    "alone goes with task='causal_lm')"
                 )
-            inputs["decoder_input_ids"] = shift(labels=labels)
         output = call(model, weights, buffers, **inputs, **without_cache(model))
         return logits_of(self.name, output), labels
 

@@ -19,6 +19,7 @@ from fastproj.trak import (
     Seq2SeqModelOutput,
     batches,
 )
+from fastproj.trak.tasks import margins
 from tests.trak import cases
 from tests.trak.model_zoo import FAMILIES, make
 
@@ -292,3 +293,21 @@ def test_decoder_inputs_may_be_given():
     torch.testing.assert_close(mean * count, task.outputs(model, {}, {}, prepared(batch)))
     with pytest.raises(ValueError, match="expected decoder_input_ids in the batch"):
         task.outputs(torch.nn.Linear(2, 2), {}, {}, prepared(batch))
+
+
+def test_models_that_shift_labels_in_their_forward_do_so():
+    """M2M100 and NLLB have no ``prepare_decoder_input_ids_from_labels``."""
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+    heads = {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = M2M100Config(vocab_size=32, max_position_embeddings=32, **sizes, **heads)
+    model, task = M2M100ForConditionalGeneration(config).eval(), Seq2SeqModelOutput()
+    labels = torch.tensor([[5, 6, 7, 2], [8, 9, 2, -100]])
+    batch = {"input_ids": torch.randint(4, 32, (2, 6)), "labels": labels}
+    with torch.no_grad():
+        logits = model(**batch).logits  # as in its training
+        found = task.outputs(model, {}, {}, (batch,))
+    by_token = margins(logits, labels.clamp(min=0)) * (labels != -100)
+    torch.testing.assert_close(found, by_token.sum(1))
