@@ -72,10 +72,15 @@ class Collator:
         self.settled = self.shapes == self.lengths
 
     def most_padded(self, most: int) -> list[int]:
-        """The numbers of the samples that get the most padding, at most so many."""
+        """The numbers of the samples that get the most padding, at most so many; one of each
+        remainder of the length by ``most`` comes first, because models that join tokens, such as
+        CANINE by 4, may leave out padding where the length is a multiple.
+        """
         added = [sum(s) - sum(n) for s, n in zip(self.shapes, self.lengths, strict=True)]
         order = sorted(range(len(added)), key=lambda index: -added[index])
-        return [index for index in order[:most] if added[index]]
+        order = [index for index in order if added[index]]
+        firsts = {self.lengths[index][0] % most: index for index in reversed(order)}
+        return [*firsts.values(), *(i for i in order if i not in firsts.values())][:most]
 
     def unpadded(self, index: int) -> dict[str, Tensor]:
         """One sample as a batch, as long as it is."""

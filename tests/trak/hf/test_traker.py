@@ -123,6 +123,25 @@ def test_where_padding_changes_outputs_there_is_none(tmp_path, name, caplog):
     close(found, traker.finalize_scores("targets"))
 
 
+def test_padding_that_changes_some_lengths_alone_is_noticed(tmp_path, caplog):
+    """CANINE joins four characters: padding is seen where some of the four are of the text."""
+    torch.manual_seed(0)
+    config = tf.CanineConfig(
+        **{**SMALL, **LAYERS}, num_labels=3, num_hash_buckets=32, max_position_embeddings=32
+    )
+    model = tf.CanineForSequenceClassification(config).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    draw = np.random.default_rng(0)
+    train = [
+        {"input_ids": draw.integers(5, 60, size).tolist(), "label": i % 3}
+        for i, size in enumerate([4, 4, 4, 4, 4, 5, 6, 7, 8])
+    ]
+    options = {**OPTIONS, "logging_level": logging.WARNING}
+    HFTRAKer(model, train, None, tmp_path, **options).featurize()
+    assert "padding changes what" in caplog.text
+
+
 def shown(model, batch):
     """What the model takes of a batch."""
     return {k: part for k, part in batch.items() if k in (*forward_names(model), "labels")}
