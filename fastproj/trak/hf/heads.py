@@ -30,7 +30,11 @@ AUTO_CLASSES = {
     "masked_lm": "AutoModelForMaskedLM",
 }
 VIRTUAL_TOKENS = ("CPT", "MULTITASK_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING")  # peft's types
-AMBIGUOUS = ("XLMWithLMHeadModel", "FlaubertWithLMHeadModel")  # masked, causal and translating
+AMBIGUOUS = (
+    "FlaubertWithLMHeadModel",  # masked, causal and translating
+    "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",  # sees all tokens, or what perm_mask shows, and predicts each at its place
+)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -92,6 +96,8 @@ def kind_of_model(function: str, model: nn.Module) -> str:
             f"it predicts; expected one with a head, as {heads} load it, or task= one of "
             f"{', '.join(map(repr, TABLES))}, or a task of your own with labels as it takes them"
         )
+    if kind == "seq2seq" and not base.config.is_encoder_decoder:
+        return "causal_lm"  # transformers' table has decoders that listen, too, such as Voxtral
     return kind
 
 

@@ -412,6 +412,7 @@ def test_tokenizers(tmp_path):
         ("BertForTokenClassification", "token_classification"),
         ("GPT2ForSequenceClassification", "text_classification"),
         ("XLMWithLMHeadModel", None),
+        ("XLNetLMHeadModel", None),
         ("LlavaForConditionalGeneration", None),
         ("BertModel", None),
         ("BertForQuestionAnswering", None),

@@ -718,12 +718,29 @@ def test_samples_that_can_not_work(tmp_path, kind, train, said):
             {},
             "predicts 2 numbers",
         ),
+        (
+            tf.XLNetLMHeadModel(
+                tf.XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=32)
+            ),
+            {},
+            "XLNetLMHeadModel, which doesn't say what it predicts",
+        ),
     ],
 )
 def test_models_that_can_not_work(tmp_path, model, options, said):
     samples = models.samples_for("causal_lm", 3)
     with pytest.raises((TypeError, ValueError), match=said):
         HFTRAKer(model, samples, save_dir=tmp_path, **{**OPTIONS, **options}).featurize()
+
+
+def test_a_decoder_among_the_models_for_sequences_is_causal(tmp_path):
+    """transformers' table of models from sequence to sequence has decoders that listen, too."""
+    torch.manual_seed(0)
+    text = {"model_type": "llama", **SMALL, **LAYERS}
+    audio = {"hidden_size": 16, "intermediate_size": 64, **LAYERS}  # 4 of its states are one
+    config = tf.VoxtralConfig(text_config=text, audio_config=audio, audio_token_id=3)
+    model = tf.VoxtralForConditionalGeneration(config).eval()
+    assert HFTRAKer(model, models.samples_for("causal_lm", 4), None, tmp_path).kind == "causal_lm"
 
 
 def test_a_task_of_ones_own(tmp_path):
