@@ -102,9 +102,13 @@ def load_adapters(
             )
     model = load_model(base, task or task_of_peft(config.get("task_type")), dtype=dtype)
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+        prefixes = config.get("peft_type") == "PREFIX_TUNING"  # peft loads none to be trained
+        found = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=not prefixes)
     except Exception as error:
         raise unreadable(folder, "adapters", error) from error
+    if prefixes:
+        found.prompt_encoder.requires_grad_(True)
+    return found.eval()
 
 
 def base_folder(folder: Path) -> Path | None:
@@ -302,7 +306,14 @@ def put_adapters(model: Any, folder: Path) -> None:
             f"HFTRAKer: the adapters in {folder} are not those of the model (they differ in "
             f"{listed(other)}); {OF_ONE_TRAINING}"
         )
-    peft.set_peft_model_state_dict(model, weights, adapter_name=name)
+    try:
+        peft.set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:  # prefixes are saved without the network that makes them
+        raise ValueError(
+            f"HFTRAKer: the adapters in {folder} don't go into those of the model "
+            f"({' '.join(str(error).split()):.200}); expected a model from load_model(folder, "
+            "base=...), in which they do"
+        ) from error
 
 
 def active_adapter(model: Any) -> str:

@@ -137,6 +137,27 @@ def test_adapters_and_their_base(tmp_path):
     assert all(map(torch.equal, again.state_dict().values(), loaded.state_dict().values()))
 
 
+def test_prefixes_are_loaded_to_be_trained(tmp_path):
+    """peft loads them for inference alone, and saves none of the network that may make them."""
+    models.model_for("causal_lm").save_pretrained(tmp_path / "base")
+    for own in (False, True):
+        config = peft.PrefixTuningConfig(
+            num_virtual_tokens=2,
+            task_type="CAUSAL_LM",
+            prefix_projection=own,
+            encoder_hidden_size=8,
+        )
+        made = peft.get_peft_model(models.model_for("causal_lm"), config).eval()
+        made.save_pretrained(tmp_path / f"adapters{own}")
+        model = load_model(tmp_path / f"adapters{own}", base=tmp_path / "base")
+        found = scores(tmp_path / f"a{own}", model, [tmp_path / f"adapters{own}"])
+        if own:
+            with pytest.raises(ValueError, match="expected a model from load_model"):
+                scores(tmp_path / "c", made, [tmp_path / "adaptersTrue"])
+        else:
+            np.testing.assert_allclose(found, scores(tmp_path / "b", made, None), rtol=1e-3)
+
+
 @pytest.mark.parametrize("said", [None, "", 5])
 def test_adapters_that_name_no_base_do_not_take_the_working_directory(tmp_path, monkeypatch, said):
     models.model_for("causal_lm").save_pretrained(tmp_path)
