@@ -34,9 +34,9 @@ def model_digests(model: nn.Module) -> dict[str, str]:
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
-    """Hash of several hashes and their names."""
+    """Hash of several hashes and their names, in whatever order: a forward may register anew."""
     h = hashlib.blake2b(digest_size=16)
-    for name, value in digests.items():
+    for name, value in sorted(digests.items()):
         h.update(f"{name}:{value};".encode())
     return h.hexdigest()
 

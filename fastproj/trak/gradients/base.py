@@ -88,7 +88,13 @@ class AbstractGradientComputer(ABC):
         self.model = model
         params = {name: p.detach() for name, p in model.named_parameters()}
         self.chosen = {name: params[name] for name in self.names}
-        self.fixed = {name: p for name, p in params.items() if name not in self.chosen}
+        # Parameters: where a forward takes one out and registers it again, as that of peft's
+        # target_parameters does, a tensor would be a buffer of the model afterwards.
+        self.fixed = {
+            name: nn.Parameter(p, requires_grad=False)
+            for name, p in params.items()
+            if name not in self.chosen
+        }
         self.buffers = dict(model.named_buffers())
         self._named_twice = modules_named_twice(model)
         self._dependent = False  # whether f of any sample has been seen to depend on them

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -616,6 +622,22 @@ def test_prefixes_are_no_tokens(tmp_path):
     model = get_peft_model(models.model_for("causal_lm"), config)
     samples = models.samples_for("causal_lm", 4)
     assert np.isfinite(run(tmp_path, model, samples, samples[:1])).all()
+
+
+def test_adapters_of_parameters_leave_the_base_its_own(tmp_path):
+    """peft's forward takes the weight of the base out, and registers it anew after the bias."""
+    lora = LoraConfig(
+        r=2, target_modules=[], target_parameters=["c_fc.weight"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(models.model_for("causal_lm"), lora).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    names = {name for name, _ in model.named_parameters()}
+    samples = models.samples_for("causal_lm", 6)
+    found = run(tmp_path / "hooks", model, samples, samples[:2])
+    assert {name for name, _ in model.named_parameters()} == names
+    close(run(tmp_path / "loop", model, samples, samples[:2], gradient_computer="loop"), found)
 
 
 def test_a_head_that_is_trained_beside_adapters_counts(tmp_path):
