@@ -62,7 +62,8 @@ data:
     language model      {"text": ...}, or {"prompt": ..., "completion": ...}, which alone counts
     masked model        {"text": ...}; 15 % of the tokens are hidden, the same ones each time
     sequence to sequence  {"source": ..., "target": ...}
-    classifier          {"text": ..., "label": ...}, and "text_pair" where there are two texts
+    classifier          {"text": ..., "label": ...}, and "text_pair" where there are two texts; with
+                        one output, samples raise or lower the number that is predicted
     tokenised samples   {"input_ids": [...], "labels": ...}
   --column text=review says where an entry has another name. Of tokenised samples it may name the
   labels: --column labels=tags (--column label=stars for a classifier).
@@ -257,7 +258,7 @@ def run(options: argparse.Namespace) -> Outcome:
 def score(options: argparse.Namespace) -> Outcome:
     """What ``run`` does, whatever is shown of it."""
     from fastproj.trak.hf import HFTRAKer, checkpoints_in, load_model, read_samples, tokenize
-    from fastproj.trak.hf.heads import kind_of_model
+    from fastproj.trak.hf.heads import is_regression, kind_of_model
 
     checkpoints = [found for path in options.models for found in checkpoints_in(path)]
     rows = {name: read_samples(getattr(options, name)) for name in ("train", "targets")}
@@ -308,7 +309,8 @@ def score(options: argparse.Namespace) -> Outcome:
         )
     groups = [0] * len(data["targets"]) if options.mean else None
     scores = traker.score(data["targets"], options.name, groups=groups, reduction="mean")
-    return DONE, report(options, task, checkpoints, rows, scores) if first else None
+    sides = ("raises", "lowers") if is_regression(traker.task) else ("helpful", "harmful")
+    return DONE, report(options, task, checkpoints, rows, scores, sides) if first else None
 
 
 def find_tokenizer(options: argparse.Namespace, checkpoints: list[Path], needed: bool) -> Any:
@@ -370,8 +372,12 @@ def report(
     checkpoints: list[Path],
     rows: Mapping[str, Any],
     scores: Any,
+    sides: tuple[str, str] = ("helpful", "harmful"),
 ) -> dict[str, Any]:
-    """Print the extremes of the first targets; returns those of all, for --json."""
+    """Print the extremes of the first targets; returns those of all, for --json.
+
+    sides : what the highest and the lowest scores are called.
+    """
     found = []
     for column in range(scores.shape[1]):
         found.append(
@@ -381,7 +387,7 @@ def report(
                     # among equal scores the lower number first, as in TopScores
                     for i in np.argsort(sign * scores[:, column], kind="stable")[: options.top]
                 ]
-                for name, sign in (("helpful", -1), ("harmful", 1))
+                for name, sign in zip(sides, (-1, 1), strict=True)
             }
         )
     for column, extremes in enumerate(found[: options.show]):

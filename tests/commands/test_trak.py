@@ -88,6 +88,20 @@ def test_equal_scores_are_in_the_order_of_top_scores(here):
     assert places == {"helpful": [2, 3], "harmful": [1, 4]}
 
 
+def test_samples_of_a_regression_raise_or_lower_the_number(here, capsys):
+    """A sample need not help itself: what is predicted may be above its label."""
+    models.model_for("regression").save_pretrained("scalar")
+    models.tokenizer().save_pretrained("scalar")
+    write(here / "train.jsonl", [{**row, "label": i / 4} for i, row in enumerate(TRAIN)])
+    write(here / "targets.jsonl", [{**row, "label": 1.0} for row in TARGETS])
+    assert run("scalar", *DATA, "--top", 2) == 0
+    printed = capsys.readouterr().out
+    assert "  raises " in printed
+    assert "helpful" not in printed
+    assert run("scalar", *DATA, "--json", "--top", 2) == 0
+    assert set(json.loads(capsys.readouterr().out)["extremes"][0]) == {"raises", "lowers"}
+
+
 def test_factored_gradients(here, capsys):
     model = "run/checkpoint-5"
     assert run(model, *DATA, "--factored", 3) == 0
