@@ -63,7 +63,7 @@ def test_wheel_has_one_top_level_package(built: Built) -> None:
     assert tops == {"fastproj", f"torch_fastproj-{fastproj.__version__}.dist-info"}
     assert [name for name in names if re.fullmatch(r"fastproj/_cpu\.[\w.-]+\.so", name)]
     assert "fastproj/_build_info.py" in names
-    assert "fastproj/backends/measured.json" in names
+    assert {"fastproj/backends/measured.json", "fastproj/py.typed"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".hpp", ".o"))]
 
 

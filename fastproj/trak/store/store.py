@@ -62,7 +62,7 @@ from fastproj.trak.store.features import FeatureReader, block_rows, pack_half, s
 from fastproj.trak.store.identity import GIVEN, check_identity
 from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, joined, scan
 
-FORMAT = 3
+FORMAT = 4
 ROWS = "drawn"  # of a training shard: how many rows were drawn for each sample
 LONGEST_NAME = 200  # bytes: file systems take 255, and suffixes are added
 DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that are drawn

@@ -151,7 +151,7 @@ def test_every_shard_says_what_it_is(finished):
     kept = {"grads", "inds", "content", "out_to_loss"}
     assert set(tensors) == kept | {"curvature", "along", "drawn"}
     wanted = {"spec_version": "1", "seed": "0", "kind": "rademacher", "proj_dim": "8"}
-    wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "3"}
+    wanted |= {"stream": "0", "num_params": "341", "train_set_size": "12", "format": "4"}
     assert wanted.items() <= metadata.items()
     assert {"parameter_layout", "checkpoint", "checksum.grads", "checksum.inds"} <= set(metadata)
     tensors, metadata = module.read_safetensors(next(folder.glob("models/0/drawn/drawn-*")), None)
