@@ -194,12 +194,12 @@ class TRAKer:
         self.device = local_device(device, self.ranks)
         self.model = model.to(self.device)
         self.dtype = torch.float16 if use_half_precision else torch.float32
-        self.projector = (
+        self._projector = (
             make_projector(shapes, proj_dim, projector_seed, kind, block, factored)
             if projector is None
             else check_projector(projector, shapes, kind, block, factored)
         )
-        self.proj_dim = int(self.projector.proj_dim) or self.num_params_for_grad
+        self.proj_dim = int(self._projector.proj_dim) or self.num_params_for_grad
         self.gradient_computer = resolve_gradient_computer(gradient_computer)(
             model=self.model,
             task=self.task,
@@ -212,14 +212,14 @@ class TRAKer:
             curvature, self.lambda_reg, self.task, self.gradient_computer
         )
         self._takes_lambda = curvature != AUTO  # of a number, too
-        draws, projecting = None, self.projector
+        draws, projecting = None, self._projector
         if self.fisher is not None:
-            seed = int(getattr(self.projector, "seed", 0))
+            seed = int(getattr(self._projector, "seed", 0))
             draws = Draws(self.train_set_size, self.proj_dim, self.fisher, seed)
             logger.info("curvature: %s", draws.describe())
             if self._size_power:
                 sizes = {name: shape.numel() for name, shape in shapes.items()}
-                projecting = ScaledProjector(self.projector, size_factors(sizes, self._size_power))
+                projecting = ScaledProjector(self._projector, size_factors(sizes, self._size_power))
                 logger.info("curvature: gradients times (their entries)^%g", self._size_power)
         self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
             self.device
@@ -259,8 +259,8 @@ class TRAKer:
         """What all features in a save_dir share; ``given`` says whether a projector was."""
         return {
             "spec_version": SPEC_VERSION,
-            "seed": int(getattr(self.projector, "seed", 0)),
-            **matrix_of(self.projector),
+            "seed": int(getattr(self._projector, "seed", 0)),
+            **matrix_of(self._projector),
             GIVEN: given,
             "proj_dim": self.proj_dim,
             "num_params": self.num_params_for_grad,
@@ -270,6 +270,18 @@ class TRAKer:
             **({} if draws is None else {"curvature": draws.describe()}),
             **({"size_power": self._size_power} if self._size_power else {}),
         }
+
+    @property
+    def projector(self) -> Any:
+        """What projects the gradients."""
+        return self._projector
+
+    @projector.setter
+    def projector(self, projector: Any) -> None:
+        raise AttributeError(
+            f"TRAKer: received projector = {type(projector).__name__} for a TRAKer that has one; "
+            "expected TRAKer(..., projector=...)"
+        )
 
     @property
     def _size_power(self) -> float:

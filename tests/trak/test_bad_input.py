@@ -751,6 +751,12 @@ def test_constructor_of_other_things(tmp_path, change, kind, message):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_projector_that_comes_late_is_refused(traker):
+    """TRAK would use it from there on; the save_dir is another matrix's."""
+    with pytest.raises(AttributeError, match=r"projector = Projector .*TRAKer\(\.\.\., projector="):
+        traker.projector = Projector(traker.projector.grad_dim, 7)
+
+
 def test_whole_tables_are_taken_where_grad_wrt_leaves_them_out(tmp_path, train):
     model = with_int8()
     traker = cases.make(model, tmp_path, N, grad_wrt=["1.weight"])
