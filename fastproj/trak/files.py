@@ -323,7 +323,8 @@ def read_chosen(path: Path, names: Iterable[str]) -> tuple[Tensors, dict[str, st
             data = bytearray(os.pread(descriptor, stop - begin, start + begin))
             shape = header[name]["shape"]
             dtype = DTYPES[header[name]["dtype"]]
-            whole = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            empty = torch.empty(0, dtype=dtype, device="cpu")
+            whole = torch.frombuffer(data, dtype=dtype) if data else empty
             tensors[name] = whole.reshape(shape)
         return tensors, metadata
     # torch's, for shapes and bytes that don't fit; and json's, for what is nested too deeply

@@ -252,7 +252,7 @@ def step_of(
     if step is None or not system.dual:
         return step
     order = systems.read_order(model_id, system).numpy()
-    total = torch.zeros(gram.k, dtype=torch.float64)
+    total = torch.zeros(gram.k, dtype=torch.float64, device="cpu")
     for places, rows in stored_rows(systems.store, model_id, system, order).read():
         total += rows.double().mT @ step[places]
     return total
@@ -304,7 +304,7 @@ def own_scores(
     system, store = systems.read_system(model_id), systems.store
     solution, gram = solved(systems, computer, model_id, checkpoints)
     order = systems.read_order(model_id, system)
-    out = torch.empty(int(order.max()) + 1, dtype=torch.float64)
+    out = torch.empty(int(order.max()) + 1, dtype=torch.float64, device="cpu")
     out[order] = solution.on_own_rows(gram.matrix)
     samples = out[: store.train_set_size]  # the others are rows that were drawn
     return samples / weights_of(store, model_id, system)
@@ -545,17 +545,17 @@ def kernel_part(
     n, k = rows_in_all(sources), sources[0].reader.proj_dim
     order = numbers_of(sources, blocks)
     moments = Moments(k, system.power)
-    held = torch.empty(0)
+    held = torch.empty(0, device="cpu")
     end = 0
     for rows in moments.over(shares(read_rows(sources, blocks, advance))):
         if not len(held):
-            held = torch.empty(len(order), k, dtype=rows.dtype)
+            held = rows.new_empty(len(order), k)
         elif rows.dtype == torch.float64 and held.dtype != rows.dtype:
             held = held.double()
         held[end : end + len(rows)] = rows
         end += len(rows)
     start = len(numbers_of(sources, before))
-    columns = torch.empty(start + len(order), len(order), dtype=torch.float64)
+    columns = torch.empty(start + len(order), len(order), dtype=torch.float64, device="cpu")
     buffer = Buffer()
     end = 0
     for _, _, features, share in read_rows(sources, before if len(order) else []):
@@ -582,7 +582,7 @@ def join_parts(
 ) -> tuple[Tensors, int, float]:
     """S S^T of the columns that all parts hold, and what belongs to it, as ``add_parts``."""
     size = rows_in_all(sources_of(systems.store, model_id, system))
-    kernel = torch.empty(size, size, dtype=torch.float64)
+    kernel = torch.empty(size, size, dtype=torch.float64, device="cpu")
     total: Tensors = {}
     eps, end = 0.0, 0
     for key in keys:

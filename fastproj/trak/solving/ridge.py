@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -291,13 +292,14 @@ class Moments:
 
     def __init__(self, proj_dim: int, power: float) -> None:
         self.power = power
-        self.quartic = torch.zeros((), dtype=torch.float64)  # sum of |row|^4
-        self.fitted = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T (W f + Q)
-        self.explained = torch.zeros((), dtype=torch.float64)  # f^T (W f + Q)
-        self.opposed = torch.zeros((), dtype=torch.float64)  # minus the negative terms of that
-        self.correlated = torch.zeros(proj_dim, dtype=torch.float64)  # Phi^T Q
-        self.squares = torch.zeros((), dtype=torch.float64)  # Q^T Q
-        self.response = torch.zeros(0, dtype=torch.float64)  # [n]: fitted = S^T response, in order
+        zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
+        self.quartic = zeros(())  # sum of |row|^4
+        self.fitted = zeros(proj_dim)  # Phi^T (W f + Q)
+        self.explained = zeros(())  # f^T (W f + Q)
+        self.opposed = zeros(())  # minus the negative terms of that
+        self.correlated = zeros(proj_dim)  # Phi^T Q
+        self.squares = zeros(())  # Q^T Q
+        self.response = zeros(0)  # [n]: fitted = S^T response, in order
         self._buffer = Buffer()
 
     def over(self, blocks: Iterable[tuple[Tensor, Share]]) -> Iterator[Tensor]:
@@ -494,7 +496,7 @@ def quadratures(
         large, lose no digits.
     """
     steps = min(MAX_STEPS, len(start))
-    basis = torch.zeros(steps, len(start), dtype=torch.float64)
+    basis = start.new_zeros(steps, len(start))
     images = torch.zeros_like(basis) if dual else basis  # inner products are with these
     diagonal: list[float] = []
     beside: list[float] = []
@@ -513,8 +515,8 @@ def quadratures(
         size = math.sqrt(max(float(vector @ (image if dual else vector)), 0.0))
         done = step + 1 == steps or size <= 1e-13 * max(map(abs, diagonal))
         if done or (step + 1) % LANCZOS_STEPS == 0:
-            small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-            off = torch.tensor(beside, dtype=torch.float64)
+            small = torch.diag(start.new_tensor(diagonal))
+            off = start.new_tensor(beside)
             small += torch.diag(off, 1) + torch.diag(off, -1)
             nodes, vectors = torch.linalg.eigh(small)
             yield nodes.clamp(min=0), (norm * vectors[0]).square()
@@ -534,7 +536,7 @@ def effective_dimension(matrix: Tensor, ridge: float) -> float:
     for first in range(0, size, COLUMNS):
         count = min(COLUMNS, size - first)
         columns = matrix.new_zeros(size - first, count)  # above, they are zero
-        columns[:count] = torch.eye(count, dtype=matrix.dtype)
+        columns[:count] = torch.eye(count, dtype=matrix.dtype, device=matrix.device)
         for row in range(first, size, COLUMNS):  # by blocks: no copy of the factor is made
             rows, done = slice(row, row + COLUMNS), row - first
             block = columns[done : done + COLUMNS]
@@ -581,7 +583,8 @@ def likeliest_ridge(values: Tensor, gram: Gram, moments: Moments) -> float | Non
     values = values[values > float(values.max()) * 1e-12] / unit
     correlated = float(moments.correlated.square().sum()) / unit / total
     count = 1 + round((HIGHEST - LOWEST) / math.log(10) * STEPS_PER_DECADE)
-    ridges = torch.linspace(LOWEST, HIGHEST, count, dtype=torch.float64).exp().tolist()
+    logarithms = torch.linspace(LOWEST, HIGHEST, count, dtype=torch.float64, device="cpu")
+    ridges = logarithms.exp().tolist()
     unlikely = [
         gram.n * math.log1p(correlated / ridge) - float((values / ridge).log1p().sum())
         for ridge in ridges

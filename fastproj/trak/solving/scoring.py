@@ -60,7 +60,7 @@ def write_scores(
     passes = len(chunks) * store.train_set_size // ranks.size
     halved = [Halved.of(systems, model_id) for model_id in model_ids]
     with ranks.barrier(STEP), progress("scoring", passes, "sample") as bar:
-        total = q_total = torch.empty(0)
+        total = q_total = torch.empty(0, device="cpu")
         for columns in chunks:
             weights = []  # one checkpoint's system is held at a time
             for model_id in model_ids:
@@ -160,7 +160,7 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
     gradient.
     """
     store, systems = systems.store, systems.as_now(model_ids)
-    total = torch.zeros(store.train_set_size, dtype=torch.float64)
+    total = torch.zeros(store.train_set_size, dtype=torch.float64, device="cpu")
     q_total = torch.zeros_like(total)
     own_q = takes_own_q(systems, model_ids)
     with progress("self-influence", len(model_ids) * len(total), "sample") as bar:
@@ -276,7 +276,7 @@ def target_features(store: Store, model_id: int, exp_name: str, columns: range) 
     groups = np.asarray(grouping[0], np.int64) - columns.start
     members = np.flatnonzero((groups >= 0) & (groups < len(columns)))
     step = max(1, min(WEIGHT_BYTES // (8 * store.proj_dim), TARGET_ROWS))
-    total = torch.zeros(len(columns), store.proj_dim, dtype=torch.float64)
+    total = torch.zeros(len(columns), store.proj_dim, dtype=torch.float64, device="cpu")
     dtype = torch.float32
     for rows in np.split(members, range(step, len(members), step)):
         features, _ = reader.read(rows)

@@ -446,8 +446,8 @@ def extreme_eigenvalues(matrix: Tensor, factor: Tensor, lam: float = 0.0) -> tup
     matrix : float64 [k, k]; factor : the Cholesky factor of the sum. Costs 4 POWER_STEPS k^2.
     """
     k = matrix.shape[0]
-    start = torch.randn(k, 1, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
-    high, low = start, start
+    generator = torch.Generator().manual_seed(0)
+    high = low = torch.randn(k, 1, dtype=matrix.dtype, generator=generator, device="cpu")
     for _ in range(POWER_STEPS):
         high = high / high.norm()
         high = matrix @ high + lam * high

@@ -49,7 +49,7 @@ def unpack(tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
     """
     grads = tensors["grads"]
     if out is None:
-        out = torch.empty(grads.shape, dtype=unpacked_dtype(grads))
+        out = grads.new_empty(grads.shape, dtype=unpacked_dtype(grads))
     if "exponent" not in tensors:
         return out.copy_(grads)
     exponent = tensors["exponent"]
@@ -144,7 +144,7 @@ class FeatureReader:
         return read()
 
     def _read_column(self, inds: Indices, name: str) -> Tensor:
-        out = torch.empty(len(inds), dtype=torch.float32)
+        out = torch.empty(len(inds), dtype=torch.float32, device="cpu")
         for number, places in self._by_shard(inds):
             stored = self._read_shard(self.index.shards[number].path, (name,))
             rows = torch.from_numpy(self.index.row[inds[places]].astype(np.int64))
@@ -167,7 +167,7 @@ class FeatureReader:
             dtype = unpacked_dtype(tensors["grads"])
             if features is None:
                 shape = (len(inds), tensors["grads"].shape[1])
-                features = buffer.take(shape, dtype) if buffer else torch.empty(shape, dtype=dtype)
+                features = (buffer or Buffer()).take(shape, dtype)
             elif dtype == torch.float64 and features.dtype != dtype:
                 features = features.double()
             if places[-1] - places[0] == len(places) - 1:  # one run of rows, as nearly always
@@ -175,10 +175,11 @@ class FeatureReader:
             else:
                 features[torch.from_numpy(places)] = unpack(tensors).to(features.dtype)
             if "out_to_loss" in tensors:
-                q = torch.full((len(inds),), torch.nan, dtype=torch.float32) if q is None else q
-                q[torch.from_numpy(places)] = tensors["out_to_loss"].float()
+                stored = tensors["out_to_loss"].float()
+                q = stored.new_full((len(inds),), torch.nan) if q is None else q
+                q[torch.from_numpy(places)] = stored
         if features is None:
-            features = torch.empty(0, self.proj_dim, dtype=torch.float32)
+            features = torch.empty(0, self.proj_dim, dtype=torch.float32, device="cpu")
         return features, q
 
     def expect(self, inds: Indices) -> None:
@@ -216,13 +217,13 @@ class Buffer:
     """Memory that is used again, because fresh memory costs more than what is done with it."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = torch.empty(0, device="cpu")
 
     def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """A tensor of unspecified content on the same memory as the last one."""
         size = shape[0] * shape[1]
         if self._memory.numel() < size or self._memory.dtype != dtype:
-            self._memory = torch.empty(size, dtype=dtype)
+            self._memory = torch.empty(size, dtype=dtype, device="cpu")
         return self._memory[:size].view(shape)
 
 

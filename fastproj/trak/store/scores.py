@@ -283,7 +283,7 @@ class TopWriter:
         self.ranks = ranks
         self.facts = dict(facts or {})
         lowest = torch.iinfo(torch.int64).min
-        self.keys = torch.full((2, shape[1], self.top_k), lowest)  # helpful, harmful
+        self.keys = torch.full((2, shape[1], self.top_k), lowest, device="cpu")  # helpful, harmful
 
     def __enter__(self) -> TopWriter:
         return self

@@ -624,7 +624,7 @@ class Store:
     def column(self, model_id: int, name: str) -> Tensor:
         """A number of each training sample, float32 [n]; NaN where a sample is not featurized."""
         reader = self.reader(model_id)
-        out = torch.full((self.train_set_size,), torch.nan, dtype=torch.float32)
+        out = torch.full((self.train_set_size,), torch.nan, dtype=torch.float32, device="cpu")
         inds = np.flatnonzero(reader.index.done)
         out[torch.from_numpy(inds)] = reader.read_column(inds, name)
         return out
@@ -635,10 +635,10 @@ class Store:
         out: Tensor | None = None
         for inds, features, _ in self.blocks(model_id, exp_name):
             if out is None:
-                out = torch.full((n, self.proj_dim), torch.nan, dtype=features.dtype)
+                out = features.new_full((n, self.proj_dim), torch.nan)
             out[torch.from_numpy(inds)] = features
         if out is None:
-            out = torch.full((n, self.proj_dim), torch.nan, dtype=torch.float32)
+            out = torch.full((n, self.proj_dim), torch.nan, dtype=torch.float32, device="cpu")
         return out
 
     # ---- scores ---------------------------------------------------------------------------------
