@@ -474,7 +474,7 @@ def byte_rows(t: Tensor) -> npt.NDArray[np.uint8]:
 def update(digest: Any, part: Any, within: tuple[int, ...] = ()) -> None:
     """Add the content of anything to a hash: what is equal adds the same bytes."""
     if isinstance(part, Tensor | np.ndarray):
-        array = part if isinstance(part, Tensor) else torch.as_tensor(np.ascontiguousarray(part))
+        array = part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
         digest.update(f"{array.dtype}{list(array.shape)}".encode())
         digest.update(byte_rows(array.unsqueeze(0))[0])
     elif isinstance(part, SHARED):

@@ -132,7 +132,7 @@ class Draws:
         """
         draws = self.draws if some else 0
         if not draws:
-            return torch.empty(len(inds), 0, predictions, 3, dtype=torch.float32)
+            return torch.empty(len(inds), 0, predictions, 3, dtype=torch.float32, device="cpu")
         numbers = inds.astype(np.uint64)[:, None, None]
         place = np.arange(predictions, dtype=np.uint64)
         draw = np.arange(draws, dtype=np.uint64)[:, None]

@@ -108,5 +108,5 @@ def weighted_sum(flat: Tensor) -> Tensor:
 def weights_on(device: torch.device) -> Tensor:
     """WEIGHTS random odd numbers, int64."""
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randint(-(1 << 62), 1 << 62, (WEIGHTS,), generator=generator)
+    numbers = torch.randint(-(1 << 62), 1 << 62, (WEIGHTS,), generator=generator, device="cpu")
     return (2 * numbers + 1).to(device)

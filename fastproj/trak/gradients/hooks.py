@@ -724,8 +724,10 @@ def reaches_other_samples(out: Tensor, repeated: list[Tensor]) -> bool:
             out[:, sample].sum(), repeated, allow_unused=True, retain_graph=True
         )
         for part in parts:
-            if part is not None and bool(part[torch.arange(len(part)) != sample].any()):
-                return True
+            if part is not None:
+                others = torch.arange(len(part), device=part.device) != sample
+                if bool(part[others].any()):
+                    return True
     return False
 
 

@@ -63,9 +63,10 @@ class Split:
     ) -> Split:
         """A batch of ``size`` as ``alone`` single samples and two halves of the others."""
         generator = torch.Generator().manual_seed(seed)
-        weights = 0.25 + 0.75 * torch.rand(size, generator=generator, dtype=torch.float64)
-        weights *= torch.randint(0, 2, (size,), generator=generator) * 2 - 1
-        order = torch.randperm(size, generator=generator).to(device)
+        uniform = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
+        weights = 0.25 + 0.75 * uniform
+        weights *= torch.randint(0, 2, (size,), generator=generator, device="cpu") * 2 - 1
+        order = torch.randperm(size, generator=generator, device="cpu").to(device)
         parts = [rows for rows in (*order[:alone].split(1), *order[alone:].chunk(2)) if len(rows)]
         return cls(weights.to(device), parts, evened)
 

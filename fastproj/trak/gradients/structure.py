@@ -104,7 +104,7 @@ def moved(node: Any, size: int) -> Iterator[Hashable]:
     if not shape:
         return
     exact = [(dim, index) for dim, index in along if shape[dim] == size]
-    order = torch.arange(size)
+    order = torch.arange(size, device="cpu")
     if any(index.numel() == size and torch.equal(index.flatten(), order) for _, index in exact):
         return
     kept = [dim for dim in range(len(shape)) if dim not in dict(along)]

@@ -335,7 +335,7 @@ def is_long(part: Any, size: int) -> bool:
 
 def as_tensor(value: Any) -> Tensor:
     """A list, number, array or tensor as a tensor: whole numbers as int64."""
-    t = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    t = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
     if t.is_floating_point():
         return t.to(torch.float32)
     return t if t.dtype == torch.bool else t.to(torch.int64)

@@ -40,7 +40,7 @@ class Masking:
                 f"hidden in input_ids and labels that are {IGNORE_INDEX} everywhere else"
             )
         self.mask_token = int(tokenizer.mask_token_id)
-        self.special = torch.tensor(sorted(set(tokenizer.all_special_ids)))
+        self.special = torch.tensor(sorted(set(tokenizer.all_special_ids)), device="cpu")
         self.share = share
         self._key = (seed & WORD) ^ SALTS[of], seed >> 32
 

@@ -163,7 +163,7 @@ class CLIPModelOutput(BatchedModelOutput):
             raise ValueError("get_embeddings: received a loader without batches; expected pairs")
         all_images, all_texts = torch.cat(image_parts), torch.cat(text_parts)
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(all_images), generator=generator)
+        order = torch.randperm(len(all_images), generator=generator, device="cpu")
         if len(order) < self.simulated_batch_size:
             logger.warning(
                 "get_embeddings: %d pairs for simulated_batch_size %d; all of them are used",
