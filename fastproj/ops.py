@@ -243,7 +243,9 @@ def matrix(
     check_entries("matrix", dtype, kind)
     # Asked of a tensor because torch.compile can't trace torch.get_default_device.
     place = (
-        torch.empty(0).device if device is None else check_device("matrix", device, values=False)
+        torch.empty(0, device=None).device
+        if device is None
+        else check_device("matrix", device, values=False)
     )
     if n * m * dtype.itemsize >= 1 << 63:
         raise ValueError(

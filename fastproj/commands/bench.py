@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> Outcome:
     found: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(0)
     for batch in options.batch:
-        grads = torch.randn(batch, rows, generator=generator)  # [B, P]
+        grads = torch.randn(batch, rows, generator=generator, device="cpu")  # [B, P]
         exact = grads.double() @ stored.double()  # [B, K]
 
         project = partial(

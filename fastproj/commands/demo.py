@@ -117,7 +117,7 @@ def ensemble_margins(params: Ensemble, images: Tensor, labels: Tensor) -> Tensor
 
 def train_checkpoints(settings: Settings, data: Data) -> list[dict[str, Tensor]]:
     """State dicts of models trained on the whole training set, from different seeds."""
-    everything = torch.arange(settings.train).expand(settings.checkpoints, -1).contiguous()
+    everything = torch.arange(settings.train, device="cpu").repeat(settings.checkpoints, 1)
     params = train_ensemble(settings, data, everything, settings.seed + 1, "training checkpoints")
     return [{name: p[c].clone() for name, p in params.items()} for c in range(settings.checkpoints)]
 
@@ -139,7 +139,7 @@ def attribute(
     with progress("featurizing", settings.train * len(checkpoints), "sample") as bar:
         for model_id, checkpoint in enumerate(checkpoints):
             traker.load_checkpoint(checkpoint, model_id)
-            for rows in torch.arange(settings.train).split(250):
+            for rows in torch.arange(settings.train, device="cpu").split(250):
                 batch = (data.train_images[rows], data.train_labels[rows])
                 traker.featurize(batch, num_samples=len(rows))
                 bar.update(len(rows))
@@ -169,7 +169,8 @@ def retrain(settings: Settings, data: Data, path: Path) -> tuple[Tensor, Tensor]
 
 def finished_runs(path: Path) -> list[Tensor]:
     """The outputs [S, m] of each run that ``retrain`` has kept."""
-    return [torch.tensor(run) for run in read_json(path)["outputs"]] if path.exists() else []
+    kept = read_json(path)["outputs"] if path.exists() else []
+    return [torch.tensor(run, device="cpu") for run in kept]
 
 
 # ---- the page -----------------------------------------------------------------------------------

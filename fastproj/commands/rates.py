@@ -83,11 +83,11 @@ def projection_rate(
 
 def matmul_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a matrix product on the CPU."""
-    left, right = (torch.randn(SIDE, SIDE, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(SIDE, SIDE, dtype=dtype, device="cpu") for _ in range(2))
     return 2.0 * SIDE**3 / seconds_of(lambda: left @ right, "cpu")
 
 
 def cholesky_rate() -> float:
     """float64 operations a second of a Cholesky factor on the CPU."""
-    matrix = torch.eye(SIDE, dtype=torch.float64) * SIDE + 1.0
+    matrix = torch.eye(SIDE, dtype=torch.float64, device="cpu") * SIDE + 1.0
     return SIDE**3 / 3 / seconds_of(lambda: torch.linalg.cholesky(matrix), "cpu")

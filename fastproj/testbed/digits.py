@@ -14,8 +14,8 @@ def digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = torch.tensor(data.images / 16.0, dtype=torch.float32).unsqueeze(1)
-    return images, torch.tensor(data.target)
+    images = torch.tensor(data.images / 16.0, dtype=torch.float32, device="cpu").unsqueeze(1)
+    return images, torch.tensor(data.target, device="cpu")
 
 
 class DigitsCNN(nn.Module):

@@ -34,16 +34,16 @@ def split(
     """n random samples to train on, x [n, ...] and y [n], and ``targets`` others."""
     if n + targets > len(x):
         raise ValueError(f"split: received n={n}, targets={targets}; expected <= {len(x)} together")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed), device="cpu")
     chosen, held_out = order[:n], order[len(x) - targets :]
     return x[chosen], y[chosen], x[held_out], y[held_out]
 
 
 def random_halves(n: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """(members [count, n // 2], masks [count, n] bool) of random halves of n training samples."""
-    noise = torch.rand(count, n, generator=torch.Generator().manual_seed(seed))
+    noise = torch.rand(count, n, generator=torch.Generator().manual_seed(seed), device="cpu")
     members = noise.argsort(1)[:, : n // 2].contiguous()
-    masks = torch.zeros(count, n, dtype=torch.bool).scatter_(1, members, True)
+    masks = torch.zeros(count, n, dtype=torch.bool, device="cpu").scatter_(1, members, True)
     return members, masks
 
 
@@ -68,7 +68,7 @@ def train_ensemble(
     make_loss : makes the loss of a group, in the thread that trains it.
     what : names the progress bar.
     """
-    groups = torch.arange(len(members)).split(group)
+    groups = torch.arange(len(members), device="cpu").split(group)
     threads = torch.get_num_threads()
     stopped = threading.Event()
     bar = progress(what, len(groups) * training.epochs, "epoch")
@@ -123,7 +123,8 @@ def train_group(
     steps = size // batch
     total, step = steps * training.epochs, 0
     for _ in range(training.epochs):
-        shuffled = members.gather(1, torch.rand(count, size, generator=generator).argsort(1))
+        noise = torch.rand(count, size, generator=generator, device="cpu")
+        shuffled = members.gather(1, noise.argsort(1))
         for rows in shuffled.split(batch, 1)[:steps]:  # [M, batch]
             if stopped.is_set():
                 return params
@@ -132,7 +133,8 @@ def train_group(
             grads = torch.autograd.grad(loss(params, rows), list(params.values()))
             with torch.no_grad():
                 if training.clip:
-                    norm = torch.as_tensor(sum(g.flatten(1).square().sum(1) for g in grads)).sqrt()
+                    squares = [g.flatten(1).square().sum(1) for g in grads]
+                    norm = sum(squares[1:], squares[0]).sqrt()
                     shrink = (training.clip / norm).clamp(max=1)  # [M]
                     grads = tuple(g * shrink.reshape(-1, *[1] * (g.dim() - 1)) for g in grads)
                 for (name, p), g in zip(params.items(), grads, strict=True):

@@ -263,7 +263,7 @@ def featurize(
 ) -> None:
     """One checkpoint over the whole training set."""
     traker.load_checkpoint(model.state_dict(), model_id)
-    for rows in torch.arange(len(train[0])).split(batch):
+    for rows in torch.arange(len(train[0]), device="cpu").split(batch):
         traker.featurize((train[0][rows], train[1][rows]), num_samples=len(rows))
 
 
@@ -276,7 +276,7 @@ def score(
 ) -> None:
     """One checkpoint over all targets."""
     traker.start_scoring_checkpoint(exp_name, model.state_dict(), model_id, len(targets[0]))
-    for rows in torch.arange(len(targets[0])).split(4):
+    for rows in torch.arange(len(targets[0]), device="cpu").split(4):
         traker.score((targets[0][rows], targets[1][rows]), num_samples=len(rows))
 
 

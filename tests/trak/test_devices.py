@@ -1,7 +1,10 @@
-"""TRAKer with its model on another device than the CPU: nothing is left behind on the CPU."""
+"""TRAKer on another device than the CPU: nothing is left behind on the CPU; and on the CPU while
+torch's default device is another: nothing goes there.
+"""
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from itertools import product
@@ -77,3 +80,54 @@ def test_a_gpu_gives_the_scores_of_the_cpu(tmp_path, computer, curvature, monkey
     wanted = scores(tmp_path / "cpu", "cpu", computer, curvature)
     found = scores(tmp_path / "cuda", "cuda", computer, curvature)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+
+
+# The functions of torch whose tensors go to the default device.
+FACTORIES = set(
+    "arange as_tensor asarray empty empty_permuted empty_strided eye full linspace logspace ones "
+    "rand randint randn randperm scalar_tensor sparse_coo_tensor tensor tril_indices triu_indices "
+    "zeros".split()
+)
+
+
+def unplaced(source):
+    """The lines that make a tensor without saying on which device."""
+    nodes = list(ast.walk(ast.parse(source)))
+    calls = (node for node in nodes if isinstance(node, ast.Call))
+    placed = [call for call in calls if any(k.arg in ("device", None) for k in call.keywords)]
+    fine = {id(part) for call in placed for part in (call.func, *call.args)}  # partial(torch.ones)
+    for node in nodes:
+        of_torch = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch"
+        if of_torch and node.attr in FACTORIES and id(node) not in fine:
+            yield node.lineno
+
+
+def test_each_new_tensor_has_a_device_of_its_own():
+    assert list(unplaced("torch.ones(2)\nf(torch.eye)\ntorch.rand(1, device=None)")) == [1, 2]
+    files = list((ROOT / "fastproj").rglob("*.py"))
+    found = {path: list(unplaced(path.read_text("utf-8"))) for path in files}
+    assert len(files) > 100
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    ("computer", "curvature", "proj_dim"),
+    [("hooks", "fisher", 8), ("hooks", "trak", 64), ("loop", "fisher", 64), ("func", "trak", 8)],
+)
+def test_all_is_the_same_under_any_default_device(tmp_path, computer, curvature, proj_dim):
+    """A tensor of the device "meta" has no values: one that is used shows, as on a GPU."""
+    models = [cases.net(seed) for seed in range(2)]
+    train, targets = cases.data(24), cases.data(5, seed=5)
+    options = {"gradient_computer": COMPUTERS[computer], "curvature": curvature}
+
+    def results(save_dir):
+        scores = cases.whole_run(save_dir, models, train, targets, proj_dim=proj_dim, **options)
+        again = cases.make(models[0], save_dir, 24, proj_dim=proj_dim, **options)
+        top = again.finalize_scores("test", top_k=3)
+        return scores, again.self_influence(), top.helpful_scores, top.harmful_indices
+
+    wanted = results(tmp_path / "cpu")
+    with torch.device("meta"):
+        found = results(tmp_path / "meta")
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)

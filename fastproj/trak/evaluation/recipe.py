@@ -60,10 +60,10 @@ class Recipe:
         made = self.train(indices, seed)
         found = made if self.outputs is None else self.outputs(made)
         try:
-            given = torch.as_tensor(found).detach()
+            given = torch.as_tensor(found, device="cpu").detach()
             if given.is_complex():
                 raise TypeError("complex numbers")
-            values = given.to("cpu", torch.float64)
+            values = given.to(torch.float64)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"the recipe returned outputs of type {type(found).__name__}; expected numbers [m]"
