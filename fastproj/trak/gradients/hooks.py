@@ -32,7 +32,7 @@ from fastproj.trak.gradients.proof import (
     known_sums,
     worth_a_proof,
 )
-from fastproj.trak.gradients.recorder import Layout, Owned, Recorder, Seen
+from fastproj.trak.gradients.recorder import Folded, Layout, Owned, Recorder, Seen, last_of
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
 from fastproj.trak.gradients.running import norm, wide_sums
@@ -73,6 +73,7 @@ class Forward(NamedTuple):
 
     structure : a hash of its shapes and control flow.
     leaves : of the graph behind ``out``.
+    folded : outputs of modules whose rows are to be those of the samples that they count to.
     """
 
     plan: Plan
@@ -80,6 +81,7 @@ class Forward(NamedTuple):
     out: Tensor
     structure: int
     leaves: list[Tensor]
+    folded: list[Folded]
 
 
 @dataclass
@@ -294,8 +296,13 @@ class HookGradientComputer(AbstractGradientComputer):
         if worth_a_proof(self._batches[rows == OTHERS]) or structure not in self._structures:
             check = Check(self._split(batch), self.chosen, len(made.out[slice(*rows)]))
         eps = self._backward(batch, made, rows, make_sink, check)
+        divided = made.recorder.divided
         del made  # before plain autograd needs the memory
-        if check is None or self._is_proved(batch, rows, check, eps):
+        if check is not None:
+            proved = self._is_proved(batch, rows, check, eps)
+        else:  # samples may have other numbers of rows than in the batch that was checked
+            proved = divided or self._is_proved_apart(batch, rows, None)
+        if proved:
             self._remember(structure)
 
     def _backward(
@@ -309,9 +316,10 @@ class HookGradientComputer(AbstractGradientComputer):
         """The backwards of a forward. Returns the eps of the coarsest dtype in them."""
         out = made.out[slice(*rows)]
         sinks = [make_sink(made.recorder.uses) for _ in out]
+        folded = made.folded
         if check is not None:
-            sinks = [RowSink(sink, check, row) for row, sink in enumerate(sinks)]
-        made.recorder.backward(out, made.leaves, sinks)
+            sinks, folded = [RowSink(sink, check, row) for row, sink in enumerate(sinks)], []
+        made.recorder.backward(out, made.leaves, sinks, folded)
         for number, name, values in self._rest(made.plan.rest, batch, rows):
             sinks[number].add(name, Piece(0, values))
         if made.plan.rest:
@@ -541,9 +549,10 @@ class HookGradientComputer(AbstractGradientComputer):
                 replay.recording(partial(first, recorder)) if replay and first else nullcontext(),
             ):
                 out = recorder.outputs(self, {**self.chosen, **unused}, batch)
+                folded = last_of(recorder.folded)
             structure, leaves = structure_of(batch, out)
             if not self._use_reached(unused, leaves):
-                return Forward(plan, recorder, out, structure, leaves)
+                return Forward(plan, recorder, out, structure, leaves, folded)
 
     def _not_used(self) -> dict[str, Tensor]:
         """The parameters that f has not been seen to depend on; a graph shows it if it does."""

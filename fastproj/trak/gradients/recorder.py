@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from fastproj.trak.gradients.attention import no_fast_path
@@ -23,6 +24,9 @@ from fastproj.trak.gradients.sinks import Sink
 from fastproj.trak.tasks.training import SeveralOutputs
 
 Dims = list[BatchDim | None]
+
+WIDTH = 64  # entries of a row that are compared
+ROUNDING, FAINT = 1e-2, 1e-4  # of a row, and of the largest: what is not called a difference
 
 
 @dataclass
@@ -55,6 +59,32 @@ class Seen(NamedTuple):
     written: list[bool]
 
 
+class Folded(NamedTuple):
+    """An output of a module with a dimension of ``rows``, several of each sample."""
+
+    edge: GradientEdge
+    dim: BatchDim
+    rows: int
+
+
+def last_of(folded: list[Folded]) -> list[Folded]:
+    """Those that no later one with as many rows depends on."""
+    below: dict[int, set[Any]] = {}
+    kept = []
+    for f in reversed(folded):
+        nodes = below.setdefault(f.rows, set())
+        if f.edge.node in nodes:
+            continue
+        kept.append(f)
+        found = [f.edge.node]
+        while found:
+            node = found.pop()
+            if node not in nodes:
+                nodes.add(node)
+                found += (next_ for next_, _ in node.next_functions if next_ is not None)
+    return kept
+
+
 class Recorder:
     """Hooks on modules, for one forward and backward of one batch.
 
@@ -78,6 +108,8 @@ class Recorder:
         self.uses: Counter[str] = Counter()
         self.eps = 0.0  # of the coarsest dtype that the model computed in
         self.repeated: list[Tensor] = []  # outputs that were shared, one for each sample
+        self.folded: list[Folded] = []  # outputs with several rows of a sample in one dimension
+        self.divided = True  # whether the rows of these are of the samples that they count to
         self._calls: Counter[str] = Counter()
         self._anchors: dict[Any, Tensor] = {}
         self._sink: Sink | None = None
@@ -97,6 +129,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self.repeated.clear()  # a graph that its own hooks lead to is never freed
+        self.folded.clear()
 
     def outputs(
         self, computer: AbstractGradientComputer, weights: Grads, batch: tuple[Any, ...]
@@ -113,21 +146,48 @@ class Recorder:
             )
         return out.unsqueeze(0)
 
-    def backward(self, outputs: Tensor, leaves: list[Tensor], sinks: list[Sink]) -> None:
+    def backward(
+        self, outputs: Tensor, leaves: list[Tensor], sinks: list[Sink], folded: list[Folded]
+    ) -> None:
         """The backward of the sum of each row of ``outputs``, [rows, B], into that row's sink.
 
         leaves : of the graph behind ``outputs``: anchors, and inputs that the model differentiates
             by.
+        folded : outputs of modules; ``divided`` says afterwards whether their rows are those of the
+            samples that they count to.
         """
         self.repeated.clear()  # their memory
         if not leaves:
             return
+        factors = factors_for(outputs[0])
+        scaled: dict[Folded, Tensor] = {}
+        plain: dict[Folded, Tensor] = {}
+        if folded:
+            edges = [f.edge for f in folded]
+            grads = torch.autograd.grad(
+                outputs[0], edges, factors, allow_unused=True, retain_graph=True
+            )
+            pairs = zip(folded, grads, strict=True)
+            scaled = {f: thin(g, f.dim, self.size) for f, g in pairs if g is not None}
+            del grads, pairs
+
+        def note(f: Folded, grads: tuple[Tensor | None, ...]) -> None:
+            g = grads[f.edge.output_nr]
+            if g is not None:
+                plain[f] = thin(g, f.dim, self.size)
+
+        handles = [f.edge.node.register_prehook(partial(note, f)) for f in folded]
         for number, (out, sink) in enumerate(zip(outputs, sinks, strict=True), 1):
             self._sink, self._last = sink, number == len(sinks)
             torch.autograd.grad(
                 out, leaves, torch.ones_like(out), allow_unused=True, retain_graph=not self._last
             )
             sink.flush()  # before the next row has as much to keep
+            while handles:
+                handles.pop().remove()
+        self.divided = all(
+            is_scaled(scaled[f], g, factors) for f, g in plain.items() if f in scaled
+        )
 
     def seen(self) -> dict[str, list[Seen]]:
         """All calls of each module, where only these were noted. Lets go of what they returned."""
@@ -218,6 +278,9 @@ class Recorder:
                 leaves[i] = leaf = leaf.expand(self.size, *own).contiguous()
                 self.repeated.append(leaf)
                 where = BatchDim(0, False)
+            if where.folded and self.size > 1 and leaf.grad_fn is not None:
+                edge = GradientEdge(leaf.grad_fn, leaf.output_nr)
+                self.folded.append(Folded(edge, where, leaf.shape[where.dim]))
             tensors.append(leaf)
             places.append(i)
             dims.append(where)
@@ -283,6 +346,30 @@ class Together(torch.autograd.Function):
 def written_to(leaves: list[Any]) -> list[bool]:
     """Which copies have been written to: their versions begin at 0."""
     return [isinstance(t, Tensor) and t.is_floating_point() and t._version > 0 for t in leaves]
+
+
+def factors_for(out: Tensor) -> Tensor:
+    """Factors [B] that differ among neighbours: powers of 2, so that gradients round alike."""
+    number = torch.arange(len(out), device=out.device)
+    return (2.0 ** (number % 5) * (1 - 2 * (number // 5 % 2))).to(out.dtype)
+
+
+def thin(g: Tensor, dim: BatchDim, size: int) -> Tensor:
+    """A gradient as [B, rows of a sample, n], with WIDTH entries of each row or fewer."""
+    rows = by_sample(g, dim, size)
+    if not rows.numel():
+        return rows.new_empty(size, 0, 0)
+    rows = rows.reshape(*rows.shape[:2], -1)
+    return rows[..., :: -(-rows.shape[2] // WIDTH)].clone()
+
+
+def is_scaled(scaled: Tensor, g: Tensor, factors: Tensor) -> bool:
+    """Whether ``scaled`` is g [B, rows, n] times factors [B], but for rounding."""
+    if not g.numel():
+        return True
+    expected = g * factors.to(g.dtype).view(-1, 1, 1)
+    off, own = (t.abs().amax(2) for t in (scaled - expected, expected))
+    return bool((off <= ROUNDING * own + FAINT * own.max()).all())
 
 
 def looks_up(owned: Owned) -> bool:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastproj import TRAKer
-from fastproj.trak import FunctionModelOutput
+from fastproj.trak import FunctionModelOutput, HookGradientComputer, HooksError
+from fastproj.trak.gradients import recorder
 from fastproj.trak.gradients.structure import structure_of
 
 B, T, C = 4, 6, 3
@@ -154,3 +156,87 @@ def test_rows_that_move_by_values_are_checked(kind, tmp_path):
     with pytest.warns(UserWarning, match="have failed a check before"):
         again = features(tmp_path / "found")  # in a new process
     torch.testing.assert_close(again, features(tmp_path / "loop", gradient_computer="loop"))
+
+
+def owners(counts):
+    return torch.arange(len(counts)).repeat_interleave(counts)
+
+
+def members(counts):
+    """[B, N]: 1 where a row is of a sample."""
+    return (owners(counts) == torch.arange(len(counts)).unsqueeze(1)).float()
+
+
+def places(counts):
+    """[B, T]: which row is where in a sample; rows of zeros are to follow the others."""
+    found = (counts.cumsum(0) - counts).unsqueeze(1) + torch.arange(T)
+    return found.where(torch.arange(T) < counts.unsqueeze(1), counts.sum())
+
+
+def differences(h, counts):
+    ends, sums = counts.cumsum(0), F.pad(h.cumsum(0), (0, 0, 1, 0))
+    return sums[ends] - sums[ends - counts]
+
+
+POOLS = {
+    "matrix": lambda h, counts: members(counts) @ h,
+    "sparse": lambda h, counts: torch.sparse.mm(members(counts).to_sparse(), h),
+    "vectors": lambda h, counts: torch.stack([h.T.mv(one) for one in members(counts)]),
+    "added mask": lambda h, counts: (h + (members(counts).unsqueeze(2) - 1) * 1e4).amax(1),
+    "embedding": lambda h, counts: F.embedding(places(counts), F.pad(h, (0, 0, 0, 1))).sum(1),
+    "bags": lambda h, counts: F.embedding_bag(
+        torch.arange(len(h)), h, counts.cumsum(0) - counts, mode="sum"
+    ),
+    "cumsum": differences,
+    "a row of zeros first": lambda h, counts: F.pad(h, (0, 0, 1, 0))[
+        (places(counts) + 1) % (len(h) + 1)
+    ].sum(1),
+}
+
+
+class Pooled(nn.Module):
+    """Rows without padding, pooled by sample; a second branch of as many rows is made later."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+        self.words, self.mid, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, ids, labels):
+        keep = labels >= 0
+        h = self.mid(self.words(ids[keep]).tanh()).tanh()
+        even = self.words(ids[:, :2].flatten()).view(len(ids), 2, 8).sum(1)
+        return self.head(self.pool(h, keep.sum(1)) * even)[:, 0]
+
+
+def pooled_data(plan):
+    data = []
+    for counts in plan:
+        labels = torch.ones(B, T, dtype=torch.long).masked_fill(~mask(counts), -100)
+        data.append((torch.randint(1, 9, (B, T)), labels))
+    return data
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_rows_that_are_divided_otherwise_are_checked(name):
+    torch.manual_seed(0)
+    task = FunctionModelOutput(lambda model, batch: model(*batch))
+    computer = HookGradientComputer(Pooled(POOLS[name]).eval(), task)
+    even, odd = pooled_data([[2, 2, 2, 2], [1, 3, 2, 2]])
+    for _ in range(2):
+        computer.compute_rows(even)
+    with pytest.raises(HooksError, match="are samples mixed"):
+        computer.compute_rows(odd)
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_rows_that_stay_cost_no_check(name, monkeypatch):
+    torch.manual_seed(0)
+    seen = []
+    is_scaled = recorder.is_scaled
+    monkeypatch.setattr(recorder, "is_scaled", lambda *a: seen.append(is_scaled(*a)) or seen[-1])
+    task = FunctionModelOutput(lambda model, batch: model(*batch))
+    computer = HookGradientComputer(Pooled(POOLS[name]).eval(), task)
+    for batch in pooled_data([[2, 2, 2, 2]] * 3):
+        computer.compute_rows(batch)
+    assert seen == [True, True]  # both branches of the third batch; the others are checked
