@@ -193,6 +193,9 @@ RULES: dict[Any, LayerRule] = {
     nn.EmbeddingBag.forward: LayerRule(embedding_bag, WEIGHT, 3, by_rows=True, looks_up=True),
 }
 
+# What forwards of convolutions call; a subclass may change that alone.
+CONVOLVING = {kind._conv_forward for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)}
+
 
 def rule_for(layer: nn.Module, names: set[str]) -> LayerRule | None:
     """The rule for a layer by these of its parameters, or None.
@@ -201,6 +204,9 @@ def rule_for(layer: nn.Module, names: set[str]) -> LayerRule | None:
     is computed from others, batch statistics.
     """
     if "forward" in vars(layer) or not names <= set(layer._parameters):
+        return None
+    convolve: Any = getattr(layer, "_conv_forward", None)
+    if convolve is not None and getattr(convolve, "__func__", None) not in CONVOLVING:
         return None
     forward = type(layer).forward
     found = RULES.get(forward)

@@ -142,6 +142,13 @@ def NoInputs(self, x):
     return self.layer(x) + self.condition(x[..., :0])
 
 
+class Centred(nn.Conv2d):
+    """A convolution that changes its weight where its forward can't be seen to differ."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
 def floats(*shape):
     return torch.randn(N, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -172,6 +179,7 @@ LAYERS = {
         floats(2, 4, 4),
         6,
     ),
+    "centred": (conv(Centred, 2, 6, 3), floats(2, 4, 4), 6),
     "conv2d-one-place": (conv(nn.Conv2d, 4, 6, 1, groups=2), floats(4, 3, 4), 6),
     "conv2d-one-place-strided": (conv(nn.Conv2d, 4, 6, 1, stride=2), floats(4, 5, 4), 6),
     "conv-transpose-one-place": (conv(nn.ConvTranspose2d, 4, 6, 1), floats(4, 3, 4), 6),
