@@ -839,6 +839,15 @@ def test_scalar_parameters_are_said_once_for_all_batches_and_checkpoints(tmp_pat
     assert len([r for r in caplog.records if "takes another run" in r.getMessage()]) == 1
 
 
+def test_mixed_samples_are_said_once_for_all_checkpoints(caplog):
+    model = Classifier(Mixing(), 4).double().eval()
+    computer = IterativeGradientComputer(model, TASK)
+    for _ in range(2):
+        computer.load_model_params(model)
+        computer.compute_loss_grad((floats(4), torch.arange(N) % CLASSES))
+    assert caplog.text.count("depend on the other samples of a batch") == 1
+
+
 def test_loops_over_samples_are_said(caplog):
     model, batch = build("branches")
     HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
