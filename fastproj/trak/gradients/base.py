@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastproj.factored import one_dtype
 from fastproj.trak import batches
 from fastproj.trak.gradients.running import (
+    forgetful,
     modules_named_twice,
     norm,
     plainly,
@@ -97,6 +98,7 @@ class AbstractGradientComputer(ABC):
         }
         self.buffers = dict(model.named_buffers())
         self._named_twice = modules_named_twice(model)
+        self._owners = [m for m in model.modules() if any(True for _ in m.parameters())]
         self._dependent = False  # whether f of any sample has been seen to depend on them
         self._mixes: bool | None = None  # whether f of a sample depends on the others of its batch
 
@@ -331,7 +333,7 @@ class AbstractGradientComputer(ABC):
 
     def _of_task(self, method: Callable[..., Any], chosen: Grads, *args: Any) -> Any:
         """A method of the task with these parameters, on a copy of its arguments."""
-        with plainly(), restored(self._named_twice):
+        with plainly(), restored(self._named_twice), forgetful(self._owners):
             return run(method, self.model, {**self.fixed, **chosen}, self.buffers, *own(args))
 
     def gradients_of(self, batch: tuple[Any, ...], row: int) -> list[dict[str, Tensor | None]]:

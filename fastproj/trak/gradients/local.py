@@ -15,7 +15,7 @@ from fastproj.memory import is_out_of_memory
 from fastproj.trak.gradients.base import dense
 from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError
 from fastproj.trak.gradients.parts import Piece
-from fastproj.trak.gradients.running import vectorised, wide_sums
+from fastproj.trak.gradients.running import forgetful, vectorised, wide_sums
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -54,7 +54,9 @@ def local_gradients(
         for i, x in zip(batched, inputs, strict=True):
             leaves[i] = alone(x, dims[i]).clone()  # which the module may write to
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        found = pytree.tree_leaves(functional_call(module, own, args, kwargs, tie_weights=False))
+        with forgetful(module.modules()):
+            made = functional_call(module, own, args, kwargs, tie_weights=False)
+        found = pytree.tree_leaves(made)
         return [found[place] for place in wanted]
 
     def vectorised_gradient(inputs: list[Tensor], slopes: list[Tensor]) -> dict[str, Tensor]:

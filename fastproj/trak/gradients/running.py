@@ -81,6 +81,42 @@ def restored(modules: list[nn.Module]) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def kept_by(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """A module's attributes, and its dicts among them with their items."""
+    every = dict(vars(module))
+    own = [d for name, d in every.items() if isinstance(d, dict) and name not in OF_MODULES]
+    return every, [(d, dict(d)) for d in own]
+
+
+def tensors_in(every: dict[str, Any], dicts: list[tuple[Any, Any]]) -> list[tuple[Any, int]]:
+    """The tensors among them, which are no parameters or buffers."""
+    places = [every, *(items for _, items in dicts)]
+    return [(key, id(t)) for d in places for key, t in d.items() if isinstance(t, Tensor)]
+
+
+@contextmanager
+def forgetful(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """After the block, modules that have kept a tensor have the attributes that they had before.
+
+    Some keep in eval mode what they have made of their parameters (LeViT the biases of attention).
+    Later calls would depend on what was kept, and no longer on the parameters.
+    """
+    before = [(module, *kept_by(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes, dicts in before:
+            if tensors_in(*kept_by(module)) != tensors_in(attributes, dicts):
+                vars(module).clear()
+                vars(module).update(attributes)
+                for own, items in dicts:
+                    own.clear()
+                    own.update(items)
+
+
 def modules_named_twice(model: nn.Module) -> list[nn.Module]:
     """The modules that have several names in a model, each once."""
     counts = Counter(m for _, m in model.named_modules(remove_duplicate=False))

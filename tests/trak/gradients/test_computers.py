@@ -93,6 +93,43 @@ def test_tied_parameters_count_once():
     torch.testing.assert_close(flat(grads), cases.gradients(model, batch))
 
 
+class Keeping(nn.Module):
+    """Keeps in eval mode what it has made of its parameters, in an attribute or in a dict."""
+
+    def __init__(self, in_dict):
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.ones(3, 1))
+        self.in_dict, self.kept, self.weight, self.made = in_dict, {}, None, False
+
+    def forward(self, x):
+        if not self.made:
+            weight = self.g * self.v / self.v.norm(dim=1, keepdim=True)
+            self.made = True
+            if self.in_dict:
+                self.kept["weight"] = weight
+            else:
+                self.weight = weight
+        return x @ (self.kept["weight"] if self.in_dict else self.weight).T
+
+
+@pytest.mark.parametrize("in_dict", [False, True])
+@pytest.mark.parametrize("computer", COMPUTERS)
+def test_what_a_model_keeps_of_its_weights_is_made_anew(computer, in_dict):
+    """Else no gradient gets to them after the first call, here one for labels."""
+    torch.manual_seed(0)
+    model, batch = Keeping(in_dict).eval(), (torch.randn(5, 4), torch.arange(5) % 3)
+    made = computer(model, ImageClassificationModelOutput())
+    for _ in range(2):
+        made.compute_loss_grad(batch)
+        grads = made.compute_per_sample_grad(batch)
+    assert (model.kept, model.weight, model.made) == ({}, None, False)
+    for row in range(5):
+        p = model(batch[0]).softmax(1)[row, batch[1][row]]
+        model.made = False
+        exact = torch.autograd.grad((p / (1 - p)).log(), [model.v, model.g])
+        torch.testing.assert_close([grads["v"][row], grads["g"][row]], list(exact))
+
+
 def test_works_under_no_grad_and_leaves_the_model_alone():
     model, batch = cases.net(), cases.data(4)
     before = {name: t.clone() for name, t in model.state_dict().items()}
