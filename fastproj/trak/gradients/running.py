@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -48,22 +49,36 @@ def plainly() -> Iterator[None]:
     ``torch.func`` and for each batch size would take minutes. Checkpoints keep their activations:
     the graph of reentrant ones lacks the parameters inside, whose gradients ``torch.autograd.grad``
     takes for zero, and the others run modules again without hooks, and not at all under
-    ``torch.func``.
+    ``torch.func``. Batch norm gets its tensors as its backward takes them (``in_order``).
     """
     checkpoints: Any = torch.utils.checkpoint
-    names = {
-        "CheckpointFunction": KeptActivations,
-        "_checkpoint_without_reentrant_generator": around_nothing,
+    instead = {
+        (checkpoints, "CheckpointFunction"): KeptActivations,
+        (checkpoints, "_checkpoint_without_reentrant_generator"): around_nothing,
+        (F, "batch_norm"): partial(in_order, F.batch_norm),
+        (F, "instance_norm"): partial(in_order, F.instance_norm),
     }
-    usual = {name: getattr(checkpoints, name) for name in names if hasattr(checkpoints, name)}
-    for name in usual:
-        setattr(checkpoints, name, names[name])
+    usual = {key: getattr(*key) for key in instead if hasattr(*key)}
+    for key in usual:
+        setattr(*key, instead[key])
     try:
         with eager_stance():
             yield
     finally:
-        for name, value in usual.items():
-            setattr(checkpoints, name, value)
+        for key, value in usual.items():
+            setattr(*key, value)
+
+
+def in_order(norm: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A norm of channels [N, C, ...], whose input and gradient lie in memory in that order.
+
+    Of one sample they may lie as [..., C] and still pass for [C, ...]: as after ``flatten(2)`` and
+    ``transpose(1, 2)``, which make tokens of an image. The backward on a CPU then mixes channels.
+    """
+    alone = len(x) == 1 and x.is_cpu
+    out: Tensor = norm(x.contiguous() if alone else x, *args, **kwargs)
+    # The backward of the first reshape copies the gradient in order.
+    return out.reshape(-1).reshape(out.shape) if alone else out
 
 
 @contextmanager

@@ -342,6 +342,37 @@ def test_the_other_computers_agree(name, computer):
     assert all(a is b for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize(
+    "computer", [HookGradientComputer, FunctionalGradientComputer, IterativeGradientComputer]
+)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d, nn.BatchNorm3d])
+def test_tokens_of_one_image(norm, computer):
+    """PyTorch's backward of these norms mixes channels where the image is alone."""
+
+    def tokens(p, x):
+        h = p["norm"](x.reshape(len(x), 4, *sides)).flatten(2).transpose(1, 2)
+        h = (h + p["a"](h).tanh()).transpose(1, 2).reshape(len(x), 4, *sides)
+        h = p["again"](h).flatten(2).transpose(1, 2)
+        return h + p["b"](h).tanh()
+
+    torch.manual_seed(0)
+    sides = (3, 1, 1) if norm is nn.BatchNorm3d else (3, 1)
+    parts = {"norm": norm(4, affine=True), **linear(), "again": norm(4, affine=True)}
+    model = Model(parts, tokens).double().eval()
+    batch = torch.randn(4, 3, 4).double(), torch.arange(4) % 3
+    found = computer(model, TASK)
+    params = list(model.parameters())
+    for row in range(4):
+        twice = torch.tensor([row, row])
+        (out, _) = TASK.outputs(model, {}, {}, (batch[0][twice], batch[1][twice]))
+        exact = torch.cat([g.flatten() for g in torch.autograd.grad(out, params)])
+        one = slice(row, row + 1)
+        alone = found.compute_per_sample_grad((batch[0][one], batch[1][one]))
+        torch.testing.assert_close(flat(alone)[0], exact)
+    if computer is HookGradientComputer:  # which compares them
+        found.compute_per_sample_grad(batch)
+
+
 @pytest.mark.parametrize("name", ["lstm", "lstm's states", "gru", "lstm cell", "folded images"])
 def test_float32_takes_the_same_way(name, tmp_path):
     """PyTorch has other kernels for it: oneDNN's recurrent layers."""
