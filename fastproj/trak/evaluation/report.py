@@ -139,8 +139,10 @@ def render(page: Page) -> str:
         "training samples</h2>"
     )
     body.append(
-        '<p class="soft">A positive score: with this sample in the training set, the model is '
-        "expected to be surer of the target. A negative one: less sure.</p>"
+        '<p class="soft">A positive score: with this sample in the training set, the model\'s '
+        "output for the target is expected to be higher. A negative one: lower. A classifier or a "
+        "language model is then surer of the target, or less sure. A regression predicts a larger "
+        "or a smaller number, which need not be nearer to the label or farther from it.</p>"
     )
     if page.token_scores is not None:
         body.append(

@@ -160,7 +160,7 @@ def test_lds_and_its_interval_are_there():
 def test_only_scores_will_do():
     text = render(Page("bare", image_page().scores, [0]))
     assert "<img" not in text
-    Checker(text)
+    assert "A regression predicts a larger or a smaller number" in Checker(text).text
 
 
 def test_no_side_shows_samples_of_the_wrong_sign():
