@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import tempfile
 import threading
@@ -34,6 +33,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bench.featurization.memory import peak_mib
 from bench.record import in_fresh_process, write_result
 from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
@@ -237,8 +237,8 @@ def size_of(folder: Path) -> int:
 
 
 def peak_bytes() -> int:
-    """Peak resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak resident set of this process so far; not of the process that started it."""
+    return round(peak_mib() * 2**20)
 
 
 def main() -> None:

@@ -1,0 +1,22 @@
+"""bench.out_of_core: what it says of memory is of the process that finalises and scores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import ROOT
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone can tell")
+def test_memory_is_not_that_of_the_process_that_wrote_the_features() -> None:
+    held = np.ones(1 << 26)  # 512 MiB
+    code = "from bench.out_of_core import peak_bytes; print(peak_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert 2**24 < int(done.stdout) < held.nbytes
