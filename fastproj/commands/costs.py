@@ -12,15 +12,15 @@ from fastproj.trak.solving.finalizing import (
     PART_ROWS,
     PART_ROWS_PER_DIM,
 )
-from fastproj.trak.solving.scoring import WEIGHT_BYTES
+from fastproj.trak.solving.scoring import TARGET_ROWS, WEIGHT_BYTES
 from fastproj.trak.solving.solve import EXACT_FLOPS
 from fastproj.trak.store.features import block_rows
 
 # Beside the features of a row: its number and content, a row's exponent, Q; with the Fisher matrix
 # also what a sample counts in it.
 ROW_BYTES, COUNT_BYTES = 24, 12
-BLOCKS = 5  # blocks of features in memory: three that are read ahead, one weighed, one product
-MATRICES = 4  # float64 matrices of the system's size while lambda is chosen and it is solved
+BLOCKS = 8  # of features in memory: four being read, with their bytes, one weighed, one product
+MATRICES = 2  # float64 matrices of the system's size: itself, and a factor of it
 FACTORED = 4  # times that a system is factored: for lambda's dimension, its check, and scoring
 MOST_DRAWN = 1 << 30  # of more samples no more rows are drawn, and counting them takes memory
 ASPECT = 64  # a transformer's width over its depth, as of GPT-2
@@ -121,15 +121,23 @@ class Run:
 
     def memory(self) -> dict[str, int]:
         """Bytes of each step's arrays, without Python, torch and the model."""
-        blocks = BLOCKS * 4 * block_rows(self.proj_dim) * self.proj_dim
-        system = 8 * self.size**2
-        weights = min(4 * self.targets * self.proj_dim * self.checkpoints, WEIGHT_BYTES)
+        block = min(block_rows(self.proj_dim), self.rows)
+        blocks = BLOCKS * 4 * block * self.proj_dim
+        matrices = MATRICES * 8 * self.size**2
+        most = WEIGHT_BYTES // (4 * self.proj_dim * self.checkpoints)
+        step = max(1, min(self.targets, TARGET_ROWS, most))  # targets at once
+        weights = 4 * step * self.proj_dim  # of a checkpoint
+        solving = matrices + (self.checkpoints + 6) * weights  # three copies of one in float64
+        held = 0
+        if self.rows < self.proj_dim:
+            held = min(4 * self.rows * self.proj_dim, KERNEL_PART_BYTES)
+            solving += blocks + 3 * 8 * self.rows * step
         return {
             "gradients of a batch, at most": min(
                 4 * self.batch * self.parameters, max(GRAD_BYTES, 4 * self.parameters)
             ),
-            "finalising": MATRICES * system + blocks,
-            "scoring": 2 * system + 2 * weights + blocks,
+            "finalising": matrices + held + blocks,
+            "scoring": max(solving, self.checkpoints * weights + blocks + 3 * 4 * block * step),
         }
 
     def gram_operations(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from pathlib import Path
@@ -11,13 +12,17 @@ import pytest
 import torch
 
 import fastproj
+from bench import out_of_core
 from fastproj import cli
 from fastproj.commands import plan, rates
 from fastproj.commands.costs import Layers, Run
 from fastproj.trak import TRAKer
 from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.inputs import default_kind
+from fastproj.trak.solving import ridge, solve
+from fastproj.trak.store import features
 from tests.trak import cases
+from tests.trak.gradients.test_memory import most_bytes
 
 WORDS = ["plan", "--model-parameters", "1e5", "--samples", "5e4", "--proj-dim", "64"]
 
@@ -68,6 +73,37 @@ def test_disk_is_what_a_run_leaves_there(
         real = sum(path.stat().st_size for path in files)
         wanted = run.disk().get(name, 0) - (no_step if name == "matrices" else 0)
         assert wanted <= real <= wanted + 16 * extra + 2048 * len(files), name
+
+
+@pytest.mark.parametrize(
+    ("n", "proj_dim", "targets", "curvature"),
+    [(1100, 1024, 9, "fisher"), (500, 1280, 9, "fisher"), (1000, 512, 900, "trak")],
+)
+def test_memory_is_what_finalising_and_scoring_take(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    n: int,
+    proj_dim: int,
+    targets: int,
+    curvature: str,
+) -> None:
+    for module, name in (
+        *((features, "BLOCK_ROWS"), (ridge, "COLUMNS")),
+        *((solve, "GRAM_TILE"), (solve, "GRAM_COLUMNS")),
+    ):
+        monkeypatch.setattr(module, name, 64)  # so that systems are most of it
+    monkeypatch.setattr(solve, "EXACT_FLOPS", 0.0)  # as of large ones
+    planned = Run(0, n, proj_dim, targets, 1, curvature == "fisher").memory()
+    given = argparse.Namespace(
+        samples=n, proj_dim=proj_dim, targets=targets, curvature=curvature, kind="sjlt"
+    )
+    out_of_core.write_features(tmp_path, given)
+    traker, _ = out_of_core.make(tmp_path, given)
+    finalising = most_bytes(traker.finalize_features)
+    assert 0.7 * planned["finalising"] < finalising <= planned["finalising"]
+    out_of_core.write_targets(tmp_path, given)
+    scoring = most_bytes(lambda: traker.finalize_scores("bench"))
+    assert 0.5 * planned["scoring"] < scoring <= planned["scoring"]
 
 
 @pytest.mark.parametrize(("n", "k"), [(100, 8), (1000, 64), (50, 64), (16, 4)])

@@ -567,7 +567,7 @@ def kernel_part(
         columns[end : end + len(rows)] = computer.kernel(rows, held, n)
         end += len(rows)
     own = columns[start:]  # rounding may differ on both sides of its diagonal
-    own.copy_((own + own.mT) / 2)
+    own.copy_((own + own.mT).div_(2))
     sums = {
         "kernel": columns,
         "order": torch.from_numpy(order),
