@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,6 +142,12 @@ def test_no_room_of_the_house_imports_from_its_floor_or_above() -> None:
 
 def test_no_room_of_trak_imports_from_its_floor_or_above() -> None:
     assert upward("fastproj.trak", FLOORS, {"": ROOT / "fastproj" / "trak"}) == set()
+
+
+def test_the_page_on_architecture_names_the_floors_of_trak() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    said = page.split("From the ground up they are: ")[1].split(".")[0]
+    assert tuple(set(re.findall(r"`(\w+)`", floor)) for floor in said.split(";")) == FLOORS
 
 
 def test_nobody_reaches_into_the_store() -> None:
