@@ -267,7 +267,7 @@ def has_joint_outputs(store: Store, model_id: int) -> bool:
 
 def lambda_of(systems: Systems, model_id: int, checkpoints: int) -> float:
     """The lambda of a finalised checkpoint where the scores of so many are averaged."""
-    stored = systems.read_solve(model_id)  # earlier versions kept no own_noise, and had none
+    stored = systems.read_solve(model_id)
     own_noise = float(stored.get("own_noise", 0.0))
     return for_mean(float(stored["lambda_reg"]), own_noise, checkpoints)
 

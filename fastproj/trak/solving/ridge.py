@@ -338,10 +338,8 @@ class Moments:
     def of(cls, tensors: Tensors, power: float) -> Moments:
         """From what ``tensors`` gave, and in the dual ``response``."""
         made = cls(0, power)
-        if "squares" not in tensors:  # of a store that kept Phi^T Q in the place of the other
-            tensors = {**tensors, "correlated": tensors["fitted"], "squares": tensors["explained"]}
         for name in cls.NAMES:
-            setattr(made, name, tensors.get(name, getattr(made, name)))
+            setattr(made, name, tensors[name])
         made.response = tensors.get("response", made.response)
         return made
 
@@ -570,18 +568,15 @@ def likeliest_ridge(values: Tensor, gram: Gram, moments: Moments) -> float | Non
     with covariance ``s gamma (Phi Phi^T + gamma I)^-1``; s is the likeliest for each gamma. So
     ``-2 log likelihood = n log(Q^T Q + |Phi^T Q|^2 / gamma) - log det(Phi Phi^T / gamma + I)``, up
     to a constant. Of the matrix, that needs the eigenvalues alone. None where the best gamma is 0
-    or infinite, and where Q are all zero.
+    or infinite.
 
     Parameters
     ----------
     values : eigenvalues of Phi^T Phi, in any order; those that are zero may be left out.
     """
-    total = float(moments.squares)
-    if not total > 0:
-        return None
     unit = float(values.sum()) / gram.k
     values = values[values > float(values.max()) * 1e-12] / unit
-    correlated = float(moments.correlated.square().sum()) / unit / total
+    correlated = float(moments.correlated.square().sum() / moments.squares) / unit
     count = 1 + round((HIGHEST - LOWEST) / math.log(10) * STEPS_PER_DECADE)
     logarithms = torch.linspace(LOWEST, HIGHEST, count, dtype=torch.float64, device="cpu")
     ridges = logarithms.exp().tolist()

@@ -13,7 +13,10 @@ from fastproj.trak.solving.solve import System
 from fastproj.trak.store.store import DRAWN, Store
 
 FISHER, TRAK = "fisher", "trak"  # curvatures, in solve.json
-SOLVED = ("lambda", "weighted", "method", "lambda_reg", "n", "rank", "condition")  # in solve.json
+SOLVED = (  # in solve.json
+    *("curvature", "lambda", "weighted", "power", "form", "run"),
+    *("method", "lambda_reg", "n", "rank", "condition"),
+)
 TRIES = 5  # to read what other processes are writing
 
 # A part of a Gram matrix: which rows are in which parts, as a digest, and the number of this one.
@@ -65,8 +68,8 @@ class Systems:
             _, metadata = self.store.read(path, model_id, names=())
         except GoneError:  # never there, or removed by a process apart that has just finished
             return False
-        power = float(metadata.get("power", system.weighted))  # 0 or 1 where nothing is said
-        return metadata.get("content") == self._content(model_id, system) and power == system.power
+        wanted = self._content(model_id, system), repr(system.power)
+        return (metadata.get("content"), metadata.get("power")) == wanted
 
     def _content(self, model_id: int, system: System) -> str:
         """What names the features that a Gram matrix is made of."""
@@ -144,17 +147,15 @@ class Systems:
         missing = [name for name in SOLVED if name not in summary]
         if missing:
             raise corrupt(path, f"it lacks {', '.join(missing)}")
-        run = self.store.run_digest(model_id)
-        if summary.get("run", run) != run:  # earlier versions said nothing
+        if summary["run"] != self.store.run_digest(model_id):
             raise corrupt(path, "its lambda was chosen for other features or another checkpoint")
         return summary
 
     def read_system(self, model_id: int) -> System:
         """Which matrix the lambda that is stored is added to."""
         summary = self.read_solve(model_id)
-        power = summary.get("power", float(summary["weighted"]))  # 0 or 1 where nothing is said
-        fisher = summary.get("curvature") == FISHER
-        return System(power, summary.get("form") == "dual", fisher)
+        fisher = summary["curvature"] == FISHER
+        return System(summary["power"], summary["form"] == "dual", fisher)
 
 
 def gram_name(system: System) -> str:

@@ -47,12 +47,8 @@ class ShardFile:
     on_trust: bool = False  # see Store.distrust
 
     @classmethod
-    def of(cls, path: Path, metadata: Mapping[str, str], rows: int, size: int) -> ShardFile:
-        """From a file's metadata. Without batches in them, the file is one batch, named as the
-        file.
-        """
-        if "batches" not in metadata:
-            return cls(path, (path.stem.split("-", 1)[1],), (rows,), size, ON_TRUST in metadata)
+    def of(cls, path: Path, metadata: Mapping[str, str], size: int) -> ShardFile:
+        """From a file's metadata."""
         batches = [batch.split(":") for batch in metadata["batches"].split(",")]
         keys, sizes = tuple(key for key, _ in batches), tuple(int(n) for _, n in batches)
         return cls(path, keys, sizes, size, ON_TRUST in metadata)

@@ -363,7 +363,7 @@ class Store:
                         "use another save_dir",
                         another="save_dir",
                     )
-                file = ShardFile.of(path, metadata, len(inds), path.stat().st_size)
+                file = ShardFile.of(path, metadata, path.stat().st_size)
                 if exp_name is None and f"checksum.{ROWS}" in metadata:
                     rows = self.read(path, model_id, exp_name, (ROWS,))[0][ROWS].numpy()
                     with_rows[len(found)] = rows > 0
@@ -489,7 +489,7 @@ class Store:
         return file
 
     def _tidy(self, model_id: int, exp_name: str | None) -> None:
-        """Merge what a killed process, or an earlier version, left in many files."""
+        """Merge what a killed process left in many files."""
         index = self.index(model_id, exp_name)
         for path in index.redundant:
             remove_quietly(path)

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from fastproj import TRAKer
 from fastproj.trak import ImageClassificationModelOutput, ScoreComputer, SingularXtXWarning
-from fastproj.trak.files import read_safetensors, write_safetensors
 from fastproj.trak.solving import solve as module
 from fastproj.trak.solving.ridge import (
     Moments,
@@ -379,25 +378,13 @@ def test_a_computer_with_steps_of_its_own_is_given_what_it_takes(tmp_path):
 
 
 @pytest.mark.parametrize("lambda_reg", ["auto", 0.5])
-def test_a_store_that_was_finalised_before_there_was_a_dual(tmp_path, lambda_reg):
-    """Its k x k matrix and lambda are used as they are; another lambda makes what it needs."""
+def test_a_store_that_was_finalised_in_the_primal(tmp_path, lambda_reg):
+    """Its k x k matrix and lambda are used as they are, until it is finalised again."""
     train, targets = cases.data(15), cases.data(M, seed=5)
     model = cases.trained(0, train)
     options = {"proj_dim": 24, "lambda_reg": lambda_reg, "curvature": "trak"}
     cases.whole_run(tmp_path, [model], train, targets, score_computer=OwnSolve, **options)
     traker = cases.make(model, tmp_path, 15, **options)
-    stored = traker.saver.systems.read_solve(0)
-    for name in ("form", "power"):
-        del stored[name]
-    traker.saver.systems.write_solve(0, stored)
-    path = traker.saver.systems.gram_path(0, System(float(lambda_reg == "auto")))
-    tensors, metadata = read_safetensors(path, None)
-    if lambda_reg != "auto":
-        tensors["fitted"], tensors["explained"] = tensors["correlated"], tensors["squares"]
-    kept = {name: tensors[name].clone() for name in ("xtx", "quartic", "fitted", "explained")}
-    facts = {key: value for key, value in metadata.items() if not key.startswith("checksum")}
-    del facts["power"]
-    write_safetensors(path, kept, facts)
     assert traker.saver.systems.is_finalized(0)
     first = np.array(traker.finalize_scores("test"))
     traker.finalize_features()

@@ -908,13 +908,6 @@ def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tm
     assert_close(np.mean(parts, 0), both)
     assert_close(np.mean(streams, 0), both)
 
-    earlier = solved(traker)[1]
-    del earlier["own_noise"]  # as versions kept it that knew nothing of this
-    traker.saver.systems.write_solve(1, earlier)
-    as_before = np.array(traker.finalize_scores("test", [1]))
-    traker.finalize_features([1], lambda_reg=chosen[1])
-    np.testing.assert_array_equal(traker.finalize_scores("test", [1]), as_before)
-
     for model_id in range(2):
         traker.finalize_features([model_id], lambda_reg=1.5 * chosen[model_id])
     np.testing.assert_array_equal(traker.finalize_scores("test"), both)

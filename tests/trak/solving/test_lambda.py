@@ -21,6 +21,7 @@ from fastproj.trak import (
     SingularXtXWarning,
     StoreCorruptError,
 )
+from fastproj.trak.files import read_json, write_json
 from fastproj.trak.solving import ridge as module
 from fastproj.trak.solving.finalizing import solution_of
 from fastproj.trak.solving.ridge import (
@@ -320,6 +321,18 @@ def test_effective_dimension_and_quadrature():
     assert float(weights.sum()) == pytest.approx(float((low_rank @ start).square().sum()))
 
 
+def test_rounding_may_leave_a_matrix_an_eigenvalue_below_0():
+    vectors = torch.linalg.qr(gradients(20, 20)).Q
+    values = torch.logspace(-6, 0, 20, dtype=torch.float64)
+    start = gradients(1, 20, seed=3)[0]
+    exact = values * (torch.arange(20) > 0)
+    values[0] = -1e-6
+    matrix = vectors @ values.diag() @ vectors.T
+    assert effective_dimension(matrix, 1e-7) == pytest.approx(float((exact / (exact + 1e-7)).sum()))
+    wanted = vectors @ ((vectors.T @ start) / (exact + 1e-7))
+    torch.testing.assert_close(module.regularised(matrix, 1e-7, start), wanted)
+
+
 # ---- what Q are ---------------------------------------------------------------------------------
 
 
@@ -589,6 +602,14 @@ def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
     del stored["rank"]
     traker.saver.systems.write_solve(0, stored)
     with pytest.raises(StoreCorruptError, match=r"solve.json is damaged: it lacks rank.*finalize"):
+        solution_of(traker.saver.systems, traker.score_computer, 0, 1)
+
+
+def test_a_solution_of_another_run(traker):
+    traker.finalize_features()
+    path = traker.saver.systems.solve_path(0)
+    write_json(path, {**read_json(path), "run": "another"})
+    with pytest.raises(StoreCorruptError, match="its lambda was chosen for other features"):
         solution_of(traker.saver.systems, traker.score_computer, 0, 1)
 
 

