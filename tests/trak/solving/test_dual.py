@@ -25,6 +25,7 @@ from fastproj.trak.solving.ridge import (
     sample_weights,
 )
 from fastproj.trak.solving.solve import Gram, Rows, System, solve
+from fastproj.trak.store import features
 from tests.trak import cases
 
 M = 5
@@ -391,6 +392,21 @@ def test_a_store_that_was_finalised_in_the_primal(tmp_path, lambda_reg):
     assert traker.saver.systems.read_solve(0)["form"] == "dual"
     again = traker.finalize_scores("test")
     np.testing.assert_allclose(again, first, rtol=1e-4, atol=1e-5 * np.abs(first).max())
+
+
+def test_rows_in_half_precision_and_in_float64(tmp_path, monkeypatch):
+    """Of a store that was gone on with in the other: those read last keep their digits."""
+    monkeypatch.setattr(features, "BLOCK_ROWS", 5)
+    phi = random(10, 24)
+    for rows, half in ((np.arange(5), True), (np.arange(5, 10), False)):
+        model = cases.net(dtype=torch.float64)
+        options = {"proj_dim": 24, "curvature": "trak", "use_half_precision": half}
+        made = cases.loaded(model, tmp_path, 10, **options)
+        made.saver.write_shard(0, rows, rows, phi[rows], torch.ones(5))
+    made.finalize_features(lambda_reg=1.0)
+    systems = made.saver.systems
+    kernel = systems.read_gram(0, systems.read_system(0))[0]["kernel"]
+    torch.testing.assert_close(kernel[5:, 5:], phi[5:] @ phi[5:].T)
 
 
 def test_stored_features_that_are_not_finite_are_named(tmp_path):

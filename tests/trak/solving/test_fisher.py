@@ -26,7 +26,7 @@ from fastproj.trak import (
 )
 from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.files import read_json
-from fastproj.trak.solving import ridge
+from fastproj.trak.solving import finalizing, ridge
 from fastproj.trak.solving.solve import Gram, Solution
 from fastproj.trak.store.store import DRAWN
 from fastproj.trak.tasks import Terms
@@ -590,6 +590,8 @@ def test_slopes_of_samples_that_are_known_for_certain_move_as_far_as_they_can(dt
     for curvature in (q * p, q):  # of two classes, and of several
         found = ridge.moved_slopes(q, curvature, change, 0.0)
         torch.testing.assert_close(found, torch.sigmoid(-f - change), rtol=1e-5, atol=0)
+    one = torch.ones(1, dtype=dtype)  # 1 - p has no digits left: it stays, and overflows nothing
+    torch.testing.assert_close(ridge.moved_slopes(one, one, 300 * one, 0.0), one)
 
 
 LINEAR = {
@@ -780,6 +782,12 @@ def test_where_no_slope_moves_there_is_no_step(tmp_path):
     found = solved(traker)[0]
     assert (found["halved"], found["training_ridge"] > 0) == (None, True)
     assert not (tmp_path / "models/0/halving_step.safetensors").exists()
+
+
+@pytest.mark.parametrize(("q", "joint"), [([1.0, 1.0], True), ([1.0, 0.3], False)])
+def test_samples_are_sequences_where_all_q_are_1(q, joint):
+    store = SimpleNamespace(out_to_loss=lambda _: torch.tensor(q))
+    assert finalizing.has_joint_outputs(store, 0) is joint
 
 
 def test_slopes_follow_the_output():

@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from fastproj.trak import (
 )
 from fastproj.trak.files import read_json, write_json
 from fastproj.trak.solving import ridge as module
-from fastproj.trak.solving.finalizing import solution_of
+from fastproj.trak.solving.finalizing import solution_of, tell_without_q
 from fastproj.trak.solving.ridge import (
     MARGIN,
     Moments,
@@ -554,6 +555,10 @@ def test_a_checkpoint_whose_q_are_0_is_told_of(tmp_path, lambda_reg):
     assert told[0].filename == __file__
     cases.score(made, model, 0, targets)
     assert not np.any(made.finalize_scores("test"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some = SimpleNamespace(out_to_loss=lambda _: torch.tensor([0.0, 0.5]))
+        tell_without_q(some, [0])
 
 
 def test_a_checkpoint_whose_largest_q_passes_1(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,6 +73,18 @@ def test_repeated_dimensions_are_noticed_with_enough_samples():
         solution = solve(gram(phi), 0.0)
     exact = torch.linalg.pinv(phi.T @ phi, hermitian=True, rtol=1e-12)
     torch.testing.assert_close(solution.apply(torch.eye(6).double()), exact, rtol=1e-6, atol=1e-9)
+
+
+def test_what_was_singular_is_solved_again_as_it_was():
+    """Where lambda is next to nothing, and there is a Cholesky factor all the same."""
+    phi = features(50, 6)
+    phi[:, 5] = phi[:, 0] + phi[:, 1]
+    rounded = replace(gram(phi), eps=2.0**-23)  # of products in float32
+    with pytest.warns(SingularXtXWarning):
+        solution = solve(rounded, 1e-6)
+    again = ScoreComputer().solve_again(rounded, solution.summary())
+    assert (again.method, again.rank) == ("pseudo-inverse", 5)
+    torch.testing.assert_close(again.factor, solution.factor)
 
 
 def test_a_ridge_makes_few_samples_quiet():
@@ -211,7 +224,8 @@ def test_products_ignore_a_lowered_matmul_precision():
         with PrecisionOfProducts() as noted:
             out = ScoreComputer().scores(phi, weights)
             ScoreComputer().gram([phi], 32, 64)
-        assert noted.seen == ["highest", "highest"]
+            ScoreComputer().kernel(phi, phi, 64)
+        assert noted.seen == ["highest"] * 3
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

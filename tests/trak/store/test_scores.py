@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from fastproj import cli
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.files import StoreCorruptError, StoreError
-from fastproj.trak.store.features import FeatureReader, read_ahead, sample_blocks
+from fastproj.trak.store.features import FeatureReader, block_rows, read_ahead, sample_blocks
 from fastproj.trak.store.scores import (
     STRIPE_BYTES,
     ScoresWriter,
@@ -140,6 +142,10 @@ def test_blocks_of_samples_are_whole_batches():
     assert [inds.tolist() for inds in large] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
 
 
+def test_blocks_are_smaller_where_rows_are_long():
+    assert [block_rows(k) for k in (1, 8192, 1 << 14, 1 << 30)] == [2048, 2048, 1024, 1]
+
+
 class Shards:
     """What a FeatureReader asks for: shards of float32, and one of float64."""
 
@@ -175,6 +181,17 @@ def test_rows_come_in_the_order_asked_for(inds):
     assert len({number for number, check in store.checks if check}) == sum(
         check for _, check in store.checks
     )  # each shard is checked once
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_shards_that_are_expected_are_not_left_open(tmp_path):
+    index = SimpleNamespace(shard=np.arange(9), shards=[])
+    for number in range(9):
+        index.shards.append(SimpleNamespace(path=tmp_path / str(number)))
+        index.shards[number].path.touch()
+    before = set(os.listdir("/proc/self/fd"))
+    FeatureReader(lambda: index, None, 2).expect(np.arange(9))
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_what_fails_while_reading_ahead_reaches_the_caller():
