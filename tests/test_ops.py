@@ -177,7 +177,14 @@ def test_nan_and_inf_stay_in_their_row(
 
 @pytest.mark.parametrize(
     ("scale", "factor"),
-    [("jl", 1 / math.sqrt(48)), (None, 1.0), (0.25, 0.25), (-2, -2.0), (0, 0.0)],
+    [
+        ("jl", 1 / math.sqrt(48)),
+        (None, 1.0),
+        (0.25, 0.25),
+        (-2, -2.0),
+        (0, 0.0),
+        (np.float32(0.25), 0.25),
+    ],
 )
 def test_scale(backend: str, device: str, scale: Any, factor: float) -> None:
     grads = integers((3, 100), dtype=torch.float64)

@@ -298,12 +298,6 @@ def place(
     """
     if isinstance(tree, Tensor):
         check_layout(function, tree)
-        if not tree.dim() or tree.shape[0] != size:
-            name = "".join(f"[{key!r}]" for key in path)
-            raise ValueError(
-                f"{function}: received batch{name} {describe(tree)} in a batch of {size} samples; "
-                f"expected [{size}, ...]"
-            )
         return constant(tree, device)
     if is_object(tree):
         if count_of(tree) != size:

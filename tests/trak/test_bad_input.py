@@ -14,7 +14,7 @@ from torch import nn
 
 from fastproj import Projector, TRAKer
 from fastproj.checks import check_device
-from fastproj.trak import NotReadyError, StoreMismatchError
+from fastproj.trak import AbstractModelOutput, NotReadyError, StoreMismatchError
 from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
 from tests.trak import cases, modules
@@ -528,6 +528,28 @@ def test_training_mode_that_shows_in_outputs_alone(tmp_path, train, computer, ac
     model.train()
     again.featurize(train, inds=range(N))
     torch.testing.assert_close(again.saver.matrix(0), traker.saver.matrix(0))
+
+
+class Alone(AbstractModelOutput):
+    """The logit of the label, of one sample."""
+
+    def get_output(self, model, weights, buffers, image, label):
+        logits = torch.func.functional_call(model, (weights, buffers), image.unsqueeze(0))
+        return logits[0].gather(0, label.reshape(1))[0]
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        return torch.ones(len(batch[1]))
+
+
+def test_training_mode_that_shows_in_outputs_of_single_samples(tmp_path, train):
+    model = ActsInTraining()
+    model.act = "scales"
+    traker = cases.loaded(model, tmp_path, N, Alone(), curvature="trak")
+    model.train()
+    with pytest.raises(ValueError, match="in training mode"):
+        traker.featurize(train, inds=range(N))
+    model.act = ""
+    traker.featurize(train, inds=range(N))
 
 
 @modules.of(fc=lambda: nn.Linear(25, 25), out=lambda: nn.Linear(25, 4))

@@ -328,6 +328,22 @@ def test_the_output_is_the_tasks_own_where_that_has_the_same_direction(case):
         assert several or case.numbers > 1
 
 
+def test_a_sample_has_so_many_predictions(case):
+    assert case.task.num_predictions(case.batch(case.x[None])) == case.numbers
+
+
+def test_labels_of_texts_may_be_called_label():
+    case = text(4, 2)
+    (batch,) = case.batch(case.x[None])
+    other = {"logits": batch["logits"], "label": batch["labels"]}
+    for found in ("outputs", "get_out_to_loss_grad"):
+        method = getattr(case.task, found)
+        torch.testing.assert_close(
+            method(Echo(), {}, {}, (other,)), method(Echo(), {}, {}, (batch,))
+        )
+    assert "label" in other  # the caller's own
+
+
 # ---- the matrix ---------------------------------------------------------------------------------
 
 
