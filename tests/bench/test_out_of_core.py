@@ -14,7 +14,7 @@ from tests import ROOT
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone can tell")
 def test_memory_is_not_that_of_the_process_that_wrote_the_features() -> None:
-    held = np.ones(1 << 26)  # 512 MiB
+    held = np.ones(1 << 27)  # 1 GiB
     code = "from bench.out_of_core import peak_bytes; print(peak_bytes())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True

@@ -15,6 +15,7 @@ from torch import nn
 from fastproj import Projector, TRAKer
 from fastproj.checks import check_device
 from fastproj.trak import AbstractModelOutput, NotReadyError, StoreMismatchError
+from fastproj.trak.files import read_json, write_json
 from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.tasks.image import ImageClassificationModelOutput
 from tests.trak import cases, modules
@@ -256,6 +257,14 @@ def test_a_directory_of_another_run(traker, model, train, other, message):
     assert "another save_dir" in str(error.value)
     assert shards(traker.save_dir) == kept
     cases.make(model, traker.save_dir, N)
+
+
+def test_a_directory_of_another_version(traker, model):
+    """No setting makes it fit."""
+    path = traker.save_dir / "metadata.json"
+    write_json(path, {**read_json(path), "format": 3})
+    with pytest.raises(StoreMismatchError, match="use the version of fastproj that made it, or"):
+        cases.make(model, traker.save_dir, N)
 
 
 def test_a_directory_of_another_task(tmp_path, model, train):

@@ -98,7 +98,11 @@ class AbstractGradientComputer(ABC):
         }
         self.buffers = dict(model.named_buffers())
         self._named_twice = modules_named_twice(model)
-        self._owners = [m for m in model.modules() if any(True for _ in m.parameters())]
+        self._owners = [  # PyTorch's own modules keep nothing
+            m
+            for m in model.modules()
+            if any(True for _ in m.parameters()) and not type(m).__module__.startswith("torch.nn.")
+        ]
         self._dependent = False  # whether f of any sample has been seen to depend on them
         self._mixes: bool | None = None  # whether f of a sample depends on the others of its batch
 

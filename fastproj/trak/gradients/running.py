@@ -69,14 +69,14 @@ def plainly() -> Iterator[None]:
             setattr(*key, value)
 
 
-def in_order(norm: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def in_order(norm: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A norm of channels [N, C, ...], whose input and gradient lie in memory in that order.
 
     Of one sample they may lie as [..., C] and still pass for [C, ...]: as after ``flatten(2)`` and
     ``transpose(1, 2)``, which make tokens of an image. The backward on a CPU then mixes channels.
     """
-    alone = len(x) == 1 and x.is_cpu
-    out: Tensor = norm(x.contiguous() if alone else x, *args, **kwargs)
+    alone = len(input) == 1 and input.is_cpu
+    out: Tensor = norm(input.contiguous() if alone else input, *args, **kwargs)
     # The backward of the first reshape copies the gradient in order.
     return out.reshape(-1).reshape(out.shape) if alone else out
 
@@ -99,17 +99,18 @@ def restored(modules: list[nn.Module]) -> Iterator[None]:
 OF_MODULES = frozenset(vars(nn.Module()))
 
 
-def kept_by(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """A module's attributes, and its dicts among them with their items."""
-    every = dict(vars(module))
-    own = [d for name, d in every.items() if isinstance(d, dict) and name not in OF_MODULES]
-    return every, [(d, dict(d)) for d in own]
+def kept_by(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Where a module keeps what it likes: its attributes and the dicts among them, and a copy of
+    each. What all modules have is left out.
+    """
+    own = {name: value for name, value in vars(module).items() if name not in OF_MODULES}
+    dicts = [value for value in own.values() if isinstance(value, dict)]
+    return [(vars(module), own), *((d, dict(d)) for d in dicts)]
 
 
-def tensors_in(every: dict[str, Any], dicts: list[tuple[Any, Any]]) -> list[tuple[Any, int]]:
+def tensors_in(kept: list[tuple[Any, Any]]) -> list[tuple[Any, int]]:
     """The tensors among them, which are no parameters or buffers."""
-    places = [every, *(items for _, items in dicts)]
-    return [(key, id(t)) for d in places for key, t in d.items() if isinstance(t, Tensor)]
+    return [(key, id(t)) for _, own in kept for key, t in own.items() if isinstance(t, Tensor)]
 
 
 @contextmanager
@@ -119,15 +120,17 @@ def forgetful(modules: Iterable[nn.Module]) -> Iterator[None]:
     Some keep in eval mode what they have made of their parameters (LeViT the biases of attention).
     Later calls would depend on what was kept, and no longer on the parameters.
     """
-    before = [(module, *kept_by(module)) for module in modules]
+    before = [(module, kept_by(module)) for module in modules]
     try:
         yield
     finally:
-        for module, attributes, dicts in before:
-            if tensors_in(*kept_by(module)) != tensors_in(attributes, dicts):
-                vars(module).clear()
-                vars(module).update(attributes)
-                for own, items in dicts:
+        for module, kept in before:
+            now = kept_by(module)
+            if tensors_in(now) != tensors_in(kept):
+                for name in now[0][1].keys() - kept[0][1].keys():
+                    del vars(module)[name]
+                vars(module).update(kept[0][1])
+                for own, items in kept[1:]:
                     own.clear()
                     own.update(items)
 

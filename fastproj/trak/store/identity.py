@@ -22,7 +22,7 @@ MATRIX_ARGUMENTS = {
     "factored": "factored",
     "seed": "projector_seed",
 }
-# Settings of tasks that their text doesn't name, for older stores lack them.
+# Settings of tasks that their text names only where they differ from these.
 UNSAID = {"likelihood": None, "multilabel": False, "likelihood_temperature": 1.0}
 
 
@@ -59,6 +59,8 @@ def same_settings(
     In words, and as ``same`` of StoreMismatchError. Where the matrix or the scale of gradients is
     another, these are arguments of TRAKer.
     """
+    if {"format", "spec_version"} & set(wrong):
+        return "the version of fastproj that made it", None
     if set(wrong) == {"task"}:
         unsaid = ", ".join(f"{key}={value}" for key, value in UNSAID.items())
         return f"the same task and settings (those that the text doesn't name: {unsaid})", None

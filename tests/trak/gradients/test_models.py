@@ -427,6 +427,19 @@ def test_folded_images_in_one_piece_and_in_many(size, monkeypatch):
         )
 
 
+def test_a_norm_is_called_by_the_names_of_its_arguments(tmp_path):
+    def normed(p, x):
+        n = p["norm"]
+        h = F.batch_norm(input=x.mean(1), running_mean=n.running_mean, running_var=n.running_var)
+        return p["b"](h)
+
+    torch.manual_seed(0)
+    model = Model({"norm": nn.BatchNorm1d(4, affine=False), **linear()}, normed).double().eval()
+    batch = torch.randn(4, 3, 4).double(), torch.arange(4) % 3
+    features, _ = run(model, batch, tmp_path, (3, 1))
+    torch.testing.assert_close(features, cases.projected(truth(model, batch), 8, 0))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("way", ["script", "trace"])
 def test_parts_of_torch_jit_are_left_to_other_computers(way, tmp_path):

@@ -155,7 +155,7 @@ def test_prefixes_are_loaded_to_be_trained(tmp_path):
             with pytest.raises(ValueError, match="expected a model from load_model"):
                 scores(tmp_path / "c", made, [tmp_path / "adaptersTrue"])
         else:
-            np.testing.assert_allclose(found, scores(tmp_path / "b", made, None), rtol=1e-3)
+            np.testing.assert_allclose(found, scores(tmp_path / "b", made, None), rtol=1e-4)
 
 
 @pytest.mark.parametrize("said", [None, "", 5])
