@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastproj import compat
 from fastproj.compat import trak as ours
+from fastproj.compat.pieces import project_pieces
 from tests.compat.bounds import assert_keeps_inner_products, assert_scores_agree, exact_scores
 from tests.compat.packages import load
 from tests.dense import integers, normals, stored
@@ -155,6 +156,11 @@ def test_proj_matrix_is_there_for_who_looks() -> None:
     projector = ours.BasicSingleBlockProjector(7, 4, 2, "rademacher", "cpu")
     grads = integers((2, 7))
     assert torch.equal(projector.project(grads, 5), grads @ projector.proj_matrix)
+
+
+def test_no_gradients_at_all() -> None:
+    with pytest.raises(ValueError, match="f: received no gradients; expected a tensor or a dict"):
+        project_pieces("f", [], 4, 0, "rademacher", stream=0, scale=None)
 
 
 def test_no_op() -> None:

@@ -100,7 +100,9 @@ def test_condition_estimate(spread):
     values[-1] = spread * 3  # a gap, so that power iteration converges
     matrix = q @ torch.diag(values) @ q.T
     matrix = (matrix + matrix.T) / 2
+    state = torch.get_rng_state()
     largest, smallest = extreme_eigenvalues(matrix, torch.linalg.cholesky(matrix))
+    assert torch.equal(torch.get_rng_state(), state)
     estimate = largest / smallest
     exact = float(torch.linalg.cond(matrix))
     assert 0.8 * exact <= estimate <= exact * (1 + 1e-6)

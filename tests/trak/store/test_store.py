@@ -376,7 +376,7 @@ def test_left_over_temporary_files_go_when_their_process_is_gone(tmp_path, model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [1e-310, 1e-40, 1e-20, 1e-4, 1.0, 1e6, 1e37])
+@pytest.mark.parametrize("scale", [1e-310, 1e-42, 1e-40, 1e-20, 1e-4, 1.0, 1e6, 1e37])
 def test_half_precision_keeps_eleven_bits(dtype, scale):
     generator = torch.Generator().manual_seed(0)
     rows = (torch.randn(5, 64, generator=generator, dtype=torch.float64) * scale).to(dtype)

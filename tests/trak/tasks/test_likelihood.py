@@ -353,6 +353,7 @@ def test_the_expectation_is_the_fisher_matrix(case, draws):
     noise, chance = every_draw(case)
     x = copies(case, len(noise))
     made = terms_of(case, x, noise.expand(-1, draws, -1, -1))
+    assert made.drawn.shape[1] in (0, draws)
     exact = made.curvature.detach()[:, None, None] * outer(by_x(made.output, x))
     drawn = sum(outer(by_x(made.drawn[:, j], x)) for j in range(made.drawn.shape[1]))
     found = (chance[:, None, None] * (exact + drawn)).sum(0)
@@ -521,6 +522,17 @@ def test_terms_depend_on_the_sample_alone():
         for name in Terms._fields:
             found, wanted = getattr(part, name), getattr(whole, name)[rows]
             torch.testing.assert_close(found, wanted, rtol=1e-14, atol=1e-14)
+
+
+def test_what_is_drawn_stays_the_same():
+    """Of one version and the next: rows that a store has go with those that are added."""
+    draws = Draws(1000, 8, Fisher(40, draws=2), seed=2**40 + 1)
+    chosen = [*range(285, 301), *range(621, 637), *range(949, 965)]
+    assert np.flatnonzero(draws.chosen(np.arange(1000))).tolist() == chosen
+    noise = draws.noise(3, np.array([2**33 + 7]), 2)[0]
+    uniform = torch.tensor([[15403987, 14698859], [8937211, 3658533]]) / 2**24
+    torch.testing.assert_close(noise[..., 0], uniform, rtol=0, atol=0)
+    assert noise[..., 1:].tolist() == [[[1, -1], [1, 1]], [[1, 1], [-1, 1]]]
 
 
 def test_noise_is_of_a_sample_a_draw_a_prediction_and_a_checkpoint():
