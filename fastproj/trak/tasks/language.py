@@ -249,7 +249,8 @@ class Seq2SeqModelOutput(TokenModelOutput):
         if "decoder_input_ids" not in inputs:
             shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
             if shift is not None:
-                inputs["decoder_input_ids"] = shift(labels=labels)
+                # FSMT's writes to them.
+                inputs["decoder_input_ids"] = shift(labels=labels.clone())
             elif {"decoder_input_ids", "labels"} <= forward_names(model):
                 inputs["labels"] = labels  # M2M100's forward shifts them, and NLLB's
             else:

@@ -311,3 +311,21 @@ def test_models_that_shift_labels_in_their_forward_do_so():
         found = task.outputs(model, {}, {}, (batch,))
     by_token = margins(logits, labels.clamp(min=0)) * (labels != -100)
     torch.testing.assert_close(found, by_token.sum(1))
+
+
+def test_labels_that_do_not_count_stay_so_where_a_model_writes_to_them():
+    """FSMT makes the padding token of -100, in the labels themselves."""
+    from transformers import FSMTConfig, FSMTForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+    heads = {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    words = {"langs": ["a", "b"], "src_vocab_size": 32, "tgt_vocab_size": 32}
+    config = FSMTConfig(**words, max_position_embeddings=32, **sizes, **heads)
+    model, task = FSMTForConditionalGeneration(config).eval(), Seq2SeqModelOutput()
+    batch = {"input_ids": torch.randint(4, 32, (1, 6)), "labels": torch.tensor([[8, 9, 2]])}
+    padded = {**batch, "labels": torch.tensor([[8, 9, 2, -100, -100]])}
+    with torch.no_grad():
+        alone, found = (task.outputs(model, {}, {}, (part,)) for part in (batch, padded))
+    torch.testing.assert_close(found, alone)
+    assert padded["labels"].tolist() == [[8, 9, 2, -100, -100]]
