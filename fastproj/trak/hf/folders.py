@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastproj.checks import listed
 from fastproj.memory import is_out_of_memory
+from fastproj.trak.checkpoints import adapter_names
 from fastproj.trak.files import parsed_json, read_text
 from fastproj.trak.hf.heads import (
     AUTO_CLASSES,
@@ -246,8 +247,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, Tenso
     if isinstance(checkpoint, Mapping):
         return checkpoint
     folder = local_folder("HFTRAKer", checkpoint)
-    if (folder / ADAPTER_CONFIG).exists():
-        put_adapters(model, folder)
+    places = adapter_folders(model, folder)
+    if places:
+        for name, place in places.items():
+            put_adapters(model, place, name)
         return model.state_dict()
     if not (folder / CONFIG).exists():
         raise nothing_in("HFTRAKer", folder)
@@ -271,13 +274,34 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> Mapping[str, Tenso
     return found.state_dict()
 
 
-def put_adapters(model: Any, folder: Path) -> None:
-    """Load the adapters in a folder into a model that has adapters of the same names."""
-    if not has_adapters(model):
+def adapter_folders(model: Any, folder: Path) -> dict[str, Path]:
+    """Where a folder has the adapters that a model uses, by their names; empty where it has none.
+
+    peft saves each that is not named "default" in a folder of its name.
+    """
+    here = (folder / ADAPTER_CONFIG).exists()
+    if here and not has_adapters(model):
         raise ValueError(
             f"HFTRAKer: received the checkpoint {folder}, adapters, for a model without any; "
             "expected a model from load_model(folder, base=...) or peft's get_peft_model"
         )
+    names = sorted(adapter_names(model)) if has_adapters(model) else []
+    places = {
+        name: folder / name if (folder / name / ADAPTER_CONFIG).exists() else folder
+        for name in names
+    }
+    found = {name: place for name, place in places.items() if here or place != folder}
+    if found and len(set(found.values())) < len(names):
+        raise ValueError(
+            f"HFTRAKer: received the checkpoint {folder}, which has not all of the adapters that "
+            f"the model uses ({listed(names)}); expected a folder that peft's save_pretrained "
+            "wrote of all, or a model of which one adapter is active (model.set_adapter)"
+        )
+    return found
+
+
+def put_adapters(model: Any, folder: Path, name: str) -> None:
+    """Load the adapters in a folder into those of a model that have a name."""
     peft = import_peft()
     file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).exists()), None)
     if file is None:
@@ -293,7 +317,6 @@ def put_adapters(model: Any, folder: Path) -> None:
         raise unreadable(folder, "adapters", error) from error
     if not isinstance(model, peft.PeftModel):
         weights = {key.removeprefix(PREFIX): value for key, value in weights.items()}
-    name = active_adapter(model)
     wanted = peft.get_peft_model_state_dict(model, adapter_name=name)
     shapes = [key for key in wanted if key in weights and wanted[key].shape != weights[key].shape]
     other = [
@@ -314,12 +337,6 @@ def put_adapters(model: Any, folder: Path) -> None:
             f"({' '.join(str(error).split()):.200}); expected a model from load_model(folder, "
             "base=...), in which they do"
         ) from error
-
-
-def active_adapter(model: Any) -> str:
-    """The name of the adapter that is in use."""
-    active = model.active_adapters
-    return str((active() if callable(active) else active)[0])
 
 
 def local_folder(function: str, path: str | os.PathLike[str]) -> Path:

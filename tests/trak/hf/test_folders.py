@@ -79,6 +79,25 @@ def test_adapters_are_the_states_in_them(tmp_path, injected):
     np.testing.assert_allclose(scores(tmp_path / "b", other, folders), wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("active", [["other"], ["default", "other"]])
+def test_adapters_by_name_are_in_folders_of_these_names(tmp_path, active):
+    """As peft saves them: "default" beside the others' folders."""
+    model = models.with_adapters(models.model_for("causal_lm"))
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(active)
+    folders, states = [], []
+    for seed in (1, 2):
+        folders.append(models.save_adapters(model, seed, tmp_path / f"checkpoint-{seed}"))
+        states.append({name: t.clone() for name, t in model.state_dict().items()})
+    wanted = scores(tmp_path / "a", model, states)
+    if len(active) == 1:  # the other one isn't read, and need not be there
+        (folders[0] / "adapter_config.json").unlink()
+    np.testing.assert_array_equal(scores(tmp_path / "b", model, folders), wanted)
+    if len(active) == 2:
+        with pytest.raises(ValueError, match=r"not all of the adapters .*default, other.*set_ad"):
+            scores(tmp_path / "c", model, [folders[0] / "other"])
+
+
 @pytest.mark.parametrize("kind", ["peft", "put in by peft", "transformers", "two of transformers"])
 def test_adapters_alone_are_a_checkpoint_for_the_rest_of_the_model(tmp_path, kind):
     """Without the name that a model has for them, as ``save_pretrained`` leaves it out."""
