@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from fastproj.checks import listed
 from fastproj.trak.tasks.base import logits_of
 from fastproj.trak.tasks.function import FunctionModelOutput
 from fastproj.trak.tasks.language import base_of
@@ -45,9 +46,18 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def check_adapters(function: str, model: nn.Module) -> None:
-    """Raise ValueError for adapters that ``check_peft_type`` refuses."""
+    """Raise ValueError for adapters that ``check_peft_type`` refuses, and for merged ones: these
+    have no gradient, and loading others leaves the weights that hold them as they are.
+    """
     for config in (getattr(model, "peft_config", None) or {}).values():
         check_peft_type(function, "a model", getattr(config, "peft_type", None))
+    modules = model.named_modules()
+    merged = [name for name, module in modules if getattr(module, "merged_adapters", None)]
+    if merged:
+        raise ValueError(
+            f"{function}: received a model with adapters that are merged into its weights "
+            f"({listed(merged)}); expected them apart (model.unmerge_adapter() of peft)"
+        )
 
 
 def check_peft_type(function: str, holder: str, peft_type: Any) -> None:

@@ -617,6 +617,18 @@ def test_adapters_with_virtual_tokens_are_refused(tmp_path, config):
         load_model(tmp_path / "adapters", base=tmp_path / "base")
 
 
+def test_merged_adapters_are_refused(tmp_path):
+    """A head beside them would have a gradient, and the scores would be by the head alone."""
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    model = get_peft_model(models.model_for("text_classification"), lora)
+    model.merge_adapter()
+    samples = models.samples_for("text_classification", 4)
+    with pytest.raises(ValueError, match=r"merged into its weights .*query.*unmerge_adapter"):
+        HFTRAKer(model, samples, None, tmp_path, **OPTIONS)
+    model.unmerge_adapter()
+    HFTRAKer(model, samples, None, tmp_path, **OPTIONS)
+
+
 def test_prefixes_are_no_tokens(tmp_path):
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = get_peft_model(models.model_for("causal_lm"), config)
