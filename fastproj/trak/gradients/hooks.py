@@ -325,7 +325,8 @@ class HookGradientComputer(AbstractGradientComputer):
         if made.plan.rest:
             for sink in sinks:
                 sink.flush()
-        return made.recorder.eps
+        frozen = (p.dtype for p in self.fixed.values() if p.is_floating_point())  # under adapters
+        return max(made.recorder.eps, *(torch.finfo(dtype).eps for dtype in frozen), 0.0)
 
     def _warn_sums(self, uses: Counter[str]) -> None:
         """Say once where gradients of many uses of a parameter are added up in 16 bits."""

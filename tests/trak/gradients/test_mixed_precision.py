@@ -523,6 +523,44 @@ def test_without_autocast_the_check_is_as_strict_as_before(monkeypatch):
         HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
 
 
+@modules.of(
+    words=lambda: nn.Embedding(WORDS, WIDTH),
+    first=lambda: nn.Linear(WIDTH, WIDTH),
+    down=lambda: nn.Linear(WIDTH, 2),
+    up=lambda: nn.Linear(2, WIDTH),
+    head=lambda: nn.Linear(WIDTH, CLASSES),
+)
+def Adapted(self, ids):
+    """Adapters in float32 in a model in 16 bits, as peft makes them."""
+    h = torch.tanh(self.words(ids))
+    for _ in range(4):
+        h = torch.tanh(self.first(h) + self.up(self.down(h.float())).to(h.dtype))
+    return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.2])
+def test_frozen_parameters_in_16_bits_loosen_the_check_no_further(monkeypatch, factor):
+    torch.manual_seed(0)
+    model = Adapted().bfloat16().eval()
+    model.down.float(), model.up.float()
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(0, WORDS, (16, 6), generator=generator), torch.arange(16) % CLASSES
+    usual = recorder.in_one_dtype
+
+    def too_large(module, names, x, g):
+        x, g = usual(module, names, x, g)
+        return x, factor * g if module is model.up else g
+
+    monkeypatch.setattr(recorder, "in_one_dtype", too_large)
+    names = [name for name, p in model.named_parameters() if p.dtype == torch.float32]
+    computer = HookGradientComputer(model, TASK, grad_wrt=names)
+    if factor != 1:
+        with pytest.raises(HooksError, match=r"up\.weight"):
+            computer.compute_per_sample_grad(batch)
+    else:
+        computer.compute_per_sample_grad(batch)
+
+
 def test_auto_stays_with_hooks_under_autocast(recwarn):
     model, batch = build("text")
     computer = AutomaticGradientComputer(Autocast(model), TASK)
