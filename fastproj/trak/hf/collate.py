@@ -20,6 +20,7 @@ from fastproj.trak.tasks.language import IGNORE_INDEX, base_of, forward_names, s
 
 SOURCE = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
 TARGET = ("decoder_input_ids", "decoder_attention_mask")
+PLACES = {"start_positions", "end_positions", "entity_position_ids"}  # numbers of input tokens
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -161,6 +162,14 @@ class Collator:
         if self.takes & others:  # they are of the same tokens, and can't be padded anew
             return sample
         first, last = (int(shown.nonzero()[end]) for end in (0, -1))
+        counting = sorted(PLACES & self.takes & sample.keys())
+        if first and counting:
+            raise self._wrong(
+                index,
+                f"has {counting[0]}, by which the {first} tokens at its start that {mask_name} "
+                "hides count, too",
+                "samples that are not padded, or padded on the right",
+            )
         if "labels" in names and "labels" in sample:
             if "labels" not in long:  # which is refused
                 return sample

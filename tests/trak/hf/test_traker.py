@@ -439,6 +439,26 @@ def test_labels_that_count_are_not_cut_off():
     assert batch["input_ids"].tolist() == [[9, 9, 9]]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_numbers_of_tokens_are_of_those_that_are_there(side):
+    """Where an answer starts and ends would be other tokens without those before."""
+    model = tf.BertForQuestionAnswering(tf.BertConfig(**models.BERT))
+    sample = {"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}
+    if side == "left":
+        sample = {name: part[::-1] for name, part in sample.items()}
+    sample |= {"start_positions": 2, "end_positions": 2}
+    samples = Samples("HFTRAKer", "train", [sample])
+
+    def batch():
+        return Collator(samples, model, None, len, None, None, "train").batch([0])
+
+    if side == "right":
+        assert batch()["input_ids"].tolist() == [[5, 6, 7]]
+    else:
+        with pytest.raises(ValueError, match=r"sample 0 of train has end_positions, by"):
+            batch()
+
+
 def test_samples_with_other_entries_of_tokens_stay_as_they_are():
     """What has a part for each token under a name of the model's own can't be padded anew."""
 
