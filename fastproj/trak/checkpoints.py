@@ -119,11 +119,14 @@ def load_state(
     other = [
         f"{key} of type {type(checkpoint[key]).__name__}"
         for key, t in wanted.items()
-        if isinstance(t, Tensor) and key in checkpoint and not isinstance(checkpoint[key], Tensor)
+        if isinstance(t, Tensor)
+        and key in checkpoint
+        and (not isinstance(checkpoint[key], Tensor) or hasattr(checkpoint[key], "full_tensor"))
     ]
     if other:
+        cure = " (t.full_tensor(), in all processes)" if "DTensor" in other[0] else ""
         raise TypeError(
-            f"{function}: received a checkpoint with {', '.join(other[:3])}; expected tensors"
+            f"{function}: received a checkpoint with {', '.join(other[:3])}; expected tensors{cure}"
         )
     check_shared(function, wanted, checkpoint)
     result = model.load_state_dict(checkpoint, strict=strict)

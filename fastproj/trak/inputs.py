@@ -53,12 +53,34 @@ def check_model(model: Any) -> None:
         )
     if isinstance(model, nn.DataParallel):
         raise TypeError("TRAKer: received model in nn.DataParallel; expected model.module")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                f"TRAKer: received {f'a model with {name!r}' if name else 'model'} in "
+                "DistributedDataParallel, whose forward waits for processes that have other "
+                f"batches; expected {'its module in its place' if name else 'model.module'} "
+                "(TRAKer shares the work among the processes by itself)"
+            )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "TRAKer: received a model of torch.jit, which can't be called with other weights; "
             "expected the module that it was made from"
         )
+    shards = sharded_by(model)
+    if shards:
+        raise ValueError(
+            f"TRAKer: received a model with {shards[0]}, which no process holds whole; expected "
+            "one that wasn't sharded, and checkpoints with full tensors (get_model_state_dict("
+            "model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict, for FSDP and tensor parallelism)"
+        )
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, t in tensors if nn.parameter.is_lazy(t)]
+    if lazy:
+        raise ValueError(
+            f"TRAKer: received a model with {listed(lazy)} that have no shape yet; expected one "
+            "that has seen a batch: call it once"
+        )
     meta = [name for name, t in tensors if t.is_meta]
     if meta:
         fillable = set(meta) <= set(model.state_dict())
@@ -73,6 +95,18 @@ def check_model(model: Any) -> None:
             )
             + ")"
         )
+
+
+def sharded_by(model: nn.Module) -> list[str]:
+    """What says that no process holds the whole of a model; empty for one that is whole."""
+    found = []
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        found.append("fsdp")
+    if any(hasattr(p, "device_mesh") for p in model.parameters()):
+        found.append("parameters that are DTensors")
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        found.append("deepspeed")
+    return found
 
 
 def check_projector(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
@@ -292,6 +293,53 @@ def test_a_model_on_the_meta_device_is_filled_only_where_a_checkpoint_can(tmp_pa
     with pytest.raises(ValueError, match="no checkpoint fills inv_freq") as error:
         traker_of(tmp_path, model, "image_classification")
     assert "to_empty" not in str(error.value)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_whose_forward_waits_for_other_processes_is_refused(tmp_path, group, inside):
+    """DDP's sends the buffers of batch norm; processes that take turns would wait for ever."""
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+    model, words = (nn.Sequential(wrapped), "'0' in D.*expected its module in its place")
+    if not inside:
+        model, words = wrapped, r"model in D.*expected model\.module"
+    with pytest.raises(TypeError, match=words):
+        traker_of(tmp_path / "new", model, "image_classification")
+    assert not (tmp_path / "new").exists()
+    traker_of(tmp_path / "new", wrapped.module, "image_classification")
+
+
+def test_shards_are_refused_with_a_way_to_the_whole(tmp_path, group):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole, sharded = nn.Linear(3, 2), nn.Linear(3, 2)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match=r"DTensors, .*full_state_dict=True"):
+        traker_of(tmp_path / "new", sharded, "image_classification")
+    traker, before = traker_of(tmp_path, whole, "image_classification"), whole.weight.clone()
+    with pytest.raises(TypeError, match=r"weight of type DTensor.*full_tensor\(\)"):
+        traker.load_checkpoint(sharded.state_dict(), 0)
+    assert torch.equal(whole.weight, before)
+    obeyed = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    traker.load_checkpoint(obeyed, 0)
+    traker.load_checkpoint({name: t.full_tensor() for name, t in sharded.state_dict().items()}, 0)
+
+
+def test_a_lazy_model_is_told_to_see_a_batch(tmp_path):
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d()).eval()
+    with pytest.raises(ValueError, match=r"0\.weight, 0\.bias, .*no shape yet.*call it once"):
+        traker_of(tmp_path / "new", model, "image_classification")
+    model(torch.ones(2, 3))
+    traker_of(tmp_path / "new", model, "image_classification")
 
 
 # ---- shuffled loaders ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fastproj.trak.files import StoreMismatchError, make_dir, read_json, write_j
 from fastproj.trak.fingerprints import model_digest
 from fastproj.trak.hf.traker import HFTRAKer
 from fastproj.trak.hf.undisturbed import undisturbed
+from fastproj.trak.inputs import sharded_by
 from fastproj.trak.store.store import NotReadyError, check_exp_name, names_aside
 
 STEPS = "trainer.json"  # in save_dir: the steps that this training was featurized at
@@ -206,12 +207,7 @@ class TRAKCallback(TrainerCallback):
 def check_whole(args: Any, model: nn.Module) -> None:
     """Raise ValueError where processes hold shards of the model."""
     of = [name for name in ("fsdp", "deepspeed") if getattr(args, name, None)]
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        of.append("fsdp")
-    if any(hasattr(p, "device_mesh") for p in model.parameters()):
-        of.append("parameters that are DTensors")
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        of.append("deepspeed")
+    of += sharded_by(model)
     if of:
         raise ValueError(
             f"TRAKCallback: received a training with {of[0]}, where no process holds the whole "
