@@ -41,9 +41,8 @@ class FunctionalGradientComputer(AbstractGradientComputer):
             # It can where the weights that multiply the state are a sample's own.
             size, in_dims = batches.size(batch), 0
             chosen = {name: p.expand(size, *p.shape) for name, p in chosen.items()}
-        vectorised = vmap(
-            gradients, in_dims=(in_dims, *(0 for _ in tensors)), randomness="different"
-        )
+        # A model that seeds its random numbers by itself draws the same for each sample alone.
+        vectorised = vmap(gradients, in_dims=(in_dims, *(0 for _ in tensors)), randomness="same")
         try:
             with plain_attention(self.model), wide_sums(self.chosen.values()):
                 rows: list[Grads] = vectorised(chosen, *tensors)

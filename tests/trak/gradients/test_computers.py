@@ -52,6 +52,26 @@ def test_grad_wrt_selects_in_the_order_of_the_model(computer):
         torch.testing.assert_close(g, every[name])
 
 
+class Seeded(nn.Module):
+    """Adds noise that it seeds in each forward: a sample's depends on its place in the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = cases.net(dtype=torch.float64)
+
+    def forward(self, x):
+        noise = torch.Generator().manual_seed(0)
+        return self.net(x + torch.randn(x.shape, generator=noise, dtype=x.dtype))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_computer 'hooks' can't take this model")
+@pytest.mark.parametrize("computer", [AutomaticGradientComputer, *COMPUTERS[::2]])
+def test_noise_that_the_model_seeds_is_that_of_each_sample_alone(computer):
+    model, (x, y) = Seeded(), cases.data(5, dtype=torch.float64)
+    grads = computer(model, ImageClassificationModelOutput()).compute_per_sample_grad((x, y))
+    torch.testing.assert_close(flat(grads), cases.gradients(model, (x, y)))
+
+
 @pytest.mark.parametrize("names", [["fc.wieght"], []])
 def test_unknown_or_empty_grad_wrt_is_refused(names):
     with pytest.raises(ValueError, match="grad_wrt") as error:
