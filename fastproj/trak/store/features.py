@@ -252,8 +252,8 @@ def read_ahead(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
             put(None, StopIteration())
 
     thread = threading.Thread(target=make, name="fastproj-read-ahead", daemon=True)
-    thread.start()
     try:
+        thread.start()  # an interrupt within leaves it running
         while True:
             item, error = made.get()
             if isinstance(error, StopIteration):
@@ -263,7 +263,8 @@ def read_ahead(items: Iterable[Item], depth: int = 1) -> Iterator[Item]:
             yield item  # type: ignore[misc]
     finally:
         stop.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
 
 
 def read_features(

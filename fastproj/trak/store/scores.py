@@ -107,7 +107,7 @@ class ScoresWriter:
                     os.posix_fallocate(file.fileno(), 0, file.tell() + self.size)
                 else:
                     file.truncate(file.tell() + self.size)
-        except StoreError:
+        except BaseException:  # an interrupt, too
             remove_quietly(path)
             raise
 

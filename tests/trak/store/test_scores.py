@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -218,3 +219,29 @@ def test_reading_ahead_stops_with_its_caller():
     assert next(stream) == 0
     stream.close()
     assert len(made) <= 4
+
+
+def test_reading_ahead_stops_where_its_start_is_interrupted(monkeypatch):
+    begin, threads = threading.Thread.start, []
+
+    def interrupted(thread):
+        begin(thread)
+        threads.append(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(read_ahead(range(1000)))
+    threads[0].join(5)
+    assert not threads[0].is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has none")
+def test_an_interrupt_while_room_is_made_leaves_no_file(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "posix_fallocate", interrupted)
+    with pytest.raises(KeyboardInterrupt), ScoresWriter(tmp_path / "a.mmap", (9, 5), Ranks()):
+        pass
+    assert not list(tmp_path.iterdir())
