@@ -472,7 +472,7 @@ class TRAKer:
         ids = known_ids(self.saver, function, model_ids)
         ids = ranks.broadcast(function, ids)  # a process apart may be adding some
         for model_id in ids:
-            require_all(self.saver, function, model_id)
+            require_all(self.saver, function, model_id, processes=ranks.size)
         if del_grads:
             logger.info("finalize_features: del_grads has nothing to delete")
         if lambda_reg is None:

@@ -30,12 +30,22 @@ def known_ids(saver: Saver, function: str, model_ids: Iterable[int] | None) -> l
     return ids
 
 
-def require_all(saver: Saver, function: str, model_id: int, exp_name: str | None = None) -> None:
-    """Raise NotReadyError unless all training samples are featurized, or all targets scored."""
+def require_all(
+    saver: Saver, function: str, model_id: int, exp_name: str | None = None, processes: int = 1
+) -> None:
+    """Raise NotReadyError unless all training samples are featurized, or all targets scored.
+
+    processes : how many share the work. Samples lack where each has a directory of its own.
+    """
     done = saver.index(model_id, exp_name).done
     if not done.all():
         missing = np.flatnonzero(~done)
         of, cure = "training samples", "call featurize for them"
+        if processes > 1:
+            cure += (
+                f", with one save_dir in all {processes} processes, whose files all of them see "
+                f"(here it is {saver.save_dir})"
+            )
         if exp_name is not None:
             of, cure = (
                 f"targets of {exp_name!r}",
