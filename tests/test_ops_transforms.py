@@ -114,6 +114,19 @@ def test_forward_mode(backend: str, device: str, kind: str) -> None:
     torch.testing.assert_close(dg, dy @ matrix[:10].T)
 
 
+def test_forward_mode_in_forward_mode(backend: str, device: str) -> None:
+    """The tangent of one piece depends on the outer level, and the other piece has none."""
+    a, b, t = (normals((2, 5), seed=i, dtype=torch.float64).to(device) for i in range(3))
+    matrix = stored(10, 7, device=device) / math.sqrt(7)
+
+    def inner(a: Tensor) -> Tensor:
+        return torch.func.jvp(lambda a: fastproj.project([a, b], 7, backend=backend), (a,), (a,))[1]
+
+    y, dy = torch.func.jvp(inner, (a,), (t,))
+    torch.testing.assert_close(y, a @ matrix[:5])
+    torch.testing.assert_close(dy, t @ matrix[:5])
+
+
 # ---- torch.func --------------------------------------------------------------------------------
 
 
