@@ -506,18 +506,31 @@ def is_direct(tensors: list[Tensor]) -> bool:
 def _in_transform() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is under way.
 
-    Raises NotImplementedError for forward mode inside torch.compile, where the op would silently
-    lose the tangent; without fullgraph=True, torch.compile answers by running this eagerly.
+    Raises NotImplementedError for derivatives by torch.func and forward mode inside torch.compile,
+    where the op would fail or silently lose the tangent; without fullgraph=True, torch.compile
+    answers by running this eagerly.
     """
     forward = forward_ad._current_level >= 0
     if torch.compiler.is_compiling():
-        if forward:
+        if forward or _in_func_derivative():
             raise NotImplementedError(
-                "fastproj: received a call in forward-mode differentiation inside torch.compile; "
-                "expected one outside it (torch.compiler.disable on the caller does that)"
+                "fastproj: received a call in torch.func.grad, vjp, jacrev or forward-mode "
+                "differentiation inside torch.compile; expected one outside it "
+                "(torch.compiler.disable on the caller does that)"
             )
         return False  # torch.vmap is served by the ops' own rule there
     return forward or torch._C._are_functorch_transforms_active()
+
+
+def _in_func_derivative() -> bool:
+    """Whether torch.func.grad, vjp or jacrev is under way."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(each.key() == torch._C._functorch.TransformType.Grad for each in stack)
+
+
+# As torch.compiler.assume_constant_result does, without importing the compiler: torch.compile calls
+# this as it traces, and guards the transforms by itself.
+_in_func_derivative._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _run_project(pieces: list[Tensor], proj_dim: int, *flat: Any) -> Tensor:

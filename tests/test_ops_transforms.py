@@ -511,6 +511,24 @@ def test_compile_of_forward_mode_never_loses_the_tangent(backend: str, device: s
         assert torch.equal(forward_ad.unpack_dual(y).tangent, run(tangent))
 
 
+@pytest.mark.parametrize("name", ["grad", "jacrev", "vmap of grad"])
+def test_compile_of_func_derivatives_runs_them_eagerly(
+    backend: str, device: str, name: str
+) -> None:
+    def run(g: Tensor) -> Tensor:
+        return fastproj.project(g[None], 8, backend=backend).pow(3).sum()
+
+    func = torch.func
+    derivative = {
+        "grad": func.grad(run),
+        "jacrev": func.jacrev(run),
+        "vmap of grad": torch.vmap(func.grad(run)),
+    }[name]
+    x = normals((4, 6) if name == "vmap of grad" else (6,)).to(device)
+    compiled = torch.compile(derivative, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), derivative(x))
+
+
 def test_export(backend: str, device: str) -> None:
     class Model(torch.nn.Module):
         def forward(self, g: Tensor) -> Tensor:
