@@ -156,7 +156,8 @@ def matrix_rows(
 ) -> npt.NDArray[np.int8] | npt.NDArray[np.float32]:
     """``R[rows, col_start:col_stop]`` for row numbers ``rows`` [n] in any order.
 
-    As ``matrix_block``; a Philox call is made once for all rows that it serves.
+    As ``matrix_block``, but memory is up to 50 bytes for each entry. A Philox call is made once for
+    all rows that it serves.
     """
     if key.kind == "sjlt":
         out = np.zeros((rows.size, col_stop - col_start), dtype=np.int8)

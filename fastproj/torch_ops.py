@@ -37,6 +37,7 @@ from fastproj.spec import matrix_rows as matrix_rows_of_spec
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _OPS = "torch.ops.fastproj"
+_ROW_ENTRIES = 1 << 19  # of matrix_rows at a time: NumPy takes up to 50 bytes for each
 
 # ---- a call as an op's arguments ---------------------------------------------------------------
 # Torch takes some microseconds for each argument, so strings go two by two. The precision stays as
@@ -175,8 +176,13 @@ def _matrix_rows(
     rows: Tensor, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, call: Call
 ) -> Tensor:
     numbers = rows.cpu().numpy().astype(np.uint64)
-    entries = matrix_rows_of_spec(call.key, numbers, col_offset, col_offset + cols)
-    return torch.from_numpy(entries).to(device, dtype)
+    out = torch.empty((len(numbers), cols), dtype=dtype, device=device)
+    step = max(1, _ROW_ENTRIES // max(1, len(numbers)))
+    for col in range(0, cols, step):
+        stop = min(cols, col + step)
+        entries = matrix_rows_of_spec(call.key, numbers, col_offset + col, col_offset + stop)
+        out[:, col:stop] = torch.from_numpy(entries)
+    return out
 
 
 # ---- the ops -----------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastproj
-from fastproj import checks
+from fastproj import checks, torch_ops
 from fastproj.backends import reference, registry
 from fastproj.call import Call
-from fastproj.spec import MatrixKey, matrix_block
+from fastproj.spec import MatrixKey, matrix_block, matrix_rows
 from tests.dense import DTYPES, KINDS, integers, matmul_bound, normals, relative_error, stored
 
 ONLY_TO_ROUNDING = {"reference"}
@@ -591,6 +591,27 @@ def test_the_reference_makes_small_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(sizes) == 3 * 3001 * cols
     # Cut where the spec's blocks begin, none is made twice.
     assert {row for row, *_ in made} == {100, 512, 1024, 1536, 2048, 2560, 3072}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "sjlt"])
+def test_rows_by_number_are_made_some_columns_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    made = []
+
+    def of_spec(key: Any, rows: Any, col: int, col_stop: int) -> Any:
+        made.append(rows.size * (col_stop - col))
+        return matrix_rows(key, rows, col, col_stop)
+
+    monkeypatch.setattr(torch_ops, "matrix_rows_of_spec", of_spec)
+    how: dict[str, Any] = {"kind": kind, "block": 32 if kind == "sjlt" else None}
+    rows = torch.arange(0, 9000, 3)
+    assert torch.equal(
+        fastproj.matrix(rows, slice(5, 405), **how),
+        fastproj.matrix(9000, slice(5, 405), **how)[rows],
+    )
+    assert max(made) <= 2**19
+    assert sum(made) == 3000 * 400
 
 
 class _Largest(TorchDispatchMode):
