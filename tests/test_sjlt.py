@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,21 @@ def test_segments_of_rows_are_added_in_order(isa: str, dtype: torch.dtype) -> No
             assert torch.equal(fastproj.project(g, 64, **how), y)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone can tell")
+def test_the_adjoint_of_many_samples_packs_a_few_at_a_time() -> None:
+    """All of y packed would be 256 MiB."""
+    y = torch.ones(1, 4096).expand(16384, 4096)
+
+    def peak() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) >> 10
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak()
+    fastproj.project_transpose(y, 16, kind="sjlt", block=16, backend="cpu")
+    assert peak() - before < 64
 
 
 def test_parts_of_rows_add_up(way: str) -> None:

@@ -109,7 +109,7 @@ void project_sjlt(const std::vector<View>& pieces, const View& out, const Call& 
 }
 
 void project_transpose_sjlt(const View& y, const View& out, const Call& call, const Run& run) {
-    constexpr std::int64_t kSums = 1 << 18;  // of a thread: 2 MiB
+    constexpr std::int64_t kSums = 1 << 18;  // of a thread, and numbers of y: 2 MiB
     const std::int64_t batch = y.shape[0], proj_dim = y.shape[1], rows = out.shape[1];
     const std::int64_t block = std::int64_t{1} << call.key.block_log2;
     const std::int64_t padded_dim = ceil_div(proj_dim, kSjltChunk) * kSjltChunk;
@@ -117,7 +117,8 @@ void project_transpose_sjlt(const View& y, const View& out, const Call& call, co
     const KernelTable kernels = kernels_for(run.isa);
     const bool is_double = y.dtype == Dtype::kF64;
     const auto kernel = is_double ? kernels.sjlt_transpose_f64 : kernels.sjlt_transpose_f32;
-    const std::int64_t batch_tile = std::clamp<std::int64_t>(kSums / block, 1, batch);
+    const std::int64_t batch_tile =
+        std::clamp<std::int64_t>(kSums / std::max(block, padded_dim), 1, batch);
     const int num_threads =
         threads_for(batch, rows, equivalent_columns(call.key, padded_dim), run.num_threads);
     const PerThread<char> scratch(kernels.sjlt_scratch_bytes(call.key, 1, padded_dim), num_threads);
