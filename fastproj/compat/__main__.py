@@ -106,9 +106,11 @@ def change_start_up(enable: bool) -> int:
     """
     file = Path(sysconfig.get_path("purelib")) / START_UP_FILE
     if enable:
+        # The path as bytes, so that the line is ASCII: an interpreter whose locale cannot decode it
+        # does not start.
         file.write_text(
             f"import os, sys; os.environ.get({compat.ENVIRONMENT!r}) == '1' "
-            f"and sys.path.append({compat.FAST_JL_PATH!r})\n"
+            f"and sys.path.append(os.fsdecode({os.fsencode(compat.FAST_JL_PATH)!r}))\n"
         )
         print(f"wrote {file}; {compat.ENVIRONMENT}=1 now makes `import fast_jl` find fastproj")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,6 +238,23 @@ def test_enable_lets_the_variable_work_alone(
     capsys.readouterr()
     assert command.main(["--path"]) == 0
     assert capsys.readouterr().out == compat.FAST_JL_PATH + "\n"
+
+
+@without_real
+def test_enable_in_a_folder_with_any_letters_leaves_every_locale_working(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """site decodes the file by the locale, and an interpreter that can't read it doesn't start."""
+    folder = tmp_path / "à moi"
+    shutil.copytree(compat.FAST_JL_PATH, folder)
+    monkeypatch.setattr(compat, "FAST_JL_PATH", str(folder))
+    monkeypatch.setattr(command.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert command.main(["--enable"]) == 0
+    start = f"import site; site.addsitedir({str(tmp_path)!r}); import importlib.util as u\n"
+    finds = start + "print(u.find_spec('fast_jl') is not None)"
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for locale in ({}, ascii_only):
+        assert python("-c", finds, FASTPROJ_AS_FAST_JL="1", **locale).stdout == "True\n"
 
 
 def test_the_command_runs_a_module_with_patches(
