@@ -45,6 +45,8 @@ from build_cuda import run
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+# pip keeps the wheel that it made of an sdist, and would install it again.
+REINSTALL = "reinstall fastproj (pip install --force-reinstall --no-deps --no-cache-dir)"
 KERNEL_CXX = "FASTPROJ_KERNEL_CXX"
 
 # Instruction sets beyond the baseline: name -> (architecture, flags). csrc/cpu/isa_<name>.cpp is
@@ -151,7 +153,7 @@ def find_compiler(variable: str = "CXX") -> list[str] | str:
         looked = f"{variable}={shlex.join(named)}" if named else "c++, g++ and clang++"
         return (
             f"no C++ compiler was found (looked for {looked}); "
-            "install one, e.g. `apt-get install g++`, and reinstall fastproj"
+            f"install one, e.g. `apt-get install g++`, and {REINSTALL}"
         )
     probe = "#include <vector>\nint main() { return 0; }\n"
     said = ""
@@ -178,7 +180,7 @@ def binding_flags() -> list[str] | str:
         package = f"python{sys.version_info[0]}.{sys.version_info[1]}-dev"
         return (
             f"Python's headers are missing (no Python.h in {include}); "
-            f"install them, e.g. `apt-get install {package}`, and reinstall fastproj"
+            f"install them, e.g. `apt-get install {package}`, and {REINSTALL}"
         )
     try:
         pybind11 = importlib.import_module("pybind11")
@@ -197,7 +199,7 @@ def cpu_module(version: str) -> Module | Skipped:
     name = "fastproj._cpu"
     wanted = switch("FASTPROJ_CPU")
     if wanted is False:
-        return Skipped(name, "left out on request (FASTPROJ_CPU=0); reinstall without that")
+        return Skipped(name, f"left out on request (FASTPROJ_CPU=0); unset it and {REINSTALL}")
     compiler, kernel_compiler = find_compiler(), find_compiler(KERNEL_CXX)
     includes = binding_flags() if isinstance(compiler, list) else []
     problems = [found for found in (compiler, kernel_compiler, includes) if isinstance(found, str)]
@@ -245,7 +247,7 @@ def cuda_module(version: str) -> Module | Skipped:
     name = "fastproj._cuda"
     wanted = switch("FASTPROJ_CUDA")
     if wanted is False:
-        return Skipped(name, "left out on request (FASTPROJ_CUDA=0); reinstall without that")
+        return Skipped(name, f"left out on request (FASTPROJ_CUDA=0); unset it and {REINSTALL}")
 
     def missing(reason: str, loud: bool) -> Skipped:
         if wanted:
