@@ -67,7 +67,7 @@ def train_model(data: TensorDataset, seed: int, epochs: int, device: str) -> dic
     """A state dict of a model trained on ``data``."""
     torch.manual_seed(seed)
     model = SmallResNet().to(device).train()
-    loader = DataLoader(data, batch_size=64, shuffle=True, drop_last=True)
+    loader = DataLoader(data, batch_size=min(64, len(data)), shuffle=True, drop_last=True)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
