@@ -176,12 +176,13 @@ def _matrix_rows(
     rows: Tensor, cols: int, col_offset: int, dtype: torch.dtype, device: torch.device, call: Call
 ) -> Tensor:
     numbers = rows.cpu().numpy().astype(np.uint64)
+    order = np.argsort(numbers)  # neighbours share what is computed
     out = torch.empty((len(numbers), cols), dtype=dtype, device=device)
-    step = max(1, _ROW_ENTRIES // max(1, len(numbers)))
-    for col in range(0, cols, step):
-        stop = min(cols, col + step)
-        entries = matrix_rows_of_spec(call.key, numbers, col_offset + col, col_offset + stop)
-        out[:, col:stop] = torch.from_numpy(entries)
+    step = max(1, _ROW_ENTRIES // max(1, cols))
+    for start in range(0, len(numbers), step):
+        some = order[start : start + step]
+        entries = matrix_rows_of_spec(call.key, numbers[some], col_offset, col_offset + cols)
+        out[torch.from_numpy(some).to(device)] = torch.from_numpy(entries).to(device, dtype)
     return out
 
 
