@@ -149,6 +149,12 @@ class Lists:
         self._known: dict[tuple[Any, ...], bool] = {}  # whether they are one entry a sample
         self._assumed: dict[tuple[Any, ...], int] = {}  # batch sizes at which that was not clear
 
+    def count(self, path: tuple[Any, ...], tree: Any) -> int:
+        """How many samples a list is of, where nothing else in the batch says it."""
+        firsts = {t.shape[:1] for t in parts(tree) if isinstance(t, Tensor)}
+        as_parts = len(firsts) == 1 and () not in firsts and not self._known.get(path)
+        return int(firsts.pop()[0]) if as_parts else len(tree)
+
     def by_sample(self, function: str, path: tuple[Any, ...], tree: Any, size: int) -> bool:
         """Whether a list has an entry for each sample. Raises ValueError where it can't be used."""
         tensors = [part for part in parts(tree) if isinstance(part, Tensor)]
@@ -193,7 +199,7 @@ def prepare(
     sample.
 
     B is the first dimension of the first tensor outside of such lists, else what an object says,
-    else ``count``.
+    else ``count``, else what the first list says.
 
     Raises TypeError or ValueError, naming ``function``, for what can't be a batch.
     """
@@ -208,8 +214,8 @@ def prepare(
         )
     if not isinstance(batch, tuple):
         batch = tuple(batch)
-    size = size_of(function, batch, count)
     lists = Lists() if lists is None else lists
+    size = size_of(function, batch, count, lists)
     return place(function, batch, size, device, lists, ()), size
 
 
@@ -220,7 +226,7 @@ def holds_samples(batch: Any) -> bool:
     return is_object(batch) or dataclasses.is_dataclass(batch)
 
 
-def size_of(function: str, batch: tuple[Any, ...], count: int | None) -> int:
+def size_of(function: str, batch: tuple[Any, ...], count: int | None, lists: Lists) -> int:
     """B of a batch that is not prepared yet."""
     tensors = [part for part in outer(batch) if isinstance(part, Tensor)]
     samples = len(batch) > 1 and all(children(part) is not None for part in batch)
@@ -233,10 +239,10 @@ def size_of(function: str, batch: tuple[Any, ...], count: int | None) -> int:
     if count is not None and any(children(part) is not None for part in batch):
         return count
     for part in parts(batch):
-        if isinstance(part, Tensor) and part.dim():
-            return int(part.shape[0])
         if not isinstance(part, (Tensor, *SHARED)) and children(part) is None:
             raise refused(function, part)
+    for path, tree in inner_lists(batch):
+        return lists.count(path, tree)
     raise ValueError(
         f"{function}: received an empty batch ({len(batch)} parts, none of them a tensor, a list "
         "with an entry for each sample, or an object that holds samples); expected at least one"
@@ -251,6 +257,15 @@ def outer(tree: Any, top: bool = True) -> Iterator[Any]:
     elif top or not is_list(tree):
         for _, value in inside:
             yield from outer(value, False)
+
+
+def inner_lists(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(keys that lead to it, list) of the outermost lists and plain tuples inside a batch."""
+    for key, value in children(tree) or ():
+        if is_list(value):
+            yield (*path, key), value
+        else:
+            yield from inner_lists(value, (*path, key))
 
 
 def is_list(tree: Any) -> bool:

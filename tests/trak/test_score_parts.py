@@ -356,6 +356,47 @@ def test_an_empty_batch_has_no_scores(curvature, tmp_path):
     assert traker.score(nothing, stream=np.True_).shape == (0, M)
 
 
+class OfLists(nn.Module):
+    """The mean over a sample's rows, or over the letters of its text."""
+
+    def __init__(self):
+        super().__init__()
+        self.letters, self.head = nn.Embedding(128, 4), nn.Linear(4, 1)
+
+    def forward(self, samples):
+        rows = [
+            self.letters(torch.tensor(list(s.encode()))) if type(s) is str else s for s in samples
+        ]
+        return torch.stack([self.head(t).mean() for t in rows])
+
+
+@pytest.mark.parametrize("rows", [None, (1, 2, 3, 1, 2, 3), (3,) * 6])
+def test_lists_alone_say_how_many_samples_there_are(rows, tmp_path):
+    """Neither call takes num_samples, and of tensors in a list the first has other numbers."""
+    texts = ["a", "few", "short", "texts", "of", "all lengths"]
+    samples = texts if rows is None else [torch.randn(r, 4) for r in rows]
+    model = OfLists()
+    traker = TRAKer(
+        model,
+        lambda m, b: m(b[0]),
+        6,
+        tmp_path,
+        proj_dim=16,
+        use_half_precision=False,
+        lambda_reg=0.1,
+    )
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((samples,), num_samples=6)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("lists", model.state_dict(), 0, 4)
+    traker.score((samples[:4],), num_samples=4)
+    scores = traker.finalize_scores("lists")
+    bounds = {"rtol": 1e-4, "atol": 1e-6 * np.abs(scores).max()}
+    np.testing.assert_allclose(traker.score((samples[:5],), stream=True), scores[:5], **bounds)
+    by_module = traker.score((samples[:4],), per="module")
+    np.testing.assert_allclose(by_module.sum(2), scores, **bounds)
+
+
 def test_what_is_refused(tmp_path):
     traker, train, _ = scored(tmp_path)
     targets = batch_of(M, 2)
