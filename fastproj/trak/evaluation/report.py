@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ TOKENS = (
     "passage, with token_scores; expected train_texts as lists of tokens, which make the text when "
     "joined"
 )
+OF_TRAIN = [f"train_{what}" for what in ("images", "labels", "texts", "rows")]
+OF_TARGETS = [f"target_{what}" for what in ("images", "labels", "texts", "rows", "notes")]
 
 
 @dataclass
@@ -90,10 +92,8 @@ def check(page: Page) -> None:
             f"report: received scores {list(page.scores.shape)}; expected [n_train, n_targets]"
         )
     n, m = page.scores.shape
-    of_train = [f"train_{what}" for what in ("images", "labels", "texts", "rows")]
-    of_targets = [f"target_{what}" for what in ("images", "labels", "texts", "rows", "notes")]
-    for name in (*of_train, *of_targets):
-        part, wanted = getattr(page, name), n if name in of_train else m
+    for name in (*OF_TRAIN, *OF_TARGETS):
+        part, wanted = getattr(page, name), n if name in OF_TRAIN else m
         if part is not None and len(part) != wanted:
             raise ValueError(
                 f"report: received {len(part)} {name} with scores [{n}, {m}]; expected {wanted}"
@@ -125,6 +125,8 @@ def check_tokens(page: Page) -> None:
 
 def render(page: Page) -> str:
     """The page as HTML."""
+    parts: dict[str, Any] = {n: by_place(getattr(page, n)) for n in (*OF_TRAIN, *OF_TARGETS)}
+    page = replace(page, **parts)
     title = html.escape(page.title)
     head = [f"<h1>{title}</h1>"]
     if page.intro:
@@ -170,6 +172,13 @@ def render(page: Page) -> str:
         + "\n".join(body)
         + "</main></body></html>\n"
     )
+
+
+def by_place(part: Any) -> Any:
+    """A part whose [i] is that of sample i. In pandas it is what has the name i in its index."""
+    if not hasattr(part, "iloc"):
+        return part
+    return list(part.itertuples(index=False)) if part.ndim == 2 else part.tolist()
 
 
 def render_lds(page: Page) -> str:

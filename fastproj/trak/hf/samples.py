@@ -94,7 +94,8 @@ class Columns(Sequence[Sample]):
                 f"{where} as columns of unequal lengths ({listed}); expected one entry of each "
                 "column for each sample"
             )
-        self._columns = columns
+        # Of a Series, [i] is what has the name i in its index.
+        self._columns = {name: getattr(c, "iloc", c) for name, c in columns.items()}
         self._size = next(iter(sizes.values()), 0)
 
     def __len__(self) -> int:

@@ -206,6 +206,23 @@ def test_parts_that_do_not_fit_leave_no_file(tmp_path, wrong, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_parts_in_pandas_go_by_place_and_not_by_their_index():
+    """As of rows that were shuffled before they became a training set."""
+    pandas = pytest.importorskip("pandas")
+    n, order = 40, np.random.default_rng(0).permutation(40)
+    parts = {
+        "train_labels": [f"label-{i}" for i in range(n)],
+        "train_texts": [f"text-{i}" for i in range(n)],
+    }
+    rows = {"year": list(range(1_234_500, 1_234_500 + n)), "size": np.linspace(0, 1, n)}
+    expected = render(
+        image_page(**parts, columns=list(rows), train_rows=list(zip(*rows.values(), strict=True)))
+    )
+    series = {name: pandas.Series(part, index=order) for name, part in parts.items()}
+    frame = pandas.DataFrame(rows, index=order)
+    assert render(image_page(**series, columns=list(frame), train_rows=frame)) == expected
+
+
 # ---- passages, pairs, tables --------------------------------------------------------------------
 
 

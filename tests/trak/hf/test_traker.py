@@ -7,6 +7,7 @@ import warnings
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 import torch
 import transformers as tf
@@ -260,6 +261,12 @@ def as_columns(samples):
     return tf.BatchEncoding(columns)
 
 
+def as_series(samples):
+    """Columns of rows that were shuffled: their index isn't their place."""
+    index = np.arange(len(samples))[::-1]
+    return {name: pandas.Series(part, index=index) for name, part in as_columns(samples).items()}
+
+
 class MapStyle:
     """A PyTorch data set: no iteration of its own."""
 
@@ -294,6 +301,7 @@ class Iterated(IterableDataset):
         lambda samples: datasets.Dataset.from_list(samples).to_iterable_dataset(),
         lambda samples: (sample for sample in samples),
         as_columns,
+        as_series,
         as_tensors,
         MapStyle,
         Iterated,
