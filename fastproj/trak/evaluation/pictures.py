@@ -6,6 +6,8 @@ import base64
 import html
 import struct
 import zlib
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,27 @@ import numpy.typing as npt
 SMALL = 64  # pixels: up to here, an image that is enlarged shows its pixels
 
 
-def image(images: npt.NDArray[np.generic] | None, index: int, alt: str) -> str:
+class Pictures:
+    """Pictures, whose common range is looked for once, in one after another: they may be mapped.
+
+    images : an array, a tensor, or pictures of several sizes.
+    """
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> npt.NDArray[Any]:
+        return np.asarray(self.images[index])
+
+    @cached_property
+    def span(self) -> tuple[float, float]:
+        """The smallest and the largest value; NaN where there is one."""
+        ends = [(p.min(), p.max()) for p in map(np.asarray, self.images) if p.size]
+        lows, highs = np.asarray(ends, np.float64).T
+        return float(lows.min()), float(highs.max())
+
+
+def image(images: Any, index: int, alt: str) -> str:
     """An <img> of one picture, inlined; nothing where there are no pictures."""
     if images is None:
         return ""
@@ -23,9 +45,10 @@ def image(images: npt.NDArray[np.generic] | None, index: int, alt: str) -> str:
     return f'<img{small} alt="{html.escape(alt)}" src="data:image/png;base64,{encoded}">'
 
 
-def to_uint8(images: npt.NDArray[np.generic], index: int) -> npt.NDArray[np.uint8]:
+def to_uint8(images: Any, index: int) -> npt.NDArray[np.uint8]:
     """Picture ``index`` as uint8 [H, W] or [H, W, 3]; floats are scaled from their common range."""
-    picture = np.asarray(images[index])
+    images = images if isinstance(images, Pictures) else Pictures(images)
+    picture = images[index]
     if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[2] not in (1, 3):
         picture = np.moveaxis(picture, 0, 2)  # channels first, as torch has them
     if picture.ndim == 3 and picture.shape[2] == 1:
@@ -42,7 +65,7 @@ def to_uint8(images: npt.NDArray[np.generic], index: int) -> npt.NDArray[np.uint
         )
     if picture.dtype == np.uint8:
         return picture
-    low, high = float(np.min(images)), float(np.max(images))
+    low, high = images.span
     if not np.isfinite(high - low):  # all pictures would be black
         raise ValueError(
             f"report: received images with values from {low} to {high}; expected finite ones"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fastproj.trak.evaluation.metrics import LDS
 from fastproj.trak.evaluation.passages import Passage, Weights, render_passage
-from fastproj.trak.evaluation.pictures import histogram, image, scatter
+from fastproj.trak.evaluation.pictures import Pictures, histogram, image, scatter
 from fastproj.trak.evaluation.style import STYLE
 from fastproj.trak.files import StoreError, make_dir, write_atomic
 from fastproj.trak.store.scores import TopScores
@@ -126,6 +126,8 @@ def check_tokens(page: Page) -> None:
 def render(page: Page) -> str:
     """The page as HTML."""
     parts: dict[str, Any] = {n: by_place(getattr(page, n)) for n in (*OF_TRAIN, *OF_TARGETS)}
+    for name in ("train_images", "target_images"):
+        parts[name] = None if parts[name] is None else Pictures(parts[name])
     page = replace(page, **parts)
     title = html.escape(page.title)
     head = [f"<h1>{title}</h1>"]

@@ -354,6 +354,32 @@ def test_pictures_of_torch_and_of_floats():
     assert read_png(base64.b64decode(source)).shape == (5, 7, 3)
 
 
+class Counted:
+    """Pictures that count how often one of them is asked for."""
+
+    def __init__(self, pictures):
+        self.pictures, self.asked = pictures, 0
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        self.asked += 1
+        return self.pictures[index]
+
+
+def test_the_range_of_pictures_is_looked_for_once():
+    """Pictures may be mapped and many: a page of each target took a pass over all of them."""
+    images = np.random.default_rng(0).random((40, 3, 5, 7))
+    counted = Counted(images)
+    page = image_page(train_images=counted, targets=range(6), top=8)
+    expected = render(image_page(train_images=images, targets=range(6), top=8))
+    assert render(page) == expected
+    assert counted.asked <= 41 + 6 * 2 * 8
+    of_torch = torch.from_numpy(images)
+    assert render(image_page(train_images=of_torch, targets=range(6), top=8)) == expected
+
+
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
