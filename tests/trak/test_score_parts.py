@@ -356,6 +356,34 @@ def test_an_empty_batch_has_no_scores(curvature, tmp_path):
     assert traker.score(nothing, stream=np.True_).shape == (0, M)
 
 
+@pytest.mark.parametrize("computer", ["hooks", "func", "loop"])
+def test_a_parameter_without_entries_adds_nothing(computer, tmp_path):
+    model, train = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)), torch.randn(8, 4)
+    model.extra = nn.Module()
+    model.extra.nothing = nn.Parameter(torch.zeros(0, 3))
+    model.forward = lambda x: model[1](model[0](x).tanh())
+    traker = TRAKer(
+        model,
+        lambda m, b: m(b[0]),
+        len(train),
+        tmp_path,
+        gradient_computer=computer,
+        proj_dim=16,
+        lambda_reg=0.1,
+        use_half_precision=False,
+    )
+    traker.load_checkpoint(model.state_dict(), 0)
+    traker.featurize((train,), num_samples=len(train))
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("all", model.state_dict(), 0, len(train))
+    traker.score((train,), num_samples=len(train))
+    by_module = traker.score((train,), per="module")
+    assert traker.modules == ["0", "1", "extra"]
+    assert not by_module[..., 2].any()
+    scores = traker.finalize_scores("all")
+    np.testing.assert_allclose(by_module.sum(2), scores, rtol=1e-4, atol=1e-6)
+
+
 class OfLists(nn.Module):
     """The mean over a sample's rows, or over the letters of its text."""
 

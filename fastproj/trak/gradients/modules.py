@@ -30,7 +30,8 @@ def project_modules(
         size = len(next(iter(grads.values())))
         sink = ModuleSink(computer.chosen, size, projector, model_id, {})
         for name, g in grads.items():
-            sink.add(name, Piece(0, g.detach().reshape(size, -1)))
+            if g.numel():  # a parameter may have no entries
+                sink.add(name, Piece(0, g.detach().reshape(size, -1)))
         sink.flush()
         chunks.append(sink.outs)
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
