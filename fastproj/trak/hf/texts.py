@@ -74,8 +74,14 @@ def tokenize(
     of = "" if name is None else f" of {name}"
     found: list[dict[str, Any]] = []
     cut = 0
-    for index, sample in enumerate(samples):
+    given: Iterable[Any] = samples
+    for index, sample in enumerate(given):
         where = f"tokenize: sample {index}{of}"
+        if not isinstance(sample, Mapping):
+            cure = "data.to_dict('records')" if hasattr(samples, "iloc") else "{'text': ...}"
+            raise TypeError(
+                f"{where} is of type {type(sample).__name__}; expected dicts, such as {cure}"
+            )
         check_columns(where, sample, task, named)
         if "input_ids" in sample:
             found.append(of_tokenised(where, sample, task, named, label2id))

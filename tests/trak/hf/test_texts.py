@@ -178,6 +178,15 @@ def test_tokenised_samples_that_are_too_long_are_refused():
         tokenize([padded, long], None, "masked_lm", max_length=4)
 
 
+def test_samples_that_are_no_dicts_are_named():
+    texts = [{"text": "w0"}, "w1"]
+    with pytest.raises(TypeError, match=r"sample 1 of mine is of type str; expected .*'text': "):
+        tokenize(texts, models.tokenizer(), "causal_lm", name="mine")
+    frame = datasets.Dataset.from_list(texts[:1]).to_pandas()
+    with pytest.raises(TypeError, match=r"sample 0 is of type str; expected .*'records'"):
+        tokenize(frame, models.tokenizer(), "causal_lm")
+
+
 @pytest.mark.parametrize(
     ("task", "sample", "options", "said"),
     [
