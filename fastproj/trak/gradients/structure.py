@@ -56,11 +56,11 @@ def structure_of(batch: tuple[Any, ...], out: Tensor) -> tuple[int, list[Tensor]
             leaves.append(node.variable)
         else:
             of_kind: Any = type(node)
-            kind += (noted(getattr(node, saved)) for saved in attributes_of(of_kind))
+            kind += (repr(getattr(node, saved)) for saved in attributes_of(of_kind))
             if name in MOVING:
                 kind += moved(node, batches.size(batch))
             elif name.startswith("SegmentReduce"):
-                kind += (noted(ends.tolist()) for ends in segments_of(node))
+                kind += (repr(ends.tolist()) for ends in segments_of(node))
         kinds.append(tuple(kind))
     return hash((shapes, tuple(kinds))), leaves
 
@@ -78,11 +78,6 @@ def attributes_of(kind: Any) -> list[str]:
         if "_raw" + name not in names | set(dir(kind))
         and ("split" in name or not name.endswith(("sizes", "size")))
     )
-
-
-def noted(value: Any) -> Any:
-    """A hashable stand-in for a value that an operation saves."""
-    return value if isinstance(value, Hashable) else repr(value)
 
 
 def segments_of(node: Any) -> Iterator[Tensor]:
@@ -105,14 +100,13 @@ def moved(node: Any, size: int) -> Iterator[Hashable]:
         return
     exact = [(dim, index) for dim, index in along if shape[dim] == size]
     order = torch.arange(size, device="cpu")
-    if any(index.numel() == size and torch.equal(index.flatten(), order) for _, index in exact):
+    if any(torch.equal(index.flatten(), order) for _, index in exact):
         return
     kept = [dim for dim in range(len(shape)) if dim not in dict(along)]
     if not exact and any(shape[d] == size or (d == 0 and shape[d] % size == 0) for d in kept):
         return
     for dim, index in exact or along:
-        if shape[dim] and shape[dim] % size == 0:
-            index = torch.where(index < 0, index + shape[dim], index)
+        if shape[dim] % size == 0:
             samples = index.div(shape[dim] // size, rounding_mode="floor")
             yield dim, tuple(index.shape), samples.numpy().tobytes()
 
