@@ -51,6 +51,15 @@ MOVING = {
     "index_put": lambda x, order: ZEROS.index_put((order,), x),
     "folded": lambda x, order: x.flatten(0, 1)[flat(order)],
     "folded, index_select": lambda x, order: x.flatten(0, 1).index_select(0, flat(order)),
+    "folded, the last": lambda x, order: x[..., 0].flatten().index_select(-1, flat(order)),
+    "folded, a multiple of B wide": lambda x, order: x.repeat(1, 1, B).flatten(0, 1)[flat(order)],
+    "folded, two indices": lambda x, order: x.repeat(1, 1, 2).flatten(0, 1)[order * T, HELD],
+    "folded behind positions": lambda x, order: (
+        x[..., 0].repeat(1, 2).T.flatten().view(T, -1)[:, (order * 2).repeat(2)]
+    ),
+    "as many positions as samples": lambda x, order: x[:, :B][order],
+    "behind a mask": lambda x, order: x.permute(1, 2, 0)[torch.arange(T * C).view(T, C) < B, order],
+    "take": lambda x, order: x.repeat(1, 1, 2)[..., :B].flatten(0, 1).take(order * T * B),
 }
 LEAVING = {
     "a position of each": lambda x, place: x[torch.arange(B), place],
@@ -60,7 +69,16 @@ LEAVING = {
     "gather of folded": lambda x, place: x.flatten(0, 1).gather(1, (place % C).repeat(T)[:, None]),
     "positions of all": lambda x, place: x[:, place],
     "positions first": lambda x, place: x.transpose(0, 1)[place],
-    "positions first, a multiple of B": lambda x, place: x.repeat(1, B, 1).transpose(0, 1)[place],
+    "positions first, a multiple of B": lambda x, place: x.repeat(1, B, 1).transpose(0, 1)[
+        place * B
+    ],
+    "a position of each of B": lambda x, place: x[:, :B][HELD[:, None], place[:, None] % B],
+    "a position of each, swapped": lambda x, place: x.repeat(1, 2, 1)[SWAPPED, place * 2],
+    "a multiple of B behind folded": lambda x, place: (
+        x.repeat(1, 1, B).flatten(0, 1).gather(1, (place * 2).repeat(T)[:, None])
+    ),
+    "rows that are no multiple of B": lambda x, place: x.sum(0)[place],
+    "take": lambda x, place: x.take(HELD * T * C + place),
     "a number": lambda x, place: x.sum().gather(0, torch.tensor(0)),
     "mask of one each": lambda x, place: x[torch.arange(T) == place.unsqueeze(1)],
 }
@@ -78,13 +96,17 @@ def test_samples_that_stay_are_the_same_structure(name):
     assert one == other
 
 
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
 @pytest.mark.parametrize(
     "select",
     [
         lambda x, mask: x[mask],
+        lambda x, mask: x.transpose(0, 1)[mask.T],
         lambda x, mask: x.flatten(0, 1)[mask.flatten()],
         lambda x, mask: x.flatten(0, 1)[mask.flatten().nonzero()[:, 0]],
+        lambda x, mask: x.flatten(0, 1)[mask.flatten().byte()],
         lambda x, mask: x.masked_select(mask.unsqueeze(2)),
+        lambda x, mask: x[:, :, 0].T.masked_select(mask[:, 1]),
         lambda x, mask: ZEROS.masked_scatter(mask.unsqueeze(2), x),
         lambda x, mask: torch.stack(x[:, 0].repeat(2, 1).split(mask.sum(1).tolist())[::2]),
         lambda x, mask: torch.segment_reduce(x[:, :2].flatten(0, 1), "sum", lengths=mask.sum(1)),
@@ -94,6 +116,32 @@ def test_other_numbers_of_rows_are_another_structure(select):
     even, odd = mask([2, 2, 2, 2]), mask([1, 3, 1, 3])
     assert structure(select, even) != structure(select, odd)
     assert structure(select, even) == structure(select, even.clone())
+
+
+def test_indices_of_another_shape_or_dimension_are_another_structure():
+    square = {
+        "rows": lambda x: x[:, :B][SWAPPED],
+        "columns": lambda x: x[:, :B][:, SWAPPED],
+        "rows in pairs": lambda x: x[:, :B][SWAPPED.view(2, 2)],
+    }
+    assert len({structure(function) for function in square.values()}) == len(square)
+
+
+def test_steps_are_of_the_structure():
+    assert structure(lambda x: x.roll(1, 0)) != structure(lambda x: x.roll(2, 0))
+
+
+def test_sizes_alone_are_the_same_structure():
+    assert structure(lambda x: x.sum().expand(5)) == structure(lambda x: x.sum().expand(7))
+
+
+@pytest.mark.parametrize(("size", "moves"), [(1, False), (2, True)])
+def test_samples_move_among_two_at_least(size, moves):
+    h = torch.randn(size * T, C, requires_grad=True)
+    batch = (torch.zeros(size),)
+    one, _ = structure_of(batch, h[torch.arange(size * T)].sum().expand(size))
+    other, _ = structure_of(batch, h[torch.arange(size * T).flip(0)[1:]].sum().expand(size))
+    assert (one != other) == moves
 
 
 class Chosen(nn.Module):
