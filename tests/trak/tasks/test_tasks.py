@@ -243,10 +243,24 @@ class Tokens(nn.Module):
     [(9, 9, r"label 9 at row 1 .* tokens 0\.\.8"), (-1, 9, "label -1"), (0, 1, "V >= 2")],
 )
 def test_labels_must_be_tokens_of_the_model(label, size, message):
-    labels = torch.tensor([[0, 1, 2], [1, 2, label]])
+    labels = torch.tensor([[0, 1, -100], [1, 2, label]])
     batch = (torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3), labels)
     with pytest.raises(ValueError, match=message):
         CausalLMModelOutput().get_out_to_loss_grad(Tokens(size), {}, {}, batch)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        CausalLMModelOutput().likelihood_terms(Tokens(size), {}, {}, batch, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("outputs", ()), ("get_out_to_loss_grad", ()), ("likelihood_terms", (torch.ones(2, 3),))],
+)
+def test_several_labels_must_have_a_logit_each(method, more):
+    """One logit would serve all labels otherwise."""
+    task = ImageClassificationModelOutput(multilabel=True)
+    batch = (torch.ones(2, 4), torch.tensor([[0, 1, 0], [1, 1, 0]]))
+    with pytest.raises(ValueError, match=r"returned \[2, 1\] .* labels \[2, 3\] .* one logit for"):
+        getattr(task, method)(nn.Linear(4, 1), {}, {}, batch, *more)
 
 
 IDS = torch.tensor([[4, 5, 6], [4, 7, 8]])
