@@ -316,8 +316,7 @@ def brittleness(
     runs = runs[None] if runs.ndim == 2 else runs
     start = start[None] if start.ndim == 1 else start
     if (
-        runs.ndim != 3
-        or start.ndim != 2
+        start.ndim != 2
         or 0 in (*runs.shape, *start.shape)
         or runs.shape[1:] != (len(counts), start.shape[1])
     ):

@@ -37,6 +37,12 @@ def test_a_constant_column_has_no_correlation():
     np.testing.assert_array_equal(spearman(x, x), [1.0, np.nan])
 
 
+def test_a_column_with_a_nan_has_no_correlation():
+    x = np.arange(15.0).reshape(5, 3)
+    found = [spearman(holed(x, (2, 0)), x), spearman(x, holed(x, (2, 1)))]
+    np.testing.assert_array_equal(found, [[np.nan, 1, 1], [1, np.nan, 1]])
+
+
 def test_weighted_ranks_are_the_ranks_of_repeated_rows():
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(2, 30, 4)).round(1)
@@ -391,7 +397,11 @@ def holed(values, place, value=np.nan):
         ),
         (lambda: brittleness(OUTPUTS, OUTPUTS[0], [1, 2]), r"outputs \[80, 8\], base \[8\], 2"),
         (lambda: brittleness(OUTPUTS[:2], OUTPUTS[0, :5], [1, 2]), r"base \[5\]"),
+        (lambda: brittleness(OUTPUTS[0], OUTPUTS[0], [1]), r"outputs \[8\]"),
         (lambda: brittleness(OUTPUTS[:0], OUTPUTS[0], []), "expected"),
+        (lambda: brittleness(OUTPUTS[:2], OUTPUTS[:0], [1, 2]), r"base \[0, 8\]"),
+        (lambda: brittleness(OUTPUTS[:2], OUTPUTS[None, :8], [1, 2]), r"base \[1, 8, 8\]"),
+        (lambda: brittleness(OUTPUTS[:2], OUTPUTS[0], [1, 1]), r"removed=\[1, 1\]"),
         (lambda: brittleness(OUTPUTS[:2], OUTPUTS[0], [2, 1]), r"removed=\[2, 1\]; expected asc"),
         (lambda: brittleness(OUTPUTS[:2], OUTPUTS[0], [0, 1]), r"removed=\[0, 1\]"),
         (lambda: brittleness(OUTPUTS[:2], -abs(OUTPUTS[0]), [1, 2]), "no target is right"),
