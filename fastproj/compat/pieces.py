@@ -84,7 +84,7 @@ def project_pieces(
             f"expected {grad_dim}, what the projector was made for"
         )
     proj_dim = checks.check_proj_dim(function, proj_dim)
-    key = checks.check_key(function, seed, kind, stream, block=block, proj_dim=proj_dim)
+    key = checks.check_key(function, seed, kind, stream, block=block)
     factor = checks.check_scale(function, scale, proj_dim, key.block)
     call = Call(key, row_offset, factor, precision="")
     pieces = [piece for piece in pieces if width(piece)] or pieces  # a call takes no empty ones
