@@ -489,14 +489,15 @@ def check_copied(function: str, out: Tensor, grads: Grads) -> None:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two 2-D tensors may share an element. False only where they certainly don't."""
-    if a.numel() == 0 or b.numel() == 0:
-        return False
+    """Whether two tensors [B, n] with elements may share one. False only where they don't.
+
+    Rows of ``a`` don't overlap.
+    """
     start_a, start_b = a.data_ptr(), b.data_ptr()
     if start_a >= start_b + _extent(b) or start_b >= start_a + _extent(a):
         return False
     pitch = a.stride(0) * a.element_size()
-    if a.shape[0] == 1 or b.shape[0] == 1 or pitch == 0 or pitch != b.stride(0) * b.element_size():
+    if a.shape[0] == 1 or pitch != b.stride(0) * b.element_size():
         return True
     # Two column ranges of one wider matrix: rows recur at one pitch, so compare them modulo it.
     return not (

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastproj
+import fastproj.torch_ops  # registers torch.ops.fastproj
 from fastproj.backends import registry
 
 B, P, K = 3, 20, 5
@@ -316,6 +317,10 @@ ALIASES = {
     "columns_shifted": lambda buffer: (buffer.view(4, 25)[:3, 5:], buffer.view(4, 25)[1:, 1:6]),
     "transposed": lambda buffer: (buffer[:60].view(3, 20), buffer[30:45].view(5, 3).T),
     "one_row": lambda buffer: (buffer[:20].expand(3, 20), buffer[10:25].view(3, 5)),
+    "other_pitch": lambda buffer: (
+        buffer.as_strided((3, 5), (10, 1), 10),
+        buffer.as_strided((3, 5), (20, 1), 5),
+    ),
 }
 
 
@@ -329,6 +334,14 @@ def test_out_that_shares_memory_with_grads(layout: str, accumulate: bool) -> Non
     with pytest.raises(ValueError, match="shares memory with grads"):
         fastproj.project({"a": torch.ones(3, 2), "b": grads}, K, out=out, accumulate=accumulate)
     assert buffer.isnan().all()
+
+
+def test_one_row_of_stride_0_that_shares_memory_with_grads() -> None:
+    buffer = nan_out(20)
+    with pytest.raises(ValueError, match="shares memory with grads"):
+        fastproj.project(
+            buffer.as_strided((1, 20), (0, 1)), K, out=buffer.as_strided((1, K), (0, 1))
+        )
 
 
 def test_out_that_shares_memory_with_grads_that_are_copied() -> None:
@@ -647,6 +660,13 @@ def test_projector_transpose_checks_its_sizes() -> None:
         lambda: projector.project_transpose(torch.ones(2, K + 1)),
         ValueError,
         ("K=6", "proj_dim = 5"),
+    )
+    refused(lambda: projector.project_transpose(torch.ones(K)), ValueError, ("y [5]", "[B, K]"))
+    refused(lambda: projector.project_transpose([1.0] * K), TypeError, ("y of type list",))
+    refused(
+        lambda: projector.project_transpose(Y, -1),
+        ValueError,
+        ("Projector.project_transpose: received model_id=-1",),
     )
     refused(lambda: projector.project_transpose(Y, rows=P + 1), ValueError, ("rows=21",))
     refused(lambda: projector.matrix(slice(0, P + 1)), ValueError, ("rows.stop=21",))

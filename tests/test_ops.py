@@ -372,6 +372,16 @@ def test_out_next_to_its_input_in_one_buffer(backend: str, device: str) -> None:
     )
 
 
+@pytest.mark.parametrize("first", ["grads", "out"])
+def test_out_directly_behind_its_input_or_before_it(backend: str, device: str, first: str) -> None:
+    buffer = integers((1, 6 * 50)).to(device).flatten()
+    at = 0 if first == "grads" else 6 * 7
+    grads = buffer[at : at + 6 * 43].view(6, 43)
+    out = (buffer[6 * 43 :] if first == "grads" else buffer[: 6 * 7]).view(6, 7)
+    expected = fastproj.project(grads, 7, backend=backend)
+    assert torch.equal(fastproj.project(grads, 7, out=out, backend=backend), expected)
+
+
 def test_out_under_inference_mode_and_no_grad(backend: str, device: str) -> None:
     grads = integers((2, 10)).to(device).requires_grad_()
     expected = fastproj.project(grads.detach(), 3, backend=backend)
