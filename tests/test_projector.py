@@ -30,6 +30,9 @@ def test_it_is_the_function_with_its_configuration(backend: str, device: str, ki
         assert torch.equal(projector.project_transpose(expected, model_id), back)
         part = projector.project_transpose(expected, model_id, rows=slice(7, 31))
         torch.testing.assert_close(part, back[:, 7:31])
+        out = torch.empty_like(back)
+        assert projector.project_transpose(expected, model_id, out=out) is out
+        assert torch.equal(out, back)
 
 
 def test_models_have_matrices_of_their_own(backend: str, device: str) -> None:
@@ -74,6 +77,11 @@ def test_repr_and_pickle() -> None:
     assert repr(clone) == repr(projector)
     grads = integers((2, 10))
     assert torch.equal(clone.project(grads), projector.project(grads))
+
+
+def test_a_scale_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match="scaled: received scale=inf"):
+        fastproj.Projector(10, 4, scale=1e200).scaled(1e200)
 
 
 def test_a_fresh_process_unpickles_it() -> None:

@@ -416,6 +416,9 @@ def test_the_projector_uses_one_block_throughout() -> None:
         back.double(), y.double() @ r[10:900].T * math.sqrt(64 / 500), rtol=1e-5, atol=1e-4
     )
     assert "block=64" in repr(projector)
+    # So do the functions, without a projector.
+    assert torch.equal(fastproj.project(g, 500, 3, "sjlt", stream=4), y)
+    assert torch.equal(fastproj.project_transpose(y, slice(10, 900), 3, "sjlt", stream=4), back)
 
 
 def test_the_page_of_blocks_of_any_place() -> None:
