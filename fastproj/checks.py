@@ -248,10 +248,13 @@ def check_entries(function: str, dtype: torch.dtype, kind: str) -> None:
         )
 
 
-def check_rows(function: str, name: str, rows: Rows, limit: int) -> tuple[int, int]:
-    """(start, count) of ``rows``, an int (0 .. rows) or a slice with a stop and no step."""
+def check_rows(function: str, name: str, rows: Rows, limit: int, also: str = "") -> tuple[int, int]:
+    """(start, count) of ``rows``, an int (0 .. rows) or a slice with a stop and no step.
+
+    ``also`` is what else the caller takes, for the message.
+    """
     if not isinstance(rows, slice):
-        expected = "an integer n for the first n, or slice(start, stop)"
+        expected = f"an integer n for the first n, or slice(start, stop){also}"
         return 0, check_integer(function, name, rows, 0, limit + 1, expected)
     if rows.stop is None or rows.step not in (None, 1):
         raise ValueError(
@@ -302,6 +305,8 @@ def check_input(function: str, name: str, t: object) -> Tensor:
         convert = (
             f"torch.view_as_real({name}) holds real and imaginary parts"
             if t.is_complex()
+            else f"{name}.dequantize() holds its values"
+            if t.is_quantized
             else f"convert with {name}.float() if that is what you mean"
         )
         raise TypeError(
@@ -397,7 +402,9 @@ def check_grads(function: str, grads: Grads) -> list[Tensor]:
         first_name, first = named[0]
         if t.shape[0] != first.shape[0] or t.dtype != first.dtype or t.device != first.device:
             cure = " (grads of one batch)"
-            if t.shape[0] == first.shape[0]:
+            if t.is_meta != first.is_meta:
+                cure = " (a tensor on meta has no values)"
+            elif t.shape[0] == first.shape[0]:
                 cure = f" ({name}.to({first_name}) casts it)"
             raise ValueError(
                 f"{function}: received {first_name} {describe(first)} but {name} {describe(t)}; "
@@ -443,9 +450,9 @@ def check_out(
             ".imag); expected a tensor that can be written directly (out.resolve_neg() is one)"
         )
     if torch.is_grad_enabled() and (out.requires_grad or any(t.requires_grad for t in inputs)):
-        which = "out" if out.requires_grad else source
+        which = "an out" if out.requires_grad else f"a {source}"
         raise ValueError(
-            f"{function}: received out= and a {which} that requires grad, which out= can't "
+            f"{function}: received out= and {which} that requires grad, which out= can't "
             "differentiate; call without out=, or under torch.no_grad()"
         )
 

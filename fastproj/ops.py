@@ -236,7 +236,7 @@ def matrix(
     row, n = (
         (0, len(check_row_numbers("matrix", rows, MAX_ROWS)))
         if isinstance(rows, Tensor)
-        else check_rows("matrix", "rows", rows, MAX_ROWS)
+        else check_rows("matrix", "rows", rows, MAX_ROWS, ", or a tensor of row numbers")
     )
     col, m = check_rows("matrix", "cols", cols, MAX_COLS)
     key = check_key("matrix", seed, kind, stream, block=block)

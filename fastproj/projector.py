@@ -251,8 +251,8 @@ class Projector:
     ) -> Tensor:
         """The block ``R[rows, cols]`` of the matrix of ``model_id``, unscaled.
 
-        ``rows`` and ``cols`` default to all grad_dim rows and all proj_dim columns. All else is as
-        in ``fastproj.matrix``.
+        ``rows`` and ``cols`` are an int n for the first n or a slice(start, stop), and default to
+        all grad_dim rows and all proj_dim columns. All else is as in ``fastproj.matrix``.
         """
         function = "Projector.matrix"
         model_id = checks.check_integer(function, "model_id", model_id, 0, checks.MAX_STREAM)

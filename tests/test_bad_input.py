@@ -149,6 +149,7 @@ PROJECT = [
         ValueError,
         "grads[0] [3, 20] float32 on cpu",
         "grads[1] [3, 20] float32 on meta",
+        "(a tensor on meta has no values)",
         grads=[G, G.to("meta")],
     ),
     case("list_item", TypeError, "grads[1] of type list", grads=[G, [1.0]]),
@@ -230,6 +231,7 @@ MATRIX = [
     case("rows_float", TypeError, "[3] float32", "int64", rows=torch.zeros(3)),
     case("rows_below", ValueError, "from -1 to 5", "0 <= row < ", rows=torch.tensor([5, -1])),
     case("rows_above", ValueError, f"to {2**56}", rows=torch.tensor([2**56])),
+    case("rows_numpy", TypeError, "a tensor of row numbers", rows=np.array([1, 2])),
 ]
 
 
@@ -263,7 +265,7 @@ OUTS = [
     ("diagonals", ValueError, ("overlap", "(3, 2)"), nan_out(20).as_strided((3, 5), (3, 2))),
     ("sparse", ValueError, ("sparse_coo", "[3, 5]"), torch.zeros(3, 5).to_sparse()),
     ("numpy", TypeError, ("ndarray", "[3, 5] float32"), np.full((3, 5), math.nan, np.float32)),
-    ("requires_grad", ValueError, ("out that requires grad",), nan_out(3, 5).requires_grad_()),
+    ("requires_grad", ValueError, ("an out that requires grad",), nan_out(3, 5).requires_grad_()),
     (
         "negative_bit",
         ValueError,
@@ -370,6 +372,12 @@ def test_out_made_in_inference_mode() -> None:
 def test_nested_grads() -> None:
     nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(4)])
     refused(lambda: fastproj.project(nested, K), TypeError, ("nested", "to_padded_tensor"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantized_grads() -> None:
+    quantized = torch.quantize_per_tensor(G, 0.1, 0, torch.qint8)
+    refused(lambda: fastproj.project(quantized, K), TypeError, ("qint8", "grads.dequantize()"))
 
 
 @pytest.mark.parametrize(
