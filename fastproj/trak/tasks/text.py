@@ -17,6 +17,7 @@ from fastproj.trak.tasks.base import (
     logits_of,
 )
 from fastproj.trak.tasks.classification import ClassificationModelOutput
+from fastproj.trak.tasks.language import without_cache
 
 NAME = "text_classification"
 TUPLES = {
@@ -61,6 +62,7 @@ class TextClassificationModelOutput(ClassificationModelOutput):
         """The model of everything but the labels."""
         inputs = as_inputs(batch)
         labels = inputs.pop("labels")
+        inputs = {**without_cache(model), **inputs}
         return logits_of(NAME, call(model, weights, buffers, **inputs)), labels
 
     def labels_of(self, batch: Batch) -> Tensor:

@@ -17,6 +17,7 @@ from fastproj.trak import (
     HookGradientComputer,
     IterativeGradientComputer,
     Seq2SeqModelOutput,
+    TextClassificationModelOutput,
     batches,
 )
 from fastproj.trak.tasks import margins
@@ -278,6 +279,21 @@ def test_the_three_computers_give_the_same_features(name):
     hooks, func, loop = (c(model, task).project(batch, projector, 1) for c in COMPUTERS)
     for features in (hooks, func):
         assert float(((features - loop).norm(dim=1) / loop.norm(dim=1)).max()) < 1e-4
+
+
+def test_hooks_take_classifiers_with_a_decoder():
+    """T5's would keep keys and values, which hooks can't run again sample by sample."""
+    from transformers import T5Config, T5ForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, num_labels=3, decoder_start_token_id=0)
+    model, task = T5ForSequenceClassification(config).eval(), TextClassificationModelOutput()
+    ids = torch.cat([torch.randint(2, 32, (N, 6)), torch.ones(N, 1, dtype=torch.int64)], 1)
+    batch = prepared({"input_ids": ids, "labels": torch.arange(N) % 3})
+    projector = fastproj.Projector(sum(p.numel() for p in model.parameters()), 32, scale=None)
+    hooks, loop = (c(model, task).project(batch, projector, 1) for c in COMPUTERS[::2])
+    torch.testing.assert_close(hooks, loop, rtol=0, atol=1e-4 * float(loop.abs().max()))
 
 
 def test_decoder_inputs_may_be_given():
