@@ -31,6 +31,7 @@ COPIES = (
     "copies, taken when the model had these weights: "
     "{name: t.clone() for name, t in model.state_dict().items()}"
 )
+FOR_HF = " (for HFTRAKer: {**model.state_dict(), **checkpoint})"
 
 
 class Origin(NamedTuple):
@@ -105,11 +106,11 @@ def load_state(
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         rest = ""
         if inside and strict and not set(grad_wrt) & set(lacking):
-            rest = ", or strict=False where the model holds the rest already"
+            rest = f", or strict=False{FOR_HF} where the model holds the rest already"
         elif inside and trained and not trained & set(lacking):
             rest = (
-                ", or strict=False of a TRAKer(grad_wrt='trainable'), where the model holds the "
-                "rest already, which wasn't trained"
+                f", or strict=False of a TRAKer(grad_wrt='trainable'){FOR_HF}, where the model "
+                "holds the rest already, which wasn't trained"
             )
         raise ValueError(
             f"{function}: received a checkpoint that doesn't fit the model ({'; '.join(found)}); "

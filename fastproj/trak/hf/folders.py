@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastproj.checks import listed
 from fastproj.memory import is_out_of_memory
-from fastproj.trak.checkpoints import adapter_names
+from fastproj.trak.checkpoints import adapter_names, hint
 from fastproj.trak.files import parsed_json, read_text
 from fastproj.trak.hf.heads import (
     AUTO_CLASSES,
@@ -171,10 +171,11 @@ def from_folder(model_class: Any, folder: Path, dtype: Any) -> Any:
         raise unreadable(folder, "model", error) from error
     missing = sorted(info["missing_keys"])
     if missing:
+        prefixed = hint({}, missing, sorted(info["unexpected_keys"]))  # of torch.compile, or DDP
         raise ValueError(
             f"{folder} lacks {len(missing)} parameters of {type(model).__name__} "
             f"({listed(missing)}), which transformers would fill at random; expected the folder "
-            "of a trained model of that class (is this its base, before training?)"
+            f"of a trained model of that class{prefixed or ' (is this its base, before training?)'}"
         )
     return model
 

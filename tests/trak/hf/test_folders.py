@@ -137,6 +137,16 @@ def test_adapters_alone_are_a_checkpoint_for_the_rest_of_the_model(tmp_path, kin
             every.load_checkpoint(alone, 0, strict=strict)
 
 
+def test_advice_about_a_part_of_the_model_works_for_hftraker(tmp_path):
+    model = models.with_adapters(models.model_for("causal_lm"))
+    whole = {key: t.clone() for key, t in model.state_dict().items()}
+    part = {key: t for key, t in whole.items() if "lora_" in key}
+    with pytest.raises(ValueError, match=r"HFTRAKer: \{\*\*model.state_dict\(\), \*\*checkpoint\}"):
+        scores(tmp_path / "a", model, [part])
+    found = scores(tmp_path / "b", model, [{**model.state_dict(), **part}])
+    np.testing.assert_array_equal(found, scores(tmp_path / "c", model, [whole]))
+
+
 def test_adapters_and_their_base(tmp_path):
     base = models.model_for("causal_lm")
     base.save_pretrained(tmp_path / "base")
@@ -244,6 +254,15 @@ def test_parameters_are_not_filled_at_random(tmp_path):
     models.model_for("masked_lm").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lacks 4 parameters of BertForSequenceClassification"):
         load_model(tmp_path, "text_classification")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_weights_that_were_saved_with_a_wrapper_are_named(tmp_path, prefix):
+    model = models.model_for("text_classification")
+    weights = {prefix + name: t.clone() for name, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=f"its keys begin with '{prefix}': remove that"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(
