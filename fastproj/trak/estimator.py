@@ -478,6 +478,12 @@ class TRAKer:
         if lambda_reg is None:
             lambda_reg = self.lambda_reg
         lambda_reg = check_lambda(lambda_reg)
+        for rank, other in enumerate(ranks.all_gather(function, lambda_reg)):
+            if other != lambda_reg:
+                raise ValueError(
+                    f"{function}: rank {ranks.rank} received lambda_reg={lambda_reg!r} and rank "
+                    f"{rank} {other!r}; expected one for all processes"
+                )
         probabilities = getattr(self.task, "q_are_probabilities", None)
         if ranks.first:
             self._contents.compare(function, ids)

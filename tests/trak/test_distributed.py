@@ -514,6 +514,23 @@ def test_ranks_that_call_other_things_are_told_so():
         Apart(1, 2).all_gather("finalize_features", None)
 
 
+def test_ranks_with_two_lambdas_are_told_so(tmp_path):
+    trakers = [cases.make(cases.net(), tmp_path, N, lambda_reg=value) for value in (1, "0.1*mean")]
+    cases.featurize(trakers[0], cases.net(), 0, cases.data(N))
+
+    def told(rank, traker):
+        traker.ranks = Threads(rank, 2)
+        with pytest.raises(ValueError, match="lambda_reg=") as caught:
+            traker.finalize_features()
+        return str(caught.value).partition("; ")[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(told, (0, 1), trakers)) == [
+            "finalize_features: rank 0 received lambda_reg=1.0 and rank 1 '0.1*mean'",
+            "finalize_features: rank 1 received lambda_reg='0.1*mean' and rank 0 1.0",
+        ]
+
+
 def test_processes_with_directories_of_their_own_are_told_to_have_one(tmp_path):
     """Each has its share of the samples there, and featurizing again adds none."""
 
