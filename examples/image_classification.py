@@ -71,7 +71,9 @@ def train_model(data: TensorDataset, seed: int, epochs: int, device: str) -> dic
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * len(loader))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.1, total_steps=max(1, epochs * len(loader))
+    )
     for _ in tqdm(range(epochs), desc=f"training model {seed}", leave=False):
         for images, labels in loader:
             loss = F.cross_entropy(model(images.to(device)), labels.to(device))

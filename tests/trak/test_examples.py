@@ -14,9 +14,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_image_classification(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_image_classification(tmp_path, monkeypatch, capsys, epochs):
     # Fewer images than a batch of the training.
-    options = {"train": 40, "targets": 5, "models": 2, "epochs": 1, "proj-dim": 16}
+    options = {"train": 40, "targets": 5, "models": 2, "epochs": epochs, "proj-dim": 16}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     script = EXAMPLES / "image_classification.py"
     monkeypatch.setattr(
@@ -25,7 +26,7 @@ def test_image_classification(tmp_path, monkeypatch, capsys):
     results = []
     for _ in range(2):  # the second time from what the first has kept
         runpy.run_path(str(script), run_name="__main__")
-        results.append(np.load(tmp_path / "trak-40-1-16" / "scores" / "held_out.mmap"))
+        results.append(np.load(tmp_path / f"trak-40-{epochs}-16" / "scores" / "held_out.mmap"))
     assert "scores [40, 5]" in capsys.readouterr().out
     assert results[0].shape == (40, 5)
     np.testing.assert_array_equal(*results)
