@@ -289,7 +289,10 @@ def test_lds_that_cannot_start(capsys, arguments, message):
     ("arguments", "message"),
     [
         (["lds", "recipe.py", "--scores", "missing.npy"], "can't read scores from missing.npy"),
-        (["lds", "recipe.py", "--scores", "recipe.py"], "can't read scores from recipe.py"),
+        (
+            ["lds", "recipe.py", "--scores", "recipe.py"],
+            "recipe.py (it holds no array of numbers); exp",
+        ),
         (["lds", "recipe.py", "--scores", "two.npz"], "two.npz holds several arrays"),
         (["lds", "recipe.py", "--scores", "line.npy"], r"line.npy holds [24] float64; expected"),
         (["lds", "recipe.py", "--scores", "text.npy"], "text.npy holds [2, 1] <U1; expected"),

@@ -407,7 +407,9 @@ def load_array(
     except NOT_ARRAYS as error:
         if own:
             raise corrupt(path, f"it doesn't hold the whole array ({error})") from error
-        raise ValueError(f"can't {what} {path} ({error}); expected {expected}") from error
+        # NumPy takes whatever it doesn't know for pickled data, and advises to load it unsafely.
+        why = "it holds no array of numbers" if "pickle" in str(error) else error
+        raise ValueError(f"can't {what} {path} ({why}); expected {expected}") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} holds several arrays; expected a file with one")
     return array
