@@ -188,7 +188,7 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
 
     def stop(where: str, error: BaseException) -> None:
         nonlocal stopped
-        stopped = f"{where}: {' '.join(str(error).split())[:300] or 'interrupted'}"
+        stopped = f"{where}: {' '.join(str(error).split())[:300] or type(error).__name__}"
         say(f"\nSTOPPED at {stopped}")
 
     for shape in shapes_of(options):
@@ -199,7 +199,7 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
             torch.cuda.empty_cache()
             case = make_case(options, shape, torch.cuda.mem_get_info()[0])
             found = time_case(case, of_kind[shape.kind], options.repeats or 10)
-        except (RuntimeError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:
             stop(str(shape), error)  # CUDA takes no more calls after a kernel that failed
             break
         if found:
@@ -213,7 +213,7 @@ def run(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) 
     if not options.ladder and not stopped:
         try:
             targets += memory_targets()
-        except (RuntimeError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:
             stop("the targets of memory", error)
     say(list_of(targets))
     if not_run:
