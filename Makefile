@@ -256,10 +256,13 @@ gpu-check: $(if $(VENV),$(VENV)/.test)
 	    import torch; \
 	    torch.cuda.is_available() or sys.exit("make gpu: this torch finds no GPU here; nothing was tested")'
 
-# For this GPU alone: half a minute instead of several. Then the micro-kernel that gpu-preflight runs.
+# For this GPU alone: half a minute instead of several. Without a module for it, the later steps have Triton, and CPU kernels
+# to compare with. Then the micro-kernel that gpu-preflight runs.
 gpu-build:
 	@arch=$${FASTPROJ_CUDA_ARCHS:-$$($(GPU_PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}; \
-	FASTPROJ_CUDA=1 FASTPROJ_CUDA_ARCHS="$$arch" $(GPU_PYTHON) setup.py -q build --build-base build/gpu --build-lib $(GPU_LIB); \
+	build() { $(GPU_PYTHON) setup.py -q build --build-base build/gpu --build-lib $(GPU_LIB); }; \
+	FASTPROJ_CUDA=1 FASTPROJ_CUDA_ARCHS="$$arch" build \
+	    || { ls $(GPU_LIB)/fastproj/_cpu.* >/dev/null 2>&1 || FASTPROJ_CUDA=0 build; exit 1; }; \
 	case "$$arch" in *90*|*9.0*|*[Hh]opper*) $(GPU_RUN) $(GPU_PYTHON) -m bench.preflight --build build/gpu/wgmma_rate;; esac
 	@$(GPU_RUN) $(GPU_PYTHON) -m fastproj info
 	@$(GPU_RUN) $(GPU_PYTHON) -c 'import sys, fastproj._cuda as m; sys.exit("$(GPU_LIB)" not in m.__file__)'

@@ -116,6 +116,19 @@ def test_the_first_call_asks_the_first_questions_first(tmp_path: Path) -> None:
     assert int(limit[1]) <= 45
 
 
+def test_without_a_module_for_the_gpu_there_is_one_for_the_cpu(tmp_path: Path) -> None:
+    """Results on a GPU, of Triton, are compared with it; NumPy would take minutes a case."""
+    told = 'echo "FASTPROJ_CUDA=$FASTPROJ_CUDA"; [[ "$*$FASTPROJ_CUDA" == *setup.py*1 ]] && exit 1'
+    status, output, _ = make(tmp_path, "gpu-build", say="90", does=told)
+    assert status != 0
+    assert re.findall("FASTPROJ_CUDA=(.+)", output)[-2:] == ["1", "0"]
+    built = tmp_path / "build" / "gpu" / "lib" / "fastproj" / "_cpu.so"
+    built.parent.mkdir(parents=True)
+    built.touch()  # and what is there, such as from another machine, is left as it is
+    _, output, _ = make(tmp_path, "gpu-build", say="90", does=told)
+    assert re.findall("FASTPROJ_CUDA=(.+)", output)[-1:] == ["1"]
+
+
 def test_another_gpu_needs_no_wgmma(tmp_path: Path) -> None:
     _, _, commands = make(tmp_path, "gpu-build", say="89")
     assert not [line for line in commands if "preflight" in line]
