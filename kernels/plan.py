@@ -81,8 +81,10 @@ def panel_rows(kind: str, block: int = 0) -> int:
 
 
 def whole_counters(kind: str, start: int, stop: int, block: int = 0) -> Iterator[tuple[int, int]]:
-    """Cut rows start .. stop where the high half of the block number changes."""
-    period = counter_rows(kind, block) << 32
+    """Cut rows start .. stop where the high half of the block number changes, and half way: kernels
+    count blocks from a launch's first one in signed 32 bits.
+    """
+    period = counter_rows(kind, block) << 31
     while start < stop:
         cut = min(stop, (start // period + 1) * period)
         yield start, cut

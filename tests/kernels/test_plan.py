@@ -78,6 +78,15 @@ def test_every_row_once(
         assert (spans[0][0], spans[-1][1]) == (whole[0][0], whole[-1][1])
 
 
+@pytest.mark.parametrize("row_offset", [5, (16 << 31) - 7])
+def test_tiles_of_a_launch_are_counted_in_32_bits(row_offset: int) -> None:
+    """2^35 bf16 numbers are 64 GiB, which a GPU may have: 2^31 tiles of the smallest block."""
+    groups = plan.plan([2**35 + 3], row_offset, 64, "sjlt", 132, 4, 16)
+    launches = [launch for group in groups for launch in group]
+    last = max(((launch.count - 1) * launch.step + 1) * plan.PANEL_TILES for launch in launches)
+    assert 2**30 < last <= 2**31
+
+
 def test_large_problems_fill_the_chip() -> None:
     for columns in (512, 4096, 32768):
         groups = plan.plan([10**8 + 1], 5, columns, "rademacher", 132, 4)
