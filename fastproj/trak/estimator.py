@@ -52,7 +52,7 @@ from fastproj.trak.inputs import (
 from fastproj.trak.mixing import ContentWatch
 from fastproj.trak.passes import Pass
 from fastproj.trak.readiness import (
-    finalized_count,
+    finalized_ids,
     known_ids,
     require_all,
     require_finalized,
@@ -61,6 +61,7 @@ from fastproj.trak.readiness import (
 )
 from fastproj.trak.saver import Saver
 from fastproj.trak.solving.finalizing import finalize, solution_of
+from fastproj.trak.solving.peers import in_mean
 from fastproj.trak.solving.scoring import self_scores, write_scores
 from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, check_lambda
 from fastproj.trak.store.identity import GIVEN, describe_task
@@ -114,9 +115,10 @@ class TRAKer:
         ``requires_grad``, None all.
     lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features (see
         ``fastproj.trak.solving.ridge``); with ``curvature="fisher"``, for samples of one
-        prediction, it is multiplied by 1 + 1/M where the scores of M checkpoints are averaged. A
-        number is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean
-        eigenvalue. With ``curvature="fisher"`` it is added to the Fisher matrix instead.
+        prediction, it is multiplied by 1 + 1/M where the scores of M checkpoints are averaged, and
+        by what these say of each other (see ``fastproj.trak.solving.peers``). A number is added to
+        the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean eigenvalue. With
+        ``curvature="fisher"`` it is added to the Fisher matrix instead.
     kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. kind None
         is "sjlt", which costs a few additions an entry of the gradient (dense kinds: proj_dim
         multiply-adds) for scores that are as good (docs/projection.md). Where proj_dim < 16, rows
@@ -728,6 +730,6 @@ class TRAKer:
         """TRAK's "features": all features times the inverse of XtX, [n, k] in memory."""
         require_finalized(self.saver, "current_store", model_id)
         features = self.saver.matrix(model_id)
-        count = finalized_count(self.saver)
-        solution = solution_of(self.saver.systems, self.score_computer, model_id, count)
+        systems = in_mean(self.saver.systems, self.score_computer, finalized_ids(self.saver))
+        solution = solution_of(systems, self.score_computer, model_id)
         return solution.apply(features).to(features.dtype)

@@ -12,7 +12,8 @@ from fastproj.trak.curvature import check_finite_terms, check_terms
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.gradients import AbstractGradientComputer, modules_of, project_modules
 from fastproj.trak.gradients.scales import projects_pieces, unscaled
-from fastproj.trak.readiness import finalized_count, require_all, require_finalized
+from fastproj.trak.readiness import finalized_ids, require_all, require_finalized
+from fastproj.trak.solving.peers import in_mean
 from fastproj.trak.solving.scoring import (
     Halved,
     check_scores,
@@ -73,8 +74,8 @@ def scores_in_parts(
     require_finalized(made_by.saver, "score", model_id)
     rows = [made_by.scaled(part, np.arange(size)) for part in parts]
     targets = torch.stack(rows, 1).flatten(0, 1)
-    count = finalized_count(made_by.saver)
-    scores = scores_of_targets(made_by.saver.systems, score_computer, model_id, targets, count)
+    ids = finalized_ids(made_by.saver)
+    scores = scores_of_targets(made_by.saver.systems, score_computer, model_id, targets, ids)
     scores = scores.reshape(len(scores), size, len(rows))
     if by_module or computer.task.places is None:
         return scores
@@ -106,9 +107,9 @@ class Stream:
         require_all(saver, "score", model_id, self.exp_name)
         columns = range(saver.num_columns(self.exp_name))
         targets = target_features(saver, model_id, self.exp_name, columns)
-        self.count = count = finalized_count(saver)
-        self.systems = systems = saver.systems.as_now([model_id])
-        self.weights = target_weights(systems, self.score_computer, model_id, targets, count)
+        computer = self.score_computer
+        self.systems = systems = in_mean(saver.systems, computer, finalized_ids(saver))
+        self.weights = target_weights(systems, computer, model_id, targets)
         self.halved = Halved.of(systems, model_id)
         self.distrusted = distrusted
 
@@ -137,6 +138,6 @@ class Stream:
             q = self.halved.slopes(self.score_computer, features, q, terms.curvature.cpu())
         product = self.score_computer.scores(features, self.weights)
         product.mul_(q.unsqueeze(1))
-        check_scores(self.systems, model_id, product, self.count)
+        check_scores(self.systems, model_id, product)
         scores: Scores = product.numpy()
         return scores

@@ -68,9 +68,9 @@ def require_finalized(saver: Saver, function: str, model_id: int) -> None:
         )
 
 
-def finalized_count(saver: Saver) -> int:
-    """The number of checkpoints that are finalised: those whose scores are averaged in the end."""
-    return sum(saver.systems.is_finalized(model_id) for model_id in saver.ids())
+def finalized_ids(saver: Saver) -> list[int]:
+    """The checkpoints that are finalised: those whose scores are averaged in the end."""
+    return [model_id for model_id in saver.ids() if saver.systems.is_finalized(model_id)]
 
 
 def require_outputs(task: Any, function: str, lambda_reg: Lambda, scaled: bool) -> None:

@@ -164,11 +164,54 @@ def fisher_of(
     return matrix, phi * slopes[:, None], response
 
 
-def lambdas_of_mean(solved: list[dict[str, Any]]) -> list[float]:
-    """The lambdas with which the scores of the checkpoints are averaged: one that was chosen grows
-    by its share of as many checkpoints, a number that was given stays.
+def multiple_of_mean(
+    models: list[nn.Module],
+    train: tuple[Tensor, Tensor],
+    proj_dim: int,
+    solved: list[dict[str, Any]],
+    fisher: Fisher,
+) -> float:
+    """By how much lambdas that were chosen grow, so that checkpoints tell what the others say."""
+    if len(models) < 2 or not all(one.get("peers") for one in solved):
+        return 1.0
+    images, labels = train
+    said = []
+    for model in models:
+        logits = model(images).detach().double()
+        own = torch.zeros_like(logits).scatter(1, labels[:, None], torch.inf)
+        others = (logits - own).softmax(1)
+        said.append(logits.gather(1, labels[:, None])[:, 0] - (others * logits).sum(1))
+    curves = torch.zeros(9, dtype=torch.float64)
+    for model_id, model in enumerate(models):
+        matrix, _, response = fisher_of(model, model_id, train, proj_dim, fisher)
+        phi = projected(in_metric(model, gradients(model, train), fisher), proj_dim, model_id)
+        rest = torch.stack([one for i, one in enumerate(said) if i != model_id]).mean(0)
+        for power in range(len(curves)):
+            ridge = 1.5**power * solved[model_id]["lambda_reg"]
+            step = torch.linalg.solve(matrix + ridge * torch.eye(proj_dim).double(), response)
+            curves[power] += torch.corrcoef(torch.stack([phi @ step, rest]))[0, 1]
+    for count in (2, 5, 9):
+        best = int(curves[:count].argmax())
+        if best < count - 1:
+            break
+    power = float(best)
+    if 0 < best < count - 1:
+        line = np.polyfit(np.arange(best - 1, best + 2), curves[best - 1 : best + 2].numpy(), 2)
+        power = -line[1] / (2 * line[0])
+    return float(1.5**power)
+
+
+def lambdas_of_mean(
+    models: list[nn.Module],
+    train: tuple[Tensor, Tensor],
+    proj_dim: int,
+    solved: list[dict[str, Any]],
+    fisher: Fisher,
+) -> list[float]:
+    """The lambdas with which the scores of the checkpoints are averaged: those that were chosen
+    grow by their share of as many checkpoints, and by ``multiple_of_mean``; a number stays.
     """
-    grown = 1 + 1 / len(solved)
+    grown = (1 + 1 / len(solved)) * multiple_of_mean(models, train, proj_dim, solved, fisher)
     return [one["lambda_reg"] * (grown if one["lambda"] == "auto" else 1) for one in solved]
 
 
@@ -184,9 +227,9 @@ def explicit_fisher(
     float64 [n, m].
     """
     total = torch.zeros(len(train[0]), len(targets[0]), dtype=torch.float64)
-    lambdas = lambdas_of_mean(solved)
+    fisher = fisher or Fisher()
+    lambdas = lambdas_of_mean(models, train, proj_dim, solved, fisher)
     for model_id, (model, found) in enumerate(zip(models, solved, strict=True)):
-        fisher = fisher or Fisher()
         matrix, of_likelihood, response = fisher_of(model, model_id, train, proj_dim, fisher)
         lambda_reg, ridge = lambdas[model_id], found["training_ridge"]
         if found["halved"] is not None:

@@ -146,7 +146,7 @@ def test_scores_are_of_one_lambda(step, kind, tmp_path):
             "finalize_scores": lambda: run.traker.finalize_scores("test"),
             "self_influence": run.traker.self_influence,
             "parts": lambda: scores_of_targets(
-                run.traker.saver.systems, run.traker.score_computer, 0, torch.ones(2, k), 2
+                run.traker.saver.systems, run.traker.score_computer, 0, torch.ones(2, k), [0, 1]
             ),
         }
         k = run.traker.proj_dim

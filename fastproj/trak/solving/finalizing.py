@@ -28,7 +28,6 @@ from fastproj.trak.solving.ridge import (
     choose_fisher_lambda,
     choose_lambda,
     fisher_meaning,
-    for_mean,
     halving_step,
     logistic_share,
     meaning,
@@ -211,6 +210,7 @@ def keep_lambda(
             joint = has_joint_outputs(systems.store, model_id)
             choice = choose_fisher_lambda(gram, moments, n, ridge, labels and joint)
             facts["own_noise"] = OWN_NOISE if labels or not joint else 0.0
+            facts["peers"] = not joint
         else:
             choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
@@ -265,23 +265,12 @@ def has_joint_outputs(store: Store, model_id: int) -> bool:
     return bool((store.out_to_loss(model_id) == 1).all())
 
 
-def lambda_of(systems: Systems, model_id: int, checkpoints: int) -> float:
-    """The lambda of a finalised checkpoint where the scores of so many are averaged."""
-    stored = systems.read_solve(model_id)
-    own_noise = float(stored.get("own_noise", 0.0))
-    return for_mean(float(stored["lambda_reg"]), own_noise, checkpoints)
+def solution_of(systems: Systems, computer: ScoreComputer, model_id: int) -> Solution:
+    """The factored system of a finalised checkpoint."""
+    return solved(systems, computer, model_id)[0]
 
 
-def solution_of(
-    systems: Systems, computer: ScoreComputer, model_id: int, checkpoints: int
-) -> Solution:
-    """The factored system of a finalised checkpoint, one of so many whose scores are averaged."""
-    return solved(systems, computer, model_id, checkpoints)[0]
-
-
-def solved(
-    systems: Systems, computer: ScoreComputer, model_id: int, checkpoints: int
-) -> tuple[Solution, Gram]:
+def solved(systems: Systems, computer: ScoreComputer, model_id: int) -> tuple[Solution, Gram]:
     """The factored system of a finalised checkpoint, and its matrix."""
     systems = systems.as_now([model_id])
     system = systems.read_system(model_id)
@@ -289,7 +278,6 @@ def solved(
     sums, n, eps = systems.read_gram(model_id, system)
     gram = gram_of(systems.store, system, sums, n, eps)
     summary = {name: stored[name] for name in SUMMARY}
-    summary["lambda_reg"] = lambda_of(systems, model_id, checkpoints)
     solution = computer.solve_again(gram, summary)
     if system.dual:
         rows = stored_rows(systems.store, model_id, system, sums["order"].numpy())
@@ -297,12 +285,10 @@ def solved(
     return solution, gram
 
 
-def own_scores(
-    systems: Systems, computer: ScoreComputer, model_id: int, checkpoints: int
-) -> Tensor:
+def own_scores(systems: Systems, computer: ScoreComputer, model_id: int) -> Tensor:
     """``phi (S^T S + lambda I)^-1 phi`` of each training sample, float64 [n], by the dual."""
     system, store = systems.read_system(model_id), systems.store
-    solution, gram = solved(systems, computer, model_id, checkpoints)
+    solution, gram = solved(systems, computer, model_id)
     order = systems.read_order(model_id, system)
     out = torch.empty(int(order.max()) + 1, dtype=torch.float64, device="cpu")
     out[order] = solution.on_own_rows(gram.matrix)

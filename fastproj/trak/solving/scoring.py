@@ -16,7 +16,8 @@ from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.distributed import Ranks, hash_of
 from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress
-from fastproj.trak.solving.finalizing import lambda_of, own_scores, solution_of, solved
+from fastproj.trak.solving.finalizing import own_scores, solution_of, solved
+from fastproj.trak.solving.peers import in_mean
 from fastproj.trak.solving.ridge import moved_slopes
 from fastproj.trak.solving.solve import ScoreComputer, full_precision
 from fastproj.trak.solving.systems import Systems
@@ -48,7 +49,7 @@ def write_scores(
     Lambdas, and the order of training samples, are those that rank 0 finds at the beginning.
     """
     with ranks.barrier(STEP):
-        found = systems.as_now(model_ids).solved if ranks.first else {}
+        found = in_mean(systems, computer, model_ids).solved if ranks.first else {}
     systems = Systems(systems.store, ranks.broadcast(STEP, found))
     store, own_q, count = systems.store, takes_own_q(systems, model_ids), len(model_ids)
     readers = [store.reader(model_id) for model_id in model_ids]
@@ -65,7 +66,7 @@ def write_scores(
             weights = []  # one checkpoint's system is held at a time
             for model_id in model_ids:
                 targets = target_features(store, model_id, exp_name, columns)
-                weights.append(target_weights(systems, computer, model_id, targets, count))
+                weights.append(target_weights(systems, computer, model_id, targets))
             for rows, place, features, q in read_features(readers, blocks):
                 assert q is not None  # training shards have it
                 product = computer.scores(features, weights[place])  # [b, m]
@@ -73,7 +74,7 @@ def write_scores(
                     q = halved[place].slopes_of(rows, computer, features, q)
                     product.mul_(q.unsqueeze(1))
                     q = torch.ones_like(q)
-                check_scores(systems, model_ids[place], product, count)
+                check_scores(systems, model_ids[place], product)
                 if place == 0:
                     total, q_total = product, q
                 else:
@@ -87,13 +88,18 @@ def write_scores(
 
 @full_precision()
 def scores_of_targets(
-    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor, checkpoints: int
+    systems: Systems,
+    computer: ScoreComputer,
+    model_id: int,
+    targets: Tensor,
+    model_ids: Sequence[int],
 ) -> npt.NDArray[np.float32]:
-    """The scores of all training samples by one checkpoint of so many, [n, m], of target features
-    [m, k].
+    """The scores of all training samples by one checkpoint, [n, m], of target features [m, k].
+
+    model_ids : the checkpoints whose scores are averaged, this one among them.
     """
-    store, systems = systems.store, systems.as_now([model_id])
-    weights = target_weights(systems, computer, model_id, targets, checkpoints)
+    store, systems = systems.store, in_mean(systems, computer, model_ids)
+    weights = target_weights(systems, computer, model_id, targets)
     scores = np.empty((store.train_set_size, len(targets)), np.float32)
     reader = store.reader(model_id)
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
@@ -102,7 +108,7 @@ def scores_of_targets(
         assert q is not None  # training shards have it
         q = halved.slopes_of(rows, computer, features, q)
         product = computer.scores(features, weights).mul_(q.unsqueeze(1))
-        check_scores(systems, model_id, product, checkpoints)
+        check_scores(systems, model_id, product)
         scores[rows] = product.numpy()
     return scores
 
@@ -159,7 +165,7 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
     With the Fisher matrix it is on the sample's log-likelihood: g (F + lambda I)^-1 g, with g its
     gradient.
     """
-    store, systems = systems.store, systems.as_now(model_ids)
+    store, systems = systems.store, in_mean(systems, computer, model_ids)
     total = torch.zeros(store.train_set_size, dtype=torch.float64, device="cpu")
     q_total = torch.zeros_like(total)
     own_q = takes_own_q(systems, model_ids)
@@ -169,11 +175,11 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
             q_total += torch.ones_like(q) if own_q else q
             system = systems.read_system(model_id)
             if system.dual:
-                own = own_scores(systems, computer, model_id, len(model_ids))
+                own = own_scores(systems, computer, model_id)
                 total += own * q.square() if own_q else own
                 bar.update(len(total))
                 continue
-            solution = solution_of(systems, computer, model_id, len(model_ids))
+            solution = solution_of(systems, computer, model_id)
             reader = store.reader(model_id)
             blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
             for rows, _, features, _ in read_features([reader], blocks):
@@ -201,10 +207,10 @@ def takes_own_q(systems: Systems, model_ids: Sequence[int]) -> bool:
     return bool(fisher)
 
 
-def check_scores(systems: Systems, model_id: int, scores: Tensor, checkpoints: int) -> None:
+def check_scores(systems: Systems, model_id: int, scores: Tensor) -> None:
     """Raise ValueError unless scores by a checkpoint are finite; its features are."""
     if not bool(torch.isfinite(scores).all()):
-        lam = lambda_of(systems, model_id, checkpoints)
+        lam = float(systems.read_solve(model_id)["lambda_reg"])
         raise ValueError(
             f"TRAKer: scores by model_id {model_id} are larger than float32 holds: its lambda is "
             f"{lam:.3g}, for the gradients of its training samples are next to 0; expected a "
@@ -225,7 +231,7 @@ def target_chunks(store: Store, exp_name: str, checkpoints: int) -> list[range]:
 
 @full_precision()
 def target_weights(
-    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor, checkpoints: int
+    systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor
 ) -> Tensor:
     """Targets' features times the inverse, [m, k], where scores are computed: in their dtype, or in
     float64 where float32 would round scores away.
@@ -233,7 +239,7 @@ def target_weights(
     Warns where float16 has: of features that are kept in half precision. Not in the dual, where
     no rounding is along what rows have nothing of.
     """
-    solution, gram = solved(systems, computer, model_id, checkpoints)
+    solution, gram = solved(systems, computer, model_id)
     trace = gram.trace
     del gram  # its matrix
     weights = solution.apply(targets)

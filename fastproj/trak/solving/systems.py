@@ -27,11 +27,13 @@ class Systems:
     """The Gram matrices and lambdas of a store's checkpoints, beside their features.
 
     solved : by model_id, what ``read_solve`` gives whatever is on disk.
+    multiples : of lambda, that ``peers.in_mean`` has found for means over checkpoints.
     """
 
     def __init__(self, store: Store, solved: Mapping[int, Mapping[str, Any]] | None = None) -> None:
         self.store = store
         self.solved = dict(solved or {})
+        self.multiples: dict[str, float] = {}
 
     def as_now(self, model_ids: Sequence[int]) -> Systems:
         """The same with the lambdas that these checkpoints have now, for all that is made of them:

@@ -90,10 +90,8 @@ def test_scores_are_the_formula(tmp_path, monkeypatch, name):
     step = set() if stored["halved"] is None else {"halving_step.safetensors"}
     assert made == {f"{file}.safetensors"} | step
     assert_close(scores, cases.explicit_fisher(models, train, targets, k, solved(traker), fisher))
-    assert_close(
-        traker.self_influence(),
-        cases.explicit_own(models, train, k, cases.lambdas_of_mean(solved(traker)), fisher),
-    )
+    grown = cases.lambdas_of_mean(models, train, k, solved(traker), fisher)
+    assert_close(traker.self_influence(), cases.explicit_own(models, train, k, grown, fisher))
     top = traker.finalize_scores("test", top_k=3)
     np.testing.assert_array_equal(top.helpful_indices, np.argsort(-scores, 0)[:3].T)
     groups = [0, 1, 0, 2, 1]
@@ -896,8 +894,8 @@ def test_samples_whose_drawn_rows_are_gone_are_featurized_again(tmp_path):
 
 @pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
 def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tmp_path, n, k):
-    """As 2 * lambda given for one, and 1.5 * lambda for two. Sequences stay as they are:
-    ``test_scores_of_texts_are_the_formula``.
+    """As 2 * lambda given for one, and 1.5 * lambda for two, times what ``peers`` says. Sequences
+    stay as they are: ``test_scores_of_texts_are_the_formula``.
     """
     train, targets = data(n), data(M, seed=5)
     models = networks(train)
@@ -916,8 +914,9 @@ def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tm
     assert_close(np.mean(parts, 0), both)
     assert_close(np.mean(streams, 0), both)
 
+    (multiple,) = traker.saver.systems.multiples.values()
     for model_id in range(2):
-        traker.finalize_features([model_id], lambda_reg=1.5 * chosen[model_id])
+        traker.finalize_features([model_id], lambda_reg=1.5 * (chosen[model_id] * multiple))
     np.testing.assert_array_equal(traker.finalize_scores("test"), both)
     np.testing.assert_array_equal(traker.self_influence(), own)
     np.testing.assert_array_equal(traker.saver.current_store["features"], inverted)

@@ -601,13 +601,13 @@ def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
     stored = traker.saver.systems.read_solve(0)
     traker.saver.systems.write_solve(0, {**stored, "more": 1})
     assert (
-        solution_of(traker.saver.systems, traker.score_computer, 0, 1).lambda_reg
+        solution_of(traker.saver.systems, traker.score_computer, 0).lambda_reg
         == stored["lambda_reg"]
     )
     del stored["rank"]
     traker.saver.systems.write_solve(0, stored)
     with pytest.raises(StoreCorruptError, match=r"solve.json is damaged: it lacks rank.*finalize"):
-        solution_of(traker.saver.systems, traker.score_computer, 0, 1)
+        solution_of(traker.saver.systems, traker.score_computer, 0)
 
 
 def test_a_solution_of_another_run(traker):
@@ -615,7 +615,7 @@ def test_a_solution_of_another_run(traker):
     path = traker.saver.systems.solve_path(0)
     write_json(path, {**read_json(path), "run": "another"})
     with pytest.raises(StoreCorruptError, match="its lambda was chosen for other features"):
-        solution_of(traker.saver.systems, traker.score_computer, 0, 1)
+        solution_of(traker.saver.systems, traker.score_computer, 0)
 
 
 def test_q_that_a_task_calls_probabilities_must_be_that(traker):
