@@ -22,6 +22,7 @@ ROW_BYTES, COUNT_BYTES = 24, 12
 BLOCKS = 8  # of features in memory: four being read, with their bytes, one weighed, one product
 MATRICES = 2  # float64 matrices of the system's size: itself, and a factor of it
 FACTORED = 4  # times that a system is factored: for lambda's dimension, its check, and scoring
+COMPARED = 2  # times more, at least, where checkpoints are compared
 MOST_DRAWN = 1 << 30  # of more samples no more rows are drawn, and counting them takes memory
 ASPECT = 64  # a transformer's width over its depth, as of GPT-2
 
@@ -151,7 +152,8 @@ class Run:
 
     def solve_operations(self) -> float:
         """float64 operations of the factors."""
-        return self.checkpoints * FACTORED * self.size**3 / 3
+        factors = FACTORED + (COMPARED if self.checkpoints > 1 else 0)
+        return self.checkpoints * factors * self.size**3 / 3
 
     def score_operations(self) -> float:
         """float32 operations of the scores."""
