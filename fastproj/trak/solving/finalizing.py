@@ -251,10 +251,15 @@ def step_of(
     step = halving_step(gram, moments, ridge)
     if step is None or not system.dual:
         return step
+    return sum_of_rows(systems, model_id, system, step.unsqueeze(1)).squeeze(1)
+
+
+def sum_of_rows(systems: Systems, model_id: int, system: System, factors: Tensor) -> Tensor:
+    """``S^T factors``, float64 [k, c], of a dual system; factors [N, c] in its rows' order."""
     order = systems.read_order(model_id, system).numpy()
-    total = torch.zeros(gram.k, dtype=torch.float64, device="cpu")
+    total = factors.new_zeros(systems.store.proj_dim, factors.shape[1])
     for places, rows in stored_rows(systems.store, model_id, system, order).read():
-        total += rows.double().mT @ step[places]
+        total += rows.double().mT @ factors[places]
     return total
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastproj.trak.progress import progress
-from fastproj.trak.solving.finalizing import read_gram, stored_rows
+from fastproj.trak.solving.finalizing import read_gram, sum_of_rows
 from fastproj.trak.solving.ridge import for_mean, regularised
 from fastproj.trak.solving.solve import ScoreComputer, full_precision
 from fastproj.trak.solving.systems import Systems
@@ -86,11 +86,7 @@ def outputs_of(
     start = moments.response if system.dual else moments.fitted
     found = torch.stack([regularised(gram.matrix, lam * by, start) for by in multiples], 1)
     if system.dual:
-        order = systems.read_order(model_id, system).numpy()
-        steps = torch.zeros(gram.k, len(multiples), dtype=torch.float64, device="cpu")
-        for places, rows in stored_rows(store, model_id, system, order).read():
-            steps += rows.double().mT @ found[places]
-        found = steps
+        found = sum_of_rows(systems, model_id, system, found)
     size = gram.k * found.abs().amax(0)  # so that float32 holds them, and their sums
     steps = (found / size.clamp(min=torch.finfo(torch.float64).tiny)).mT
     out = torch.empty(store.train_set_size, len(multiples), dtype=torch.float64, device="cpu")
