@@ -194,11 +194,7 @@ def multiple_of_mean(
         best = int(curves[:count].argmax())
         if best < count - 1:
             break
-    power = float(best)
-    if 0 < best < count - 1:
-        line = np.polyfit(np.arange(best - 1, best + 2), curves[best - 1 : best + 2].numpy(), 2)
-        power = -line[1] / (2 * line[0])
-    return float(1.5**power)
+    return 1.5**best
 
 
 def lambdas_of_mean(

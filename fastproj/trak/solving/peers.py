@@ -62,18 +62,9 @@ def agreeing_multiple(systems: Systems, computer: ScoreComputer, model_ids: Sequ
             agreements += found.tolist()
             if not agreements[-1] > max(agreements[:-1]):
                 break
-    multiple = STEP ** highest(agreements)
+    multiple = STEP ** agreements.index(max(agreements))
     logger.info("lambda of %d checkpoints: %.3g times that of each", len(model_ids), multiple)
     return multiple
-
-
-def highest(values: Sequence[float]) -> float:
-    """Where values at 0, 1, .. are the highest, by the parabola through the three around."""
-    place = max(range(len(values)), key=values.__getitem__)
-    if not 0 < place < len(values) - 1:
-        return float(place)
-    before, at, after = values[place - 1 : place + 2]
-    return place + (after - before) / (2 * (2 * at - before - after))
 
 
 def outputs_of(

@@ -37,16 +37,6 @@ def problem():
     return [trained(train, seed) for seed in (1, 2, 3)], train, targets
 
 
-@pytest.mark.parametrize("values", [(1.0, 2.0, 2.5), (3.0, 2.0), (0.5, 0.5, 0.5)])
-def test_an_end_is_the_highest_itself(values):
-    assert peers.highest(values) == values.index(max(values))
-
-
-@pytest.mark.parametrize("top", [0.6, 1.0, 1.3, 2.45])
-def test_the_highest_is_that_of_a_parabola(top):
-    assert peers.highest([5 - (i - top) ** 2 for i in range(4)]) == pytest.approx(top)
-
-
 def test_correlations_are_those_of_numpy_and_0_of_a_constant():
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(9, 3, generator=generator, dtype=torch.float64)
@@ -110,7 +100,7 @@ def test_what_each_has_alone_raises_lambda_until_it_is_small_beside_the_rest(mon
 
     monkeypatch.setattr(peers, "outputs_of", outputs_of)
     found = peers.agreeing_multiple(SimpleNamespace(store=store), None, [0, 1, 2])
-    ridges = np.geomspace(1, 1.5**8, 2000)
+    ridges = 1.5 ** np.arange(9)
     curve = sum(
         peers.correlations(
             outputs_of(None, None, i, list(ridges)),
@@ -118,5 +108,5 @@ def test_what_each_has_alone_raises_lambda_until_it_is_small_beside_the_rest(mon
         )
         for i in range(3)
     )
-    assert found == pytest.approx(ridges[int(curve.argmax())], rel=0.05)
+    assert found == pytest.approx(ridges[int(curve.argmax())])
     assert (found > 1) == (alone > 0)
