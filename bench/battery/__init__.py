@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from bench.battery import captions, images, tables, texts
+from bench.battery import captions, images, photographs, tables, texts
 from bench.battery.problem import Problem
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {
@@ -19,6 +19,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "mnist": images.mnist,
     "mnist_mlp": images.mnist_mlp,
     "wine": tables.wine,
+    "unequal": tables.unequal,
     "diabetes": tables.diabetes,
     "auto_mpg": tables.auto_mpg,
     "digits_wrong10": partial(images.digits_wrong, 10),
@@ -29,18 +30,22 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "blocks": images.blocks,
     "glyphs": images.glyphs,
     "textures": images.textures,
+    "portrait": photographs.portrait,
+    "regions": photographs.regions,
     "modules": texts.modules,
     "docstring_words": texts.docstring_words,
     "docstring_gaps": texts.docstring_gaps,
     "docstring_masks": texts.docstring_masks,
     "source_tags": texts.source_tags,
     "captions": captions.captions,
-    "sides": images.sides,
-    "photos": images.photos,
-    "neighbours": images.neighbours,
-    "pixels": images.pixels,
+    "sides": photographs.sides,
+    "zones": texts.zones,
+    "photos": photographs.photos,
+    "neighbours": photographs.neighbours,
+    "pixels": photographs.pixels,
     "shapes": images.shapes,
     "manual_words": texts.manual_words,
     "manual_gaps": texts.manual_gaps,
     "manual_masks": texts.manual_masks,
+    "numpy_words": texts.numpy_words,
 }

@@ -1,4 +1,4 @@
-"""Images: real digits, glyphs of fonts and photographs, and textures and shapes made here."""
+"""Images: real digits, glyphs of fonts, and textures and shapes made here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.battery.models import CNN, MLP, DigitsCNN, Sides, ViT
-from bench.battery.problem import Labels, Pairs, Problem, Regression, separate
+from bench.battery.models import CNN, MLP, DigitsCNN, ViT
+from bench.battery.problem import Labels, Problem, separate
 from fastproj.testbed.digits import digits as load_digits
 from fastproj.testbed.ensembles import Training
 
@@ -26,7 +26,8 @@ def digits(n: int = 1000, targets: int = 100, seed: int = 0) -> Problem:
 
 def digits_wrong(percent: int, n: int = 1000, targets: int = 100) -> Problem:
     """The digits, ``percent`` % of the training labels wrong."""
-    return with_wrong_labels(digits(n, targets), percent / 100, 10, f"digits_wrong{percent}")
+    problem = replace(digits(n, targets), name=f"digits_wrong{percent}")
+    return problem.with_wrong_labels(percent / 100, 10)
 
 
 def digits_half(n: int = 1000, targets: int = 100) -> Problem:
@@ -123,113 +124,6 @@ def glyphs(n: int = 900, targets: int = 100) -> Problem:
     return Problem("glyphs", samples, asked, lambda: CNN(16, len(GLYPHS)), training)
 
 
-def photos(n: int = 800, targets: int = 100) -> Problem:
-    """Which of 8 regions of scikit-learn's two photographs a 24 x 24 patch is from.
-
-    10 % of the labels are wrong, and training stops early.
-    """
-    from sklearn.datasets import load_sample_images
-
-    rng = np.random.default_rng(0)
-    pictures = [image.mean(2) / 255.0 for image in load_sample_images().images]  # [427, 640]
-    images, labels = [], []
-    for number in range(n + targets):
-        label = number % 8
-        picture, column = pictures[label // 4], label % 4
-        y, x = int(rng.integers(0, 427 - 24)), int(rng.integers(160 * column, 160 * column + 136))
-        images.append(picture[y : y + 24, x : x + 24])
-        labels.append(label)
-    # By NumPy, whose sums don't depend on the number of threads: the fingerprint must not.
-    stacked = np.stack(images)
-    stacked = (stacked - stacked.mean()) / stacked.std()
-    x_all = torch.tensor(stacked, dtype=torch.float32).unsqueeze(1)
-    samples, asked = separate(x_all, torch.tensor(labels), n, targets, 0)
-    training = Training(epochs=12, batch=40, learning_rate=0.05, weight_decay=1e-3, clip=2.0)
-    problem = Problem("photos", samples, asked, lambda: CNN(24, 8), training, held_out=True)
-    return with_wrong_labels(problem, 0.1, 8, "photos")
-
-
-def pixels(n: int = 600, targets: int = 100) -> Problem:
-    """How bright the middle of 9 x 9 pixels of the photographs is, without its 5 x 5 neighbours."""
-    from sklearn.datasets import load_sample_images
-
-    rng = np.random.default_rng(1)
-    pictures = [image.mean(2) / 255.0 for image in load_sample_images().images]  # [427, 640]
-    around = np.ones((9, 9), np.bool_)
-    around[2:7, 2:7] = False
-    x, y = [], []
-    for number in range(n + targets):
-        row, column = int(rng.integers(0, 427 - 9)), int(rng.integers(0, 640 - 9))
-        patch = pictures[number % 2][row : row + 9, column : column + 9]
-        x.append(patch[around])
-        y.append(patch[4, 4])
-    x_all, y_all = np.stack(x), np.array(y)
-    x_all = (x_all - x_all.mean()) / x_all.std()
-    y_all = (y_all - y_all.mean()) / y_all.std()
-    samples, asked = separate(
-        torch.tensor(x_all, dtype=torch.float32),
-        torch.tensor(y_all, dtype=torch.float32),
-        n,
-        targets,
-        0,
-    )
-    training = Training(epochs=30, batch=40, learning_rate=0.02, weight_decay=1e-3, clip=5.0)
-    return Problem(
-        "pixels", samples, asked, lambda: MLP(56, 32, 1), training, Regression(), held_out=True
-    )
-
-
-def neighbours(n: int = 800, targets: int = 100) -> Problem:
-    """Which of the 8 x 8 pixels around 8 x 8 of the photographs are brighter than these."""
-    from sklearn.datasets import load_sample_images
-
-    rng = np.random.default_rng(9)
-    pictures = [image.mean(2) / 255.0 for image in load_sample_images().images]  # [427, 640]
-    inner, brighter = [], []
-    for number in range(n + targets):
-        y, x = int(rng.integers(0, 427 - 24)), int(rng.integers(0, 640 - 24))
-        patch = pictures[number % 2][y : y + 24, x : x + 24]
-        means = patch.reshape(3, 8, 3, 8).mean((1, 3)).reshape(9)
-        inner.append(patch[8:16, 8:16])
-        brighter.append(np.delete(means > means[4], 4))
-    stacked = np.stack(inner)[:, None]
-    images = torch.tensor((stacked - stacked.mean()) / stacked.std(), dtype=torch.float32)
-    samples, asked = separate(images, torch.tensor(np.stack(brighter)).long(), n, targets, 0)
-    training = Training(epochs=40, batch=40, learning_rate=0.5, weight_decay=1e-4)
-    return Problem(
-        "neighbours", samples, asked, lambda: CNN(8, 8), training, Labels(), held_out=True
-    )
-
-
-def sides(n: int = 800, targets: int = 100) -> Problem:
-    """Which right half belongs to the left one of 16 x 16 pixels of the photographs."""
-    from sklearn.datasets import load_sample_images
-
-    rng = np.random.default_rng(5)
-    pictures = [image.mean(2) / 255.0 for image in load_sample_images().images]  # [427, 640]
-    patches = []
-    for number in range(n + targets):
-        y, x = int(rng.integers(0, 427 - 16)), int(rng.integers(0, 640 - 16))
-        patches.append(pictures[number % 2][y : y + 16, x : x + 16])
-    stacked = np.stack(patches)
-    stacked = (stacked - stacked.mean()) / stacked.std()
-    left, right = (
-        torch.tensor(half.reshape(n + targets, -1), dtype=torch.float32)
-        for half in (stacked[:, :, :8], stacked[:, :, 8:])
-    )
-    samples = (left[:n], right[:n])
-    return Problem(
-        "sides",
-        samples,
-        (left[n:], right[n:]),
-        lambda: Sides(128),
-        Training(epochs=30, batch=80, learning_rate=0.05, weight_decay=1e-3, clip=1.0),
-        Pairs(samples, 200),
-        held_out=True,
-        retrainings=3,
-    )
-
-
 # ---- made here ----------------------------------------------------------------------------------
 
 
@@ -268,19 +162,6 @@ def shapes(n: int = 800, targets: int = 100) -> Problem:
     samples, asked = separate(images.unsqueeze(1), labels, n, targets, 0)
     training = Training(epochs=20, batch=40, learning_rate=0.1, weight_decay=5e-3, clip=2.0)
     return Problem("shapes", samples, asked, lambda: CNN(24, 32), training, held_out=True)
-
-
-# ---- helpers ------------------------------------------------------------------------------------
-
-
-def with_wrong_labels(problem: Problem, share: float, classes: int, name: str) -> Problem:
-    """The same problem with a share of the training labels changed to another class."""
-    draw = torch.Generator().manual_seed(7)
-    x, y = problem.samples
-    wrong = torch.zeros(problem.n, dtype=torch.bool)
-    wrong[torch.randperm(problem.n, generator=draw)[: round(share * problem.n)]] = True
-    other = (y + torch.randint(1, classes, y.shape, generator=draw)) % classes
-    return replace(problem, name=name, samples=(x, y.where(~wrong, other)), wrong=wrong)
 
 
 def grid(side: int) -> tuple[Tensor, Tensor]:

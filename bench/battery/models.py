@@ -73,6 +73,27 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+class Recurrent(nn.Module):
+    """A gated recurrent unit (arXiv 1406.1078) over letters, and a class for its last state."""
+
+    def __init__(self, letters: int, classes: int, width: int = 24) -> None:
+        super().__init__()
+        self.letters = nn.Embedding(letters, width)
+        self.gates = nn.Linear(2 * width, 2 * width)
+        self.new = nn.Linear(2 * width, width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits [B, classes] of letter numbers [B, T]."""
+        letters = self.letters(ids)
+        state = torch.zeros_like(letters[..., 0, :])
+        for x in letters.unbind(-2):
+            reset, update = self.gates(torch.cat([x, state], -1)).sigmoid().chunk(2, -1)
+            new = self.new(torch.cat([x, reset * state], -1)).tanh()
+            state = update * state + (1 - update) * new
+        return self.head(state)
+
+
 # ---- transformers -------------------------------------------------------------------------------
 
 

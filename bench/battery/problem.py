@@ -262,6 +262,15 @@ class Problem:
         """The same problem, trained differently."""
         return replace(self, training=replace(self.training, **changes))  # type: ignore[arg-type]
 
+    def with_wrong_labels(self, share: float, classes: int) -> Problem:
+        """The same problem with a share of the training labels changed to another class."""
+        draw = torch.Generator().manual_seed(7)
+        *inputs, y = self.samples
+        wrong = torch.zeros(self.n, dtype=torch.bool)
+        wrong[torch.randperm(self.n, generator=draw)[: round(share * self.n)]] = True
+        other = (y + torch.randint(1, classes, y.shape, generator=draw)) % classes
+        return replace(self, samples=(*inputs, y.where(~wrong, other)), wrong=wrong)
+
     def fingerprint(self) -> str:
         """Changes with the data, the size of the model and the training."""
         digest = hashlib.blake2b(digest_size=8)

@@ -48,21 +48,31 @@ def manual() -> tuple[Sentence, ...]:
 def docstrings() -> tuple[tuple[str, Sentence], ...]:
     """(module, sentence) of the docstrings of Python's standard library."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    found: list[tuple[str, Sentence]] = []
-    seen: set[tuple[str, ...]] = set()
+    found: dict[tuple[str, ...], str] = {}
     for module in MODULES:
         place = library / module
         paths = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-        for path in paths:
-            if "test" in path.parts or "tests" in path.parts or not path.exists():
-                continue
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                    for sentence in sentences(ast.get_docstring(node) or ""):
-                        if tuple(sentence) not in seen:
-                            seen.add(tuple(sentence))
-                            found.append((module, sentence))
-    return tuple(found)
+        for sentence in documented(paths):
+            found.setdefault(tuple(sentence), module)
+    return tuple((module, list(words)) for words, module in found.items())
+
+
+@cache
+def numpy_docstrings() -> tuple[Sentence, ...]:
+    """The sentences of NumPy's docstrings."""
+    import numpy
+
+    return tuple(unique(documented(sorted(Path(numpy.__file__).parent.rglob("*.py")))))
+
+
+def documented(paths: Iterable[Path]) -> Iterator[Sentence]:
+    """The sentences of the docstrings of modules; tests are left out."""
+    for path in paths:
+        if "test" in path.parts or "tests" in path.parts or not path.exists():
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield from sentences(ast.get_docstring(node) or "")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Tables that scikit-learn and mlxtend ship: two classifications and two regressions."""
+"""Tables that scikit-learn and mlxtend ship or make: classifications and regressions."""
 
 from __future__ import annotations
 
@@ -39,6 +39,25 @@ def wine(n: int = 128, targets: int = 50, seed: int = 0) -> Problem:
         lambda: MLP(13, 32, 32, 3),
         Training(epochs=80, batch=32, learning_rate=0.05, weight_decay=5e-3),
     )
+
+
+def unequal(n: int = 600, targets: int = 100) -> Problem:
+    """A table that scikit-learn makes: 20 measurements, 5 classes of 45, 25, 15, 10 and 5 %."""
+    from sklearn.datasets import make_classification
+
+    x, y = make_classification(
+        n + targets,
+        n_informative=8,
+        n_classes=5,
+        n_clusters_per_class=1,
+        weights=[0.45, 0.25, 0.15, 0.1],
+        flip_y=0.05,
+        random_state=3,
+    )
+    x = torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
+    samples, asked = separate(x, torch.tensor(y), n, targets, 0)
+    training = Training(epochs=30, batch=40, learning_rate=0.05, weight_decay=1e-3)
+    return Problem("unequal", samples, asked, lambda: MLP(20, 32, 5), training)
 
 
 def diabetes(n: int = 340, targets: int = 100, seed: int = 0) -> Problem:

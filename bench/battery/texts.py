@@ -1,14 +1,15 @@
-"""A text classifier and language models on the sentences that Python ships."""
+"""Text classifiers and language models on the names and sentences that Python ships."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
+from zoneinfo import available_timezones
 
 import torch
 
-from bench.battery.models import CausalLM, Seq2Seq, Tagger, TextClassifier
+from bench.battery.models import CausalLM, Recurrent, Seq2Seq, Tagger, TextClassifier
 from bench.battery.problem import IGNORED, Classes, Problem
 from bench.battery.sentences import (
     KINDS,
@@ -21,13 +22,15 @@ from bench.battery.sentences import (
     docstrings,
     facts,
     manual,
+    numpy_docstrings,
     statements,
 )
 from fastproj.testbed.ensembles import Training
 
 T = TypeVar("T")
 
-LENGTH = 16  # words of a sentence
+LENGTH = 16  # words of a sentence, letters of a name
+PARTS = ("Africa", "America", "Asia", "Europe", "Pacific")
 
 
 def modules(n: int = 800, targets: int = 100, classes: int = 8) -> Problem:
@@ -56,6 +59,41 @@ def modules(n: int = 800, targets: int = 100, classes: int = 8) -> Problem:
         Classes("text_classification"),
         words=(texts[:n], texts[n:]),
     )
+
+
+def zones(n: int = 340, targets: int = 60) -> Problem:
+    """Which of 5 parts of the world a city of the time zone database is in, by its letters.
+
+    12 % of the labels are wrong; a recurrent network reads.
+    """
+    cities: dict[str, int] = {}
+    for zone in sorted(available_timezones()):
+        part, _, city = zone.partition("/")
+        if part in PARTS and city:
+            cities.setdefault(city.rpartition("/")[2].lower(), PARTS.index(part))
+    names = shuffled(list(cities), 2)[: n + targets]
+    if len(names) < n + targets:
+        raise ValueError(f"received {len(names)} cities; expected {n + targets}")
+    # Letters as numbers from 1 on; the last ones of a name, after padding.
+    ids = torch.tensor(
+        [[0] * (LENGTH - len(name[-LENGTH:])) + [letter(c) for c in name[-LENGTH:]]
+         for name in names]
+    )  # fmt: skip
+    labels = torch.tensor([cities[name] for name in names])
+    problem = Problem(
+        "zones",
+        (ids[:n], labels[:n]),
+        (ids[n:], labels[n:]),
+        lambda: Recurrent(letters=28, classes=len(PARTS)),
+        Training(epochs=12, batch=20, learning_rate=0.2, weight_decay=1e-3, clip=1.0),
+        held_out=True,
+    )
+    return problem.with_wrong_labels(0.12, len(PARTS))
+
+
+def letter(character: str) -> int:
+    """1 to 26 for a letter, 27 for anything else."""
+    return ord(character) - ord("a") + 1 if "a" <= character <= "z" else 27
 
 
 # ---- language models ----------------------------------------------------------------------------
@@ -237,6 +275,11 @@ def manual_words(n: int = 600, targets: int = 100) -> Problem:
 def manual_gaps(n: int = 600, targets: int = 100) -> Problem:
     """A sequence-to-sequence model on the same."""
     return seq2seq("manual_gaps", manual(), n, targets, 400, held_out=True)
+
+
+def numpy_words(n: int = 600, targets: int = 100) -> Problem:
+    """A causal language model on sentences of NumPy's docstrings, with facts."""
+    return causal("numpy_words", numpy_docstrings(), n, targets, 400, held_out=True)
 
 
 def shuffled(items: list[T], seed: int) -> list[T]:
