@@ -19,7 +19,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -85,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 when a result was wrong or a target was missed."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    quick = options.quick
     for block in options.block or []:
         try:
             for kind in options.kind or DENSE_KINDS:
@@ -107,83 +109,130 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not any(of_kind.values()):
             print(f"--provider {' '.join(options.provider)}: none; see --list", file=sys.stderr)
             return 2
-    if options.device == "cuda":
-        return project_gpu.run(options, of_kind)
+    run = project_gpu.run if options.device == "cuda" else run_on_cpu
+    return run(options, of_kind)
 
-    batches = options.batch or ([8, 32] if quick else [8, 32, 64, 128])
-    all_rows = options.rows or [65536 if quick else 10**6]
-    all_cols = options.cols or [1024 if quick else 4096]
-    dtypes = options.dtype or ["float32"]
-    repeats = options.repeats or (3 if quick else 5)
 
-    def make_case(
-        kind: str,
-        batch: int,
-        rows: int = all_rows[0],
-        cols: int = all_cols[0],
-        dtype: str = dtypes[0],
-        block: int = 0,
-    ) -> Case:
-        return Case(
-            batch=batch,
-            rows=rows,
-            cols=cols,
-            kind=kind,
-            dtype=getattr(torch, dtype),
-            stored_bytes=int((options.stored_gib or 2.0) * 2**30),
-            trak_rows=options.trak_rows or (8192 if quick else 10**5),
-            max_seconds=options.max_seconds,
-            square=options.square or 4096,
-            block=block,
+@dataclass(frozen=True)
+class Sizes:
+    """What a run on a CPU goes through: what the options name, or defaults."""
+
+    batches: list[int]
+    rows: list[int]
+    cols: list[int]
+    dtypes: list[str]
+    repeats: int
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Sizes:
+        """Those of the command line."""
+        quick = options.quick
+        return cls(
+            options.batch or ([8, 32] if quick else [8, 32, 64, 128]),
+            options.rows or [65536 if quick else 10**6],
+            options.cols or [1024 if quick else 4096],
+            options.dtype or ["float32"],
+            options.repeats or (3 if quick else 5),
         )
 
-    def time_sparse(shapes: Sequence[SparseShape], providers: Sequence[Provider]) -> list[Row]:
-        found: list[Row] = []
-        for s in shapes:
-            case = make_case("sjlt", s.batch, s.rows, s.cols, s.dtype, s.block)
-            found += (rows := time_case(case, providers, repeats))
-            print(sparse_table_of(rows), flush=True)
-        ours = name_of("highest", usable_isas()[-1])
-        print(growth_table_of(found, ours), flush=True)
-        return found
 
-    print(f"{torch.get_num_threads()} threads, {repeats} repeats")
+def make_case(
+    options: argparse.Namespace,
+    kind: str,
+    batch: int,
+    rows: int | None = None,
+    cols: int | None = None,
+    dtype: str | None = None,
+    block: int = 0,
+) -> Case:
+    """A case on a CPU; what is not given is the first of the run's sizes."""
+    sizes = Sizes.of(options)
+    return Case(
+        batch=batch,
+        rows=rows or sizes.rows[0],
+        cols=cols or sizes.cols[0],
+        kind=kind,
+        dtype=getattr(torch, dtype or sizes.dtypes[0]),
+        stored_bytes=int((options.stored_gib or 2.0) * 2**30),
+        trak_rows=options.trak_rows or (8192 if options.quick else 10**5),
+        max_seconds=options.max_seconds,
+        square=options.square or 4096,
+        block=block,
+    )
+
+
+def time_dense(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) -> list[Row]:
+    """Times the dense kinds at all sizes, and prints a table of each case."""
+    sizes, measured = Sizes.of(options), []
+    shapes = itertools.product(of_kind, sizes.batches, sizes.rows, sizes.cols, sizes.dtypes)
+    for kind, batch, rows, cols, dtype in shapes:
+        if kind == "sjlt" or not of_kind[kind]:
+            continue
+        case = make_case(options, kind, batch, rows, cols, dtype)
+        found = time_case(case, of_kind[kind], sizes.repeats)
+        print(table_of(found, PEAKS), flush=True)
+        measured += found
+    return measured
+
+
+def time_sparse(
+    options: argparse.Namespace, shapes: Sequence[SparseShape], providers: Sequence[Provider]
+) -> list[Row]:
+    """Times kind sjlt, and prints a table of each case and one of the growth with K."""
+    measured: list[Row] = []
+    for s in shapes:
+        case = make_case(options, "sjlt", s.batch, s.rows, s.cols, s.dtype, s.block)
+        measured += (rows := time_case(case, providers, Sizes.of(options).repeats))
+        print(sparse_table_of(rows), flush=True)
+    ours = name_of("highest", usable_isas()[-1])
+    print(growth_table_of(measured, ours), flush=True)
+    return measured
+
+
+def run_on_cpu(options: argparse.Namespace, of_kind: Mapping[str, Sequence[Provider]]) -> int:
+    """`python -m bench.project`; 1 for a wrong result or a missed target."""
+    sizes, quick = Sizes.of(options), options.quick
+    print(f"{torch.get_num_threads()} threads, {sizes.repeats} repeats")
     measured: list[Row] = []
     targets: list[Target] = []
     if options.acceptance:
-        if set(kinds) & set(DENSE_KINDS):
-            measured, targets = run_acceptance(make_case, repeats, small=quick)
-        if "sjlt" in kinds:
-            sparse = time_sparse(acceptance_shapes(quick=quick), of_kind["sjlt"])
+        if set(of_kind) & set(DENSE_KINDS):
+            dense = partial(make_case, options)
+            measured, targets = run_acceptance(dense, sizes.repeats, small=quick)
+        if "sjlt" in of_kind:
+            sparse = time_sparse(options, acceptance_shapes(quick=quick), of_kind["sjlt"])
             of_sparse = sparse_targets(sparse, usable_isas())
             print(list_of(of_sparse))
             measured, targets = measured + sparse, targets + of_sparse
     else:
-        cases = itertools.product(kinds, batches, all_rows, all_cols, dtypes)
-        for kind, batch, rows, cols, dtype in cases:
-            if kind == "sjlt" or not of_kind[kind]:
-                continue
-            found = time_case(make_case(kind, batch, rows, cols, dtype), of_kind[kind], repeats)
-            print(table_of(found, PEAKS), flush=True)
-            measured += found
+        measured = time_dense(options, of_kind)
         if of_kind.get("sjlt"):
-            measured += time_sparse(sparse_shapes(options, quick=quick), of_kind["sjlt"])
+            measured += time_sparse(options, sparse_shapes(options, quick=quick), of_kind["sjlt"])
     if not options.no_write:
-        alone = kinds == ["sjlt"]
-        name = "project-acceptance" if options.acceptance else f"project-{'-'.join(dtypes)}"
-        if alone:
-            name = "project-acceptance-sjlt" if options.acceptance else "project-sjlt"
-        name += "-quick" if quick else ""
-        shape = {"batch": batches, "rows": all_rows, "cols": all_cols}
-        content = {
-            "options": vars(options) if alone else {**vars(options), **shape},
-            "rows": [row.as_dict() for row in measured],
-            "targets": as_dicts(targets),
-        }
-        print(f"\nwrote {write_result(name, content)}")
+        print(f"\nwrote {write(options, list(of_kind), measured, targets)}")
     wrong = any(row.wrong for row in measured)
     missed = any(target.verdict == FAIL for target in targets)
     return 1 if wrong or missed else 0
+
+
+def write(
+    options: argparse.Namespace,
+    kinds: Sequence[str],
+    measured: Sequence[Row],
+    targets: Sequence[Target],
+) -> Path:
+    """Keep the result of a run on a CPU; its path."""
+    sizes, alone = Sizes.of(options), kinds == ["sjlt"]
+    name = "project-acceptance" if options.acceptance else f"project-{'-'.join(sizes.dtypes)}"
+    if alone:
+        name = "project-acceptance-sjlt" if options.acceptance else "project-sjlt"
+    shape = {"batch": sizes.batches, "rows": sizes.rows, "cols": sizes.cols}
+    content = {
+        "options": vars(options) if alone else {**vars(options), **shape},
+        "rows": [row.as_dict() for row in measured],
+        "targets": as_dicts(targets),
+    }
+    return write_result(name + "-quick" * options.quick, content)
 
 
 if __name__ == "__main__":
