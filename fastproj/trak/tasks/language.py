@@ -47,7 +47,7 @@ class TokenModelOutput(BatchedModelOutput):
     """
 
     name: str
-    expected: str
+    expected = "(input_ids, attention_mask, labels), or a dict with labels"
     softens = 1.0
 
     knows_likelihood = True
@@ -63,9 +63,9 @@ class TokenModelOutput(BatchedModelOutput):
                 name, likelihood_temperature, "likelihood_temperature"
             )
 
-    @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """The batch as a dict with "labels"; empty if it isn't one of this task's."""
+        """The batch as keyword arguments and "labels"; empty if it isn't one of this task's."""
+        return as_dict(batch, ("input_ids", "attention_mask", "labels"), least=3)
 
     @abstractmethod
     def predictions(
@@ -169,6 +169,11 @@ class CausalLMModelOutput(TokenModelOutput):
     the positions before it, so labels are the input_ids, not shifted, with -100 where a token does
     not count (a prompt, padding). Without labels every token counts that the mask doesn't hide, but
     for the first of them.
+
+    Parameters
+    ----------
+    reduction, likelihood_temperature : as in ``TokenModelOutput``; the temperature is 1.5 by
+        default.
     """
 
     size_power = 0.5
@@ -227,15 +232,15 @@ class Seq2SeqModelOutput(TokenModelOutput):
     A batch is (input_ids, attention_mask, labels), or a dict of the model's keyword arguments and
     "labels". The decoder sees the labels shifted by one: "decoder_input_ids" of the dict, or what
     the model makes of the labels by ``prepare_decoder_input_ids_from_labels`` or in its forward.
+
+    Parameters
+    ----------
+    reduction, likelihood_temperature : as in ``TokenModelOutput``; the temperature is 1 by
+        default.
     """
 
     size_power = -0.125
     name = "seq2seq"
-    expected = "(input_ids, attention_mask, labels), or a dict with labels"
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments and labels."""
-        return as_dict(batch, ("input_ids", "attention_mask", "labels"), least=3)
 
     def targets(self, labels: Tensor) -> Tensor:
         """All."""
@@ -271,15 +276,15 @@ class MaskedLMModelOutput(TokenModelOutput):
     "labels". The input_ids have tokens hidden; the labels are these tokens at their own positions,
     and -100 everywhere else, as Hugging Face's data collators make them. Hide the same tokens of a
     sample each time: what is hidden belongs to the sample.
+
+    Parameters
+    ----------
+    reduction, likelihood_temperature : as in ``TokenModelOutput``; the temperature is 1 by
+        default.
     """
 
     size_power = 0.5
     name = "masked_lm"
-    expected = "(input_ids, attention_mask, labels), or a dict with labels"
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Keyword arguments and labels."""
-        return as_dict(batch, ("input_ids", "attention_mask", "labels"), least=3)
 
     def targets(self, labels: Tensor) -> Tensor:
         """All."""
@@ -298,6 +303,11 @@ class TokenClassificationModelOutput(MaskedLMModelOutput):
 
     A batch is that of ``MaskedLMModelOutput``, with nothing hidden. The labels are the classes of
     the tokens, and -100 where a token has none.
+
+    Parameters
+    ----------
+    reduction, likelihood_temperature : as in ``TokenModelOutput``; the temperature is 2 by
+        default.
     """
 
     name = "token_classification"
