@@ -72,7 +72,12 @@ def parse(text: str) -> dict[str, int]:
 
 @contextmanager
 def pin(**values: int) -> Iterator[None]:
-    """Within the block, kernels launched from this context take these values of Config."""
+    """Within the block, kernels launched from this context take these values of Config.
+
+    values : BLOCK_B, BLOCK_K, STEP_ROWS, num_warps or num_stages, each an integer.
+
+    Raises ValueError for another name; at the launch, for a value that its kernel can't take.
+    """
     token = _pinned.set(parse(",".join(f"{name}={value}" for name, value in values.items())))
     try:
         yield
@@ -98,9 +103,12 @@ def choose(
     """The configuration of ``project`` for gradients of ``dtype`` as ``terms`` 16-bit terms.
 
     arch : "sm_90", "gfx942"; dtype : "float32", "bfloat16", "float16" or "float64".
+    B, K : samples and columns.
     direct : G can be copied to shared memory as it is, 4 bytes or more at a time. Otherwise it
         passes through registers, of which fewer are left. For kind sjlt: loads need no mask.
         BLOCK_B is the same for both.
+
+    Raises ValueError for another kind, and for values of ``pin`` that the kernel can't take.
     """
     if kind == "sjlt":
         config = _choose_sjlt(unit(arch), dtype, B, K, direct)

@@ -44,9 +44,14 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LDS(Estimate):
-    """The mean rank correlation over targets, and its bootstrap interval."""
+    """The mean rank correlation over targets, and its bootstrap interval.
 
-    per_target: Floats  # [m]; NaN where the outputs or the predictions of a target are constant
+    mean, low, high : the LDS, and the ends of its interval at ``confidence``.
+    per_target : float64 [m]; NaN where the outputs or the predictions of a target are constant.
+    n_subsets : S.
+    """
+
+    per_target: Floats
     n_subsets: int
 
     def __str__(self) -> str:
@@ -169,10 +174,16 @@ def noise_ceiling(outputs: npt.ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class LOO(Estimate):
-    """The mean correlation over targets, and its bootstrap interval."""
+    """The mean correlation over targets, and its bootstrap interval.
 
-    method: str  # "spearman" | "pearson" | "kendall"
-    per_target: Floats  # [m]; NaN where the scores or the outputs of a target are constant
+    mean, low, high : the correlation, and the ends of its interval at ``confidence``.
+    method : "spearman" | "pearson" | "kendall".
+    per_target : float64 [m]; NaN where the scores or the outputs of a target are constant.
+    n_removed : L, how many samples were left out, each by itself.
+    """
+
+    method: str
+    per_target: Floats
     n_removed: int
 
     def __str__(self) -> str:
@@ -251,15 +262,22 @@ def loo_correlation(
 
 @dataclass(frozen=True)
 class Brittleness:
-    """For each number of removed samples: the share of predictions that flip, and its interval."""
+    """For each number of removed samples: the share of predictions that flip, and its interval.
 
-    removed: Indices  # [K]
-    flipped: Floats  # [K], share of the targets that are right with all samples
-    low: Floats  # [K]
-    high: Floats  # [K]
+    removed : int64 [K], the numbers of samples.
+    flipped : float64 [K], of the targets that are right with all samples.
+    low, high : float64 [K], the ends of the interval at ``confidence``.
+    per_target : float64 [K, m]: 1 flipped, 0 not; NaN for a target that was never right.
+    n_targets : how many targets are right with all samples.
+    """
+
+    removed: Indices
+    flipped: Floats
+    low: Floats
+    high: Floats
     confidence: float
-    per_target: Floats  # [K, m]: 1 flipped, 0 not; NaN for a target that was never right
-    n_targets: int  # targets that are right with all samples
+    per_target: Floats
+    n_targets: int
 
     def smallest(self) -> Floats:
         """The fewest removed samples that flip each target, [m]; inf where none does."""
@@ -395,7 +413,11 @@ def most_helpful(
 
 @dataclass(frozen=True)
 class AUC(Estimate):
-    """Area under the ROC curve, and its bootstrap interval."""
+    """Area under the ROC curve, and its bootstrap interval.
+
+    mean, low, high : the area, from 0 to 1, and the ends of its interval at ``confidence``.
+    n_flipped, n : how many labels are wrong, of how many.
+    """
 
     n_flipped: int
     n: int

@@ -31,8 +31,10 @@ class Page:
     """What a page shows. Everything but the scores is optional, and may be combined: images with
     texts are pairs, as those of CLIP.
 
+    title, intro : of the page; a text below the title.
     scores : [n, m], training samples by targets, or TopScores (``finalize_scores`` with top_k).
     targets : which of the m targets to show, in order.
+    top : how many training samples to show on each side of a target.
     train_images, target_images : [n, ...] and [m, ...], grey [H, W] or colour [H, W, 3], uint8, or
         floats that are scaled from their common range.
     train_texts, target_texts : n and m passages. A passage is a text, or a list of its tokens as
@@ -45,6 +47,7 @@ class Page:
     columns : the names of the table's columns.
     train_labels, target_labels : n and m short texts or numbers.
     target_notes : a line for each of the m targets.
+    lds, ceiling : how good the scores are, and the LDS that perfect ones would reach.
     facts : parameters and results of the run, as rows of a table.
     scatters : (title, x, y) of plots of predicted against measured outputs.
     lang : the language that the samples' texts are in, such as "en".
@@ -74,7 +77,15 @@ class Page:
 
 
 def write_report(path: Path | str, page: Page) -> Path:
-    """Write ``page`` to ``path``, in full or not at all; returns the path."""
+    """Write ``page`` to ``path``, in full or not at all; returns the path.
+
+    Raises
+    ------
+    ValueError
+        Where the parts of the page don't fit together.
+    StoreError
+        Where the file can't be written.
+    """
     path = Path(path)
     check(page)
     make_dir(path.parent)

@@ -163,6 +163,9 @@ def random_subsets(n: int, count: int, fraction: float = 0.5, seed: int = 0) -> 
     """``count`` random subsets of ``round(fraction * n)`` of n samples, bool [count, n].
 
     Subset j depends on n, fraction, seed and j only: more subsets begin with the same ones.
+
+    Raises TypeError or ValueError for numbers that can't work, such as a fraction that leaves
+    nothing out.
     """
     function = "random_subsets"
     n = check_integer(function, "n", n, 2, 1 << 48)

@@ -17,7 +17,17 @@ from fastproj.trak.gradients.running import wide_sums
 
 
 class FunctionalGradientComputer(AbstractGradientComputer):
-    """``torch.func.vmap``: any function of one sample, but memory for all gradients of a chunk."""
+    """``torch.func.vmap``: any function of one sample, but memory for all gradients of a chunk.
+
+    Parameters
+    ----------
+    model, task, grad_dim, dtype, device, grad_wrt : as in ``AbstractGradientComputer``.
+
+    Raises
+    ------
+    FuncError
+        For a model or task that ``torch.func`` can't follow.
+    """
 
     def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
         """Of each output of a sample, name -> [B, *shape of the parameter].

@@ -9,7 +9,12 @@ from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 
 
 class IterativeGradientComputer(AbstractGradientComputer):
-    """A loop of ordinary backwards: slow, for models that nothing else can take."""
+    """A loop of ordinary backwards: slow, for models that nothing else can take.
+
+    Parameters
+    ----------
+    model, task, grad_dim, dtype, device, grad_wrt : as in ``AbstractGradientComputer``.
+    """
 
     def compute_rows(self, batch: tuple[Any, ...]) -> list[Grads]:
         """Of each output of a sample, name -> [B, *shape of the parameter]."""

@@ -242,6 +242,7 @@ class TopScores:
     helpful_indices, helpful_scores : int64 and float32 [m, t], the training samples with the
         highest scores and those scores, descending.
     harmful_indices, harmful_scores : [m, t], the lowest, ascending.
+    train_set_size : n.
 
     Among equal scores the sample with the lower number comes first.
     """
