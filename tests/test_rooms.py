@@ -97,7 +97,7 @@ FLOORS = (
     {"attributes", "distributed", "fingerprints", "inputs"},
     {"draws"},
     {"store", "tasks"},
-    {"checkpoints", "evaluation", "gradients", "solving"},
+    {"checkpoints", "evaluation", "gradients", "loaded", "solving"},
     {"curvature", "saver"},
     {"featurizer", "mixing", "readiness"},
     {"immediate", "passes"},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastproj.checks import listed
 from fastproj.trak import batches
 from fastproj.trak.callers import stack_to_caller
-from fastproj.trak.checkpoints import LoadedModel, load_state
+from fastproj.trak.checkpoints import load_state
 from fastproj.trak.curvature import check_finite_terms, check_terms
 from fastproj.trak.draws import Draws
 from fastproj.trak.files import Indices
@@ -25,6 +25,7 @@ from fastproj.trak.gradients import AbstractGradientComputer
 from fastproj.trak.gradients.memory import enough_memory
 from fastproj.trak.gradients.running import norm, rounding_share
 from fastproj.trak.inputs import check_finite, check_mode, in_eval_mode
+from fastproj.trak.loaded import LoadedModel
 from fastproj.trak.saver import Saver
 from fastproj.trak.store.store import DRAWN
 from fastproj.trak.tasks import Terms, TokenOutput, TrainingOutput

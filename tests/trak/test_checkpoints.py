@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastproj.trak.checkpoints import LoadedModel
+from fastproj.trak.loaded import LoadedModel
 from fastproj.trak.store.store import NotReadyError
 from tests.trak import cases, modules
 

@@ -29,8 +29,8 @@ from fastproj.trak import (
     batches,
     progress,
 )
-from fastproj.trak.checkpoints import LoadedModel
 from fastproj.trak.inputs import as_groups
+from fastproj.trak.loaded import LoadedModel
 from fastproj.trak.solving import finalizing, scoring
 from fastproj.trak.tasks import resolve_task
 from tests.trak import cases, modules
@@ -621,7 +621,7 @@ def test_embeddings_with_a_largest_norm(tmp_path, computer, bag):
 
 
 def test_large_buffers_are_not_copied(monkeypatch):
-    monkeypatch.setattr("fastproj.trak.checkpoints.COPIED_BYTES", 8)
+    monkeypatch.setattr("fastproj.trak.loaded.COPIED_BYTES", 8)
     model = Stateful("count")
     loaded = LoadedModel(model)
     message = "seen of the model have been changed by its own forward"

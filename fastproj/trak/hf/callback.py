@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from fastproj.trak.checkpoints import settle_norms
 from fastproj.trak.files import StoreMismatchError, make_dir, read_json, write_json
 from fastproj.trak.fingerprints import model_digest
 from fastproj.trak.hf.traker import HFTRAKer
 from fastproj.trak.hf.undisturbed import undisturbed
 from fastproj.trak.inputs import sharded_by
+from fastproj.trak.loaded import settle_norms
 from fastproj.trak.store.store import NotReadyError, check_exp_name, names_aside
 
 STEPS = "trainer.json"  # in save_dir: the steps that this training was featurized at

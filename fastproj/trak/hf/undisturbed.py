@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastproj.trak.checkpoints import bounded
+from fastproj.trak.loaded import bounded
 
 AUTOCAST = "_original_forward"  # accelerate's name for the forward that it wraps in autocast
 
