@@ -27,7 +27,7 @@ _VARYING = [
 def store_tile(out_ptr, r, p, n_rows, n_cols, stride_p, stride_k, BLOCK_K: tl.constexpr):
     """out[p : p + 64, this program's columns] = r.T, where that lies inside of out."""
     p = p + tl.arange(0, 64)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     pointers = out_ptr + (p[None, :] * stride_p.to(tl.int64) + k[:, None] * stride_k.to(tl.int64))
     inside = (k < n_cols)[:, None] & ((p >= 0) & (p < n_rows))[None, :]
     tl.store(pointers, r.to(tl.float32).to(out_ptr.dtype.element_ty), mask=inside)

@@ -150,6 +150,40 @@ def test_matrix_of_more_than_2_31_columns() -> None:
     assert torch.equal(out.double(), stored(512, 64, device=DEVICE))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="test_gpu.py makes all of one")
+def test_last_tile_of_more_than_2_31_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are counted in 64 bits. All of them lie in one place here, so those that are wrongly
+    taken for columns of ``out`` show.
+    """
+    last = 2**31 // 64
+
+    def program(self: Any, axis: int) -> Any:
+        return interpreter.TensorHandle(np.array([0 if axis else last], np.int32), tl.int32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
+    out = torch.zeros(512)
+    words = {"block": 0, "tag": 0, "signs": plan.signed32(0x80008000)}
+    words |= {"stream_id": 0, "seed_low": 0, "seed_high": 0}
+    matrix_kernel[(1, 1)](
+        out,
+        magnitudes(out.device, False),
+        512,
+        2**31 + 1,
+        1,
+        0,
+        origin=0,
+        col_offset=0,
+        **words,
+        GAUSSIAN=False,
+        BLOCK_K=64,
+        NUM_WARPS=4,
+        num_warps=4,
+    )
+    key = fastproj.spec.MatrixKey("rademacher", 0, 0)
+    column = fastproj.spec.matrix_block(key, 0, 512, 2**31, 2**31 + 1)[:, 0]
+    assert torch.equal(out.double(), torch.from_numpy(column).double())
+
+
 # ---- projection --------------------------------------------------------------------------------
 
 # B, P, K, row offset: ragged, single, whole panels, odd starts, many splits

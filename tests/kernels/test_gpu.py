@@ -101,6 +101,16 @@ def test_memory(shape: tuple[int, int], kind: str) -> None:
     assert extra < 64 << 20
 
 
+def test_all_of_more_than_2_31_columns() -> None:
+    """All of one: its last tile lies beyond what 32 bits count."""
+    columns = 2**31 + 60
+    row = fastproj.matrix(slice(5, 6), columns, dtype=torch.int8, device="cuda", backend="triton")
+    for start in (0, 2**31 - 40, columns - 40):
+        key = fastproj.spec.MatrixKey("rademacher", 0, 0)
+        expected = fastproj.spec.matrix_block(key, 5, 6, start, start + 40)
+        assert row[:, start : start + 40].tolist() == expected.tolist()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "block"), [("rademacher", 0), ("sjlt", 16), ("sjlt", 4096)])
 def test_more_than_2_31_elements(kind: str, block: int) -> None:
