@@ -98,6 +98,31 @@ def test_cuda_blocks_that_take_several_items(dtype: torch.dtype) -> None:
     check(got, grads, entries("rademacher", rows, cols), "rademacher")
 
 
+@pytest.mark.parametrize("block", [16, 64, 1024, 2**16])
+def test_cuda_sjlt(block: int) -> None:
+    """Every loader, rows of a block, and what the adjoint and the matrix touch."""
+    usable("cuda")
+    key = MatrixKey("sjlt", SEED, STREAM, block)
+    call = Call(key, ROW_OFFSET)
+    truth = matrix_block(key, ROW_OFFSET, ROW_OFFSET + ROWS, 0, COLS)
+    right = torch.from_numpy(np.asarray(truth, dtype=np.float64))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        kept = torch.float64 if dtype == torch.float64 else torch.float32
+        for batch in (1, 5):
+            for start in (0, 2, 3):
+                grads = integers(batch, ROWS + 8, dtype=dtype)[:, start : start + ROWS]
+                out = torch.full((batch, COLS), torch.nan, dtype=kept, device="cuda")
+                registry.load("cuda").project([grads], out, call)
+                check(out, grads, right, "rademacher")
+        y = integers(5, COLS, dtype=dtype)
+        out = torch.full((5, ROWS), torch.nan, dtype=kept, device="cuda")
+        registry.load("cuda").project_transpose(y, out, call)
+        check(out, y, right.T, "rademacher")
+    block_of_r = torch.full((ROWS, COLS), torch.nan, device="cuda")
+    registry.load("cuda").matrix(block_of_r, call, 0)
+    assert torch.equal(block_of_r.cpu().double(), right)
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adjoint_and_matrix(backend: str, kind: str) -> None:
@@ -124,28 +149,3 @@ def test_triton_projection(kind: str) -> None:
         ):
             got = project("triton", grads, COLS, kind, precision)
             check(got, grads, entries(kind, ROWS, COLS), kind)
-
-
-@pytest.mark.parametrize("block", [16, 64, 1024, 2**16])
-def test_cuda_sjlt(block: int) -> None:
-    """Every loader, rows of a block, and what the adjoint and the matrix touch."""
-    usable("cuda")
-    key = MatrixKey("sjlt", SEED, STREAM, block)
-    call = Call(key, ROW_OFFSET)
-    truth = matrix_block(key, ROW_OFFSET, ROW_OFFSET + ROWS, 0, COLS)
-    right = torch.from_numpy(np.asarray(truth, dtype=np.float64))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        kept = torch.float64 if dtype == torch.float64 else torch.float32
-        for batch in (1, 5):
-            for start in (0, 2, 3):
-                grads = integers(batch, ROWS + 8, dtype=dtype)[:, start : start + ROWS]
-                out = torch.full((batch, COLS), torch.nan, dtype=kept, device="cuda")
-                registry.load("cuda").project([grads], out, call)
-                check(out, grads, right, "rademacher")
-        y = integers(5, COLS, dtype=dtype)
-        out = torch.full((5, ROWS), torch.nan, dtype=kept, device="cuda")
-        registry.load("cuda").project_transpose(y, out, call)
-        check(out, y, right.T, "rademacher")
-    block_of_r = torch.full((ROWS, COLS), torch.nan, device="cuda")
-    registry.load("cuda").matrix(block_of_r, call, 0)
-    assert torch.equal(block_of_r.cpu().double(), right)
