@@ -32,7 +32,7 @@ from torch import Tensor
 
 import fastproj
 from fastproj.backends import cuda
-from fastproj.spec import MatrixKey, matrix_block
+from fastproj.spec import MatrixKey, default_block, matrix_block
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda"
@@ -193,7 +193,7 @@ def kernels() -> Line:
 
 
 def project(grads: Tensor, cols: int, **options: Any) -> Tensor:
-    """Rademacher sums without a scale, by the CUDA backend."""
+    """Sums without a scale, by the CUDA backend."""
     return fastproj.project(grads, cols, scale=None, backend="cuda", **options)
 
 
@@ -208,11 +208,10 @@ def integers(batch: int, rows: int, dtype: torch.dtype, device: str | None = Non
     return padded[:, :rows]
 
 
-def truth(grads: Tensor, cols: int, row_offset: int = 0) -> Tensor:
+def truth(grads: Tensor, cols: int, row_offset: int = 0, kind: str = "rademacher") -> Tensor:
     """G @ R by NumPy, in float64 on the CPU."""
-    block = matrix_block(
-        MatrixKey("rademacher", 0, 0), row_offset, row_offset + grads.shape[1], 0, cols
-    )
+    key = MatrixKey(kind, 0, 0, default_block(cols) if kind == "sjlt" else 0)
+    block = matrix_block(key, row_offset, row_offset + grads.shape[1], 0, cols)
     return grads.cpu().double() @ torch.from_numpy(numpy.asarray(block, dtype=numpy.float64))
 
 
@@ -229,24 +228,54 @@ def differs(got: Tensor, expected: Tensor, what: str) -> list[str]:
 BROKEN = "don't time anything; run the tests of make gpu-test-cuda, then the sanitizers"
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def layouts(batch: int, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rows that start at multiples of 16 bytes, as bulk copies want them, and such as don't."""
+    return {
+        "": integers(batch, rows, dtype),
+        ", rows that start anywhere": integers(batch, rows + 1, dtype)[:, 1:],
+    }
+
+
 def values() -> Line:
-    """Sums of integers, each dtype and precision, against NumPy."""
+    """Sums of integers, each dtype, precision and way of loading, against NumPy."""
     wrong: list[str] = []
-    for dtype, precisions in (
-        (torch.bfloat16, ("highest",)),
-        (torch.float16, ("highest",)),
-        (torch.float32, ("highest", "high", "medium")),
-        (torch.float64, ("highest",)),
-    ):
-        grads = integers(37, 1537, dtype)
-        expected = truth(grads, 300)
-        for precision in precisions:
-            got = project(grads, 300, precision=precision)
-            wrong += differs(got, expected, f"{dtype} {precision}".removeprefix("torch."))
+    for dtype in DTYPES:
+        for where, grads in layouts(37, 1537, dtype).items():
+            expected = truth(grads, 300)
+            for precision in ("highest", "high", "medium")[: 3 if dtype == torch.float32 else 1]:
+                got = project(grads, 300, precision=precision)
+                what = f"{dtype} {precision}{where}".removeprefix("torch.")
+                wrong += differs(got, expected, what)
     means = "loads, fragments of R, products and sums are right, for each way that G is loaded"
-    return judge(
-        "values", wrong, "equal to NumPy for bf16, fp16, fp32 x3, x2, x1, fp64", means, BROKEN
-    )
+    found = "equal to NumPy for bf16, fp16, fp32 x3, x2, x1, fp64, aligned and not"
+    return judge("values", wrong, found, means, BROKEN)
+
+
+def kinds() -> Line:
+    """The other kinds, where sums are exact: single entries of a Gaussian R and of its adjoint,
+    sums of integers of kind sjlt.
+    """
+    wrong: list[str] = []
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        units = torch.eye(600, dtype=dtype, device=DEVICE)
+        got = project(units, 300, kind="gaussian")
+        wrong += differs(got, truth(units, 300, kind="gaussian"), f"gaussian {name}")
+        for where, grads in layouts(5, 1537, dtype).items():
+            got = project(grads, 300, kind="sjlt")
+            wrong += differs(got, truth(grads, 300, kind="sjlt"), f"sjlt {name}{where}")
+    for kind in ("gaussian", "sjlt"):
+        leaf = torch.zeros(300, 600, device=DEVICE, requires_grad=True)
+        project(leaf, 300, kind=kind).backward(torch.eye(300, device=DEVICE))
+        assert leaf.grad is not None
+        rows = truth(torch.eye(600, dtype=torch.float64), 300, kind=kind)
+        wrong += differs(leaf.grad, rows.T, f"the adjoint of {kind}")
+    means = "the Gaussian table and its fragments, and the kernels of kind sjlt, are right"
+    found = "gaussian and sjlt are equal to NumPy, for each dtype, and so are their adjoints"
+    return judge("kinds", wrong, found, means, BROKEN)
 
 
 def edges() -> Line:
@@ -497,7 +526,14 @@ def first_figures(rows: int = 1 << 20, cols: int = 4096) -> Line:
 
 # ------------------------------------------------------------------------------------ all of them
 
-CORRECTNESS: tuple[Callable[[], Line], ...] = (values, edges, threads, streams, second_device)
+CORRECTNESS: tuple[Callable[[], Line], ...] = (
+    values,
+    kinds,
+    edges,
+    threads,
+    streams,
+    second_device,
+)
 
 
 @contextmanager

@@ -275,6 +275,16 @@ def test_gradients_are_such_as_tensor_copies_take() -> None:
     assert grads.unique().numel() > 10
 
 
+@pytest.mark.parametrize("dtype", preflight.DTYPES, ids=str)
+def test_gradients_that_no_tensor_copy_takes_are_asked_about(
+    machine: FakeModule, dtype: torch.dtype
+) -> None:
+    aligned, moved = preflight.layouts(3, 70, dtype).values()
+    assert aligned.data_ptr() % 16 == 0
+    assert moved.shape == aligned.shape
+    assert moved.data_ptr() % 16 != 0
+
+
 # ---- speed ---------------------------------------------------------------------------------------
 
 
@@ -393,13 +403,13 @@ def test_every_line_is_told_and_written(
     content = json.loads((tmp_path / "out" / "preflight.json").read_text())
     names = [line["name"] for line in content["lines"]]
     assert names == [
-        "driver", "kernels", "values", "edges", "threads", "streams", "device 1", "clusters",
-        "wgmma", "bandwidth", "peak", "first_figures",
+        "driver", "kernels", "values", "kinds", "edges", "threads", "streams", "device 1",
+        "clusters", "wgmma", "bandwidth", "peak", "first_figures",
     ]  # fmt: skip
     assert content["device"] == "Stand-in"
     assert (tmp_path / "out" / "preflight.txt").read_text().strip() in printed
     assert printed.count("means: ") == len(names)
-    assert printed.rstrip().endswith("preflight: 12 lines, 0 FAIL, 0 SLOW")
+    assert printed.rstrip().endswith("preflight: 13 lines, 0 FAIL, 0 SLOW")
 
 
 def test_what_was_answered_is_there_when_a_kernel_hangs(
@@ -453,7 +463,7 @@ def test_a_refusal_is_an_answer(
     monkeypatch.setattr(preflight, "project", refuses)
     monkeypatch.setattr(preflight, "launched", lambda call: call())
     lines = preflight.run(tmp_path, 30.0, lambda line: None)
-    assert len(lines) == 12
+    assert len(lines) == 13
     found = {line.name: line for line in lines}
     assert found["kernels"].verdict == preflight.FAIL
     assert "gpu 0: built for 90, Stand-in is 80" in found["kernels"].found
