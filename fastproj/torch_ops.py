@@ -168,7 +168,7 @@ def _matrix(
         return out
     chosen = registry.choose(out.device.type, dtype, call.key.kind, backend)
     if out.numel() != 0:
-        chosen.matrix(out, call, col_offset)
+        chosen.matrix(out, _resolved(call, out.device.type), col_offset)
     return out
 
 

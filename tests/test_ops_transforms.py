@@ -235,6 +235,17 @@ def test_opcheck(backend: str, device: str, kind: str, block: int, needs_grad: b
     opcheck(torch_ops._matrix_op, (5, 6, 8, torch.float32, torch.device(device), *call))
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "sjlt"])
+def test_the_op_of_the_matrix_takes_the_default_precision(
+    backend: str, device: str, kind: str
+) -> None:
+    block = 16 if kind == "sjlt" else None
+    call = (7, 1.0, f",{backend}", f"{kind},{block or 0}", 5, 3)
+    found = torch.ops.fastproj.matrix(20, 6, 8, torch.float32, torch.device(device), *call)
+    how = {"kind": kind, "block": block, "stream": 3, "device": device, "backend": backend}
+    assert torch.equal(found, fastproj.matrix(slice(7, 27), slice(8, 14), 5, **how))
+
+
 class _Names(TorchDispatchMode):
     """Notes the names of the fastproj ops that pass."""
 
