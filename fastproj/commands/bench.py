@@ -16,7 +16,7 @@ from torch import Tensor
 import fastproj
 from fastproj.backends import registry
 from fastproj.commands.arguments import add_json, add_option, command_parser, positive
-from fastproj.commands.block import resolve_block
+from fastproj.commands.block import read_block, resolve_block
 from fastproj.commands.running import DONE, FAILED, Outcome, execute
 from fastproj.spec import KINDS
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--kind", choices=KINDS, default="rademacher", help="of random matrix (default: rademacher)"
     )
     parser.add_argument(
-        "--block", type=positive, metavar="W", help="of kind sjlt (default: by --cols)"
+        "--block", type=read_block, metavar="W", help="of kind sjlt (default: by --cols)"
     )
     add_option(parser, "--repeats", 5, "N", "timed calls", positive)
     add_json(parser)

@@ -17,6 +17,7 @@ from fastproj import namesake
 from fastproj.backends import built, registry
 from fastproj.commands import launch
 from fastproj.commands.arguments import add_json, command_parser
+from fastproj.commands.block import read_block
 from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.spec import KINDS
 
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--kind", default=None, choices=KINDS, help="of --launch (default: rademacher)"
     )
     parser.add_argument(
-        "--block", type=int, metavar="W", help="of --launch, for kind sjlt (default: by K)"
+        "--block", type=read_block, metavar="W", help="of --launch, for kind sjlt (default: by K)"
     )
     parser.add_argument(
         "--precision",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastproj.commands.arguments import positive
-from fastproj.commands.block import resolve_block
+from fastproj.commands.block import read_block, resolve_block
 from fastproj.spec import KINDS
 from fastproj.trak.inputs import default_kind
 
@@ -18,7 +17,7 @@ def add_matrix(parser: Any) -> None:
         help="of random matrix (default: sjlt from K = 16 on, rademacher below)",
     )
     parser.add_argument(
-        "--block", type=positive, metavar="W", help="of kind sjlt (default: by --proj-dim)"
+        "--block", type=read_block, metavar="W", help="of kind sjlt (default: by --proj-dim)"
     )
 
 

@@ -518,7 +518,7 @@ def test_what_can_not_work_is_said(here, capsys, arguments, said):
         ),
         (("run", *DATA, "--block", 8), "--block: received W=8; expected a power of two from 16"),
         (("run", *DATA, "--block", 1 << 17), "--block: received W=131072; expected a power of"),
-        (("run", *DATA, "--block", "0"), "--block: received '0'; expected an integer of at least"),
+        (("run", *DATA, "--block", "0"), "--block: received '0'; expected a power of two from 16"),
     ],
 )
 def test_wrong_arguments(capsys, monkeypatch, arguments, said):
