@@ -152,7 +152,7 @@ class Run:
 
     def solve_operations(self) -> float:
         """float64 operations of the factors."""
-        factors = FACTORED + (COMPARED if self.checkpoints > 1 else 0)
+        factors = FACTORED + (COMPARED if self.fisher and self.checkpoints > 1 else 0)
         return self.checkpoints * factors * self.size**3 / 3
 
     def score_operations(self) -> float:

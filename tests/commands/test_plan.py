@@ -132,6 +132,11 @@ def test_known_answers(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert whole["disk_bytes"]["features"] == 50_000 * (4 * 64 + 24)
 
 
+@pytest.mark.parametrize(("fisher", "factors"), [(True, 2 * (4 + 2)), (False, 2 * 4)])
+def test_checkpoints_of_the_fisher_matrix_alone_are_compared(fisher: bool, factors: int) -> None:
+    assert Run(1, 100, 8, 1, 2, fisher).solve_operations() == pytest.approx(factors * 8**3 / 3)
+
+
 def test_factored_says_what_it_assumes(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--factored", "16", "--width", "100", "--tokens", "7", "--curvature", "trak"]
     found = planned(capsys, *words, "--targets", 1)
