@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastproj.trak.progress import progress
+from fastproj.trak.progress import tracked
 from fastproj.trak.solving.finalizing import read_gram, sum_of_rows
-from fastproj.trak.solving.ridge import for_mean, regularised
-from fastproj.trak.solving.solve import ScoreComputer, full_precision
+from fastproj.trak.solving.ridge import ROUNDED, fisher_meaning, for_mean, regularised
+from fastproj.trak.solving.solve import ScoreComputer
 from fastproj.trak.solving.systems import Systems
 from fastproj.trak.store.features import block_rows, read_features, sample_blocks
 
@@ -39,7 +39,6 @@ def in_mean(systems: Systems, computer: ScoreComputer, model_ids: Sequence[int])
     return Systems(systems.store, found)
 
 
-@full_precision()
 def agreeing_multiple(systems: Systems, computer: ScoreComputer, model_ids: Sequence[int]) -> float:
     """The multiple of lambda, 1 or more, at which checkpoints tell best what the others say.
 
@@ -48,23 +47,40 @@ def agreeing_multiple(systems: Systems, computer: ScoreComputer, model_ids: Sequ
     lambda as long as the step has much that is this checkpoint's alone. The multiple is where the
     mean correlation of all checkpoints is highest: see docs/research/lambda.md.
     """
-    store = systems.store
-    values = {i: store.column(i, "along").double() for i in model_ids}
-    total = torch.stack(list(values.values())).sum(0)
+    values = {i: systems.store.column(i, "along") for i in model_ids}
+    total = torch.stack(list(values.values())).sum(0, dtype=torch.float64)
+    side = sides(systems, model_ids)
+    same = ROUNDED * len(model_ids)
     agreements: list[float] = []
-    with progress("comparing checkpoints", len(TRIED) * len(model_ids), "step") as bar:
-        for powers in TRIED:
-            found = torch.zeros(len(powers), dtype=torch.float64, device="cpu")
-            for model_id in model_ids:
-                outputs = outputs_of(systems, computer, model_id, [STEP**p for p in powers])
-                found += correlations(outputs, total - values[model_id])
-                bar.update()
-            agreements += found.tolist()
-            if not agreements[-1] > max(agreements[:-1]):
-                break
-    multiple = STEP ** agreements.index(max(agreements))
+    for powers in TRIED:
+        found = torch.zeros(len(powers), dtype=torch.float64, device="cpu")
+        for model_id in tracked(model_ids, "comparing checkpoints", len(model_ids), "checkpoint"):
+            outputs = outputs_of(systems, computer, model_id, [STEP**p for p in powers])
+            others = side * (total - values[model_id])
+            found += correlations(outputs.mul_(side.unsqueeze(1)), others)
+        agreements += found.tolist()
+        if agreements[-1] <= max(agreements[:-1]) + same:
+            break
+    best = max(agreements) - same
+    multiple = STEP ** next(i for i, agreement in enumerate(agreements) if agreement >= best)
     logger.info("lambda of %d checkpoints: %.3g times that of each", len(model_ids), multiple)
     return multiple
+
+
+def sides(systems: Systems, model_ids: Sequence[int]) -> Tensor:
+    """1 or -1, float64 [n]: by which outputs of two classes are log-odds of the right one.
+
+    Those of class 1 for all samples agree on the labels, whatever the checkpoints have learned.
+    """
+    slopes, residual = torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
+    for model_id in model_ids:
+        q, curvature, along = (
+            systems.store.column(model_id, name) for name in ("out_to_loss", "curvature", "along")
+        )
+        slopes = slopes + q
+        residual += fisher_meaning(q, curvature, along).residual / len(model_ids)
+    opposed = (slopes < 0) & (residual < 0.5)  # the residuals of a regression have both signs
+    return torch.where(opposed, -1.0, 1.0).double()
 
 
 def outputs_of(
@@ -78,14 +94,11 @@ def outputs_of(
     found = torch.stack([regularised(gram.matrix, lam * by, start) for by in multiples], 1)
     if system.dual:
         found = sum_of_rows(systems, model_id, system, found)
-    size = gram.k * found.abs().amax(0)  # so that float32 holds them, and their sums
-    steps = (found / size.clamp(min=torch.finfo(torch.float64).tiny)).mT
     out = torch.empty(store.train_set_size, len(multiples), dtype=torch.float64, device="cpu")
     reader = store.reader(model_id)
     blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
     for inds, _, features, _ in read_features([reader], blocks):
-        product = computer.scores(features, steps)
-        out[torch.from_numpy(inds)] = product.double()
+        out[torch.from_numpy(inds)] = computer.scores(features, found.mT).double()
     return out
 
 
