@@ -15,7 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastproj import TRAKer
-from fastproj.trak import ImageClassificationModelOutput, ScoreComputer, SingularXtXWarning
+from fastproj.trak import (
+    FunctionModelOutput,
+    ImageClassificationModelOutput,
+    ScoreComputer,
+    SingularXtXWarning,
+)
 from fastproj.trak.solving import solve as module
 from fastproj.trak.solving.ridge import (
     Moments,
@@ -26,6 +31,7 @@ from fastproj.trak.solving.ridge import (
 )
 from fastproj.trak.solving.solve import Gram, Rows, System, solve
 from fastproj.trak.store import features
+from fastproj.trak.tasks.margin import margins
 from tests.trak import cases
 
 M = 5
@@ -245,9 +251,15 @@ def test_a_small_lambda_leaves_scores_their_digits(tmp_path, n, lambda_reg):
 def test_scores_that_are_rounding_of_float16_are_told(tmp_path, n, lambda_reg, warned):
     """Of 24 dimensions the features have 15, but for rounding. In the dual they have no more."""
     few, targets = cases.data(15), cases.data(M, seed=5)
-    train = tuple(part.repeat(n // 15, *[1] * (part.dim() - 1)) for part in few)
+    number = torch.arange(n)
+    train = few[0][number % 15], few[1][number % 15] + 10 * (number // 15)
+
+    def output(model, batch):  # powers of 3, so that every repeat is rounded otherwise
+        repeat = batch[1] // 10
+        return margins(model(batch[0]), batch[1] % 10) * 3.0**-repeat
+
     model, found = cases.trained(0, few), []
-    options = {"proj_dim": 24, "lambda_reg": lambda_reg, "curvature": "trak"}
+    options = {"proj_dim": 24, "lambda_reg": lambda_reg, "task": FunctionModelOutput(output)}
     for half in (False, True):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
