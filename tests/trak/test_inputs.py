@@ -32,6 +32,7 @@ from fastproj.trak import (
 from fastproj.trak.inputs import as_groups
 from fastproj.trak.loaded import LoadedModel
 from fastproj.trak.solving import finalizing, scoring
+from fastproj.trak.solving.scoring import target_features
 from fastproj.trak.tasks import resolve_task
 from tests.trak import cases, modules
 
@@ -1249,6 +1250,20 @@ def test_scores_of_groups_are_those_of_their_targets_together(tmp_path, reductio
         members = single[:, np.array(GROUPS) == g].astype(np.float64)
         wanted = members.sum(1) if reduction == "sum" else members.mean(1)
         np.testing.assert_allclose(found[:, g], wanted, rtol=0, atol=1e-5 * np.abs(single).max())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_groups_of_features_in_float64_keep_their_digits(tmp_path, reduction):
+    model, targets = cases.net(0, torch.float64), cases.data(3, dtype=torch.float64)
+    traker = cases.featurized(model, tmp_path, cases.data(N, dtype=torch.float64))
+    traker.finalize_features()
+    options = {"groups": [0, 1, 0], "reduction": reduction}
+    traker.start_scoring_checkpoint("test", model.state_dict(), 0, 3, **options)
+    traker.score(targets, num_samples=3)
+    phi = traker.saver.matrix(0, "test")
+    found = target_features(traker.saver, 0, "test", range(2))
+    first = (phi[0] + phi[2]) / (1 if reduction == "sum" else 2)
+    torch.testing.assert_close(found, torch.stack([first, phi[1]]), rtol=1e-14, atol=1e-14)
 
 
 def test_extremes_of_groups(tmp_path):

@@ -13,12 +13,14 @@ from fastproj import TRAKer
 from fastproj.memory import is_out_of_memory
 from fastproj.trak import (
     FunctionalGradientComputer,
+    FunctionModelOutput,
     HookGradientComputer,
     ImageClassificationModelOutput,
     IterativeGradientComputer,
 )
 from fastproj.trak.gradients import AutomaticGradientComputer, recorder
 from fastproj.trak.gradients import base as module
+from fastproj.trak.inputs import RandomNumbersError
 from tests.trak import cases
 
 COMPUTERS = [FunctionalGradientComputer, HookGradientComputer, IterativeGradientComputer]
@@ -70,6 +72,45 @@ def test_noise_that_the_model_seeds_is_that_of_each_sample_alone(computer):
     model, (x, y) = Seeded(), cases.data(5, dtype=torch.float64)
     grads = computer(model, ImageClassificationModelOutput()).compute_per_sample_grad((x, y))
     torch.testing.assert_close(flat(grads), cases.gradients(model, (x, y)))
+
+
+@pytest.mark.parametrize(("share", "refused"), [(1e-6, False), (0.1, True)])
+def test_outputs_may_differ_from_call_to_call_by_rounding(share, refused):
+    """The kernels of a GPU may add in any order."""
+
+    class Unordered(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * (1 + share * (self.calls % 2))
+
+    batch = (
+        torch.randn(4, 3, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 1, 0, 1]),
+    )
+    computer = IterativeGradientComputer(Unordered(3, 2), ImageClassificationModelOutput())
+    if refused:
+        with pytest.raises(RandomNumbersError, match="outputs differ from one call to the next"):
+            computer.check_repeats(batch)
+    else:
+        computer.check_repeats(batch)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_outputs_of_any_size_show_that_samples_are_mixed(scale):
+    model = nn.Linear(3, 1)
+    batch = (torch.randn(4, 3, generator=torch.Generator().manual_seed(0)),)
+
+    def alone(model, batch):
+        return scale * model(batch[0])[:, 0]
+
+    def mixed(model, batch):
+        return alone(model, batch) - alone(model, batch).mean()
+
+    for output in (alone, mixed):
+        computer = IterativeGradientComputer(model, FunctionModelOutput(output))
+        assert computer.mixes(batch) == (output is mixed)
 
 
 @pytest.mark.parametrize("names", [["fc.wieght"], []])

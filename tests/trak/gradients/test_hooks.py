@@ -236,14 +236,14 @@ LAYERS = {
         6,
         lambda m, x: m(x.flatten(0, 1)).unflatten(0, (-1, 2)),
     ),
-    "layer-norm": (lambda: nn.LayerNorm(4), floats(3, 4), 4),
+    "layer-norm": (lambda: nn.LayerNorm(4, eps=0.1), floats(3, 4), 4),
     "layer-norm-2d": (lambda: nn.LayerNorm((3, 4)), floats(2, 3, 4), 4),
     "layer-norm-flat": (lambda: nn.LayerNorm(4), floats(4), 4),
-    "rms-norm": (lambda: nn.RMSNorm(4), floats(3, 4), 4),
-    "group-norm": (lambda: nn.GroupNorm(2, 4), floats(4, 3, 3), 4),
+    "rms-norm": (lambda: nn.RMSNorm(4, eps=0.1), floats(3, 4), 4),
+    "group-norm": (lambda: nn.GroupNorm(2, 4, eps=0.1), floats(4, 3, 3), 4),
     "instance-norm": (lambda: nn.InstanceNorm2d(4, affine=True), floats(4, 3, 3), 4),
     "batch-norm-1d": (lambda: nn.BatchNorm1d(4), floats(4), 4),
-    "batch-norm-2d": (lambda: nn.BatchNorm2d(4), floats(4, 3, 3), 4),
+    "batch-norm-2d": (lambda: nn.BatchNorm2d(4, eps=0.1), floats(4, 3, 3), 4),
     "prelu": (lambda: nn.PReLU(4), floats(4, 3), 4),
     "lstm": (lambda: nn.LSTM(4, 6, batch_first=True), floats(3, 4), 6, lambda m, x: m(x)[0]),
     "encoder-layer": (
@@ -306,6 +306,15 @@ def test_every_layer_gives_the_gradients_of_autograd(name, pieces, monkeypatch):
     for r in (1, 2, 3):  # no side, one or both of them are compressed
         factored = fastproj.FactoredProjector(model, r, 32, seed=4, scale=None)
         torch.testing.assert_close(computer.project(batch, factored, 2), factored.project(exact, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("conv")])
+def test_convolutions_come_channel_by_channel(name, monkeypatch):
+    model, batch = build(name)
+    monkeypatch.setattr(parts, "PIECE_BYTES", 1)
+    exact = IterativeGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    found = HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+    torch.testing.assert_close(flat(found), flat(exact))
 
 
 WITH_RULES = [

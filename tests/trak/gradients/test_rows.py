@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fastproj.trak import (
     batches,
 )
 from fastproj.trak.draws import Draws, Fisher
+from fastproj.trak.gradients import base
 from fastproj.trak.gradients.base import AbstractGradientComputer
 from fastproj.trak.tasks import TrainingOutput
 from tests.trak.model_zoo import FAMILIES, make
@@ -97,6 +100,28 @@ def test_projected_rows_are_those_of_the_gradients(name, computer):
     exact = [projector.project(g, model_id=3) for g in plainly(model, TrainingOutput(task), batch)]
     for rows, wanted in zip(found, exact, strict=True):
         torch.testing.assert_close(rows, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_every_output_of_a_sample_counts_for_the_memory_of_a_chunk(monkeypatch):
+    model, task, data = make("resnet")
+    computer = FunctionalGradientComputer(model, TrainingOutput(task))
+    per_row = sum(p.numel() * 4 for p in model.parameters())
+    monkeypatch.setattr(base, "GRAD_BYTES", 6 * per_row)
+    assert computer.samples_at_once(with_noise(task, data(N), 2)) == 2
+    assert computer.samples_at_once(with_noise(task, data(N), 0)) == 6
+
+
+@pytest.mark.parametrize(("ours", "drawn"), [(True, 1), (True, 2), (False, 1), (False, 2)])
+def test_features_are_on_trust_where_any_of_their_parts_are(ours, drawn):
+    """A batch of one sample has plain autograd's gradients, which are not."""
+    model, task, data = make("resnet")
+    computer = HookGradientComputer(model, TrainingOutput(task))
+    projector = Projector(sum(p.numel() for p in model.parameters()), 16, 0)
+    if not ours:
+        projector = SimpleNamespace(project=projector.project)
+    chosen = torch.arange(N) < drawn
+    computer.project_drawn(with_noise(task, data(N), 1), chosen, projector, 0)
+    assert computer.on_trust
 
 
 def test_a_computer_is_the_one_that_gives_rows_where_it_says_so():

@@ -381,13 +381,14 @@ class OwnSolve(ScoreComputer):
 
 
 def test_a_computer_with_steps_of_its_own_is_given_what_it_takes(tmp_path):
+    """Of 30 rows and 40 dimensions, too."""
     train = cases.data(15)
-    traker = cases.make(cases.net(), tmp_path, 15, proj_dim=24, score_computer=OwnSolve)
+    traker = cases.make(cases.net(), tmp_path, 15, proj_dim=40, score_computer=OwnSolve)
     cases.featurize(traker, cases.net(), 0, train)
     traker.finalize_features()
-    assert traker.score_computer.solved == (24, 24)
+    assert traker.score_computer.solved == (40, 40)
     assert traker.saver.systems.read_solve(0)["form"] == "primal"
-    assert not traker.saver.systems.gram_path(0, System(1.0, True)).exists()
+    assert not traker.saver.systems.gram_path(0, System(1.0, True, True)).exists()
 
 
 @pytest.mark.parametrize("lambda_reg", ["auto", 0.5])

@@ -1051,6 +1051,32 @@ def test_terms_of_ones_own_are_of_another_output_unless_it_is_said(tmp_path):
         traker.finalize_features(lambda_reg=np.float32(0.5))
 
 
+def test_several_labels_have_no_traks_formula_when_finalising(tmp_path):
+    """Their training features are gradients of the log-likelihood, not of f."""
+    x, y = data(12)
+    task = ImageClassificationModelOutput(multilabel=True)
+    traker = cases.make(cases.net(0, torch.float64), tmp_path, 12, task)
+    cases.featurize(traker, cases.net(0, torch.float64), 0, (x, F.one_hot(y, 4)))
+    with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula"):
+        traker.finalize_features(lambda_reg=0.5)
+
+
+@pytest.mark.parametrize("k", [8, 40])
+def test_one_label_has_the_lambda_of_two_classes(tmp_path, k):
+    x, found = data(30)[0], []
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 1)).double()
+    y = (model(x)[:, 0] > 0).long()  # which it fits
+    for labels in (y, y.unsqueeze(1)):
+        several = labels.dim() == 2
+        task = ImageClassificationModelOutput(multilabel=several)
+        traker = cases.make(model, tmp_path / str(several), 30, task, proj_dim=k)
+        cases.featurize(traker, model, 0, (x, labels))
+        traker.finalize_features()
+        found += lambdas(traker)
+    assert found[1] == pytest.approx(found[0])
+
+
 def test_texts_have_no_traks_formula_when_finalising(tmp_path):
     traker = language(tmp_path, 20, 8, "auto")
     with pytest.raises(ValueError, match=r"lambda_reg=0.5, which is TRAK's formula.*CausalLM") as e:

@@ -322,6 +322,15 @@ def test_effective_dimension_and_quadrature():
     assert float(weights.sum()) == pytest.approx(float((low_rank @ start).square().sum()))
 
 
+@pytest.mark.parametrize("columns", [1, 6, 7, 19])
+def test_the_effective_dimension_by_blocks(columns, monkeypatch):
+    phi = gradients(50, 20)
+    values = torch.linalg.eigvalsh(phi.T @ phi)
+    monkeypatch.setattr(module, "COLUMNS", columns)
+    exact = float((values / (values + 0.7)).sum())
+    assert effective_dimension(phi.T @ phi, 0.7) == pytest.approx(exact)
+
+
 def test_rounding_may_leave_a_matrix_an_eigenvalue_below_0():
     vectors = torch.linalg.qr(gradients(20, 20)).Q
     values = torch.logspace(-6, 0, 20, dtype=torch.float64)

@@ -169,6 +169,17 @@ def test_a_shard_of_another_run_is_refused(finished, model, train, tmp_path_fact
         read_all(folder, model)
 
 
+def test_targets_of_another_experiment_are_refused(finished, model, train):
+    folder, _ = finished
+    traker = cases.make(model, folder, N)
+    traker.start_scoring_checkpoint("other", model.state_dict(), 0, M)
+    targets = folder / "models" / "0" / "targets"
+    (targets / "other").mkdir(exist_ok=True)
+    shutil.copy(next((targets / "test").glob("target-*")), targets / "other")
+    with pytest.raises(StoreMismatchError, match="experiment 'test'; this run has 'other'"):
+        cases.make(model, folder, N).finalize_scores("other")
+
+
 # ---- a disk that refuses ------------------------------------------------------------------------
 
 

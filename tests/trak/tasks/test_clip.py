@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from fastproj.trak import CLIPModelOutput, TRAKer, batches
 from fastproj.trak.tasks.clip import embed
@@ -35,6 +36,41 @@ def test_embeddings_belong_to_a_checkpoint():
     assert not torch.equal(task.outputs(model, {}, {}, batch), first)
     model.load_state_dict(state)  # the first again: remembered
     torch.testing.assert_close(task.outputs(model, {}, {}, batch), first)
+
+
+@modules.of(drop=lambda: nn.Dropout(0.5), unused=lambda: nn.Parameter(torch.zeros(1)))
+def Dropping(self, image, text):
+    return self.drop(image), self.drop(text), 1.0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_embeddings_are_of_pairs_chosen_by_the_seed_without_dropout(training):
+    model = Dropping().train(training)
+    pairs = torch.arange(1.0, 11.0).unsqueeze(1)  # of number i: images i, texts -i
+    chosen = []
+    for seed in (0, 1, 0):
+        task = CLIPModelOutput(simulated_batch_size=5, seed=seed)
+        task.get_embeddings(model, [(part, -part) for part in pairs.split(4)], size=9)
+        assert model.training == training
+        found = task._embeddings(model)
+        torch.testing.assert_close(found.texts, -found.images)
+        chosen.append(found.images.flatten().tolist())
+        assert len(set(chosen[-1])) == 5
+        assert set(chosen[-1]) <= set(range(1, 10))
+    assert chosen[0] == chosen[2] != chosen[1]
+
+
+def test_the_likelihood_is_no_function_of_the_scale():
+    """A gradient by it would take another run of the whole model."""
+    model, task, data = make("clip")
+    batch = prepared(data(N))
+    noise = torch.full((N, 1, 2, 3), 0.5)
+    made = task.likelihood_terms(model, {}, {}, batch, noise)
+    for out in (made.output, made.drawn):
+        (slope,) = torch.autograd.grad(
+            out.sum(), [model.logit_scale], allow_unused=True, retain_graph=True
+        )
+        assert slope is None
 
 
 def test_another_simulated_batch_in_one_checkpoint_is_said(tmp_path):

@@ -93,7 +93,7 @@ def test_rows_that_lie_elsewhere_and_classes_that_cannot_be(temperature):
 
 @pytest.mark.parametrize("last", [0, C - 1])
 def test_the_label_and_what_cannot_be_are_never_drawn(last):
-    """At the largest numbers below 1, too."""
+    """At 0 and at the largest numbers below 1, too."""
     z = torch.zeros(1, C)
     z[0, C - 3 :] = -torch.inf
     uniform = 1 - 2.0**-24 * torch.tensor([[0.0, 1.0, 2.0, 3.0]])
@@ -103,6 +103,8 @@ def test_the_label_and_what_cannot_be_are_never_drawn(last):
     assert torch.isfinite(found.drawn).all()
     if last == 0:
         assert (found.drawn == C - 4).all()
+        first = contrasts(z + torch.arange(C), labels, torch.zeros(1, 1))
+        assert float(first.drawn) == 1
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, 0, None), (2, None, 1)])

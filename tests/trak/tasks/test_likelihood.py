@@ -28,6 +28,7 @@ from fastproj.trak import (
 )
 from fastproj.trak.draws import Draws, Fisher
 from fastproj.trak.tasks.base import Terms
+from fastproj.trak.tasks.likelihood import log_sigmoid
 from tests.trak import modules
 
 IGNORED = -100
@@ -685,7 +686,7 @@ def test_a_class_that_is_impossible_is_never_drawn():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["image, 5 classes", "causal, mean"])
+@pytest.mark.parametrize("name", ["image, 5 classes", "image, three labels", "causal, mean"])
 def test_sums_of_16_bit_logits_are_made_in_float32(name, dtype):
     case = CASES[name]()
     x = case.x[None].to(dtype)
@@ -709,6 +710,15 @@ def test_logits_far_apart_leave_finite_terms(logit):
         assert bool(torch.isfinite(values).all())
     q = torch.sigmoid(-(torch.tensor(logit).double() - torch.tensor([0.0, 1.0]).logsumexp(0)))
     torch.testing.assert_close(made.slope.double()[0], q, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("f", [-60.0, -30.0, 0.0, 30.0])
+def test_a_log_sigmoid_has_the_digits_of_float64(f):
+    f = torch.tensor(f, dtype=torch.float64, requires_grad=True)
+    found, exact = log_sigmoid(f), torch.nn.functional.logsigmoid(f)
+    torch.testing.assert_close(found, exact, rtol=1e-14, atol=0)
+    slopes = (torch.autograd.grad(out, f)[0] for out in (found, exact))
+    torch.testing.assert_close(*slopes, rtol=1e-14, atol=0)
 
 
 # ---- one output ---------------------------------------------------------------------------------
@@ -829,6 +839,8 @@ MIXING = {
     "labels": {"likelihood": lambda f, batch: -0.5 * (batch[1] - batch[1].mean() - f) ** 2},
     "softmax": {"loss": lambda f: f.logsumexp(0) - f},
     "means": {"likelihood": lambda f, batch: -((batch[1] - f.unsqueeze(1)) ** 2).mean(1)},
+    "places": {"likelihood": lambda f, batch: -(1.0 + torch.arange(len(f))) * f**2},
+    "small": {"likelihood": lambda f, batch: -1e-6 * (batch[1] - batch[1].mean() - f) ** 2},
 }
 
 
