@@ -29,6 +29,7 @@ from fastproj.trak.solving.ridge import (
     meaning,
     sample_weights,
 )
+from fastproj.trak.solving.scoring import rounding_growth
 from fastproj.trak.solving.solve import Gram, Rows, System, solve
 from fastproj.trak.store import features
 from fastproj.trak.tasks.margin import margins
@@ -63,6 +64,28 @@ def solution(rows, lambda_reg):
 
 
 # ---- one system ---------------------------------------------------------------------------------
+
+
+def test_the_pseudo_inverse_has_lambda_once():
+    """S^T [(S S^T) (S S^T + lambda I)]^+ S; lambda is near the smallest value that is kept."""
+    values = torch.tensor([1.0, 0.02], dtype=torch.float64)
+    gram = Gram(values.diag(), 2, 16, 1e-3)
+    with pytest.warns(SingularXtXWarning):
+        inverse = solve(gram, 3e-3).factor
+    torch.testing.assert_close(inverse, (1 / (values * (values + 3e-3))).diag())
+
+
+@pytest.mark.parametrize("lambda_reg", [1e-3, 1.0])
+def test_growth_of_rounding_is_the_size_of_the_terms_over_that_of_their_sum(lambda_reg):
+    """Terms ``row[j] w[j]`` of independent entries, over sums that are ``row . w``."""
+    rows, targets = random(7, 20), random(5, 20, seed=1)
+    weights = torch.linalg.solve(
+        rows.mT @ rows + lambda_reg * torch.eye(20, dtype=torch.float64), targets.mT
+    ).mT
+    terms = rows.square().mean() * weights.square().sum(1)  # mean square of a sum of them
+    expected = (terms / (weights @ rows.mT).square().mean(1)).sqrt()
+    found = rounding_growth(weights, targets, lambda_reg, float(rows.square().sum()))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("lambda_reg", [1e-6, 0.3, 1e4, "0.1*mean"])
@@ -271,6 +294,21 @@ def test_scores_that_are_rounding_of_float16_are_told(tmp_path, n, lambda_reg, w
         assert all(one.filename.endswith("cases.py") for one in said)  # the caller's line
     error = np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0])
     assert error > 0.5 if warned else error < 0.01
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_float16_hides_no_singular_matrix(tmp_path, half):
+    """Features have 3 of 8 dimensions. Their rounding alone has all, which is no inverse."""
+    x = cases.data(40)[0].flatten(1)[:, :3]
+    model = torch.nn.Linear(3, 1, bias=False)
+    options = {
+        "proj_dim": 8,
+        "lambda_reg": 0.0,
+        "use_half_precision": half,
+        "task": FunctionModelOutput(lambda model, batch: model(batch[0]).squeeze(-1)),
+    }
+    with pytest.warns(SingularXtXWarning, match="rank 3"):
+        cases.whole_run(tmp_path, [model], (x, x), (x[:M], x[:M]), **options)
 
 
 def test_traks_arrays_are_there_in_the_dual(tmp_path):
