@@ -24,6 +24,12 @@ def sample_images() -> list[Any]:
 
 
 @cache
+def grey_images() -> list[Any]:
+    """The same two, float64 [427, 640] in 0..1."""
+    return [image.mean(2) / 255.0 for image in sample_images()]
+
+
+@cache
 def portrait_image() -> Any:
     """matplotlib's portrait of Grace Hopper, uint8 [600, 512, 3]."""
     from matplotlib import get_data_path
@@ -39,7 +45,7 @@ def photos(n: int = 800, targets: int = 100) -> Problem:
     10 % of the labels are wrong, and training stops early.
     """
     rng = np.random.default_rng(0)
-    pictures = [image.mean(2) / 255.0 for image in sample_images()]
+    pictures = grey_images()
     images, labels = [], []
     for number in range(n + targets):
         label = number % 8
@@ -60,7 +66,7 @@ def photos(n: int = 800, targets: int = 100) -> Problem:
 def pixels(n: int = 600, targets: int = 100) -> Problem:
     """How bright the middle of 9 x 9 pixels of the photographs is, without its 5 x 5 neighbours."""
     rng = np.random.default_rng(1)
-    pictures = [image.mean(2) / 255.0 for image in sample_images()]
+    pictures = grey_images()
     around = np.ones((9, 9), np.bool_)
     around[2:7, 2:7] = False
     x, y = [], []
@@ -88,7 +94,7 @@ def pixels(n: int = 600, targets: int = 100) -> Problem:
 def neighbours(n: int = 800, targets: int = 100) -> Problem:
     """Which of the 8 x 8 pixels around 8 x 8 of the photographs are brighter than these."""
     rng = np.random.default_rng(9)
-    pictures = [image.mean(2) / 255.0 for image in sample_images()]
+    pictures = grey_images()
     inner, brighter = [], []
     for number in range(n + targets):
         y, x = int(rng.integers(0, 427 - 24)), int(rng.integers(0, 640 - 24))
@@ -108,7 +114,7 @@ def neighbours(n: int = 800, targets: int = 100) -> Problem:
 def sides(n: int = 800, targets: int = 100) -> Problem:
     """Which right half belongs to the left one of 16 x 16 pixels of the photographs."""
     rng = np.random.default_rng(5)
-    pictures = [image.mean(2) / 255.0 for image in sample_images()]
+    pictures = grey_images()
     patches = []
     for number in range(n + targets):
         y, x = int(rng.integers(0, 427 - 16)), int(rng.integers(0, 640 - 16))

@@ -128,17 +128,16 @@ def test_matrix_dtypes(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(entries, torch.from_numpy(expected).to(DEVICE, dtype))
 
 
-def test_matrix_of_more_than_2_31_columns() -> None:
-    """The first tile of one: nothing in a kernel takes the number of columns for a small one."""
-    out = torch.zeros((512, 64), device=DEVICE)
+def launch_one_tile(out: torch.Tensor, columns: int, strides: tuple[int, int]) -> None:
+    """One program of 512 rows of a Rademacher matrix of so many columns, seed 0."""
     words = {"block": 0, "tag": 0, "signs": plan.signed32(0x80008000)}
     words |= {"stream_id": 0, "seed_low": 0, "seed_high": 0}
     matrix_kernel[(1, 1)](
         out,
         magnitudes(out.device, False),
         512,
-        2**31 + 64,
-        *out.stride(),
+        columns,
+        *strides,
         origin=0,
         col_offset=0,
         **words,
@@ -147,6 +146,12 @@ def test_matrix_of_more_than_2_31_columns() -> None:
         NUM_WARPS=4,
         num_warps=4,
     )
+
+
+def test_matrix_of_more_than_2_31_columns() -> None:
+    """The first tile of one: nothing in a kernel takes the number of columns for a small one."""
+    out = torch.zeros((512, 64), device=DEVICE)
+    launch_one_tile(out, 2**31 + 64, out.stride())
     assert torch.equal(out.double(), stored(512, 64, device=DEVICE))
 
 
@@ -162,23 +167,7 @@ def test_last_tile_of_more_than_2_31_columns(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_get_program_id", program)
     out = torch.zeros(512)
-    words = {"block": 0, "tag": 0, "signs": plan.signed32(0x80008000)}
-    words |= {"stream_id": 0, "seed_low": 0, "seed_high": 0}
-    matrix_kernel[(1, 1)](
-        out,
-        magnitudes(out.device, False),
-        512,
-        2**31 + 1,
-        1,
-        0,
-        origin=0,
-        col_offset=0,
-        **words,
-        GAUSSIAN=False,
-        BLOCK_K=64,
-        NUM_WARPS=4,
-        num_warps=4,
-    )
+    launch_one_tile(out, 2**31 + 1, (1, 0))
     key = fastproj.spec.MatrixKey("rademacher", 0, 0)
     column = fastproj.spec.matrix_block(key, 0, 512, 2**31, 2**31 + 1)[:, 0]
     assert torch.equal(out.double(), torch.from_numpy(column).double())
