@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
 import time
@@ -62,7 +61,6 @@ WAYS: dict[str, tuple[str, dict[str, Any], str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     options = parse(argv)
-    logging.disable(logging.INFO)
     costs = costs_of(options.costs, options.model)
     if options.again is not None:
         places = summary(json.loads(options.again.read_text(encoding="utf-8"))["runs"], costs)

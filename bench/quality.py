@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 where distortion and theory disagree."""
     options = build_parser().parse_args(argv)
-    logging.disable(logging.INFO)
     quick = options.quick
     said: list[str] = []
 
