@@ -50,7 +50,7 @@ def make(
     judge = f'[[ -n "{fails}" && "$*" == {fails or "x"} ]] && exit 1\necho "{say}"; exit 0'
     python = stand_in(folder / "python", f'echo "$*" >> {log}\n{does}\n{judge}')
     sanitizer = stand_in(folder / "sanitizer", f'echo "sanitizer $*" >> {log}\n{judge}')
-    dropped = ("FASTPROJ", "MAKE", "OUT")
+    dropped = ("FASTPROJ", "MAKE", "OUT", "PYTEST_ARGS")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     done = subprocess.run(
         ["make", target, "VENV=", f"PYTHON={python}", f"SANITIZER={sanitizer}", f"OUT={out}"],

@@ -14,7 +14,7 @@ import pytest
 
 from fastproj import namesake
 from tests import ROOT
-from tests.packaging.building import Built, Venv
+from tests.packaging.building import Built, Venv, environment
 
 # The files that its release 0.1.0 installs into our folder, and their contents where it matters.
 FILES = {
@@ -71,7 +71,11 @@ def test_it_is_found_whichever_came_first(
 
     venv.install("-q", "--force-reinstall", other)  # and now the other one has
     done = subprocess.run(
-        [venv.python, "-m", "fastproj", "info"], cwd=venv.elsewhere, capture_output=True, text=True
+        [venv.python, "-m", "fastproj", "info"],
+        cwd=venv.elsewhere,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     assert re.search(REPAIR, done.stderr)
