@@ -18,6 +18,7 @@ import fastproj
 from fastproj.backends import cpu
 from fastproj.spec import MatrixKey, default_block, matrix_block, sjlt_entries
 from tests.dense import DTYPES, integers, normals, relative_error, stored
+from tests.essential import essential
 from tests.known import blocks, check_block, check_entry, entries
 
 ISAS = [name for name, reason in cpu.isas().items() if not reason]
@@ -295,6 +296,9 @@ def test_what_is_not_finite_stays_where_its_row_has_entries(way: str, bad: float
     assert torch.equal(~back[0].isfinite(), stored(2000, 1024, kind="sjlt", block=256)[:, 77] != 0)
 
 
+@pytest.mark.parametrize(
+    "way", essential(WAYS, [way for way in WAYS if way != "reference"]), indirect=True
+)
 def test_long_sums_do_not_drift(way: str) -> None:
     """The error of 2^18 additions of a constant and noise, against float64."""
     g = normals((1, 1 << 18)) + 1.0

@@ -18,6 +18,7 @@ from bench.battery.sentences import facts
 from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
 from fastproj.trak.tasks import has_likelihood
+from tests.essential import essential
 
 PAIRS = ((0, 1), (0, 2), (1, 2))
 SMALL = {"n": 160, "targets": 20}
@@ -29,7 +30,9 @@ def small(name: str):
     return problem.with_training(epochs=2)
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(
+    "name", essential(PROBLEMS, ("digits", "wine", "portrait", "docstring_gaps"))
+)
 def test_every_problem_is_made_alike_twice(name: str) -> None:
     first, second = small(name), small(name)
     assert first.name == name

@@ -18,6 +18,7 @@ from bench.featurization.measure import Sizes, work
 from bench.featurization.providers import PROVIDERS, Provider, layers, ours
 from bench.featurization.workloads import WORKLOADS, logits_of, losses_of, steps
 from bench.targets import FAIL, NOT_HERE, PASS
+from tests.essential import essential
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def sizes(workload: str) -> Sizes:
     return Sizes(*WORKLOADS[workload].quick, proj_dim=64, repeats=1, threads=1, quick=True)
 
 
-@pytest.mark.parametrize("workload", list(WORKLOADS))
+@pytest.mark.parametrize("workload", essential(WORKLOADS, ("resnet9", "gpt_36m")))
 def test_features_have_the_norms_of_gradients(workload: str) -> None:
     row = work("sjlt", workload, sizes(workload))
     assert row["note"] == ""
@@ -44,7 +45,7 @@ def test_features_have_the_norms_of_gradients(workload: str) -> None:
     assert list(summary.wrong([row])) == []
 
 
-@pytest.mark.parametrize("provider", OURS)
+@pytest.mark.parametrize("provider", essential(OURS, ("plain", "sjlt", "factored-16", "default")))
 def test_every_provider_of_ours_runs(provider: str) -> None:
     row = work(provider, "gpt_36m", sizes("gpt_36m"))
     assert row["note"] == "" or row.get("missing")

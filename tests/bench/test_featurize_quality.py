@@ -56,6 +56,7 @@ def test_seeds_are_averaged() -> None:
     assert place["seconds"] == 4.0
 
 
+@pytest.mark.slow
 def test_it_measures_draws_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     picture, cache = tmp_path / "picture.png", tmp_path / "cache"

@@ -13,6 +13,7 @@ from tests import ROOT
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone can tell")
+@pytest.mark.slow
 def test_memory_is_not_that_of_the_process_that_wrote_the_features() -> None:
     held = np.ones(1 << 27)  # 1 GiB
     code = "from bench.out_of_core import peak_bytes; print(peak_bytes())"

@@ -508,6 +508,7 @@ def test_sparse_targets_against_copy_and_peers() -> None:
 # ---- the table of measurements -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_result_becomes_the_table_that_backends_are_chosen_by(gpu_stand_in: Path) -> None:
     from fastproj.backends import measured
 

@@ -18,6 +18,7 @@ import torch
 from fastproj import cli
 from fastproj.commands import running
 from fastproj.trak.evaluation.retrain import GroundTruth
+from tests.essential import slow
 from tests.trak.recipe_files import trained, write_recipe
 
 PARSERS = {word: cli.load(word).build_parser() for word in cli.COMMANDS}
@@ -176,7 +177,7 @@ def test_a_failure_prints_no_json(tmp_path: Path, capsys: pytest.CaptureFixture[
 # ---- Ctrl-C -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [slow(1), 2])
 def test_interrupted_retraining_keeps_what_is_trained(tmp_path: Path, jobs: int) -> None:
     """The third training sends what Ctrl-C sends, to the command's own process, and never ends."""
     process = "os.getpid()" if jobs == 1 else "multiprocessing.parent_process().pid"

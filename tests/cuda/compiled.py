@@ -18,10 +18,14 @@ import pytest
 import build_cuda
 import build_machine_code
 import build_native
+from tests import ROOT
 from tests.cuda import emulation
 
 TABLE = Path(__file__).with_name("resources.txt")
 ARCHS = ("80", "86", "89", "90a", "100", "120")
+# Those that `make test` compiles; the others are compiled by the first of the slow tests.
+INSTALLED = re.findall(r"^TEST_ARCHS := (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
+ESSENTIAL = tuple(word.removesuffix("+PTX") for word in INSTALLED.split())
 SM90_UNITS = ("sm90_rademacher", "sm90_rademacher_split", "sm90_gaussian", "sm90_gaussian_split")
 SM80_UNITS = ("sm80_rademacher", "sm80_rademacher_split", "sm80_gaussian", "sm80_gaussian_split")
 SJLT_UNITS = ("sjlt", "sjlt_f32", "sjlt_f64", "sjlt_bf16", "sjlt_f16")
@@ -75,16 +79,18 @@ def toolkit() -> str:
     return ".".join(map(str, version))
 
 
-@cache
-def objects() -> Path:
-    """The folder of compiled units, one object with its report for all architectures.
+def objects(arch: str) -> Path:
+    """A folder of compiled units, each an object and a report, with `arch` among others."""
+    return built_for(INSTALLED if arch in ESSENTIAL else "all")
 
-    Made by the build's own commands, in its own folder: after `make test` has installed the
-    package there is nothing left to compile.
+
+@cache
+def built_for(archs: str) -> Path:
+    """Made by the build's own commands, in its own folder: after `make test` has installed the
+    package there is nothing left to compile for INSTALLED.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for variable in ("FASTPROJ_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
-            patch.delenv(variable, raising=False)
+        patch.setenv("FASTPROJ_CUDA_ARCHS", archs)
         patch.setenv("FASTPROJ_CUDA", "1")
         module = build_native.cuda_module("0")
     assert isinstance(module, build_native.Module)
@@ -100,9 +106,9 @@ def disassembler() -> str | None:
     return build_cuda.find_disassembler(nvcc())
 
 
-def report(unit: str) -> str:
-    """What nvcc and ptxas said of csrc/cuda/`unit`.cu, for all architectures."""
-    return (objects() / f"{unit}.cu.o.txt").read_text()
+def report(unit: str, arch: str) -> str:
+    """What nvcc and ptxas said of csrc/cuda/`unit`.cu, for `arch` and others."""
+    return (objects(arch) / f"{unit}.cu.o.txt").read_text()
 
 
 def kernel_name(mangled: str) -> str | None:
@@ -144,7 +150,7 @@ def sass(unit: str, arch: str) -> str:
     """What cuobjdump prints of a unit for one architecture."""
     tool = disassembler()
     assert tool is not None
-    command = [tool, "-arch", f"sm_{arch}", "-sass", str(objects() / f"{unit}.cu.o")]
+    command = [tool, "-arch", f"sm_{arch}", "-sass", str(objects(arch) / f"{unit}.cu.o")]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -170,7 +176,7 @@ def main_loop(instructions: build_machine_code.Instructions) -> list[str]:
 
 def inspect(unit: str, arch: str) -> list[Function]:
     """Resources of a unit's kernels, with what the disassembly of the sm_90a ones says."""
-    functions = resources(report(unit), arch)
+    functions = resources(report(unit, arch), arch)
     if arch != "90a" or unit not in SM90_UNITS:
         return functions
     by_name = {kernel_name(name): code for name, code in disassemble(unit, arch).items()}

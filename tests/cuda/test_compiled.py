@@ -12,6 +12,7 @@ import build_machine_code
 import build_native
 from tests import ROOT
 from tests.cuda import compiled, emulation
+from tests.essential import essential
 
 pytestmark = pytest.mark.skipif(compiled.nvcc() is None, reason="no nvcc to compile with")
 
@@ -29,12 +30,12 @@ PAIRS = [
     *[(unit, "90a") for unit in compiled.SM90_UNITS],
     *[(u, arch) for arch in compiled.ARCHS for u in (*compiled.SM80_UNITS, *compiled.OTHER_UNITS)],
 ]
-UNITS = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS]
+UNITS = essential(PAIRS, [pair for pair in PAIRS if pair[1] in compiled.ESSENTIAL])
 
 
 @pytest.mark.parametrize(("unit", "arch"), UNITS)
 def test_no_spills_and_nothing_serialised(unit, arch):
-    report = compiled.report(unit)
+    report = compiled.report(unit, arch)
     assert build_machine_code.faults(report) == []
     functions = compiled.resources(report, arch)
     assert functions
@@ -101,13 +102,7 @@ def test_producers_wait_for_no_load_of_a_later_stage(unit):
 
 
 @pytest.mark.skipif(compiled.disassembler() is None, reason="no cuobjdump (install triton)")
-@pytest.mark.parametrize(
-    "arch",
-    [
-        arch if arch in ("80", "90a") else pytest.param(arch, marks=pytest.mark.slow)
-        for arch in compiled.ARCHS
-    ],
-)
+@pytest.mark.parametrize("arch", essential(compiled.ARCHS, ("80", "90a")))
 @pytest.mark.parametrize("unit", [*compiled.SM80_UNITS, "transpose"])
 def test_mma_loops_wait_for_no_load_too_soon(unit, arch):
     """And what is converted comes past the registers."""

@@ -12,6 +12,7 @@ from fastproj.spec import MatrixKey, default_block, matrix_block
 from tests import known
 from tests.cuda import emulation
 from tests.dense import DTYPES
+from tests.essential import slow
 
 SEED, STREAM = 2**63 + 5, 2**31 - 1
 
@@ -233,7 +234,7 @@ def test_pieces_that_start_inside_a_tile():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cols", [150, pytest.param(1100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cols", [150, slow(1100)])
 def test_rows_do_not_depend_on_the_batch(dtype, cols):
     """Whatever kernel and loader the batch selects; with splits and folds."""
     rows = 80_000 if cols == 150 else 60_000

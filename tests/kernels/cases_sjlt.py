@@ -16,6 +16,7 @@ from fastproj.spec import MatrixKey, sjlt_entries
 from fastproj.trak.gradients.parts import Product, Workspace
 from fastproj.trak.gradients.sinks import ProjectingSink
 from tests.dense import integers, normals, relative_error, stored
+from tests.essential import essential, slow
 from tests.kernels.cases import DEVICE, FLOATS, INTERPRETED, MAX_SEED
 from tests.kernels.cases import poisoned_memory as poisoned_memory  # a fixture for all tests here
 from tests.known import Block, blocks, check_block, check_entry, entries
@@ -128,7 +129,7 @@ def test_sjlt_matrix_dtypes(block: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS[:2] if INTERPRETED else FLOATS)
+@pytest.mark.parametrize("dtype", essential(FLOATS[:2] if INTERPRETED else FLOATS, FLOATS[:1]))
 def test_sjlt_project(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     block, columns, rows, offset = shape
     grads = integers((3, rows), dtype=dtype).to(DEVICE)
@@ -216,6 +217,7 @@ def test_sjlt_many_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.cached_plan.cache_clear()
 
 
+@pytest.mark.slow
 def test_sjlt_pinned_configurations_agree() -> None:
     """Tiles change nothing, nor does the batch: the same sums in the same order."""
     grads = normals((5, 1000 if INTERPRETED else 100_000)).to(DEVICE)
@@ -439,7 +441,12 @@ def test_sjlt_products_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("block", "dtype"),
-    [*((16, dtype) for dtype in FLOATS), (64, torch.float32), (4096, torch.bfloat16)],
+    [
+        (16, torch.float32),
+        *(slow((16, dtype)) for dtype in FLOATS[1:]),
+        (64, torch.float32),
+        (4096, torch.bfloat16),
+    ],
     ids=str,
 )
 def test_sjlt_project_transpose(block: int, dtype: torch.dtype) -> None:

@@ -34,6 +34,8 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "half": {"proj_dim": 8, "kind": "rademacher", "use_half_precision": True},
     "lambda": {"proj_dim": 8, "kind": "gaussian", "curvature": "trak", "lambda_reg": 0.01},
 }
+# Those of `make test`, where each kind takes seconds.
+ESSENTIAL = ("rademacher", "sjlt-fisher", "fisher-dual", "factored")
 
 
 def net(seed: int) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 
 from fastproj.trak.solving.scoring import scores_of_targets
 from fastproj.trak.store.store import Store
+from tests.essential import essential, slow
 from tests.trak import cases, kinds
 from tests.trak.faults import Faults
 
@@ -108,7 +109,7 @@ class Beside:
         return len(others)
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", essential(kinds.KINDS, kinds.ESSENTIAL))
 def test_another_at_any_moment(kind, tmp_path):
     with_parts = moments_with_parts(tmp_path / "counted", kind)
     Beside(tmp_path, kind).run(list(with_parts))
@@ -131,9 +132,8 @@ def every_moment(folder, step, act):
 @pytest.mark.parametrize(
     ("step", "kind"),
     [
-        *(("finalize_scores", kind) for kind in ("rademacher", "sjlt-fisher")),
-        pytest.param("finalize_scores", "gaussian-dual", marks=pytest.mark.slow),
-        pytest.param("finalize_scores", "fisher-dual", marks=pytest.mark.slow),
+        ("finalize_scores", "rademacher"),
+        *(slow(("finalize_scores", k)) for k in ("sjlt-fisher", "gaussian-dual", "fisher-dual")),
         *product(("self_influence", "parts"), ("rademacher", "gaussian-dual", "fisher-dual")),
     ],
 )

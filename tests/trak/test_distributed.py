@@ -22,6 +22,7 @@ from fastproj.trak.files import read_json
 from fastproj.trak.solving.solve import System
 from fastproj.trak.store.scores import read_scores, read_top_scores
 from fastproj.trak.store.store import NotReadyError
+from tests.essential import slow
 from tests.trak import cases
 from tests.trak.distributed_run import N
 from tests.trak.lives import Server
@@ -65,7 +66,7 @@ def assert_same(found, wanted):
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, slow(3)])
 @pytest.mark.parametrize("feed", ["plain", "inds", "remaining"])
 def test_the_same_script_in_several_processes(tmp_path, server, whole, size, feed):
     _, batches = run(server, tmp_path, size, feed=feed)
@@ -80,9 +81,9 @@ def test_the_same_script_in_several_processes(tmp_path, server, whole, size, fee
     ("feed", "size", "candidates"),
     [
         ("plain", 2, 9),
-        pytest.param("inds", 3, 2, marks=pytest.mark.slow),
-        ("remaining", 2, 2),
-        pytest.param("remaining", 3, 9, marks=pytest.mark.slow),
+        slow(("inds", 3, 2)),
+        slow(("remaining", 2, 2)),
+        slow(("remaining", 3, 9)),
         ("sampler", 2, 9),
     ],
 )
@@ -195,7 +196,7 @@ def test_fewer_samples_than_dimensions_in_several_processes(tmp_path, server):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("how", [{}, {"size_power": 0.5}], ids=["as they are", "by sizes"])
+@pytest.mark.parametrize("how", [slow({}), {"size_power": 0.5}], ids=["as they are", "by sizes"])
 def test_factored_gradients_in_several_processes(tmp_path, server, how):
     """Bit for bit, also where a process was killed and the run begun again."""
     how = {**how, "options": {"factored": 3, "proj_dim": 32}}
@@ -253,7 +254,7 @@ def test_each_rank_its_own_checkpoints(tmp_path, server, whole):
 
 
 @pytest.mark.parametrize("stage", ["featurize", "score"])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [slow(2), 3])
 def test_a_rank_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path, server, whole, stage, size):
     codes = [1, -signal.SIGKILL, 1][:size]
     printed, _ = run(server, tmp_path, size, codes=codes, die=[1, stage])

@@ -69,6 +69,7 @@ def test_every_example_is_run():
     }
 
 
+@pytest.mark.slow
 def test_data_selection(tmp_path, monkeypatch, capsys):
     """What scores choose beats chance, by more than seeds differ."""
     options = {"out": tmp_path, "pool": 160, "share": 0.1, "seeds": 2, "proj-dim": 128}

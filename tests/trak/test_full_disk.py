@@ -10,6 +10,7 @@ import re
 import pytest
 
 from fastproj.trak import StoreError
+from tests.essential import essential
 from tests.trak import cases, kinds
 from tests.trak.faults import Faults, no_room
 
@@ -51,7 +52,7 @@ def fill_at(kind, moments, tmp_path):
     return ended
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", essential(kinds.KINDS, kinds.ESSENTIAL))
 def test_a_disk_that_fills_up_loses_nothing(kind, tmp_path):
     rng = random.Random(kind)
     fill_at(kind, lambda n: [rng.randrange(n)], tmp_path)

@@ -13,6 +13,7 @@ import pytest
 from fastproj.trak.files import read_safetensors
 from fastproj.trak.store.scores import read_scores, read_top_scores
 from fastproj.trak.store.shards import ShardFile
+from tests.essential import essential
 from tests.trak import kinds
 from tests.trak.killed_run import KINDS, STAGES
 from tests.trak.lives import Server
@@ -131,7 +132,7 @@ def runs_killed(kind, moments, tmp_path, server, rng):
     return kills
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize("kind", essential(kinds.KINDS, kinds.ESSENTIAL))
 def test_a_kill_loses_nothing_of_any_kind_of_store(kind, tmp_path, server):
     rng = random.Random(kind)
     kills = runs_killed(kind, lambda n: [rng.randrange(n)], tmp_path, server, rng)

@@ -16,6 +16,7 @@ from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.files import StoreMismatchError, read_json
 from fastproj.trak.hf import HFTRAKer, TRAKCallback, checkpoints_in
 from fastproj.trak.hf.undisturbed import undisturbed
+from tests.essential import slow
 from tests.trak.hf import models
 from tests.trak.hf.training import SAMPLES, STEPS, state_of, train
 
@@ -121,9 +122,7 @@ def whole(tmp_path_factory):
     return np.array(ours.scores)
 
 
-@pytest.mark.parametrize(
-    "after", [1, 5, *(pytest.param(after, marks=pytest.mark.slow) for after in (0, 6))]
-)
+@pytest.mark.parametrize("after", [5, *map(slow, (0, 1, 6))])
 def test_a_stopped_training_goes_on(tmp_path, plain, whole, monkeypatch, after):
     """Stopped before the second checkpoint is featurized, amid it, and before it is scored."""
     computed: list[tuple[int, int]] = []
@@ -149,6 +148,7 @@ def test_a_stopped_training_goes_on(tmp_path, plain, whole, monkeypatch, after):
     assert total == SAMPLES + 3  # nothing twice
 
 
+@pytest.mark.slow
 def test_steps_that_are_taken_again_to_other_weights_are_set_aside(tmp_path):
     train(tmp_path / "run", [callback(tmp_path)])
     again = callback(tmp_path)

@@ -31,6 +31,7 @@ from fastproj.trak.hf.limits import positions_of
 from fastproj.trak.hf.masking import SHARE, Masking
 from fastproj.trak.hf.samples import Samples
 from fastproj.trak.tasks.language import CausalLMModelOutput, forward_names
+from tests.essential import slow
 from tests.trak.hf import models
 
 KINDS = (
@@ -361,7 +362,7 @@ FILL = {
 }
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", slow("right")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_that_are_padded_already(tmp_path, kind, side):
     """By a tokenizer, on either side: scores are those without the padding."""

@@ -38,6 +38,7 @@ from fastproj.trak.solving.ridge import (
 )
 from fastproj.trak.solving.solve import HALF_ROUNDING, Gram, solve
 from tests import ROOT
+from tests.essential import essential, slow
 from tests.trak import cases
 
 
@@ -384,7 +385,9 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    "name", essential(PATHS, [name for name in PATHS if name.startswith(("one", "all"))])
+)
 def test_scores_change_by_no_jump(name):
     """Along a path of Q rules pass over into each other: the finer the steps, the less in each."""
     phi, q = trained(gradients(120, 30), 0.5)
@@ -706,7 +709,7 @@ def run_bench(tmp_path, *options):
     return done.stdout
 
 
-@pytest.mark.parametrize("problem", ["breast_cancer", "auto_mpg"])
+@pytest.mark.parametrize("problem", ["breast_cancer", slow("auto_mpg")])
 def test_the_lds_is_near_the_best(tmp_path, problem):
     sizes = ("--dims", "64", "512", "--subsets", "40", "--checkpoints", "2", "--retrainings", "1")
     table = run_bench(tmp_path, "--only", problem, *sizes)

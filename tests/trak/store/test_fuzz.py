@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 
 from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError
+from tests.essential import slow
 from tests.trak import cases, kinds
 from tests.trak.damage import damages, put, remove
 from tests.trak.faults import Faults
@@ -118,13 +119,7 @@ def fuzz(folder, kind, rng, every, choose):
     return ends
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "sjlt-fisher",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("gaussian-dual", "factored")),
-    ],
-)
+@pytest.mark.parametrize("kind", ["sjlt-fisher", *map(slow, ("gaussian-dual", "factored"))])
 def test_damage_gives_the_right_scores_or_is_named(kind, tmp_path):
     rng = random.Random(kind)
     ends = fuzz(tmp_path, kind, rng, False, lambda some: rng.sample(some, 1))

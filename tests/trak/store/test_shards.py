@@ -17,6 +17,7 @@ from fastproj.trak.store import shards
 from fastproj.trak.store import store as module
 from fastproj.trak.store.features import sample_blocks
 from fastproj.trak.store.shards import ShardFile, ShardIndex, joined, scan
+from tests.essential import slow
 from tests.trak import cases, shards_run
 from tests.trak.lives import Server
 
@@ -292,7 +293,7 @@ def test_only_one_process_merges_at_a_time(tmp_path, monkeypatch):
     assert len(files(tmp_path)) <= 3 * 3 + 4
 
 
-@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("locks", [True, slow(False)])
 def test_writers_and_a_reader_at_once(tmp_path, monkeypatch, locks):
     """Three processes write and merge in one folder, one of them what another writes as well."""
     monkeypatch.setenv("FASTPROJ_TEST_LOCKS", str(int(locks)))
