@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +102,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def level_of_the_log() -> Iterator[None]:
-    """A TRAKer sets the level of its logger for the whole process; the next test wants it unset."""
-    logger = logging.getLogger("fastproj.trak")
-    level = logger.level
-    yield
-    logger.setLevel(level)
+def level_of_the_log() -> None:
+    """A TRAKer sets the level of its logger for the whole process, one of a fixture that serves a
+    module too; each test starts with it unset.
+    """
+    logging.getLogger("fastproj.trak").setLevel(logging.NOTSET)
