@@ -60,12 +60,13 @@ $(VENV)/.demo: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
 	@touch $@
 
 # Where there is an nvcc, the CUDA kernels are compiled here, and the tests read what this made; FASTPROJ_CUDA=0 leaves
-# that to the tests of the compiled code. The other architectures are compiled by test-all. A GPU of 10.0 takes none of
-# these. Files are compiled to bytecode when they are imported: few are, and all took 80 s.
+# that to the tests of the compiled code. The other architectures are compiled by test-all; for a GPU of 10.0, set
+# TORCH_CUDA_ARCH_LIST, of which an nvcc leaves out what it is too old for. Files are compiled to bytecode when they are
+# imported: few are, and all took 80 s.
 TEST_ARCHS := 80 90a 120+PTX
 $(VENV)/.test: $(VENV)/.tools pyproject.toml $(BUILD_INPUTS)
 	@echo "== installing fastproj[test] into $(VENV) and compiling its kernels: a minute or two, twice that with CUDA"
-	@FASTPROJ_CUDA_ARCHS="$${FASTPROJ_CUDA_ARCHS-$(TEST_ARCHS)}" \
+	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-$(TEST_ARCHS)}" \
 	    $(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e ".[test]"
 	@touch $@ $(VENV)/.demo
 

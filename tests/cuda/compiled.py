@@ -90,7 +90,8 @@ def built_for(archs: str) -> Path:
     package there is nothing left to compile for INSTALLED.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTPROJ_CUDA_ARCHS", archs)
+        patch.delenv("FASTPROJ_CUDA_ARCHS", raising=False)
+        patch.setenv("TORCH_CUDA_ARCH_LIST", archs)
         patch.setenv("FASTPROJ_CUDA", "1")
         module = build_native.cuda_module("0")
     assert isinstance(module, build_native.Module)

@@ -123,7 +123,7 @@ def test_matrix(kind, dtype):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "terms"), essential(INPUTS, INPUTS[::4]))
+@pytest.mark.parametrize(("dtype", "terms"), essential(INPUTS, (INPUTS[0], INPUTS[-1])))
 @pytest.mark.parametrize(
     ("batch", "rows", "cols", "row_offset"),
     [(1, 1, 1, 0), (17, 1100, 300, 77), (70, 600, 130, 508)],

@@ -5,6 +5,7 @@ nvcc is a script here; tests/cuda/test_compiled.py has the real one.
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import build_cuda
 import build_machine_code
 import build_native
 from tests import ROOT
+from tests.cuda import compiled
 
 CUDA_12_4 = {"50", "60", "70", "75", "80", "86", "87", "89", "90"}
 CUDA_13 = {"75", "80", "86", "87", "88", "89", "90", "100", "103", "110", "120", "121"}
@@ -90,6 +92,16 @@ def test_torchs_list_may_name_what_these_kernels_lack(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5")
     with pytest.raises(build_cuda.ArchError, match="sm_80 is the first"):
         names(CUDA_13)
+
+
+def test_make_test_asks_an_older_nvcc_for_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours must be right, so `make test` would fail where it names what an nvcc lacks."""
+    makefile = (ROOT / "Makefile").read_text()
+    ((variable, otherwise),) = re.findall(r"@(\w+)=(.*\$\(TEST_ARCHS\).*) \\", makefile)
+    assert otherwise == f'"$${{{variable}-$(TEST_ARCHS)}}"'  # what is set already stays
+    monkeypatch.setenv(variable, compiled.INSTALLED)
+    assert names(CUDA_13) == ["80", "90a", "120+PTX"]
+    assert names(CUDA_12_4) == ["80", "90a"]
 
 
 def test_our_list_comes_first_and_must_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
