@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="print the providers' names and stop")
     parser.add_argument("--repeats", type=positive, help="timed calls of each provider: 5")
-    parser.add_argument("--max-seconds", type=float, default=6.0, help="of one fastproj call")
+    parser.add_argument("--max-seconds", type=float, default=6.0, help="of a call of fastproj or torch")
     parser.add_argument("--stored-gib", type=float, help="memory of one stored R: 2, on a GPU 16")
     parser.add_argument("--trak-rows", type=positive, help="P for TRAK's BasicProjector: 1e5")
     parser.add_argument("--square", type=positive, help="for torch's peak: 4096, on a GPU 8192")

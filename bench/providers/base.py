@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,28 @@ class Inputs:
             return relative_error(checked, self.exact(rows))
 
         return measure
+
+
+def affordable_rows(
+    case: Case,
+    inputs: Inputs,
+    project: Callable[[Tensor], Tensor],
+    probe_rows: int,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
+    """All rows of the case, or as many as fit into max_seconds, by a call on a CPU of few rows."""
+    probe = inputs.grads(min(case.rows, probe_rows))
+    with around():
+        project(probe[:, :512])
+        start = time.perf_counter()
+        project(probe)
+        seconds = time.perf_counter() - start
+    return max(1, min(case.rows, int(probe.shape[1] * case.max_seconds / seconds)))
+
+
+def too_slow(case: Case) -> str:
+    """Why a call does less than the case asks for."""
+    return f"a call may take {case.max_seconds:g} s"
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:

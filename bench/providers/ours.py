@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 import fastproj
-from bench.providers.base import Case, Inputs, Prepared, Provider
+from bench.providers.base import Case, Inputs, Prepared, Provider, affordable_rows, too_slow
 from fastproj.backends import cpu
 
 PRECISIONS = ("highest", "high", "medium")
@@ -70,24 +67,8 @@ def prepare(case: Case, inputs: Inputs, *, precision: str, isa: str) -> Prepared
         backend="cpu",
     )
     force = partial(cpu.force_isa, isa)
-    rows = affordable_rows(case, inputs, project, force)
-    note = "" if rows == case.rows else f"fewer rows: a call may take {case.max_seconds:g} s"
+    rows = affordable_rows(case, inputs, project, PROBE_ROWS, force)
+    note = "" if rows == case.rows else f"fewer rows: {too_slow(case)}"
     call = partial(project, inputs.grads(rows))
     bound = 1e-13 if case.dtype == torch.float64 else BOUNDS[precision]
     return Prepared(call, rows, case.flops(rows), inputs.error(rows), bound, note, force)
-
-
-def affordable_rows(
-    case: Case,
-    inputs: Inputs,
-    project: Callable[[Tensor], Tensor],
-    force: Callable[[], AbstractContextManager[None]],
-) -> int:
-    """All rows of the case, or as many as fit into max_seconds, judged by a smaller call."""
-    probe = inputs.grads(min(case.rows, PROBE_ROWS))
-    with force():
-        project(probe[:, :512])
-        start = time.perf_counter()
-        project(probe)
-        seconds = time.perf_counter() - start
-    return min(case.rows, int(probe.shape[1] * case.max_seconds / seconds))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastproj
-from bench.providers.base import Case, Inputs, Prepared, Provider
+from bench.providers.base import Case, Inputs, Prepared, Provider, too_slow
 from bench.providers.ours import DENSE, DENSE_SECONDS
 from fastproj.backends import cuda, registry
 from fastproj.backends.measured import BACKENDS
@@ -88,7 +88,7 @@ def prepare(
     )
     around = nullcontext if variant == "auto" else partial(cuda.force_variant, variant)
     rows = affordable_rows(case, inputs, project, around)
-    note = case.cut if rows == case.rows else f"fewer rows: a call may take {case.max_seconds:g} s"
+    note = case.cut if rows == case.rows else f"fewer rows: {too_slow(case)}"
     call = partial(project, inputs.grads(rows))
     bound = BOUNDS[precision] if case.dtype == torch.float32 else BOUND_16_BIT
     return Prepared(call, rows, case.flops(rows), inputs.error(rows), bound, note, around)

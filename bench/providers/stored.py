@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -10,10 +11,22 @@ import torch
 from torch import Tensor
 
 import fastproj
-from bench.providers.base import DENSE_KINDS, Case, Inputs, Prepared, Provider, relative_error
+from bench.providers.base import (
+    DENSE_KINDS,
+    Case,
+    Inputs,
+    Prepared,
+    Provider,
+    affordable_rows,
+    relative_error,
+    too_slow,
+)
 
 BOUNDS = {"fp32": 1e-5, "tf32": 4e-3, "bf16": 1.6e-2}
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+# Small, because torch multiplies bf16 at 1 GF/s where the processor has no instructions for it.
+PROBE_SIDE = 512
+PROBE_ROWS = 1024
 NAMES = {"cpu": ("fp32", "bf16"), "cuda": ("bf16", "tf32")}  # arithmetic that is worth comparing
 
 
@@ -56,16 +69,32 @@ def squares(size: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]
     return a, b
 
 
+@lru_cache
+def affordable_side(size: int, dtype: torch.dtype, max_seconds: float) -> int:
+    """``size``, or half, a quarter .. of it, whose product on a CPU takes at most max_seconds."""
+    side = min(size, PROBE_SIDE)
+    a, b = squares(side, dtype, "cpu")
+    torch.matmul(a[:64], b)
+    start = time.perf_counter()
+    torch.matmul(a, b)
+    seconds = (time.perf_counter() - start) * (size / side) ** 3
+    while seconds > max_seconds and size > side:
+        size, seconds = size // 2, seconds / 8
+    return size
+
+
 def prepare_peak(case: Case, inputs: Inputs, *, arithmetic: str) -> Prepared | str:
     """A square product: the most that this torch gets out of this machine."""
     size, dtype = case.square, DTYPES[arithmetic]
+    if case.device == "cpu":
+        size = affordable_side(size, dtype, case.max_seconds)
     a, b = squares(size, dtype, case.device)
 
     def error(result: Tensor) -> float:
         return relative_error(result[:, :8], a.double() @ b[:, :8].double())
 
     call = partial(torch.matmul, a, b, out=torch.empty_like(a))
-    note = f"{size} x {size} x {size}"
+    note = f"{size} x {size} x {size}" + (f": {too_slow(case)}" if size < case.square else "")
     around = partial(arithmetic_of, arithmetic)
     return Prepared(call, size, 2.0 * size**3, error, BOUNDS[arithmetic], note, around)
 
@@ -80,10 +109,19 @@ def prepare_stored(case: Case, inputs: Inputs, *, arithmetic: str) -> Prepared |
     rows = min(case.rows, case.stored_bytes // (dtype.itemsize * case.cols))
     if rows < 1:
         return "skipped: one row of R is larger than --stored-gib"
-    grads = inputs.grads(rows).to(dtype)  # [B, p]
     matrix = fastproj.matrix(rows, case.cols, kind=case.kind, dtype=dtype, device=case.device)
     gib = dtype.itemsize * case.cols * case.rows / 2**30
     note = "" if rows == case.rows else f"fewer rows: all of R would take {gib:.3g} GiB"
+    if case.device == "cpu":
+
+        def product(grads: Tensor) -> Tensor:
+            return grads.to(dtype) @ matrix[: grads.shape[1]]
+
+        affordable = affordable_rows(case, inputs, product, PROBE_ROWS)
+        if affordable < rows:
+            rows, matrix = affordable, matrix[:affordable]
+            note = f"fewer rows: {too_slow(case)}"
+    grads = inputs.grads(rows).to(dtype)  # [B, p]
     call = partial(torch.matmul, grads, matrix)
     bound = BOUNDS[arithmetic]
     around = partial(arithmetic_of, arithmetic)

@@ -16,7 +16,7 @@ import torch
 
 import fastproj
 from bench import project, project_sparse, record
-from bench.providers import Case, Inputs, Provider, memory, ours, sparse_stored
+from bench.providers import Case, Inputs, Prepared, Provider, memory, ours, sparse_stored, stored
 from bench.targets import Target
 from bench.timing import Row, time_case
 from tests import ROOT
@@ -86,12 +86,32 @@ def test_blocks_have_their_own_exact_results() -> None:
 
 @pytest.mark.parametrize("prepare", [sparse_stored.prepare_torch, sparse_stored.prepare_scipy])
 def test_stored_sparse_matrices_are_ours(prepare: Any) -> None:
-    for rows, stored in ((999, 2**20), (100_000, 12 * 4 * 5000)):
-        case = Case(3, rows, 64, "sjlt", torch.float32, stored, 500, 5.0, block=16)
+    for rows, room in ((999, 2**20), (100_000, 12 * 4 * 5000)):
+        case = Case(3, rows, 64, "sjlt", torch.float32, room, 500, 5.0, block=16)
         prepared = prepare(case, Inputs(case))
         assert prepared.rows == min(rows, 5000)
         assert prepared.error(prepared.call()) <= prepared.bound
         assert prepared.error(-prepared.call()) > prepared.bound
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
+def test_products_of_torch_are_as_large_as_a_call_may_take(arithmetic: str) -> None:
+    case = Case(3, 2000, 64, "rademacher", torch.float32, 2**30, 500, 1e9, square=1024)
+    inputs = Inputs(case)
+    for prepare, whole, least in (
+        (stored.prepare_peak, 1024, 512),
+        (stored.prepare_stored, 2000, 1),
+    ):
+        prepared = prepare(case, inputs, arithmetic=arithmetic)
+        assert isinstance(prepared, Prepared)
+        assert prepared.rows == whole
+        assert "may take" not in prepared.note
+        hurried = prepare(replace(case, max_seconds=1e-12), inputs, arithmetic=arithmetic)
+        assert isinstance(hurried, Prepared)
+        assert hurried.rows == least
+        assert "a call may take 1e-12 s" in hurried.note
+        for one in (prepared, hurried):
+            assert one.error(one.call()) <= one.bound
 
 
 def test_reading_counts_once_and_copying_twice() -> None:
