@@ -27,7 +27,7 @@ BUILD_INPUTS = setup.py build_native.py build_cuda.py build_machine_code.py $(wi
 help:
 	@echo "make demo      install into $(VENV) and run TRAK on real data, from training to an HTML report"
 	@echo "make test      lint, types, format and the essential tests (what CI runs)"
-	@echo "make test-all  the same plus the slow and packaging tests on every Python found"
+	@echo "make test-all  the same plus the slow tests"
 	@echo "make compat    tests against traker, dattri, quanda and bergson, in an environment of their own"
 	@echo "make sanitize  kernel tests under the address and undefined-behaviour sanitizers"
 	@echo "make soak      ten minutes of TRAK runs while memory and disk run out and processes are killed"

@@ -174,7 +174,7 @@ class RealGradients:
         return filled(self.grads[chosen, :rows], rows)
 
 
-def real_gradients(*, epochs: int | None = None) -> RealGradients:
+def real_gradients(*, epochs: int | None) -> RealGradients:
     """Of a CNN trained on scikit-learn's digits; 3,530 parameters."""
     problem = images.digits()
     if epochs is not None:

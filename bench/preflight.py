@@ -134,9 +134,9 @@ def driver() -> Line:
     return Line("driver", FAIL, found, means, f"install driver r{least} or newer")
 
 
-def expected_family(index: int = 0) -> str:
-    """The kernels that `auto` must use on a GPU."""
-    return "sm90" if torch.cuda.get_device_capability(index) == (9, 0) else "sm80"
+def expected_family() -> str:
+    """The kernels that `auto` must use on this GPU."""
+    return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "sm80"
 
 
 def launched(call: Callable[[], object]) -> list[str]:

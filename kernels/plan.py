@@ -75,7 +75,7 @@ def counter_rows(kind: str, block: int = 0) -> int:
     raise ValueError(f"plan: received kind={kind!r}; expected one of {', '.join(KINDS)}")
 
 
-def panel_rows(kind: str, block: int = 0) -> int:
+def panel_rows(kind: str, block: int) -> int:
     """Rows of R in a panel."""
     return PANEL_TILES * block if kind == "sjlt" else PANEL
 
@@ -164,9 +164,7 @@ def split_panels(count: int, multiprocessors: int, room: Room) -> tuple[int, int
     return per_split, -(-count // per_split)
 
 
-def cut_piece(
-    kind: str, start: int, stop: int, block: int = 0
-) -> Iterator[tuple[int, int, int, bool]]:
+def cut_piece(kind: str, start: int, stop: int, block: int) -> Iterator[tuple[int, int, int, bool]]:
     """(panel, count, step, masked) covering rows start .. stop of R."""
     rows = panel_rows(kind, block)
     for first_row, last_row in whole_counters(kind, start, stop, block):

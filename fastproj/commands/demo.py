@@ -185,7 +185,6 @@ def choose_targets(mean_margin: npt.NDArray[np.float64], count: int = 12) -> lis
 
 
 def build_page(
-    settings: Settings,
     data: Data,
     scores: npt.NDArray[np.float32],
     masks: Tensor,
@@ -274,7 +273,7 @@ def run(settings: Settings, out: Path) -> LDS:
         "torch": torch.__version__,
         "seconds": f"{time.perf_counter() - started:.0f}",
     }
-    page = build_page(settings, data, scores, masks, outputs, result, ceiling, facts)
+    page = build_page(data, scores, masks, outputs, result, ceiling, facts)
     print(f"report: {write_report(out / 'report.html', page)}")
     return result
 

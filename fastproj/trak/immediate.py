@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastproj.trak.curvature import check_finite_terms, check_terms
@@ -22,9 +21,8 @@ from fastproj.trak.solving.scoring import (
     target_weights,
 )
 from fastproj.trak.solving.solve import ScoreComputer
+from fastproj.trak.store.scores import Scores
 from fastproj.trak.tasks.names import TASKS
-
-Scores = npt.NDArray[np.float32]
 
 
 def scores_in_parts(

@@ -535,12 +535,8 @@ def test_ranks_with_two_lambdas_are_told_so(tmp_path):
 def test_processes_with_directories_of_their_own_are_told_to_have_one(tmp_path):
     """Each has its share of the samples there, and featurizing again adds none."""
 
-    class Two(Ranks):
-        def all_gather_steps(self, step, value):
-            return [(step, value)] * 2
-
     traker = cases.loaded(cases.net(), tmp_path / "apart", N)
     traker.featurize(cases.data(4), num_samples=4)
-    traker.ranks = Two(0, 2)
+    traker.ranks = Alike(0, 2)
     with pytest.raises(NotReadyError, match=r"one save_dir in all 2 processes.*here it is .*apart"):
         traker.finalize_features()

@@ -98,13 +98,12 @@ def mean_correlation(
     confidence: float,
     n_boot: int,
     seed: int,
-    what: str,
 ) -> tuple[Estimate, Floats]:
     """The mean over columns of the correlation of x and y [S, m], and that of each column, [m].
 
     Each of ``n_boot`` resamples draws S rows and m columns with replacement; the interval is the
     percentiles of their means (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
-    Columns without a correlation are left out of the means. ``what`` names the progress bar.
+    Columns without a correlation are left out of the means.
     """
     size, width = y.shape
     rng = np.random.default_rng(seed)
@@ -116,7 +115,7 @@ def mean_correlation(
     per_column = np.empty(width)
     total, weight = np.zeros(n_boot), np.zeros(n_boot)
     step = max(1, BLOCK_BYTES // (100 * size))
-    with progress(what, width * n_boot, "correlation") as bar:
+    with progress("bootstrap", width * n_boot, "correlation") as bar:
         for begin in range(0, width, step):
             part = slice(begin, begin + step)
             pairs = METHODS[method](x[:, part], y[:, part])

@@ -30,12 +30,12 @@ from fastproj.trak.evaluation.correlation import (
     percentiles,
     spearman,
 )
+from fastproj.trak.files import Indices
 from fastproj.trak.progress import progress, tracked
 from fastproj.trak.store.scores import TopScores
 
 BLOCK_BYTES = 1 << 26  # of scores held at once, as float64
 
-Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -111,9 +111,7 @@ def lds(
         predicted = predict_top(tau, member)
     else:
         predicted = predict("lds", tau, member)
-    estimate, per_target = mean_correlation(
-        predicted, truth, "spearman", confidence, n_boot, seed, "bootstrap"
-    )
+    estimate, per_target = mean_correlation(predicted, truth, "spearman", confidence, n_boot, seed)
     return LDS(**vars(estimate), per_target=per_target, n_subsets=len(member))
 
 
@@ -251,9 +249,7 @@ def loo_correlation(
     check_finite(function, "scores", predicted, "sample", places)
     truth = truth.astype(np.float64)
     check_finite(function, "outputs", truth, "removed sample", places)
-    estimate, per_target = mean_correlation(
-        predicted, -truth, method, confidence, n_boot, seed, "bootstrap"
-    )
+    estimate, per_target = mean_correlation(predicted, -truth, method, confidence, n_boot, seed)
     return LOO(**vars(estimate), method=method, per_target=per_target, n_removed=len(places))
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Indices = npt.NDArray[np.int64]
+from fastproj.trak.files import Indices
 
 FUNCTIONS = "train(indices, seed) -> model and outputs(model) -> [m]"
 

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastproj.trak.evaluation.recipe import Indices, Recipe, RecipeError, load_recipe
+from fastproj.trak.evaluation.recipe import Recipe, RecipeError, load_recipe
+from fastproj.trak.files import Indices
 
 GRACE = 10.0  # seconds that a worker may take to leave
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -193,7 +194,7 @@ def start(reference: Any, number: int, threads: int) -> Worker:
     context = multiprocessing.get_context("spawn")  # forking breaks threads and CUDA
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=work, args=(theirs, reference, number, threads), name=f"fastproj-job-{number}"
+        target=work, args=(theirs, reference, threads), name=f"fastproj-job-{number}"
     )
     try:
         with environment(number, threads), interrupts_blocked():
@@ -246,7 +247,7 @@ def interrupts_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work(pipe: Connection, reference: Any, number: int, threads: int) -> None:
+def work(pipe: Connection, reference: Any, threads: int) -> None:
     """A worker process: load the recipe, then do the tasks that come."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)

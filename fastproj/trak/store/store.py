@@ -412,7 +412,7 @@ class Store:
             return self.train_set_size * (1 if exp_name is None else self.draws)
         return self.num_targets(exp_name)
 
-    def forget_index(self, model_id: int, exp_name: str | None = None) -> None:
+    def forget_index(self, model_id: int, exp_name: str | None) -> None:
         """Look again, at the next call, where the samples of ``model_id`` are."""
         self._indices.pop((model_id, exp_name), None)
 

@@ -543,7 +543,7 @@ def test_a_worker_whose_pipe_is_gone_ends_quietly(tmp_path, capfd):
     recipe = write_recipe(tmp_path)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(theirs, str(recipe), 0, 1))
+    process = context.Process(target=work, args=(theirs, str(recipe), 1))
     ours.close()
     process.start()
     theirs.close()
