@@ -52,11 +52,12 @@ _CALL_SCHEMA = (
 
 def _flat(call: Call, backend: str) -> tuple[Any, ...]:
     """``call`` as the arguments of an op. A schema has int64 alone, so the seed becomes the int64
-    with the same 64 bits.
+    with the same 64 bits. A block that torch.compile traces as a symbol becomes a constant of the
+    graph, as a string needs.
     """
     kind, seed, stream, block = call.key.kind, call.key.seed, call.key.stream, call.key.block
     seed = seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
-    how, which = f"{call.precision},{backend}", f"{kind},{block}"
+    how, which = f"{call.precision},{backend}", f"{kind},{int(block)}"
     return call.row_offset, call.scale, how, which, seed, stream
 
 
