@@ -37,7 +37,7 @@ from fastproj.spec import matrix_rows as matrix_rows_of_spec
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _OPS = "torch.ops.fastproj"
-_ROW_ENTRIES = 1 << 19  # of matrix_rows at a time: NumPy takes up to 50 bytes for each
+_ROW_ENTRIES = 1 << 18  # of matrix_rows at a time: NumPy takes up to 160 bytes for each
 
 # ---- a call as an op's arguments ---------------------------------------------------------------
 # Torch takes some microseconds for each argument, so strings go two by two. The precision stays as
@@ -182,8 +182,13 @@ def _matrix_rows(
     step = max(1, _ROW_ENTRIES // max(1, cols))
     for start in range(0, len(numbers), step):
         some = order[start : start + step]
-        entries = matrix_rows_of_spec(call.key, numbers[some], col_offset, col_offset + cols)
-        out[torch.from_numpy(some).to(device)] = torch.from_numpy(entries).to(device, dtype)
+        to = torch.from_numpy(some).to(device)
+        for col in range(0, cols, _ROW_ENTRIES):
+            stop = min(cols, col + _ROW_ENTRIES)
+            entries = matrix_rows_of_spec(
+                call.key, numbers[some], col_offset + col, col_offset + stop
+            )
+            out[to, col:stop] = torch.from_numpy(entries).to(device, dtype)
     return out
 
 
