@@ -535,6 +535,19 @@ def _in_transform() -> bool:
     return forward or torch._C._are_functorch_transforms_active()
 
 
+def _needs_function() -> bool:
+    """Whether a transform is under way for which an op's own rules don't do.
+
+    torch.func.functionalize has no rule for a Function, and an op needs none there.
+    """
+    if not _in_transform():
+        return False
+    if forward_ad._current_level >= 0 or _in_func_derivative():
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or []  # the innermost comes last
+    return stack[-1].key() != torch._C._functorch.TransformType.Functionalize
+
+
 def _in_func_derivative() -> bool:
     """Whether torch.func.grad, vjp or jacrev is under way."""
     stack = torch._C._functorch.get_interpreter_stack() or []
@@ -553,7 +566,7 @@ def _run_project(pieces: list[Tensor], proj_dim: int, *flat: Any) -> Tensor:
 
 
 def _trace_project(pieces: list[Tensor], proj_dim: int, *flat: Any) -> Tensor:
-    if _in_transform():
+    if _needs_function():
         return _ProjectFunction.apply(proj_dim, flat, *pieces)
     return _project_op(pieces, proj_dim, *flat)
 
@@ -565,7 +578,7 @@ def _run_transpose(y: Tensor, rows: int, *flat: Any) -> Tensor:
 
 
 def _trace_transpose(y: Tensor, rows: int, *flat: Any) -> Tensor:
-    if _in_transform():
+    if _needs_function():
         return _ProjectTransposeFunction.apply(rows, flat, y)
     return _project_transpose_op(y, rows, *flat)
 
