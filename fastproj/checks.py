@@ -301,6 +301,12 @@ def check_input(function: str, name: str, t: object) -> Tensor:
             f"{function}: received {name} of type {type(t).__name__}; expected a torch.Tensor "
             "(torch.from_numpy turns a NumPy array into one)"
         )
+    if type(t) is not Tensor and hasattr(t, "full_tensor"):  # importing DTensor takes seconds
+        raise TypeError(
+            f"{function}: received {name}, a DTensor {describe(t)}; expected a torch.Tensor "
+            f"({name}.full_tensor() is one, called in all processes; "
+            "fastproj.trak.sharded.project_sharded takes gradients that are DTensors)"
+        )
     if t.dtype not in DTYPES:
         convert = (
             f"torch.view_as_real({name}) holds real and imaginary parts"

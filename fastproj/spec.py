@@ -156,19 +156,15 @@ def matrix_rows(
 ) -> npt.NDArray[np.int8] | npt.NDArray[np.float32]:
     """``R[rows, col_start:col_stop]`` for row numbers ``rows`` [n] in any order.
 
-    As ``matrix_block``, but memory is up to 50 bytes for each entry. A Philox call is made once for
-    all rows that it serves.
+    As ``matrix_block``, but memory is up to 160 bytes for each entry. A Philox call is made once
+    for all rows that it serves.
     """
     if key.kind == "sjlt":
-        out = np.zeros((rows.size, col_stop - col_start), dtype=np.int8)
+        block = np.uint64(key.block)
+        tiles, tile = np.unique(rows // block, return_inverse=True)
         k = np.arange(col_start, col_stop, dtype=np.uint64)
-        tiles, tile = np.unique(rows // np.uint64(key.block), return_inverse=True)
-        for number, t in enumerate(tiles):
-            row, sign = sjlt_entries(key, int(t), k)
-            mine = np.flatnonzero(tile == number)
-            hit = (rows[mine] % np.uint64(key.block))[:, None] == row
-            out[mine] = np.where(hit, sign, np.int8(0))
-        return out
+        row, sign = sjlt_entries(key, tiles[:, None], k)
+        return np.where(row[tile] == (rows % block)[:, None], sign[tile], np.int8(0))
     one, three = np.uint64(1), np.uint64(3)
     bits = np.uint64(ROW_BLOCK_BITS[key.kind])
     calls, call = np.unique(rows >> bits << np.uint64(2) | rows >> one & three, return_inverse=True)
@@ -207,27 +203,29 @@ def _sjlt_block(
 
 
 def sjlt_entries(
-    key: MatrixKey, tile: int, k: npt.NDArray[np.uint64]
+    key: MatrixKey, tile: int | npt.NDArray[np.uint64], k: npt.NDArray[np.uint64]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int8]]:
-    """Where columns ``k`` have their entry in rows ``tile * block ..`` of kind sjlt, and its sign.
+    """Where columns ``k`` [n] have their entry in rows ``tile * block ..`` of kind sjlt, its sign.
 
-    Returns rows within the tile, 0 <= row < block, and +1 / -1.
+    Returns rows within the tile, 0 <= row < block, and +1 / -1; each [n], or [tiles, n] for
+    ``tile`` [tiles, 1].
     """
     one, four, sixteen = np.uint64(1), np.uint64(4), np.uint64(16)
     m = key.block.bit_length() - 5
     mask, s = np.uint64((1 << m) - 1), np.uint64((m + 1) >> 1)
-    tag = (tile >> 32) << 8 | m << 4 | KINDS.index(key.kind) << 2
+    tile = np.asarray(tile, dtype=np.uint64)
+    t = tile & _MASK32
+    tag = (tile >> _SHIFT32) << np.uint64(8) | np.uint64(m << 4 | KINDS.index(key.kind) << 2)
     philox_key = key.seed & 0xFFFFFFFF, key.seed >> 32
-    t = tile & 0xFFFFFFFF
     columns, column = np.unique(k >> np.uint64(m + 4), return_inverse=True)
-    a, b, d, e = philox4x32_10((t, columns, tag, key.stream), philox_key)[:, column]
+    a, b, d, e = philox4x32_10((t, columns, tag, key.stream), philox_key)[..., column]
     x = ((k >> four & mask) * (a | one) + b) & mask
     x ^= x >> s
     x = (x * (d | one) + e) & mask
     x ^= x >> s
     quads, quad = np.unique(k >> np.uint64(6), return_inverse=True)
-    words = philox4x32_10((t, quads, tag | 1, key.stream), philox_key)[:, quad]
-    u = words[(k >> four & np.uint64(3)).astype(np.int64), np.arange(k.size)]
+    words = philox4x32_10((t, quads, tag | one, key.stream), philox_key)
+    u = np.moveaxis(words, 0, -1)[..., quad, (k >> four & np.uint64(3)).astype(np.int64)]
     i = k & np.uint64(15)
     row = sixteen * x + (i ^ (u >> sixteen & np.uint64(15)))
     return row, np.int8(1) - np.int8(2) * (u >> i & one).astype(np.int8)

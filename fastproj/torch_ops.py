@@ -37,7 +37,7 @@ from fastproj.spec import matrix_rows as matrix_rows_of_spec
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _OPS = "torch.ops.fastproj"
-_ROW_ENTRIES = 1 << 19  # of matrix_rows at a time: NumPy takes up to 50 bytes for each
+_ROW_ENTRIES = 1 << 18  # of matrix_rows at a time: NumPy takes up to 160 bytes for each
 
 # ---- a call as an op's arguments ---------------------------------------------------------------
 # Torch takes some microseconds for each argument, so strings go two by two. The precision stays as
@@ -52,11 +52,12 @@ _CALL_SCHEMA = (
 
 def _flat(call: Call, backend: str) -> tuple[Any, ...]:
     """``call`` as the arguments of an op. A schema has int64 alone, so the seed becomes the int64
-    with the same 64 bits.
+    with the same 64 bits. A block that torch.compile traces as a symbol becomes a constant of the
+    graph, as a string needs.
     """
     kind, seed, stream, block = call.key.kind, call.key.seed, call.key.stream, call.key.block
     seed = seed - MAX_SEED if seed >= MAX_SEED >> 1 else seed
-    how, which = f"{call.precision},{backend}", f"{kind},{block}"
+    how, which = f"{call.precision},{backend}", f"{kind},{int(block)}"
     return call.row_offset, call.scale, how, which, seed, stream
 
 
@@ -181,8 +182,13 @@ def _matrix_rows(
     step = max(1, _ROW_ENTRIES // max(1, cols))
     for start in range(0, len(numbers), step):
         some = order[start : start + step]
-        entries = matrix_rows_of_spec(call.key, numbers[some], col_offset, col_offset + cols)
-        out[torch.from_numpy(some).to(device)] = torch.from_numpy(entries).to(device, dtype)
+        to = torch.from_numpy(some).to(device)
+        for col in range(0, cols, _ROW_ENTRIES):
+            stop = min(cols, col + _ROW_ENTRIES)
+            entries = matrix_rows_of_spec(
+                call.key, numbers[some], col_offset + col, col_offset + stop
+            )
+            out[to, col:stop] = torch.from_numpy(entries).to(device, dtype)
     return out
 
 
@@ -529,6 +535,19 @@ def _in_transform() -> bool:
     return forward or torch._C._are_functorch_transforms_active()
 
 
+def _needs_function() -> bool:
+    """Whether a transform is under way for which an op's own rules don't do.
+
+    torch.func.functionalize has no rule for a Function, and an op needs none there.
+    """
+    if not _in_transform():
+        return False
+    if forward_ad._current_level >= 0 or _in_func_derivative():
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or []  # the innermost comes last
+    return stack[-1].key() != torch._C._functorch.TransformType.Functionalize
+
+
 def _in_func_derivative() -> bool:
     """Whether torch.func.grad, vjp or jacrev is under way."""
     stack = torch._C._functorch.get_interpreter_stack() or []
@@ -547,7 +566,7 @@ def _run_project(pieces: list[Tensor], proj_dim: int, *flat: Any) -> Tensor:
 
 
 def _trace_project(pieces: list[Tensor], proj_dim: int, *flat: Any) -> Tensor:
-    if _in_transform():
+    if _needs_function():
         return _ProjectFunction.apply(proj_dim, flat, *pieces)
     return _project_op(pieces, proj_dim, *flat)
 
@@ -559,7 +578,7 @@ def _run_transpose(y: Tensor, rows: int, *flat: Any) -> Tensor:
 
 
 def _trace_transpose(y: Tensor, rows: int, *flat: Any) -> Tensor:
-    if _in_transform():
+    if _needs_function():
         return _ProjectTransposeFunction.apply(rows, flat, y)
     return _project_transpose_op(y, rows, *flat)
 

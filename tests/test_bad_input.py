@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import fastproj
 import fastproj.torch_ops  # registers torch.ops.fastproj
 from fastproj.backends import registry
+from fastproj.trak.sharded import project_sharded
 
 B, P, K = 3, 20, 5
 G = torch.ones(B, P)
@@ -372,6 +376,21 @@ def test_out_made_in_inference_mode() -> None:
 def test_nested_grads() -> None:
     nested = torch.nested.nested_tensor([torch.ones(3), torch.ones(4)])
     refused(lambda: fastproj.project(nested, K), TypeError, ("nested", "to_padded_tensor"))
+
+
+def test_shards_of_grads() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shards = distribute_tensor(G, init_device_mesh("cpu", (1,)), [Shard(1)])
+        words = ("a DTensor [3, 20] float32 on cpu", ".full_tensor()", "project_sharded")
+        refused(lambda: fastproj.project(shards, K), TypeError, ("grads", *words))
+        refused(lambda: fastproj.project([G, shards], K), TypeError, ("grads[1]", *words))
+        refused(lambda: fastproj.project_transpose(shards, 9), TypeError, ("y", *words))
+        obeyed = fastproj.project(shards.full_tensor(), K)
+        assert torch.equal(obeyed, fastproj.project(G, K))
+        assert torch.equal(project_sharded(fastproj.Projector(P, K), {"g": shards}), obeyed)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

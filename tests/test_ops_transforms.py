@@ -217,6 +217,22 @@ def test_out_is_refused_under_a_transform(backend: str, device: str) -> None:
     assert out.isnan().all()
 
 
+def test_functionalize_alone_and_around_and_within_vmap(backend: str, device: str) -> None:
+    g = integers((5, 2, 40)).to(device)
+    functionalize = torch.func.functionalize
+
+    def run(g: Tensor) -> Tensor:
+        y = fastproj.project([g[:, :9], g[:, 9:]], 3, scale=None, backend=backend)
+        return fastproj.project_transpose(y, 7, scale=None, backend=backend)
+
+    assert torch.equal(functionalize(run)(g[0]), run(g[0]))
+    expected = torch.vmap(run)(g)
+    assert torch.equal(functionalize(torch.vmap(run))(g), expected)
+    assert torch.equal(torch.vmap(functionalize(run))(g), expected)
+    with pytest.raises(ValueError, match=r"out= under a torch\.func transform"):
+        functionalize(lambda g: fastproj.project(g, 3, out=g.new_empty(2, 3)))(g[0])
+
+
 # ---- the dispatcher ----------------------------------------------------------------------------
 
 

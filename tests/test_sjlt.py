@@ -351,6 +351,20 @@ def test_vmap_and_compile() -> None:
     )
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile_of_projectors_with_blocks_of_their_own(dynamic: bool | None) -> None:
+    def run(projector: fastproj.Projector, g: Tensor) -> tuple[Tensor, Tensor]:
+        y = projector.project(g)
+        return projector.project_transpose(y), projector.matrix(cols=7)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    g = integers((3, 50))
+    for seed, proj_dim in ((0, 40), (1, 130), (2, 300)):
+        projector = fastproj.Projector(50, proj_dim, seed, "sjlt", scale=None)
+        for got, expected in zip(compiled(projector, g), run(projector, g), strict=True):
+            assert torch.equal(got, expected), projector
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 

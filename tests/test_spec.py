@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,3 +248,19 @@ def test_rows_by_number_are_those_of_the_block(kind: str, block: int, base: int)
         torch.from_numpy(rows + base), slice(5, 70), key.seed, kind, stream=7, block=block or None
     )
     np.testing.assert_array_equal(public.numpy(), whole[rows])
+
+
+def test_rows_by_number_of_many_tiles_take_two_calls_of_philox(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = []
+
+    def philox(*args: Any) -> Any:
+        made.append(philox4x32_10(*args))
+        return made[-1]
+
+    monkeypatch.setattr(spec, "philox4x32_10", philox)
+    key, rows = MatrixKey("sjlt", 5, 1, 16), np.arange(0, 16 * 700, 17, dtype=np.uint64)
+    found = spec.matrix_rows(key, rows, 3, 40)
+    assert len(made) == 2
+    np.testing.assert_array_equal(found, spec.matrix_block(key, 0, 16 * 700, 3, 40)[rows])

@@ -133,6 +133,7 @@ class SJLTProjection(nn.Module):
                 f"SJLTProjection.{method}: received {name} {checks.describe(value)}; "
                 f"expected [B, {width}]"
             )
+        value = checks.check_input(f"SJLTProjection.{method}", name, value)
         return value.detach().to(self.device)
 
     def get_compression_ratio(self) -> float:

@@ -179,8 +179,9 @@ def test_bad_input_is_named() -> None:
             p.transpose(bad)
     with pytest.raises(TypeError, match=r"received x list; expected a Tensor \[B, 80\]"):
         p.project([1.0])
-    for function, width in ((p.project, 80), (p.transpose, 32)):
-        with pytest.raises(TypeError, match="int64"):
+    for function, name, width in ((p.project, "x", 80), (p.transpose, "y", 32)):
+        said = rf"SJLTProjection\.{function.__name__}: received {name} .* int64.*{name}\.float\(\)"
+        with pytest.raises(TypeError, match=said):
             function(torch.ones(2, width, dtype=torch.int64))
 
 
