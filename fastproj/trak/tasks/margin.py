@@ -42,7 +42,7 @@ def logits_of_classes(logits: Tensor, labels: Tensor) -> Tensor:
 
 def yes_or_no(logits: Tensor, labels: Tensor) -> Tensor:
     """The log-odds of what is right, [B, L]: of a label that is 1 its logit, otherwise minus it."""
-    return torch.where(labels > 0, logits, -logits)
+    return torch.where(labels != 0, logits, -logits)
 
 
 def check_labels(task: str, labels: object, kind: str) -> None:

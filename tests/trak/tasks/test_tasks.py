@@ -128,6 +128,17 @@ def test_classes_may_be_any_integers(dtype, classes):
     assert all(map(torch.equal, found(labels), found(labels.to(dtype))))
 
 
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.bool])
+def test_several_labels_may_be_of_any_dtype(dtype):
+    logits, labels = torch.randn(3, 4), torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    task = ImageClassificationModelOutput(multilabel=True)
+    found = []
+    for given in (labels, labels.to(dtype)):
+        task.check_batch((logits, given))
+        found.append(task.outputs(nn.Identity(), {}, {}, (logits, given)))
+    assert torch.equal(*found)
+
+
 def negative_square(model, batch):
     """Minus the squared error of a regression."""
     x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch
