@@ -391,8 +391,8 @@ def as_groups(function: str, groups: Any, reduction: str, total: int) -> Groupin
 
 
 IF_COMPUTED = (
-    "finite gradients (is the input NaN or inf, or does the model overflow on it?). Nothing of the "
-    "batch was kept"
+    "finite gradients (is the input NaN or inf, does the model overflow on it, or does it mask the "
+    "label, or all but the label, with a logit of -inf?). Nothing of the batch was kept"
 )
 IF_STORED = (
     "finite features (did another program write them, or a subclass of Store?). Featurize this "
