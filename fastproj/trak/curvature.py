@@ -96,7 +96,8 @@ def check_terms(terms: Terms, size: int, draws: int, inds: Indices) -> None:
         raise ValueError(
             f"featurize: sample {inds[row]} has the curvature {float(terms.curvature[row]):g}; "
             "expected none below 0, as of a log-likelihood that is concave in the output, and "
-            "whose derivatives don't underflow (softplus(f) instead of log(1 + exp(f)))"
+            "whose derivatives don't underflow (softplus(f) instead of log(1 + exp(f))); one that "
+            "isn't concave goes with TRAKer(curvature='trak') and another save_dir"
         )
 
 

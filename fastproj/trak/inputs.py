@@ -342,12 +342,15 @@ def check_indices(function: str, inds: Indices, size: int, total: int) -> None:
             f"{function}: received {len(inds)} inds with a batch of {size} samples; expected one "
             "for each"
         )
-    declared, start = (
-        ("train_set_size", "load_checkpoint")
+    declared, start, another = (
+        ("train_set_size", "load_checkpoint", "save_dir")
         if function == "featurize"
-        else ("num_targets", "start_scoring_checkpoint")
+        else ("num_targets", "start_scoring_checkpoint", "exp_name")
     )
-    cure = f" (num_samples counts on from the last call; {start} starts at 0 again)"
+    cure = (
+        f" (num_samples counts on from the last call; {start} starts at 0 again; a larger "
+        f"{declared} takes another {another})"
+    )
     check_range(function, inds, total, declared, cure)
     values, counts = np.unique(inds, return_counts=True)
     if len(values) != len(inds):
@@ -391,8 +394,8 @@ def as_groups(function: str, groups: Any, reduction: str, total: int) -> Groupin
 
 
 IF_COMPUTED = (
-    "finite gradients (is the input NaN or inf, or does the model overflow on it?). Nothing of the "
-    "batch was kept"
+    "finite gradients (is the input NaN or inf, does the model overflow on it, or does it mask the "
+    "label, or all but the label, with a logit of -inf?). Nothing of the batch was kept"
 )
 IF_STORED = (
     "finite features (did another program write them, or a subclass of Store?). Featurize this "

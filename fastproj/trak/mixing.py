@@ -22,9 +22,9 @@ class OtherDataWarning(UserWarning):
     def __init__(self, found: str) -> None:
         super().__init__(
             f"featurize: {found} than this batch holds. What is in save_dir is kept: fine if the "
-            "loader augments at random; if it shuffles, or the data set has changed, samples are "
-            "mixed up: use shuffle=False, or inds= with the samples' numbers in the data set, and "
-            "load_from_save_dir=False or a new save_dir"
+            "loader augments at random, or pads samples by batch; if it shuffles, or the data set "
+            "has changed, samples are mixed up: use shuffle=False, or inds= with the samples' "
+            "numbers in the data set, and load_from_save_dir=False or a new save_dir"
         )
         self.found = found
 
@@ -105,6 +105,7 @@ class ContentWatch:
             f"under {ids[1]}, as {len(other)} of {of} {what}s did; their scores are averaged as if "
             f"they were the same. If the loader shuffles, {what}s are mixed up: use shuffle=False, "
             f"or inds= with the {what}s' numbers in the data set, and {again}. If it augments at "
-            f"random, the {what}s are the same and nothing is wrong",
+            f"random, or pads {what}s as others of their batch need it, the {what}s are the same "
+            "and nothing is wrong",
             stacklevel=stack_to_caller(),
         )

@@ -41,6 +41,7 @@ def require_all(
     if not done.all():
         missing = np.flatnonzero(~done)
         of, cure = "training samples", "call featurize for them"
+        declared, another = "train_set_size", "save_dir"
         if processes > 1:
             cure += (
                 f", with one save_dir in all {processes} processes, whose files all of them see "
@@ -51,7 +52,11 @@ def require_all(
                 f"targets of {exp_name!r}",
                 "call start_scoring_checkpoint and score for them",
             )
+            declared, another = "num_targets", "exp_name"
             cure += ", or pass allow_skip=True" if function == "finalize_scores" else ""
+        there = len(done) - len(missing)
+        if 0 < there == missing[0]:  # as where a loader drops its last batch
+            cure += f"; if there are no more than these, {declared}={there} and another {another}"
         raise NotReadyError(
             f"{function}: model_id {model_id} lacks {len(missing)} of {len(done)} {of} "
             f"(the first: {missing[0]}); {cure}"

@@ -321,7 +321,8 @@ def test_order_of_calls(tmp_path, model, train):
     with pytest.raises(NotReadyError, match="start_scoring_checkpoint"):
         traker.score(train, num_samples=N)
     traker.featurize((train[0][:15], train[1][:15]), num_samples=15)
-    with pytest.raises(NotReadyError, match=r"model_id 4 lacks 5 of 20 .*first: 15"):
+    fewer = r"model_id 4 lacks 5 of 20 .*first: 15.*no more .* train_set_size=15 and another save_d"
+    with pytest.raises(NotReadyError, match=fewer):
         traker.finalize_features()
     traker.featurize((train[0][15:], train[1][15:]), num_samples=5)
     with pytest.raises(NotReadyError, match="model_id 4 is not finalised"):
@@ -332,7 +333,11 @@ def test_order_of_calls(tmp_path, model, train):
     traker.start_scoring_checkpoint("test", model.state_dict(), 4, 3)
     with pytest.raises(NotReadyError, match="load_checkpoint"):
         traker.featurize(train, num_samples=N)
-    with pytest.raises(NotReadyError, match="lacks 3 of 3 targets"):
+    with pytest.raises(NotReadyError, match="lacks 3 of 3 targets") as error:
+        traker.finalize_scores("test")
+    assert "no more" not in str(error.value)
+    traker.score((train[0][:2], train[1][:2]), inds=[1, 0])
+    with pytest.raises(NotReadyError, match=r"no more .* num_targets=2 and another exp_name"):
         traker.finalize_scores("test")
 
 
@@ -405,7 +410,8 @@ def test_num_samples(traker, train):
     with pytest.raises(ValueError, match="num_samples=5 with a batch of 4"):
         traker.featurize(batch, num_samples=5)
     traker.featurize((train[0][:18], train[1][:18]), num_samples=18)
-    with pytest.raises(ValueError, match="sample 20; expected 0 <= index < train_set_size = 20"):
+    more = r"sample 20; .* index < train_set_size = 20 .*larger .* takes another save_dir"
+    with pytest.raises(ValueError, match=more):
         traker.featurize(batch, num_samples=4)
     traker.featurize((train[0][18:], train[1][18:]), num_samples=np.int64(2))
     assert traker.saver.index(0).done.all()
@@ -436,6 +442,20 @@ def test_gradients_that_are_not_finite_though_the_output_is(tmp_path, train):
     assert not shards(traker.save_dir)
 
 
+@pytest.mark.parametrize("left", [2, 1])
+def test_masks_of_logits_that_leave_nothing_to_compare_are_named(tmp_path, train, left):
+    """A mask that hides the label, or all other classes: f is infinite."""
+
+    @modules.of(fc=lambda: nn.Linear(25, 4))
+    def Masked(self, x):
+        return self.fc(x.flatten(1)).masked_fill(torch.arange(4) >= left, -torch.inf)
+
+    labels = torch.full_like(train[1], 0 if left == 1 else 3)
+    traker = cases.loaded(Masked(), tmp_path, N)
+    with pytest.raises(ValueError, match=r"not finite.* mask the label, or all but the label"):
+        traker.featurize((train[0], labels), num_samples=N)
+
+
 def test_other_data_for_a_featurized_sample_is_noticed_once(traker, train):
     traker.featurize(train, num_samples=N)
     before = traker.saver.matrix(0)
@@ -463,7 +483,8 @@ def test_number_of_targets(traker, train, model):
     with pytest.raises(ValueError, match="num_targets=0"):
         traker.start_scoring_checkpoint("test", model.state_dict(), 0, 0)
     traker.start_scoring_checkpoint("test", model.state_dict(), 0, 3)
-    with pytest.raises(ValueError, match="sample 3; expected 0 <= index < num_targets = 3"):
+    more = r"sample 3; expected 0 <= index < num_targets = 3 .*larger .* takes another exp_name"
+    with pytest.raises(ValueError, match=more):
         traker.score(train, num_samples=N)
     with pytest.raises(
         StoreMismatchError, match=r"'test' .* has 3 targets, received 4\. Nothing was"

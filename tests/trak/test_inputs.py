@@ -25,6 +25,7 @@ from fastproj.trak import (
     AbstractModelOutput,
     BatchedModelOutput,
     ImageClassificationModelOutput,
+    OtherDataWarning,
     StoreMismatchError,
     batches,
     progress,
@@ -385,6 +386,38 @@ def test_augmentation_is_noticed_and_computed_and_the_same_data_are_not(tmp_path
     assert_told_once(said)
     assert traker.saver.model_ids[1] == {"is_featurized": 1, "is_finalized": 1}
     assert two_checkpoints(tmp_path / "b", lambda i: (images, labels))[2] == []
+
+
+def test_padding_by_batch_is_named_as_a_cause(tmp_path):
+    """The same samples, in batches of another size."""
+    ids = torch.randint(1, 9, (N, 6), generator=torch.Generator().manual_seed(0))
+    lengths = torch.arange(N) % 5 + 2
+    model = Words()
+    traker = traker_of(tmp_path, model, "causal_lm")
+
+    def featurize(model_id, size):
+        traker.load_checkpoint({k: t + model_id for k, t in state.items()}, model_id)
+        for rows in torch.arange(N).split(size):
+            longest = int(lengths[rows].max())
+            mask = (torch.arange(longest) < lengths[rows, None]).long()
+            batch = ids[rows, :longest] * mask, mask
+            traker.featurize(batch, num_samples=len(rows))
+
+    state = copy.deepcopy(model.state_dict())
+    featurize(0, 2)
+    with pytest.warns(UserWarning, match=r"or pads samples as others of their batch need it"):
+        featurize(1, 5)
+    with pytest.warns(OtherDataWarning, match="at random, or pads samples by batch"):
+        featurize(1, 3)
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 9)
+
+    def forward(self, input_ids, attention_mask):
+        return self.table(input_ids)
 
 
 def test_shuffled_data_are_noticed_in_another_process(tmp_path):

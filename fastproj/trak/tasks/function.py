@@ -30,14 +30,15 @@ class FunctionModelOutput(BatchedModelOutput):
         ``batch`` is what ``featurize`` got (a list as a tuple). Samples must not be mixed.
     loss : ``loss(f) -> Tensor [B]``, the training loss of each sample by its own output, for
         Q = -dL/df; for a log-odds it is ``lambda f: torch.nn.functional.softplus(-f)``. None is the
-        loss -f: Q = 1.
+        loss -f: Q = 1. Of a model in 16 bits, it gets f in float32.
     likelihood : ``likelihood(f, batch) -> Tensor [B]``, the log-likelihood of each sample's label
         up to a constant, a concave function of its output f. For a regression it is
         ``lambda f, batch: -0.5 * (batch[1] - f) ** 2``, for counts
         ``lambda f, batch: batch[1] * f - f.exp()``. With it the curvature of the loss is known
         exactly (see ``TRAKer(curvature=...)``), and Q is its slope. Then ``loss`` is not given.
         Where the curvature is below 0 by rounding alone, it counts as 0: it must be 0 or more for
-        some output that is as good as the same, to half of the digits that outputs have.
+        some output that is as good as the same, to half of the digits that outputs have. Of a model
+        in 16 bits, f and the tensors of the batch are in float32.
 
     ``TRAKer(task=function)`` is the same as ``TRAKer(task=FunctionModelOutput(function))``.
     """
@@ -80,7 +81,8 @@ class FunctionModelOutput(BatchedModelOutput):
     ) -> Tensor:
         """-dL/df of each sample, [B]."""
         with torch.no_grad():
-            out = self.outputs(model, weights, buffers, batch).detach()
+            out = self.outputs(model, weights, buffers, batch)
+        out, batch = in_single(out, batch)
         if self.likelihood is not None:
             slope = self._slope(out, batch)
             check_alone("likelihood", self._slope, slope, out, batch)
@@ -97,7 +99,7 @@ class FunctionModelOutput(BatchedModelOutput):
     ) -> Terms:
         """One row of each sample, its output's, with minus the second derivative as its weight."""
         out = self.outputs(model, weights, buffers, batch)
-        f = out.detach()
+        f, batch = in_single(out, batch)
         slope, curvature = self._derivatives(f, batch)
         if not torch.is_grad_enabled():  # values are looked at, once for each batch
             check_alone("likelihood", self._slope, slope, f, batch)
@@ -133,6 +135,20 @@ class FunctionModelOutput(BatchedModelOutput):
         assert self.likelihood is not None
         likelihood, given = self.likelihood, as_given(batch)
         return derivative("likelihood", lambda f: likelihood(f, given), out)
+
+
+def in_single(out: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    """Outputs as constants, and their batch, for a likelihood or loss: in float32 where the model
+    has 16 bits. A slope such as label - p, of a p near it, would have next to no digits there.
+    """
+
+    def wide(t: Tensor) -> Tensor:
+        return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+    f = wide(out.detach())
+    if f.dtype != out.dtype:  # of one dtype, as some of PyTorch's losses need it
+        batch = batches.map_leaves(wide, batch)
+    return f, batch
 
 
 def check_alone(

@@ -189,7 +189,7 @@ class CausalLMModelOutput(TokenModelOutput):
         inputs = as_dict(batch, ("input_ids", "attention_mask", "labels"), least=1)
         if "labels" not in inputs and isinstance(inputs.get("input_ids"), Tensor):
             mask = inputs.get("attention_mask")
-            ids = inputs["input_ids"]
+            ids = as_labels(inputs["input_ids"])
             inputs["labels"] = ids if mask is None else seen_tokens(ids, mask)
         return inputs
 
@@ -199,7 +199,7 @@ class CausalLMModelOutput(TokenModelOutput):
         """
         super().check_batch(batch)
         inputs = self.inputs(batch)
-        labels, ids = inputs["labels"], inputs.get("input_ids")
+        labels, ids = inputs["labels"], as_labels(inputs.get("input_ids"))
         if ids is None or ids.shape != labels.shape:
             return
         counted = (labels != IGNORE_INDEX)[:, :-1]
@@ -357,11 +357,21 @@ def seen_tokens(ids: Tensor, mask: Tensor) -> Tensor:
 
 def as_dict(batch: Batch, names: tuple[str, ...], least: int) -> dict[str, Any]:
     """A copy of the dict of a batch, or its parts by name; empty for anything else."""
+    found: dict[str, Any] = {}
     if len(batch) == 1 and isinstance(batch[0], Mapping):
-        return dict(batch[0])
-    if least <= len(batch) <= len(names):
-        return dict(zip(names, batch, strict=False))
-    return {}
+        found = dict(batch[0])
+    elif least <= len(batch) <= len(names):
+        found = dict(zip(names, batch, strict=False))
+    if "labels" in found:
+        found["labels"] = as_labels(found["labels"])
+    return found
+
+
+def as_labels(labels: Any) -> Any:
+    """Integers as int64; anything else as it is. Against a tensor of 8 or 16 bits, IGNORE_INDEX and
+    the number of tokens would count modulo 2^8 or 2^16.
+    """
+    return labels.long() if is_index(labels) else labels
 
 
 def without_cache(model: Any) -> dict[str, bool]:

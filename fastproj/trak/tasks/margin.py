@@ -42,7 +42,7 @@ def logits_of_classes(logits: Tensor, labels: Tensor) -> Tensor:
 
 def yes_or_no(logits: Tensor, labels: Tensor) -> Tensor:
     """The log-odds of what is right, [B, L]: of a label that is 1 its logit, otherwise minus it."""
-    return torch.where(labels > 0, logits, -logits)
+    return torch.where(labels != 0, logits, -logits)
 
 
 def check_labels(task: str, labels: object, kind: str) -> None:
@@ -145,6 +145,7 @@ def check_logits(task: str, logits: Tensor, labels: Tensor) -> None:
             f"{task}: the model returned {describe(logits)} for {len(labels)} "
             "samples; expected logits [B, C], or one logit of class 1 for each"
         )
+    labels = labels.long()  # in 8 or 16 bits the number of classes would count modulo 2^8 or 2^16
     bad = ((labels < 0) | (labels >= logits.shape[1])).nonzero()
     if len(bad):
         first = int(bad[0])

@@ -1304,3 +1304,23 @@ def test_terms_that_cant_be_right_are_refused(tmp_path):
         with pytest.raises((TypeError, ValueError), match=message):
             traker.featurize(cases.data(4), num_samples=4)
         assert not traker.saver.index(0).done.any()
+
+
+def test_a_likelihood_that_is_not_concave_goes_with_traks_curvature(tmp_path):
+    """As the error says: that of outliers has no Fisher matrix of this kind."""
+
+    def cauchy(f, batch):
+        return -torch.log1p((f - batch[1]) ** 2)
+
+    task = FunctionModelOutput(lambda model, batch: model(batch[0])[:, 0], likelihood=cauchy)
+    images, labels = cases.data(8)
+    batch = images, 10.0 * labels
+    traker = cases.loaded(cases.net(), tmp_path / "fisher", 8, task=task)
+    with pytest.raises(ValueError, match=r"curvature='trak'\) and another save_dir"):
+        traker.featurize(batch, num_samples=8)
+    traker = cases.loaded(cases.net(), tmp_path / "trak", 8, task=task, curvature="trak")
+    traker.featurize(batch, num_samples=8)
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("test", cases.net().state_dict(), 0, 8)
+    traker.score(batch, num_samples=8)
+    assert np.isfinite(traker.finalize_scores("test")).all()

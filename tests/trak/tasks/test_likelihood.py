@@ -799,6 +799,35 @@ def test_a_convex_likelihood_has_a_curvature_below_0(name, dtype):
     assert (terms_at(CONVEX[name], f, dtype, 1.0).curvature < 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_likelihoods_and_losses_of_16_bit_outputs_keep_their_digits(dtype, as_dict):
+    """PyTorch's own have p - label as their slope, which 16 bits round to 0 where p is near it."""
+    f, labels = torch.tensor([7.0, 12.0, -12.0, -3.0]), torch.tensor([1.0, 1.0, 0.0, 1.0])
+    part = "labels" if as_dict else 1
+    batch: Any = (f.to(dtype), labels.to(dtype))
+    batch = ({"f": batch[0], "labels": batch[1]},) if as_dict else batch
+
+    def output(model, batch):
+        return batch["f" if as_dict else 0]
+
+    def binary(f, batch):
+        assert f.dtype == batch[part].dtype == torch.float32
+        return -nn.functional.binary_cross_entropy_with_logits(f, batch[part], reduction="none")
+
+    task = FunctionModelOutput(output, likelihood=binary)
+    with torch.no_grad():
+        made = task.likelihood_terms(nn.Identity(), {}, {}, batch, torch.empty(4, 0, 1, 3))
+    q = task.get_out_to_loss_grad(nn.Identity(), {}, {}, batch)
+    p = f.double().sigmoid()
+    for slope in (made.slope, q):
+        torch.testing.assert_close(slope.double(), labels - p, rtol=0.02, atol=0)
+    torch.testing.assert_close(made.curvature.double(), p * (1 - p), rtol=0.02, atol=0)
+    by_loss = FunctionModelOutput(output, loss=lambda f: (1 + f.neg().exp()).log())
+    found = by_loss.get_out_to_loss_grad(nn.Identity(), {}, {}, batch)
+    torch.testing.assert_close(found.double(), 1 - p, rtol=0.02, atol=1e-7)
+
+
 WRONG_FUNCTIONS = [
     ({"likelihood": 5}, r"received likelihood=5; expected a function of \(f, batch\)"),
     (

@@ -109,6 +109,36 @@ def test_labels_must_be_classes_of_the_model(logits, labels, message):
         )
 
 
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("classes", [128, 256, 40_000, 1 << 16])
+def test_classes_may_be_any_integers(dtype, classes):
+    """Whether or not the dtype of labels holds the number of classes."""
+    logits, labels = torch.rand(3, classes), torch.tensor([3, 0, 100])
+
+    def found(labels):
+        task, batch = ImageClassificationModelOutput(), (logits, labels)
+        task.check_batch(batch)
+        with torch.no_grad():
+            terms = task.likelihood_terms(nn.Identity(), {}, {}, batch, torch.rand(3, 0, 1, 3))
+        return [*terms, task.get_out_to_loss_grad(nn.Identity(), {}, {}, batch)]
+
+    assert all(map(torch.equal, found(labels), found(labels.to(dtype))))
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.bool])
+def test_several_labels_may_be_of_any_dtype(dtype):
+    logits, labels = torch.randn(3, 4), torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    task = ImageClassificationModelOutput(multilabel=True)
+    found = []
+    for given in (labels, labels.to(dtype)):
+        task.check_batch((logits, given))
+        found.append(task.outputs(nn.Identity(), {}, {}, (logits, given)))
+    assert torch.equal(*found)
+
+
 def negative_square(model, batch):
     """Minus the squared error of a regression."""
     x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch
@@ -236,6 +266,34 @@ class Tokens(nn.Module):
 
     def forward(self, input_ids, attention_mask=None):
         return self.table(input_ids)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("size", [157, 256, 40_000, 1 << 16])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_tokens_may_be_any_integers(parts, size, dtype):
+    """Whether or not their dtype holds -100, which is 156 in 8 bits, and the number of tokens."""
+    token = 100 if dtype == torch.int8 else 156
+    ids = torch.tensor([[5, 100, token, 3], [token, 0, 5, 7]])
+    logits = torch.rand(2, 4, size)
+
+    def found(ids):
+        task, batch = CausalLMModelOutput(), (ids, torch.ones(2, 4), ids)[:parts]
+        task.check_batch(batch)
+        with torch.no_grad():
+            terms = task.likelihood_terms(Fixed(logits), {}, {}, batch, torch.rand(2, 0, 3, 3))
+        return [*terms, task.counted_places(batch)]
+
+    assert all(map(torch.equal, found(ids), found(ids.to(dtype))))
+
+
+class Fixed(nn.Module):
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.logits
 
 
 @pytest.mark.parametrize(
