@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -131,17 +132,22 @@ def write_result(name: str, content: dict[str, Any], text: str = "") -> Path:
 def in_fresh_process(module: str, *words: object, limit: float | None = None) -> Any:
     """What ``python -m bench.<module> <words>`` prints in its last line, read as JSON.
 
-    The process imports from where this one does, and reports errors where this one does.
+    The process imports from where this one does, and reports errors where this one does. What it
+    leaves in its directory for temporary files goes with it, however it ends.
     Raises RuntimeError where it fails, subprocess.TimeoutExpired where it takes longer than
     ``limit`` seconds.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", f"bench.{module}", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=limit,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+    # A process that is killed removes nothing itself, and features may be gigabytes. Another that
+    # it has started may still write: what then stays is no reason to lose the benchmark.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", f"bench.{module}", *map(str, words)],
+            env={**environment, "TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=limit,
+        )
     if done.returncode:
         raise RuntimeError(f"{' '.join(done.args)} failed with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
