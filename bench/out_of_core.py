@@ -34,7 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.featurization.memory import peak_mib
-from bench.record import in_fresh_process, write_result
+from bench.record import end_with, in_fresh_process, write_result
 from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
 from fastproj.trak.files import Indices
@@ -324,4 +324,4 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

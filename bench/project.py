@@ -38,7 +38,7 @@ from bench.project_sparse import shapes_of as sparse_shapes
 from bench.providers import DENSE_KINDS, Case, Provider, all_providers
 from bench.providers.ours import name_of, usable_isas
 from bench.providers.stored import peak_name
-from bench.record import write_result
+from bench.record import end_with, write_result
 from bench.targets import FAIL, Target, as_dicts, list_of, run_acceptance
 from bench.timing import Row, table_of, time_case
 from fastproj.checks import check_block
@@ -236,8 +236,4 @@ def write(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    end_with(main)

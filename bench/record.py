@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -127,6 +128,19 @@ def write_result(name: str, content: dict[str, Any], text: str = "") -> Path:
     if text:
         path.with_suffix(".txt").write_text(text + "\n")
     return path
+
+
+def end_with(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's ``main`` and exit with its status; with 130 and a line where Ctrl-C stops it.
+
+    A terminal's Ctrl-C also reaches the processes of ``in_fresh_process``: these end so too.
+    """
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 def in_fresh_process(module: str, *words: object, limit: float | None = None) -> Any:
