@@ -90,4 +90,4 @@ def affordable_rows(
         start = time.perf_counter()
         project(probe)
         seconds = time.perf_counter() - start
-    return min(case.rows, int(probe.shape[1] * case.max_seconds / seconds))
+    return min(case.rows, max(1, int(probe.shape[1] * case.max_seconds / seconds)))
