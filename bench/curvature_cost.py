@@ -12,7 +12,6 @@ ratio is above --limit.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from statistics import median
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.record import write_result
+from bench.record import end_with, write_result
 from fastproj import TRAKer
 from fastproj.commands.arguments import positive
 
@@ -103,4 +102,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

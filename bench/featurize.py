@@ -31,7 +31,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ from bench.featurization import memory, summary
 from bench.featurization.measure import Row, Sizes, empty, work, work_in_turn
 from bench.featurization.providers import PROVIDERS
 from bench.featurization.workloads import WORKLOADS
-from bench.record import in_fresh_process, write_result
+from bench.record import end_with, in_fresh_process, write_result
 from bench.targets import FAIL, Target, as_dicts, list_of
 from fastproj.commands.arguments import positive
 from fastproj.commands.info import usable_cores
@@ -178,4 +177,4 @@ def write(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

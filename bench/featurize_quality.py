@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +38,7 @@ from bench.battery.problem import Batch, Problem
 from bench.battery.providers import traker
 from bench.battery.providers.job import Job
 from bench.lds_of_kinds import BASE
-from bench.record import ROOT, write_result
+from bench.record import ROOT, end_with, write_result
 from fastproj.commands.arguments import positive
 from fastproj.trak.evaluation.metrics import lds
 
@@ -307,4 +306,4 @@ def draw_line(axis: Any, rows: Sequence[Row], name: str, k: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

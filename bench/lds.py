@@ -46,7 +46,7 @@ from bench.battery import PROBLEMS, summary, training
 from bench.battery.problem import Problem
 from bench.battery.providers import PROVIDERS
 from bench.battery.providers.job import Found, Job, Unsupported
-from bench.record import commit, write_result
+from bench.record import commit, end_with, write_result
 from fastproj.commands.arguments import positive
 from fastproj.trak.evaluation.metrics import lds, mislabel_auc, noise_ceiling
 
@@ -153,7 +153,7 @@ def measure(problem: Problem, options: argparse.Namespace) -> list[Row]:
         for name in options.providers
         for k in (options.dims if PROVIDERS[name][1] else [0])
     ]
-    for name, k in tqdm(jobs, desc=problem.name, unit="job", leave=False):
+    for name, k in tqdm(jobs, desc=problem.name, unit="job", leave=False, disable=None):
         with tempfile.TemporaryDirectory() as folder:
             job = Job(problem, models, sorted(options.checkpoints), k, options.kind, folder)
             started = time.process_time()
@@ -258,4 +258,4 @@ def retrieval(scores: Any, facts: Any, depth: int = 10) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

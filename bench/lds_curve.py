@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ from bench.battery import PROBLEMS, training
 from bench.battery.problem import Problem
 from bench.battery.providers.cosine import gradients
 from bench.battery.training import Checkpoint
-from bench.record import write_result
+from bench.record import end_with, write_result
 from fastproj import TRAKer
 from fastproj.trak import AbstractModelOutput
 from fastproj.trak.evaluation.metrics import LDS, lds, noise_ceiling
@@ -77,14 +76,18 @@ def trak_scores(
         logging_level="WARNING",
         **options,
     )
-    for model_id, checkpoint in enumerate(tqdm(checkpoints, desc="featurizing", leave=False)):
+    for model_id, checkpoint in enumerate(
+        tqdm(checkpoints, desc="featurizing", leave=False, disable=None)
+    ):
         traker.load_checkpoint(checkpoint, model_id)
         for rows in torch.arange(problem.n).split(250):
             batch = tuple(part[rows] for part in problem.samples)
             traker.featurize(batch, num_samples=len(rows))
     traker.finalize_features()
     size = problem.m
-    for model_id, checkpoint in enumerate(tqdm(checkpoints, desc="scoring", leave=False)):
+    for model_id, checkpoint in enumerate(
+        tqdm(checkpoints, desc="scoring", leave=False, disable=None)
+    ):
         traker.start_scoring_checkpoint("targets", checkpoint, model_id, size)
         traker.score(problem.targets, num_samples=size)
     for count in counts:
@@ -96,7 +99,9 @@ def tracin_scores(
 ) -> Iterator[tuple[int, Floats]]:
     """(M, scores [n, m]): ``grad loss(sample) . grad loss(target)``, the mean of M checkpoints."""
     total = np.zeros((problem.n, problem.m))
-    for done, checkpoint in enumerate(tqdm(checkpoints, desc="TracIn", leave=False), start=1):
+    for done, checkpoint in enumerate(
+        tqdm(checkpoints, desc="TracIn", leave=False, disable=None), start=1
+    ):
         of_samples = gradients(problem, checkpoint, "likelihood", problem.samples)
         of_targets = gradients(problem, checkpoint, "likelihood", problem.targets)
         total += (of_samples @ of_targets.mT).double().numpy()
@@ -253,4 +258,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -6,16 +6,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import fastproj
 from bench.providers.base import float64_product, relative_error
-from bench.record import in_fresh_process
+from bench.record import end_with, in_fresh_process
 from fastproj.spec import KINDS
 
 MIB = 2**20
@@ -27,7 +28,7 @@ def memory_growth(rows: int = 10**7, batch: int = 8, cols: int = 4096) -> dict[s
     Each kind is measured in a process of its own, in its first call.
     """
     growth: dict[str, Any] = {"rows": rows, "batch": batch, "cols": cols}
-    for kind in KINDS:
+    for kind in tqdm(KINDS, desc="memory", leave=False, disable=None):
         growth[kind] = in_fresh_process("limits", "memory", kind, rows, batch, cols)
     return growth
 
@@ -93,13 +94,18 @@ def matmul_between_calls(size: int = 1024, turns: int = 30) -> dict[str, float]:
     return {"alone": timed(lambda: None), "between": timed(project)}
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one measurement by name, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=["memory", "latency", "drift", "threads", "all"])
     parser.add_argument("values", nargs="*", help="memory: kind, rows, batch and cols, in-process")
-    options = parser.parse_args()
-    if options.which == "memory" and options.values:
+    options = parser.parse_args(argv)
+    if options.values and (options.which, len(options.values)) != ("memory", 4):
+        parser.error(
+            f"received {options.which} {' '.join(options.values)}; values go with memory, as in "
+            "`memory sjlt 1000000 8 4096`"
+        )
+    if options.values:
         kind, rows, batch, cols = options.values
         print(json.dumps(_memory_in_this_process(kind, int(rows), int(batch), int(cols))))
         return 0
@@ -109,11 +115,12 @@ def main() -> int:
         "drift": drift,
         "threads": matmul_between_calls,
     }
-    for name, measure in measurements.items():
-        if options.which in (name, "all"):
-            print(f"{name:<10}{measure()}", flush=True)
+    names = [name for name in measurements if options.which in (name, "all")]
+    for name in tqdm(names, desc="limits", leave=False, disable=None):
+        tqdm.write(f"{name:<10}{measurements[name]()}")
+        sys.stdout.flush()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

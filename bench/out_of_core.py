@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -34,8 +34,9 @@ from torch import nn
 from tqdm import tqdm
 
 from bench.featurization.memory import peak_mib
-from bench.record import in_fresh_process, write_result
+from bench.record import end_with, in_fresh_process, write_result
 from fastproj import TRAKer
+from fastproj.commands.arguments import positive
 from fastproj.trak import AbstractModelOutput
 from fastproj.trak.files import Indices
 from fastproj.trak.solving.systems import FISHER, TRAK
@@ -190,7 +191,7 @@ def measure(save_dir: Path, options: argparse.Namespace) -> None:
     sizes = options.samples, options.proj_dim
     before = peak_bytes()
     with watched(save_dir) as disk:
-        for _ in range(options.repeats):
+        for _ in tqdm(range(options.repeats), desc="measuring", unit="turn", disable=None):
             for path in matrix_files(save_dir):
                 path.unlink()
             timed("finalize_features", traker.finalize_features)
@@ -241,13 +242,13 @@ def peak_bytes() -> int:
     return round(peak_mib() * 2**20)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write, measure, print, clean up."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=131_072)
-    parser.add_argument("--proj-dim", type=int, default=4096)
-    parser.add_argument("--targets", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--samples", type=positive, default=131_072)
+    parser.add_argument("--proj-dim", type=positive, default=4096)
+    parser.add_argument("--targets", type=positive, default=128)
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--curvature", choices=[TRAK, FISHER], default=TRAK)
     parser.add_argument("--kind", choices=KINDS, default="sjlt", help="what the store says it is")
     parser.add_argument("--alone", action="store_true", help="without what it is compared with")
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="write the features here, or use what is there")
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.measure:
         measure(options.measure, options)
         return
@@ -324,4 +325,4 @@ def report(found: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -38,7 +38,7 @@ from bench.project_sparse import shapes_of as sparse_shapes
 from bench.providers import DENSE_KINDS, Case, Provider, all_providers
 from bench.providers.ours import name_of, usable_isas
 from bench.providers.stored import peak_name
-from bench.record import write_result
+from bench.record import end_with, write_result
 from bench.targets import FAIL, Target, as_dicts, list_of, run_acceptance
 from bench.timing import Row, table_of, time_case
 from fastproj.checks import check_block
@@ -70,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="print the providers' names and stop")
     parser.add_argument("--repeats", type=positive, help="timed calls of each provider: 5")
-    parser.add_argument("--max-seconds", type=float, default=6.0, help="of a call of fastproj or torch")
+    parser.add_argument(
+        "--max-seconds", type=float, default=6.0, help="of a call of fastproj or torch"
+    )
     parser.add_argument("--stored-gib", type=float, help="memory of one stored R: 2, on a GPU 16")
     parser.add_argument("--trak-rows", type=positive, help="P for TRAK's BasicProjector: 1e5")
     parser.add_argument("--square", type=positive, help="for torch's peak: 4096, on a GPU 8192")
@@ -185,7 +187,8 @@ def time_sparse(
         measured += (rows := time_case(case, providers, Sizes.of(options).repeats))
         print(sparse_table_of(rows), flush=True)
     ours = name_of("highest", usable_isas()[-1])
-    print(growth_table_of(measured, ours), flush=True)
+    if any(row.provider == ours and row.seconds for row in measured):
+        print(growth_table_of(measured, ours), flush=True)
     return measured
 
 
@@ -236,8 +239,4 @@ def write(
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    end_with(main)

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import distortion, lds_of_kinds
 from bench.battery import PROBLEMS, training
-from bench.record import write_result
+from bench.record import end_with, write_result
 from fastproj.commands.arguments import positive
 
 ROWS = 16384  # P of the vectors, zeros behind those that are shorter
@@ -211,4 +210,4 @@ def draw_lds(axis: Any, compared: Sequence[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -8,12 +8,14 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -128,20 +130,38 @@ def write_result(name: str, content: dict[str, Any], text: str = "") -> Path:
     return path
 
 
+def end_with(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's ``main`` and exit with its status; with 130 and a line where Ctrl-C stops it.
+
+    A terminal's Ctrl-C also reaches the processes of ``in_fresh_process``: these end so too.
+    """
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
 def in_fresh_process(module: str, *words: object, limit: float | None = None) -> Any:
     """What ``python -m bench.<module> <words>`` prints in its last line, read as JSON.
 
-    The process imports from where this one does, and reports errors where this one does.
+    The process imports from where this one does, and reports errors where this one does. What it
+    leaves in its directory for temporary files goes with it, however it ends.
     Raises RuntimeError where it fails, subprocess.TimeoutExpired where it takes longer than
     ``limit`` seconds.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", f"bench.{module}", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=limit,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+    # A process that is killed removes nothing itself, and features may be gigabytes. Another that
+    # it has started may still write: what then stays is no reason to lose the benchmark.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", f"bench.{module}", *map(str, words)],
+            env={**environment, "TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=limit,
+        )
     if done.returncode:
         raise RuntimeError(f"{' '.join(done.args)} failed with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

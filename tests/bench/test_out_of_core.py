@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import out_of_core
 from tests import ROOT
 
 
@@ -21,3 +22,14 @@ def test_memory_is_not_that_of_the_process_that_wrote_the_features() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert 2**24 < int(done.stdout) < held.nbytes
+
+
+@pytest.mark.parametrize("name", ["--samples", "--proj-dim", "--targets", "--repeats"])
+def test_sizes_that_measure_nothing_are_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--samples", "8", "--proj-dim", "4", "--targets", "2", "--dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        out_of_core.main([*words, name, "0"])
+    assert ended.value.code == 2
+    assert f"argument {name}" in capsys.readouterr().err

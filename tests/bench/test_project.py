@@ -114,6 +114,19 @@ def test_products_of_torch_are_as_large_as_a_call_may_take(arithmetic: str) -> N
             assert one.error(one.call()) <= one.bound
 
 
+def test_the_growth_with_k_is_shown_of_what_was_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--kind", "sjlt", "--batch", "1", "--rows", "99", "--cols", "64", "--no-write"]
+    for provider, shown in (("scipy", False), ("highest", True)):
+        assert project.main([*words, "--provider", provider]) == 0
+        assert ("nanoseconds an entry" in capsys.readouterr().out) == shown
+
+
+def test_a_call_has_a_row_however_little_it_may_take() -> None:
+    case = Case(3, 999, 64, "sjlt", torch.float32, 2**20, 500, 1e-12, block=16)
+    (row, *_) = time_case(case, ours.providers(("highest",)), 1)
+    assert (row.rows, row.wrong) == (1, False)
+
+
 def test_reading_counts_once_and_copying_twice() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         case = Case(3, 1001, 64, "sjlt", dtype, 2**20, 500, 5.0, block=16)
