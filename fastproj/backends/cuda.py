@@ -70,7 +70,8 @@ def unavailable() -> str | None:
     has_context = getattr(torch._C, "_cuda_hasPrimaryContext", lambda index: False)  # torch's own
     first: str | None = None
     for index in sorted(range(count), key=lambda i: (not has_context(i), i != current)):
-        found = extension.gpu(index)["problem"]
+        with torch.cuda.device(index):  # to go back by itself would make one on the current GPU
+            found = extension.gpu(index)["problem"]
         if not found:
             return None
         first = first or str(found)

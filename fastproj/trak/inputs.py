@@ -74,6 +74,15 @@ def check_model(model: Any) -> None:
             "model, options=StateDictOptions(full_state_dict=True)) of "
             "torch.distributed.checkpoint.state_dict, for FSDP and tensor parallelism)"
         )
+    for module in model.modules():
+        device_map = getattr(module, "hf_device_map", None) or {}
+        places = sorted(set(map(str, device_map.values())))
+        if len(places) > 1:
+            raise ValueError(
+                f"TRAKer: received a model with device_map, on {', '.join(places)}; expected one "
+                'on a single device, such as of from_pretrained(..., device_map={"": 0}): moved '
+                "there, its forward would still send its inputs from device to device"
+            )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     lazy = [name for name, t in tensors if nn.parameter.is_lazy(t)]
     if lazy:

@@ -102,6 +102,19 @@ def test_only_the_gpus_that_must_be_are_looked_at(monkeypatch, problems, in_use,
     that this process uses has its context.
     """
     seen = []
+    entered = []
+
+    class Device:
+        """torch's own goes back to a GPU only where that makes no context."""
+
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *error):
+            entered.pop()
 
     class Extension:
         count = staticmethod(lambda: (len(problems), ""))
@@ -109,11 +122,13 @@ def test_only_the_gpus_that_must_be_are_looked_at(monkeypatch, problems, in_use,
         @staticmethod
         def gpu(index):
             seen.append(index)
+            assert entered == [index]
             return {"problem": problems[index]}
 
     monkeypatch.setattr(cuda, "_module", lambda: Extension)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", Device)
     used = in_use.__contains__
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", used, raising=False)
     assert cuda.unavailable.__wrapped__() == reason

@@ -783,12 +783,20 @@ def with_int8():
     return model
 
 
+def dispatched(places):
+    """As accelerate leaves a model whose parts are on several GPUs."""
+    model = cases.net()
+    model.hf_device_map = places
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
         ({"model": with_int8()}, ValueError, "'table' of dtype torch.int8.*floating-point"),
         ({"model": nn.DataParallel(cases.net())}, TypeError, r"expected model\.module"),
         ({"model": nn.Linear(25, 4, device="meta")}, ValueError, "weight, bias on the meta device"),
+        ({"model": dispatched({"fc": 1, "": 0})}, ValueError, "device_map, on 0, 1; expected"),
         ({"model": torch.jit.script(nn.Linear(25, 4))}, TypeError, "the module that it was made"),
         ({"grad_wrt": list(cases.net().parameters())}, TypeError, "grad_wrt with Parameter"),
         ({"gradient_computer": object()}, TypeError, "a class .not an instance."),
@@ -801,6 +809,10 @@ def test_constructor_of_other_things(tmp_path, change, kind, message):
     with pytest.raises(kind, match=message):
         TRAKer(**{**arguments, "save_dir": tmp_path / "new", **change})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_with_a_map_to_one_device_is_taken(tmp_path):
+    cases.make(dispatched({"": "cpu"}), tmp_path, N)
 
 
 def test_a_projector_that_comes_late_is_refused(traker):

@@ -35,7 +35,7 @@ from fastproj.trak.gradients.proof import (
 from fastproj.trak.gradients.recorder import Folded, Layout, Owned, Recorder, Seen, last_of
 from fastproj.trak.gradients.replay import Replay
 from fastproj.trak.gradients.rules import rule_for
-from fastproj.trak.gradients.running import norm, wide_sums
+from fastproj.trak.gradients.running import norm, tf32_eps, wide_sums
 from fastproj.trak.gradients.scales import projects_pieces, unscaled
 from fastproj.trak.gradients.sinks import (
     Check,
@@ -326,7 +326,8 @@ class HookGradientComputer(AbstractGradientComputer):
             for sink in sinks:
                 sink.flush()
         frozen = (p.dtype for p in self.fixed.values() if p.is_floating_point())  # under adapters
-        return max(made.recorder.eps, *(torch.finfo(dtype).eps for dtype in frozen), 0.0)
+        eps = (torch.finfo(dtype).eps for dtype in frozen)
+        return max(made.recorder.eps, tf32_eps(self.chosen.values()), *eps)
 
     def _warn_sums(self, uses: Counter[str]) -> None:
         """Say once where gradients of many uses of a parameter are added up in 16 bits."""

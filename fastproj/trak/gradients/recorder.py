@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -295,6 +295,7 @@ class Recorder:
             self.warned,
             self.work,
             autocast_of(leaves),
+            torch.get_default_device(),
         )
         if not looks_up(owned):
             self.uses.update(owned.names.values())
@@ -392,6 +393,7 @@ class Call:
     warned: set[str]
     work: Workspace
     autocast: torch.autocast
+    device: torch.device  # the default one
 
     def parts(self, grads: list[Tensor | None]) -> Iterator[tuple[str, Part]]:
         """The per-sample gradients of the parameters from those by the outputs, [B, ...] each."""
@@ -413,7 +415,7 @@ class Call:
             sample_first(leaf, where, self.size) if where is not SHARED else leaf
             for leaf, where in zip(leaves, self.dims, strict=True)
         ]
-        with self.autocast:
+        with self.autocast, new_tensors_on(self.device):
             found = list(
                 local_gradients(
                     module,
@@ -439,6 +441,11 @@ def autocast_of(leaves: list[Any]) -> torch.autocast:
         enabled=torch.is_autocast_enabled(kind),
         cache_enabled=False,
     )
+
+
+def new_tensors_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Torch's default device is ``device``. In a backward it is the CPU, whatever was set."""
+    return nullcontext() if device == torch.get_default_device() else device
 
 
 def in_one_dtype(module: nn.Module, names: set[str], x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NORM_ENTRIES = 1 << 19  # whose squares are added up at once
+TF32_EPS = 2.0**-10
 HALVES = (torch.bfloat16, torch.float16)
 
 # Backwards that on a CPU add up the numbers of all positions in 16 bits. Such a sum no longer grows
@@ -162,6 +163,17 @@ def rounding_share(eps: float, *dtypes: torch.dtype) -> float:
     # At least float32's: float64 models may compute in it, as T5's softmax does.
     own = max(torch.finfo(dtype).eps for dtype in (torch.float32, *dtypes))
     return float(min(3 * max(eps, own) ** 0.5, 0.1))
+
+
+def tf32_eps(params: Iterable[Tensor]) -> float:
+    """TF32's where a GPU may multiply float32 in it, as convolutions do by default; else 0."""
+    if not any(p.is_cuda and p.dtype == torch.float32 for p in params):
+        return 0.0
+    try:
+        allowed = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # torch >= 2.9, set for some operations alone
+        allowed = True
+    return TF32_EPS if allowed else 0.0
 
 
 def wide_sums(params: Iterable[Tensor]) -> AbstractContextManager[Any]:

@@ -458,10 +458,21 @@ def extreme_eigenvalues(matrix: Tensor, factor: Tensor, lam: float = 0.0) -> tup
 @contextmanager
 def full_precision() -> Iterator[None]:
     """float32 products without TF32, bf16 or autocast, whatever the caller has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    places: tuple[Any, ...] = ()
+    try:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    except RuntimeError:  # torch's newer settings for each device, set by the caller
+        backends: Any = torch.backends
+        places = backends.cuda.matmul, backends.mkldnn.matmul
+    of_places = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, precision in zip(places, of_places, strict=True):
+            place.fp32_precision = precision
+        if not places:
+            torch.set_float32_matmul_precision(before)

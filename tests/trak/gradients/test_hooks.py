@@ -395,6 +395,25 @@ def test_all_computers_factor_alike(computer, size):
     torch.testing.assert_close(made.project(batch, factored, 1), factored.project(exact, 1))
 
 
+@modules.of(table=lambda: nn.Parameter(torch.randn(4)))
+def OnDefault(self, x):
+    """New tensors without a device of their own."""
+    self.devices.append(torch.empty(0).device.type)
+    return x * self.table
+
+
+def test_what_is_run_again_has_the_default_device_of_the_first_time():
+    """A model may leave its new tensors to torch.set_default_device("cuda")."""
+    layer = OnDefault()
+    layer.devices = []
+    model = nn.Sequential(layer, nn.Linear(4, 3))
+    with torch.device("meta"):
+        HookGradientComputer(model, TASK).compute_per_sample_grad(
+            (torch.randn(N, 4, device="cpu"), torch.arange(N, device="cpu") % 3)
+        )
+    assert set(layer.devices) == {"meta"}
+
+
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("r", [2, 4, 6])
 def test_conv1d_of_transformers_is_factored(r, shape, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -24,7 +25,7 @@ from fastproj.trak import (
     ImageClassificationModelOutput,
     IterativeGradientComputer,
 )
-from fastproj.trak.gradients import AutomaticGradientComputer, recorder
+from fastproj.trak.gradients import AutomaticGradientComputer, hooks, recorder, running
 from tests.trak import cases, modules
 
 WORDS, WIDTH, CLASSES = 11, 8, 3
@@ -521,6 +522,35 @@ def test_without_autocast_the_check_is_as_strict_as_before(monkeypatch):
     monkeypatch.setattr(recorder, "in_one_dtype", too_large)
     with pytest.raises(HooksError, match=r"up\.weight"):
         HookGradientComputer(model, TASK).compute_per_sample_grad(batch)
+
+
+@pytest.mark.parametrize("factor", [1.01, 1.2])
+def test_tf32_loosens_the_check_no_further_than_its_rounding(monkeypatch, factor):
+    """A GPU takes it for convolutions by default, and not in every size of batch."""
+    model, batch = build("text")
+    usual = recorder.in_one_dtype
+
+    def too_large(module, names, x, g):
+        x, g = usual(module, names, x, g)
+        return x, factor * g if module is model.up else g
+
+    monkeypatch.setattr(recorder, "in_one_dtype", too_large)
+    monkeypatch.setattr(hooks, "tf32_eps", lambda _: running.TF32_EPS)
+    computer = HookGradientComputer(model, TASK)
+    with nullcontext() if factor < 1.1 else pytest.raises(HooksError, match=r"up\.weight"):
+        computer.compute_per_sample_grad(batch)
+
+
+def test_where_tf32_may_be_in_use(monkeypatch):
+    class OfGpu:
+        is_cuda, dtype = True, torch.float32
+
+    assert running.tf32_eps([torch.zeros(2)]) == 0
+    assert running.tf32_eps([OfGpu]) == 2**-10  # cuDNN's default
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert running.tf32_eps([OfGpu]) == 0
+        monkeypatch.setattr(OfGpu, "dtype", torch.float64)
+    assert running.tf32_eps([OfGpu]) == 0
 
 
 @modules.of(
