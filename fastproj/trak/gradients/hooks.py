@@ -327,7 +327,8 @@ class HookGradientComputer(AbstractGradientComputer):
                 sink.flush()
         frozen = (p.dtype for p in self.fixed.values() if p.is_floating_point())  # under adapters
         eps = (torch.finfo(dtype).eps for dtype in frozen)
-        return max(made.recorder.eps, tf32_eps(self.chosen.values()), *eps)
+        params = [*self.chosen.values(), *self.fixed.values()]
+        return max(made.recorder.eps, tf32_eps(params), *eps)
 
     def _warn_sums(self, uses: Counter[str]) -> None:
         """Say once where gradients of many uses of a parameter are added up in 16 bits."""

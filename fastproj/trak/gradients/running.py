@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -165,12 +165,16 @@ def rounding_share(eps: float, *dtypes: torch.dtype) -> float:
     return float(min(3 * max(eps, own) ** 0.5, 0.1))
 
 
-def tf32_eps(params: Iterable[Tensor]) -> float:
-    """TF32's where a GPU may multiply float32 in it, as convolutions do by default; else 0."""
+def tf32_eps(params: Sequence[Tensor]) -> float:
+    """TF32's where a GPU may multiply float32 in it, else 0. It may in convolutions by default:
+    those have weights of three dimensions or more.
+    """
     if not any(p.is_cuda and p.dtype == torch.float32 for p in params):
         return 0.0
     try:
-        allowed = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+        allowed = torch.backends.cuda.matmul.allow_tf32 or (
+            torch.backends.cudnn.allow_tf32 and any(p.ndim > 2 for p in params)
+        )
     except RuntimeError:  # torch >= 2.9, set for some operations alone
         allowed = True
     return TF32_EPS if allowed else 0.0

@@ -7,6 +7,7 @@ import re
 import warnings
 from contextlib import nullcontext
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -543,13 +544,19 @@ def test_tf32_loosens_the_check_no_further_than_its_rounding(monkeypatch, factor
 
 def test_where_tf32_may_be_in_use(monkeypatch):
     class OfGpu:
-        is_cuda, dtype = True, torch.float32
+        is_cuda, dtype, ndim = True, torch.float32, 4
 
-    assert running.tf32_eps([torch.zeros(2)]) == 0
+    assert running.tf32_eps([torch.zeros(2, 3, 4, 5)]) == 0
     assert running.tf32_eps([OfGpu]) == 2**-10  # cuDNN's default
     with torch.backends.cudnn.flags(allow_tf32=False):
         assert running.tf32_eps([OfGpu]) == 0
-        monkeypatch.setattr(OfGpu, "dtype", torch.float64)
+        with monkeypatch.context() as at:
+            at.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+            assert running.tf32_eps([OfGpu]) == 2**-10
+    monkeypatch.setattr(OfGpu, "ndim", 2)  # no convolution
+    assert running.tf32_eps([OfGpu]) == 0
+    monkeypatch.setattr(OfGpu, "ndim", 4)
+    monkeypatch.setattr(OfGpu, "dtype", torch.float64)
     assert running.tf32_eps([OfGpu]) == 0
 
 
