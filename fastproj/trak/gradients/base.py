@@ -23,6 +23,7 @@ from fastproj.trak.gradients.running import (
     wide_sums,
 )
 from fastproj.trak.inputs import RandomNumbersError
+from fastproj.trak.precision import full_precision
 from fastproj.trak.tasks.base import BatchedModelOutput, Terms, definer, run
 from fastproj.trak.tasks.training import SeveralOutputs, TrainingOutput
 
@@ -282,7 +283,7 @@ class AbstractGradientComputer(ABC):
         single = isinstance(task, BatchedModelOutput) and not isinstance(task, SeveralOutputs)
         if self._mixes is None and size > 1 and single:
             ends = [batches.select(parts, slice(r, r + 1)) for r in (0, size - 1)]
-            with torch.no_grad():
+            with torch.no_grad(), full_precision():  # TF32 may round batches of one otherwise
                 every, *alone = (
                     self._of_task(task.outputs, self.chosen, some).reshape(-1)
                     for some in (parts, *ends)

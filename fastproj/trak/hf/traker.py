@@ -26,6 +26,7 @@ from fastproj.trak.hf.limits import positions_of
 from fastproj.trak.hf.masking import Masking
 from fastproj.trak.hf.samples import Samples
 from fastproj.trak.inputs import MAX_BATCH
+from fastproj.trak.precision import full_precision
 from fastproj.trak.progress import progress
 from fastproj.trak.store.store import check_exp_name
 from fastproj.trak.tasks import TASKS
@@ -275,7 +276,7 @@ class HFTRAKer:
             self.model, self.traker.task, device=device, grad_wrt=self.traker.gradient_names
         )
         parts = ({name: part.to(device) for name, part in batch.items()},)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), full_precision(), torch.autocast(device.type, enabled=False):
             return float(computer.output_alone(computer.chosen, parts))
 
     def _pass(

@@ -17,6 +17,7 @@ from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.distributed import Ranks
 from fastproj.trak.files import GoneError, Indices, StoreError, Tensors, digest
 from fastproj.trak.inputs import IF_STORED, check_finite
+from fastproj.trak.precision import full_precision
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.ridge import (
     OWN_NOISE,
@@ -44,7 +45,6 @@ from fastproj.trak.solving.solve import (
     Solution,
     System,
     eps_of_sum,
-    full_precision,
     sum_dtype,
 )
 from fastproj.trak.solving.systems import FISHER, TRAK, GramPart, Systems

@@ -15,11 +15,12 @@ from fastproj.checks import listed
 from fastproj.trak.callers import stack_to_caller
 from fastproj.trak.distributed import Ranks, hash_of
 from fastproj.trak.files import Indices
+from fastproj.trak.precision import full_precision
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.finalizing import own_scores, solution_of, solved
 from fastproj.trak.solving.peers import in_mean
 from fastproj.trak.solving.ridge import moved_slopes
-from fastproj.trak.solving.solve import ScoreComputer, full_precision
+from fastproj.trak.solving.solve import ScoreComputer
 from fastproj.trak.solving.systems import Systems
 from fastproj.trak.store.features import block_rows, read_features, sample_blocks
 from fastproj.trak.store.scores import Sink

@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastproj.checks import as_float
+from fastproj.trak.precision import full_precision
 
 EXACT_FLOPS = 2e11  # below this many multiply-adds (seconds on a laptop) sums are plain float64
 BLOCK_ROWS = 2048  # terms of a float32 product before it is folded into the float64 sum
@@ -453,26 +454,3 @@ def extreme_eigenvalues(matrix: Tensor, factor: Tensor, lam: float = 0.0) -> tup
         high = matrix @ high + lam * high
         low = apply_factor(factor, low / low.norm())
     return float(high.norm()), float(1 / low.norm())
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products without TF32, bf16 or autocast, whatever the caller has set."""
-    places: tuple[Any, ...] = ()
-    try:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    except RuntimeError:  # torch's newer settings for each device, set by the caller
-        backends: Any = torch.backends
-        places = backends.cuda.matmul, backends.mkldnn.matmul
-    of_places = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
-    try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        for place, precision in zip(places, of_places, strict=True):
-            place.fp32_precision = precision
-        if not places:
-            torch.set_float32_matmul_precision(before)

@@ -150,6 +150,22 @@ def test_padding_that_changes_some_lengths_alone_is_noticed(tmp_path, caplog):
     assert "padding changes what" in caplog.text
 
 
+def test_the_rounding_of_tf32_does_not_count_as_padding_that_changes_outputs(tmp_path, caplog):
+    kind = "text_classification"
+    model, train = models.model_for(kind), models.samples_for(kind, 12)
+
+    def rounded(module, args, kwargs, out):
+        padded = not kwargs["attention_mask"].all()
+        if padded and torch.backends.cudnn.allow_tf32:
+            out.logits = out.logits + 0.01 * torch.arange(out.logits.shape[1])
+        return out
+
+    model.register_forward_hook(rounded, with_kwargs=True)
+    options = {**OPTIONS, "logging_level": logging.WARNING, "gradient_computer": "loop"}
+    HFTRAKer(model, train, None, tmp_path, tokenizer=models.tokenizer(), **options).featurize()
+    assert "padding changes what" not in caplog.text
+
+
 def shown(model, batch):
     """What the model takes of a batch."""
     return {k: part for k, part in batch.items() if k in (*forward_names(model), "labels")}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -254,23 +252,3 @@ def test_factors_are_used_without_copies(columns, monkeypatch):
     values = torch.linalg.eigvalsh(matrix)
     exact = float((values / (values + 2)).sum())
     assert ridge.effective_dimension(matrix, 2.0) == pytest.approx(exact, rel=1e-10)
-
-
-NEWER_PRECISIONS = """
-import torch
-from fastproj.trak.solving.solve import full_precision
-places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-for place, precision in zip(places, ("tf32", "bf16")):
-    place.fp32_precision = precision
-with full_precision():
-    assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
-assert [place.fp32_precision for place in places] == ["tf32", "bf16"]
-"""
-
-
-@pytest.mark.skipif(
-    not hasattr(torch.backends.mkldnn, "matmul"), reason="torch before 2.9 has older settings alone"
-)
-def test_full_precision_under_torchs_newer_settings():
-    """In a process of its own: once used, they make the older functions raise."""
-    subprocess.run([sys.executable, "-c", NEWER_PRECISIONS], check=True)
