@@ -15,15 +15,16 @@ def full_precision() -> Iterator[None]:
     set. cuDNN's convolutions are in TF32 by default, which rounds to 11 bits.
     """
     backends: Any = torch.backends
-    places: tuple[Any, ...] = ()
+    places: list[Any] = []
+    if hasattr(backends.mkldnn, "conv"):  # torch >= 2.9, where these have no older setting
+        places = [backends.mkldnn.conv, backends.mkldnn.rnn]
+    before = None
     try:
         before = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
         set_older("highest", False)
     except RuntimeError:  # torch's newer settings for each operation, set by the caller
-        places = (
-            *(backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn),
-            *(backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn),
-        )
+        places += [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        places += [backends.mkldnn.matmul]
     of_places = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = "ieee"
@@ -33,7 +34,7 @@ def full_precision() -> Iterator[None]:
     finally:
         for place, precision in zip(places, of_places, strict=True):
             place.fp32_precision = precision
-        if not places:
+        if before is not None:
             set_older(*before)
 
 

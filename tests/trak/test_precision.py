@@ -21,6 +21,10 @@ places = {
     "conv": (backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.conv, backends.mkldnn.rnn),
 }
 every = [place for some in places.values() for place in some]
+backends.mkldnn.conv.fp32_precision = "bf16"
+with full_precision():
+    assert backends.mkldnn.conv.fp32_precision == "ieee"
+assert backends.mkldnn.conv.fp32_precision == "bf16"
 for which in places.values():
     for place in which:
         place.fp32_precision = "tf32" if which is places["matmul"] else "ieee"

@@ -171,13 +171,14 @@ def tf32_eps(params: Sequence[Tensor]) -> float:
     """
     if not any(p.is_cuda and p.dtype == torch.float32 for p in params):
         return 0.0
+    backends: Any = torch.backends
     try:
-        allowed = torch.backends.cuda.matmul.allow_tf32 or (
-            torch.backends.cudnn.allow_tf32 and any(p.ndim > 2 for p in params)
-        )
-    except RuntimeError:  # torch >= 2.9, set for some operations alone
-        allowed = True
-    return TF32_EPS if allowed else 0.0
+        matmul, conv = backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+    except RuntimeError:  # torch >= 2.9, set for each operation
+        places = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+        matmul, *others = (place.fp32_precision == "tf32" for place in places)
+        conv = any(others)
+    return TF32_EPS if matmul or (conv and any(p.ndim > 2 for p in params)) else 0.0
 
 
 def wide_sums(params: Iterable[Tensor]) -> AbstractContextManager[Any]:

@@ -542,6 +542,25 @@ def test_tf32_loosens_the_check_no_further_than_its_rounding(monkeypatch, factor
         computer.compute_per_sample_grad(batch)
 
 
+class Newer:
+    """A setting of torch >= 2.9, beside which the older one raises."""
+
+    def __init__(self, precision):
+        self.fp32_precision = precision
+
+    @property
+    def allow_tf32(self):
+        raise RuntimeError("a mix of the legacy and new APIs")
+
+
+def newer_settings(monkeypatch, of_tf32):
+    precision = {name: "tf32" if name == of_tf32 else "ieee" for name in ("matmul", "conv")}
+    cudnn = Newer("none")
+    cudnn.conv, cudnn.rnn = Newer(precision["conv"]), Newer("ieee")
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Newer(precision["matmul"]))
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+
+
 def test_where_tf32_may_be_in_use(monkeypatch):
     class OfGpu:
         is_cuda, dtype, ndim = True, torch.float32, 4
@@ -553,6 +572,10 @@ def test_where_tf32_may_be_in_use(monkeypatch):
         with monkeypatch.context() as at:
             at.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
             assert running.tf32_eps([OfGpu]) == 2**-10
+    for set_for, eps in (("matmul", 2**-10), ("conv", 2**-10), ("none", 0)):
+        with monkeypatch.context() as at:
+            newer_settings(at, set_for)
+            assert running.tf32_eps([OfGpu]) == eps
     monkeypatch.setattr(OfGpu, "ndim", 2)  # no convolution
     assert running.tf32_eps([OfGpu]) == 0
     monkeypatch.setattr(OfGpu, "ndim", 4)
