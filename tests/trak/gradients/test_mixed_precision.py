@@ -566,7 +566,8 @@ def test_where_tf32_may_be_in_use(monkeypatch):
         is_cuda, dtype, ndim = True, torch.float32, 4
 
     assert running.tf32_eps([torch.zeros(2, 3, 4, 5)]) == 0
-    assert running.tf32_eps([OfGpu]) == 2**-10  # cuDNN's default
+    with torch.backends.cudnn.flags(allow_tf32=True):  # its default
+        assert running.tf32_eps([OfGpu]) == 2**-10
     with torch.backends.cudnn.flags(allow_tf32=False):
         assert running.tf32_eps([OfGpu]) == 0
         with monkeypatch.context() as at:

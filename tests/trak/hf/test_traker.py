@@ -162,7 +162,8 @@ def test_the_rounding_of_tf32_does_not_count_as_padding_that_changes_outputs(tmp
 
     model.register_forward_hook(rounded, with_kwargs=True)
     options = {**OPTIONS, "logging_level": logging.WARNING, "gradient_computer": "loop"}
-    HFTRAKer(model, train, None, tmp_path, tokenizer=models.tokenizer(), **options).featurize()
+    with torch.backends.cudnn.flags(allow_tf32=True):  # its default
+        HFTRAKer(model, train, None, tmp_path, tokenizer=models.tokenizer(), **options).featurize()
     assert "padding changes what" not in caplog.text
 
 
