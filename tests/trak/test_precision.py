@@ -61,6 +61,19 @@ def test_torchs_older_settings(matmul, cudnn):
         backends.cudnn.allow_tf32 = before[1]
 
 
+def test_threads_that_overlap_leave_what_was_set():
+    """The settings are those of all threads; the one that ends first must not end it for others."""
+    backends = torch.backends
+    with backends.cudnn.flags(allow_tf32=True):
+        first, second = full_precision(), full_precision()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not backends.cudnn.allow_tf32
+        second.__exit__(None, None, None)
+        assert backends.cudnn.allow_tf32
+
+
 class Tf32Like(nn.Module):
     """Rounds as TF32 does where it is allowed, and not the same way in a batch of one."""
 
