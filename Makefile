@@ -252,11 +252,22 @@ $(GPU_CALLS): gpu-check
 	if [ -n "$$failed" ]; then echo "make $@: failed:$$failed" >&2; exit 1; fi; \
 	echo "make $@: everything passed"
 
+# Setuptools before 77 can't read pyproject.toml; Python before 3.11 would import the sources, which stand where it starts.
 gpu-check: $(if $(VENV),$(VENV)/.test)
-	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; \
+	@$(GPU_PYTHON) -c 'import importlib.util as u, re, shutil, sys; \
+	    sys.version_info < (3, 11) and sys.exit("make gpu: $(GPU_PYTHON) is Python %d.%d; expected 3.11 or newer, such as " \
+	        "PYTHON=python3.12" % sys.version_info[:2]); \
 	    missing = [n for n in "torch pytest hypothesis numpy scipy sklearn safetensors tqdm setuptools pybind11".split() \
 	        if u.find_spec(n) is None]; \
+	    missing += [] if u.find_spec("ninja") or shutil.which("ninja") else ["ninja"]; \
 	    missing and sys.exit("make gpu: $(GPU_PYTHON) lacks " + ", ".join(missing)); \
+	    import pybind11, setuptools, tomllib; \
+	    needs = tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"]; \
+	    number = lambda text: [int(n) for n in re.findall("[0-9]+", text)[:2]]; \
+	    found = {m.__name__: m.__version__ for m in (setuptools, pybind11)}; \
+	    old = [f"{n} {found[n]}; expected {n}>={least}" for n, least in (need.split(">=") for need in needs) \
+	        if n in found and number(found[n]) < number(least)]; \
+	    old and sys.exit("make gpu: $(GPU_PYTHON) has " + ", ".join(old)); \
 	    import torch; \
 	    torch.cuda.is_available() or sys.exit("make gpu: this torch finds no GPU here; nothing was tested")'
 

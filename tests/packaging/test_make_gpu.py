@@ -245,3 +245,37 @@ def test_without_a_gpu_nothing_starts(tmp_path: Path) -> None:
     assert status != 0
     assert not [line for line in commands if "setup.py" in line or "-m pytest" in line]
     assert "== gpu-build" not in output
+
+
+def check(folder: Path, python: str) -> str:
+    """What the first step says of a Python: a script of bash that gets its arguments."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    stand_in(folder / "python", python)
+    done = subprocess.run(
+        ["make", "gpu-check", "VENV=", f"PYTHON={folder / 'python'}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_an_old_python_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    """It knows no PYTHONSAFEPATH: it would import the sources, which have no compiled module."""
+    as_old = "import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])"
+    said = check(tmp_path, f'exec {sys.executable} -c "{as_old}" "$2"')
+    assert "python is Python 3.10; expected 3.11 or newer" in said
+
+
+@pytest.mark.parametrize("name", ["setuptools", "pybind11"])
+def test_tools_too_old_for_the_build_are_named(tmp_path: Path, name: str) -> None:
+    """Setuptools before 77 refuses pyproject.toml, in forty lines that don't say why."""
+    package = tmp_path / "site" / name
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "2.12.1"\n')
+    said = check(tmp_path, f'PYTHONPATH={tmp_path}/site exec {sys.executable} "$@"')
+    needed = re.search(rf'"{name}>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert needed is not None
+    assert f"python has {name} 2.12.1; expected {name}>={needed[1]}\n" in said
