@@ -41,7 +41,8 @@ class DeviceGuard {
     int device_, before_ = 0;
 };
 
-// Asking for a kernel's attributes may load it, which a stream capture would refuse.
+// What asks for a kernel's attributes, or launches it, may load it, which a stream capture would
+// refuse.
 class RelaxedCapture {
   public:
     RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -201,12 +202,11 @@ class CudaLauncher {
                                   std::to_string(kernel.shared_bytes) + " bytes of shared memory)";
         if (kernel.entry == nullptr)
             throw std::logic_error(where + ": no such kernel was compiled");
-        {  // Set even where the default would do: this loads the kernel, as a capture must not.
-            RelaxedCapture relaxed;
-            check(cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       std::max(allowed, kernel.shared_bytes)),
-                  "setting the shared memory of " + where);
-        }
+        // Set even where the default would do: this loads the kernel, or else the launch does.
+        RelaxedCapture relaxed;
+        check(cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   std::max(allowed, kernel.shared_bytes)),
+              "setting the shared memory of " + where);
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(static_cast<unsigned>(kernel.threads));

@@ -1,14 +1,16 @@
 // csrc/cuda/launch.cu on a machine without a GPU: a stand-in for the CUDA runtime and the driver
 // that knows, for each thread, whether a context is bound. As documented: cudaSetDevice binds the
 // primary context, cudaGetDevice does not; kernels and their attributes bind the one of the current
-// device; cuTensorMapEncodeTiled fails where none is bound. Writes down the calls in their order. A
-// C interface for ctypes (tests/cuda/test_context.py).
+// device; cuTensorMapEncodeTiled fails where none is bound. What may load a kernel is refused, as
+// in a stream capture, unless the thread has relaxed its mode. Writes down the calls in their
+// order. A C interface for ctypes (tests/cuda/test_context.py).
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "cuda/launch.hpp"
 #include "cuda/simple.hpp"
@@ -20,12 +22,19 @@ thread_local int bound = -1;  // whose context is bound to the thread
 thread_local std::string calls;
 thread_local bool shows_shared = false;
 thread_local int allowed = 0;  // shared memory of the kernel that was last prepared
+thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 // What asking for a kernel's attributes answers, the next time and later.
 thread_local cudaError_t loading[2] = {cudaSuccess, cudaSuccess};
 
 cudaError_t note(const std::string& call) {
     calls += call + "\n";
     return cudaSuccess;
+}
+
+// Of a call that may load a kernel.
+cudaError_t may_load() {
+    bound = device;
+    return mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
 }
 
 CUresult encode(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -60,19 +69,18 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
     return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-    bound = device;
+    if (const cudaError_t refused = may_load()) return refused;
     attributes->maxThreadsPerBlock = 1024;
     const cudaError_t answer = loading[0];
     loading[0] = loading[1];
     return answer;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-    bound = device;
     allowed = value;
-    return cudaSuccess;
+    return may_load();
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) {
-    bound = device;
+    if (const cudaError_t refused = may_load()) return refused;
     if (config->dynamicSmemBytes > static_cast<std::size_t>(allowed)) return cudaErrorInvalidValue;
     if (shows_shared) {
         note("shared memory " + std::to_string(config->dynamicSmemBytes) + " of " +
@@ -80,7 +88,10 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, v
     }
     return note("launch on " + std::to_string(bound));
 }
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* other) {
+    std::swap(mode, *other);
+    return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) {
     *version = CUDART_VERSION;
@@ -174,6 +185,7 @@ extern "C" int fake_call(const char* what, int dtype, int where, char* text, int
         note(error.what());
         code = 1;
     }
+    if (mode != cudaStreamCaptureModeGlobal) note("the capture mode stays changed");
     note("left on " + std::to_string(device));
     std::snprintf(text, length, "%s", calls.c_str());
     return code;
