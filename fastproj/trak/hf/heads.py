@@ -12,7 +12,9 @@ from transformers.models.auto import modeling_auto
 from fastproj.checks import listed
 from fastproj.trak.tasks.base import logits_of
 from fastproj.trak.tasks.function import FunctionModelOutput
-from fastproj.trak.tasks.language import base_of
+from fastproj.trak.tasks.language import TokenModelOutput, base_of
+from fastproj.trak.tasks.names import TASKS
+from fastproj.trak.tasks.text import TextClassificationModelOutput
 
 # The task -> transformers' table of its classes, and how names of other classes end. Where tables
 # overlap (BART is among the masked models, too), the first counts.
@@ -109,6 +111,16 @@ def kind_of_model(function: str, model: nn.Module) -> str:
     if kind == "seq2seq" and not base.config.is_encoder_decoder:
         return "causal_lm"  # transformers' table has decoders that listen, too, such as Voxtral
     return kind
+
+
+def kind_of_task(task: Any) -> str | None:
+    """The task by name whose samples ``task`` takes; None for one of the user's own."""
+    if isinstance(task, str):
+        return task if task in TASKS else None
+    ours = isinstance(task, TokenModelOutput | TextClassificationModelOutput)
+    if not ours or getattr(task, "multilabel", False):  # of which a sample has several labels
+        return None
+    return task.name if task.name in TASKS else None
 
 
 def task_for(function: str, model: nn.Module, kind: str) -> Any:

@@ -19,7 +19,13 @@ from fastproj.trak.gradients.loop import IterativeGradientComputer
 from fastproj.trak.hf.checkpoints import AS_IT_IS, kept_apart, numbered
 from fastproj.trak.hf.collate import Collator
 from fastproj.trak.hf.folders import Checkpoint, load_model, load_weights
-from fastproj.trak.hf.heads import check_adapters, has_adapters, kind_of_model, task_for
+from fastproj.trak.hf.heads import (
+    check_adapters,
+    has_adapters,
+    kind_of_model,
+    kind_of_task,
+    task_for,
+)
 from fastproj.trak.hf.labels import labels_of
 from fastproj.trak.hf.lengths import plan_batches
 from fastproj.trak.hf.limits import positions_of
@@ -29,7 +35,7 @@ from fastproj.trak.inputs import MAX_BATCH
 from fastproj.trak.precision import full_precision
 from fastproj.trak.progress import progress
 from fastproj.trak.store.store import check_exp_name
-from fastproj.trak.tasks import TASKS
+from fastproj.trak.tasks import resolve_task
 from fastproj.trak.tasks.language import base_of
 
 AUTO = "auto"
@@ -67,7 +73,9 @@ class HFTRAKer:
     tokenizer : for the padding token, where the model's configuration has none, and the mask token.
     task : None is what the model's class is for: "causal_lm", "seq2seq", "text_classification",
         "token_classification", "masked_lm", or the regression of a classifier with one label.
-        Otherwise as in ``TRAKer``; a batch is then a dict of tensors.
+        Otherwise as in ``TRAKer``: one of these with settings of its own, such as
+        ``Seq2SeqModelOutput("mean")``, or another, whose batch is a dict of tensors and whose
+        labels are of one shape in all samples, or one for each token.
     batch_size : samples at once.
     grad_wrt : as in ``TRAKer``; "auto" is "trainable" for a model with adapters, else all.
     options : other arguments of ``TRAKer``, such as proj_dim.
@@ -97,13 +105,15 @@ class HFTRAKer:
     ) -> None:
         name = type(self).__name__
         self.batch_size = check_integer(name, "batch_size", batch_size, 1, MAX_BATCH)
+        if not (task is None or isinstance(task, str)):
+            task = resolve_task(task)
+        self.kind = kind_of_task(task)
         model = getattr(model, "_orig_mod", model)  # inside of what torch.compile made
-        self.model: Any = model if isinstance(model, nn.Module) else load_model(model, task)
+        self.model: Any = model if isinstance(model, nn.Module) else load_model(model, self.kind)
         check_adapters(name, self.model)
         self.checkpoints = kept_apart(name, self.model, numbered(name, checkpoints))
         self.tokenizer = tokenizer
         self.seed = options.get("projector_seed", 0)
-        self.kind: str | None = task if isinstance(task, str) and task in TASKS else None
         if task is None:
             self.kind = kind_of_model(name, self.model)
             task = task_for(name, self.model, self.kind)

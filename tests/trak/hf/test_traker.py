@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from fastproj import TRAKer
-from fastproj.trak import HooksError
+from fastproj.trak import HooksError, TextClassificationModelOutput
 from fastproj.trak.featurizer import Featurizer
 from fastproj.trak.hf import HFTRAKer, TRAKCallback, load_model
 from fastproj.trak.hf.collate import Collator
@@ -30,6 +30,7 @@ from fastproj.trak.hf.labels import OF_TOKENS, labels_of
 from fastproj.trak.hf.limits import positions_of
 from fastproj.trak.hf.masking import SHARE, Masking
 from fastproj.trak.hf.samples import Samples
+from fastproj.trak.tasks import TASKS
 from fastproj.trak.tasks.language import CausalLMModelOutput, forward_names
 from tests.essential import slow
 from tests.trak.hf import models
@@ -823,13 +824,41 @@ def test_a_decoder_among_the_models_for_sequences_is_causal(tmp_path):
     assert HFTRAKer(model, models.samples_for("causal_lm", 4), None, tmp_path).kind == "causal_lm"
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "regression"])
+def test_a_task_of_fastproj_takes_the_samples_that_its_name_does(tmp_path, kind):
+    """As an object it has settings of its own; samples are padded, hidden and packed as before."""
+    options = {"tokenizer": models.tokenizer(), "batch_size": 4}
+    model, train = models.model_for(kind), models.samples_for(kind, 12)
+    expected = run(tmp_path / "name", model, train, train[:3], **options)
+    model.save_pretrained(tmp_path / "folder")
+    for task in (TASKS[kind], TASKS[kind]()):
+        folder = tmp_path / type(task).__name__
+        traker = HFTRAKer(tmp_path / "folder", train, None, folder, task=task, **OPTIONS, **options)
+        assert traker.kind == kind
+        np.testing.assert_array_equal(traker.score(train[:3]), expected)
+
+
+def test_several_labels_of_a_sample_are_a_task_of_ones_own(tmp_path):
+    model = models.model_for("text_classification")
+    labels = model.config.num_labels
+    samples = [
+        {**sample, "label": [int(i == index % labels) for i in range(labels)]}
+        for index, sample in enumerate(models.samples_for("text_classification", 6))
+    ]
+    task = TextClassificationModelOutput(multilabel=True)
+    assert run(tmp_path, model, samples, samples[:2], task=task).shape == (6, 2)
+
+
 def test_a_task_of_ones_own(tmp_path):
     """A function of (model, batch); the batch is the dict of the model's arguments."""
 
     def first_logit(model, batch):
         return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0, 5]
 
-    samples = models.samples_for("causal_lm", 6)
-    found = run(tmp_path, models.model_for("causal_lm"), samples, samples[:2], task=first_logit)
+    samples, model = models.samples_for("causal_lm", 6), models.model_for("causal_lm")
+    found = run(tmp_path / "a", model, samples, samples[:2], task=first_logit)
     assert np.isfinite(found).all()
     assert found.shape == (6, 2)
+    model.save_pretrained(tmp_path / "folder")
+    from_folder = run(tmp_path / "b", tmp_path / "folder", samples, samples[:2], task=first_logit)
+    np.testing.assert_array_equal(from_folder, found)
