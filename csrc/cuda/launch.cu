@@ -244,15 +244,19 @@ Gpu inspect(int device) {
     gpu.info.major = properties.major;
     gpu.info.minor = properties.minor;
     gpu.info.multiprocessors = properties.multiProcessorCount;
+    const std::string arch = std::to_string(gpu.info.major) + std::to_string(gpu.info.minor);
+    if (gpu.info.major < 8) {
+        gpu.problem = "fastproj._cuda takes GPUs from sm_80 on, " + gpu.name + " is sm_" + arch +
+                      "; use backend=\"reference\"";
+        return gpu;
+    }
     DeviceGuard guard(device);
     RelaxedCapture relaxed;
     cudaFuncAttributes attributes{};
     const Kernel any = simple_kernel(SimpleKernel::kReduceFloat, Kind::kRademacher);
     if (!loads(any, attributes)) {
         gpu.problem = "fastproj._cuda was built for " + compiled_architectures() + ", " + gpu.name +
-                      " is " + std::to_string(gpu.info.major) + std::to_string(gpu.info.minor) +
-                      "; reinstall with FASTPROJ_CUDA_ARCHS=" + std::to_string(gpu.info.major) +
-                      std::to_string(gpu.info.minor);
+                      " is " + arch + "; reinstall with FASTPROJ_CUDA_ARCHS=" + arch;
         return gpu;
     }
     // Without code for sm_90a the kernel is empty and compiled for one thread (device.cuh).

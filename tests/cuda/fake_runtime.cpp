@@ -17,6 +17,8 @@
 
 namespace {
 
+constexpr int kOld = 7;  // a device of compute capability 7.5; all others are of 9.0
+
 thread_local int device = 0;  // of the thread
 thread_local int bound = -1;  // whose context is bound to the thread
 thread_local std::string calls;
@@ -61,10 +63,11 @@ cudaError_t cudaGetDeviceCount(int* count) {
     return cudaSuccess;
 }
 // Before 13.0 a macro of the headers gives it a suffix, here too.
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int which) {
     *properties = cudaDeviceProp{};
     std::strcpy(properties->name, "stand-in");
-    properties->major = 9;
+    properties->major = which == kOld ? 7 : 9;
+    properties->minor = which == kOld ? 5 : 0;
     properties->multiProcessorCount = 132;
     return cudaSuccess;
 }

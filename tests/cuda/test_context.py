@@ -113,6 +113,12 @@ def test_a_gpu_without_code_for_it(library):
             call(library, "matrix", device=5)
 
 
+def test_a_gpu_that_no_code_can_be_built_for(library):
+    """The build refuses its number: so it isn't what to reinstall with."""
+    with pytest.raises(AssertionError, match="from sm_80 on, stand-in is sm_75; use backend="):
+        call(library, "matrix", device=7)
+
+
 def test_the_stand_in_sees_a_context_that_is_not_bound(library, tmp_path):
     """Without the binding it fails as a GPU would."""
     emulation.change_source(
