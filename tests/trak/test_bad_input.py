@@ -593,7 +593,9 @@ def DropsOut(self, x):
 
 @pytest.mark.parametrize("size", [1, N])
 @pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
-def test_random_numbers_are_refused_by_all_and_leave_nothing(tmp_path, train, size, computer):
+def test_random_numbers_are_refused_by_all_and_leave_nothing(
+    tmp_path, train, size, computer, caplog
+):
     model = DropsOut()
     traker = cases.loaded(model, tmp_path, N, gradient_computer=computer)
     batch = [part[:size] for part in train]
@@ -602,6 +604,7 @@ def test_random_numbers_are_refused_by_all_and_leave_nothing(tmp_path, train, si
         with pytest.raises(RandomNumbersError, match=said):
             traker.featurize(batch, num_samples=size)
     assert shards(tmp_path) == []
+    assert "depend on the other samples" not in caplog.text
     model.mended = True
     traker = cases.loaded(model, tmp_path, N, gradient_computer=computer)
     with warnings.catch_warnings():

@@ -290,8 +290,11 @@ class AbstractGradientComputer(ABC):
                 )
             share = rounding_share(0.0, every.dtype, *(p.dtype for p in self.chosen.values()))
             apart = float((torch.cat([every[:1], every[-1:]]) - torch.cat(alone)).abs().max())
-            self._mixes = apart > share * float(every.abs().max())
-            if self._mixes and "mixes" not in self.said:
+            mixes = apart > share * float(every.abs().max())
+            if mixes:  # or random
+                self.check_repeats(batch)
+            self._mixes = mixes
+            if mixes and "mixes" not in self.said:
                 self.said.add("mixes")
                 logger.warning(
                     "TRAKer: the outputs of %s depend on the other samples of a batch; each sample "
