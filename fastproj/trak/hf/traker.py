@@ -104,6 +104,7 @@ class HFTRAKer:
         **options: Any,
     ) -> None:
         name = type(self).__name__
+        logger.setLevel(options.get("logging_level", logging.INFO))
         self.batch_size = check_integer(name, "batch_size", batch_size, 1, MAX_BATCH)
         if not (task is None or isinstance(task, str)):
             task = resolve_task(task)

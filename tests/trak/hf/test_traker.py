@@ -343,9 +343,11 @@ def test_what_the_model_takes_is_passed_on_and_the_rest_said(tmp_path, caplog):
         for s in plain
     ]
     wanted = run(tmp_path / "a", model, plain, plain[:3])
-    with caplog.at_level(logging.INFO, "fastproj.trak"):
-        found = run(tmp_path / "b", model, typed, typed[:3], logging_level=logging.INFO)
+    found = run(tmp_path / "b", model, typed, typed[:3], logging_level=logging.INFO)
     assert "takes no text; left out of train" in caplog.text
+    caplog.clear()
+    run(tmp_path / "b", model, typed, typed[:3], logging_level=logging.WARNING)
+    assert not caplog.text
     assert (found != wanted).any()
     zeros = [{**s, "token_type_ids": [0] * len(s["input_ids"])} for s in plain]
     np.testing.assert_array_equal(run(tmp_path / "c", model, zeros, zeros[:3]), wanted)
