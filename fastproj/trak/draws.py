@@ -39,9 +39,9 @@ class Fisher:
         to 64 neighbours (one run is shorter where n is no multiple); None is ``min(n, 2 k)``. All n
         samples have a row that isn't drawn.
     draws : d, the number of rows drawn for each of these m.
-    size_power : a; gradients by a parameter of P entries are multiplied by ``(P / largest P)^a``
-        before they are projected, so that inner products are taken in this metric. None is the
-        task's ``size_power``.
+    size_power : a, -1 <= a <= 1; gradients by a parameter of P entries are multiplied by
+        ``(P / largest P)^a`` before they are projected, so that inner products are taken in this
+        metric. None is the task's ``size_power``.
     """
 
     samples: int | None = None

@@ -188,6 +188,7 @@ class HFTRAKer:
         """Compute and keep the features of targets under one checkpoint that was featurized.
 
         targets : as in ``score``, or what ``collator`` made of them.
+        exp_name, groups, reduction : as in ``score``.
         """
         collator = self.collator("targets", targets)
         weights = load_weights(self.model, checkpoint)
