@@ -90,6 +90,10 @@ FASTPROJ_DEVICE std::uint32_t opaque(std::uint32_t x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+FASTPROJ_DEVICE std::uintptr_t opaque_address(std::uintptr_t x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
 
 // ------------------------------------------------------------------------------- shared memory
 

@@ -102,6 +102,8 @@ FASTPROJ_DEVICE void copy_elements(const ProjectParams& p, std::uint32_t to, int
         std::uintptr_t from = base + static_cast<std::uintptr_t>((b + first) * step_b + i * step_p);
 #pragma unroll 1  // unrolled, its addresses would spill
         for (int n = 0; n < C::kBlockB; n += 16) {
+            // nvcc 13.5 would keep an address for each copy of the loop, and spill them.
+            from = opaque_address(from);
 #pragma unroll
             for (int s = 0; s < 4; ++s) {  // samples 0, 1, 4 and 5 further on
                 const int sample = n + (s & 1) + (s >> 1) * 4;

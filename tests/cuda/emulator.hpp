@@ -547,6 +547,7 @@ inline std::uint32_t float_to_half(float x) {  // only for values that fp16 hold
     return half | (x < 0 ? 0x8000u : 0u);
 }
 inline std::uint32_t opaque(std::uint32_t x) { return x; }
+inline std::uintptr_t opaque_address(std::uintptr_t x) { return x; }
 
 inline std::uint32_t shared_base() { return emulator::kSharedStart; }
 inline void store_shared(std::uint32_t address, std::uint32_t x, std::uint32_t y, std::uint32_t z,
