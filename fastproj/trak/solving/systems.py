@@ -50,10 +50,12 @@ class Systems:
         """Whether a lambda and its matrix, of the features that are there now, were stored."""
         if not self.solve_path(model_id).exists():
             return False
-        halved = self.read_solve(model_id).get("halved")
-        if halved is not None and not self.step_path(model_id).exists():
+        found, system = self.read_solve(model_id), self.read_system(model_id)
+        if found.get("halved") is not None and not self.step_path(model_id).exists():
             return False
-        return self.has_gram(model_id, self.read_system(model_id))
+        # A process that was killed may have summed up other features since; older files lack it.
+        content = self._content(model_id, system)
+        return found.get("content", content) == content and self.has_gram(model_id, system)
 
     def gram_path(self, model_id: int, system: System, part: GramPart | None = None) -> Path:
         """The file of a Gram matrix, or of a part."""
@@ -138,7 +140,8 @@ class Systems:
     def write_solve(self, model_id: int, summary: Mapping[str, Any]) -> None:
         """Keep what was solved: lambda and what it gave."""
         run = self.store.run_digest(model_id)
-        write_json(self.solve_path(model_id), {**summary, "run": run})
+        content = self._content(model_id, system_of(summary))
+        write_json(self.solve_path(model_id), {**summary, "run": run, "content": content})
 
     def read_solve(self, model_id: int) -> dict[str, Any]:
         """As written by ``write_solve``."""
@@ -155,9 +158,13 @@ class Systems:
 
     def read_system(self, model_id: int) -> System:
         """Which matrix the lambda that is stored is added to."""
-        summary = self.read_solve(model_id)
-        fisher = summary["curvature"] == FISHER
-        return System(summary["power"], summary["form"] == "dual", fisher)
+        return system_of(self.read_solve(model_id))
+
+
+def system_of(summary: Mapping[str, Any]) -> System:
+    """Which matrix the lambda of a ``solve.json`` is added to."""
+    fisher = summary["curvature"] == FISHER
+    return System(summary["power"], summary["form"] == "dual", fisher)
 
 
 def gram_name(system: System) -> str:

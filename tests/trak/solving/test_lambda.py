@@ -630,6 +630,36 @@ def test_a_solution_of_another_run(traker):
         solution_of(traker.saver.systems, traker.score_computer, 0)
 
 
+def test_a_solution_of_features_that_others_took_the_place_of(traker, monkeypatch):
+    """Their matrix is there, and whoever summed it up was stopped before lambda was chosen."""
+    traker.finalize_features()
+    old = traker.saver.systems.read_solve(0)["lambda_reg"]
+    for path in traker.saver.model_dir(0).glob("train-*.safetensors"):
+        path.unlink()
+    cases.featurize(traker, cases.trained(0, cases.data(30)), 0, cases.data(30, seed=1))
+    systems = traker.saver.systems
+
+    def stop(*_):
+        assert systems.has_gram(0, systems.read_system(0))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastproj.trak.solving.finalizing.keep_lambda", stop)
+        with pytest.raises(KeyboardInterrupt):
+            traker.finalize_features()
+    assert not systems.is_finalized(0)
+    traker.finalize_features()
+    assert systems.is_finalized(0)
+    assert systems.read_solve(0)["lambda_reg"] != old
+
+
+def test_a_solution_of_before_it_named_its_features(traker):
+    traker.finalize_features()
+    path = traker.saver.systems.solve_path(0)
+    write_json(path, {name: value for name, value in read_json(path).items() if name != "content"})
+    assert traker.saver.systems.is_finalized(0)
+
+
 def test_q_that_a_task_calls_probabilities_must_be_that(traker):
     weights = torch.linspace(-0.5, 1.5, 30)
     read, traker.saver.out_to_loss = traker.saver.out_to_loss, lambda _: weights
