@@ -117,8 +117,19 @@ def refused(path: Path, size: int) -> Iterator[None]:
 
 def temporary_path(path: Path) -> Path:
     """A name beside ``path`` that says which process is writing it."""
-    unique = f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    unique = f"{machine()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     return path.with_name(f".{path.name}.{unique}.tmp")
+
+
+def machine() -> str:
+    """Names the machine, or the container on it: where ids of processes are those seen here.
+
+    A container may have the host's name. The name is short, because names of files are.
+    """
+    names = [socket.gethostname()]
+    with suppress(OSError):  # Linux has such a file
+        names.append(os.readlink("/proc/self/ns/pid"))
+    return digest(" ".join(names).encode())[:12]
 
 
 def write_error(path: Path, size: int, error: OSError) -> StoreError:
@@ -155,10 +166,10 @@ def sync_dir(path: Path) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove temporary files that processes of this machine left when they were killed."""
+    """Remove temporary files that processes of this ``machine`` left when they were killed."""
     for path in folder.glob(".*.tmp"):
         name, pid, *unique = path.name.rsplit(".", 3)
-        ours = len(unique) == 2 and pid.isdigit() and name.endswith(f".{socket.gethostname()}")
+        ours = len(unique) == 2 and pid.isdigit() and name.endswith(f".{machine()}")
         if ours and not alive(int(pid)):
             remove_quietly(path)
 

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ from fastproj.trak import files as module
 from fastproj.trak.files import read_json, write_json
 from fastproj.trak.store.features import pack_half, unpack
 from fastproj.trak.store.scores import load_scores, read_scores, read_top_scores
+from fastproj.trak.store.store import LONGEST_NAME
 from tests.trak import cases
 
 N, M = 12, 3
@@ -381,6 +383,33 @@ def test_left_over_temporary_files_go_when_their_process_is_gone(tmp_path, model
         path.write_bytes(b"")
     traker.load_checkpoint(model.state_dict(), 0)
     assert (dead.exists(), live.exists(), foreign.exists()) == (False, True, True)
+
+
+def test_temporary_files_of_other_containers_are_left_alone(tmp_path, monkeypatch):
+    """Which may have this host's name, and processes with ids that none has here."""
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    monkeypatch.setattr(os, "getpid", lambda: int(gone.stdout))
+    here = module.temporary_path(tmp_path / "a")
+    monkeypatch.setattr(os, "readlink", lambda _: "pid:[1]")
+    there = module.temporary_path(tmp_path / "a")
+    for path in (here, there):
+        path.touch()
+    monkeypatch.undo()
+    module.remove_stale(tmp_path)
+    assert (here.exists(), there.exists()) == (False, True)
+
+
+def test_the_longest_names_of_experiments_and_machines(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "m" * 64)
+    name = "e" * LONGEST_NAME
+    traker = cases.featurized(cases.net(), tmp_path, cases.data(N))
+    traker.finalize_features()
+    cases.score(traker, cases.net(), 0, cases.data(M), name)
+    traker.finalize_scores(name)
+    assert traker.finalize_scores(name, top_k=2).shape == (N, M)
+    monkeypatch.setattr(os, "getpid", lambda: (1 << 22) - 1)
+    longest = module.temporary_path(traker.saver.top_path(name)).name
+    assert len(longest) <= os.pathconf(tmp_path, "PC_NAME_MAX")
 
 
 # ---- formats ------------------------------------------------------------------------------------
