@@ -98,7 +98,8 @@ class ScoresWriter:
 
     def _create(self, path: Path) -> None:
         try:
-            with refused(self.path, self.size), open(path, "wb") as file:
+            # Readable, too: where a file system can't reserve room, glibc reads and writes bytes.
+            with refused(self.path, self.size), open(path, "w+b") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 # A sparse file would fill the disk only after hours of work.
