@@ -68,6 +68,7 @@ from fastproj.trak.store.identity import GIVEN, describe_task
 from fastproj.trak.store.scores import ScoresWriter, TopWriter, read_top_scores
 from fastproj.trak.store.store import NotReadyError
 from fastproj.trak.tasks import resolve_task
+from fastproj.trak.threads import one_at_a_time
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -292,6 +293,7 @@ class TRAKer:
 
     # ---- featurizing ----------------------------------------------------------------------------
 
+    @one_at_a_time
     def load_checkpoint(
         self,
         checkpoint: Mapping[str, Any],
@@ -362,6 +364,7 @@ class TRAKer:
         self._origin = origin
         return model_id
 
+    @one_at_a_time
     @torch.inference_mode(False)
     @torch.enable_grad()
     def featurize(
@@ -442,6 +445,7 @@ class TRAKer:
         draws = self._featurizer.draws
         return np.zeros(len(places), np.bool_) if draws is None else draws.chosen(places)
 
+    @one_at_a_time
     def finalize_features(
         self,
         model_ids: Iterable[int] | None = None,
@@ -508,6 +512,7 @@ class TRAKer:
 
     # ---- scoring --------------------------------------------------------------------------------
 
+    @one_at_a_time
     def start_scoring_checkpoint(
         self,
         exp_name: str,
@@ -559,6 +564,7 @@ class TRAKer:
         self.saver.start_experiment(exp_name, model_id, num_targets, grouping)
         self._pass = Pass(self._featurizer, self._contents, self.ranks, model_id, exp_name)
 
+    @one_at_a_time
     @torch.inference_mode(False)
     @torch.enable_grad()
     def score(
@@ -634,6 +640,7 @@ class TRAKer:
         """The modules whose own parameters gradients are taken by, for ``score(per="module")``."""
         return modules_of(self.gradient_names)
 
+    @one_at_a_time
     def finalize_scores(
         self,
         exp_name: str,
@@ -697,6 +704,7 @@ class TRAKer:
         self.scores = np.load(path, mmap_mode="c")
         return self.scores
 
+    @one_at_a_time
     def self_influence(self, model_ids: Iterable[int] | None = None) -> npt.NDArray[np.float32]:
         """The score of each training sample on itself, for ``fastproj.trak.mislabel_auc``.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -461,3 +463,29 @@ def test_logging_level_is_that_of_our_logger_only(tmp_path, models):
     cases.make(models[0], tmp_path, N, logging_level=logging.ERROR)
     assert logging.getLogger("fastproj.trak").level == logging.ERROR
     assert logging.getLogger().level == root
+
+
+# ---- threads -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one TRAKer", "two of one model"])
+def test_threads_on_one_model_do_not_mix(tmp_path, count):
+    """Hooks of one had recorded what the other computed, and features were others."""
+    model, train = cases.net(), cases.data(40)
+    wanted = cases.featurized(model, tmp_path / "alone", train).saver.matrix(0)
+    made = [cases.loaded(model, tmp_path / f"{i}", 40) for i in range(count)]
+
+    def featurize(number):
+        every = torch.arange(40).split(7)
+        for rows in every[number::2] if count == 1 else every:
+            made[number % count].featurize((train[0][rows], train[1][rows]), inds=rows)
+
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(featurize, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    for traker in made:
+        assert torch.equal(traker.saver.matrix(0), wanted)
