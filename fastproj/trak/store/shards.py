@@ -19,13 +19,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastproj.trak.files import Indices, Tensors, tensor_digest
+from fastproj.trak.files import Indices, Tensors, tensor_digest, unreadable
 
 if sys.platform != "win32":
     import fcntl
@@ -206,12 +207,25 @@ def scan(folder: Path, role: str, read: Callable[[Path], None]) -> None:
     """
     seen: set[str] = set()
     while True:
-        names = {path.name for path in folder.glob(f"{role}-*.safetensors")}
+        names = {name for name in listing(folder) if fnmatch(name, f"{role}-*.safetensors")}
         if names <= seen:
             return
         for name in sorted(names - seen):
             read(folder / name)
         seen |= names
+
+
+def listing(folder: Path) -> list[str]:
+    """The names in a folder, none where it isn't there; StoreError where it can't be read.
+
+    ``Path.glob`` finds nothing in such a folder, as if its features had not been computed.
+    """
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from error
 
 
 @contextmanager

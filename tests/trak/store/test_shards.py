@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastproj.trak import StoreCorruptError
+from fastproj.trak import StoreCorruptError, StoreError
 from fastproj.trak.files import GoneError, read_safetensors, write_safetensors
 from fastproj.trak.store import shards
 from fastproj.trak.store import store as module
@@ -265,6 +265,28 @@ def test_files_that_move_behind_the_one_who_looks_are_found(tmp_path):
 
     scan(folder, "train", read)
     assert seen == ["train-a", "train-b", "train-c"]
+
+
+@pytest.mark.parametrize("part", ["models/0", "models/0/drawn"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path, monkeypatch, part, code
+):
+    traker = cases.featurized(cases.net(), tmp_path, cases.data(12))
+    refused = tmp_path / part
+
+    def unlisted(real):
+        def call(path="."):
+            if Path(path) == refused:
+                raise OSError(code, os.strerror(code), str(path))
+            return real(path)
+
+        return call
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, unlisted(getattr(os, name)))
+    with pytest.raises(StoreError, match=rf"can't read .*{part} \({os.strerror(code)}\)"):
+        traker.finalize_features()
 
 
 def test_a_writer_whose_files_others_merge_goes_on(tmp_path, monkeypatch):
