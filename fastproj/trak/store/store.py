@@ -65,6 +65,7 @@ from fastproj.trak.store.shards import ON_TRUST, ShardFile, ShardIndex, alone, j
 FORMAT = 4
 ROWS = "drawn"  # of a training shard: how many rows were drawn for each sample
 LONGEST_NAME = 200  # bytes: file systems take 255, and suffixes are added
+EXP_NAME = re.compile(r"[\w+=,@-][\w .+=,@-]*")
 DRAWN = ".drawn"  # stands for an experiment: the rows of the Fisher matrix that are drawn
 Found = list[tuple[ShardFile, Indices, Indices]]  # with the numbers and content ids of its rows
 
@@ -138,7 +139,7 @@ class Store:
         for model_id, name in list(self.earlier.items()):
             if name in folders:  # set aside, here or by another process of this run
                 del self.earlier[model_id]
-        found = {int(name) for name in folders if name.isdigit()}
+        found = {int(name) for name in folders if re.fullmatch("0|[1-9][0-9]*", name)}
         return sorted(found - self.earlier.keys())
 
     @property
@@ -147,6 +148,7 @@ class Store:
         return {
             path.stem: read_json(path)
             for path in sorted((self.save_dir / "experiments").glob("*.json"))
+            if EXP_NAME.fullmatch(path.stem)  # not what the system puts beside a file: "._test"
         }
 
     def model_dir(self, model_id: int) -> Path:
@@ -675,7 +677,7 @@ def check_exp_name(function: str, exp_name: object, name: str = "exp_name") -> N
             f"{function}: received {name} of {len(exp_name)} characters, {exp_name[:20]!r}...; "
             f"expected at most {LONGEST_NAME} bytes, since it names files"
         )
-    if not isinstance(exp_name, str) or not re.fullmatch(r"[\w+=,@-][\w .+=,@-]*", exp_name):
+    if not isinstance(exp_name, str) or not EXP_NAME.fullmatch(exp_name):
         raise ValueError(
             f"{function}: received {name}={exp_name!r}; expected letters, digits, spaces and "
             "_ . + = , @ - (it names files), not starting with a dot"

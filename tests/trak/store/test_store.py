@@ -224,6 +224,20 @@ def test_no_room_for_scores_is_said_before_they_are_computed(finished, model, mo
     np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
 
 
+def test_what_systems_put_beside_files_is_not_read(finished, model):
+    """Folders with numbers in other writings, and copies as macOS and cloud storage make them."""
+    folder, scores = finished
+    for name in ("²", "٣", "007"):
+        shutil.copytree(folder / "models" / "0", folder / "models" / name)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+        shutil.copy(path, path.with_name(f"{path.stem} (1){path.suffix}"))
+    traker = cases.make(model, folder, N)
+    assert list(traker.saver.model_ids) == [0]
+    assert list(traker.saver.experiments) == ["test"]
+    np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
+
+
 def test_a_save_dir_that_cannot_be(tmp_path, model):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"can't make the directory .*file.*may write to"):
