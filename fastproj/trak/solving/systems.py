@@ -50,7 +50,8 @@ class Systems:
         """Whether a lambda and its matrix, of the features that are there now, were stored."""
         if not self.solve_path(model_id).exists():
             return False
-        found, system = self.read_solve(model_id), self.read_system(model_id)
+        found = self.read_solve(model_id)  # once: another process may write another
+        system = system_of(found)
         if found.get("halved") is not None and not self.step_path(model_id).exists():
             return False
         # A process that was killed may have summed up other features since; older files lack it.
