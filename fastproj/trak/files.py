@@ -91,8 +91,11 @@ class GoneError(StoreError):
     """A file was removed while it was to be read."""
 
 
-def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
-    """Make ``path`` with what ``write(file)`` writes, ``size`` bytes, in full or not at all."""
+def write_atomic(path: Path, write: Callable[[Any], Any], size: int, replace: bool = True) -> None:
+    """Make ``path`` with what ``write(file)`` writes, ``size`` bytes, in full or not at all.
+
+    replace : False leaves a file that is there by then: of several processes, the first wins.
+    """
     temporary = temporary_path(path)
     try:
         with refused(path, size):
@@ -100,10 +103,22 @@ def write_atomic(path: Path, write: Callable[[Any], Any], size: int) -> None:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if replace or not linked(temporary, path):
+                os.replace(temporary, path)
             sync_dir(path.parent)
     finally:
         remove_quietly(temporary)
+
+
+def linked(temporary: Path, path: Path) -> bool:
+    """Give a file another name, unless that is taken; False where there are no hard links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -191,11 +206,11 @@ def alive(pid: int) -> bool:
     return True
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON object with its own checksum."""
+def write_json(path: Path, content: Mapping[str, Any], replace: bool = True) -> None:
+    """A JSON object with its own checksum; ``replace`` as for ``write_atomic``."""
     body = json.dumps(dict(content), sort_keys=True)
     text = json.dumps({**content, "checksum": digest(body.encode())}, indent=1, sort_keys=True)
-    write_atomic(path, lambda file: file.write(text.encode()), len(text))
+    write_atomic(path, lambda file: file.write(text.encode()), len(text), replace)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from unittest import mock
 from fastproj.trak import files
 
 # What takes a path or a descriptor first and changes a disk.
-CALLS = ("fsync", "replace", "rename", "mkdir", "posix_fallocate", "pwrite", "unlink")
+CALLS = ("fsync", "link", "replace", "rename", "mkdir", "posix_fallocate", "pwrite", "unlink")
 # What asks whether a file is there, or opens it to read it.
 READS = ((Path, "stat"), (Path, "read_bytes"), (os, "open"), (files, "safe_open"))
 

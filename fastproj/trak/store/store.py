@@ -127,10 +127,9 @@ class Store:
     def _open_metadata(self, given: bool) -> None:
         """Write metadata.json, or compare it with this run's identity. ``given`` is GIVEN's."""
         path = self.save_dir / "metadata.json"
-        if not path.exists():
-            write_json(path, {"format": FORMAT, **self.identity})
-            return
         wanted = {"format": FORMAT, **self.identity}
+        if not path.exists():
+            write_json(path, wanted, replace=False)
         check_identity(self.save_dir, read_json(path), wanted, given)
 
     def ids(self) -> list[int]:
@@ -171,7 +170,7 @@ class Store:
         make_dir(folder)
         path = folder / "checkpoint.json"
         if not path.exists():
-            write_json(path, {"model_id": model_id, "checkpoint": checkpoint})
+            write_json(path, {"model_id": model_id, "checkpoint": checkpoint}, replace=False)
         self._checkpoints[model_id] = self.check_checkpoint(model_id, checkpoint)
         for part in (None, DRAWN):
             remove_stale(self.shard_dir(model_id, part))
@@ -254,7 +253,7 @@ class Store:
         if grouping is not None:
             facts["groups"], facts["reduction"] = grouping
         if not path.exists():
-            write_json(path, facts)
+            write_json(path, facts, replace=False)
         self.check_experiment(exp_name, num_targets, grouping)
         remove_stale(self.shard_dir(model_id, exp_name))
         self._tidy(model_id, exp_name)
@@ -324,7 +323,7 @@ class Store:
         path = folder / "simulated_pairs.json"
         if not path.exists():
             make_dir(folder)
-            write_json(path, {"pairs": pairs})
+            write_json(path, {"pairs": pairs}, replace=False)
         return bool(read_json(path)["pairs"] == pairs)
 
     # ---- shards ---------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fastproj import Projector
 from fastproj.trak import StoreCorruptError, StoreError, StoreMismatchError, TRAKer
 from fastproj.trak import files as module
 from fastproj.trak.files import read_json, write_json
+from fastproj.trak.store import store as store_module
 from fastproj.trak.store.features import pack_half, unpack
 from fastproj.trak.store.scores import load_scores, read_scores, read_top_scores
 from fastproj.trak.store.store import LONGEST_NAME
@@ -222,6 +223,62 @@ def test_no_room_for_scores_is_said_before_they_are_computed(finished, model, mo
             traker.finalize_scores("test")
     assert {p.name for p in (folder / "scores").iterdir()} == {"test.mmap", "test.top.safetensors"}
     np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
+
+
+def seeded(folder, model, seed):
+    """A TRAKer of a projection of its own."""
+    return cases.make(model, folder, N, projector_seed=seed)
+
+
+def test_of_two_runs_that_begin_at_once_the_first_has_the_directory(
+    tmp_path, model, train, monkeypatch
+):
+    def both(what, first, second, error):
+        """``second()`` fails where ``first()`` comes between its look at a file and its writing."""
+        real = store_module.write_json
+
+        def after_another(path, *args, **kwargs):
+            if path.name == what:
+                monkeypatch.setattr(store_module, "write_json", real)
+                first()
+            real(path, *args, **kwargs)
+
+        monkeypatch.setattr(store_module, "write_json", after_another)
+        with pytest.raises(StoreMismatchError, match=error):
+            second()
+
+    made = []
+    both(
+        "metadata.json",
+        lambda: made.append(seeded(tmp_path, model, 0)),
+        lambda: seeded(tmp_path, model, 1),
+        "seed 0 in the directory, 1 in this run",
+    )
+    traker, again = *made, seeded(tmp_path, model, 0)
+    both(
+        "checkpoint.json",
+        lambda: cases.featurize(traker, cases.net(), 0, train),
+        lambda: cases.featurize(again, cases.net(1), 0, train),
+        "belongs to a checkpoint with hash",
+    )
+    traker.finalize_features()
+    both(
+        "test.json",
+        lambda: cases.score(traker, cases.net(), 0, cases.data(M)),
+        lambda: cases.score(seeded(tmp_path, model, 0), cases.net(), 0, cases.data(M + 1)),
+        f"has {M} targets, received {M + 1}",
+    )
+    assert traker.finalize_scores("test").shape == (N, M)
+
+
+def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    write_json(tmp_path / "a.json", {"a": 1}, replace=False)
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_what_systems_put_beside_files_is_not_read(finished, model):
