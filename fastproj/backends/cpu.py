@@ -28,9 +28,9 @@ _forced_isa: ContextVar[str | None] = ContextVar("fastproj_forced_isa", default=
 @lru_cache(maxsize=1)
 def _module() -> ModuleType:
     """The compiled module. Raises ImportError where there is none."""
-    from fastproj import _cpu
+    import fastproj._cpu
 
-    return _cpu
+    return fastproj._cpu
 
 
 def unavailable() -> str | None:

@@ -34,9 +34,9 @@ _forced_variant: ContextVar[str | None] = ContextVar("fastproj_forced_variant", 
 @lru_cache(maxsize=1)
 def _module() -> ModuleType:
     """The compiled module. Raises ImportError where there is none."""
-    from fastproj import _cuda
+    import fastproj._cuda
 
-    return _cuda
+    return fastproj._cuda
 
 
 def not_built() -> str | None:

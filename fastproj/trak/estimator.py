@@ -18,7 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +65,7 @@ from fastproj.trak.solving.peers import in_mean
 from fastproj.trak.solving.scoring import self_scores, write_scores
 from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, check_lambda
 from fastproj.trak.store.identity import GIVEN, describe_task
-from fastproj.trak.store.scores import ScoresWriter, TopWriter, read_top_scores
+from fastproj.trak.store.scores import ScoresWriter, TopScores, TopWriter, read_top_scores
 from fastproj.trak.store.store import NotReadyError
 from fastproj.trak.tasks import resolve_task
 from fastproj.trak.threads import one_at_a_time
@@ -640,6 +640,24 @@ class TRAKer:
         """The modules whose own parameters gradients are taken by, for ``score(per="module")``."""
         return modules_of(self.gradient_names)
 
+    @overload
+    def finalize_scores(
+        self,
+        exp_name: str,
+        model_ids: Iterable[int] | None = None,
+        allow_skip: bool = False,
+        top_k: None = None,
+    ) -> npt.NDArray[np.float32]: ...
+
+    @overload
+    def finalize_scores(
+        self,
+        exp_name: str,
+        model_ids: Iterable[int] | None = None,
+        allow_skip: bool = False,
+        top_k: SupportsIndex = ...,
+    ) -> TopScores: ...
+
     @one_at_a_time
     def finalize_scores(
         self,
@@ -647,7 +665,7 @@ class TRAKer:
         model_ids: Iterable[int] | None = None,
         allow_skip: bool = False,
         top_k: SupportsIndex | None = None,
-    ) -> Any:
+    ) -> npt.NDArray[np.float32] | TopScores:
         """The TRAK scores of an experiment, averaged over checkpoints.
 
         Parameters
@@ -701,7 +719,7 @@ class TRAKer:
         logger.info("scores of %r are in %s", exp_name, path)
         if top_k is not None:
             return read_top_scores(path)
-        self.scores = np.load(path, mmap_mode="c")
+        self.scores: npt.NDArray[np.float32] = np.load(path, mmap_mode="c")
         return self.scores
 
     @one_at_a_time
