@@ -153,7 +153,11 @@ def missing_package(program: str, error: ModuleNotFoundError) -> int:
     """Say what to install; returns the exit status."""
     missing = error.name or "fastproj"
     if missing.startswith("fastproj"):
-        print(f"{program}: not part of this installation ({error})", file=sys.stderr)
+        from fastproj.backends.built import among_sources
+
+        advice = among_sources()
+        said = f"not part of this installation ({error})" + (f"; {advice}" if advice else "")
+        print(f"{program}: {said}", file=sys.stderr)
     else:
         package = PACKAGES.get(missing, missing)
         print(f"{program}: needs {missing}; pip install {package}", file=sys.stderr)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from fastproj.backends import measured
+from fastproj.backends import built, measured
 from fastproj.call import Call
 
 NAMES = ("cuda", "triton", "cpu", "reference")  # in order of preference
@@ -73,7 +73,8 @@ def unavailable(name: str) -> str | None:
     try:
         return load(name).unavailable()
     except ImportError as error:
-        return f"it can't be imported here ({error}); reinstall fastproj"
+        advice = built.among_sources() or "reinstall fastproj"
+        return f"it can't be imported here ({error}); {advice}"
 
 
 def available_backends() -> list[str]:

@@ -15,7 +15,6 @@ import torch
 import fastproj
 from fastproj import namesake
 from fastproj.backends import built, registry
-from fastproj.commands import launch
 from fastproj.commands.arguments import add_json, command_parser
 from fastproj.commands.block import read_block
 from fastproj.commands.running import DONE, Outcome, execute
@@ -66,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(options, name) is not None:
                 parser.error(f"received --{name} without --launch; expected both, or neither")
         return execute("info", options, print_info)
+    from fastproj.commands import launch  # it needs fastproj.kernels
+
     options.kind = options.kind or "rademacher"
     options.precision = options.precision or "highest"
     try:
@@ -92,7 +93,7 @@ def collect_info() -> dict[str, Any]:
     return {
         "fastproj": fastproj.__version__,
         "spec_version": fastproj.SPEC_VERSION,
-        "problem": namesake.problem() or "",
+        "problem": namesake.problem() or built.among_sources() or "",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "numpy": numpy.__version__,

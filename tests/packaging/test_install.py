@@ -99,6 +99,27 @@ def test_editable_install_finds_the_kernels(tmp_path: Path, new_venv: Callable[[
     assert top == "None"
 
 
+def test_sources_that_python_takes_for_the_package_say_so(
+    tmp_path: Path, new_venv: Callable[[], Venv]
+) -> None:
+    """After `pip install .`, in the checkout: Python finds the folder `fastproj` there first."""
+    sources = copy_sources(tmp_path / "sources")
+    venv = new_venv()
+    fault = f"Python took fastproj from the sources in {sources}, where it is not installed"
+    use = "import torch, fastproj; print(fastproj.project(torch.ones(1, 600), 3).shape)"
+    said = run(venv.python, "-c", use, cwd=sources)
+    assert "torch.Size([1, 3])" in said
+    assert fault in said
+    assert "run Python in another folder, or `pip install -e .` in that one" in said
+    info = run(venv.python, "-m", "fastproj", "info", cwd=sources)
+    assert re.search(rf"^problem +{fault}", info, re.MULTILINE)
+    launch = ("info", "--launch", "8", "600", "3", "fp32")
+    done = attempt(venv.python, "-m", "fastproj", *launch, cwd=sources)
+    assert done.returncode == 1
+    assert fault in done.stdout
+    assert "Traceback" not in done.stdout
+
+
 @pytest.mark.slow
 def test_isolated_build_needs_nothing_installed(
     tmp_path: Path, new_venv: Callable[[], Venv]
