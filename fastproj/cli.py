@@ -11,7 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
+from types import FrameType, ModuleType
+from typing import NoReturn
 
 from fastproj.commands.arguments import filled
 from fastproj.commands.running import DONE, EXIT_STATUS, FAILED, MISUSED, interrupted
@@ -44,9 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     word = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     prepare_output()
+    pressed: list[int] = []
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, partial(note_and_interrupt, pressed))
     try:
         status = run_and_flush(arguments)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        # NumPy's compiled modules make an ImportError of a Ctrl-C that comes while they load.
+        if isinstance(error, ImportError) and not pressed:
+            raise
         if argv is None:  # nothing is left for another Ctrl-C to stop
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         status = interrupted(word)
@@ -55,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # the process ends here: Ctrl-C has nothing left to stop, and would show it
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return status
+
+
+def note_and_interrupt(pressed: list[int], signal_number: int, frame: FrameType | None) -> NoReturn:
+    """What Python does at a signal, which is noted: what is raised may be caught on its way."""
+    pressed.append(signal_number)
+    raise KeyboardInterrupt
 
 
 def prepare_output() -> None:

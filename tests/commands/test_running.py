@@ -217,6 +217,25 @@ def test_interrupted_while_packages_are_imported(package: str, begun: str) -> No
     assert (done.returncode, done.stderr) == (130, "fastproj demo: stopped\n")
 
 
+def test_interrupted_in_a_module_that_takes_it_for_a_failed_import() -> None:
+    """As NumPy's compiled modules do, which lose the KeyboardInterrupt."""
+    program = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name != 'numpy': return\n"
+        "        try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        except KeyboardInterrupt: pass\n"
+        "        raise ImportError('PyCapsule_Import could not import module \"datetime\"')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from fastproj import cli\n"
+        "sys.argv[1:] = ['demo']\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fastproj demo: stopped\n")
+
+
 def test_a_second_interrupt_is_too_late() -> None:
     """While the first one is being said."""
     program = (
