@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastproj.checks import listed
 from fastproj.factored import one_dtype
 from fastproj.trak import batches
 from fastproj.trak.gradients.running import (
     forgetful,
+    in_graphs,
     modules_named_twice,
     norm,
     plainly,
@@ -22,9 +24,10 @@ from fastproj.trak.gradients.running import (
     rounding_share,
     wide_sums,
 )
+from fastproj.trak.gradients.structure import structure_of
 from fastproj.trak.inputs import RandomNumbersError
 from fastproj.trak.precision import full_precision
-from fastproj.trak.tasks.base import BatchedModelOutput, Terms, definer, run
+from fastproj.trak.tasks.base import Batch, BatchedModelOutput, Terms, definer, run
 from fastproj.trak.tasks.training import SeveralOutputs, TrainingOutput
 
 REPEATED = 4  # samples of a batch whose outputs are computed twice
@@ -210,6 +213,39 @@ class AbstractGradientComputer(ABC):
             "module, without no_grad, detach or argmax, and grad_wrt that the model uses"
         )
 
+    def in_graph(
+        self, made: Callable[[Grads, Batch], Tensor], chosen: Grads, batch: Batch
+    ) -> Tensor:
+        """``made(chosen, batch)``, outputs with a graph; checked where nothing is known yet of what
+        f depends on.
+        """
+        with torch.enable_grad():
+            if self._dependent:
+                return made(chosen, batch)
+            with in_graphs(self.model.parameters()):
+                out = made(chosen, batch)
+            self.check_leaves(structure_of(batch, out)[1])
+        return out
+
+    def check_leaves(self, leaves: Iterable[Tensor]) -> None:
+        """Raise ValueError where the model's own parameters are among the leaves of a graph.
+
+        Outputs are computed with others in their place, by which gradients are taken. Where a
+        forward gets at a parameter past its module, that part of the gradient is lost.
+        """
+        reached = {id(leaf) for leaf in leaves}
+        own = self.model.named_parameters()
+        past = [name for name, p in own if name in self.chosen and id(p) in reached]
+        if past:
+            module, _, name = past[0].rpartition(".")
+            raise ValueError(
+                f"TRAKer: the outputs of {self.task_name} depend on {listed(past)} past the module "
+                "that has it: by a list or variable that holds the parameter, or by a tensor that "
+                "an earlier call has made of it. That part of the gradient would be lost; expected "
+                f"a forward that reads it from {module or 'the model'} each time, as in "
+                f"self.{name}, getattr(self, {name!r}) or nn.ParameterList"
+            )
+
     def check_repeats(self, batch: tuple[Any, ...], eps: float = 0.0) -> None:
         """Raise RandomNumbersError if f differs from one call to the next, and its gradient by more
         than rounding: the kernels of a GPU may add in any order.
@@ -349,8 +385,9 @@ class AbstractGradientComputer(ABC):
         depend on a parameter.
         """
         chosen = {name: p.clone().requires_grad_() for name, p in self.chosen.items()}
+        one = batches.select(batch, slice(row, row + 1))
+        outputs = self.in_graph(self.output_alone, chosen, one)
         with torch.enable_grad():
-            outputs = self.output_alone(chosen, batches.select(batch, slice(row, row + 1)))
             found: list[dict[str, Tensor | None]] = []
             for out in outputs.reshape(-1):
                 if not out.requires_grad:
@@ -416,14 +453,14 @@ def parameter_names(model: nn.Module, grad_wrt: Iterable[str] | str | None) -> l
             f"TRAKer: received grad_wrt of type {type(grad_wrt).__name__}; expected names from "
             f"model.named_parameters(), such as [{', '.join(map(repr, known[:3]))}]"
         )
-    listed = known if grad_wrt is None else list(grad_wrt)
-    odd = [name for name in listed if not isinstance(name, str)]
+    given = known if grad_wrt is None else list(grad_wrt)
+    odd = [name for name in given if not isinstance(name, str)]
     if odd:
         raise TypeError(
             f"TRAKer: received grad_wrt with {type(odd[0]).__name__} in it; expected names from "
             f"model.named_parameters(), such as {', '.join(map(repr, known[:3]))}"
         )
-    wanted = set(listed)
+    wanted = set(given)
     unknown = sorted(wanted - set(known))
     if unknown:
         shared = [name for name, _ in model.named_parameters(remove_duplicate=False)]

@@ -494,8 +494,9 @@ class HookGradientComputer(AbstractGradientComputer):
         if not self._dependent:
             self.check_repeats(batch)
         chosen = {name: p.detach().requires_grad_() for name, p in self.chosen.items()}
+        outputs = self.in_graph(self.outputs, chosen, batch)
         with torch.enable_grad():
-            outputs = self.outputs(chosen, batch).reshape(-1)[slice(*rows)]
+            outputs = outputs.reshape(-1)[slice(*rows)]
         sinks: list[Sink] = []
         found = set()
 
@@ -539,8 +540,7 @@ class HookGradientComputer(AbstractGradientComputer):
         if not self._used:  # one sample says most of it
             one = batches.select(batch, slice(0, 1))
             unused = self._not_used()
-            with torch.enable_grad():
-                out = self.outputs({**self.chosen, **unused}, one)
+            out = self.in_graph(self.outputs, {**self.chosen, **unused}, one)
             self._use_reached(unused, structure_of(one, out)[1])
             del out
         while True:
@@ -554,6 +554,7 @@ class HookGradientComputer(AbstractGradientComputer):
                 out = recorder.outputs(self, {**self.chosen, **unused}, batch)
                 folded = last_of(recorder.folded)
             structure, leaves = structure_of(batch, out)
+            self.check_leaves(leaves)
             if not self._use_reached(unused, leaves):
                 return Forward(plan, recorder, out, structure, leaves, folded)
 

@@ -136,6 +136,20 @@ def forgetful(modules: Iterable[nn.Module]) -> Iterator[None]:
                     own.update(items)
 
 
+@contextmanager
+def in_graphs(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block, the graph of what is made of these parameters has them among its leaves."""
+    off = [p for p in parameters if not p.requires_grad and not p.is_inference()]
+    off = [p for p in off if p.is_floating_point() or p.is_complex()]
+    try:
+        for p in off:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in off:
+            p.requires_grad_(False)
+
+
 def modules_named_twice(model: nn.Module) -> list[nn.Module]:
     """The modules that have several names in a model, each once."""
     counts = Counter(m for _, m in model.named_modules(remove_duplicate=False))

@@ -191,6 +191,60 @@ def test_what_a_model_keeps_of_its_weights_is_made_anew(computer, in_dict):
         torch.testing.assert_close([grads["v"][row], grads["g"][row]], list(exact))
 
 
+class Past(nn.Module):
+    """Keeps the parameters that it multiplies by somewhere else as well."""
+
+    def __init__(self, where, trained=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Parameter(torch.randn(4, 4), trained)
+        self.head = nn.Linear(4, 3)
+        first = self.first
+        self.weights = {
+            "list": lambda: [first],
+            "variable": lambda: [lambda: first],
+            "ParameterList": lambda: nn.ParameterList([first]),
+            "attribute": lambda: [lambda: self.first],
+        }[where]()
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = torch.tanh(x @ (weight() if callable(weight) else weight))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("where", ["list", "variable"])
+@pytest.mark.parametrize("computer", ["auto", "hooks", "func", "loop"])
+def test_parameters_used_past_their_module_are_refused(computer, where, trained, size, tmp_path):
+    """Their gradients would be 0, for whichever computer."""
+    model, batch = Past(where, trained), (torch.randn(size, 4), torch.arange(size))
+    traker = cases.loaded(model, tmp_path, size, gradient_computer=computer)
+    with pytest.raises(ValueError, match=r"depend on first past the module .* self\.first"):
+        traker.featurize(batch, num_samples=size)
+    assert model.first.requires_grad == trained
+    assert not traker.saver.index(0).done.any()
+
+
+@pytest.mark.parametrize("where", ["ParameterList", "attribute"])
+@pytest.mark.parametrize("computer", ["auto", "func", "loop"])
+def test_parameters_read_anew_by_each_forward_are_taken(computer, where, tmp_path):
+    """As the error above advises."""
+    model, batch = Past(where, trained=False), (torch.randn(5, 4), torch.arange(5) % 3)
+    traker = cases.loaded(model, tmp_path, 5, gradient_computer=computer)
+    traker.featurize(batch, num_samples=5)
+    model.requires_grad_()
+    exact = cases.projected(cases.gradients(model, batch).double(), 8, 0)
+    torch.testing.assert_close(traker.saver.matrix(0).double(), exact, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_past_their_module_may_be_used_if_no_gradient_is_taken_by_them(tmp_path):
+    model, batch = Past("list", trained=False), (torch.randn(5, 4), torch.arange(5) % 3)
+    options = {"grad_wrt": ["head.weight"]}
+    cases.loaded(model, tmp_path, 5, **options).featurize(batch, num_samples=5)
+
+
 def test_works_under_no_grad_and_leaves_the_model_alone():
     model, batch = cases.net(), cases.data(4)
     before = {name: t.clone() for name, t in model.state_dict().items()}
