@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vjp, vmap
 
 from fastproj.memory import is_out_of_memory
@@ -13,7 +13,7 @@ from fastproj.trak import batches
 from fastproj.trak.gradients.attention import plain_attention
 from fastproj.trak.gradients.base import AbstractGradientComputer, Grads
 from fastproj.trak.gradients.layout import FuncError
-from fastproj.trak.gradients.running import wide_sums
+from fastproj.trak.gradients.running import for_each_sample, wide_sums
 
 
 class FunctionalGradientComputer(AbstractGradientComputer):
@@ -45,12 +45,7 @@ class FunctionalGradientComputer(AbstractGradientComputer):
             units = torch.eye(out.numel(), dtype=out.dtype, device=out.device)
             return [pull(unit.reshape(out.shape))[0] for unit in units]
 
-        chosen, in_dims = self.chosen, None
-        if any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in self.model.modules()):
-            # All samples begin with one state, which vmap can't overwrite with one for each sample.
-            # It can where the weights that multiply the state are a sample's own.
-            size, in_dims = batches.size(batch), 0
-            chosen = {name: p.expand(size, *p.shape) for name, p in chosen.items()}
+        chosen, in_dims = for_each_sample(self.model, self.chosen, batches.size(batch))
         # A model that seeds its random numbers by itself draws the same for each sample alone.
         vectorised = vmap(gradients, in_dims=(in_dims, *(0 for _ in tensors)), randomness="same")
         try:

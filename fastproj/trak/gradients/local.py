@@ -15,7 +15,7 @@ from fastproj.memory import is_out_of_memory
 from fastproj.trak.gradients.base import dense
 from fastproj.trak.gradients.layout import SHARED, BatchDim, HooksError
 from fastproj.trak.gradients.parts import Piece
-from fastproj.trak.gradients.running import forgetful, vectorised, wide_sums
+from fastproj.trak.gradients.running import for_each_sample, forgetful, vectorised, wide_sums
 
 logger = logging.getLogger("fastproj.trak")
 
@@ -59,7 +59,9 @@ def local_gradients(
         found = pytree.tree_leaves(made)
         return [found[place] for place in wanted]
 
-    def vectorised_gradient(inputs: list[Tensor], slopes: list[Tensor]) -> dict[str, Tensor]:
+    def vectorised_gradient(
+        params: dict[str, Tensor], inputs: list[Tensor], slopes: list[Tensor]
+    ) -> dict[str, Tensor]:
         made, pull, *_ = vjp(lambda own: outputs(own, inputs), params)
         (result,) = pull([s.reshape(y.shape) for s, y in zip(slopes, made, strict=True)])
         return dict(result)
@@ -79,10 +81,11 @@ def local_gradients(
         }
 
     inputs = [arguments[i].detach() for i in batched]
+    own, dim = for_each_sample(module, params, size)
     # Without gradients but for those by the parameters, which vjp sees to.
     with vectorised(module), wide_sums(params.values()), torch.no_grad():
         try:
-            found = vmap(vectorised_gradient)(inputs, given)
+            found = vmap(vectorised_gradient, in_dims=(dim, 0, 0))(own, inputs, given)
         except (RuntimeError, ValueError) as error:  # e.g. it branches on values
             if is_out_of_memory(error):
                 raise

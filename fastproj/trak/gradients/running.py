@@ -246,6 +246,19 @@ def eager_stance() -> AbstractContextManager[Any]:
     return stance
 
 
+def for_each_sample(
+    module: nn.Module, params: dict[str, Tensor], size: int
+) -> tuple[dict[str, Tensor], int | None]:
+    """The parameters of a module as ``torch.func.vmap`` takes them, and their dimension of samples.
+
+    All samples of a recurrent layer begin with one state, which vmap can't overwrite with one for
+    each sample. It can where the weights that multiply the state are a sample's own.
+    """
+    if not any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in module.modules()):
+        return params, None
+    return {name: p.expand(size, *p.shape) for name, p in params.items()}, 0
+
+
 @contextmanager
 def vectorised(module: nn.Module) -> Iterator[None]:
     """Within the block, ``torch.func.vmap`` can follow ``module`` where there is a way.

@@ -384,13 +384,19 @@ def test_float32_takes_the_same_way(name, tmp_path):
         torch.testing.assert_close(features.double(), exact, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["custom function of a parameter", "lstm"])
-def test_a_loop_for_one_module_is_said_in_the_log_alone(name, tmp_path, caplog):
-    model, batch = build(name, torch.float32)
+def test_a_loop_for_one_module_is_said_in_the_log_alone(tmp_path, caplog):
+    model, batch = build("custom function of a parameter", torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(model, batch, tmp_path, logging_level=logging.INFO)
     assert "vmap can't take" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["lstm", "lstm's states", "gru", "lstm cell"])
+def test_recurrent_layers_take_no_loop_over_samples(name, tmp_path, caplog):
+    model, batch = build(name)
+    run(model, batch, tmp_path, logging_level=logging.INFO)
+    assert "vmap can't take" not in caplog.text
 
 
 @pytest.mark.parametrize("way", ["auto", "func"])
