@@ -714,8 +714,13 @@ class HookGradientComputer(AbstractGradientComputer):
 
 
 def sees_samples(layout: Layout, seen: Seen) -> bool:
-    """Whether every tensor of a call has one batch dimension, or can be given one."""
+    """Whether every tensor of a call has one batch dimension, or can be given one.
+
+    Not where no output is a tensor: an object of the module's own may hold some.
+    """
     if UNCLEAR in layout.inputs or UNCLEAR in layout.outputs:
+        return False
+    if all(shape is None for shape in seen.outputs):
         return False
     return all(
         where is not SHARED or shape is None or len(shape) > 1

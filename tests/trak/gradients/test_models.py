@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +258,10 @@ MODELS = {
     ),
     "gru": (recurrent(nn.GRU), lambda p, x: p["r"](p["a"](x))[0]),
     "lstm cell": (lambda: {"r": nn.LSTMCell(4, 4)}, two_cells),
+    "object of its own": (
+        lambda: {"s": Scaled(lambda self, x: SimpleNamespace(h=x * self.w)), **linear()},
+        lambda p, x: p["b"](p["s"](p["a"](x)).h),
+    ),
     "attention": (
         lambda: {"r": nn.MultiheadAttention(4, 2, batch_first=True)},
         lambda p, x: p["r"](x, x, x)[0] + p["r"](x, x, x)[1] @ x,
