@@ -102,10 +102,8 @@ class AbstractGradientComputer(ABC):
         }
         self.buffers = dict(model.named_buffers())
         self._named_twice = modules_named_twice(model)
-        self._owners = [  # PyTorch's own modules keep nothing
-            m
-            for m in model.modules()
-            if any(True for _ in m.parameters()) and not type(m).__module__.startswith("torch.nn.")
+        self._keepers = [  # PyTorch's own modules keep nothing
+            m for m in model.modules() if not type(m).__module__.startswith("torch.nn.")
         ]
         self._dependent = False  # whether f of any sample has been seen to depend on them
         self._mixes: bool | None = None  # whether f of a sample depends on the others of its batch
@@ -377,7 +375,7 @@ class AbstractGradientComputer(ABC):
 
     def _of_task(self, method: Callable[..., Any], chosen: Grads, *args: Any) -> Any:
         """A method of the task with these parameters, on a copy of its arguments."""
-        with plainly(), restored(self._named_twice), forgetful(self._owners):
+        with plainly(), restored(self._named_twice), forgetful(self._keepers):
             return run(method, self.model, {**self.fixed, **chosen}, self.buffers, *own(args))
 
     def gradients_of(self, batch: tuple[Any, ...], row: int) -> list[dict[str, Tensor | None]]:

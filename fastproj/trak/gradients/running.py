@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -101,17 +101,19 @@ OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def kept_by(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Where a module keeps what it likes: its attributes and the dicts among them, and a copy of
-    each. What all modules have is left out.
+    """Where a module keeps what it likes: its attributes and the dicts, lists and queues among
+    them, and a copy of each. What all modules have is left out.
     """
     own = {name: value for name, value in vars(module).items() if name not in OF_MODULES}
-    dicts = [value for value in own.values() if isinstance(value, dict)]
-    return [(vars(module), own), *((d, dict(d)) for d in dicts)]
+    inside = [value for value in own.values() if isinstance(value, dict | list | deque)]
+    copies = ((value, dict(value) if isinstance(value, dict) else list(value)) for value in inside)
+    return [(vars(module), own), *copies]
 
 
 def tensors_in(kept: list[tuple[Any, Any]]) -> list[tuple[Any, int]]:
     """The tensors among them, which are no parameters or buffers."""
-    return [(key, id(t)) for _, own in kept for key, t in own.items() if isinstance(t, Tensor)]
+    named = ((own.items() if isinstance(own, dict) else enumerate(own)) for _, own in kept)
+    return [(key, id(t)) for pairs in named for key, t in pairs if isinstance(t, Tensor)]
 
 
 @contextmanager
@@ -119,7 +121,8 @@ def forgetful(modules: Iterable[nn.Module]) -> Iterator[None]:
     """After the block, modules that have kept a tensor have the attributes that they had before.
 
     Some keep in eval mode what they have made of their parameters (LeViT the biases of attention).
-    Later calls would depend on what was kept, and no longer on the parameters.
+    Later calls would depend on what was kept, and no longer on the parameters. Others keep a state
+    from call to call (spiking neurons). A sample would depend on those before it.
     """
     before = [(module, kept_by(module)) for module in modules]
     try:
@@ -133,7 +136,7 @@ def forgetful(modules: Iterable[nn.Module]) -> Iterator[None]:
                 vars(module).update(kept[0][1])
                 for own, items in kept[1:]:
                     own.clear()
-                    own.update(items)
+                    own.update(items) if isinstance(own, dict) else own.extend(items)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from types import FunctionType
 
 import pytest
@@ -243,6 +244,39 @@ def test_parameters_past_their_module_may_be_used_if_no_gradient_is_taken_by_the
     model, batch = Past("list", trained=False), (torch.randn(5, 4), torch.arange(5) % 3)
     options = {"grad_wrt": ["head.weight"]}
     cases.loaded(model, tmp_path, 5, **options).featurize(batch, num_samples=5)
+
+
+class Leaky(nn.Module):
+    """A neuron whose state leaks from call to call, kept in an attribute or in what it holds."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kept, self.kind = None if kind is None else kind(), kind
+
+    def forward(self, x):
+        before = self.kept if self.kind is None else self.kept and self.kept[0]
+        now = x if before is None or len(before) != len(x) else 0.5 * before + x
+        if self.kind is None:
+            self.kept = now.detach()
+        else:
+            self.kept.clear()
+            self.kept.update({0: now}) if self.kind is dict else self.kept.append(now)
+        return torch.tanh(now)
+
+
+@pytest.mark.parametrize("kind", [None, dict, list, deque])
+@pytest.mark.parametrize("computer", ["auto", "func", "loop"])
+def test_a_state_goes_from_no_sample_to_the_next(computer, kind, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Leaky(kind), nn.Linear(4, 3))
+    batch = torch.randn(7, 4), torch.arange(7) % 3
+    traker = cases.loaded(model, tmp_path, 7, gradient_computer=computer)
+    for begin, end in ((0, 1), (1, 4), (4, 7)):
+        traker.featurize(tuple(t[begin:end] for t in batch), num_samples=end - begin)
+    assert not model[1].kept
+    plain = nn.Sequential(model[0], nn.Tanh(), model[2])
+    exact = cases.projected(cases.gradients(plain, batch), 8, 0)
+    torch.testing.assert_close(traker.saver.matrix(0).double(), exact, rtol=1e-3, atol=1e-5)
 
 
 def test_works_under_no_grad_and_leaves_the_model_alone():
