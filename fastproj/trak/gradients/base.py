@@ -91,12 +91,13 @@ class AbstractGradientComputer(ABC):
     def load_model_params(self, model: nn.Module) -> None:
         """Use the parameters and buffers that ``model`` has now."""
         self.model = model
-        params = {name: p.detach() for name, p in model.named_parameters()}
-        self.chosen = {name: params[name] for name in self.names}
+        params = dict(model.named_parameters())
+        self.chosen = {name: params[name].detach() for name in self.names}
         # Parameters: where a forward takes one out and registers it again, as that of peft's
-        # target_parameters does, a tensor would be a buffer of the model afterwards.
+        # target_parameters does, a tensor would be a buffer of the model afterwards. The model's
+        # own where they are frozen, because quantized ones have attributes (bitsandbytes).
         self.fixed = {
-            name: nn.Parameter(p, requires_grad=False)
+            name: nn.Parameter(p.detach(), requires_grad=False) if p.requires_grad else p
             for name, p in params.items()
             if name not in self.chosen
         }
@@ -220,7 +221,8 @@ class AbstractGradientComputer(ABC):
         with torch.enable_grad():
             if self._dependent:
                 return made(chosen, batch)
-            with in_graphs(self.model.parameters()):
+            own = self.model.named_parameters()
+            with in_graphs(p for name, p in own if name in self.chosen):
                 out = made(chosen, batch)
             self.check_leaves(structure_of(batch, out)[1])
         return out

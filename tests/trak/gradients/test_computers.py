@@ -279,6 +279,32 @@ def test_a_state_goes_from_no_sample_to_the_next(computer, kind, tmp_path):
     torch.testing.assert_close(traker.saver.matrix(0).double(), exact, rtol=1e-3, atol=1e-5)
 
 
+class Quantized(nn.Module):
+    """A layer whose frozen weight has its scale as an attribute, and an adapter beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randint(-7, 8, (3, 4), dtype=torch.int8), False)
+        self.weight.scale = 0.1
+        self.adapter = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return x @ (self.weight.scale * self.weight).T + self.adapter(x)
+
+
+@pytest.mark.parametrize("computer", COMPUTERS)
+def test_frozen_parameters_keep_their_attributes(computer):
+    torch.manual_seed(0)
+    model, batch = Quantized(), (torch.randn(5, 4), torch.arange(5) % 3)
+    names = ["adapter.weight", "adapter.bias"]
+    made = computer(model, ImageClassificationModelOutput(), grad_wrt=names)
+    grads = made.compute_per_sample_grad(batch)
+    for row in range(5):
+        p = model(batch[0]).softmax(1)[row, batch[1][row]]
+        exact = torch.autograd.grad((p / (1 - p)).log(), [model.get_parameter(n) for n in names])
+        torch.testing.assert_close([grads[name][row] for name in names], list(exact))
+
+
 def test_works_under_no_grad_and_leaves_the_model_alone():
     model, batch = cases.net(), cases.data(4)
     before = {name: t.clone() for name, t in model.state_dict().items()}
