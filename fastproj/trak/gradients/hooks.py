@@ -54,6 +54,7 @@ SPLITS = 4  # in which a batch is checked again before its gradients are called 
 SAME = 1e-4  # relative difference of outputs that may be rounding
 ALONE_FIRST = 4  # samples of the first batch that are checked each by itself
 STRUCTURES = 1 << 16  # remembered at most
+PLANS = 256  # remembered at most; each batch with a list of texts has one of its own
 CALL_ENTRIES = 1 << 16  # projecting so many entries costs as much as one more call
 FEW = 2 / 3  # of the samples: a forward and backward of these cost less than a backward of all
 MANY_STRUCTURES = 32  # checked before a warning that every other batch has a structure of its own
@@ -604,6 +605,8 @@ class HookGradientComputer(AbstractGradientComputer):
         row = most_hidden(batch)
         key = shapes_of(batch), row is None
         if key not in self._plans:
+            if len(self._plans) >= PLANS:  # those that are forgotten are made again
+                self._plans.clear()
             self._plans[key] = self._make_plan(
                 batches.select(batch, slice(row or 0, (row or 0) + 1))
             )

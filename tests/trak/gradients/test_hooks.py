@@ -30,6 +30,7 @@ from fastproj.trak.gradients import (
     sinks,
 )
 from fastproj.trak.inputs import RandomNumbersError
+from fastproj.trak.tasks.margin import margins
 from tests.trak import cases, modules
 
 TASK = ImageClassificationModelOutput()
@@ -639,6 +640,31 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@modules.of(seed=0, words=lambda: nn.Linear(4, 5))
+def OfTexts(self, texts):
+    counts = [[float(text.count(letter)) for letter in "abcd"] for text in texts]
+    return self.words(torch.tensor(counts, device=self.words.weight.device))
+
+
+def margin_of_texts(model, batch):
+    return margins(model(batch[0]), batch[1])
+
+
+def test_few_plans_are_kept_of_batches_that_have_one_each(tmp_path, monkeypatch):
+    """Of a list of texts the shapes within the model aren't known."""
+    monkeypatch.setattr(hooks, "PLANS", 2)
+    texts = [first + second for first in "abcd" for second in "abc"]
+    model, labels = OfTexts(), torch.arange(12) % 5
+    traker = cases.loaded(model, tmp_path, 12, margin_of_texts, gradient_computer="hooks")
+    for rows in torch.arange(12).split(3):
+        batch = [texts[row] for row in rows], labels[rows]
+        traker.featurize(batch, num_samples=3)
+        assert 1 <= len(traker.gradient_computer._plans) <= 2
+    loop = cases.loaded(model, tmp_path / "loop", 12, margin_of_texts, gradient_computer="loop")
+    loop.featurize((texts, labels), num_samples=12)
+    torch.testing.assert_close(traker.saver.matrix(0), loop.saver.matrix(0))
 
 
 @modules.of(fc=lambda: nn.Linear(4, 4), norm=lambda: nn.BatchNorm1d(4, track_running_stats=False))
