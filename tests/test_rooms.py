@@ -93,7 +93,7 @@ HOUSE = (
 
 # And one of fastproj/trak.
 FLOORS = (
-    {"batches", "callers", "files", "precision", "progress", "sharded"},
+    {"batches", "callers", "files", "precision", "progress", "sharded", "threads"},
     {"attributes", "distributed", "fingerprints", "inputs"},
     {"draws"},
     {"store", "tasks"},

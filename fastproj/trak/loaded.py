@@ -117,7 +117,7 @@ class LoadedModel:
             differing = error
         finally:
             self._attributes.settle()
-            changed = self._changed(every)
+            changed = self._changed(every or differing is not None)
             for name in [name for name in changed if name not in self._hashes]:
                 made = named_tensors(self.model)[name].detach()  # by its first forward
                 self._hashes[name], self._copies[name] = tensor_digest(made), made.clone()
