@@ -136,7 +136,10 @@ def forgetful(modules: Iterable[nn.Module]) -> Iterator[None]:
                 vars(module).update(kept[0][1])
                 for own, items in kept[1:]:
                     own.clear()
-                    own.update(items) if isinstance(own, dict) else own.extend(items)
+                    if isinstance(own, dict):
+                        own.update(items)
+                    else:
+                        own.extend(items)
 
 
 @contextmanager
