@@ -60,7 +60,8 @@ from fastproj.trak.readiness import (
     scored_ids,
 )
 from fastproj.trak.saver import Saver
-from fastproj.trak.solving.finalizing import finalize, solution_of
+from fastproj.trak.solving.finalizing import finalize
+from fastproj.trak.solving.inverse import apply_inverse
 from fastproj.trak.solving.peers import in_mean
 from fastproj.trak.solving.scoring import self_scores, write_scores
 from fastproj.trak.solving.solve import AUTO, Lambda, ScoreComputer, check_lambda
@@ -115,11 +116,12 @@ class TRAKer:
     grad_wrt : names of the parameters to take gradients by; "trainable" is those that have
         ``requires_grad``, None all.
     lambda_reg : the ridge. "auto" chooses one for each checkpoint from its features (see
-        ``fastproj.trak.solving.ridge``); with ``curvature="fisher"``, for samples of one
+        ``fastproj.trak.solving.ridge``). With ``curvature="fisher"``, for samples of one
         prediction, it is multiplied by 1 + 1/M where the scores of M checkpoints are averaged, and
-        by what these say of each other (see ``fastproj.trak.solving.peers``). A number is added to
-        the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean eigenvalue. With
-        ``curvature="fisher"`` it is added to the Fisher matrix instead.
+        by what these say of each other (see ``fastproj.trak.solving.peers``); for one of three
+        classes or more, two ridges around it take its place, whose inverses are averaged. A number
+        is added to the diagonal of XtX, as in TRAK; "0.1*mean" is 0.1 times its mean eigenvalue.
+        With ``curvature="fisher"`` it is added to the Fisher matrix instead.
     kind, block : of the matrix, where ``projector`` is None: as in ``fastproj.project``. kind None
         is "sjlt", which costs a few additions an entry of the gradient (dense kinds: proj_dim
         multiply-adds) for scores that are as good (docs/projection.md). Where proj_dim < 16, rows
@@ -757,5 +759,5 @@ class TRAKer:
         require_finalized(self.saver, "current_store", model_id)
         features = self.saver.matrix(model_id)
         systems = in_mean(self.saver.systems, self.score_computer, finalized_ids(self.saver))
-        solution = solution_of(systems, self.score_computer, model_id)
-        return solution.apply(features).to(features.dtype)
+        inverse = apply_inverse(systems, self.score_computer, model_id, features)
+        return inverse.to(features.dtype)

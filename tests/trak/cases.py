@@ -197,18 +197,32 @@ def multiple_of_mean(
     return 1.5**best
 
 
-def lambdas_of_mean(
+def ridges_of_mean(
     models: list[nn.Module],
     train: tuple[Tensor, Tensor],
     proj_dim: int,
     solved: list[dict[str, Any]],
     fisher: Fisher,
-) -> list[float]:
-    """The lambdas with which the scores of the checkpoints are averaged: those that were chosen
-    grow by their share of as many checkpoints, and by ``multiple_of_mean``; a number stays.
+) -> list[list[tuple[float, float]]]:
+    """The ridges, and their weights, with which the scores of the checkpoints are averaged. A
+    number is one ridge. A lambda that was chosen is a third of it, times two numbers whose product
+    is 1 and whose ratio is 30; both grow by their share of as many checkpoints, and by
+    ``multiple_of_mean``.
     """
-    grown = (1 + 1 / len(solved)) * multiple_of_mean(models, train, proj_dim, solved, fisher)
-    return [one["lambda_reg"] * (grown if one["lambda"] == "auto" else 1) for one in solved]
+    grown = (1 + 2 / len(solved)) * multiple_of_mean(models, train, proj_dim, solved, fisher)
+    two = [(grown / 3 * 30**-0.5, 1 / (1 + 30**0.5)), (grown / 3 * 30**0.5, 1 / (1 + 30**-0.5))]
+    return [
+        [(one["lambda_reg"] * by, weight) for by, weight in two]
+        if one["lambda"] == "auto"
+        else [(one["lambda_reg"], 1.0)]
+        for one in solved
+    ]
+
+
+def averaged_inverse(matrix: Tensor, ridges: list[tuple[float, float]]) -> Tensor:
+    """The weighted mean of the inverses of a matrix [k, k] with ridges."""
+    eye = torch.eye(len(matrix)).double()
+    return sum(weight * torch.linalg.inv(matrix + ridge * eye) for ridge, weight in ridges)
 
 
 def explicit_fisher(
@@ -224,10 +238,10 @@ def explicit_fisher(
     """
     total = torch.zeros(len(train[0]), len(targets[0]), dtype=torch.float64)
     fisher = fisher or Fisher()
-    lambdas = lambdas_of_mean(models, train, proj_dim, solved, fisher)
+    ridges = ridges_of_mean(models, train, proj_dim, solved, fisher)
     for model_id, (model, found) in enumerate(zip(models, solved, strict=True)):
         matrix, of_likelihood, response = fisher_of(model, model_id, train, proj_dim, fisher)
-        lambda_reg, ridge = lambdas[model_id], found["training_ridge"]
+        ridge = found["training_ridge"]
         if found["halved"] is not None:
             whole, half = (
                 torch.linalg.solve(matrix + r * torch.eye(proj_dim).double(), response)
@@ -239,8 +253,7 @@ def explicit_fisher(
             of_likelihood *= (moved / slopes)[:, None]
         of_targets = in_metric(model, gradients(model, targets), fisher)
         of_targets = projected(of_targets, proj_dim, model_id)
-        system = matrix + lambda_reg * torch.eye(proj_dim).double()
-        total += of_likelihood @ torch.linalg.solve(system, of_targets.T)
+        total += of_likelihood @ averaged_inverse(matrix, ridges[model_id]) @ of_targets.T
     return total / len(models)
 
 
@@ -248,15 +261,14 @@ def explicit_own(
     models: list[nn.Module],
     train: tuple[Tensor, Tensor],
     proj_dim: int,
-    lambdas: list[float],
+    ridges: list[list[tuple[float, float]]],
     fisher: Fisher | None = None,
 ) -> Tensor:
-    """What samples do to their own log-likelihoods, at the lambdas of the checkpoints, [n]."""
+    """What samples do to their own log-likelihoods, at the ridges of the checkpoints, [n]."""
     total = torch.zeros(len(train[0]), dtype=torch.float64)
-    for model_id, (model, lambda_reg) in enumerate(zip(models, lambdas, strict=True)):
+    for model_id, (model, of_model) in enumerate(zip(models, ridges, strict=True)):
         matrix, slopes, _ = fisher_of(model, model_id, train, proj_dim, fisher or Fisher())
-        system = matrix + lambda_reg * torch.eye(proj_dim).double()
-        total += (slopes * torch.linalg.solve(system, slopes.T).T).sum(1)
+        total += (slopes @ averaged_inverse(matrix, of_model) * slopes).sum(1)
     return total / len(models)
 
 

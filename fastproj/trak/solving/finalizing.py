@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastproj.trak.precision import full_precision
 from fastproj.trak.progress import progress
 from fastproj.trak.solving.ridge import (
     OWN_NOISE,
+    SPREAD_OWN_NOISE,
     TINY,
     Meaning,
     Moments,
@@ -33,6 +35,7 @@ from fastproj.trak.solving.ridge import (
     logistic_share,
     meaning,
     sample_weights,
+    spread_ridges,
     weigh,
 )
 from fastproj.trak.solving.solve import (
@@ -58,7 +61,7 @@ from fastproj.trak.store.features import (
 from fastproj.trak.store.store import DRAWN, Store
 
 STEP = "finalize_features"
-SUMMARY = ("method", "lambda_reg", "n", "rank", "condition")  # of Solution.summary
+ONE_RIDGE = [(1.0, 1.0)]  # (multiple of lambda, weight), as of ``spread_ridges``
 TRIES = 5  # where another process removes the parts that are being summed
 MAX_PARTS = 16  # A Gram matrix is kept in at most so many parts until it is whole.
 PART_ROWS = 4096  # A part is of at least so many samples,
@@ -195,13 +198,14 @@ def keep_lambda(
     With the Fisher matrix, the step that gives slopes at half of the samples is kept beside it.
     """
     gram, moments = read_gram(systems, model_id, system)
-    value = lambda_reg
+    value, spread = lambda_reg, False
     facts: dict[str, Any] = {
         "curvature": FISHER if system.fisher else TRAK,
         "lambda": lambda_reg,
         "weighted": system.weighted,
         "power": system.power,
         "form": "dual" if system.dual else "primal",
+        "ridges": ONE_RIDGE,
     }
     ridge = agreeing_ridge(gram, moments) if system.fisher else None
     if q is not None and lambda_reg == AUTO:
@@ -211,6 +215,7 @@ def keep_lambda(
             choice = choose_fisher_lambda(gram, moments, n, ridge, labels and joint)
             facts["own_noise"] = OWN_NOISE if labels or not joint else 0.0
             facts["peers"] = not joint
+            spread = not joint and gram.n > n  # several classes
         else:
             choice = choose_lambda(gram, moments, q)
         value, facts["auto"] = choice.lambda_reg, choice.summary()
@@ -227,6 +232,8 @@ def keep_lambda(
         facts["training_ridge"] = ridge
         facts["halved"] = None if step is None else q.residual
     solution = computer.solve(gram, value)
+    if spread and solves_smaller(solution, gram, min(by for by, _ in spread_ridges())):
+        facts["own_noise"], facts["ridges"] = SPREAD_OWN_NOISE, spread_ridges()
     systems.write_solve(model_id, {**facts, **solution.summary()})
     logger.info(
         "model_id %d: lambda %.3g, condition estimate %.1e (%s)",
@@ -235,6 +242,12 @@ def keep_lambda(
         solution.condition,
         f"{len(gram.matrix)} x {len(gram.matrix)}, {facts['form']}",
     )
+
+
+def solves_smaller(solution: Solution, gram: Gram, by: float) -> bool:
+    """Whether ``by`` times the lambda of a solution would solve its system to some digits, too."""
+    rounding = gram.eps * math.sqrt(gram.k)  # as ``solve.solve`` judges it
+    return solution.method == "cholesky" and solution.condition / by * rounding < 1
 
 
 def step_of(
@@ -268,37 +281,6 @@ def has_joint_outputs(store: Store, model_id: int) -> bool:
     log-likelihoods: then all Q are 1.
     """
     return bool((store.out_to_loss(model_id) == 1).all())
-
-
-def solution_of(systems: Systems, computer: ScoreComputer, model_id: int) -> Solution:
-    """The factored system of a finalised checkpoint."""
-    return solved(systems, computer, model_id)[0]
-
-
-def solved(systems: Systems, computer: ScoreComputer, model_id: int) -> tuple[Solution, Gram]:
-    """The factored system of a finalised checkpoint, and its matrix."""
-    systems = systems.as_now([model_id])
-    system = systems.read_system(model_id)
-    stored = systems.read_solve(model_id)
-    sums, n, eps = systems.read_gram(model_id, system)
-    gram = gram_of(systems.store, system, sums, n, eps)
-    summary = {name: stored[name] for name in SUMMARY}
-    solution = computer.solve_again(gram, summary)
-    if system.dual:
-        rows = stored_rows(systems.store, model_id, system, sums["order"].numpy())
-        solution = replace(solution, rows=rows)
-    return solution, gram
-
-
-def own_scores(systems: Systems, computer: ScoreComputer, model_id: int) -> Tensor:
-    """``phi (S^T S + lambda I)^-1 phi`` of each training sample, float64 [n], by the dual."""
-    system, store = systems.read_system(model_id), systems.store
-    solution, gram = solved(systems, computer, model_id)
-    order = systems.read_order(model_id, system)
-    out = torch.empty(int(order.max()) + 1, dtype=torch.float64, device="cpu")
-    out[order] = solution.on_own_rows(gram.matrix)
-    samples = out[: store.train_set_size]  # the others are rows that were drawn
-    return samples / weights_of(store, model_id, system)
 
 
 def weights_of(store: Store, model_id: int, system: System) -> Tensor:

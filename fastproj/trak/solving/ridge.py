@@ -33,6 +33,9 @@ MARGIN = 1.5  # times the training ridge: too little costs more than too much
 EXACT_MARGIN = 2.0  # the same, with a Fisher matrix of which no rows are drawn
 LABELS_MARGIN = 5.0  # the same, where a sample's predictions are labels of one input
 OWN_NOISE = 1.0  # of a checkpoint, in units of what all share
+SPREAD = 30.0  # of the two ridges between which lambda is known
+SPREAD_OWN_NOISE = 2.0  # OWN_NOISE, where there are two ridges
+SPREAD_SHARE = 1 / 3  # of lambda, the geometric mean of the two ridges
 STEPS_PER_DECADE = 50  # of the ridges among which the likeliest is sought
 LOWEST, HIGHEST = math.log(1e-8), math.log(1e8)  # log of ridge / mean eigenvalue of Phi^T W Phi
 SINGULAR = 1e-3  # A matrix is singular where LOWEST leaves this share of dimensions unused.
@@ -406,13 +409,25 @@ def agreeing_ridge(gram: Gram, moments: Moments) -> float | None:
     return math.exp(log_ridge) * unit
 
 
+def spread_ridges() -> list[tuple[float, float]]:
+    """(multiple of lambda, weight) of two ridges, whose inverses are averaged.
+
+    Lambda is known to a factor only, and ``sum weight / (s + ridge)`` depends less on it than
+    ``1 / (s + lambda)``. With weights that go with the root of the ridge, it is that of the
+    geometric mean where the eigenvalue s is small or large. See docs/research/lambda.md.
+    """
+    by = [SPREAD_SHARE * SPREAD**power for power in (-0.5, 0.5)]
+    total = sum(math.sqrt(multiple) for multiple in by)
+    return [(multiple, math.sqrt(multiple) / total) for multiple in by]
+
+
 def for_mean(lambda_reg: float, own_noise: float, checkpoints: int) -> float:
     """A lambda where the scores of so many checkpoints are averaged.
 
     The noisier scores are, the larger is their best ridge. Their mean keeps the noise that all
     checkpoints share, and of each one's own a share of ``1 / checkpoints``. ``own_noise`` is in
-    units of the noise that they share: OWN_NOISE where lambda was chosen for the Fisher matrix of
-    single predictions, otherwise 0. See docs/research/lambda.md.
+    units of the noise that they share: OWN_NOISE, or SPREAD_OWN_NOISE, where lambda was chosen for
+    the Fisher matrix of single predictions, otherwise 0. See docs/research/lambda.md.
     """
     return lambda_reg * (1 + own_noise / checkpoints)
 

@@ -17,7 +17,7 @@ from fastproj.trak.distributed import Ranks, hash_of
 from fastproj.trak.files import Indices
 from fastproj.trak.precision import full_precision
 from fastproj.trak.progress import progress
-from fastproj.trak.solving.finalizing import own_scores, solution_of, solved
+from fastproj.trak.solving.inverse import own_scores, ridges_of, with_image
 from fastproj.trak.solving.peers import in_mean
 from fastproj.trak.solving.ridge import moved_slopes
 from fastproj.trak.solving.solve import ScoreComputer
@@ -170,24 +170,13 @@ def self_scores(systems: Systems, computer: ScoreComputer, model_ids: Sequence[i
     total = torch.zeros(store.train_set_size, dtype=torch.float64, device="cpu")
     q_total = torch.zeros_like(total)
     own_q = takes_own_q(systems, model_ids)
-    with progress("self-influence", len(model_ids) * len(total), "sample") as bar:
+    passes = sum(len(ridges_of(systems, model_id)) for model_id in model_ids)
+    with progress("self-influence", passes * len(total), "sample") as bar:
         for model_id in model_ids:
             q = store.out_to_loss(model_id).double()
             q_total += torch.ones_like(q) if own_q else q
-            system = systems.read_system(model_id)
-            if system.dual:
-                own = own_scores(systems, computer, model_id)
-                total += own * q.square() if own_q else own
-                bar.update(len(total))
-                continue
-            solution = solution_of(systems, computer, model_id)
-            reader = store.reader(model_id)
-            blocks = sample_blocks(reader.index.order(), block_rows(store.proj_dim))
-            for rows, _, features, _ in read_features([reader], blocks):
-                inds = torch.from_numpy(rows)
-                own = (solution.apply(features) * features.double()).sum(1).cpu()
-                total[inds] += own * q[inds].square() if own_q else own
-                bar.update(len(rows))
+            own = own_scores(systems, computer, model_id, bar.update)
+            total += own * q.square() if own_q else own
     return total * q_total / len(model_ids) ** 2
 
 
@@ -240,15 +229,14 @@ def target_weights(
     Warns where float16 has: of features that are kept in half precision. Not in the dual, where
     no rounding is along what rows have nothing of.
     """
-    solution, gram = solved(systems, computer, model_id)
-    trace = gram.trace
-    del gram  # its matrix
-    weights = solution.apply(targets)
-    grown = rounding_growth(weights, targets, solution.lambda_reg, trace)
-    if systems.store.half and not solution.dual and float(grown.median()) * HALF_ERROR > NOISE:
+    weights, image, trace = with_image(systems, computer, model_id, targets)
+    grown = rounding_growth(weights, image, trace)
+    dual = systems.read_system(model_id).dual
+    if systems.store.half and not dual and float(grown.median()) * HALF_ERROR > NOISE:
+        lam = float(systems.read_solve(model_id)["lambda_reg"])
         warnings.warn(
             f"TRAKer: scores of most targets by model_id {model_id} are rounding errors of "
-            f"features, which are kept as float16: its lambda is {solution.lambda_reg:.3g}, and "
+            f"features, which are kept as float16: its lambda is {lam:.3g}, and "
             "most of what these targets have is not in the features of training samples. Fix: "
             "lambda_reg='auto', a larger number, or use_half_precision=False with another save_dir",
             stacklevel=stack_to_caller(),
@@ -258,18 +246,19 @@ def target_weights(
     return weights.to(computer.device)
 
 
-def rounding_growth(weights: Tensor, targets: Tensor, lambda_reg: float, trace: float) -> Tensor:
+def rounding_growth(weights: Tensor, image: Tensor, trace: float) -> Tensor:
     """How much larger rounding errors of entries are in scores, relative to both, [m]; 0 where a
     target is 0.
 
     Where lambda is small, what a target has outside the span of the rows is most of its weights w.
     No row has anything along it, so ``row . w`` is a sum that cancels. Its mean square, over that
-    of its terms, is ``w^T S^T S w k / (|w|^2 trace)``; and ``S^T S w = targets - lambda w``.
+    of its terms, is ``w^T S^T S w k / (|w|^2 trace)``.
 
-    weights : targets times the inverse, float64 [m, k]. trace : of S^T S.
+    weights : targets times the inverse, float64 [m, k]. image : S^T S times them, likewise.
+    trace : of S^T S.
     """
     squares = weights.square().sum(1)
-    fitted = (weights * targets.to(weights)).sum(1) - lambda_reg * squares
+    fitted = (weights * image).sum(1)
     terms = trace / weights.shape[1] * squares
     return torch.where(terms > 0, terms / fitted.clamp(min=0), 0.0).sqrt()
 

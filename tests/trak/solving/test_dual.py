@@ -79,12 +79,12 @@ def test_the_pseudo_inverse_has_lambda_once():
 def test_growth_of_rounding_is_the_size_of_the_terms_over_that_of_their_sum(lambda_reg):
     """Terms ``row[j] w[j]`` of independent entries, over sums that are ``row . w``."""
     rows, targets = random(7, 20), random(5, 20, seed=1)
-    weights = torch.linalg.solve(
-        rows.mT @ rows + lambda_reg * torch.eye(20, dtype=torch.float64), targets.mT
-    ).mT
+    xtx = rows.mT @ rows
+    eye = torch.eye(20, dtype=torch.float64)
+    weights = torch.linalg.solve(xtx + lambda_reg * eye, targets.mT).mT
     terms = rows.square().mean() * weights.square().sum(1)  # mean square of a sum of them
     expected = (terms / (weights @ rows.mT).square().mean(1)).sqrt()
-    found = rounding_growth(weights, targets, lambda_reg, float(rows.square().sum()))
+    found = rounding_growth(weights, weights @ xtx, float(xtx.trace()))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 

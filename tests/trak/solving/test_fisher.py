@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,8 +92,8 @@ def test_scores_are_the_formula(tmp_path, monkeypatch, name):
     step = set() if stored["halved"] is None else {"halving_step.safetensors"}
     assert made == {f"{file}.safetensors"} | step
     assert_close(scores, cases.explicit_fisher(models, train, targets, k, solved(traker), fisher))
-    grown = cases.lambdas_of_mean(models, train, k, solved(traker), fisher)
-    assert_close(traker.self_influence(), cases.explicit_own(models, train, k, grown, fisher))
+    ridges = cases.ridges_of_mean(models, train, k, solved(traker), fisher)
+    assert_close(traker.self_influence(), cases.explicit_own(models, train, k, ridges, fisher))
     top = traker.finalize_scores("test", top_k=3)
     np.testing.assert_array_equal(top.helpful_indices, np.argsort(-scores, 0)[:3].T)
     groups = [0, 1, 0, 2, 1]
@@ -894,8 +896,8 @@ def test_samples_whose_drawn_rows_are_gone_are_featurized_again(tmp_path):
 
 @pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
 def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tmp_path, n, k):
-    """As 2 * lambda given for one, and 1.5 * lambda for two, times what ``peers`` says. Sequences
-    stay as they are: ``test_scores_of_texts_are_the_formula``.
+    """As 3 * lambda for one, and 2 * lambda for two, times what ``peers`` says. Sequences stay as
+    they are: ``test_scores_of_texts_are_the_formula``.
     """
     train, targets = data(n), data(M, seed=5)
     models = networks(train)
@@ -915,14 +917,58 @@ def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tm
     assert_close(np.mean(streams, 0), both)
 
     (multiple,) = traker.saver.systems.multiples.values()
+    stored = solved(traker)
+
+    def with_lambda(model_id, lambda_reg):
+        alike = {"lambda_reg": lambda_reg, "own_noise": 0.0, "peers": False}
+        traker.saver.systems.write_solve(model_id, {**stored[model_id], **alike})
+
     for model_id in range(2):
-        traker.finalize_features([model_id], lambda_reg=1.5 * (chosen[model_id] * multiple))
+        with_lambda(model_id, 2 * (chosen[model_id] * multiple))
     np.testing.assert_array_equal(traker.finalize_scores("test"), both)
     np.testing.assert_array_equal(traker.self_influence(), own)
     np.testing.assert_array_equal(traker.saver.current_store["features"], inverted)
-    traker.finalize_features([1], lambda_reg=2 * chosen[1])
+    with_lambda(1, 3 * chosen[1])
     np.testing.assert_array_equal(traker.finalize_scores("test", [1]), alone)
     np.testing.assert_array_equal(traker.self_influence([1]), own_alone)
+
+
+@pytest.mark.parametrize(("n", "k"), [(30, 8), (12, 40)])
+def test_a_lambda_of_before_there_were_two_ridges_is_one(tmp_path, n, k):
+    """Scores of a store that an earlier version finalised stay as they are."""
+    train, targets = data(n), data(M, seed=5)
+    model = networks(train)[0]
+    cases.whole_run(tmp_path, [model], train, targets, proj_dim=k)
+    traker = cases.make(model, tmp_path, n, proj_dim=k, curvature="fisher")
+    systems, (stored,) = traker.saver.systems, solved(traker)
+    assert len(stored["ridges"]) == 2
+    del stored["ridges"]
+    systems.write_solve(0, {**stored, "own_noise": 1.0})
+    scores, own = np.array(traker.finalize_scores("test")), traker.self_influence()
+    traker.finalize_features(lambda_reg=2 * stored["lambda_reg"])
+    np.testing.assert_array_equal(traker.finalize_scores("test"), scores)
+    np.testing.assert_array_equal(traker.self_influence(), own)
+
+
+@pytest.mark.parametrize("digits", [0.01, 0.2, 5])
+def test_a_matrix_too_inexact_for_the_smaller_ridge_has_one(tmp_path, monkeypatch, digits):
+    """The smaller one is 1/16 of lambda, and its system 16 times as hard to solve, at most."""
+    n, k = 30, 8
+    train = data(n)
+    traker = cases.featurized(networks(train)[0], tmp_path, train, proj_dim=k)
+    traker.finalize_features()
+    (exact,) = solved(traker)
+    assert [by for by, _ in exact["ridges"]] == pytest.approx([0.0609, 1.826], rel=1e-3)
+    read = finalizing.gram_of
+    eps = digits / (exact["condition"] * k**0.5)
+    monkeypatch.setattr(finalizing, "gram_of", lambda *args: replace(read(*args), eps=eps))
+    with pytest.warns(SingularXtXWarning) if digits > 1 else nullcontext():
+        traker.finalize_features()
+    (found,) = solved(traker)
+    assert found["method"] == ("pseudo-inverse" if digits > 1 else "cholesky")
+    two = digits < 0.06
+    assert (len(found["ridges"]), found["own_noise"]) == ((2, 2.0) if two else (1, 1.0))
+    assert found["lambda_reg"] == exact["lambda_reg"]
 
 
 @pytest.mark.parametrize("lambda_reg", [0.7, "0.3*mean"])

@@ -87,11 +87,11 @@ def test_one_checkpoint_and_a_number_stay(tmp_path, problem, monkeypatch):
     monkeypatch.setattr(peers, "agreeing_multiple", None)
     models, train, targets = problem
     traker = run(tmp_path / "one", models[:1], train, targets)
-    assert of_mean(traker, [0]) == pytest.approx([2 * chosen(traker, 0)])
+    assert of_mean(traker, [0]) == pytest.approx([3 * chosen(traker, 0)])
     traker = run(tmp_path / "number", models, train, targets, lambda_reg=0.3)
     assert of_mean(traker, [0, 1, 2]) == [0.3] * 3
     traker.finalize_features([1], lambda_reg="auto")
-    assert of_mean(traker, [0, 1]) == pytest.approx([0.3, 1.5 * chosen(traker, 1)])
+    assert of_mean(traker, [0, 1]) == pytest.approx([0.3, 2 * chosen(traker, 1)])
 
 
 def test_the_same_checkpoints_are_compared_once(tmp_path, problem, monkeypatch):
@@ -118,7 +118,7 @@ def test_the_same_checkpoints_are_compared_once(tmp_path, problem, monkeypatch):
     assert asked == [[0, 1, 2]]
     (multiple,) = traker.saver.systems.multiples.values()
     assert multiple > 1
-    grown = [4 / 3 * multiple * chosen(traker, model_id) for model_id in range(3)]
+    grown = [5 / 3 * multiple * chosen(traker, model_id) for model_id in range(3)]
     assert of_mean(traker, [0, 1, 2]) == pytest.approx(grown)
     traker.finalize_scores("test", [0, 2])
     traker.finalize_features([1], lambda_reg=0.5)
