@@ -22,6 +22,7 @@ ROW_BYTES, COUNT_BYTES = 24, 12
 BLOCKS = 8  # of features in memory: four being read, with their bytes, one weighed, one product
 MATRICES = 2  # float64 matrices of the system's size: itself, and a factor of it
 FACTORED = 4  # times that a system is factored: for lambda's dimension, its check, and scoring
+SPREAD = 1  # time more where scores are a mean over two ridges
 COMPARED = 2  # times more, at least, where checkpoints are compared
 MOST_DRAWN = 1 << 30  # of more samples no more rows are drawn, and counting them takes memory
 ASPECT = 64  # a transformer's width over its depth, as of GPT-2
@@ -128,7 +129,8 @@ class Run:
         most = WEIGHT_BYTES // (4 * self.proj_dim * self.checkpoints)
         step = max(1, min(self.targets, TARGET_ROWS, most))  # targets at once
         weights = 4 * step * self.proj_dim  # of a checkpoint
-        solving = matrices + (self.checkpoints + 6) * weights  # three copies of one in float64
+        copies = 5 if self.fisher else 3  # in float64; a sum is held while the next is made
+        solving = matrices + (self.checkpoints + 2 * copies) * weights
         held = 0
         if self.rows < self.proj_dim:
             held = min(4 * self.rows * self.proj_dim, KERNEL_PART_BYTES)
@@ -152,7 +154,8 @@ class Run:
 
     def solve_operations(self) -> float:
         """float64 operations of the factors."""
-        factors = FACTORED + (COMPARED if self.fisher and self.checkpoints > 1 else 0)
+        factors = FACTORED + (SPREAD if self.fisher else 0)
+        factors += COMPARED if self.fisher and self.checkpoints > 1 else 0
         return self.checkpoints * factors * self.size**3 / 3
 
     def score_operations(self) -> float:

@@ -52,20 +52,22 @@ def with_image(
     systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """(weights, S^T S times them, trace of S^T S); weights as of ``apply_inverse``."""
-    sums: tuple[Tensor, Tensor] | None = None
-    trace = 0.0
-    for ridge, weight in ridges_of(systems, model_id):
+
+    def at(ridge: float, weight: float) -> tuple[Tensor, Tensor, float]:
         solution, gram = solved(systems, computer, model_id, ridge)
         trace = gram.trace
         del gram  # its matrix
-        part = solution.apply(targets)
-        weights, image = sums or (torch.zeros_like(part), torch.zeros_like(part))
-        weights.add_(part, alpha=weight)
-        image.add_(targets.to(part), alpha=weight).sub_(part, alpha=weight * solution.lambda_reg)
-        sums = (weights, image)
-        del solution, part
-    assert sums is not None
-    return *sums, trace
+        part = solution.apply(targets).mul_(weight)
+        image = targets.to(part, copy=True).mul_(weight).sub_(part, alpha=solution.lambda_reg)
+        return part, image, trace
+
+    first, *others = ridges_of(systems, model_id)
+    weights, image, trace = at(*first)
+    for ridge, weight in others:
+        part, left, _ = at(ridge, weight)
+        weights.add_(part)
+        image.add_(left)
+    return weights, image, trace
 
 
 def own_scores(
