@@ -74,7 +74,7 @@ class Pass:
         function = self.function
         if (inds is None) == (num_samples is None):
             raise ValueError(
-                f"{function}: received {'neither' if inds is None else 'both'} inds and "
+                f"{function}: received {'neither inds nor' if inds is None else 'both inds and'} "
                 "num_samples; expected exactly one of them"
             )
         if inds is None:

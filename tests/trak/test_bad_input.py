@@ -403,7 +403,7 @@ def test_samples_that_arent_there_have_no_drawn_rows(traker, inds):
 
 def test_num_samples(traker, train):
     batch = (train[0][:4], train[1][:4])
-    with pytest.raises(ValueError, match="neither inds and num_samples"):
+    with pytest.raises(ValueError, match="neither inds nor num_samples"):
         traker.featurize(batch)
     with pytest.raises(ValueError, match="both inds and num_samples"):
         traker.featurize(batch, inds=[0, 1, 2, 3], num_samples=4)

@@ -173,11 +173,11 @@ def check_alone(
     if apart.any():
         end = int(apart.int().argmax())
         raise ValueError(
-            f"FunctionModelOutput: received a {name} that mixes the samples of a batch: its "
-            f"derivative by the output of sample {ends[end].start} is {float(found[end]):.6g} in a "
-            f"batch of {size}, and {float(alone[end]):.6g} for that sample alone; expected one of "
-            "each sample by itself (without means over the batch; what the samples share, such as "
-            "a risk set, can be a part of the batch)"
+            f"FunctionModelOutput: received a {name} that mixes the samples of a batch, or draws "
+            f"random numbers: its derivative by the output of sample {ends[end].start} is "
+            f"{float(found[end]):.6g} in a batch of {size}, and {float(alone[end]):.6g} for that "
+            "sample alone; expected one of each sample by itself (without means over the batch; "
+            "what the samples share, such as a risk set, and noise can be a part of the batch)"
         )
 
 

@@ -869,6 +869,7 @@ MIXING = {
     "softmax": {"loss": lambda f: f.logsumexp(0) - f},
     "means": {"likelihood": lambda f, batch: -((batch[1] - f.unsqueeze(1)) ** 2).mean(1)},
     "places": {"likelihood": lambda f, batch: -(1.0 + torch.arange(len(f))) * f**2},
+    "random": {"likelihood": lambda f, batch: -(torch.rand(len(f)) + 1.0) * f**2},
     "small": {"likelihood": lambda f, batch: -1e-6 * (batch[1] - batch[1].mean() - f) ** 2},
 }
 
@@ -884,7 +885,8 @@ def test_likelihoods_and_losses_that_mix_samples_are_refused(name, curvature, tm
     traker.featurize((x[:1], torch.ones(1)), inds=[6])  # alone, nothing is mixed
     kind = next(iter(MIXING[name]))
     said = (
-        rf"FunctionModelOutput: received a {kind} that mixes .* sample \d .*in a batch of 6, and "
+        rf"FunctionModelOutput: received a {kind} that mixes .*, or draws random numbers: .* "
+        r"sample \d .*in a batch of 6, and "
     )
     with pytest.raises(ValueError, match=said):
         traker.featurize((x, torch.arange(6.0)), inds=range(6))
