@@ -16,7 +16,7 @@ from fastproj.commands.running import DONE, FAILED, Outcome
 from fastproj.trak.evaluation.correlation import METHODS
 from fastproj.trak.evaluation.metrics import loo_correlation
 from fastproj.trak.evaluation.retrain import all_but, train_subsets
-from fastproj.trak.store.scores import load_scores
+from fastproj.trak.store.scores import TopScores, load_scores
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +58,12 @@ def run(options: argparse.Namespace) -> Outcome:
     m = evaluation.agreed("targets", {str(path): a.shape[1] for path, a in scores.items()})
     if not 3 <= options.samples <= n:
         raise ValueError(f"--samples: received {options.samples}; expected 3 to n = {n}")
+    for path, array in scores.items():
+        if isinstance(array, TopScores):
+            raise ValueError(
+                f"{path} holds the extremes of each target only; expected all scores: "
+                "finalize_scores without top_k writes them"
+            )
     evaluation.check_before_training(scores)
     removed = np.random.default_rng(options.seed).permutation(n)[: options.samples]
     truth = train_subsets(

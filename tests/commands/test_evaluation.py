@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastproj import cli
+from fastproj.trak.distributed import Ranks
 from fastproj.trak.evaluation.metrics import (
     brittleness,
     lds,
@@ -18,6 +21,7 @@ from fastproj.trak.evaluation.metrics import (
 )
 from fastproj.trak.evaluation.recipe import load_recipe
 from fastproj.trak.evaluation.retrain import GroundTruth, model_seed, random_subsets, samples_digest
+from fastproj.trak.store.scores import TopWriter
 from tests.trak.recipe_files import RIDGE, trained, write_recipe
 
 
@@ -293,7 +297,12 @@ def test_lds_that_cannot_start(capsys, arguments, message):
             ["lds", "recipe.py", "--scores", "recipe.py"],
             "recipe.py (it holds no array of numbers); exp",
         ),
-        (["lds", "recipe.py", "--scores", "two.npz"], "two.npz holds several arrays"),
+        (["lds", "recipe.py", "--scores", "one.npz"], "one.npz is a zip archive"),
+        (["lds", "recipe.py", "--scores", "scores.pt"], "scores.pt is a zip archive"),
+        (
+            ["loo", "recipe.py", "--scores", "a.top.safetensors", "--samples", "5"],
+            "a.top.safetensors holds the extremes of each target only; expected all scores",
+        ),
         (["lds", "recipe.py", "--scores", "line.npy"], r"line.npy holds [24] float64; expected"),
         (["lds", "recipe.py", "--scores", "text.npy"], "text.npy holds [2, 1] <U1; expected"),
         (
@@ -315,6 +324,10 @@ def test_lds_that_cannot_start(capsys, arguments, message):
         (["lds", "recipe.py", "--train-set-size", "30"], "IndexError"),
         (["lds", "--ground-truth", "missing", "--scores", "scores.npy"], "can't read missing"),
         (["lds", "--ground-truth", ".", "--scores", "scores.npy"], "ground-truth.npz is not there"),
+        (
+            ["lds", "--ground-truth", "recipe.py", "--scores", "scores.npy"],
+            "recipe.py (it holds no arrays of numbers); expected a .npz file",
+        ),
         (["loo", "recipe.py", "--scores", "scores.npy", "--samples", "25"], "expected 3 to n = 24"),
         (
             ["brittleness", "recipe.py", "--scores", "scores.npy"],
@@ -342,7 +355,11 @@ def test_what_a_user_can_put_right(tmp_path, scores, monkeypatch, capsys, argume
     np.save("text.npy", [["a"], ["b"]])
     np.save("short.npy", np.zeros((23, 5)))
     np.save("narrow.npy", np.zeros((24, 4)))
-    np.savez("two.npz", a=np.zeros(2), b=np.zeros(2))
+    np.savez("one.npz", np.zeros((24, 5)))
+    torch.save(torch.zeros(24, 5), "scores.pt")
+    with TopWriter(Path("a.top.safetensors"), (24, 5), 3, Ranks()) as extremes:
+        extremes.add(np.arange(24), range(5), np.zeros((24, 5), np.float32))
+        extremes.finish()
     assert run(*arguments) == 1
     said = capsys.readouterr().err
     assert f"fastproj {arguments[0]}: " in said

@@ -137,8 +137,10 @@ class GroundTruth:
             with file:
                 parts = {name: file[name] for name in file.files}
         except (OSError, MemoryError, *NOT_ARRAYS) as error:
+            # NumPy takes whatever it doesn't know for pickled data.
+            why = "it holds no arrays of numbers" if "pickle" in str(error) else error
             raise StoreError(
-                f"ground truth: can't read {path} ({error}); expected a .npz file"
+                f"ground truth: can't read {path} ({why}); expected a .npz file"
             ) from error
         if not {"masks", "outputs"} <= set(parts):
             raise ValueError(

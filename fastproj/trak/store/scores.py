@@ -198,7 +198,8 @@ def stripe_checksum(file: int, start: int, shape: tuple[int, int], number: int, 
 def read_scores(path: Path | str) -> Scores:
     """Scores as ``finalize_scores`` wrote them, [n, m], mapped; checked against their checksums.
 
-    Writing to the array doesn't change the file. Raises StoreCorruptError, naming the file.
+    Writing to the array doesn't change the file. Raises StoreCorruptError, naming the file, or
+    ValueError for a file of others.
     """
     path = Path(path)
     try:
@@ -229,6 +230,11 @@ def read_scores(path: Path | str) -> Scores:
     except OSError as error:
         raise unreadable(path, error) from error
     except NOT_ARRAYS as error:
+        if path.suffix != ".mmap":  # it may be anybody's: nothing to delete
+            raise ValueError(
+                f"can't read scores from {path} ({error}); expected <exp_name>.mmap "
+                "(read_top_scores reads <exp_name>.top.safetensors, numpy.load a .npy file)"
+            ) from error
         raise corrupt(path, f"{error}") from error
     return array
 
@@ -348,9 +354,21 @@ def numbers_of(keys: Tensor) -> Tensor:
 
 def read_top_scores(path: Path | str) -> TopScores:
     """What ``finalize_scores(..., top_k=)`` wrote; raises StoreCorruptError, naming the file, or
-    ValueError for another of TRAKer's files.
+    ValueError for another of TRAKer's files or one of others.
     """
-    tensors, metadata = read_safetensors(Path(path), None)
+    expected = "<exp_name>.top.safetensors (read_scores reads <exp_name>.mmap)"
+    return read_extremes(Path(path), expected)
+
+
+def read_extremes(path: Path, expected: str) -> TopScores:
+    """``read_top_scores``. expected : what would work, for the message."""
+    try:
+        tensors, metadata = read_safetensors(path, None)
+    except StoreCorruptError as error:
+        if path.name.endswith(".top.safetensors"):
+            raise
+        # It may be anybody's, such as a model: nothing to delete.
+        raise ValueError(f"can't read scores from {path}; expected {expected}") from error
     if tensors.keys() != TOP_TENSORS:
         raise ValueError(
             f"{path} holds {', '.join(sorted(tensors))}; expected <exp_name>.top.safetensors, with "
@@ -371,13 +389,7 @@ def load_scores(path: Path | str) -> npt.NDArray[Any] | TopScores:
     path = Path(path)
     expected = "<exp_name>.mmap, <exp_name>.top.safetensors or a .npy file"
     if path.suffix == ".safetensors":
-        try:
-            return read_top_scores(path)
-        except StoreCorruptError as error:
-            if path.name.endswith(".top.safetensors"):
-                raise
-            # It may be anybody's, such as a model: nothing to delete.
-            raise ValueError(f"can't read scores from {path}; expected {expected}") from error
+        return read_extremes(path, expected)
     scores = load_array(path, "read scores from", expected)
     if scores.ndim != 2 or scores.dtype.kind not in "fiu" or 0 in scores.shape:
         raise ValueError(
@@ -413,5 +425,9 @@ def load_array(
         why = "it holds no array of numbers" if "pickle" in str(error) else error
         raise ValueError(f"can't {what} {path} ({why}); expected {expected}") from error
     if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} holds several arrays; expected a file with one")
+        array.close()
+        raise ValueError(
+            f"{path} is a zip archive, as numpy.savez and torch.save write it; expected {expected} "
+            "(numpy.save writes one)"
+        )
     return array

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastproj import cli
 from fastproj.trak.distributed import Ranks
@@ -123,6 +124,21 @@ def test_arrays_of_other_programs_cut_short_are_not_called_ours(tmp_path, capsys
         command = ["report", tmp_path / "scores.npy", "--train-labels", path]
         assert cli.main([str(part) for part in command]) == 1
         assert "labels.npy" in capsys.readouterr().err
+
+
+def test_files_of_others_are_not_called_damaged(tmp_path):
+    """Whoever obeys "delete the file" would lose a model, or scores that are whole."""
+    scores = np.zeros((N, M), np.float32)
+    write(TopWriter(tmp_path / "a.top.safetensors", (N, M), 3, Ranks()), scores, 0)
+    write(ScoresWriter(tmp_path / "a.mmap", (N, M), Ranks()), scores, 0)
+    np.save(tmp_path / "scores.npy", scores)
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    for name in ("a.top.safetensors", "scores.npy", "model.safetensors"):
+        with pytest.raises(ValueError, match=rf"{name} .*expected <exp_name>\.mmap"):
+            read_scores(tmp_path / name)
+    for name in ("a.mmap", "scores.npy", "model.safetensors"):
+        with pytest.raises(ValueError, match=rf"{name}; expected <exp_name>\.top\.safetensors"):
+            read_top_scores(tmp_path / name)
 
 
 @pytest.mark.parametrize("top_k", [1, 5, N, 3 * N])
