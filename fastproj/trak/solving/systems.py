@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,8 @@ class Systems:
         missing = [name for name in SOLVED if name not in summary]
         if missing:
             raise corrupt(path, f"it lacks {', '.join(missing)}")
+        if not are_ridges(summary.get("ridges", [[1.0, 1.0]])):
+            raise corrupt(path, "its ridges are no list of pairs of numbers above 0")
         if summary["run"] != self.store.run_digest(model_id):
             raise corrupt(path, "its lambda was chosen for other features or another checkpoint")
         return summary
@@ -166,6 +169,16 @@ def system_of(summary: Mapping[str, Any]) -> System:
     """Which matrix the lambda of a ``solve.json`` is added to."""
     fisher = summary["curvature"] == FISHER
     return System(summary["power"], summary["form"] == "dual", fisher)
+
+
+def are_ridges(found: Any) -> bool:
+    """Whether an entry of ``solve.json`` is what ``ridge.spread_ridges`` gives."""
+    return (
+        isinstance(found, list)
+        and len(found) > 0
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
+        and all(isinstance(x, (int, float)) and 0 < x < math.inf for pair in found for x in pair)
+    )
 
 
 def gram_name(system: System) -> str:

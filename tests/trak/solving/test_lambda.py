@@ -620,6 +620,16 @@ def test_a_solution_of_a_later_version_or_without_its_numbers(traker):
         ridges_of(traker.saver.systems, 0)
 
 
+@pytest.mark.parametrize("ridges", [[], None, 1.0, [1.0, 1.0], [[1.0]], [[-1.0, 1.0]], [["a", 1]]])
+def test_ridges_that_are_none(traker, ridges):
+    """Without any, scores would be 0."""
+    traker.finalize_features()
+    path = traker.saver.systems.solve_path(0)
+    write_json(path, {**read_json(path), "ridges": ridges})
+    with pytest.raises(StoreCorruptError, match=r"solve.json is damaged: its ridges are no list"):
+        traker.self_influence()
+
+
 def test_a_solution_of_another_run(traker):
     traker.finalize_features()
     path = traker.saver.systems.solve_path(0)
