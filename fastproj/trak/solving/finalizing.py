@@ -247,7 +247,7 @@ def keep_lambda(
 def solves_smaller(solution: Solution, gram: Gram, by: float) -> bool:
     """Whether ``by`` times the lambda of a solution would solve its system to some digits, too."""
     rounding = gram.eps * math.sqrt(gram.k)  # as ``solve.solve`` judges it
-    return solution.method == "cholesky" and solution.condition / by * rounding < 1
+    return solution.condition / by * rounding < 1
 
 
 def step_of(

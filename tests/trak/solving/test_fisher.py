@@ -950,6 +950,23 @@ def test_a_lambda_of_before_there_were_two_ridges_is_one(tmp_path, n, k):
     np.testing.assert_array_equal(traker.self_influence(), own)
 
 
+class Inverting(ScoreComputer):
+    """Solves by an inverse, and says so."""
+
+    def solve(self, gram, lambda_reg):
+        inverse = torch.linalg.inv(gram.matrix + lambda_reg * torch.eye(len(gram.matrix)).double())
+        k = len(gram.matrix)
+        return Solution(inverse, "inverse", lambda_reg, gram.n, k, 10.0)
+
+
+def test_a_solve_of_ones_own_has_two_ridges(tmp_path):
+    train, targets = data(30), data(M, seed=5)
+    models = networks(train)
+    scores = cases.whole_run(tmp_path, models, train, targets, proj_dim=8, score_computer=Inverting)
+    found = solved(cases.make(models[0], tmp_path, 30, proj_dim=8))
+    assert_close(scores, cases.explicit_fisher(models, train, targets, 8, found))
+
+
 @pytest.mark.parametrize("digits", [0.01, 0.2, 5])
 def test_a_matrix_too_inexact_for_the_smaller_ridge_has_one(tmp_path, monkeypatch, digits):
     """The smaller one is 1/16 of lambda, and its system 16 times as hard to solve, at most."""
