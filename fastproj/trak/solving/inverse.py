@@ -45,7 +45,14 @@ def apply_inverse(
     systems: Systems, computer: ScoreComputer, model_id: int, targets: Tensor
 ) -> Tensor:
     """Targets [m, k] times the inverse of a finalised checkpoint, float64 [m, k]."""
-    return with_image(systems, computer, model_id, targets)[0]
+    parts = (
+        solved(systems, computer, model_id, ridge)[0].apply(targets).mul_(weight)
+        for ridge, weight in ridges_of(systems, model_id)
+    )
+    total = next(parts)
+    for part in parts:
+        total.add_(part)
+    return total
 
 
 def with_image(

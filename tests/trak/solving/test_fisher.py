@@ -905,6 +905,9 @@ def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tm
     traker = cases.make(models[0], tmp_path, n, proj_dim=k, curvature="fisher")
     chosen, own = lambdas(traker), traker.self_influence()
     alone, own_alone = np.array(traker.finalize_scores("test", [1])), traker.self_influence([1])
+    ridges = cases.ridges_of_mean(models, train, k, solved(traker), Fisher())
+    matrix, _, _ = cases.fisher_of(models[1], 1, train, k, Fisher())
+    phi = cases.projected(cases.gradients(models[1], train), k, 1)
     states = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
     parts, streams = [], []
     for model_id, state in enumerate(states):
@@ -913,6 +916,7 @@ def test_a_lambda_that_is_chosen_is_larger_the_fewer_checkpoints_are_averaged(tm
         parts.append(traker.score(targets, per="module").sum(2))
         streams.append(traker.score(train, stream=True))
     inverted = np.array(traker.saver.current_store["features"])
+    assert_close(inverted, phi @ cases.averaged_inverse(matrix, ridges[1]))
     assert_close(np.mean(parts, 0), both)
     assert_close(np.mean(streams, 0), both)
 
