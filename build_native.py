@@ -21,6 +21,7 @@ MAX_JOBS             how many compilations run at once; unset: ninja decides
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -469,6 +470,7 @@ class NinjaBuild(build_ext):
             if isinstance(module, Module):
                 build_module(module, object_folder(module, flavour), output)
                 record[key] = {"built": True, "reason": "", **module.info}
+                record[key]["sources"] = source_digests(key)
             else:
                 output.unlink(missing_ok=True)
                 record[key] = {"built": False, "reason": module.reason}
@@ -495,6 +497,20 @@ def warn(module: Skipped) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+def source_digests(key: str) -> dict[str, str]:
+    """What the module "cpu" or "cuda" is compiled from: file, from the root -> digest.
+
+    ``fastproj.backends.built`` compares them with what a checkout has later.
+    """
+    files = [path for folder in (CSRC, CSRC / key) for path in folder.glob("*.[ch]*")]
+    return {
+        path.relative_to(ROOT).as_posix(): hashlib.blake2b(
+            path.read_bytes(), digest_size=8
+        ).hexdigest()
+        for path in sorted(files)
+    }
 
 
 def build_info_text(record: dict[str, dict[str, object]]) -> str:

@@ -30,6 +30,7 @@ def _module() -> ModuleType:
     """The compiled module. Raises ImportError where there is none."""
     import fastproj._cpu
 
+    built.warn_of_outdated(NAME)
     return fastproj._cpu
 
 

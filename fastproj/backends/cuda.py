@@ -36,6 +36,7 @@ def _module() -> ModuleType:
     """The compiled module. Raises ImportError where there is none."""
     import fastproj._cuda
 
+    built.warn_of_outdated(NAME)
     return fastproj._cuda
 
 

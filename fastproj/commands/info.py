@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -93,7 +93,7 @@ def collect_info() -> dict[str, Any]:
     return {
         "fastproj": fastproj.__version__,
         "spec_version": fastproj.SPEC_VERSION,
-        "problem": namesake.problem() or built.among_sources() or "",
+        "problem": next(filter(None, problems()), ""),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": torch.__version__,
         "numpy": numpy.__version__,
@@ -103,10 +103,20 @@ def collect_info() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": backends,
-        "built": built.record(),
+        "built": {
+            name: {key: value for key, value in module.items() if key != "sources"}
+            for name, module in built.record().items()
+        },
         "optional": optional,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("FASTPROJ_")},
     }
+
+
+def problems() -> Iterator[str | None]:
+    """What is wrong with this installation, the worst first; None for what is right."""
+    yield namesake.problem()
+    yield built.among_sources()
+    yield from map(built.outdated, built.record())
 
 
 def print_info(options: argparse.Namespace) -> Outcome:

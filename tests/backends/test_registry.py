@@ -6,13 +6,17 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+import build_native
 import fastproj
 from fastproj.backends import built, cpu, cuda, registry
+from fastproj.commands.info import problems
+from tests import ROOT
 
 FLOAT = torch.float32
 
@@ -48,6 +52,48 @@ def test_a_module_that_the_build_left_out_has_the_reason_and_fix_of_the_build(
     assert reason() == f"{module} is not built: left out on request; reinstall"
     recorded[adapter.NAME] = {"built": True, "reason": ""}  # and was lost since
     assert str(reason()).startswith(f"{module} is not built: no such module; install ")
+
+
+@pytest.mark.parametrize("adapter", [cpu, cuda], ids=["cpu", "cuda"])
+def test_a_module_of_other_sources_than_the_checkout_has_is_warned_of(
+    adapter: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if adapter.NAME not in compiled():
+        pytest.skip(f"fastproj._{adapter.NAME} is not built here")
+    source = tmp_path / "csrc" / "kernel.cpp"
+    source.parent.mkdir()
+    source.write_text("int x;\n")
+    recorded = {"csrc/kernel.cpp": str(built.digest_of(source))}
+    monkeypatch.setattr(built, "record", lambda: {adapter.NAME: {"sources": recorded}})
+    monkeypatch.setattr(built, "checkout", lambda: None)  # as in site-packages
+    assert built.outdated(adapter.NAME) is None
+    monkeypatch.setattr(built, "checkout", lambda: tmp_path)
+    assert built.outdated(adapter.NAME) is None
+
+    adapter._module.cache_clear()
+    source.write_text("int y;\n")
+    with pytest.warns(RuntimeWarning, match=f"_{adapter.NAME} was compiled from other sources"):
+        adapter._module()
+    assert any("`pip install -e .`" in str(problem) for problem in problems())
+    source.unlink()
+    assert built.outdated(adapter.NAME) is not None
+    monkeypatch.setattr(built, "record", dict)  # of a build that kept nothing
+    assert built.outdated(adapter.NAME) is None
+
+
+def test_these_modules_are_of_these_sources() -> None:
+    recorded = built.record()
+    for name in compiled():
+        assert recorded[name].get("sources") == build_native.source_digests(name)
+        assert built.outdated(name) is None
+    units = {path for name in ("cpu", "cuda") for path in build_native.source_digests(name)}
+    known = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[ch]*")}
+    assert units == known
+
+
+def compiled() -> list[str]:
+    """The modules that this installation has."""
+    return [name for name, module in built.record().items() if module["built"]]
 
 
 def test_every_adapter_has_its_name_and_functions() -> None:
