@@ -1,16 +1,24 @@
-"""The options of commands that name TRAKer's random matrix: ``--kind`` and ``--block``."""
+"""The options of commands that name TRAKer's random matrix."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fastproj.commands.arguments import positive
 from fastproj.commands.block import read_block, resolve_block
 from fastproj.spec import KINDS
-from fastproj.trak.inputs import default_kind
+from fastproj.trak.inputs import FEW_SAMPLES, MOST_DIMS, PROJ_DIM, default_kind
 
 
 def add_matrix(parser: Any) -> None:
-    """``--kind`` and ``--block``, which are None where they aren't given."""
+    """``--proj-dim``, ``--kind`` and ``--block``, which are None where they aren't given."""
+    parser.add_argument(
+        "--proj-dim",
+        type=positive,
+        metavar="K",
+        help=f"dimension of the features (default: {PROJ_DIM}; up to {MOST_DIMS} for at most "
+        f"{FEW_SAMPLES} samples and kind sjlt)",
+    )
     parser.add_argument(
         "--kind",
         choices=KINDS,

@@ -18,6 +18,7 @@ from fastproj.commands.running import DONE, Outcome, execute
 from fastproj.factored import MAX_FACTORED
 from fastproj.spec import MAX_COLS, MAX_ROWS
 from fastproj.trak.curvature import CURVATURES
+from fastproj.trak.inputs import default_proj_dim
 from fastproj.trak.solving.systems import TRAK
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
@@ -48,13 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     required.add_argument(
         "--samples", type=positive, required=True, metavar="N", help="training samples"
-    )
-    parser.add_argument(
-        "--proj-dim",
-        type=positive,
-        default=4096,
-        metavar="K",
-        help="dimension of the features (default: 4096, TRAKer's)",
     )
     add_matrix(parser)
     add_option(parser, "--targets", 100, "M", "outputs that are asked about", positive)
@@ -115,6 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         check_integer("--model-parameters", "P", options.model_parameters, 1, MAX_ROWS + 1)
+        if options.proj_dim is None:
+            options.proj_dim = default_proj_dim(
+                options.samples, options.model_parameters, options.kind
+            )
         check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
         if options.factored is not None:
             check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)

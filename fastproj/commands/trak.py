@@ -22,7 +22,7 @@ from fastproj.factored import MAX_FACTORED
 from fastproj.spec import MAX_COLS
 from fastproj.trak.distributed import DistributedError
 from fastproj.trak.files import StoreCorruptError, StoreError, StoreMismatchError
-from fastproj.trak.inputs import MAX_BATCH
+from fastproj.trak.inputs import MAX_BATCH, PROJ_DIM
 from fastproj.trak.mixing import OtherDataWarning
 from fastproj.trak.store.store import NotReadyError, check_exp_name
 from fastproj.trak.tasks.language import base_of
@@ -99,8 +99,9 @@ def check(options: argparse.Namespace) -> None:
     """Raise ValueError for what can't work with any model."""
     check_exp_name("--name", options.name, "NAME")
     check_device("--device", options.device)
-    check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
-    resolve_matrix(options.kind, options.block, options.proj_dim)
+    if options.proj_dim is not None:
+        check_integer("--proj-dim", "K", options.proj_dim, 1, MAX_COLS + 1)
+    resolve_matrix(options.kind, options.block, options.proj_dim or PROJ_DIM)
     if options.factored is not None:
         check_integer("--factored", "r", options.factored, 1, MAX_FACTORED)
     check_integer("--batch-size", "B", options.batch_size, 1, MAX_BATCH)
@@ -206,7 +207,6 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one score a sample, for all targets together: to select data with",
     )
-    add_option(scores, "--proj-dim", 4096, "K", "dimension of the features", positive)
     add_matrix(scores)
     scores.add_argument(
         "--factored",

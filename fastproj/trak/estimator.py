@@ -44,6 +44,7 @@ from fastproj.trak.inputs import (
     check_model,
     check_projector,
     check_range,
+    default_proj_dim,
     make_projector,
     matrix_of,
     resolve_device,
@@ -107,7 +108,9 @@ class TRAKer:
     saver : a subclass of ``fastproj.trak.Saver``, or None.
     score_computer : a subclass of ``fastproj.trak.ScoreComputer``, or None.
     proj_dim : k, the dimension of the features, where ``projector`` is None. The store has n k
-        numbers, and finalising solves a system of size min(n, k); trak's default is 2048.
+        numbers, and finalising solves a system of size min(n, k). None is 4096. For at most 2048
+        samples, whose system is n x n, kind "sjlt" then has more: the least power of two that is
+        no less than the number of parameters, up to 16384. trak's default is 2048.
     logging_level : of the logger "fastproj.trak".
     use_half_precision : store features as float16 with a scale per row (half the disk space; no
         overflow or underflow). Gradients, projection and solution keep their precision.
@@ -163,7 +166,7 @@ class TRAKer:
         projector: Any = None,
         saver: type[Saver] | None = None,
         score_computer: type[ScoreComputer] | None = None,
-        proj_dim: SupportsIndex = 4096,
+        proj_dim: SupportsIndex | None = None,
         logging_level: int | str = logging.INFO,
         use_half_precision: bool = True,
         proj_max_batch_size: int = 32,
@@ -199,11 +202,21 @@ class TRAKer:
         self.device = local_device(device, self.ranks)
         self.model = model.to(self.device)
         self.dtype = torch.float16 if use_half_precision else torch.float32
-        self._projector = (
-            make_projector(shapes, proj_dim, projector_seed, kind, block, factored)
-            if projector is None
-            else check_projector(projector, shapes, kind, block, factored)
+        self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
+            self.device
         )
+        if projector is None:
+            if proj_dim is None:
+                dual = self.score_computer.forms_dual(0, 1)  # whether it takes n x n at all
+                proj_dim = default_proj_dim(
+                    self.train_set_size, self.num_params_for_grad, kind, dual
+                )
+                logger.info("proj_dim: %d", proj_dim)
+            self._projector: Any = make_projector(
+                shapes, proj_dim, projector_seed, kind, block, factored
+            )
+        else:
+            self._projector = check_projector(projector, shapes, kind, block, factored)
         self.proj_dim = int(self._projector.proj_dim) or self.num_params_for_grad
         self.gradient_computer = resolve_gradient_computer(gradient_computer)(
             model=self.model,
@@ -226,9 +239,6 @@ class TRAKer:
                 sizes = {name: shape.numel() for name, shape in shapes.items()}
                 projecting = ScaledProjector(self._projector, size_factors(sizes, self._size_power))
                 logger.info("curvature: gradients times (their entries)^%g", self._size_power)
-        self.score_computer = subclass_of("score_computer", score_computer, ScoreComputer)(
-            self.device
-        )
         self.saver: Saver = subclass_of("saver", saver, Saver)(
             save_dir,
             self._identity(draws, projector is not None),

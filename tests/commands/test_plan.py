@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from fastproj.commands import plan, rates
 from fastproj.commands.costs import Layers, Run
 from fastproj.trak import TRAKer
 from fastproj.trak.draws import Draws, Fisher
-from fastproj.trak.inputs import default_kind
 from fastproj.trak.solving import ridge, solve
 from fastproj.trak.store import features
 from tests.trak import cases
@@ -165,11 +163,23 @@ def test_layers_are_those_of_a_transformer() -> None:
     assert Layers.assumed(1, None, 512).entries(1) == 1
 
 
-def test_defaults_are_those_of_a_run(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
-    proj_dim = inspect.signature(TRAKer).parameters["proj_dim"].default
-    kind = default_kind(proj_dim, None)
-    assert cli.main(["plan", "--model-parameters", "1e5", "--samples", "1e3"]) == 0
-    assert f"K = {proj_dim}, {kind} with block 1024," in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("n", "options"), [(50, {}), (3000, {}), (50, {"kind": "rademacher"}), (50, {"block": 64})]
+)
+def test_defaults_are_those_of_a_run(
+    quick: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    n: int,
+    options: dict[str, Any],
+) -> None:
+    net = torch.nn.Linear(1000, 10)
+    traker = TRAKer(net, "image_classification", n, tmp_path, **options)
+    words = ["plan", "--model-parameters", "10010", "--samples", str(n)]
+    assert cli.main([*words, *(f"--{name}={value}" for name, value in options.items())]) == 0
+    block = getattr(traker.projector, "block", None)
+    shown = f"{traker.projector.kind}{f' with block {block}' if block else ''}"
+    assert f"K = {traker.proj_dim}, {shown}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

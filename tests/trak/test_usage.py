@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastproj
 from fastproj.compat.trak import CudaProjector, ProjectionType
+from fastproj.trak import ScoreComputer
 from tests.trak import cases, modules
 
 trak = pytest.importorskip("trak", reason="traker is not installed")
@@ -275,6 +276,13 @@ def test_several_experiments_over_a_loaded_save_dir(tmp_path):
     np.testing.assert_array_equal(again.finalize_scores("test", model_ids=[0]), first)
 
 
+class OwnSolve(ScoreComputer):
+    """With a solution of k x k of its own."""
+
+    def solve(self, gram, lambda_reg):
+        return super().solve(gram, lambda_reg)
+
+
 # ---- signatures ----------------------------------------------------------------------------------
 
 METHODS = [
@@ -289,8 +297,29 @@ OTHER_DEFAULTS = {
     "device": None,  # where the model is
     "gradient_computer": "auto",
     "lambda_reg": "auto",
-    "proj_dim": 4096,
+    "proj_dim": None,  # by the number of samples
 }
+
+
+@pytest.mark.parametrize(
+    ("n", "width", "options", "expected"),
+    [
+        (2048, 4000, {}, 16384),  # 40,010 parameters
+        (2048, 700, {}, 8192),  # 7,010
+        (2048, 300, {}, 4096),  # 3,010
+        (2049, 4000, {}, 4096),
+        (2048, 4000, {"kind": "sjlt", "block": 32}, 16384),
+        (2048, 4000, {"kind": "rademacher"}, 4096),  # twice the dimensions are twice the time
+        (2048, 4000, {"factored": 4}, 16384),
+        (2048, 4000, {"curvature": "trak"}, 16384),
+        (2048, 4000, {"score_computer": OwnSolve}, 4096),  # it takes k x k
+        (2048, 4000, {"proj_dim": 64}, 64),
+    ],
+)
+def test_the_dimension_where_none_is_named(tmp_path, n, width, options, expected):
+    net = torch.nn.Linear(width, 10)
+    traker = fastproj.TRAKer(net, "image_classification", n, tmp_path, **options)
+    assert traker.proj_dim == traker.projector.proj_dim == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
