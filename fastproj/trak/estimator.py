@@ -109,8 +109,9 @@ class TRAKer:
     score_computer : a subclass of ``fastproj.trak.ScoreComputer``, or None.
     proj_dim : k, the dimension of the features, where ``projector`` is None. The store has n k
         numbers, and finalising solves a system of size min(n, k). None is 4096. For at most 2048
-        samples, whose system is n x n, kind "sjlt" then has more: the least power of two that is
-        no less than the number of parameters, up to 16384. trak's default is 2048.
+        samples (fewer with more draws), whose system is n x n, kind "sjlt" then has more: the least
+        power of two that is no less than the number of parameters, up to 16384. trak's default is
+        2048.
     logging_level : of the logger "fastproj.trak".
     use_half_precision : store features as float16 with a scale per row (half the disk space; no
         overflow or underflow). Gradients, projection and solution keep their precision.
@@ -207,9 +208,12 @@ class TRAKer:
         )
         if projector is None:
             if proj_dim is None:
-                dual = self.score_computer.forms_dual(0, 1)  # whether it takes n x n at all
                 proj_dim = default_proj_dim(
-                    self.train_set_size, self.num_params_for_grad, kind, dual
+                    self.train_set_size,
+                    self.num_params_for_grad,
+                    kind,
+                    curvature.draws if isinstance(curvature, Fisher) else 1,
+                    self.score_computer.forms_dual(0, 1),  # whether it takes n x n at all
                 )
                 logger.info("proj_dim: %d", proj_dim)
             self._projector: Any = make_projector(

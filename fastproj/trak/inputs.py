@@ -33,7 +33,7 @@ from fastproj.trak.files import Indices
 MAX_SAMPLES = 1 << 48
 MAX_BATCH = 1 << 20  # samples at once are below
 PROJ_DIM, MOST_DIMS = 1 << 12, 1 << 14  # k where none is named
-FEW_SAMPLES = PROJ_DIM // 2
+FEW_SAMPLES = PROJ_DIM // 2  # at most, for more than PROJ_DIM; each has a row drawn
 
 
 class RandomNumbersError(ValueError):
@@ -236,14 +236,16 @@ def subclass_of(name: str, received: Any, base: type) -> Any:
     return received
 
 
-def default_proj_dim(n: int, parameters: int, kind: str | None, dual: bool = True) -> int:
+def default_proj_dim(
+    n: int, parameters: int, kind: str | None, draws: int = 1, dual: bool = True
+) -> int:
     """k where none is named: PROJ_DIM, and more for few samples of many parameters.
 
     More dimensions give better scores (docs/research/lambda.md, "How many dimensions"), cost sjlt
-    next to nothing, and leave the n x n system of the ``dual`` as it is. FEW_SAMPLES, of which
-    F has up to twice as many rows, make it no larger than k x k is with PROJ_DIM.
+    next to nothing, and leave the N x N system of the ``dual`` as it is. It is no larger than
+    k x k with PROJ_DIM where F has no more rows than that: n, and n for each of ``draws``.
     """
-    if n > FEW_SAMPLES or kind not in (None, "sjlt") or not dual:
+    if n * (1 + draws) > PROJ_DIM or kind not in (None, "sjlt") or not dual:
         return PROJ_DIM
     return min(max(1 << (parameters - 1).bit_length(), PROJ_DIM), MOST_DIMS)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastproj
 from fastproj.compat.trak import CudaProjector, ProjectionType
-from fastproj.trak import ScoreComputer
+from fastproj.trak import Fisher, ScoreComputer
 from tests.trak import cases, modules
 
 trak = pytest.importorskip("trak", reason="traker is not installed")
@@ -312,6 +312,8 @@ OTHER_DEFAULTS = {
         (2048, 4000, {"kind": "rademacher"}, 4096),  # twice the dimensions are twice the time
         (2048, 4000, {"factored": 4}, 16384),
         (2048, 4000, {"curvature": "trak"}, 16384),
+        (2048, 4000, {"curvature": Fisher(draws=2)}, 4096),  # of 6144 rows
+        (1365, 4000, {"curvature": Fisher(draws=2)}, 16384),
         (2048, 4000, {"score_computer": OwnSolve}, 4096),  # it takes k x k
         (2048, 4000, {"proj_dim": 64}, 64),
     ],
