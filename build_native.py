@@ -46,6 +46,7 @@ from build_cuda import run
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+SOURCES = (".cpp", ".cu", ".cuh", ".hpp")
 # pip keeps the wheel that it made of an sdist, and would install it again.
 REINSTALL = "reinstall fastproj (pip install --force-reinstall --no-deps --no-cache-dir)"
 KERNEL_CXX = "FASTPROJ_KERNEL_CXX"
@@ -504,12 +505,13 @@ def source_digests(key: str) -> dict[str, str]:
 
     ``fastproj.backends.built`` compares them with what a checkout has later.
     """
-    files = [path for folder in (CSRC, CSRC / key) for path in folder.glob("*.[ch]*")]
+    files = (path for folder in (CSRC, CSRC / key) for path in sorted(folder.iterdir()))
     return {
         path.relative_to(ROOT).as_posix(): hashlib.blake2b(
             path.read_bytes(), digest_size=8
         ).hexdigest()
-        for path in sorted(files)
+        for path in files
+        if path.suffix in SOURCES
     }
 
 
